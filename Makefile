@@ -1,0 +1,67 @@
+# Two commands for a fresh machine with Python >= 3.11, gcc and a package index:
+#   make quickstart   corpus -> tokenizer -> training -> checkpoint -> text and a picture
+#   make test         the whole test suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+RUN := runs/quickstart
+DATA := $(RUN)/data
+
+NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+ifeq ($(NUM_GPUS),0)
+# no NVIDIA driver: the CPU build, and Triton for its interpreter; two processes share the cores
+TORCH_PACKAGES := $(TORCH) triton==3.6.0 --extra-index-url https://download.pytorch.org/whl/cpu --retries 1
+PROCESSES ?= 2
+else
+TORCH_PACKAGES := $(TORCH)
+PROCESSES ?= $(shell [ $(NUM_GPUS) -ge 2 ] && echo 2 || echo 1)
+endif
+
+# two single-threaded processes are what two cores can run
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test lint docs env
+
+env: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet $(TORCH_PACKAGES)
+	# DeepSpeed looks at the installed torch while it builds
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(DATA)/corpus/manifest.json: | $(VENV)/.installed
+	@echo "== 1. corpus: the Python standard library's sources and documentation"
+	$(BIN)/python -m data_tools.make_corpus --stdlib --output $(DATA)/corpus
+
+$(DATA)/tokenizer.model: $(DATA)/corpus/manifest.json
+	@echo "== 2. tokenizer"
+	$(BIN)/python -m data_tools.train_tokenizer --input $(DATA)/corpus --vocab-size 4096 --output $@
+
+$(DATA)/train.idx.json: $(DATA)/tokenizer.model
+	@echo "== 3. tokens: train and validation, split by document"
+	$(BIN)/python -m data_tools.tokenize_corpus --input $(DATA)/corpus --tokenizer $< --output $(DATA)
+
+quickstart: $(DATA)/train.idx.json
+	@echo "== 4. training: DashAttention in every layer, $(PROCESSES) processes, ZeRO 1"
+	$(BIN)/torchrun --nproc-per-node $(PROCESSES) train.py --config configs/quickstart.yaml
+	@echo "== 5. the model continues a prompt"
+	$(BIN)/python -m dash_megatron sample $(RUN) --prompt "def read_lines(path):" --max-new-tokens 100
+	@echo "== 6. losses and per-layer density"
+	$(BIN)/python -m dash_megatron study plot-run $(RUN)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m dash_megatron.config_loading > docs/configuration.md

@@ -1,0 +1,297 @@
+"""The run's configuration: frozen, typed sections and every rule between them.
+
+Fields come first, each with its docstring; `docs/configuration.md` is generated from them. The rules that
+span sections are methods of `Config`; they run when a config is read, before any process group exists.
+Reading YAML and overrides lives in `config_loading.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, typed, and closed to keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The Llama-shaped decoder: RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases."""
+
+    layers: int = Field(gt=0)
+    """Number of transformer layers."""
+    hidden_size: int = Field(gt=0)
+    """Width of the residual stream."""
+    heads: int = Field(gt=0)
+    """Number of query heads."""
+    kv_heads: int = Field(gt=0)
+    """Number of key/value heads; divides `heads`."""
+    head_dim: int | None = Field(default=None, gt=0)
+    """Width of one head; null means `hidden_size / heads`."""
+    ffn_hidden_size: int = Field(gt=0)
+    """Inner width of the SwiGLU feed-forward layer."""
+    vocab_size: int | None = Field(default=None, gt=0)
+    """Rows of the embedding table; null means the tokenizer's vocabulary rounded up to a multiple of 64."""
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    """Base period of the rotary position embedding."""
+    qk_norm: bool = False
+    """RMSNorm on every query and key head before RoPE."""
+    tie_embeddings: bool = False
+    """Use the embedding table as the output projection too."""
+    norm_eps: float = Field(default=1e-5, gt=0)
+    """Epsilon of every RMSNorm."""
+    init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of initial weights; projections into the residual stream use
+    `init_std / sqrt(2 * layers)`."""
+
+    @property
+    def channels_per_head(self) -> int:
+        """Width of one head, after resolving `head_dim: null`."""
+        return self.head_dim or self.hidden_size // self.heads
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}; "
+                f"{self.heads} = {self.heads // self.kv_heads} x {self.kv_heads} + {self.heads % self.kv_heads}"
+            )
+        if self.head_dim is None and self.hidden_size % self.heads:
+            raise ValueError(
+                f"model.hidden_size={self.hidden_size} must be a multiple of model.heads={self.heads} "
+                "when model.head_dim is null; set model.head_dim"
+            )
+        if self.channels_per_head % 2:
+            raise ValueError(f"model.head_dim={self.channels_per_head} must be even: RoPE rotates pairs")
+        return self
+
+
+class AttentionConfig(Section):
+    """Which core attention runs in which layer, and the constants of DashAttention (arXiv 2605.18753)."""
+
+    kind: Literal["dash", "full"] = "dash"
+    """`dash` is DashAttention; `full` trains the dense twin of the same config."""
+    chunk_size: Literal[16, 32, 64, 128] = 64
+    """Tokens summarised into one routing key."""
+    scaling_factor: float = Field(default=1.0, gt=0)
+    """Multiplies routing scores before entmax; larger values select fewer chunks."""
+    sigma: float = Field(default=2.0, gt=0)
+    """Flattens the router's prior on the softmax; 2 is the flattest whose router gradient is bounded."""
+    estimate_diagonal: bool = True
+    """Centre the log prior on its mean over selected past chunks, so that the token's own chunk has prior 0."""
+    alpha: float = Field(default=1.5, gt=1, le=2)
+    """Entmax exponent: near 1 is close to softmax (dense), 2 is sparsemax; 1.5 is the fast path."""
+    full_layers: tuple[int, ...] = ()
+    """Layers, counted from 0, that use full attention although `kind` is `dash`."""
+    backend: Literal["auto", "reference", "triton"] = "auto"
+    """DashAttention implementation: Triton kernels on CUDA where present (`auto`), pure torch, or Triton."""
+
+
+class DataConfig(Section):
+    """What the model reads."""
+
+    tokenizer: str | None = None
+    """Path of the sentencepiece model the data was tokenized with."""
+    train: tuple[str, ...] = ()
+    """Training blend: prefixes of `.bin/.idx` pairs, each optionally preceded by its weight and a space
+    (`"0.7 data/web"`); without weights, data sets are mixed in proportion to their tokens."""
+    valid: tuple[str, ...] = ()
+    """Validation blend, in the form of `train`; empty means no validation."""
+    seq_length: int = Field(gt=1)
+    """Tokens in one training sequence."""
+    pack_documents: bool = True
+    """Keep documents packed into one sequence apart: no attention across, positions restart at each.
+    False attends across them."""
+    num_workers: int = Field(default=1, ge=0)
+    """Background processes per rank that read batches ahead; 0 reads in the training process."""
+    cache_dir: str | None = None
+    """Where sample-order indices are kept; null means `<run_dir>/index_cache`."""
+
+
+class ParallelConfig(Section):
+    """How one model is split over processes; the rest of the processes are data parallel."""
+
+    tensor: int = Field(default=1, gt=0)
+    """Tensor-parallel size."""
+    context: int = Field(default=1, gt=0)
+    """Context-parallel size: processes that share one sequence."""
+
+
+class ZeroConfig(Section):
+    """DeepSpeed ZeRO."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+    """0 replicates everything, 1 shards optimizer state, 2 gradients too, 3 parameters too."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Passed through to DeepSpeed's `zero_optimization` section, for example `overlap_comm: true`."""
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    lr: float = Field(default=3e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the first and second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay of matrices; norms and summary queries are not decayed."""
+    grad_clip: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 means no clipping."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas={self.betas} must both lie in [0, 1), such as (0.9, 0.95)")
+        return self
+
+
+class ScheduleConfig(Section):
+    """Learning rate over steps, as a fraction of `optimizer.lr`."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After warm-up: a half cosine, warm-up-stable-decay (constant, then linear), or constant."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up from 0."""
+    decay_steps: int | None = Field(default=None, gt=0)
+    """wsd: steps of the final decay; null means a fifth of `training.steps`."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the last step over the peak (cosine and wsd)."""
+
+
+class TrainingConfig(Section):
+    """How long, how much at once, and in which arithmetic."""
+
+    steps: int = Field(gt=0)
+    """Optimizer steps."""
+    global_batch: int = Field(gt=0)
+    """Sequences per optimizer step, over all processes and micro-batches."""
+    micro_batch: int = Field(default=1, gt=0)
+    """Sequences per forward pass of one process."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16 keeps fp32 master weights and moments; fp32 is for small models and parity tests."""
+    seed: int = Field(default=1234, ge=0)
+    """Seeds weights, data order and every random generator."""
+    recompute: Literal["none", "attention", "full"] = "none"
+    """What backward recomputes instead of keeping: nothing, core attention, or whole layers."""
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming. A run resumes by itself from the newest checkpoint of its `run_dir`."""
+
+    every: int = Field(default=0, ge=0)
+    """Steps between checkpoints; 0 saves after the last step only."""
+    keep: int = Field(default=0, ge=0)
+    """Newest checkpoints that stay on disk; 0 keeps all."""
+
+
+class LoggingConfig(Section):
+    """Console, `metrics.jsonl` and TensorBoard."""
+
+    every: int = Field(default=10, gt=0)
+    """Steps between logged lines."""
+    tensorboard: bool = True
+    """Write `<run_dir>/tensorboard`."""
+
+
+class EvaluationConfig(Section):
+    """Validation during training."""
+
+    every: int = Field(default=0, ge=0)
+    """Steps between validations; 0 = never. A run that validates also does so after the last step."""
+    samples: int = Field(default=64, gt=0)
+    """Validation sequences per validation, always the same ones."""
+
+
+class Config(Section):
+    """One run."""
+
+    run_dir: str
+    """Folder of everything the run writes."""
+    model: ModelConfig
+    attention: AttentionConfig = Field(default_factory=AttentionConfig)
+    data: DataConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    zero: ZeroConfig = Field(default_factory=ZeroConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        self._check_layers()
+        self._check_schedule()
+        self._check_support()
+        return self
+
+    def _check_layers(self) -> None:
+        wrong = [index for index in self.attention.full_layers if not 0 <= index < self.model.layers]
+        if wrong:
+            raise ValueError(
+                f"attention.full_layers={list(self.attention.full_layers)} names layer {wrong[0]}, but "
+                f"model.layers={self.model.layers}: layers are counted from 0 to {self.model.layers - 1}"
+            )
+
+    def _check_schedule(self) -> None:
+        warmup, decay, steps = self.schedule.warmup_steps, self.schedule.decay_steps or 0, self.training.steps
+        if self.schedule.kind != "wsd":
+            decay = 0
+        if warmup + decay > steps:
+            raise ValueError(
+                f"schedule.warmup_steps={warmup} + schedule.decay_steps={decay} = {warmup + decay} must not "
+                f"exceed training.steps={steps}; shorten them or train longer"
+            )
+        if self.evaluation.every and not self.data.valid:
+            raise ValueError(
+                f"evaluation.every={self.evaluation.every} needs data.valid, which is empty; "
+                "name a validation set or set evaluation.every=0"
+            )
+
+    def _check_support(self) -> None:
+        for name, size in (("tensor", self.parallel.tensor), ("context", self.parallel.context)):
+            if size != 1:
+                raise ValueError(
+                    f"parallel.{name}={size} must be 1: gradients of {name}-parallel runs have not been shown "
+                    "equal to those of one process in this version; shard with zero.stage instead"
+                )
+        reserved = sorted({"stage"} & set(self.zero.options))
+        if reserved:
+            raise ValueError(f"zero.options={self.zero.options} must not set {reserved}; use zero.stage")
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Processes that read different data.
+
+        Raises:
+            ValueError: `world_size` does not divide by tensor x context.
+        """
+        model_size = self.parallel.tensor * self.parallel.context
+        if world_size % model_size:
+            raise ValueError(
+                f"parallel.tensor={self.parallel.tensor} x parallel.context={self.parallel.context} = "
+                f"{model_size} must divide the {world_size} processes started; start a multiple of {model_size}"
+            )
+        return world_size // model_size
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches each process runs per optimizer step.
+
+        Raises:
+            ValueError: `training.global_batch` is no multiple of micro-batch x data-parallel size.
+        """
+        per_pass = self.training.micro_batch * self.data_parallel_size(world_size)
+        count, rest = divmod(self.training.global_batch, per_pass)
+        if rest or not count:
+            nearest = max(1, round(self.training.global_batch / per_pass)) * per_pass
+            raise ValueError(
+                f"training.global_batch={self.training.global_batch} must be a multiple of {per_pass} = "
+                f"training.micro_batch={self.training.micro_batch} x {self.data_parallel_size(world_size)} "
+                f"data-parallel processes; try {nearest}"
+            )
+        return count

@@ -1,0 +1,14 @@
+"""Megatron-core glue: core attention modules, layer specs and the GPT model."""
+
+from dash_megatron.layers.core_attention import DashCoreAttention, FullCoreAttention, RoutingMeans
+from dash_megatron.layers.model import DashGPTModel, build_model, init_weights, routing_means
+
+__all__ = [
+    "DashCoreAttention",
+    "DashGPTModel",
+    "FullCoreAttention",
+    "RoutingMeans",
+    "build_model",
+    "init_weights",
+    "routing_means",
+]

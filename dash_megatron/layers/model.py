@@ -1,0 +1,221 @@
+"""The GPT model: a Megatron-core `GPTModel` from a layer spec whose core attention is ours."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dash_megatron.config import Config
+from dash_megatron.layers.core_attention import DashCoreAttention, FullCoreAttention, RoutingMeans
+
+# Most logits alive at once, in elements (1 GiB in float32): longer sequences are scored piece by piece.
+MAX_LOGITS = 2**28
+
+
+class PackedRotaryEmbedding(torch.nn.Module):
+    """RoPE angles by position, so that positions may restart at every packed document.
+
+    Angles are computed in float32 from integer positions; the frequencies are no state and no parameter.
+    """
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.theta = theta
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """position_ids [B, N] int64 -> angles [N, B, 1, head_dim] float32, halves equal (not interleaved)."""
+        exponents = (
+            torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=position_ids.device) / self.head_dim
+        )
+        angles = position_ids.t().float()[:, :, None] * self.theta**-exponents
+        return torch.cat([angles, angles], dim=-1)[:, :, None, :]
+
+
+class DashGPTModel(GPTModel):
+    """Megatron-core's `GPTModel` on packed documents, on any device."""
+
+    def __init__(self, *args: Any, rope_theta: float, **kwargs: Any) -> None:
+        super().__init__(*args, position_embedding_type="none", **kwargs)
+        self.rotary = PackedRotaryEmbedding(self.config.kv_channels, rope_theta)
+
+    def _preprocess(self, *args: Any, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
+        # Megatron's own rotary embedding needs CUDA and one position per row index; ours reads position_ids
+        decoder_input, _, *rest = super()._preprocess(*args, position_ids=position_ids, **kwargs)
+        return (decoder_input, self.rotary(position_ids), *rest)
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None, **kwargs: Any) -> Tensor:
+        # logits of 128K tokens and 128K words would fill the largest GPU
+        tokens_at_once = max(1, MAX_LOGITS // (hidden_states.shape[1] * self.vocab_size))
+        if labels is None or hidden_states.shape[0] <= tokens_at_once:
+            return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
+        weight = (
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        )
+
+        def score(hidden: Tensor, target: Tensor) -> Tensor:
+            return self.compute_language_model_loss(target, self.output_layer(hidden, weight=weight)[0])
+
+        pieces = zip(hidden_states.split(tokens_at_once), labels.split(tokens_at_once, dim=1), strict=True)
+        # one graph for all pieces, not re-entrant: ZeRO takes a weight's gradient once per backward
+        losses = [
+            checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces
+        ]
+        return torch.cat(losses, dim=1)
+
+    def forward(  # type: ignore[override]
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the next token.
+
+        Args:
+            tokens: int64 [B, N].
+            position_ids: int64 [B, N], restarting at every document.
+            labels: int64 [B, N]; given, the result is the loss of every token.
+            cu_seqlens: int32 [documents + 1], where documents start; needs B == 1. None: one document a row.
+
+        Returns:
+            Cross entropy in nats, float32 [B, N], or logits [B, N, vocabulary] where labels is None.
+        """
+        packed = None
+        if cu_seqlens is not None:
+            longest = tokens.shape[1]  # a bound is enough, and asking the device would stall it
+            # sbhd: documents are marked, yet tensors keep [N, B, H, D] and RoPE takes its angles as they are
+            packed = PackedSeqParams(
+                qkv_format="sbhd",
+                cu_seqlens_q=cu_seqlens,
+                cu_seqlens_kv=cu_seqlens,
+                max_seqlen_q=longest,
+                max_seqlen_kv=longest,
+            )
+        return super().forward(tokens, position_ids, None, labels=labels, packed_seq_params=packed)
+
+
+class RecomputedTransformerLayer(TransformerLayer):
+    """A transformer layer whose backward runs its forward again instead of keeping activations."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+        """As `TransformerLayer.forward`."""
+        if not (self.training and torch.is_grad_enabled()):
+            return super().forward(hidden_states, **kwargs)
+        # re-entrant, because ZeRO-3 regathers parameters by module hooks that only a full re-run triggers
+        run = functools.partial(super().forward, **kwargs)
+        return checkpoint(run, hidden_states, use_reentrant=True, preserve_rng_state=False)
+
+
+def _transformer_config(config: Config) -> TransformerConfig:
+    model = config.model
+    return TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.channels_per_head,
+        ffn_hidden_size=model.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        qk_layernorm=model.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        tensor_model_parallel_size=config.parallel.tensor,
+        context_parallel_size=config.parallel.context,
+        params_dtype=torch.float32,
+        # weights are placed by torch's default device and filled by init_weights
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        init_method_std=model.init_std,
+    )
+
+
+def _block_spec(config: Config) -> TransformerBlockSubmodules:
+    """One spec a layer: `attention.full_layers` may differ from the rest."""
+    layers = []
+    for index in range(config.model.layers):
+        spec = get_gpt_layer_local_spec(qk_layernorm=config.model.qk_norm, normalization="RMSNorm")
+        full = config.attention.kind == "full" or index in config.attention.full_layers
+        spec.submodules.self_attention.submodules.core_attention = functools.partial(
+            FullCoreAttention if full else DashCoreAttention,
+            attention=config.attention,
+            recompute=config.training.recompute == "attention",
+        )
+        layer = RecomputedTransformerLayer if config.training.recompute == "full" else TransformerLayer
+        layers.append(ModuleSpec(module=layer, params=spec.params, submodules=spec.submodules))
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=WrappedTorchNorm)
+
+
+def build_model(config: Config, vocab_size: int, device: torch.device | str = "cpu") -> DashGPTModel:
+    """Build the model with its weights on `device`, float32; `init_weights` or a checkpoint fills them.
+
+    Args:
+        config: a checked run config.
+        vocab_size: rows of the embedding table.
+        device: "meta" builds shapes only.
+
+    Raises:
+        RuntimeError: Megatron's process groups do not exist yet; see `dash_megatron.parallel`.
+    """
+    with torch.device(device):
+        return DashGPTModel(
+            config=_transformer_config(config),
+            transformer_layer_spec=_block_spec(config),
+            vocab_size=vocab_size,
+            max_sequence_length=config.data.seq_length,
+            share_embeddings_and_output_weights=config.model.tie_embeddings,
+            rope_theta=config.model.rope_theta,
+        )
+
+
+@torch.no_grad()
+def init_weights(model: DashGPTModel, seed: int, std: float) -> None:
+    """Fill every weight: norms 1, summary queries 0, matrices normal.
+
+    Each parameter draws from a generator seeded by `seed` and its own name, so that a weight depends neither on the
+    other weights nor on the process that holds it. Projections into the residual stream use `std / sqrt(2 layers)`.
+    """
+    residual_std = std / math.sqrt(2 * model.config.num_layers)
+    for name, parameter in model.named_parameters():
+        if name.endswith("summary_query"):
+            parameter.zero_()
+        elif parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator(device=parameter.device).manual_seed(
+                int.from_bytes(digest[:8], "big") >> 1
+            )
+            into_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            parameter.normal_(0.0, residual_std if into_residual else std, generator=generator)
+
+
+def routing_means(model: torch.nn.Module) -> dict[int, RoutingMeans]:
+    """Routing of the last forward pass by layer, counted from 0; layers with full attention have none."""
+    return {
+        module.layer_number - 1: module.routing
+        for module in model.modules()
+        if isinstance(module, DashCoreAttention) and module.routing is not None
+    }

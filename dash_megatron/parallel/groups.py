@@ -1,0 +1,58 @@
+"""Make and destroy the process groups: NCCL where there are GPUs, gloo elsewhere; Megatron-core splits them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from dash_megatron.config import ParallelConfig
+from dash_megatron.parallel.launch import Launch
+
+
+def init_process_groups(
+    launch: Launch, parallel: ParallelConfig, timeout_minutes: float = 30
+) -> torch.device:
+    """Join the other processes and make Megatron's groups.
+
+    Returns:
+        The device this process computes on.
+
+    Raises:
+        ValueError: there are GPUs, but fewer on this machine than processes.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if launch.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {launch.local_rank} of this machine has no GPU: {torch.cuda.device_count()} are visible; "
+                "start one process per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on CPU"
+            )
+        device = torch.device("cuda", launch.local_rank)
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    # libraries below read the launcher's variables by themselves
+    os.environ.update(
+        RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank)
+    )
+    if launch.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        os.environ.update(MASTER_ADDR=str(launch.master_address), MASTER_PORT=str(launch.master_port))
+        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor, context_parallel_size=parallel.context
+    )
+    return device
+
+
+def destroy_process_groups() -> None:
+    """Leave the groups; safe to call where none exist."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,101 @@
+"""One picture of one run: losses and per-layer density over steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # a file, never a window
+import matplotlib.pyplot as plt
+
+from dash_megatron.config_loading import load_config
+from dash_megatron.data.blend import unigram_entropy
+from dash_megatron.training.metrics import StepMetrics, read_metrics
+
+
+def plot_run(run_dir: str | Path, output: str | Path | None = None) -> Path:
+    """Draw `metrics.jsonl` of a run; a line marks the unigram entropy of its corpus where that is still there.
+
+    Args:
+        run_dir: the run's folder.
+        output: PNG to write; None: `<run_dir>/training.png`.
+
+    Returns:
+        The PNG's path.
+
+    Raises:
+        FileNotFoundError: the run has no metrics.
+        ValueError: it has logged no step yet, or a line is damaged.
+    """
+    metrics = read_metrics(run_dir)
+    if not metrics:
+        raise ValueError(f"{run_dir}/metrics.jsonl has no steps; wait for the run's first logged step")
+    routed = any(line["density"] is not None for line in metrics)
+    figure, axes = plt.subplots(
+        2 if routed else 1, 1, figsize=(8, 8 if routed else 4.5), sharex=True, squeeze=False
+    )
+    _plot_losses(axes[0][0], metrics, _corpus_entropy(run_dir))
+    if routed:
+        _plot_density(axes[1][0], metrics)
+    axes[-1][0].set_xlabel("optimizer step")
+    figure.suptitle(Path(run_dir).name)
+    figure.tight_layout()
+    path = Path(output) if output else Path(run_dir) / "training.png"
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _corpus_entropy(run_dir: str | Path) -> float | None:
+    try:
+        return unigram_entropy(load_config(Path(run_dir) / "config.yaml").data.train)
+    except (ValueError, FileNotFoundError):
+        return None  # metrics can be drawn far from the data
+
+
+def _plot_losses(axis: Any, metrics: Sequence[StepMetrics], entropy: float | None) -> None:
+    axis.plot(
+        [m["step"] for m in metrics],
+        [m["loss"] for m in metrics],
+        color="tab:blue",
+        lw=1,
+        label="training loss",
+    )
+    validated = [(m["step"], m["valid_loss"]) for m in metrics if m["valid_loss"] is not None]
+    if validated:
+        steps, losses = zip(*validated, strict=True)
+        axis.plot(steps, losses, color="tab:orange", marker="o", ms=4, label="validation loss")
+        axis.annotate(
+            f"{losses[-1]:.2f}",
+            (steps[-1], losses[-1]),
+            textcoords="offset points",
+            xytext=(0, 8),
+            ha="center",
+        )
+    if entropy is not None:
+        axis.axhline(
+            entropy, color="gray", ls="--", lw=1, label=f"unigram entropy of the corpus, {entropy:.2f}"
+        )
+    axis.set_ylabel("loss (nats per token)")
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def _plot_density(axis: Any, metrics: Sequence[StepMetrics]) -> None:
+    num_layers = len(metrics[0]["density_per_layer"])
+    colors = plt.get_cmap("viridis")
+    for layer in range(num_layers):
+        points = [(m["step"], m["density_per_layer"][layer]) for m in metrics]
+        points = [(step, density) for step, density in points if density is not None]
+        if points:
+            steps, density = zip(*points, strict=True)
+            color = colors(layer / max(1, num_layers - 1))
+            label = f"layer {layer}" if num_layers <= 16 or layer in (0, num_layers - 1) else None
+            axis.plot(steps, [100 * value for value in density], color=color, lw=1, label=label)
+    axis.set_ylim(0, 105)
+    axis.set_ylabel("density (% of available chunks selected)")
+    axis.grid(alpha=0.3)
+    axis.legend(ncols=2)

@@ -1,0 +1,1 @@
+"""Training: the trainer, the DeepSpeed engine, schedules, checkpoints and metrics."""

@@ -1,0 +1,160 @@
+"""DeepSpeed, and nothing but: the only file that imports it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+os.environ.setdefault("DS_LOG_LEVEL", "warning")
+# DeepSpeed looks for a compiler of its CUDA ops on import; none of them is used here
+os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+
+import deepspeed
+from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+from dash_megatron.config import Config
+
+
+class Engine:
+    """A model, its AdamW and its gradients, sharded by ZeRO over the data-parallel processes.
+
+    A step is: `set_lr`, then for every micro-batch `model(...)`, `backward`, `step`; DeepSpeed counts micro-batches
+    and updates weights on the last one.
+
+    Args:
+        model: weights in float32, the same on every process.
+        config: a checked run config.
+        world_size: number of data-parallel processes.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: Config, world_size: int) -> None:
+        deepspeed_logger.setLevel(logging.WARNING)
+        self.world_size = world_size
+        device = next(model.parameters()).device
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(model, config.optimizer.weight_decay),
+            lr=config.optimizer.lr,
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+            fused=device.type == "cuda",
+        )
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=_deepspeed_config(config, world_size),
+            dist_init_required=False,
+        )
+        # ZeRO 0 in fp32 has no optimizer wrapper that would keep the gradient norm
+        self._optimizer_is_plain = isinstance(self._optimizer, torch.optim.Optimizer)
+        self._plain_grad_norm = 0.0
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The callable whose forward pass DeepSpeed watches."""
+        return self._engine
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model itself, whose weights may be sharded."""
+        return self._engine.module
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss` to the step's gradient.
+
+        The step's gradient is the plain sum over micro-batches and processes: DeepSpeed's mean over processes is
+        undone here and its division by accumulation steps is switched off, so that the caller alone decides what
+        the loss is divided by.
+        """
+        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """Count a micro-batch; on the step's last one clip, update weights and clear gradients."""
+        if self._optimizer_is_plain and self._engine.is_gradient_accumulation_boundary():
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            self._plain_grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+        self._engine.step()
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the next update."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last update, before clipping."""
+        return (
+            self._plain_grad_norm if self._optimizer_is_plain else float(self._engine.get_global_grad_norm())
+        )
+
+    def skipped_steps(self) -> int:
+        """Updates that DeepSpeed left out since the start of the run."""
+        return int(self._engine.skipped_steps)
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Every parameter's gradient, whole and in float32, between the last `backward` and `step`; collective."""
+        return {name: _full_gradient(parameter) for name, parameter in self.module.named_parameters()}
+
+    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
+        """Write weights, optimizer and `state` to `folder/tag`; collective."""
+        self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:
+        """Read what `save` wrote into this engine and give back its `state`; collective.
+
+        Raises:
+            RuntimeError: DeepSpeed found no checkpoint there.
+        """
+        path, state = self._engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise RuntimeError(f"{folder / tag} holds no checkpoint that DeepSpeed can read")
+        return state
+
+
+def load_full_weights(folder: Path, tag: str, zero_stage: int) -> dict[str, Tensor]:
+    """Read a checkpoint's weights by parameter name, whole, on CPU, without a process group.
+
+    ZeRO 1 to 3 give the float32 master weights, ZeRO 0 the weights in training precision.
+    """
+    if zero_stage:
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag))
+    states = torch.load(folder / tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+    return {name: value for name, value in states["module"].items() if isinstance(value, Tensor)}
+
+
+def _full_gradient(parameter: torch.nn.Parameter) -> Tensor:
+    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+        gradient = safe_get_full_grad(parameter)
+    else:
+        gradient = parameter.grad
+    return torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.detach().float()
+
+
+def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms and summary queries do not."""
+    decayed: list[Tensor] = []
+    kept: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        (kept if parameter.dim() == 1 or name.endswith("summary_query") else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+
+
+def _deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    bf16, stage = config.training.precision == "bf16", config.zero.stage
+    return {
+        "train_batch_size": config.training.global_batch,
+        "train_micro_batch_size_per_gpu": config.training.micro_batch,
+        "gradient_accumulation_steps": config.accumulation_steps(world_size),
+        "gradient_clipping": config.optimizer.grad_clip,
+        "bf16": {"enabled": bf16},
+        # bf16 sums of many micro-batches lose what is small; ZeRO 0 knows one type only
+        "data_types": {"grad_accum_dtype": "fp32" if stage or not bf16 else "bf16"},
+        "zero_optimization": {"stage": stage, **config.zero.options},
+        "steps_per_print": 2**31,
+    }

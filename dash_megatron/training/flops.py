@@ -1,0 +1,61 @@
+"""Floating-point operations a model must do per token, and how fast a device could do them at best."""
+
+from __future__ import annotations
+
+from dash_megatron.config import Config
+
+_PEAK_BF16 = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "L40S": 362e12}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 operations per second by the vendor's data sheet (SXM parts); None for a device not listed."""
+    return next((rate for name, rate in _PEAK_BF16.items() if name in device_name), None)
+
+
+def matmul_parameters(config: Config, vocab_size: int) -> int:
+    """Weights that multiply every token: all but the embedding table, norms and summary queries."""
+    model = config.model
+    head_dim = model.channels_per_head
+    attention = model.hidden_size * head_dim * (2 * model.heads + 2 * model.kv_heads)
+    feed_forward = 3 * model.hidden_size * model.ffn_hidden_size
+    return model.layers * (attention + feed_forward) + model.hidden_size * vocab_size
+
+
+def parameter_count(config: Config, vocab_size: int) -> int:
+    """All weights of the model."""
+    model = config.model
+    norms = model.hidden_size * (2 * model.layers + 1)
+    if model.qk_norm:
+        norms += 2 * model.channels_per_head * model.layers
+    dash_layers = (
+        0 if config.attention.kind == "full" else model.layers - len(set(config.attention.full_layers))
+    )
+    summaries = dash_layers * model.kv_heads * model.channels_per_head
+    embedding = 0 if model.tie_embeddings else model.hidden_size * vocab_size
+    return matmul_parameters(config, vocab_size) + embedding + norms + summaries
+
+
+def training_flops_per_token(
+    config: Config, vocab_size: int, context: float, chunks_selected: dict[int, float] | None = None
+) -> float:
+    """Operations of forward and backward for one token; recomputation is not counted.
+
+    Args:
+        config: the run.
+        vocab_size: rows of the output projection.
+        context: mean number of tokens that a token may attend to causally, itself included.
+        chunks_selected: mean number of selected chunks per token by layer, as measured; None counts every layer as
+            full attention (the dense equivalent).
+    """
+    model, chunk = config.model, config.attention.chunk_size
+    width = model.heads * model.channels_per_head
+    total = 6.0 * matmul_parameters(config, vocab_size)
+    for layer in range(model.layers):
+        selected = None if chunks_selected is None else chunks_selected.get(layer)
+        if selected is None:
+            total += 12 * width * context
+        else:
+            # on average a token sees half of its own chunk; routing scores one summary per available chunk
+            attended = min(context, (selected - 0.5) * chunk)
+            total += 12 * width * attended + 6 * width * context / chunk
+    return total

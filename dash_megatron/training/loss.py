@@ -1,0 +1,38 @@
+"""The training loss: the mean over real target tokens of the global batch, however it is split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dash_megatron.data.batches import PackedBatch, num_target_tokens
+
+
+def global_target_tokens(batches: Sequence[PackedBatch], device: torch.device) -> Tensor:
+    """Real target tokens in the micro-batches of all data-parallel processes; collective.
+
+    Args:
+        batches: this process's micro-batches of one step.
+        device: where the process group communicates.
+
+    Returns:
+        Float32 scalar, at least 1, so that a batch without any target has loss 0.
+    """
+    count = torch.stack([num_target_tokens(batch) for batch in batches]).sum().to(device)
+    if dist.is_initialized():
+        dist.all_reduce(count)
+    return count.clamp_min(1).float()
+
+
+def share_of_global_mean(model: torch.nn.Module, batch: PackedBatch, global_targets: Tensor) -> Tensor:
+    """This micro-batch's share of the global batch's mean loss, in nats.
+
+    Shares of all micro-batches of all processes add up to the loss, and their gradients to its gradient, because each
+    is a sum over its own targets divided by the number of targets of all: documents, micro-batches and processes with
+    few targets weigh no more than their tokens.
+    """
+    loss_BN = model(batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens)
+    return (loss_BN * batch.loss_mask).sum() / global_targets

@@ -1,0 +1,133 @@
+"""Measure a training step: loss and routing over all processes, and the time that training itself took."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dash_megatron.config import Config
+from dash_megatron.data.batches import PackedBatch
+from dash_megatron.layers import routing_means
+from dash_megatron.training.flops import peak_flops, training_flops_per_token
+from dash_megatron.training.metrics import StepMetrics
+
+
+class StepTotals:
+    """Sums over the micro-batches of one step, then over the processes.
+
+    Args:
+        num_layers: layers of the model.
+        device: where the process group communicates.
+    """
+
+    def __init__(self, num_layers: int, device: torch.device) -> None:
+        self.num_layers = num_layers
+        # loss, sum of causal contexts, tokens, then per layer: density, selected chunks, how often measured
+        self._sums = torch.zeros(3 + 3 * num_layers, dtype=torch.float64, device=device)
+        self._values: list[float] = []
+
+    def add(self, loss: Tensor, batch: PackedBatch, model: torch.nn.Module) -> None:
+        """Count one micro-batch, right after its forward pass; never waits for the device."""
+        contexts = (batch.position_ids + 1).sum()
+        parts = [
+            loss.detach().double(),
+            contexts.double(),
+            contexts.new_tensor(batch.tokens.numel()).double(),
+        ]
+        self._sums[:3] += torch.stack([part.to(self._sums.device) for part in parts])
+        for layer, means in routing_means(model).items():
+            row = 3 + 3 * layer
+            self._sums[row : row + 2] += torch.stack([means.density, means.chunks_selected]).double()
+            self._sums[row + 2] += 1
+
+    def reduce(self) -> None:
+        """Add up over all processes; collective, and waits for the device."""
+        dist.all_reduce(self._sums)
+        self._values = self._sums.tolist()
+
+    @property
+    def loss(self) -> float:
+        """Mean over the global batch's targets, nats: shares of it were added."""
+        return self._values[0]
+
+    @property
+    def context(self) -> float:
+        """Mean number of tokens that a token may attend to, itself included."""
+        return self._values[1] / self._values[2]
+
+    def per_layer(self, column: int) -> list[float | None]:
+        """Column 0: density; 1: selected chunks per token. None for layers without a router."""
+        rows = [self._values[3 + 3 * layer : 6 + 3 * layer] for layer in range(self.num_layers)]
+        return [row[column] / row[2] if row[2] else None for row in rows]
+
+
+class Meter:
+    """Turns totals into metrics, and keeps time."""
+
+    def __init__(self, config: Config, vocab_size: int, world_size: int, device: torch.device) -> None:
+        self.config = config
+        self.vocab_size = vocab_size
+        self.world_size = world_size
+        self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self.tokens_per_step = config.training.global_batch * config.data.seq_length
+        self.seconds_per_step = 0.0
+        self._start, self._steps = time.perf_counter(), 0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what is not training."""
+        begin = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - begin
+
+    def count_step(self) -> None:
+        """One more step since the last `lap`."""
+        self._steps += 1
+
+    def lap(self) -> None:
+        """Set `seconds_per_step` to the mean since the last lap, and begin a new one."""
+        now = time.perf_counter()
+        self.seconds_per_step = (now - self._start) / max(1, self._steps)
+        self._start, self._steps = now, 0
+
+    def measure(
+        self,
+        step: int,
+        totals: StepTotals,
+        lr: float,
+        grad_norm: float,
+        valid_loss: float | None,
+        skipped: int,
+    ) -> StepMetrics:
+        """Metrics of a step, with rates of the last lap."""
+        density, selected = totals.per_layer(0), totals.per_layer(1)
+        routed = [value for value in density if value is not None]
+        by_layer = {layer: value for layer, value in enumerate(selected) if value is not None}
+        rate = self.tokens_per_step / self.seconds_per_step
+        model_flops, dense_flops = (
+            training_flops_per_token(self.config, self.vocab_size, totals.context, chunks)
+            * rate
+            / self.world_size
+            for chunks in (by_layer, None)
+        )
+        return StepMetrics(
+            step=step,
+            loss=totals.loss,
+            valid_loss=valid_loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens=step * self.tokens_per_step,
+            tokens_per_second=rate,
+            model_tflops_per_second=model_flops / 1e12,
+            dense_equivalent_tflops_per_second=dense_flops / 1e12,
+            model_flops_utilization=model_flops / self.peak if self.peak else None,
+            density=sum(routed) / len(routed) if routed else None,
+            density_per_layer=density,
+            chunks_selected_per_layer=selected,
+            skipped=skipped,
+        )

@@ -1,0 +1,129 @@
+"""What a run reports: a console line, `metrics.jsonl` and TensorBoard, from rank 0."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any, TypedDict
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+class StepMetrics(TypedDict):
+    """One logged step, as `metrics.jsonl` holds it; per-layer lists have null for layers without a router."""
+
+    step: int
+    """Finished optimizer steps."""
+    loss: float
+    """Mean cross entropy of the step's target tokens, in nats."""
+    valid_loss: float | None
+    """The same on the validation samples, at steps that validate."""
+    lr: float
+    grad_norm: float
+    """Before clipping."""
+    tokens: int
+    """Tokens read since the start of the run."""
+    tokens_per_second: float
+    """Mean since the last logged step, all processes together, validation and saving left out."""
+    model_tflops_per_second: float
+    """Per process, attention counted at the measured density."""
+    dense_equivalent_tflops_per_second: float
+    """Per process, attention counted as if every layer were full attention."""
+    model_flops_utilization: float | None
+    """`model_tflops_per_second` over the device's bf16 peak; null where that is unknown."""
+    density: float | None
+    """Mean of `density_per_layer`; null without a router."""
+    density_per_layer: list[float | None]
+    """Selected over causally available chunks."""
+    chunks_selected_per_layer: list[float | None]
+    """Selected chunks per token, its own chunk included."""
+    skipped: int
+    """Updates left out since the start of the run."""
+
+
+class MetricsWriter:
+    """Appends to a run's metrics.
+
+    Args:
+        run_dir: the run's folder.
+        tensorboard: also write TensorBoard events.
+        resumed_step: steps finished before this start; later lines of an earlier start are dropped, because this
+            start writes them anew.
+    """
+
+    def __init__(self, run_dir: str | Path, tensorboard: bool, resumed_step: int) -> None:
+        path = Path(run_dir) / "metrics.jsonl"
+        kept = (
+            [line for line in read_metrics(run_dir) if line["step"] <= resumed_step] if path.exists() else []
+        )
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+        self._board = (
+            SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=resumed_step + 1)
+            if tensorboard
+            else None
+        )
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Append one step."""
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in metrics.items():
+                if isinstance(value, list):
+                    for layer, part in enumerate(value):
+                        self._scalar(f"{name}/layer_{layer:02d}", part, metrics["step"])
+                elif name != "step":
+                    self._scalar(f"train/{name}", value, metrics["step"])
+            self._board.flush()
+
+    def _scalar(self, name: str, value: Any, step: int) -> None:
+        if value is not None and self._board is not None:
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Finish both files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(run_dir: str | Path) -> list[StepMetrics]:
+    """Read `metrics.jsonl`; a last line cut short by a kill is left out.
+
+    Raises:
+        FileNotFoundError: the run has none.
+        ValueError: a line before the last is damaged.
+    """
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; {run_dir} must be the folder of a run that has logged a step"
+        )
+    lines = path.read_text(encoding="utf-8").splitlines()
+    metrics: list[StepMetrics] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            metrics.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}:{number} is not JSON ({error}); remove the damaged line") from error
+    return metrics
+
+
+def console_line(metrics: StepMetrics, total_steps: int, seconds_left: float) -> str:
+    """One line for people."""
+    parts = [
+        f"step {metrics['step']:>{len(str(total_steps))}}/{total_steps}",
+        f"loss {metrics['loss']:.4f}",
+        f"lr {metrics['lr']:.2e}",
+        f"grad norm {metrics['grad_norm']:.2f}",
+        f"{metrics['tokens_per_second']:,.0f} tokens/s",
+    ]
+    if metrics["density"] is not None:
+        parts.append(f"density {metrics['density']:.0%}")
+    if metrics["valid_loss"] is not None:
+        parts.append(f"validation loss {metrics['valid_loss']:.4f}")
+    parts.append(f"{datetime.timedelta(seconds=round(seconds_left))} left")
+    return " | ".join(parts)

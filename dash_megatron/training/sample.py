@@ -1,0 +1,86 @@
+"""Continue a prompt with a run's newest checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.layers import DashGPTModel, build_model
+from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
+from dash_megatron.training.checkpoint import load_weights
+
+
+def sample_from_run(
+    run_dir: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.7,
+    seed: int = 0,
+    step: int | None = None,
+) -> str:
+    """Load a run's weights and give back the text that follows `prompt`.
+
+    Args:
+        run_dir: the run's folder.
+        prompt: any text; empty starts a document.
+        max_new_tokens: stop after so many tokens, at the end of the document, or at `data.seq_length`.
+        temperature: divides the logits; 0 takes the likeliest token.
+        seed: fixes the draw.
+        step: which checkpoint; None: the newest.
+
+    Raises:
+        FileNotFoundError: the run has no such checkpoint.
+        ValueError: an argument breaks a rule.
+    """
+    if temperature < 0 or max_new_tokens < 1:
+        raise ValueError(
+            f"temperature={temperature} must be at least 0 and max_new_tokens={max_new_tokens} at least 1"
+        )
+    config, _, weights = load_weights(run_dir, step)
+    tokenizer = Tokenizer(str(config.data.tokenizer))
+    device = init_process_groups(Launch(rank=0, world_size=1, local_rank=0), config.parallel)
+    try:
+        model = build_model(config, weights["embedding.word_embeddings.weight"].shape[0], device)
+        model.load_state_dict(weights, strict=False)
+        if config.training.precision == "bf16" and device.type == "cuda":
+            model.bfloat16()
+        ids = tokenizer.encode(prompt) or [tokenizer.eod]
+        room = config.data.seq_length - len(ids)
+        if room < 1:
+            raise ValueError(
+                f"prompt has {len(ids)} tokens and must have fewer than data.seq_length={config.data.seq_length}"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        new = generate(model.eval(), ids, min(max_new_tokens, room), temperature, tokenizer, generator)
+    finally:
+        destroy_process_groups()
+    return tokenizer.decode(new)
+
+
+@torch.no_grad()
+def generate(
+    model: DashGPTModel,
+    ids: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    tokenizer: Tokenizer,
+    generator: torch.Generator,
+) -> list[int]:
+    """Draw tokens after `ids`, running the whole sequence again for each; ends before an end-of-document token."""
+    device = next(model.parameters()).device
+    sequence = list(ids)
+    for _ in range(max_new_tokens):
+        tokens = torch.tensor([sequence], device=device)
+        logits = model(tokens, torch.arange(len(sequence), device=device)[None])[0, -1].float().cpu()
+        logits = logits[: tokenizer.vocab_size]  # rows that only pad the table are never drawn
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+        if token == tokenizer.eod:
+            break
+        sequence.append(token)
+    return sequence[len(ids) :]

@@ -1,0 +1,267 @@
+"""The training loop: one run, from a checked config to its last checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dash_megatron.config import Config
+from dash_megatron.data.batches import BatchSource, PackedBatch
+from dash_megatron.data.blend import parse_blend, unigram_entropy
+from dash_megatron.data.dataset import build_dataset
+from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.layers import build_model, init_weights
+from dash_megatron.parallel import init_process_groups, read_launch
+from dash_megatron.training.checkpoint import finished_steps, load_checkpoint, save_checkpoint, write_config
+from dash_megatron.training.engine import Engine
+from dash_megatron.training.flops import parameter_count
+from dash_megatron.training.loss import global_target_tokens, share_of_global_mean
+from dash_megatron.training.meter import Meter, StepTotals
+from dash_megatron.training.metrics import MetricsWriter, console_line, read_metrics
+from dash_megatron.training.schedule import learning_rate
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient is no number; nothing of the step was saved."""
+
+
+class Trainer:
+    """One run of one process.
+
+    Args:
+        config: a checked config.
+        environment: variables of the launcher (torchrun, srun, or none).
+
+    Raises:
+        ValueError, FileNotFoundError: the config does not fit the processes, the data or an earlier start of the run.
+    """
+
+    def __init__(self, config: Config, environment: Mapping[str, str] = os.environ) -> None:
+        self.config = config
+        launch = read_launch(environment)
+        self.world_size = config.data_parallel_size(launch.world_size)
+        self.accumulation_steps = config.accumulation_steps(launch.world_size)
+        self.tokenizer = _load_tokenizer(config)
+        self.vocab_size = padded_vocabulary(config, self.tokenizer.vocab_size)
+        seed_everything(config.training.seed)
+        self.device = init_process_groups(launch, config.parallel)
+        self.is_main = dist.get_rank() == 0
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+        self.train_source = self._source("train", config.training.steps * config.training.global_batch)
+        self.valid_source = self._source("valid", config.evaluation.samples) if config.data.valid else None
+        model = build_model(config, self.vocab_size, self.device)
+        init_weights(model, config.training.seed, config.model.init_std)
+        self.engine = Engine(model, config, self.world_size)
+        self.step = 0
+
+    def run(self) -> None:
+        """Train from the newest checkpoint, or from scratch, to the last step."""
+        self.resume()
+        self.start_reporting()
+        while self.step < self.config.training.steps:
+            totals, lr = self.train_step()
+            valid_loss = self.maybe_validate()
+            self.maybe_log(totals, lr, valid_loss)
+            self.maybe_save()
+        self.finish_reporting()
+
+    def resume(self) -> None:
+        """Restore weights, optimizer, random state, step and data position: all or nothing."""
+        state = load_checkpoint(self.engine, self.config)
+        if state is not None:
+            self.step = state["step"]
+            self.train_source.load_state_dict(state["data"])
+
+    def start_reporting(self) -> None:
+        """Write the resolved config, say what is about to run, and start the clock."""
+        self.writer: MetricsWriter | None = None
+        if self.is_main:
+            write_config(self.config, code_commit())
+            self.writer = MetricsWriter(self.config.run_dir, self.config.logging.tensorboard, self.step)
+            print(self._introduction(), flush=True)
+        self.meter = Meter(self.config, self.vocab_size, self.world_size, self.device)
+
+    def finish_reporting(self) -> None:
+        """Close the metrics; say how far the model is from one that knows token frequencies only."""
+        if self.writer is None:
+            return
+        self.writer.close()
+        validated = [
+            line["valid_loss"] for line in read_metrics(self.config.run_dir) if line["valid_loss"] is not None
+        ]
+        if validated:
+            entropy = unigram_entropy(self.config.data.train)
+            print(
+                f"validation loss {validated[-1]:.3f}, unigram entropy of the corpus {entropy:.3f} (nats per token)"
+            )
+
+    def train_step(self) -> tuple[StepTotals, float]:
+        """Read one global batch and update the weights; give back its totals and learning rate."""
+        self.engine.module.train()
+        batches = [self.train_source.next_batch() for _ in range(self.accumulation_steps)]
+        targets = global_target_tokens(batches, self.device)
+        lr = learning_rate(self.step, self.config)
+        self.engine.set_lr(lr)
+        totals = StepTotals(self.config.model.layers, self.device)
+        for index, batch in enumerate(batches):
+            batch = batch.to(self.device, non_blocking=True)
+            loss = share_of_global_mean(self.engine.model, batch, targets)
+            self.engine.backward(loss)
+            totals.add(loss, batch, self.engine.module)
+            if index == self.accumulation_steps - 1:
+                totals.reduce()
+                self.stop_if_not_finite("loss", totals.loss, batches)
+            # DeepSpeed counts micro-batches: step() updates only on the last
+            self.engine.step()
+        self.stop_if_not_finite("gradient norm", self.engine.grad_norm(), batches)
+        self.step += 1
+        self.meter.count_step()
+        return totals, lr
+
+    @torch.no_grad()
+    def maybe_validate(self) -> float | None:
+        """Mean loss over the validation samples, at steps that validate; collective."""
+        every, source = self.config.evaluation.every, self.valid_source
+        if source is None or not every or (self.step % every and self.step != self.config.training.steps):
+            return None
+        with self.meter.paused():
+            self.engine.module.eval()
+            source.load_state_dict({"consumed_samples": 0})
+            sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+            one = torch.ones((), device=self.device)
+            for batch in source:
+                loss = share_of_global_mean(self.engine.model, batch.to(self.device), one)
+                sums += torch.stack([loss.double(), batch.loss_mask.sum().to(self.device).double()])
+            dist.all_reduce(sums)
+            return (sums[0] / sums[1].clamp_min(1)).item()
+
+    def maybe_log(self, totals: StepTotals, lr: float, valid_loss: float | None) -> None:
+        """Report the first and last step, every `logging.every` steps, and validations; rank 0."""
+        last = self.config.training.steps
+        due = self.step in (1, last) or self.step % self.config.logging.every == 0
+        if not due and valid_loss is None:
+            return
+        self.meter.lap()
+        if self.writer is not None:
+            engine = self.engine
+            metrics = self.meter.measure(
+                self.step, totals, lr, engine.grad_norm(), valid_loss, engine.skipped_steps()
+            )
+            self.writer.write(metrics)
+            print(console_line(metrics, last, (last - self.step) * self.meter.seconds_per_step), flush=True)
+
+    def maybe_save(self) -> None:
+        """Save every `checkpoint.every` steps and at the end; collective."""
+        every = self.config.checkpoint.every
+        if self.step != self.config.training.steps and (not every or self.step % every):
+            return
+        with self.meter.paused():
+            state = {"step": self.step, "data": self.train_source.state_dict()}
+            folder = save_checkpoint(self.engine, self.config, self.step, state)
+        if self.is_main:
+            print(f"saved {folder}", flush=True)
+
+    def stop_if_not_finite(self, name: str, value: float, batches: list[PackedBatch]) -> None:
+        """Raise on every process alike: `value` has been reduced over all of them."""
+        if math.isfinite(value):
+            return
+        samples = sorted(index for batch in batches for index in batch.sample_ids)
+        saved = finished_steps(self.config.run_dir)
+        raise NonFiniteError(
+            f"the {name} of step {self.step} is {value}; this process read training samples {samples}. The newest "
+            f"checkpoint is of step {saved[-1] if saved else 'none'}: resume from it with a lower optimizer.lr, or "
+            "look at these samples"
+        )
+
+    def _source(self, split: str, num_samples: int) -> BatchSource:
+        config = self.config
+        entries = config.data.train if split == "train" else config.data.valid
+        dataset = build_dataset(
+            parse_blend(entries),
+            seq_length=config.data.seq_length,
+            num_samples=num_samples,
+            seed=config.training.seed,
+            tokenizer=self.tokenizer,
+            cache_dir=config.data.cache_dir or Path(config.run_dir) / "index_cache",
+            split_name=split,
+        )
+        return BatchSource(
+            dataset,
+            global_batch=config.training.global_batch,
+            micro_batch=config.training.micro_batch,
+            eod=self.tokenizer.eod,
+            pack_documents=config.data.pack_documents,
+            data_parallel_rank=dist.get_rank(),
+            data_parallel_size=self.world_size,
+            num_workers=config.data.num_workers if split == "train" else 0,
+            pad_last=split == "valid",
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _introduction(self) -> str:
+        config, training = self.config, self.config.training
+        parameters = parameter_count(config, self.vocab_size)
+        start = f"resuming after step {self.step}" if self.step else "from scratch"
+        return (
+            f"{config.run_dir}: {parameters / 1e6:,.1f}M parameters, {config.attention.kind} attention, "
+            f"{training.steps} steps of {training.global_batch} x {config.data.seq_length} tokens, {start}\n"
+            f"{self.world_size} data-parallel process(es) on {self.device.type}, {self.accumulation_steps} "
+            f"micro-batch(es) of {training.micro_batch} a step, ZeRO {config.zero.stage}, {training.precision}"
+        )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch, on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def padded_vocabulary(config: Config, tokenizer_size: int) -> int:
+    """Rows of the embedding table.
+
+    Raises:
+        ValueError: `model.vocab_size` is smaller than the tokenizer's vocabulary.
+    """
+    size = config.model.vocab_size
+    if size is None:
+        return -(-tokenizer_size // 64) * 64
+    if size < tokenizer_size:
+        raise ValueError(
+            f"model.vocab_size={size} must be at least {tokenizer_size}, the vocabulary of data.tokenizer="
+            f"{config.data.tokenizer}; use that, or null"
+        )
+    return size
+
+
+def code_commit() -> str:
+    """Commit of the code that runs, marked where files differ from it; "unknown" outside a repository."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _load_tokenizer(config: Config) -> Tokenizer:
+    for name, value in (("tokenizer", config.data.tokenizer), ("train", config.data.train)):
+        if not value:
+            raise ValueError(f"data.{name} is empty; set it in the YAML or as data.{name}=...")
+    return Tokenizer(str(config.data.tokenizer))
