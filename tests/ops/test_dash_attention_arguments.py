@@ -1,0 +1,115 @@
+"""What dash_attention refuses, and which backend it takes."""
+
+import logging
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dash_megatron.ops import attention, dash_attention
+
+
+def _fail_to_import():
+    raise ImportError("No module named 'triton'")
+
+
+def test_auto_on_cpu_is_the_reference_and_says_so_once(caplog, monkeypatch):
+    monkeypatch.setattr(attention, "_announced", set())
+    inputs = torch.randn(1, 8, 4, 8), *torch.randn(2, 1, 8, 2, 8), torch.randn(2, 8)
+    with caplog.at_level(logging.INFO, logger="dash_megatron"):
+        outs = [dash_attention(*inputs, chunk_size=4, backend="auto") for _ in range(2)]
+    assert torch.equal(outs[0], dash_attention(*inputs, chunk_size=4, backend="reference"))
+    assert [r.message for r in caplog.records if r.name == "dash_megatron"] == [
+        "dash_attention: backend 'auto' is 'reference' (tensors are on cpu)"
+    ]
+
+
+def test_triton_that_cannot_be_imported_is_a_value_error_with_the_reason(monkeypatch):
+    monkeypatch.setattr(attention, "_import_triton_kernels", _fail_to_import)
+    inputs = torch.randn(1, 8, 4, 8), *torch.randn(2, 1, 8, 2, 8), torch.randn(2, 8)
+    with pytest.raises(ValueError, match=r"backend='triton'.*No module named 'triton'.*backend='reference'"):
+        dash_attention(*inputs, backend="triton")
+
+
+def test_auto_on_cuda_is_triton_if_it_can_be_imported_and_otherwise_the_reference(monkeypatch):
+    q = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
+    monkeypatch.setattr(attention, "_import_triton_kernels", lambda: print)
+    assert attention._resolve_backend("auto", q) == ("triton", print)
+    monkeypatch.setattr(attention, "_import_triton_kernels", _fail_to_import)
+    assert attention._resolve_backend("auto", q) == ("reference", attention.dash_attention_reference)
+
+
+def test_triton_refuses_cpu_tensors_unless_interpreted_and_chunks_too_small_for_it(monkeypatch):
+    monkeypatch.setattr(attention, "_import_triton_kernels", lambda: print)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    inputs = torch.randn(1, 8, 4, 8), *torch.randn(2, 1, 8, 2, 8), torch.randn(2, 8)
+    with pytest.raises(ValueError, match=r"backend='triton' must have CUDA tensors.*backend='reference'"):
+        dash_attention(*inputs, backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(
+        ValueError, match=r"chunk_size=8 must be one of \[16, 32, 64, 128\].*backend='reference'"
+    ):
+        dash_attention(*inputs, chunk_size=8, backend="triton")
+
+
+_Q, _KV, _W = torch.zeros(1, 8, 4, 8), torch.zeros(1, 8, 2, 8), torch.zeros(2, 8)
+_EMPTY = torch.zeros(1, 0, 2, 8)
+WRONG = [
+    ("q", {"q": None}),
+    ("q", {"q": _Q[0]}),
+    ("q", {"q": _Q.long()}),
+    ("q", {"q": torch.zeros(1, 0, 4, 8), "k": _EMPTY, "v": _EMPTY}),
+    ("q", {"q": torch.zeros(1, 8, 3, 8)}),
+    ("k", {"k": [1.0]}),
+    ("k", {"k": torch.zeros(1, 9, 2, 8)}),
+    ("k", {"k": torch.zeros(1, 8, 2, 4)}),
+    ("k", {"k": _KV.double()}),
+    ("k", {"k": _KV.to("meta")}),
+    ("v", {"v": torch.zeros(1, 8, 1, 8)}),
+    ("v", {"v": torch.zeros(2, 8, 2, 8)}),
+    ("v", {"v": _KV.bfloat16()}),
+    ("summary_query", {"summary_query": torch.zeros(16)}),
+    ("summary_query", {"summary_query": torch.zeros(4, 8)}),
+    ("summary_query", {"summary_query": _W.bfloat16()}),
+    ("summary_query", {"q": _Q.double(), "k": _KV.double(), "v": _KV.double()}),
+    *(("chunk_size", {"chunk_size": x}) for x in (0, -16, 24, 256, 16.0, "64", None, True)),
+    *(
+        (name, {name: x})
+        for name in ("scaling_factor", "sigma")
+        for x in (0, -1.0, math.inf, math.nan, "1", None, True, torch.tensor(1.0))
+    ),
+    *(("estimate_diagonal", {"estimate_diagonal": x}) for x in (1, None, "yes")),
+    *(("alpha", {"alpha": x}) for x in (1.0, 2.5, math.nan, None)),
+    ("cu_seqlens", {"cu_seqlens": [0, 8]}),
+    ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 8])}),
+    ("cu_seqlens", {"cu_seqlens": torch.tensor([[0, 8]], dtype=torch.int32)}),
+    ("cu_seqlens", {"cu_seqlens": torch.tensor([0], dtype=torch.int32)}),
+    ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 8], dtype=torch.int32, device="meta")}),
+    *(
+        ("cu_seqlens", {"cu_seqlens": torch.tensor(x, dtype=torch.int32)})
+        for x in ([1, 8], [0, 7], [0, 9], [0, 4, 4, 8], [0, 6, 3, 8])
+    ),
+    (
+        "cu_seqlens",
+        {
+            "cu_seqlens": torch.tensor([0, 8], dtype=torch.int32),
+            **{n: x.repeat(2, 1, 1, 1) for n, x in zip("qkv", [_Q, _KV, _KV], strict=True)},
+        },
+    ),
+    *(("backend", {"backend": x}) for x in ("cuda", None)),
+    ("return_routing", {"return_routing": 1}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), WRONG, ids=[f"{i}-{name}" for i, (name, _) in enumerate(WRONG)])
+def test_every_wrong_argument_is_a_value_error_that_names_it_and_a_remedy(name, changes):
+    arguments = {"q": _Q, "k": _KV, "v": _KV, "summary_query": _W, **changes}
+    # field and value first, then the rule, then after a semicolon what to do
+    with pytest.raises(ValueError, match=rf"^{name}.*(must|runs from).*; \w+"):
+        dash_attention(**arguments)
+
+
+def test_a_misspelt_argument_fails():
+    with pytest.raises(TypeError, match="chunksize"):
+        dash_attention(_Q, _KV, _KV, _W, chunksize=64)

@@ -1,0 +1,392 @@
+"""The plain torch DashAttention against loops written from the paper, finite differences, and its own promises."""
+
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import entmax as package
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dash_megatron.ops import Routing, dash_attention, reference
+
+# (absolute, relative) differences allowed, by the dtype of the inputs.
+TOLERANCE = {
+    torch.float64: (1e-9, 1e-8),  # sums in another order; 1 / p of a chunk near its threshold magnifies them
+    torch.float32: (2e-4, 2e-4),  # against float64 of the same inputs, gradients included
+    torch.bfloat16: (2e-2, 1e-2),  # outputs only: float32 inside, rounded once
+    torch.float16: (2e-3, 2e-3),
+}
+
+
+def _inputs(B=1, N=29, Hq=4, Hkv=2, D=8, dtype=torch.float64, seed=0):
+    """Random q, k, v, summary_query that ask for gradients, and an upstream gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(B, N, Hq, D), (B, N, Hkv, D), (B, N, Hkv, D), (Hkv, D), (B, N, Hq, D)]
+    *leaves, upstream = (torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes)
+    return [x.requires_grad_() for x in leaves], upstream
+
+
+def _settings(**changes):
+    return {"chunk_size": 4, "scaling_factor": 6.0, "backend": "reference", **changes}
+
+
+def _cu_seqlens(*lengths):
+    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+
+
+def _run(leaves, upstream, **settings):
+    out, routing = dash_attention(*leaves, return_routing=True, **_settings(**settings))
+    return out.detach(), torch.autograd.grad(out, leaves, upstream), routing.chunks_selected
+
+
+def _assert_close(actual, expected, dtype):
+    atol, rtol = TOLERANCE[dtype]
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=rtol, check_dtype=False)
+
+
+def _package_entmax(z, alpha):
+    return package.entmax15(z) if alpha == 1.5 else package.entmax_bisect(z, alpha=alpha, n_iter=100)
+
+
+def _attend_by_loops(q, k, v, w, C, scaling_factor, sigma, estimate_diagonal, alpha):
+    """One document, one key/value head, one token and chunk at a time: q [N, G, D], k and v [N, D], w [D]."""
+    N, G, D = q.shape
+    outputs, counts = [], []
+    for i in range(N):
+        own = i // C
+        chosen, prior = [own], [torch.zeros((), dtype=q.dtype)]
+        if own > 0:
+            chunks = [k[c * C : (c + 1) * C] for c in range(own)]
+            summaries = torch.stack([(x @ w / math.sqrt(D)).softmax(0) @ x for x in chunks])
+            z = [scaling_factor * summaries @ q[i, g] / math.sqrt(D) for g in range(G)]
+            p = sum(_package_entmax(z_g, alpha) for z_g in z) / G
+            past = [c for c in range(own) if p[c] > 0]
+            log_p = [p[c].log() for c in past]
+            if estimate_diagonal:
+                mean = sum(x.detach() for x in log_p) / len(past)
+                log_p = [(x - mean) / sigma for x in log_p]
+            chosen, prior = chosen + past, prior + log_p
+        scores, values = [], []
+        for c, b in zip(chosen, prior, strict=True):
+            seen = slice(c * C, min((c + 1) * C, i + 1))
+            scores.append(q[i] @ k[seen].T / math.sqrt(D) + b)
+            values.append(v[seen])
+        outputs.append(torch.cat(scores, dim=1).softmax(1) @ torch.cat(values))
+        counts.append(len(chosen))
+    return torch.stack(outputs), torch.tensor(counts)
+
+
+def _oracle(
+    leaves,
+    upstream,
+    chunk_size=4,
+    scaling_factor=6.0,
+    sigma=2.0,
+    estimate_diagonal=True,
+    alpha=1.5,
+    cu_seqlens=None,
+):
+    """Output, gradients and chunk counts of the loops, in float64."""
+    leaves = [x.detach().double().requires_grad_() for x in leaves]
+    q, k, v, w = leaves
+    (B, N, Hq, _), Hkv = q.shape, k.shape[2]
+    ends = [0, N] if cu_seqlens is None else cu_seqlens.tolist()
+    out, counts = torch.zeros_like(q), torch.zeros(B, N, Hkv)
+    for b in range(B):
+        for h in range(Hkv):
+            heads = slice(h * Hq // Hkv, (h + 1) * Hq // Hkv)
+            for document in map(slice, ends[:-1], ends[1:]):
+                out[b, document, heads], counts[b, document, h] = _attend_by_loops(
+                    q[b, document, heads], k[b, document, h], v[b, document, h], w[h],
+                    chunk_size, scaling_factor, sigma, estimate_diagonal, alpha,
+                )  # fmt: skip
+    grads = torch.autograd.grad(out, leaves, upstream.double(), allow_unused=True, materialize_grads=True)
+    return out.detach(), grads, counts
+
+
+CASES = {
+    "plain": ({}, {}),
+    "batch of three": ({"B": 3, "N": 17}, {}),
+    "whole chunks": ({"N": 32}, {}),
+    "one head per group": ({"Hq": 2}, {}),
+    "one group": ({"Hkv": 1}, {"scaling_factor": 0.5}),
+    "sigma 1": ({}, {"sigma": 1.0}),
+    "flat prior": ({}, {"sigma": 1e6}),
+    "prior not centred": ({}, {"estimate_diagonal": False}),
+    "alpha 1.3": ({}, {"alpha": 1.3}),
+    "alpha 2": ({}, {"alpha": 2.0}),
+    "shorter than a chunk": ({"N": 3}, {}),
+    "chunks of one token": ({"N": 12}, {"chunk_size": 1}),
+    "packed": ({"N": 40}, {"cu_seqlens": _cu_seqlens(9, 1, 16, 3, 11)}),
+    "packed, not centred": ({"N": 40}, {"cu_seqlens": _cu_seqlens(17, 23), "estimate_diagonal": False}),
+    "packed, none fills a chunk": ({"N": 8}, {"cu_seqlens": _cu_seqlens(3, 1, 2, 2)}),
+}
+
+
+@pytest.mark.parametrize(("shape", "settings"), CASES.values(), ids=CASES)
+def test_output_gradients_and_selection_equal_loops_over_tokens_and_chunks(shape, settings):
+    leaves, upstream = _inputs(**shape)
+    out, grads, counts = _run(leaves, upstream, **settings)
+    expected_out, expected_grads, expected_counts = _oracle(leaves, upstream, **settings)
+    assert torch.equal(counts, expected_counts.int())
+    _assert_close(out, expected_out, torch.float64)
+    for grad, expected in zip(grads, expected_grads, strict=True):
+        _assert_close(grad, expected, torch.float64)
+
+
+def test_float32_gives_the_float64_output_and_gradients():
+    leaves, upstream = _inputs(B=2, N=61, dtype=torch.float32)
+    out, grads, _ = _run(leaves, upstream)
+    expected_out, expected_grads, _ = _oracle(leaves, upstream)
+    for actual, expected in zip([out, *grads], [expected_out, *expected_grads], strict=True):
+        assert actual.dtype == torch.float32
+        _assert_close(actual, expected, torch.float32)
+
+
+@pytest.mark.parametrize("summary_dtype", ["same", torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_computed_in_float32_and_returned_in_half(dtype, summary_dtype):
+    leaves, upstream = _inputs(N=61, dtype=dtype)
+    if summary_dtype != "same":
+        leaves[3] = leaves[3].detach().to(summary_dtype).requires_grad_()
+    out, grads, counts = _run(leaves, upstream)
+    expected_out, _, expected_counts = _oracle(leaves, upstream)
+    assert out.dtype == dtype
+    assert [g.dtype for g in grads] == [x.dtype for x in leaves]
+    assert torch.equal(counts, expected_counts.int())
+    _assert_close(out, expected_out, dtype)
+
+
+def test_autocast_does_not_lower_the_precision():
+    leaves, _ = _inputs(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = dash_attention(*leaves, **_settings())
+    assert torch.equal(inside, dash_attention(*leaves, **_settings()))
+
+
+@pytest.mark.parametrize("wrt", ["q", "k", "v", "summary_query"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"estimate_diagonal": False},
+        {"alpha": 1.3},
+        {"alpha": 2.0, "estimate_diagonal": False},
+        {"cu_seqlens": _cu_seqlens(8, 1, 4)},
+    ],
+    ids=["centred", "not-centred", "alpha-1.3", "alpha-2", "packed"],
+)
+def test_gradient_of_every_input_passes_gradcheck(settings, wrt, monkeypatch):
+    leaves, _ = _inputs(N=13, D=3, seed=3)
+    means = []
+    take_mean = reference._mean_log_p
+
+    def frozen_mean(*args):
+        # the mean of the log prior carries no gradient, so finite differences must not move it either
+        if not means:
+            means.append(take_mean(*args))
+        return means[0]
+
+    monkeypatch.setattr(reference, "_mean_log_p", frozen_mean)
+    at = ["q", "k", "v", "summary_query"].index(wrt)
+    fixed = [x.detach() for x in leaves]
+
+    def attend(x):
+        return dash_attention(*fixed[:at], x, *fixed[at + 1 :], **_settings(**settings))
+
+    assert torch.autograd.gradcheck(attend, leaves[at])
+
+
+def test_the_router_learns_through_the_prior_and_a_flat_prior_teaches_it_nothing():
+    leaves, upstream = _inputs()
+    # scores this close keep every chunk away from its threshold, where 1 / p would make up for any sigma
+    _, grads, _ = _run(leaves, upstream, scaling_factor=0.5)
+    _, flat_grads, _ = _run(leaves, upstream, scaling_factor=0.5, sigma=1e6)
+    assert grads[3].abs().max() > 1e-3
+    assert flat_grads[3].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("alpha", [1.5, 1.3, 2.0])
+@pytest.mark.parametrize("cu_seqlens", [None, _cu_seqlens(100, 3, 197)], ids=["one-document", "packed"])
+def test_changing_future_tokens_leaves_past_outputs_bit_identical(cu_seqlens, alpha):
+    leaves, _ = _inputs(N=300, dtype=torch.float32)
+    settings = _settings(chunk_size=16, cu_seqlens=cu_seqlens, alpha=alpha, return_routing=True)
+    out, routing = dash_attention(*leaves, **settings)
+    for first_changed in (1, 15, 16, 101, 140, 299):
+        changed = [x.detach().clone() for x in leaves]
+        for x in changed[:3]:
+            x[:, first_changed:] = 1e3 * torch.randn_like(x[:, first_changed:])
+        new_out, new_routing = dash_attention(*changed, **settings)
+        assert torch.equal(out[:, :first_changed], new_out[:, :first_changed])
+        assert torch.equal(
+            routing.chunks_selected[:, :first_changed], new_routing.chunks_selected[:, :first_changed]
+        )
+
+
+@pytest.mark.parametrize("lengths", [(64, 36), (5, 90, 1, 4), (1, 1, 98)], ids=str)
+def test_packed_documents_equal_separate_ones_in_output_and_gradient(lengths):
+    leaves, upstream = _inputs(N=100)
+    out, grads, counts = _run(leaves, upstream, cu_seqlens=_cu_seqlens(*lengths))
+    parts = []
+    for *x, g in zip(*(t.detach().split(lengths, dim=1) for t in (*leaves[:3], upstream)), strict=True):
+        parts.append(_run([*(t.requires_grad_() for t in x), leaves[3]], g))
+    _assert_close(out, torch.cat([p[0] for p in parts], dim=1), torch.float64)
+    assert torch.equal(counts, torch.cat([p[2] for p in parts], dim=1))
+    for i in range(3):
+        _assert_close(grads[i], torch.cat([p[1][i] for p in parts], dim=1), torch.float64)
+    _assert_close(grads[3], sum(p[1][3] for p in parts), torch.float64)
+
+
+def test_a_zero_summary_query_summarizes_a_chunk_by_its_mean_key():
+    leaves, _ = _inputs(N=32)
+    q, k, v, w = (x.detach() for x in leaves)
+    # keys that are all their chunk's mean have it as their summary, whatever the query
+    mean_k = k.unflatten(1, (8, 4)).mean(2, keepdim=True).expand(-1, -1, 4, -1, -1).flatten(1, 2)
+    _, routing = dash_attention(q, k, v, torch.zeros_like(w), **_settings(return_routing=True))
+    _, mean_routing = dash_attention(q, mean_k, v, w, **_settings(return_routing=True))
+    _, other_routing = dash_attention(q, k, v, 3 * w, **_settings(return_routing=True))
+    assert torch.equal(routing.chunks_selected, mean_routing.chunks_selected)
+    assert not torch.equal(routing.chunks_selected, other_routing.chunks_selected)
+
+
+@pytest.mark.parametrize("summary_scale", [0, 1])
+def test_a_short_chunk_is_summarized_over_the_tokens_it_has(summary_scale):
+    (_, k, _, w), _ = _inputs(N=11)
+    for cu_seqlens, parts in ((None, (4, 4, 3)), (_cu_seqlens(6, 5), (4, 2, 4, 1))):
+        grid = reference._make_grid(11, 4, cu_seqlens, k.device)
+        summary = reference._summarize(reference._to_grid(k, grid), summary_scale * w, grid)
+        for c, chunk in enumerate(k.transpose(1, 2).split(parts, dim=2)):
+            weight = (summary_scale * torch.einsum("bhtd,hd->bht", chunk, w) / math.sqrt(8)).softmax(-1)
+            _assert_close(summary[:, :, c], torch.einsum("bht,bhtd->bhd", weight, chunk), torch.float64)
+
+
+def test_one_token_documents_attend_to_themselves():
+    leaves, _ = _inputs(N=2000, dtype=torch.float32)
+    started = time.monotonic()
+    out, routing = dash_attention(
+        *leaves, **_settings(cu_seqlens=_cu_seqlens(*[1] * 2000), return_routing=True)
+    )
+    assert torch.equal(out, leaves[2].repeat_interleave(2, dim=2))
+    assert (routing.chunks_selected == 1).all()
+    assert routing.density == 1
+    # thousands of documents must not mean thousands of Python steps
+    assert time.monotonic() - started < 5
+
+
+def test_the_only_past_chunk_is_always_selected_with_a_prior_of_zero():
+    leaves, _ = _inputs(N=8)
+    out, routing = dash_attention(*leaves, **_settings(return_routing=True))
+    assert routing.chunks_selected[0, :, 0].tolist() == [1] * 4 + [2] * 4
+    q, k, v = (x.transpose(1, 2) for x in leaves[:3])
+    full = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    _assert_close(out, full, torch.float64)
+
+
+def test_equal_scores_select_everything_and_equal_causal_attention():
+    (q, k, v, w), _ = _inputs(N=40)
+    same_k = k[:, :1].expand_as(k)
+    out, routing = dash_attention(q, same_k, v, w, **_settings(return_routing=True))
+    assert routing.density == 1
+    count = torch.arange(1, 41)[None, :, None, None]
+    _assert_close(out, (v.cumsum(1) / count).repeat_interleave(2, dim=2), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("estimate_diagonal", [True, False])
+def test_extreme_logits_give_finite_outputs_and_gradients(estimate_diagonal, dtype):
+    leaves, upstream = _inputs(N=64, dtype=dtype)
+    with torch.no_grad():
+        leaves[0].mul_(100), leaves[1].mul_(100)  # logits around 1e4 either side of zero
+    out, grads, counts = _run(leaves, upstream, estimate_diagonal=estimate_diagonal)
+    assert all(x.isfinite().all() for x in [out, *grads])
+    # a head selects one chunk, a group at most one per head
+    assert counts[:, 4:].min() >= 2
+    assert counts.max() <= 3
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, _cu_seqlens(70, 1, 120, 9)], ids=["one-document", "packed"])
+@pytest.mark.parametrize("kept_scores", [2**25, 0], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(("max_scores", "num_blocks"), [(2**24, 9), (0, 17)], ids=["large", "halved"])
+def test_many_blocks_equal_a_single_block(max_scores, num_blocks, kept_scores, cu_seqlens, monkeypatch):
+    leaves, upstream = _inputs(N=200)
+    monkeypatch.setattr(reference, "MAX_BLOCK_TOKENS", 256)
+    single = _run(leaves, upstream, cu_seqlens=cu_seqlens)
+    # 24 divides neither the chunks nor the documents
+    monkeypatch.setattr(reference, "MAX_BLOCK_TOKENS", 24)
+    monkeypatch.setattr(reference, "MAX_KEPT_SCORES", kept_scores)
+    monkeypatch.setattr(reference, "MAX_BLOCK_SCORES", max_scores)
+    grid = reference._make_grid(200, 4, cu_seqlens, leaves[0].device)
+    assert len(reference._query_blocks(grid, 200, 4)[0]) == num_blocks
+    many = _run(leaves, upstream, cu_seqlens=cu_seqlens)
+    assert torch.equal(single[2], many[2])
+    for a, b in zip([single[0], *single[1]], [many[0], *many[1]], strict=True):
+        _assert_close(a, b, torch.float64)
+
+
+def test_recomputed_blocks_keep_no_scores_for_the_backward(monkeypatch):
+    leaves, _ = _inputs(N=200, dtype=torch.float32)
+
+    def kept_elements():
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            dash_attention(*leaves, **_settings())
+        return sum(sizes)
+
+    num_weights = 4 * 200 * 200 // 2
+    assert kept_elements() > num_weights
+    monkeypatch.setattr(reference, "MAX_KEPT_SCORES", 0)
+    assert kept_elements() < num_weights / 2
+
+
+MEMORY_SCRIPT = """
+import resource, torch
+from dash_megatron.ops import dash_attention
+torch.set_num_threads(1)
+torch.manual_seed(0)
+q = torch.randn(1, 8192, 8, 64, requires_grad=True)
+k, v = (torch.randn(1, 8192, 2, 64, requires_grad=True) for _ in range(2))
+w = torch.randn(2, 64, requires_grad=True)
+dash_attention(q, k, v, w, chunk_size=64, backend="reference").square().sum().backward()
+assert all(x.grad.isfinite().all() for x in (q, k, v, w))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_8192_tokens_of_8_heads_forward_and_backward_stay_below_4_gib():
+    command = [sys.executable, "-c", MEMORY_SCRIPT]
+    run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    # Linux counts in KiB, macOS in bytes
+    peak_gib = int(run.stdout) / (2**30 if sys.platform == "darwin" else 2**20)
+    assert peak_gib < 4
+
+
+def test_density_is_the_mean_share_of_the_chunks_available_in_the_tokens_own_document():
+    leaves, _ = _inputs(N=40)
+    lengths = (9, 1, 16, 3, 11)
+    out, routing = dash_attention(*leaves, **_settings(cu_seqlens=_cu_seqlens(*lengths), return_routing=True))
+    assert isinstance(out, torch.Tensor)
+    assert isinstance(routing, Routing)
+    available = torch.cat([torch.arange(n) // 4 + 1 for n in lengths])
+    assert routing.chunks_selected.shape == (1, 40, 2)
+    assert routing.chunks_selected.dtype == torch.int32
+    assert (routing.chunks_selected >= 1).all()
+    assert (routing.chunks_selected <= available[:, None]).all()
+    expected = (routing.chunks_selected / available[:, None]).mean()
+    assert routing.density.dtype == torch.float32
+    assert routing.density.ndim == 0
+    assert expected < 1
+    torch.testing.assert_close(routing.density, expected)
+
+
+def test_a_larger_scaling_factor_routes_more_sparsely():
+    leaves, _ = _inputs(N=64)
+    density = [
+        float(dash_attention(*leaves, **_settings(scaling_factor=x, return_routing=True))[1].density)
+        for x in (0.1, 1.0, 10.0)
+    ]
+    assert density == sorted(density, reverse=True)
+    assert len(set(density)) == 3
