@@ -35,14 +35,17 @@ def init_process_groups(
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    # libraries below read the launcher's variables by themselves
-    os.environ.update(
-        RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank)
-    )
+    os.environ["LOCAL_RANK"] = str(launch.local_rank)  # DeepSpeed insists on it
     if launch.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        os.environ.update(MASTER_ADDR=str(launch.master_address), MASTER_PORT=str(launch.master_port))
+        # torch and DeepSpeed read what torchrun sets; srun sets other names
+        os.environ.update(
+            RANK=str(launch.rank),
+            WORLD_SIZE=str(launch.world_size),
+            MASTER_ADDR=str(launch.master_address),
+            MASTER_PORT=str(launch.master_port),
+        )
         dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor, context_parallel_size=parallel.context

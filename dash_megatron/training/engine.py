@@ -17,7 +17,7 @@ os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
 
 import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from dash_megatron.config import Config
@@ -101,6 +101,10 @@ class Engine:
         """Every parameter's gradient, whole and in float32, between the last `backward` and `step`; collective."""
         return {name: _full_gradient(parameter) for name, parameter in self.module.named_parameters()}
 
+    def full_weights(self) -> dict[str, Tensor]:
+        """Every parameter, whole and in float32, from the master weights where there are any; collective."""
+        return {name: _full_weight(parameter) for name, parameter in self.module.named_parameters()}
+
     def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
         """Write weights, optimizer and `state` to `folder/tag`; collective."""
         self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
@@ -121,19 +125,46 @@ def load_full_weights(folder: Path, tag: str, zero_stage: int) -> dict[str, Tens
     """Read a checkpoint's weights by parameter name, whole, on CPU, without a process group.
 
     ZeRO 1 to 3 give the float32 master weights, ZeRO 0 the weights in training precision.
+
+    Raises:
+        ValueError, FileNotFoundError: a file of the checkpoint is missing or damaged.
     """
+    if zero_stage == 1 and list((folder / tag).glob("bf16_zero_pp_rank_*")):
+        return _join_bf16_shards(folder / tag)
     if zero_stage:
         return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag))
     states = torch.load(folder / tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
     return {name: value for name, value in states["module"].items() if isinstance(value, Tensor)}
 
 
+def _join_bf16_shards(path: Path) -> dict[str, Tensor]:
+    """Master weights of DeepSpeed's bf16 ZeRO-1 optimizer, whose shards its own reader does not know."""
+    states = torch.load(path / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False, mmap=True)
+    shapes = {name: shape for group in states["param_shapes"] for name, shape in group.items()}
+    pieces: dict[str, list[Tensor]] = {name: [] for name in shapes}
+    for rank in range(states["dp_world_size"]):
+        file = path / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        shard = torch.load(file, map_location="cpu", weights_only=False, mmap=True)["optimizer_state_dict"]
+        groups = zip(shard["single_partition_of_fp32_groups"], shard["param_slice_mappings"], strict=True)
+        for flat, fragments in groups:
+            for name, fragment in fragments.items():
+                pieces[name].append(flat[fragment.start : fragment.start + fragment.numel])
+    return {name: torch.cat(parts).view(shapes[name]) for name, parts in pieces.items()}
+
+
+def _is_sharded(parameter: torch.nn.Parameter) -> bool:
+    """ZeRO 1 and 2 link parameters to shards of the optimizer; ZeRO 3 shards the parameters."""
+    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
+
+
+def _full_weight(parameter: torch.nn.Parameter) -> Tensor:
+    weight = safe_get_full_fp32_param(parameter) if _is_sharded(parameter) else parameter
+    return weight.detach().float().clone()
+
+
 def _full_gradient(parameter: torch.nn.Parameter) -> Tensor:
-    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
-        gradient = safe_get_full_grad(parameter)
-    else:
-        gradient = parameter.grad
-    return torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.detach().float()
+    gradient = safe_get_full_grad(parameter) if _is_sharded(parameter) else parameter.grad
+    return torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.detach().float().clone()
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

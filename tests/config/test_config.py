@@ -1,0 +1,113 @@
+"""Reading, overriding and checking configs, and the page generated from them."""
+
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+import yaml
+
+from dash_megatron.config import Config
+from dash_megatron.config_loading import ConfigError, config_from_dict, load_config, render_reference
+
+ROOT = Path(__file__).parents[2]
+MINIMAL: dict[str, Any] = {
+    "run_dir": "run",
+    "model": {"layers": 4, "hidden_size": 64, "heads": 4, "kv_heads": 2, "ffn_hidden_size": 96},
+    "data": {"seq_length": 128},
+    "training": {"steps": 100, "global_batch": 8},
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(MINIMAL))
+    return file
+
+
+def test_overrides_apply_in_order_and_read_as_yaml(path: Path) -> None:
+    config = load_config(
+        path,
+        ["optimizer.lr=3e-4", "data.train=[a, 0.3 b]", "optimizer.lr=1e-4", "attention.full_layers=[0,3]"],
+    )
+    assert config.optimizer.lr == 1e-4
+    assert config.data.train == ("a", "0.3 b")
+    assert config.attention.full_layers == (0, 3)
+
+
+def test_configs_cannot_be_changed(path: Path) -> None:
+    config = load_config(path)
+    with pytest.raises(pydantic.ValidationError):
+        config.optimizer.lr = 1.0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.layerss=3", "model.layerss=3 is not a known key; did you mean model.layers?"),
+        ("training.lr=3", "did you mean optimizer.lr?"),
+        ("modle.layers=3", "did you mean model?"),
+        ("model.layers=three", "model.layers='three'"),
+        ("model.kv_heads=3", "model.heads=4 must be a multiple of model.kv_heads=3; 4 = 1 x 3 + 1"),
+        ("model.hidden_size=66", "model.hidden_size=66 must be a multiple of model.heads=4"),
+        ("model.head_dim=15", "model.head_dim=15 must be even"),
+        ("attention.alpha=1.0", "attention.alpha=1.0"),
+        ("attention.chunk_size=48", "attention.chunk_size=48"),
+        ("attention.kind=sparse", "attention.kind='sparse'"),
+        ("attention.sigma=.inf", "attention.sigma"),
+        ("attention.full_layers=[4]", "names layer 4, but model.layers=4: layers are counted from 0 to 3"),
+        ("schedule.warmup_steps=101", "schedule.warmup_steps=101 + schedule.decay_steps=0 = 101"),
+        ("evaluation.every=5", "evaluation.every=5 needs data.valid, which is empty"),
+        ("optimizer.betas=[0.9,1.0]", "optimizer.betas=(0.9, 1.0) must both lie in [0, 1)"),
+        ("zero.options={stage: 2}", "zero.options={'stage': 2} must not set ['stage']"),
+        ("parallel.tensor=2", "parallel.tensor=2 must be 1"),
+        ("zero.stage=4", "zero.stage=4"),
+        ("optimizer.lr", "override 'optimizer.lr' must read section.key=value"),
+        ("run_dir.x=1", "run_dir is a value, not a section"),
+    ],
+)
+def test_a_wrong_setting_is_an_error_that_names_field_value_and_rule(
+    override: str, message: str, path: Path
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(path, [override])
+    assert message in str(error.value)
+
+
+def test_a_missing_key_and_a_missing_file_say_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="training is missing and has no default"):
+        config_from_dict({name: value for name, value in MINIMAL.items() if name != "training"})
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match="must hold sections"):
+        load_config(tmp_path / "list.yaml")
+
+
+def test_global_batch_is_split_over_processes_and_the_message_states_the_arithmetic(path: Path) -> None:
+    config = load_config(path, ["training.micro_batch=2"])
+    assert [config.accumulation_steps(world_size) for world_size in (1, 2, 4)] == [4, 2, 1]
+    with pytest.raises(
+        ValueError, match=r"global_batch=8 must be a multiple of 6 = .*micro_batch=2 x 3 .*; try 6"
+    ):
+        config.accumulation_steps(3)
+
+
+def test_the_resolved_config_reads_back_as_itself(path: Path, tmp_path: Path) -> None:
+    config = load_config(path, ["attention.full_layers=[1]", "zero.options={overlap_comm: false}"])
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(resolved) == config
+
+
+def test_every_field_has_a_docstring() -> None:
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        fields = getattr(section, "model_fields", {name: field})
+        assert all(inner.description for inner in fields.values()), name
+
+
+def test_the_configuration_page_is_current() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    assert page == render_reference(), "run `make docs`"

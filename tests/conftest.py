@@ -1,0 +1,134 @@
+"""What tests of several folders share: a tiny corpus ready to train on, run configs, and processes to run them in."""
+
+import multiprocessing
+import os
+import random
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# before torch is imported anywhere: tests share two cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+WORDS = [
+    "def",
+    "return",
+    "self",
+    "value",
+    "index",
+    "for",
+    "in",
+    "range",
+    "list",
+    "print",
+    "import",
+    "class",
+    "error",
+    "token",
+    "chunk",
+    "query",
+    "key",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with tokenizer.model and train/valid .bin/.idx of 1500 random documents, a few to 300 tokens long."""
+    from data_tools import tokenize_corpus, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny_data")
+    generator = random.Random(0)
+    documents = folder / "documents"
+    documents.mkdir()
+    for number in range(1500):
+        length = generator.choice([1, 4, 10, 60])
+        text = " ".join(generator.choice(WORDS) + str(generator.randrange(10)) for _ in range(length))
+        (documents / f"{number:04d}.txt").write_text(text)
+    tokenizer = str(folder / "tokenizer.model")
+    assert not train_tokenizer.main(["--input", str(documents), "--vocab-size", "320", "--output", tokenizer])
+    tokenize = ["--input", str(documents), "--tokenizer", tokenizer, "--output", str(folder)]
+    assert not tokenize_corpus.main([*tokenize, "--valid-fraction", "0.1", "--workers", "1"])
+    return folder
+
+
+@pytest.fixture
+def tiny_config(tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
+    """A run of a 2-layer model on `tiny_data`, as nested dictionaries to change and check."""
+    return {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"layers": 2, "hidden_size": 64, "heads": 4, "kv_heads": 2, "ffn_hidden_size": 96},
+        "attention": {"chunk_size": 16},
+        "data": {
+            "tokenizer": str(tiny_data / "tokenizer.model"),
+            "train": [str(tiny_data / "train")],
+            "valid": [str(tiny_data / "valid")],
+            "seq_length": 128,
+            "num_workers": 0,
+        },
+        "optimizer": {"lr": 1e-2},
+        "training": {"steps": 4, "global_batch": 4, "micro_batch": 1, "precision": "fp32"},
+        "logging": {"every": 1, "tensorboard": False},
+    }
+
+
+def _entry(
+    function: Callable[..., None], environment: dict[str, str], arguments: tuple[Any, ...], log: str
+) -> None:
+    os.environ.update(environment)
+    with open(log, "w", buffering=1) as file:
+        sys.stdout = sys.stderr = file
+        try:
+            function(*arguments)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture
+def run_processes(tmp_path: Path) -> Callable[..., None]:
+    """`run_processes(count, function, *arguments)` runs a function in `count` processes that torchrun could have made.
+
+    The function is module-level and leaves its results in files. One that fails, or hangs past the time limit, fails
+    the test with its output.
+    """
+
+    def run(count: int, function: Callable[..., None], *arguments: Any, seconds: float = 240) -> None:
+        context = multiprocessing.get_context("spawn")
+        common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        processes, logs = [], []
+        for rank in range(count):
+            environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+            logs.append(str(tmp_path / f"rank_{rank}.log"))
+            target = (function, environment, arguments, logs[-1])
+            processes.append(context.Process(target=_entry, args=target, daemon=False))
+            processes[-1].start()
+        deadline = time.monotonic() + seconds
+        while any(process.is_alive() for process in processes):
+            failed = any(process.exitcode for process in processes)
+            if failed or time.monotonic() > deadline:
+                break  # the others would wait for the one that failed
+            time.sleep(0.05)
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+            process.join()
+        if any(codes) or None in codes:
+            output = "\n".join(f"--- rank {rank}\n{Path(log).read_text()}" for rank, log in enumerate(logs))
+            pytest.fail(
+                f"exit codes {codes} (None: killed at the time limit or after another failed)\n{output}"
+            )
+
+    return run

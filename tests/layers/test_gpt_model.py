@@ -1,0 +1,226 @@
+"""The Megatron-core model: packed documents, causality, layer kinds, weights, sizes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dash_megatron.config import Config
+from dash_megatron.config_loading import config_from_dict, load_config
+from dash_megatron.layers import (
+    DashCoreAttention,
+    FullCoreAttention,
+    build_model,
+    init_weights,
+    routing_means,
+)
+from dash_megatron.layers import model as model_module
+from dash_megatron.ops import dash_attention
+from dash_megatron.training.flops import parameter_count
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+VOCABULARY = 96
+
+pytestmark = pytest.mark.usefixtures("single_process")
+
+
+def config_of(**sections: dict[str, Any]) -> Config:
+    tree: dict[str, Any] = {
+        "run_dir": "unused",
+        "model": {"layers": 2, "hidden_size": 64, "heads": 4, "kv_heads": 2, "ffn_hidden_size": 96},
+        "attention": {"chunk_size": 16},
+        "data": {"seq_length": 128},
+        "training": {"steps": 1, "global_batch": 1},
+    }
+    for name, values in sections.items():
+        tree[name] = {**tree.get(name, {}), **values}
+    return config_from_dict(tree)
+
+
+def model_of(config: Config, seed: int = 0) -> torch.nn.Module:
+    model = build_model(config, VOCABULARY)
+    init_weights(model, seed, config.model.init_std)
+    with torch.no_grad():  # a router with something to say
+        for module in model.modules():
+            if isinstance(module, DashCoreAttention):
+                module.summary_query.normal_()
+    return model
+
+
+def tokens_of(length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def positions_of(*lengths: int) -> torch.Tensor:
+    return torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+def cu_seqlens_of(*lengths: int) -> torch.Tensor:
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("kind", ["dash", "full"])
+def test_packed_documents_get_the_logits_they_would_get_alone(kind: str) -> None:
+    model = model_of(config_of(attention={"kind": kind}))
+    lengths = (37, 1, 70, 20)
+    tokens = tokens_of(sum(lengths))
+    packed = model(tokens, positions_of(*lengths), cu_seqlens=cu_seqlens_of(*lengths))
+    documents = tokens.split(lengths, dim=1)
+    alone = torch.cat([model(document, positions_of(document.shape[1])) for document in documents], dim=1)
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dash", "full"])
+def test_changing_future_tokens_leaves_past_logits_alone(kind: str) -> None:
+    model = model_of(config_of(attention={"kind": kind}))
+    tokens, changed = tokens_of(100), tokens_of(100, seed=1)
+    changed[:, :61] = tokens[:, :61]
+    first, second = (model(x, positions_of(100)) for x in (tokens, changed))
+    assert torch.equal(first[:, :61], second[:, :61])
+    assert not torch.equal(first[:, 61:], second[:, 61:])
+
+
+def test_full_layers_choose_the_core_attention_of_each_layer() -> None:
+    model = build_model(config_of(model={"layers": 4}, attention={"full_layers": [0, 2]}), VOCABULARY)
+    kinds = [type(layer.self_attention.core_attention) for layer in model.decoder.layers]
+    assert kinds == [FullCoreAttention, DashCoreAttention, FullCoreAttention, DashCoreAttention]
+
+
+def test_the_dense_twin_has_no_summary_query_and_no_routing() -> None:
+    model = model_of(config_of(attention={"kind": "full"}))
+    model(tokens_of(50), positions_of(50))
+    assert not [name for name, _ in model.named_parameters() if "summary_query" in name]
+    assert routing_means(model) == {}
+
+
+def test_summary_query_starts_at_zero_and_is_sharded_by_kv_head() -> None:
+    config = config_of()
+    model = build_model(config, VOCABULARY)
+    init_weights(model, 0, 0.02)
+    query = model.decoder.layers[0].self_attention.core_attention.summary_query
+    assert query.shape == (2, 16)
+    assert not query.any()
+    assert (query.tensor_model_parallel, query.partition_dim) == (True, 0)
+
+
+def test_core_attention_is_the_public_op_with_the_configured_constants() -> None:
+    constants = {
+        "chunk_size": 16,
+        "scaling_factor": 3.0,
+        "sigma": 1.5,
+        "estimate_diagonal": False,
+        "alpha": 1.7,
+    }
+    module = model_of(config_of(attention=constants)).decoder.layers[1].self_attention.core_attention
+    q, k, v = torch.randn(90, 1, 4, 16), torch.randn(90, 1, 2, 16), torch.randn(90, 1, 2, 16)
+    expected, routing = dash_attention(
+        *(x.transpose(0, 1) for x in (q, k, v)), module.summary_query, **constants, return_routing=True
+    )
+    found = module(q, k, v, None)
+    assert torch.equal(found, expected.transpose(0, 1).flatten(2))
+    assert module.routing.density == routing.density
+    assert module.routing.chunks_selected == routing.chunks_selected.float().mean()
+
+
+def test_full_attention_is_softmax_over_the_past_with_shared_kv_heads() -> None:
+    module = model_of(config_of(attention={"kind": "full"})).decoder.layers[0].self_attention.core_attention
+    q, k, v = torch.randn(40, 1, 4, 16), torch.randn(40, 1, 2, 16), torch.randn(40, 1, 2, 16)
+    k_all, v_all = (x.repeat_interleave(2, dim=2) for x in (k, v))
+    scores = torch.einsum("ibhd,jbhd->bhij", q, k_all) / 4
+    weights = scores.masked_fill(torch.ones(40, 40).triu(1).bool(), -torch.inf).softmax(-1)
+    expected = torch.einsum("bhij,jbhd->ibhd", weights, v_all).flatten(2)
+    torch.testing.assert_close(module(q, k, v, None), expected)
+
+
+def test_rope_turns_pairs_by_position_times_frequency() -> None:
+    rotary = model_module.PackedRotaryEmbedding(head_dim=4, theta=100.0)
+    angles = rotary(torch.tensor([[0, 1, 2, 0, 7]]))
+    assert angles.shape == (5, 1, 1, 4)
+    expected = torch.tensor([[p, p / 10, p, p / 10] for p in (0, 1, 2, 0, 7)])
+    torch.testing.assert_close(angles[:, 0, 0], expected)
+
+
+def test_only_relative_positions_matter_to_full_attention() -> None:
+    model = model_of(config_of(attention={"kind": "full"}))
+    tokens = tokens_of(60)
+    torch.testing.assert_close(
+        model(tokens, positions_of(60)), model(tokens, positions_of(60) + 1000), rtol=1e-3, atol=1e-4
+    )
+    assert not torch.allclose(model(tokens, positions_of(60)), model(tokens, positions_of(60) * 2), atol=1e-3)
+
+
+def test_weights_depend_on_seed_and_name_only() -> None:
+    small, large = model_of(config_of()), model_of(config_of(model={"layers": 3}))
+    name = "decoder.layers.1.self_attention.linear_qkv.weight"
+    assert torch.equal(small.get_parameter(name), large.get_parameter(name))
+    other_layer = small.get_parameter(name.replace("1", "0"))
+    assert not torch.equal(small.get_parameter(name), other_layer)
+    assert not torch.equal(small.get_parameter(name), model_of(config_of(), seed=1).get_parameter(name))
+    assert small.get_parameter(name).std().item() == pytest.approx(0.02, rel=0.05)
+    projection = small.get_parameter("decoder.layers.1.mlp.linear_fc2.weight")
+    assert projection.std().item() == pytest.approx(0.02 / 2, rel=0.05)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_scoring_in_pieces_gives_the_same_loss(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(config_of(model={"tie_embeddings": tied}))
+    arguments = tokens_of(100), positions_of(100), tokens_of(100, seed=1)
+    whole = model(*arguments)
+    monkeypatch.setattr(model_module, "MAX_LOGITS", 32 * VOCABULARY)
+    torch.testing.assert_close(model(*arguments), whole)
+
+
+def test_wide_heads_and_qk_norm_build_and_run() -> None:
+    model = model_of(config_of(model={"head_dim": 32, "qk_norm": True}))
+    assert model(tokens_of(40), positions_of(40)).shape == (1, 40, VOCABULARY)
+    assert sum(p.numel() for p in model.parameters()) == parameter_count(
+        config_of(model={"head_dim": 32, "qk_norm": True}), VOCABULARY
+    )
+
+
+# Llama 3.2 1B and 3B and Llama 3.1 8B by their published counts, plus layers x kv heads x head dim of summary queries
+PARAMETERS = {
+    "quickstart": 4_001_024,
+    "60m_16k": 61_358_400,
+    "125m_16k": 121_919_232,
+    "350m_16k": 360_766_464,
+    "1b_16k": 1_235_814_400 + 16 * 8 * 64,
+    "3b_16k": 3_212_749_824 + 28 * 8 * 128,
+    "8b_16k": 8_030_261_248 + 32 * 8 * 128,
+    "8b_64k": 8_030_261_248 + 32 * 8 * 128,
+    "8b_128k": 8_030_261_248 + 32 * 8 * 128,
+}
+
+
+def test_every_config_has_its_size_listed_here() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(PARAMETERS)
+
+
+@pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())
+def test_configs_build_on_the_meta_device_with_their_parameter_count(name: str, parameters: int) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml")
+    vocab_size = config.model.vocab_size or 4096
+    model = build_model(config, vocab_size, "meta")
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert parameter_count(config, vocab_size) == parameters
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("kind", ["dash", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cuda_gives_the_losses_and_gradients_of_the_cpu(kind: str, dtype: torch.dtype) -> None:
+    model = model_of(config_of(model={"head_dim": 64}, attention={"kind": kind}))
+    lengths = (37, 1, 70, 20)
+    inputs = tokens_of(128), positions_of(*lengths), tokens_of(128, seed=1), cu_seqlens_of(*lengths)
+    loss = model(*inputs).mean()
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    # float32 sums in another order (and tf32 is off); bf16 has 8 bits of mantissa
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
+    model = model.to("cuda", dtype)
+    cuda_loss = model(*(tensor.cuda() for tensor in inputs)).mean()
+    assert cuda_loss.item() == pytest.approx(loss.item(), rel=tolerance)
+    found = torch.autograd.grad(cuda_loss, list(model.parameters()))
+    for (name, _), one, other in zip(model.named_parameters(), gradients, found, strict=True):
+        assert (other.cpu().float() - one).norm() <= tolerance * one.norm(), name

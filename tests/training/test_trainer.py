@@ -1,0 +1,156 @@
+"""train.py as its users start it, and what a run leaves behind."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dash_megatron.config_loading import load_config
+from dash_megatron.training.metrics import StepMetrics, read_metrics
+from tests.training.workers import keep_process_groups, train_all
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=240, cwd=ROOT, env={**os.environ, **environment}
+    )
+
+
+@pytest.fixture
+def config_file(tiny_config: dict[str, Any], tmp_path: Path) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tiny_config))
+    return str(path)
+
+
+def test_train_runs_alone_and_leaves_config_metrics_tensorboard_and_a_checkpoint(
+    config_file: str, tiny_config: dict[str, Any]
+) -> None:
+    overrides = ["training.steps=3", "logging.tensorboard=true", "evaluation.every=2", "evaluation.samples=3"]
+    result = start(["--config", config_file, *overrides])
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if line.startswith("step ")]
+    assert len(lines) == 3
+    assert re.search(
+        r"step 2/3 \| loss \d.* \| lr .* \| grad norm .* tokens/s \| density \d+% \| validation loss .* left",
+        lines[1],
+    )
+    run = Path(tiny_config["run_dir"])
+    first, second, _ = read_metrics(run)
+    assert first.keys() == StepMetrics.__annotations__.keys()
+    assert first["valid_loss"] is None
+    assert second["valid_loss"] is not None
+    assert second["tokens"] == 2 * 4 * 128
+    assert len(second["density_per_layer"]) == len(second["chunks_selected_per_layer"]) == 2
+    assert second["model_tflops_per_second"] > 0
+    assert second["dense_equivalent_tflops_per_second"] > 0
+    assert list((run / "tensorboard").iterdir())
+    assert (run / "checkpoints" / "step_00000003").is_dir()
+    assert (run / "config.yaml").read_text().startswith("# commit: ")
+    assert load_config(run / "config.yaml").training.steps == 3
+    assert re.search(r"validation loss \d\.\d+, unigram entropy of the corpus \d\.\d+", result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.layer=3", "did you mean model.layers"),
+        ("training.global_batch=3", "training.global_batch=3 must be a multiple of 2"),
+        ("data.train=[/nowhere/train]", "/nowhere/train"),
+        ("data.tokenizer=null", "data.tokenizer is empty"),
+        ("model.vocab_size=64", "model.vocab_size=64 must be at least 320"),
+        ("parallel.context=2", "parallel.context=2 must be 1"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_exit_code_2_before_any_process_group(
+    override: str, message: str, config_file: str
+) -> None:
+    # two processes are announced and the other never comes: whoever waits for it, hangs
+    launcher = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
+    if override.startswith("data.train"):
+        launcher = {}  # data is looked at by all processes together
+    result = start(["--config", config_file, override], **launcher)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_training_learns_under_every_zero_stage(
+    stage: int, tiny_config: dict[str, Any], run_processes: Any
+) -> None:
+    tree = {**tiny_config, "zero": {"stage": stage}}
+    tree["training"] = {"steps": 30, "global_batch": 4, "micro_batch": 1, "precision": "bf16"}
+    run_processes(2, train_all, [(tree, None)])
+    metrics = read_metrics(tree["run_dir"])
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 1.0
+
+
+def test_the_dense_twin_trains_from_the_same_config(tiny_config: dict[str, Any], run_processes: Any) -> None:
+    tree = {**tiny_config, "attention": {"kind": "full", "chunk_size": 16}}
+    run_processes(1, train_all, [(tree, None)])
+    last = read_metrics(tree["run_dir"])[-1]
+    assert last["density"] is None
+    assert last["density_per_layer"] == [None, None]
+    assert last["model_tflops_per_second"] == last["dense_equivalent_tflops_per_second"]
+
+
+def test_two_processes_prefetching_data_train_as_one_that_does_not(
+    tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    one = {**tiny_config, "run_dir": str(tmp_path / "one")}
+    two = {**tiny_config, "run_dir": str(tmp_path / "two"), "data": {**tiny_config["data"], "num_workers": 1}}
+    run_processes(1, train_all, [(one, None)])
+    run_processes(2, train_all, [(two, None)])
+    losses = [[line["loss"] for line in read_metrics(tree["run_dir"])] for tree in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def break_weights(tree: dict[str, Any]) -> None:
+    """One weight becomes infinite after the first step; the error's text is kept."""
+    import torch
+
+    from dash_megatron.config_loading import config_from_dict
+
+    module = keep_process_groups()
+    trainer = module.Trainer(config_from_dict(tree))
+    step = trainer.train_step
+
+    def breaking_step() -> Any:
+        result = step()
+        with torch.no_grad():
+            next(trainer.engine.module.parameters()).fill_(float("inf"))
+        return result
+
+    trainer.train_step = breaking_step
+    try:
+        trainer.run()
+    except module.NonFiniteError as error:
+        Path(tree["run_dir"], "error.json").write_text(json.dumps(str(error)))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_names_samples_and_saves_nothing(
+    tiny_config: dict[str, Any], run_processes: Any
+) -> None:
+    run_processes(1, break_weights, tiny_config)
+    run = Path(tiny_config["run_dir"])
+    message = json.loads((run / "error.json").read_text())
+    assert "the loss of step 1 is nan" in message
+    assert "samples [4, 5, 6, 7]" in message
+    assert [line["step"] for line in read_metrics(run)] == [1]
+    assert not (run / "checkpoints").exists()
