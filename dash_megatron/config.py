@@ -106,7 +106,7 @@ class DataConfig(Section):
     """Keep documents packed into one sequence apart: no attention across, positions restart at each.
     False attends across them."""
     num_workers: int = Field(default=1, ge=0)
-    """Background processes per rank that read batches ahead; 0 reads in the training process."""
+    """Background threads per process that read batches ahead; 0 reads in the training thread."""
     cache_dir: str | None = None
     """Where sample-order indices are kept; null means `<run_dir>/index_cache`."""
 

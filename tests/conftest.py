@@ -107,7 +107,9 @@ def run_processes(tmp_path: Path) -> Callable[..., None]:
 
     def run(count: int, function: Callable[..., None], *arguments: Any, seconds: float = 240) -> None:
         context = multiprocessing.get_context("spawn")
-        common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        # several processes cannot share a GPU over NCCL: these tests are of gloo, on any machine
+        common = {"CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": str(count)}
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         processes, logs = [], []
         for rank in range(count):
             environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}

@@ -7,6 +7,7 @@ those of this tensor-parallel rank.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -166,6 +167,6 @@ def _packed_flash_attention(q: Tensor, k: Tensor, v: Tensor, packed: PackedSeqPa
 
 
 def _causal_argument(varlen_attn: Any) -> dict[str, Any]:
-    """How this torch spells causal: releases before 2.11 had a flag, later ones a window."""
-    names = varlen_attn.__code__.co_varnames
-    return {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
+    """How this torch spells causal: the first releases had a flag, later ones have a window."""
+    parameters = inspect.signature(varlen_attn).parameters
+    return {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}

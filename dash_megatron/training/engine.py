@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 from pathlib import Path
@@ -46,12 +48,14 @@ class Engine:
             eps=config.optimizer.eps,
             fused=device.type == "cuda",
         )
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=_deepspeed_config(config, world_size),
-            dist_init_required=False,
-        )
+        # it prints its memory and the extensions it builds, whatever the log level
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=_deepspeed_config(config, world_size),
+                dist_init_required=False,
+            )
         # ZeRO 0 in fp32 has no optimizer wrapper that would keep the gradient norm
         self._optimizer_is_plain = isinstance(self._optimizer, torch.optim.Optimizer)
         self._plain_grad_norm = 0.0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from dash_megatron.config_loading import load_config
@@ -19,7 +20,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """On the CPU, unless CUDA_VISIBLE_DEVICES says otherwise."""
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    environment = {"CUDA_VISIBLE_DEVICES": "", **environment}
     return subprocess.run(
         command, capture_output=True, text=True, timeout=240, cwd=ROOT, env={**os.environ, **environment}
     )
@@ -98,6 +101,21 @@ def test_bf16_training_learns_under_every_zero_stage(
     tree["training"] = {"steps": 30, "global_batch": 4, "micro_batch": 1, "precision": "bf16"}
     run_processes(2, train_all, [(tree, None)])
     metrics = read_metrics(tree["run_dir"])
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 1.0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("kind", ["dash", "full"])
+@pytest.mark.parametrize("recompute", ["none", "attention", "full"])
+def test_a_gpu_learns_in_bf16(
+    kind: str, recompute: str, config_file: str, tiny_config: dict[str, Any]
+) -> None:
+    overrides = [f"attention.kind={kind}", f"training.recompute={recompute}", "model.head_dim=64"]
+    overrides += ["training.precision=bf16", "training.steps=30", "optimizer.lr=3e-3"]
+    result = start(["--config", config_file, *overrides], CUDA_VISIBLE_DEVICES="0")
+    assert result.returncode == 0, result.stderr
+    assert "data-parallel process(es) on cuda" in result.stdout
+    metrics = read_metrics(tiny_config["run_dir"])
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 1.0
 
 

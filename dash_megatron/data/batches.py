@@ -1,0 +1,275 @@
+"""Rows of tokens packed into micro-batches, addressed by the number of samples already consumed."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class RowDataset(Protocol):
+    """What `BatchSource` needs: a length, and rows that hold tokens and labels, both int64 [seq_length]."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch: its rows behind one another, T = rows * seq_length tokens in all."""
+
+    tokens: Tensor
+    """int64 [1, T]"""
+    labels: Tensor
+    """int64 [1, T]: the token that follows each token in its row."""
+    loss_mask: Tensor
+    """bool [1, T]: False where the label belongs to another document, and on padding rows."""
+    position_ids: Tensor
+    """int64 [1, T]: 0 at the start of each document, then counting up."""
+    cu_seqlens: Tensor
+    """int32 [documents + 1]: where each document starts, and T at the end."""
+    sample_ids: list[int]
+    """Index in the dataset of each row; -1 for a padding row."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """Copy all tensors to a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        """Copy all tensors to page-locked memory, so that `to(non_blocking=True)` overlaps with work."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Any) -> PackedBatch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return PackedBatch(
+            **{
+                name: function(value) if isinstance(value, Tensor) else value
+                for name, value in values.items()
+            }
+        )
+
+
+def num_target_tokens(batch: PackedBatch) -> Tensor:
+    """Count the tokens that the loss averages over: int64, a scalar tensor on the batch's device."""
+    return batch.loss_mask.sum()
+
+
+def pack_samples(
+    rows: Sequence[Mapping[str, Tensor]],
+    eod: int,
+    pack_documents: bool = True,
+    sample_ids: Sequence[int] | None = None,
+) -> PackedBatch:
+    """Put rows behind one another and mark where documents start.
+
+    Args:
+        rows: each with tokens and labels, int64 [seq_length], and optionally loss_mask [seq_length].
+        eod: the token that ends a document.
+        pack_documents: True: a document starts at each row start and after each eod. False: at row starts
+            alone, so that a row attends across the documents in it. The loss never crosses from an eod to the
+            next document.
+        sample_ids: dataset index of each row; -1 marks a padding row, which counts in no loss. Default: 0, 1,
+            and so on.
+
+    Returns:
+        A PackedBatch with T = len(rows) * seq_length. An eod in last place leaves no empty document behind.
+    """
+    if not rows:
+        raise ValueError(
+            "rows=[] must hold at least one row; pass one row for each sample of the micro-batch"
+        )
+    ids = list(range(len(rows))) if sample_ids is None else [int(index) for index in sample_ids]
+    if len(ids) != len(rows):
+        raise ValueError(
+            f"sample_ids has {len(ids)} entries and must have one for each of the {len(rows)} rows"
+        )
+    tokens_BN = torch.stack([row["tokens"] for row in rows]).long()
+    labels_BN = torch.stack([row["labels"] for row in rows]).long()
+    num_rows, seq_length = tokens_BN.shape
+
+    loss_mask_BN = tokens_BN != eod
+    for index, row in enumerate(rows):
+        if ids[index] < 0:
+            loss_mask_BN[index] = False
+        elif "loss_mask" in row:
+            loss_mask_BN[index] &= row["loss_mask"] > 0
+
+    starts_BN = torch.zeros_like(loss_mask_BN)
+    if pack_documents:
+        starts_BN[:, 1:] = tokens_BN[:, :-1] == eod
+    starts_BN[:, 0] = True
+    starts = starts_BN.flatten().nonzero().flatten()
+    num_tokens = num_rows * seq_length
+    ends = torch.cat([starts[1:], starts.new_tensor([num_tokens])])
+    position_ids = torch.arange(num_tokens) - torch.repeat_interleave(starts, ends - starts)
+    return PackedBatch(
+        tokens=tokens_BN.reshape(1, num_tokens),
+        labels=labels_BN.reshape(1, num_tokens),
+        loss_mask=loss_mask_BN.reshape(1, num_tokens),
+        position_ids=position_ids.reshape(1, num_tokens),
+        cu_seqlens=torch.cat([starts, starts.new_tensor([num_tokens])]).to(torch.int32),
+        sample_ids=ids,
+    )
+
+
+class BatchSource:
+    """Hand each data-parallel rank its micro-batches, by consumed samples alone.
+
+    The global batch of a step is samples [consumed, consumed + global_batch) of the dataset, however it is
+    divided: rank r of R takes rows [(m * R + r) * micro_batch, ...) of it in its micro-batch m.
+    `consumed_samples` is therefore the whole state, and a run may resume with another number of ranks,
+    micro-batch size or global batch.
+
+    Args:
+        dataset: rows in the order in which they are to be seen, as `build_dataset` gives it.
+        global_batch: samples a step, over all ranks.
+        micro_batch: rows in one `PackedBatch`.
+        eod: the token that ends a document.
+        pack_documents: see `pack_samples`.
+        data_parallel_rank, data_parallel_size: this rank's place among the ranks that see different data.
+        num_workers: threads that read ahead, two micro-batches each; 0 reads when asked.
+        pad_last: fill an incomplete last global batch with rows that count in no loss, so that an evaluation
+            sees every row once with any number of ranks. Otherwise those rows are left out.
+        pin_memory: hand out batches in page-locked memory.
+
+    Raises:
+        ValueError: an argument breaks a rule, or the dataset has no further global batch.
+    """
+
+    def __init__(
+        self,
+        dataset: RowDataset,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        eod: int,
+        pack_documents: bool = True,
+        data_parallel_rank: int = 0,
+        data_parallel_size: int = 1,
+        num_workers: int = 0,
+        pad_last: bool = False,
+        pin_memory: bool = False,
+    ) -> None:
+        _check_split(global_batch, micro_batch, data_parallel_rank, data_parallel_size, num_workers)
+        self.dataset = dataset
+        self.global_batch = global_batch
+        self.micro_batch = micro_batch
+        self.eod = eod
+        self.pack_documents = pack_documents
+        self.data_parallel_rank = data_parallel_rank
+        self.data_parallel_size = data_parallel_size
+        self.num_workers = num_workers
+        self.pad_last = pad_last
+        self.pin_memory = pin_memory
+        self.accumulation_steps = global_batch // (micro_batch * data_parallel_size)
+        self.consumed_samples = 0
+        self._micro_step = 0
+        # Threads, not a DataLoader's processes: to read is to copy out of mapped files, which threads do
+        # well, while processes are forked with CUDA and NCCL in them, and the death of one raises wherever
+        # the trainer happens to be, even within a collective.
+        self._threads: ThreadPoolExecutor | None = None
+        self._ahead: deque[Future[PackedBatch]] = deque()
+
+    @property
+    def remaining_steps(self) -> int:
+        """Global batches that the dataset still has."""
+        remaining = max(0, len(self.dataset) - self.consumed_samples)
+        return -(-remaining // self.global_batch) if self.pad_last else remaining // self.global_batch
+
+    def next_batch(self) -> PackedBatch:
+        """Give this rank's next micro-batch; after `accumulation_steps` the global batch is consumed."""
+        if self.remaining_steps == 0:
+            raise ValueError(
+                f"the dataset has {len(self.dataset)} samples and {self.consumed_samples} are consumed: no "
+                f"whole global batch of {self.global_batch} is left; build it with a larger num_samples or "
+                "lower training.steps"
+            )
+        if self.num_workers:
+            batch = self._read_ahead()
+        else:
+            batch = self._load(self._sample_ids(self.consumed_samples, self._micro_step))
+        self._micro_step += 1
+        if self._micro_step == self.accumulation_steps:
+            self._micro_step = 0
+            self.consumed_samples += self.global_batch
+        return batch
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        """Go through what is left of the dataset, whole global batches only."""
+        while self.remaining_steps:
+            yield self.next_batch()
+
+    def state_dict(self) -> dict[str, int]:
+        """Give the position: samples of finished global batches; one under way counts as not begun."""
+        return {"consumed_samples": self.consumed_samples}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go to the first sample the saved run had not consumed, whatever its ranks and batch sizes."""
+        consumed = state["consumed_samples"]
+        if not isinstance(consumed, int) or consumed < 0:
+            raise ValueError(
+                f"consumed_samples={consumed!r} must be a whole number >= 0; the checkpoint is damaged"
+            )
+        self.consumed_samples = consumed
+        self._micro_step = 0
+        self._ahead.clear()
+
+    def _sample_ids(self, consumed: int, micro_step: int) -> list[int]:
+        first = consumed + (micro_step * self.data_parallel_size + self.data_parallel_rank) * self.micro_batch
+        num_rows = len(self.dataset)
+        return [index if index < num_rows else -1 for index in range(first, first + self.micro_batch)]
+
+    def _load(self, sample_ids: list[int]) -> PackedBatch:
+        # a padding row has to have some tokens: the first sample's, masked
+        rows = [self.dataset[max(index, 0)] for index in sample_ids]
+        batch = pack_samples(rows, self.eod, self.pack_documents, sample_ids)
+        return batch.pin_memory() if self.pin_memory else batch
+
+    def _read_ahead(self) -> PackedBatch:
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(self.num_workers, thread_name_prefix="data")
+        first = self.consumed_samples
+        end = first + self.remaining_steps * self.global_batch
+        while len(self._ahead) < 2 * self.num_workers:
+            number = self._micro_step + len(self._ahead)
+            consumed = first + number // self.accumulation_steps * self.global_batch
+            if consumed >= end:
+                break
+            ids = self._sample_ids(consumed, number % self.accumulation_steps)
+            self._ahead.append(self._threads.submit(self._load, ids))
+        try:
+            return self._ahead.popleft().result()
+        except BaseException:
+            # a caller that tries again gets the same micro-batch, not the one after
+            self._ahead.clear()
+            raise
+
+
+def _check_split(
+    global_batch: int, micro_batch: int, data_parallel_rank: int, data_parallel_size: int, num_workers: int
+) -> None:
+    for name, value in (("training.global_batch", global_batch), ("training.micro_batch", micro_batch)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if not 0 <= data_parallel_rank < data_parallel_size:
+        raise ValueError(
+            f"data_parallel_rank={data_parallel_rank} must lie in [0, {data_parallel_size}), the "
+            "data-parallel ranks"
+        )
+    unit = micro_batch * data_parallel_size
+    if global_batch % unit:
+        raise ValueError(
+            f"training.global_batch={global_batch} must be a multiple of {unit} "
+            f"(training.micro_batch={micro_batch} x {data_parallel_size} data-parallel ranks); try "
+            f"{max(unit, global_batch // unit * unit)}"
+        )
+    if num_workers < 0:
+        raise ValueError(
+            f"data.num_workers={num_workers} must be at least 0; 0 reads in the trainer's own process"
+        )

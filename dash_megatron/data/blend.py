@@ -1,0 +1,34 @@
+"""Blends as the config writes them: prefixes of `.bin/.idx` pairs, each with an optional weight in front."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dash_megatron.data.sidecar import Sidecar
+
+
+def parse_blend(entries: Sequence[str]) -> list[str | tuple[float, str]]:
+    """Split `"0.7 data/web"` into weight and prefix; an entry without a number in front is a prefix."""
+    blend: list[str | tuple[float, str]] = []
+    for entry in entries:
+        weight, _, prefix = entry.strip().partition(" ")
+        try:
+            blend.append((float(weight), prefix.strip()) if prefix else entry)
+        except ValueError:
+            blend.append(entry)  # a path with a space in it
+    return blend
+
+
+def unigram_entropy(entries: Sequence[str]) -> float:
+    """Loss in nats per token of a model that knows the tokens' frequencies and nothing else.
+
+    Args:
+        entries: a blend as the config writes it; the mean over its data sets is by tokens.
+
+    Raises:
+        FileNotFoundError, ValueError: a data set has no readable sidecar.
+    """
+    prefixes = [entry if isinstance(entry, str) else entry[1] for entry in parse_blend(entries)]
+    sidecars = [Sidecar.read(prefix) for prefix in prefixes]
+    tokens = sum(sidecar.tokens for sidecar in sidecars)
+    return sum(sidecar.tokens * sidecar.unigram_entropy_nats for sidecar in sidecars) / tokens

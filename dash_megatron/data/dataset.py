@@ -1,0 +1,324 @@
+"""Megatron's indexed datasets and blends as rows of tokens, checked before the first step."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dash_megatron.data.index_file import check_bin_size, edges_digest, read_index
+from dash_megatron.data.sidecar import Sidecar
+from dash_megatron.data.tokenizer import Tokenizer
+
+with warnings.catch_warnings():
+    # Apex and Transformer Engine speed up GPU training; no dataset needs them
+    warnings.filterwarnings("ignore", message=".*Transformer Engine.*", category=UserWarning)
+    from megatron.core.datasets.blended_dataset import BlendedDataset
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.utils import Split
+
+logger = logging.getLogger(__name__)
+# it warns of a blend that is not cached, which is on purpose: see `_uncached`
+logging.getLogger("megatron.core.datasets.blended_dataset").setLevel(logging.ERROR)
+
+Blend = Sequence[str | os.PathLike[str] | tuple[float, str | os.PathLike[str]]]
+
+
+class TokenRows(torch.utils.data.Dataset[Mapping[str, Tensor]]):
+    """Rows with tokens and labels (int64 [seq_length]) and loss_mask (float32 [seq_length])."""
+
+    def __init__(self, dataset: Any, num_samples: int, vocab_size: int, names: str) -> None:
+        self.dataset = dataset
+        self.num_samples = num_samples
+        self.vocab_size = vocab_size
+        self.names = names
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> Mapping[str, Tensor]:
+        """Read a row.
+
+        Raises:
+            IndexError: no such row.
+            ValueError: it holds a token id outside the vocabulary, so that the .bin is damaged.
+        """
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"row {index} must lie in [0, {self.num_samples})")
+        sample = self.dataset[index]
+        row = {name: sample[name] for name in ("tokens", "labels", "loss_mask")}
+        for name in ("tokens", "labels"):
+            low, high = torch.aminmax(row[name])
+            if low < 0 or high >= self.vocab_size:
+                raise ValueError(
+                    f"row {index} of {self.names} has token id {int(low if low < 0 else high)}; ids must lie "
+                    f"in [0, {self.vocab_size}), the tokenizer's vocabulary; the .bin file is damaged: "
+                    "tokenize again"
+                )
+        return row
+
+
+def build_dataset(
+    blend: Blend,
+    *,
+    seq_length: int,
+    num_samples: int | None,
+    seed: int,
+    tokenizer: Tokenizer,
+    cache_dir: str | os.PathLike[str],
+    split_name: str = "train",
+) -> TokenRows:
+    """Check the data, then give its rows in the order in which training, or an evaluation, is to see them.
+
+    Row i depends on the blend, seq_length and seed, and on nothing else: with a larger num_samples the order
+    goes on where it ended, so that a run may be resumed with more steps. A pass over the data is repeated, in
+    another order, as often as num_samples needs.
+
+    Args:
+        blend: prefixes of .bin/.idx pairs, or (weight, prefix) pairs; prefixes without weights are mixed by
+            their size.
+        seq_length: tokens in a row; rows are cut from the documents, which lie behind one another in random
+            order.
+        num_samples: rows wanted; None: one pass over every prefix.
+        seed: fixes the order.
+        tokenizer: has to be the one that made the data.
+        cache_dir: where Megatron's index files are kept; any number of processes may build at once.
+        split_name: "train", or "valid", which is at most one pass long. Weights do not count in one pass.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: an argument breaks a rule, or the data is empty, short, truncated or of another tokenizer.
+    """
+    if split_name not in ("train", "valid"):
+        raise ValueError(f"split_name={split_name!r} must be 'train' or 'valid'")
+    if seq_length < 1:
+        raise ValueError(f"data.seq_length={seq_length} must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"training.seed={seed} must lie in [0, 2**32), numpy's range; pick a smaller one")
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples={num_samples} must be at least 1; set training.steps to 1 or more")
+    field = f"data.{split_name}"
+    prefixes, weights = _parse_blend(blend, field)
+    for prefix in prefixes:
+        check_data(prefix, tokenizer, seq_length)
+
+    passes = [
+        _one_pass(prefix, seq_length, seed, tokenizer, Path(cache_dir), split_name) for prefix in prefixes
+    ]
+    lengths = [len(one_pass) for one_pass in passes]
+    at_most_one_pass = split_name == "valid" or num_samples is None
+    if at_most_one_pass and weights is not None and len(prefixes) > 1:
+        logger.warning("%s: its weights are ignored, as one pass over every prefix is read", field)
+    if at_most_one_pass:
+        num_samples = min(num_samples or sum(lengths), sum(lengths))
+    assert num_samples is not None
+    if len(passes) == 1:
+        dataset: Any = _Repeated(passes[0], num_samples, seed)
+    elif at_most_one_pass:
+        # no size: Megatron then takes each part's length for its weight and draws every row once
+        dataset = BlendedDataset(passes, lengths, None, _uncached(passes[0].config))
+    else:
+        dataset = _blended(passes, weights or [float(length) for length in lengths], num_samples, seed)
+    return TokenRows(dataset, num_samples, tokenizer.vocab_size, ", ".join(prefixes))
+
+
+def check_data(prefix: str, tokenizer: Tokenizer, seq_length: int) -> Sidecar:
+    """Check that PREFIX.bin and PREFIX.idx are whole, long enough, and of this tokenizer; raise otherwise."""
+    index = read_index(prefix)
+    check_bin_size(prefix, index)
+    sidecar = Sidecar.read(prefix)
+    if sidecar.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"{prefix} was made by the tokenizer with fingerprint {sidecar.tokenizer_fingerprint[:12]}, but "
+            f"data.tokenizer={tokenizer.path} has {tokenizer.fingerprint[:12]}; they must agree: give the "
+            "tokenizer that made the data, or tokenize the corpus again"
+        )
+    if sidecar.idx_digest != edges_digest(f"{prefix}.idx") or sidecar.bin_digest != edges_digest(
+        f"{prefix}.bin"
+    ):
+        raise ValueError(
+            f"{prefix}.idx.json must describe the files beside it, but {prefix}.bin or .idx was replaced "
+            f"since; make it anew with `python -m data_tools.write_sidecar --prefix {prefix} --tokenizer "
+            f"{tokenizer.path}`"
+        )
+    if index.tokens == 0:
+        raise ValueError(
+            f"{prefix} has no tokens; an empty corpus cannot be trained on: tokenize one with documents"
+        )
+    if index.tokens < seq_length + 1:
+        raise ValueError(
+            f"{prefix} has {index.tokens} tokens and must have at least data.seq_length + 1 = "
+            f"{seq_length + 1} for one row; use more text, a larger --valid-fraction if this is validation "
+            "data, or a smaller data.seq_length"
+        )
+    if sidecar.max_token_id >= tokenizer.vocab_size:
+        raise ValueError(
+            f"{prefix} has token id {sidecar.max_token_id}; ids must be below {tokenizer.vocab_size}, the "
+            f"vocabulary of {tokenizer.path}; tokenize the corpus again with this tokenizer"
+        )
+    return sidecar
+
+
+def _parse_blend(blend: Blend, field: str) -> tuple[list[str], list[float] | None]:
+    prefixes: list[str] = []
+    weights: list[float] = []
+    for entry in blend:
+        if isinstance(entry, str | os.PathLike):
+            prefixes.append(os.fspath(entry))
+        else:
+            weight, prefix = entry
+            if not (isinstance(weight, int | float) and 0 < weight < float("inf")):
+                raise ValueError(
+                    f"{field} gives {prefix} weight {weight!r}; it must be above 0: drop what has none"
+                )
+            weights.append(float(weight))
+            prefixes.append(os.fspath(prefix))
+    if not prefixes:
+        raise ValueError(f"{field}=[] must name at least one prefix of a .bin/.idx pair, such as data/train")
+    if weights and len(weights) != len(prefixes):
+        raise ValueError(
+            f"{field} gives weights to {len(weights)} of its {len(prefixes)} prefixes; give them to all or "
+            "to none"
+        )
+    return prefixes, weights or None
+
+
+@dataclass(frozen=True)
+class _MegatronTokenizer:
+    """The few facts that Megatron's datasets ask of a tokenizer, cheap to send to data workers."""
+
+    vocab_size: int
+    eod: int
+    fingerprint: str
+    pad: int = -1
+    """No token, so that Megatron takes no real one for padding."""
+
+    @property
+    def unique_identifiers(self) -> dict[str, str]:
+        return {"class": "dash_megatron.Tokenizer", "fingerprint": self.fingerprint}
+
+
+def _config(seq_length: int, seed: int, tokenizer: Tokenizer, cache_dir: str) -> GPTDatasetConfig:
+    return GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=seq_length,
+        # files are split already; Megatron only has to be told that the whole of each is used
+        blend=(["unused"], None),
+        split="1,0,0",
+        path_to_cache=cache_dir,
+        tokenizer=_MegatronTokenizer(tokenizer.vocab_size, tokenizer.eod, tokenizer.fingerprint),
+        # positions, masks and document borders are made in batches.py, where rows are packed
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+
+
+def _one_pass(
+    prefix: str, seq_length: int, seed: int, tokenizer: Tokenizer, cache_dir: Path, split_name: str
+) -> GPTDataset:
+    """One pass over a prefix, in random order; its index is built once and read from `cache_dir` afterwards.
+
+    Megatron writes its index files in place, and knows them by path and settings only. They are therefore
+    built in a folder of their own that gets its name, with a digest of the data in it, when they are
+    complete: no process sees half an index, a killed one leaves none, and data made anew does not meet the
+    index of its predecessor.
+    """
+    key = [edges_digest(f"{prefix}.idx"), seq_length, seed, split_name, tokenizer.fingerprint]
+    folder = cache_dir / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+
+    def build(index_folder: str) -> GPTDataset:
+        config = _config(seq_length, seed, tokenizer, index_folder)
+        # the name is part of Megatron's cache key, and two paths to the same data may share their index
+        indexed = GPTDataset.build_low_level_dataset(prefix, config)
+        documents = np.arange(len(indexed), dtype=np.int32)
+        return GPTDataset(indexed, "data", documents, None, Split[split_name], config)
+
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    try:
+        if not folder.is_dir() and (not distributed or torch.distributed.get_rank() == 0):
+            _build_aside(build, folder)
+    finally:
+        if distributed:
+            # in `finally`, so that an error on rank 0 does not leave the others waiting
+            torch.distributed.barrier()
+    if not folder.is_dir():
+        # another node with a disk of its own: an empty folder name makes Megatron build in memory, with equal
+        # result
+        logger.warning(
+            "data cache %s is not shared with rank 0: building the index of %s in memory", folder, prefix
+        )
+        return build("")
+    return build(str(folder))
+
+
+def _build_aside(build: Any, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = tempfile.mkdtemp(prefix=".building-", dir=folder.parent)
+    try:
+        build(temporary)
+        os.chmod(temporary, 0o755)
+        os.rename(temporary, folder)
+    except OSError:
+        # another process was first: its index is the same
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class _Repeated(torch.utils.data.Dataset[Any]):
+    """A pass over the data, repeated: each time the same rows, in another order.
+
+    Megatron's own repetition shuffles over all passes together, so that its order changes with the number of
+    samples; a run that is resumed with more steps would see some rows again and miss others.
+    """
+
+    def __init__(self, one_pass: GPTDataset, num_samples: int, seed: int) -> None:
+        self.one_pass = one_pass
+        self.num_samples = num_samples
+        self.seed = seed
+        # what BlendedDataset reads
+        self.index_split = one_pass.index_split
+        self.unique_identifiers = one_pass.unique_identifiers
+        self._order = functools.lru_cache(maxsize=2)(self._make_order)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> Any:
+        number, position = divmod(int(index), len(self.one_pass))
+        # the first pass is in Megatron's random order already
+        return self.one_pass[position if number == 0 else int(self._order(number)[position])]
+
+    def _make_order(self, number: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, number]).permutation(len(self.one_pass))
+
+
+def _blended(passes: list[GPTDataset], weights: list[float], num_samples: int, seed: int) -> BlendedDataset:
+    """Draw from the passes by weight, repeating each as often as needed."""
+    shares = [weight / sum(weights) for weight in weights]
+    # Megatron's blend keeps each part within one row of its share at every point, hence the margin
+    sizes = [math.ceil(num_samples * share) + len(passes) for share in shares]
+    parts = [_Repeated(one_pass, size, seed) for one_pass, size in zip(passes, sizes, strict=True)]
+    return BlendedDataset(parts, shares, num_samples, _uncached(passes[0].config))
+
+
+def _uncached(config: GPTDatasetConfig) -> GPTDatasetConfig:
+    # a blend is quick to make, and Megatron's cache for it needs a process group
+    return replace(config, path_to_cache=None)

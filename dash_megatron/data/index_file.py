@@ -1,0 +1,125 @@
+"""Megatron's .idx format, read and written without torch and without a Python object for each document.
+
+PREFIX.bin holds the tokens of all documents behind one another; PREFIX.idx says of which type they are and
+how long each document is. Megatron's own builder keeps a list entry for each document and imports torch,
+which is slow to start in every tokenising process; the files are equal byte for byte.
+"""
+
+import hashlib
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+_MAGIC = b"MMIDIDX\x00\x00"
+# after the magic: version, dtype code, sequences, document boundaries
+_HEADER = struct.Struct("<QBQQ")
+_HEADER_BYTES = len(_MAGIC) + _HEADER.size
+# Megatron's codes for the integer types that can hold token ids
+_DTYPES: dict[int, np.dtype] = {4: np.dtype(np.int32), 5: np.dtype(np.int64), 8: np.dtype(np.uint16)}
+_EDGE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class IndexSummary:
+    """What PREFIX.idx says of PREFIX.bin."""
+
+    dtype: np.dtype
+    documents: int
+    tokens: int
+    bin_bytes: int
+    """Size that PREFIX.bin must have."""
+
+
+def edges_digest(path: str | os.PathLike[str]) -> str:
+    """Hash a file's size, first and last MiB: cheap, and enough to tell that a file was replaced."""
+    size = os.path.getsize(path)
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        digest.update(file.read(_EDGE_BYTES))
+        file.seek(max(0, size - _EDGE_BYTES))
+        digest.update(file.read(_EDGE_BYTES))
+    return digest.hexdigest()
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Give the smallest type for the ids of a vocabulary: uint16, or int32 from 65537 ids on."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
+
+
+def write_index(path: str | os.PathLike[str], lengths: np.ndarray, dtype: np.dtype) -> None:
+    """Write an .idx file in which each sequence is a document.
+
+    Args:
+        path: where to write; whoever needs it atomic renames it afterwards.
+        lengths: int [documents], tokens in each document.
+        dtype: type of a token in the .bin file.
+    """
+    code = next(code for code, known in _DTYPES.items() if known == dtype)
+    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
+    with open(path, "wb") as file:
+        file.write(_MAGIC + _HEADER.pack(1, code, len(lengths), len(lengths) + 1))
+        file.write(lengths.astype(np.int32).tobytes())
+        file.write((ends - lengths.astype(np.int64) * dtype.itemsize).tobytes())
+        file.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
+
+
+def read_lengths(prefix: str | os.PathLike[str]) -> tuple[np.ndarray, np.dtype, int]:
+    """Read the lengths in PREFIX.idx, checking that it is whole.
+
+    Returns:
+        Lengths (int32 [sequences], on disk until used), the tokens' type, and the number of documents.
+
+    Raises:
+        FileNotFoundError: PREFIX.idx is missing.
+        ValueError: it is no Megatron index, or cut short.
+    """
+    path = Path(f"{os.fspath(prefix)}.idx")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; make it with `python -m data_tools.tokenize_corpus`")
+    with open(path, "rb") as file:
+        header = file.read(_HEADER_BYTES)
+    if len(header) < _HEADER_BYTES or not header.startswith(_MAGIC):
+        raise ValueError(
+            f"{path} must be a Megatron index, but has no such header; tokenize the corpus again"
+        )
+    version, code, sequences, boundaries = _HEADER.unpack(header[len(_MAGIC) :])
+    if version != 1 or code not in _DTYPES:
+        raise ValueError(
+            f"{path} has version {version} and dtype code {code}; the version must be 1 and the code one of "
+            f"{sorted(_DTYPES)}, the integers; tokenize the corpus again"
+        )
+    size, needed = path.stat().st_size, _HEADER_BYTES + sequences * (4 + 8) + boundaries * 8
+    if size < needed:
+        raise ValueError(
+            f"{path} has {size} bytes and must have {needed} for its {sequences} sequences: it is truncated; "
+            "copy it again or tokenize the corpus again"
+        )
+    if not sequences:
+        return np.zeros(0, dtype=np.int32), _DTYPES[code], 0
+    lengths = np.memmap(path, dtype=np.int32, mode="r", offset=_HEADER_BYTES, shape=(sequences,))
+    return lengths, _DTYPES[code], boundaries - 1
+
+
+def read_index(prefix: str | os.PathLike[str]) -> IndexSummary:
+    """Sum up PREFIX.idx; errors as in `read_lengths`."""
+    lengths, dtype, documents = read_lengths(prefix)
+    tokens = int(np.sum(lengths, dtype=np.int64))
+    return IndexSummary(dtype=dtype, documents=documents, tokens=tokens, bin_bytes=tokens * dtype.itemsize)
+
+
+def check_bin_size(prefix: str | os.PathLike[str], index: IndexSummary) -> None:
+    """Raise where PREFIX.bin is missing (FileNotFoundError) or not as long as its index says (ValueError)."""
+    path = Path(f"{os.fspath(prefix)}.bin")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; make it with `python -m data_tools.tokenize_corpus`")
+    size = path.stat().st_size
+    if size != index.bin_bytes:
+        state = "truncated" if size < index.bin_bytes else "longer than its index"
+        raise ValueError(
+            f"{path} has {size} bytes and must have {index.bin_bytes} ({index.tokens} tokens of "
+            f"{index.dtype.itemsize} bytes, as its .idx says): it is {state}; copy both files again or "
+            "tokenize the corpus again"
+        )

@@ -1,0 +1,119 @@
+"""PREFIX.idx.json: what a .bin/.idx pair cannot say of itself, above all which tokenizer made it."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from dash_megatron.data.index_file import check_bin_size, edges_digest, read_index
+
+_TOKENS_PER_READ = 1 << 20
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """Facts about PREFIX.bin and PREFIX.idx."""
+
+    tokenizer_fingerprint: str
+    """sha256 of the tokenizer's model file."""
+    vocab_size: int
+    eod: int
+    """Token that ends each document."""
+    documents: int
+    tokens: int
+    dtype: str
+    """numpy's name for the type of a token in the .bin: uint16, int32 or int64."""
+    bin_bytes: int
+    max_token_id: int
+    """-1 where there are no tokens."""
+    idx_digest: str
+    bin_digest: str
+    """See `edges_digest`."""
+    unigram_entropy_nats: float
+    """Loss of a model that knows the tokens' frequencies and nothing else."""
+
+    def write(self, prefix: str | os.PathLike[str]) -> None:
+        """Write PREFIX.idx.json, whole or not at all."""
+        path = sidecar_path(prefix)
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    @classmethod
+    def read(cls, prefix: str | os.PathLike[str]) -> "Sidecar":
+        """Read PREFIX.idx.json.
+
+        Raises:
+            FileNotFoundError: it is missing.
+            ValueError: it is not what `write` writes.
+        """
+        path = sidecar_path(prefix)
+        remedy = f"make it with `python -m data_tools.write_sidecar --prefix {prefix} --tokenizer TOKENIZER`"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist, so that nothing says which tokenizer made {prefix}.bin; {remedy}"
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{field.name: values[field.name] for field in fields(cls)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} must be a data sidecar, but is none ({type(error).__name__}: {error}); {remedy}"
+            ) from error
+
+
+def sidecar_path(prefix: str | os.PathLike[str]) -> Path:
+    """Give the path of the sidecar of PREFIX.bin and PREFIX.idx."""
+    return Path(f"{os.fspath(prefix)}.idx.json")
+
+
+def describe(
+    prefix: str | os.PathLike[str], *, tokenizer_fingerprint: str, vocab_size: int, eod: int
+) -> Sidecar:
+    """Count the tokens of PREFIX.bin, reading it once as a stream, and make its sidecar.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the .bin's size contradicts the .idx, or it holds a token id outside the vocabulary.
+    """
+    index = read_index(prefix)
+    check_bin_size(prefix, index)
+    bin_path = f"{os.fspath(prefix)}.bin"
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    first = 0
+    with open(bin_path, "rb") as file:
+        while block := file.read(_TOKENS_PER_READ * index.dtype.itemsize):
+            ids = np.frombuffer(block, dtype=index.dtype)
+            outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+            if outside.size:
+                raise ValueError(
+                    f"{bin_path} has id {int(ids[outside[0]])} at token {first + int(outside[0])}; ids must "
+                    f"lie in [0, {vocab_size}), the tokenizer's vocabulary; give the tokenizer that made the "
+                    "data"
+                )
+            counts += np.bincount(ids, minlength=vocab_size)
+            first += ids.size
+    return Sidecar(
+        tokenizer_fingerprint=tokenizer_fingerprint,
+        vocab_size=vocab_size,
+        eod=eod,
+        documents=index.documents,
+        tokens=index.tokens,
+        dtype=index.dtype.name,
+        bin_bytes=index.bin_bytes,
+        max_token_id=int(np.flatnonzero(counts)[-1]) if first else -1,
+        idx_digest=edges_digest(f"{os.fspath(prefix)}.idx"),
+        bin_digest=edges_digest(bin_path),
+        unigram_entropy_nats=_entropy_nats(counts),
+    )
+
+
+def _entropy_nats(counts: np.ndarray) -> float:
+    shares = counts[counts > 0] / max(1, counts.sum())
+    return float(-(shares * np.log(shares)).sum())

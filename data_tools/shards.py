@@ -1,0 +1,250 @@
+"""The unit of work of tokenize_corpus: some input in, a finished shard of train and valid tokens out."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from dash_megatron.data.index_file import check_bin_size, read_index, read_lengths, token_dtype, write_index
+from dash_megatron.data.sidecar import Sidecar, describe, sidecar_path
+from dash_megatron.data.tokenizer import Tokenizer
+from data_tools.atomic import TEMPORARY_SUFFIX, atomic_write, remove_files, sync_and_rename
+from data_tools.readers import BadLine, Piece, read_piece, split_into_pieces
+
+SPLITS = ("train", "valid")
+# Raised whenever the same input and options would give other files.
+_FORMAT = 1
+# No more bad lines than these are kept of a shard; the run has failed long before, or does not care.
+_MAX_REPORTS = 1000
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the contents of the output, besides the input itself."""
+
+    tokenizer: str
+    """Path of the model file."""
+    fingerprint: str
+    vocab_size: int
+    eod: int
+    text_key: str
+    valid_fraction: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Some pieces of the input, which become one shard."""
+
+    number: int
+    pieces: tuple[Piece, ...]
+    key: str
+    """Digest of all that decides the shard's contents: a finished shard with this key is not made again."""
+
+    @property
+    def num_bytes(self) -> int:
+        """About how much input it is."""
+        return sum(piece.num_bytes for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What a finished shard holds, saved beside it as NNNNN.json."""
+
+    key: str
+    num_bytes: int
+    documents: dict[str, int]
+    """For train and valid."""
+    tokens: dict[str, int]
+    num_bad_lines: int
+    bad_lines: list[str]
+    """The first of them, as file:line: reason."""
+
+
+def plan_units(paths: Sequence[str], options: Options, unit_bytes: int | None = None) -> list[Unit]:
+    """Divide the input into units; the division depends on the input alone, not on the number of workers.
+
+    Args:
+        paths: files, in order.
+        options: see `Options`.
+        unit_bytes: input in a unit; None: a 256th of all, between 1 and 64 MB.
+    """
+    if unit_bytes is None:
+        total = sum(os.path.getsize(path) for path in paths)
+        unit_bytes = min(max(total // 256, 1_000_000), 64_000_000)
+    groups: list[list[Piece]] = []
+    room = 0
+    for path in paths:
+        for piece in split_into_pieces(path, unit_bytes):
+            if room < piece.num_bytes or not groups:
+                groups.append([])
+                room = unit_bytes
+            groups[-1].append(piece)
+            room -= piece.num_bytes
+    return [Unit(number, tuple(group), _key(group, options)) for number, group in enumerate(groups)]
+
+
+def _key(pieces: Sequence[Piece], options: Options) -> str:
+    inputs = []
+    for piece in pieces:
+        status = os.stat(piece.path)
+        inputs.append(
+            [os.path.abspath(piece.path), status.st_size, status.st_mtime_ns, piece.start, piece.stop]
+        )
+    # the fingerprint stands for the tokenizer, wherever its file lies
+    values = [_FORMAT, inputs, {**asdict(options), "tokenizer": ""}]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def goes_to_valid(text: bytes, options: Options) -> bool:
+    """Decide by the text itself, so that two copies of a document never lie on both sides."""
+    digest = hashlib.blake2b(text, digest_size=8, key=options.seed.to_bytes(8, "big")).digest()
+    return int.from_bytes(digest, "big") < options.valid_fraction * 2.0**64
+
+
+class _SplitWriter:
+    """The .bin and .idx of one split, under temporary names until `finish`."""
+
+    def __init__(self, prefix: Path, dtype: np.dtype, stack: ExitStack) -> None:
+        self.prefix = prefix
+        self.dtype = dtype
+        self.lengths: list[int] = []
+        self._file: IO[bytes] = stack.enter_context(self._temporary(".bin").open("wb"))
+
+    def add(self, ids: list[int]) -> None:
+        self._file.write(np.asarray(ids, dtype=self.dtype).tobytes())
+        self.lengths.append(len(ids))
+
+    def finish(self) -> None:
+        self._file.close()
+        write_index(self._temporary(".idx"), np.asarray(self.lengths, dtype=np.int32), self.dtype)
+        for suffix in (".bin", ".idx"):
+            sync_and_rename(self._temporary(suffix), Path(f"{self.prefix}{suffix}"))
+
+    def _temporary(self, suffix: str) -> Path:
+        return Path(f"{self.prefix}{suffix}{TEMPORARY_SUFFIX}")
+
+
+def shard_prefix(folder: Path, unit: Unit, split: str) -> Path:
+    """Give folder/NNNNN.train or folder/NNNNN.valid."""
+    return folder / f"{unit.number:05d}.{split}"
+
+
+def _report_path(folder: Path, unit: Unit) -> Path:
+    return folder / f"{unit.number:05d}.json"
+
+
+def tokenize_unit(
+    unit: Unit, folder: Path, tokenizer: Tokenizer, options: Options, max_bad_lines: int
+) -> ShardReport:
+    """Tokenise a unit and save its shard, the report last.
+
+    Args:
+        unit: what to read.
+        folder: where the shards are.
+        tokenizer: the one that `options` describe.
+        options: see `Options`.
+        max_bad_lines: with more than these the shard is given up and not saved.
+
+    Returns:
+        The report; where `num_bad_lines` exceeds `max_bad_lines` it is that of the lines read so far.
+    """
+    dtype = token_dtype(options.vocab_size)
+    bad_lines: list[str] = []
+    num_bad_lines = 0
+    with ExitStack() as stack:
+        writers = {split: _SplitWriter(shard_prefix(folder, unit, split), dtype, stack) for split in SPLITS}
+        for item in (item for piece in unit.pieces for item in read_piece(piece, options.text_key)):
+            if isinstance(item, BadLine):
+                num_bad_lines += 1
+                if len(bad_lines) < _MAX_REPORTS:
+                    bad_lines.append(str(item))
+                if num_bad_lines > max_bad_lines:
+                    break
+                continue
+            text = item.text.encode("utf-8")
+            split = "valid" if goes_to_valid(text, options) else "train"
+            writers[split].add([*tokenizer.encode(item.text), options.eod])
+        report = ShardReport(
+            key=unit.key,
+            num_bytes=unit.num_bytes,
+            documents={split: len(writer.lengths) for split, writer in writers.items()},
+            tokens={split: sum(writer.lengths) for split, writer in writers.items()},
+            num_bad_lines=num_bad_lines,
+            bad_lines=bad_lines,
+        )
+        if num_bad_lines <= max_bad_lines:
+            # an older shard's report must not vouch for these files, should the run be killed among them
+            _report_path(folder, unit).unlink(missing_ok=True)
+            for writer in writers.values():
+                writer.finish()
+            with atomic_write(_report_path(folder, unit)) as file:
+                json.dump(asdict(report), file)
+    return report
+
+
+def finished_report(unit: Unit, folder: Path) -> ShardReport | None:
+    """Give the report of a unit's shard if it is there, whole, and of the same input and options."""
+    try:
+        report = ShardReport(**json.loads(_report_path(folder, unit).read_text(encoding="utf-8")))
+        for split in SPLITS:
+            prefix = shard_prefix(folder, unit, split)
+            check_bin_size(prefix, read_index(prefix))
+    except (OSError, ValueError, TypeError):
+        return None
+    return report if report.key == unit.key else None
+
+
+def merge_split(units: Sequence[Unit], folder: Path, output: Path, split: str, options: Options) -> Sidecar:
+    """Put the shards of a split behind one another into OUTPUT/SPLIT.bin and .idx, and write the sidecar.
+
+    The old sidecar goes first and the new one comes last: at no moment does a sidecar stand beside data it
+    does not describe.
+    """
+    prefix = output / split
+    bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    temporary = {path: path.with_name(path.name + TEMPORARY_SUFFIX) for path in (bin_path, idx_path)}
+    lengths = []
+    with open(temporary[bin_path], "wb") as merged:
+        for unit in units:
+            shard = shard_prefix(folder, unit, split)
+            with open(f"{shard}.bin", "rb") as file:
+                shutil.copyfileobj(file, merged, 1 << 22)
+            lengths.append(np.array(read_lengths(shard)[0]))
+    write_index(temporary[idx_path], np.concatenate(lengths), token_dtype(options.vocab_size))
+    sidecar_path(prefix).unlink(missing_ok=True)
+    for path in (bin_path, idx_path):
+        sync_and_rename(temporary[path], path)
+    sidecar = describe(
+        prefix, tokenizer_fingerprint=options.fingerprint, vocab_size=options.vocab_size, eod=options.eod
+    )
+    sidecar.write(prefix)
+    return sidecar
+
+
+def remove_shards(folder: Path) -> None:
+    """Remove all shards, and the folder if nothing else is in it."""
+    parts = [f"{split}.{end}" for split in SPLITS for end in ("bin", "idx")]
+    remove_files(folder, *(f"[0-9]*.{part}" for part in [*parts, "json"]))
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def remove_split(output: Path, split: str) -> None:
+    """Remove the files of a split that an earlier run with other options left."""
+    remove_files(output, sidecar_path(output / split).name, f"{split}.idx", f"{split}.bin")
+
+
+def progress_of(reports: Sequence[ShardReport]) -> Iterator[tuple[str, Any]]:
+    """Sum up reports: the totals that a run prints and its manifest keeps."""
+    for split in SPLITS:
+        yield f"{split}_documents", sum(report.documents[split] for report in reports)
+        yield f"{split}_tokens", sum(report.tokens[split] for report in reports)
+    yield "bad_lines", sum(report.num_bad_lines for report in reports)

@@ -1,0 +1,293 @@
+import json
+import multiprocessing
+import os
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dash_megatron.data.dataset import build_dataset
+from dash_megatron.data.sidecar import Sidecar, sidecar_path
+
+SEQ_LENGTH = 16
+
+
+@pytest.fixture
+def build(tokenizer, tmp_path):
+    def build(blend, **changes):
+        settings = {
+            "seq_length": SEQ_LENGTH,
+            "num_samples": 10,
+            "seed": 1,
+            "tokenizer": tokenizer,
+            "cache_dir": tmp_path / "cache",
+        }
+        return build_dataset(blend, **(settings | changes))
+
+    return build
+
+
+def numbered(first: int, count: int, length: int = 24) -> list[list[int]]:
+    """Documents that are all different, of tokens from 3 on."""
+    rng = np.random.default_rng(first)
+    return [rng.integers(3, 300, length).tolist() for _ in range(count)]
+
+
+def rows_of(dataset) -> list[tuple[int, ...]]:
+    return [tuple(dataset[index]["tokens"].tolist()) for index in range(len(dataset))]
+
+
+def test_rows_are_cut_from_the_documents_and_labels_are_the_next_tokens(
+    write_data, build, tmp_path, tokenizer
+):
+    documents = numbered(0, 40)
+    dataset = build([write_data(tmp_path / "a", documents)], num_samples=None)
+    stream_length = sum(len(document) + 1 for document in documents)
+    assert len(dataset) == (stream_length - 1) // SEQ_LENGTH
+    known = {tuple(document) for document in documents}
+    for index in range(len(dataset)):
+        row = dataset[index]
+        assert row["tokens"].dtype == row["labels"].dtype == torch.int64
+        assert row["tokens"].shape == row["labels"].shape == (SEQ_LENGTH,)
+        assert torch.equal(row["tokens"][1:], row["labels"][:-1])
+        text = [*row["tokens"].tolist(), int(row["labels"][-1])]
+        # what stands between two ends of documents is a whole document
+        ends = [place for place, token in enumerate(text) if token == tokenizer.eod]
+        for left, right in pairwise(ends):
+            assert tuple(text[left + 1 : right]) in known
+
+
+def test_the_order_is_the_same_each_time_and_another_with_another_seed(write_data, build, tmp_path):
+    prefix = write_data(tmp_path / "a", numbered(0, 40))
+    first = rows_of(build([prefix]))
+    assert rows_of(build([prefix])) == first
+    assert rows_of(build([prefix], cache_dir=tmp_path / "other")) == first
+    assert rows_of(build([prefix], seed=2)) != first
+
+
+def test_more_samples_go_on_where_fewer_ended(write_data, build, tmp_path):
+    a, b = write_data(tmp_path / "a", numbered(0, 20)), write_data(tmp_path / "b", numbered(1, 10))
+    for blend in ([a], [(0.7, a), (0.3, b)]):
+        assert rows_of(build(blend, num_samples=150))[:70] == rows_of(build(blend, num_samples=70))
+
+
+def test_every_pass_has_each_row_once_in_another_order(write_data, build, tmp_path):
+    prefix = write_data(tmp_path / "a", numbered(0, 40))
+    one_pass = len(build([prefix], num_samples=None))
+    rows = rows_of(build([prefix], num_samples=3 * one_pass))
+    passes = [rows[start : start + one_pass] for start in range(0, len(rows), one_pass)]
+    assert Counter(passes[0]) == Counter(passes[1]) == Counter(passes[2])
+    assert passes[0] != passes[1] != passes[2] != passes[0]
+
+
+def test_a_blend_honours_its_weights_everywhere_in_the_order(write_data, build, tmp_path):
+    a = write_data(tmp_path / "a", [[10] * 24 for _ in range(40)])
+    b = write_data(tmp_path / "b", [[20] * 24 for _ in range(5)])
+    c = write_data(tmp_path / "c", [[30] * 24 for _ in range(40)])
+    dataset = build([(6, a), (3, b), (1, c)], num_samples=500)
+    kinds = [Counter(row).most_common(1)[0][0] for row in rows_of(dataset)]
+    for stop in (50, 200, 500):
+        seen = Counter(kinds[:stop])
+        for kind, share in ((10, 0.6), (20, 0.3), (30, 0.1)):
+            assert abs(seen[kind] - share * stop) <= 2
+
+
+def test_prefixes_without_weights_are_mixed_by_size(write_data, build, tmp_path):
+    a = write_data(tmp_path / "a", [[10] * 24 for _ in range(60)])
+    b = write_data(tmp_path / "b", [[20] * 24 for _ in range(20)])
+    kinds = [Counter(row).most_common(1)[0][0] for row in rows_of(build([a, b], num_samples=200))]
+    assert abs(kinds.count(10) - 150) <= 2
+
+
+def test_validation_is_one_pass_over_everything(write_data, build, tmp_path):
+    a, b = write_data(tmp_path / "a", numbered(0, 20)), write_data(tmp_path / "b", numbered(1, 10))
+    alone = Counter(rows_of(build([a], num_samples=None)) + rows_of(build([b], num_samples=None)))
+    whole = build([(9, a), (1, b)], num_samples=10_000, split_name="valid")
+    assert set(Counter(rows_of(whole)).values()) == {1}
+    assert len(whole) == sum(alone.values())
+    assert rows_of(build([a, b], num_samples=7, split_name="valid")) == rows_of(whole)[:7]
+
+
+def test_data_made_anew_does_not_meet_the_index_of_its_predecessor(write_data, build, tmp_path):
+    build([write_data(tmp_path / "a", numbered(0, 40))])
+    changed = [[7] * 3 for _ in range(200)]
+    dataset = build([write_data(tmp_path / "a", changed)], num_samples=None)
+    assert len(dataset) == (200 * 4 - 1) // SEQ_LENGTH
+    assert {token for row in rows_of(dataset) for token in row} == {2, 7}
+
+
+def test_a_build_that_was_killed_leaves_no_half_index(write_data, build, tmp_path, monkeypatch):
+    prefix = write_data(tmp_path / "a", numbered(0, 40))
+    save = np.save
+
+    def fail_at_the_shuffle(path, *arguments, **settings):
+        if "shuffle" in str(path):
+            raise KeyboardInterrupt
+        save(path, *arguments, **settings)
+
+    monkeypatch.setattr(np, "save", fail_at_the_shuffle)
+    with pytest.raises(KeyboardInterrupt):
+        build([prefix])
+    monkeypatch.undo()
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert len(build([prefix])) == 10
+
+
+def test_an_index_is_built_once_and_read_afterwards(write_data, build, tmp_path, monkeypatch):
+    prefix = write_data(tmp_path / "a", numbered(0, 40))
+    first = rows_of(build([prefix]))
+    monkeypatch.setattr(np, "save", lambda *arguments, **settings: pytest.fail("built again"))
+    assert rows_of(build([prefix])) == first
+
+
+def _build_on_rank(rank, folder, prefix, tokenizer, results):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    dataset = build_dataset(
+        [(1, prefix), (1, prefix)],
+        seq_length=SEQ_LENGTH,
+        num_samples=30,
+        seed=1,
+        tokenizer=tokenizer,
+        # rank 1 is on another node, with a disk of its own, in the second round
+        cache_dir=Path(folder) / "shared",
+    )
+    alone = build_dataset(
+        [prefix],
+        seq_length=SEQ_LENGTH,
+        num_samples=30,
+        seed=2,
+        tokenizer=tokenizer,
+        cache_dir=Path(folder) / f"{rank}",
+    )
+    results.put((rank, rows_of(dataset), rows_of(alone)))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_that_build_at_once_see_the_same_rows(write_data, tokenizer, tmp_path):
+    prefix = write_data(tmp_path / "a", numbered(0, 40))
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    ranks = [
+        context.Process(
+            target=_build_on_rank, args=(rank, str(tmp_path), prefix, tokenizer, results), daemon=True
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        rank.start()
+    seen = {rank: rows for rank, *rows in (results.get(timeout=60) for _ in ranks)}
+    for rank in ranks:
+        rank.join(timeout=60)
+        assert rank.exitcode == 0
+    assert seen[0] == seen[1]
+
+
+def test_a_missing_file_is_named(write_data, build, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.idx does not exist"):
+        build([str(tmp_path / "nothing")])
+    prefix = write_data(tmp_path / "a", numbered(0, 40))
+    os.unlink(f"{prefix}.bin")
+    with pytest.raises(FileNotFoundError, match=r"a\.bin does not exist"):
+        build([prefix])
+
+
+def test_a_truncated_bin_is_named(write_data, build, tmp_path):
+    prefix = write_data(tmp_path / "a", numbered(0, 40))
+    os.truncate(f"{prefix}.bin", 1000)
+    with pytest.raises(ValueError, match=r"a\.bin has 1000 bytes and must have 2000 .*truncated"):
+        build([prefix])
+
+
+def test_a_missing_sidecar_is_named_with_the_command_that_makes_it(write_data, build, tmp_path):
+    prefix = write_data(tmp_path / "a", numbered(0, 40), sidecar=False)
+    with pytest.raises(FileNotFoundError, match=rf"python -m data_tools.write_sidecar --prefix {prefix}"):
+        build([prefix])
+
+
+def test_a_damaged_sidecar_is_named(write_data, build, tmp_path):
+    prefix = write_data(tmp_path / "a", numbered(0, 40))
+    for content in ("{", "{}", "[]"):
+        sidecar_path(prefix).write_text(content)
+        with pytest.raises(ValueError, match=r"a\.idx\.json must be a data sidecar"):
+            build([prefix])
+
+
+def test_a_tokenizer_that_did_not_make_the_data_is_refused(write_data, build, tmp_path):
+    prefix = write_data(tmp_path / "a", numbered(0, 40))
+    replace(Sidecar.read(prefix), tokenizer_fingerprint="f" * 64).write(prefix)
+    with pytest.raises(ValueError, match=r"fingerprint ffffffffffff, but data\.tokenizer=.* they must agree"):
+        build([prefix])
+
+
+def test_a_sidecar_of_other_data_is_refused(write_data, build, tmp_path):
+    prefix = write_data(tmp_path / "a", numbered(0, 40))
+    write_data(tmp_path / "a", numbered(1, 40), sidecar=False)
+    with pytest.raises(ValueError, match="was replaced since"):
+        build([prefix])
+
+
+def test_an_empty_corpus_is_refused(write_data, build, tmp_path):
+    prefix = write_data(tmp_path / "a", [])
+    with pytest.raises(ValueError, match="has no tokens; an empty corpus"):
+        build([prefix])
+
+
+def test_a_corpus_shorter_than_one_row_is_refused(write_data, build, tmp_path):
+    prefix = write_data(tmp_path / "a", [[5] * (SEQ_LENGTH - 1)])
+    with pytest.raises(ValueError, match=r"has 16 tokens and must have at least data\.seq_length \+ 1 = 17"):
+        build([prefix])
+    assert len(build([write_data(tmp_path / "a", [[5] * SEQ_LENGTH])], num_samples=None)) == 1
+
+
+def test_a_token_id_outside_the_vocabulary_is_refused_before_the_first_row(
+    write_data, build, tmp_path, tokenizer
+):
+    prefix = write_data(tmp_path / "a", numbered(0, 40))
+    path = sidecar_path(prefix)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_token_id": tokenizer.vocab_size}))
+    with pytest.raises(ValueError, match=rf"has token id {tokenizer.vocab_size}; ids must be below"):
+        build([prefix])
+
+
+def test_a_token_id_damaged_inside_a_large_file_is_caught_when_it_is_read(
+    write_data, build, tmp_path, tokenizer
+):
+    prefix = write_data(tmp_path / "a", [[5] * 1_300_000])
+    with open(f"{prefix}.bin", "r+b") as file:
+        file.seek(1_300_000)
+        file.write(np.uint16(tokenizer.vocab_size).tobytes())
+    dataset = build([prefix], num_samples=None, seq_length=1000)
+    with pytest.raises(ValueError, match=rf"row \d+ of .* has token id {tokenizer.vocab_size}; ids must lie"):
+        rows_of(dataset)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seq_length": 0}, r"data\.seq_length=0 must be at least 1"),
+        ({"num_samples": 0}, "num_samples=0 must be at least 1"),
+        ({"seed": -1}, r"training\.seed=-1 must lie in"),
+        ({"split_name": "test"}, "split_name='test' must be"),
+        ({"blend": []}, r"data\.train=\[\] must name at least one"),
+        ({"blend": [(0, "a")]}, "weight 0; it must be above 0"),
+        ({"blend": [(1, "a"), "b"]}, "weights to 1 of its 2 prefixes; give them to all or to none"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_a_wrong_argument_is_named(build, changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(changes.pop("blend", ["a"]), **changes)
+
+
+def test_a_row_outside_the_dataset_is_an_error(write_data, build, tmp_path):
+    dataset = build([write_data(tmp_path / "a", numbered(0, 40))])
+    for index in (-1, 10):
+        with pytest.raises(IndexError, match=rf"row {index} must lie in \[0, 10\)"):
+            dataset[index]

@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+from dash_megatron.data.index_file import check_bin_size, read_index, token_dtype, write_index
+
+
+@pytest.mark.parametrize("vocab_size", [4096, 1 << 16, (1 << 16) + 1])
+def test_the_index_equals_megatrons_byte_for_byte(tmp_path, vocab_size):
+    dtype = token_dtype(vocab_size)
+    assert np.iinfo(dtype).max >= vocab_size - 1
+    documents = [[1, 2, 3], [4], list(range(50))]
+    builder = IndexedDatasetBuilder(str(tmp_path / "megatron.bin"), dtype=dtype.type)
+    for document in documents:
+        builder.add_document(torch.tensor(document), [len(document)])
+    builder.finalize(str(tmp_path / "megatron.idx"))
+
+    write_index(tmp_path / "ours.idx", np.array([len(document) for document in documents]), dtype)
+    assert (tmp_path / "ours.idx").read_bytes() == (tmp_path / "megatron.idx").read_bytes()
+    np.array([token for document in documents for token in document], dtype=dtype).tofile(
+        tmp_path / "ours.bin"
+    )
+    read = IndexedDataset(str(tmp_path / "ours"))
+    assert [read[index].tolist() for index in range(len(read))] == documents
+
+
+def test_an_index_with_more_than_two_gigatokens_keeps_its_offsets(tmp_path):
+    lengths = np.array([2**31 - 1, 2**31 - 1, 5], dtype=np.int32)
+    write_index(tmp_path / "big.idx", lengths, token_dtype(100))
+    summary = read_index(tmp_path / "big")
+    assert (summary.documents, summary.tokens) == (3, 2**32 + 3)
+    assert summary.bin_bytes == 2 * (2**32 + 3)
+
+
+def test_a_truncated_or_foreign_index_is_named(tmp_path):
+    path = tmp_path / "data.idx"
+    with pytest.raises(FileNotFoundError, match=r"data\.idx does not exist"):
+        read_index(tmp_path / "data")
+    write_index(path, np.arange(1, 100), token_dtype(100))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="truncated"):
+        read_index(tmp_path / "data")
+    path.write_bytes(whole[:20])
+    with pytest.raises(ValueError, match="must be a Megatron index"):
+        read_index(tmp_path / "data")
+    path.write_bytes(b"X" * len(whole))
+    with pytest.raises(ValueError, match="must be a Megatron index"):
+        read_index(tmp_path / "data")
+
+
+def test_a_bin_of_another_size_is_named(tmp_path):
+    write_index(tmp_path / "data.idx", np.array([3, 4]), token_dtype(100))
+    index = read_index(tmp_path / "data")
+    with pytest.raises(FileNotFoundError, match=r"data\.bin does not exist"):
+        check_bin_size(tmp_path / "data", index)
+    for size, state in ((13, "truncated"), (16, "longer than its index")):
+        (tmp_path / "data.bin").write_bytes(bytes(size))
+        with pytest.raises(ValueError, match=rf"data\.bin has {size} bytes and must have 14 .*{state}"):
+            check_bin_size(tmp_path / "data", index)

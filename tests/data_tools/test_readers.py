@@ -1,0 +1,170 @@
+import random
+
+import pytest
+import zstandard
+
+from data_tools.readers import (
+    BadLine,
+    BadLineCounter,
+    Document,
+    Piece,
+    TooManyBadLines,
+    find_inputs,
+    read_piece,
+    split_into_pieces,
+)
+
+KINDS = ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"]
+
+
+def read(pieces: list[Piece]) -> list[str]:
+    items = [item for piece in pieces for item in read_piece(piece)]
+    assert all(isinstance(item, Document) for item in items)
+    return [item.text for item in items]
+
+
+@pytest.mark.parametrize("name", [*KINDS, "folder"])
+def test_each_kind_of_input_gives_its_documents_in_order(tmp_path, write_input, texts, name):
+    path = write_input(tmp_path / name, texts)
+    assert read([Piece(file) for file in find_inputs([path])]) == texts
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("piece_bytes", [1, 97, 1000, 10**9])
+def test_the_pieces_of_a_file_have_each_document_once(tmp_path, write_input, name, piece_bytes):
+    texts = [f"{number} " * (number % 7 + 1) for number in range(700 if "jsonl." in name else 60)]
+    pieces = split_into_pieces(str(write_input(tmp_path / name, texts)), piece_bytes)
+    assert (len(pieces) > 1) == (piece_bytes < 10**9)
+    assert sorted(read(pieces)) == sorted(texts)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n\n"], ids=repr)
+def test_any_two_byte_ranges_of_a_jsonl_file_meet_without_gap_or_overlap(tmp_path, end):
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"text": "one"}\n\n{"text": "two"}\r\n{"text": "\u00e9"}' + end, encoding="utf-8", newline=""
+    )
+    size = path.stat().st_size
+    for cut in range(size + 1):
+        assert read([Piece(str(path), 0, cut), Piece(str(path), cut, size)]) == ["one", "two", "\u00e9"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "a"', "not JSON"),
+        (b"plain text", "not JSON"),
+        (b'{"text": "\xff"}', "not UTF-8"),
+        (b'["text"]', "not a JSON object but list"),
+        (b'{"body": "a"}', "no key 'text'"),
+        (b'{"text": null}', "'text' is not a string but NoneType"),
+        (b'{"text": 5}', "'text' is not a string but int"),
+        (b'{"text": "\\ud800"}', "lone surrogate"),
+        (b"[" * 100_000, "not JSON"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else repr(value[:20]),
+)
+def test_a_malformed_line_is_reported_with_file_line_and_reason(tmp_path, line, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "good"}\n\n' + line + b'\n{"text": "also good"}\n')
+    items = list(read_piece(Piece(str(path))))
+    bad = [item for item in items if isinstance(item, BadLine)]
+    assert [item.text for item in items if isinstance(item, Document)] == ["good", "also good"]
+    assert len(bad) == 1
+    assert str(bad[0]).startswith(f"{path}:3: {reason}")
+
+
+def test_the_line_number_is_that_of_the_file_in_every_piece(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rng = random.Random(0)
+    lines = [
+        "oops" if number % 10 == 7 else '{"text": "%s"}' % ("x" * rng.randrange(30)) for number in range(100)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    for piece_bytes in (13, 100, 10**6):
+        items = [item for piece in split_into_pieces(str(path), piece_bytes) for item in read_piece(piece)]
+        assert [item.line for item in items if isinstance(item, BadLine)] == list(range(8, 101, 10))
+
+
+def test_bad_rows_and_files_are_reported_too(tmp_path, write_input):
+    path = write_input(tmp_path / "a.parquet", ["one", None, "three"])
+    assert [str(item) for item in read_piece(Piece(str(path))) if isinstance(item, BadLine)] == [
+        f"{path}:2: 'text' is not a string but NoneType"
+    ]
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo\nthr\xffee\n")
+    (bad,) = read_piece(Piece(str(tmp_path / "a.txt")))
+    assert str(bad) == f"{tmp_path}/a.txt:3: not UTF-8 (byte 11)"
+
+
+def test_bad_lines_past_the_limit_are_an_error(capsys):
+    counter = BadLineCounter(2)
+    counter.add(BadLine("f", 1, "r"))
+    counter.add(BadLine("f", 2, "r"))
+    with pytest.raises(TooManyBadLines, match=r"--max-bad-lines=2 .* f:3: r is bad line 3"):
+        counter.add(BadLine("f", 3, "r"))
+    assert capsys.readouterr().err == "bad line: f:1: r\nbad line: f:2: r\nbad line: f:3: r\n"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.99])
+def test_a_file_that_was_cut_short_is_an_error_and_not_a_shorter_file(
+    tmp_path, write_input, texts, name, share
+):
+    path = write_input(tmp_path / name, texts)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(ValueError, match=rf"{name} must be a whole"):
+        read([Piece(str(path))])
+
+
+def test_a_file_that_is_not_what_its_name_says_is_an_error(tmp_path):
+    for name in ("a.jsonl.gz", "a.jsonl.zst", "a.parquet"):
+        (tmp_path / name).write_text("plain text, and more of it than a header")
+        with pytest.raises(ValueError, match=f"{name} must be a whole"):
+            read([Piece(str(tmp_path / name))])
+
+
+def test_lines_longer_than_any_buffer_are_read_whole(tmp_path, write_input):
+    texts = ["x" * 3_000_000, "short", "y" * 700_000]
+    for name in KINDS:
+        assert read([Piece(str(write_input(tmp_path / name, texts)))]) == texts
+    many = tmp_path / "many.jsonl.zst"
+    many.write_bytes(b"".join(zstandard.compress(b'{"text": "%d"}\n' % number) for number in range(50)))
+    assert read([Piece(str(many))]) == [str(number) for number in range(50)]
+
+
+def test_a_wrong_column_names_those_there_are(tmp_path, write_input):
+    path = write_input(tmp_path / "a.parquet", ["one"], text_key="body")
+    with pytest.raises(ValueError, match=r"no column 'text' \(it has id, body\); set --text-key"):
+        read([Piece(str(path))])
+
+
+def test_documents_without_text_are_left_out(tmp_path, write_input):
+    path = write_input(tmp_path / "a.jsonl", ["one", "", "two"])
+    assert read([Piece(str(path))]) == ["one", "two"]
+
+
+def test_folders_are_searched_in_order_and_other_files_left_alone(tmp_path):
+    for name in (
+        "b.md",
+        "a/z.py",
+        "a/b.jsonl",
+        "c.bin",
+        ".hidden/d.txt",
+        "__pycache__/e.py",
+        "manifest.json",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_inputs([tmp_path, tmp_path / "b.md"])
+    assert [path.removeprefix(f"{tmp_path}/") for path in found] == ["a/b.jsonl", "a/z.py", "b.md"]
+
+
+def test_an_input_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.bin").touch()
+    with pytest.raises(FileNotFoundError, match="nothing does not exist"):
+        find_inputs([tmp_path / "nothing"])
+    with pytest.raises(ValueError, match="empty must hold files to read"):
+        find_inputs([tmp_path / "empty"])
+    with pytest.raises(ValueError, match=r"a\.bin must be of a kind that can be read"):
+        find_inputs([tmp_path / "a.bin"])
