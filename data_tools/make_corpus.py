@@ -25,7 +25,7 @@ SHARD_NAME = "corpus-{:05d}.jsonl"
 
 
 def stdlib_documents(folder: Path | None = None) -> Iterator[Document]:
-    """Read the sources of Python's standard library, and after each module its documentation strings.
+    """Read the modules of Python's standard library: each one's source, then its documentation strings.
 
     Nothing is imported. Files that are not UTF-8 (tests of other encodings) are left out.
 
@@ -43,11 +43,10 @@ def stdlib_documents(folder: Path | None = None) -> Iterator[Document]:
             continue
         if not source.strip():
             continue
-        yield Document(source, f"stdlib/{name.as_posix()}")
         docstrings = _docstrings(source)
-        if docstrings:
-            module = ".".join(name.with_suffix("").parts)
-            yield Document("\n\n".join(docstrings) + "\n", f"stdlib-docstrings/{module}")
+        # one document, so that a split by document never has a text on one side and its source on the other
+        text = "\n\n".join([source.rstrip("\n"), *docstrings]) + "\n"
+        yield Document(text, f"stdlib/{name.as_posix()}")
 
 
 def _docstrings(source: str) -> list[str]:

@@ -68,12 +68,14 @@ def _plot_losses(axis: Any, metrics: Sequence[StepMetrics], entropy: float | Non
     if validated:
         steps, losses = zip(*validated, strict=True)
         axis.plot(steps, losses, color="tab:orange", marker="o", ms=4, label="validation loss")
+        label = {"boxstyle": "round", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
         axis.annotate(
             f"{losses[-1]:.2f}",
             (steps[-1], losses[-1]),
             textcoords="offset points",
-            xytext=(0, 8),
+            xytext=(0, 10),
             ha="center",
+            bbox=label,
         )
     if entropy is not None:
         axis.axhline(

@@ -136,14 +136,17 @@ def load_full_weights(folder: Path, tag: str, zero_stage: int) -> dict[str, Tens
     if zero_stage == 1 and list((folder / tag).glob("bf16_zero_pp_rank_*")):
         return _join_bf16_shards(folder / tag)
     if zero_stage:
-        return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag))
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag))
     states = torch.load(folder / tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
     return {name: value for name, value in states["module"].items() if isinstance(value, Tensor)}
 
 
 def _join_bf16_shards(path: Path) -> dict[str, Tensor]:
     """Master weights of DeepSpeed's bf16 ZeRO-1 optimizer, whose shards its own reader does not know."""
-    states = torch.load(path / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False, mmap=True)
+    states = torch.load(
+        path / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False, mmap=True
+    )
     shapes = {name: shape for group in states["param_shapes"] for name, shape in group.items()}
     pieces: dict[str, list[Tensor]] = {name: [] for name in shapes}
     for rank in range(states["dp_world_size"]):
@@ -168,7 +171,11 @@ def _full_weight(parameter: torch.nn.Parameter) -> Tensor:
 
 def _full_gradient(parameter: torch.nn.Parameter) -> Tensor:
     gradient = safe_get_full_grad(parameter) if _is_sharded(parameter) else parameter.grad
-    return torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.detach().float().clone()
+    return (
+        torch.zeros_like(parameter, dtype=torch.float32)
+        if gradient is None
+        else gradient.detach().float().clone()
+    )
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
