@@ -168,7 +168,12 @@ def test_scoring_in_pieces_gives_the_same_loss(tied: bool, monkeypatch: pytest.M
     arguments = tokens_of(100), positions_of(100), tokens_of(100, seed=1)
     whole = model(*arguments)
     monkeypatch.setattr(model_module, "MAX_LOGITS", 32 * VOCABULARY)
+    sizes = []
+    model.output_layer.register_forward_hook(
+        lambda _module, inputs, _output: sizes.append(inputs[0].shape[0])
+    )
     torch.testing.assert_close(model(*arguments), whole)
+    assert sizes == [32, 32, 32, 4]
 
 
 def test_wide_heads_and_qk_norm_build_and_run() -> None:

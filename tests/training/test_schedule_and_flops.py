@@ -34,6 +34,13 @@ def test_cosine_falls_from_the_peak_to_the_floor_at_the_last_step() -> None:
     assert learning_rate(100, config) == pytest.approx(0.2)
 
 
+def test_cosine_begins_where_warm_up_ends() -> None:
+    config = config_of(schedule={"kind": "cosine", "warmup_steps": 21, "min_lr_ratio": 0.0})
+    assert learning_rate(20, config) == learning_rate(21, config) == 1
+    assert learning_rate(21 + 79 // 2, config) == pytest.approx(0.5, abs=0.02)
+    assert learning_rate(100, config) == pytest.approx(0.0)
+
+
 def test_wsd_is_stable_then_falls_linearly_to_the_floor_at_the_last_step() -> None:
     config = config_of(schedule={"kind": "wsd", "warmup_steps": 10, "decay_steps": 20, "min_lr_ratio": 0.0})
     assert {learning_rate(step, config) for step in range(9, 81)} == {1.0}
