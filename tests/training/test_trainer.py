@@ -19,9 +19,11 @@ from tests.training.workers import keep_process_groups, train_all
 ROOT = Path(__file__).parents[2]
 
 
-def start(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+def start(
+    arguments: list[str], launcher: tuple[str, ...] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
     """On the CPU, unless CUDA_VISIBLE_DEVICES says otherwise."""
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), *arguments]
     environment = {"CUDA_VISIBLE_DEVICES": "", **environment}
     return subprocess.run(
         command, capture_output=True, text=True, timeout=240, cwd=ROOT, env={**os.environ, **environment}
@@ -61,6 +63,23 @@ def test_train_runs_alone_and_leaves_config_metrics_tensorboard_and_a_checkpoint
     assert (run / "config.yaml").read_text().startswith("# commit: ")
     assert load_config(run / "config.yaml").training.steps == 3
     assert re.search(r"validation loss \d\.\d+, unigram entropy of the corpus \d\.\d+", result.stdout)
+
+
+def test_torchrun_starts_two_processes_that_train_as_one(
+    config_file: str, tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    alone = start(["--config", config_file, f"run_dir={tmp_path / 'alone'}"])
+    assert alone.returncode == 0, alone.stderr
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    together = start(["--config", config_file], torchrun)
+    assert together.returncode == 0, together.stderr
+    assert "2 data-parallel process(es) on cpu, 2 micro-batch(es) of 1 a step" in together.stdout
+    # one process reports, and both trained on their share of the same batches
+    assert len(re.findall(r"^step ", together.stdout, re.MULTILINE)) == 4
+    losses = [
+        [line["loss"] for line in read_metrics(run)] for run in (tmp_path / "alone", tiny_config["run_dir"])
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.parametrize(
