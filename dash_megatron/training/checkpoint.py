@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ import yaml
 from dash_megatron.config import Config
 from dash_megatron.config_loading import config_from_dict
 from dash_megatron.training.engine import Engine, load_full_weights
+
+logger = logging.getLogger(__name__)
 
 _TAG = re.compile(r"step_(\d{8,})")
 

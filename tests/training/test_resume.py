@@ -104,3 +104,12 @@ def test_a_checkpoint_of_another_model_or_layout_is_refused(
     second = run_of(tiny_config, tmp_path / "run", **{section: change})
     with pytest.raises(pytest.fail.Exception, match=message):
         run_processes(1, train_all, [(first, None), (second, None)])
+
+
+def test_another_order_of_samples_after_a_resume_is_a_warning(
+    tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    first = run_of(tiny_config, tmp_path / "run", training={"steps": 2})
+    second = run_of(tiny_config, tmp_path / "run", training={"steps": 3, "seed": 5})
+    run_processes(1, train_all, [(first, None), (second, None)])
+    assert "training.seed was 1234 and is now 5" in (tmp_path / "rank_0.log").read_text()
