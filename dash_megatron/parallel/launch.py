@@ -24,7 +24,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
     """Find out how the process was started.
 
     `torchrun` sets RANK; `srun` sets SLURM_STEP_NUM_TASKS (a batch script outside `srun` does not, and runs alone).
-    Under `srun` the first host of the step is the rendezvous, at a port derived from the job id; MASTER_ADDR and
+    Under `srun` the first host of the step is the rendezvous, at a port derived from job and step id; MASTER_ADDR and
     MASTER_PORT override both.
 
     Raises:
@@ -40,9 +40,9 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
     elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         address = environment.get("MASTER_ADDR") or _first_host(environment.get("SLURM_STEP_NODELIST", ""))
-        port = environment.get("MASTER_PORT") or str(
-            20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 20_000
-        )
+        # steps of one job may run side by side on the same host
+        job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        port = environment.get("MASTER_PORT") or str(20_000 + (job * 31 + step) % 20_000)
     else:
         return Launch(rank=0, world_size=1, local_rank=0)
     rank, world_size, local_rank = (_number(environment, name) for name in names)

@@ -136,6 +136,20 @@ def _check_same_run(path: Path, config: Config) -> None:
             raise ValueError(
                 f"model.{name}={new} differs from {old} in {path}; restore it, or choose a new run_dir"
             )
+    order = {
+        "data.train": (saved.data.train, config.data.train),
+        "data.seq_length": (saved.data.seq_length, config.data.seq_length),
+        "training.seed": (saved.training.seed, config.training.seed),
+    }
+    for name, (before, now) in order.items():
+        if before != now:
+            logger.warning(
+                "%s was %s and is now %s: the run goes on at its sample number, yet in another order of samples, "
+                "so that some are read twice and others never",
+                name,
+                before,
+                now,
+            )
     here = {
         "zero_stage": config.zero.stage,
         "data_parallel_size": config.data_parallel_size(dist.get_world_size()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import random
@@ -54,6 +55,7 @@ class Trainer:
         seed_everything(config.training.seed)
         self.device = init_process_groups(launch, config.parallel)
         self.is_main = dist.get_rank() == 0
+        set_up_logging(self.is_main)
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         self.train_source = self._source("train", config.training.steps * config.training.global_batch)
         self.valid_source = self._source("valid", config.evaluation.samples) if config.data.valid else None
@@ -216,6 +218,19 @@ class Trainer:
             f"{self.world_size} data-parallel process(es) on {self.device.type}, {self.accumulation_steps} "
             f"micro-batch(es) of {training.micro_batch} a step, ZeRO {config.zero.stage}, {training.precision}"
         )
+
+
+def set_up_logging(is_main: bool) -> None:
+    """Send this package's log to standard error, whatever imported libraries did to the root logger.
+
+    Rank 0 says all, the others speak up from errors on.
+    """
+    package = logging.getLogger("dash_megatron")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    package.handlers = [handler]
+    package.propagate = False
+    package.setLevel(logging.INFO if is_main else logging.ERROR)
 
 
 def seed_everything(seed: int) -> None:
