@@ -151,8 +151,10 @@ def _resolve_backend(backend: str, q: Tensor) -> tuple[str, Callable[..., tuple[
     """Turn `backend` into the name and function of one that can run, or raise ValueError."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} must be one of {list(BACKENDS)}; try 'auto'")
-    if backend == "reference" or (backend == "auto" and not q.is_cuda):
-        choice, kernel, why = "reference", dash_attention_reference, f"tensors are on {q.device.type}"
+    fits_triton = q.is_cuda and q.dtype != torch.float64
+    if backend == "reference" or (backend == "auto" and not fits_triton):
+        why = f"tensors are {str(q.dtype).removeprefix('torch.')} on {q.device.type}"
+        choice, kernel = "reference", dash_attention_reference
     else:
         try:
             choice, kernel, why = "triton", _import_triton_kernels(), "tensors are on CUDA"
@@ -166,6 +168,11 @@ def _resolve_backend(backend: str, q: Tensor) -> tuple[str, Callable[..., tuple[
         raise ValueError(
             f"backend='triton' must have CUDA tensors, but q is on {q.device}; move the inputs, pass "
             "backend='reference', or set TRITON_INTERPRET=1 to debug kernels"
+        )
+    if choice == "triton" and q.dtype == torch.float64:
+        raise ValueError(
+            "q.dtype=torch.float64 must be float32, bfloat16 or float16 for backend='triton', which accumulates in "
+            "float32; cast the inputs, or pass backend='reference'"
         )
     if backend == "auto" and choice not in _announced:
         _announced.add(choice)

@@ -21,7 +21,7 @@ def test_auto_on_cpu_is_the_reference_and_says_so_once(caplog, monkeypatch):
         outs = [dash_attention(*inputs, chunk_size=4, backend="auto") for _ in range(2)]
     assert torch.equal(outs[0], dash_attention(*inputs, chunk_size=4, backend="reference"))
     assert [r.message for r in caplog.records if r.name == "dash_megatron"] == [
-        "dash_attention: backend 'auto' is 'reference' (tensors are on cpu)"
+        "dash_attention: backend 'auto' is 'reference' (tensors are float32 on cpu)"
     ]
 
 
@@ -33,11 +33,19 @@ def test_triton_that_cannot_be_imported_is_a_value_error_with_the_reason(monkeyp
 
 
 def test_auto_on_cuda_is_triton_if_it_can_be_imported_and_otherwise_the_reference(monkeypatch):
-    q = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
+    q = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.bfloat16)
     monkeypatch.setattr(attention, "_import_triton_kernels", lambda: print)
     assert attention._resolve_backend("auto", q) == ("triton", print)
     monkeypatch.setattr(attention, "_import_triton_kernels", _fail_to_import)
     assert attention._resolve_backend("auto", q) == ("reference", attention.dash_attention_reference)
+
+
+def test_float64_takes_the_reference_on_cuda_too_and_triton_refuses_it(monkeypatch):
+    q = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.float64)
+    monkeypatch.setattr(attention, "_import_triton_kernels", lambda: print)
+    assert attention._resolve_backend("auto", q) == ("reference", attention.dash_attention_reference)
+    with pytest.raises(ValueError, match=r"q.dtype=torch.float64 must be float32.*backend='reference'"):
+        attention._resolve_backend("triton", q)
 
 
 def test_triton_refuses_cpu_tensors_unless_interpreted_and_chunks_too_small_for_it(monkeypatch):

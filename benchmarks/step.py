@@ -1,0 +1,177 @@
+"""Time whole training steps of a config on random tokens: full attention, and DashAttention at dialled densities.
+
+    python benchmarks/step.py --config configs/1b_16k.yaml --densities 0.25 0.1 --json step.json data.seq_length=65536
+
+Weights are random, so that nothing is known of the routing a trained model would have: every layer's scaling factor is
+searched until the layer selects the density asked for; the density reported is the one measured. The share of
+attention is what a step saves when core attention hands its values through instead.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dash_megatron.config import Config
+from dash_megatron.config_loading import config_from_dict, load_config
+from dash_megatron.data.batches import PackedBatch, pack_samples
+from dash_megatron.layers import (
+    DashCoreAttention,
+    FullCoreAttention,
+    build_model,
+    init_weights,
+    routing_means,
+)
+from dash_megatron.parallel import destroy_process_groups, init_process_groups, read_launch
+from dash_megatron.training.engine import Engine
+from dash_megatron.training.flops import peak_flops, training_flops_per_token
+from dash_megatron.training.loss import share_of_global_mean
+
+NO_TOKEN = -1
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--densities", type=float, nargs="*", default=[0.25, 0.1], help="of DashAttention")
+    parser.add_argument("--steps", type=int, default=5, help="steps timed, after two to warm up")
+    parser.add_argument("--vocab-size", type=int, default=32768, help="where the config has none")
+    parser.add_argument("--json", type=Path, help="write the results there too")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_args()
+    config = load_config(options.config, options.overrides)
+    launch = read_launch({})
+    device = init_process_groups(launch, config.parallel)
+    cases = [("full", None), *(("dash", density) for density in options.densities)]
+    results = [_measure(_case(config, kind), kind, density, options, device) for kind, density in cases]
+    _print_table(config, results, device)
+    if options.json is not None:
+        options.json.write_text(json.dumps({"config": options.config, "results": results}, indent=1) + "\n")
+    destroy_process_groups()
+
+
+def _case(config: Config, kind: str) -> Config:
+    """One process, one micro-batch a step, the kind of attention asked for."""
+    tree = config.model_dump()
+    tree["attention"]["kind"] = kind
+    tree["training"]["global_batch"] = tree["training"]["micro_batch"]
+    return config_from_dict(tree)
+
+
+def _measure(
+    config: Config, kind: str, density: float | None, options: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    vocab_size = config.model.vocab_size or options.vocab_size
+    model = build_model(config, vocab_size, device)
+    init_weights(model, config.training.seed, config.model.init_std)
+    engine = Engine(model, config, world_size=1)
+    batch = _random_batch(config, vocab_size).to(device)
+    if density is not None:
+        _dial(engine, batch, density, config.attention.scaling_factor)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = _time_steps(engine, batch, options.steps, device)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
+    means = routing_means(engine.module)
+    chunks = {layer: mean.chunks_selected.item() for layer, mean in means.items()}
+    context = (batch.position_ids + 1).float().mean().item()
+    flops = training_flops_per_token(config, vocab_size, context, chunks if means else None)
+    _hand_values_through(engine.module)
+    without = _time_steps(engine, batch, options.steps, device)
+    tokens = batch.tokens.numel()
+    del model, engine
+    gc.collect()  # engine and model refer to each other
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return {
+        "kind": kind,
+        "density": sum(m.density.item() for m in means.values()) / len(means) if means else 1.0,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak_memory_gib": memory,
+        "attention_share": 1 - without / seconds,
+        "model_tflops_per_second": flops * tokens / seconds / 1e12,
+    }
+
+
+def _random_batch(config: Config, vocab_size: int) -> PackedBatch:
+    generator = torch.Generator().manual_seed(config.training.seed)
+    size = config.training.micro_batch, config.data.seq_length + 1
+    tokens = torch.randint(vocab_size, size, generator=generator)
+    return pack_samples([{"tokens": row[:-1], "labels": row[1:]} for row in tokens], eod=NO_TOKEN)
+
+
+@torch.no_grad()
+def _dial(engine: Engine, batch: PackedBatch, density: float, start: float, rounds: int = 16) -> None:
+    """Search every layer's scaling factor by bisection of its logarithm; more scaling selects less."""
+    layers = {
+        module.layer_number - 1: module
+        for module in engine.module.modules()
+        if isinstance(module, DashCoreAttention)
+    }
+    low, high = dict.fromkeys(layers, start * 2.0**-4), dict.fromkeys(layers, start * 2.0**24)
+    for _ in range(rounds):
+        for index, module in layers.items():
+            middle = (low[index] * high[index]) ** 0.5
+            module.attention = module.attention.model_copy(update={"scaling_factor": middle})
+        engine.model(batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens)
+        for index, means in routing_means(engine.module).items():
+            side = low if means.density > density else high
+            side[index] = layers[index].attention.scaling_factor
+
+
+def _time_steps(engine: Engine, batch: PackedBatch, steps: int, device: torch.device) -> float:
+    """Median seconds of an optimizer step."""
+    targets = batch.loss_mask.sum().float()
+    # weights must not move away from the dialled density while the clock runs
+    engine.set_lr(0.0)
+    seconds = []
+    for _ in range(steps + 2):
+        _synchronize(device)
+        begin = time.perf_counter()
+        engine.backward(share_of_global_mean(engine.model, batch, targets))
+        engine.step()
+        _synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds[2:])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _hand_values_through(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, DashCoreAttention | FullCoreAttention):
+            module._attend = lambda q, k, v, packed: v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
+
+
+def _print_table(config: Config, results: list[dict[str, Any]], device: torch.device) -> None:
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    peak = peak_flops(name)
+    training = config.training
+    print(
+        f"{config.run_dir}: {config.data.seq_length} tokens x {training.micro_batch}, {training.precision}, "
+        f"recompute {training.recompute}, ZeRO {config.zero.stage}, {name}, torch {torch.__version__}"
+    )
+    print(
+        f"{'attention':>10} {'density':>8} {'s/step':>8} {'tokens/s':>9} {'memory':>9} {'attention':>10} {'MFU':>6} {'speed-up':>9}"
+    )
+    for row in results:
+        utilization = f"{row['model_tflops_per_second'] * 1e12 / peak:.0%}" if peak else "-"
+        print(
+            f"{row['kind']:>10} {row['density']:>8.1%} {row['seconds']:>8.3f} {row['tokens_per_second']:>9,.0f} "
+            f"{row['peak_memory_gib']:>5.1f} GiB {row['attention_share']:>10.0%} {utilization:>6} "
+            f"{results[0]['seconds'] / row['seconds']:>8.2f}x"
+        )
+
+
+if __name__ == "__main__":
+    main()
