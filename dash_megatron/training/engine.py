@@ -14,8 +14,6 @@ from torch import Tensor
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
-# DeepSpeed looks for a compiler of its CUDA ops on import; none of them is used here
-os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
 
 import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
@@ -23,6 +21,10 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from dash_megatron.config import Config
+
+# Empty, so that DeepSpeed does not compile its shared-memory reduction when it starts: that serves inference only, and
+# needs a C++ compiler and ninja where training needs neither.
+deepspeed.ops.__compatible_ops__ = {}
 
 
 class Engine:
@@ -48,7 +50,7 @@ class Engine:
             eps=config.optimizer.eps,
             fused=device.type == "cuda",
         )
-        # it prints its memory and the extensions it builds, whatever the log level
+        # it prints its memory, whatever the log level
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model,

@@ -65,6 +65,16 @@ def test_train_runs_alone_and_leaves_config_metrics_tensorboard_and_a_checkpoint
     assert re.search(r"validation loss \d\.\d+, unigram entropy of the corpus \d\.\d+", result.stdout)
 
 
+def test_training_on_cpu_compiles_nothing(config_file: str, tmp_path: Path) -> None:
+    result = start(
+        ["--config", config_file, "training.steps=1"],
+        PATH=str(tmp_path),  # no compiler, no ninja, no git
+        TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "extensions").exists()
+
+
 def test_torchrun_starts_two_processes_that_train_as_one(
     config_file: str, tiny_config: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -1,0 +1,87 @@
+"""Draw what `benchmarks/attention.py` measured: time against density at one length, and time against length.
+
+python benchmarks/plot_attention.py attention.json --output docs/results/kernels.png
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+TOTALS = ("forward", "forward and backward")
+COLORS = {"forward": "tab:blue", "forward and backward": "tab:orange"}
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("json", type=Path, help="what attention.py wrote")
+    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--tokens", type=int, default=65536, help="length of the plot against density")
+    parser.add_argument("--topics", type=int, default=10, help="density dial of the plot against length")
+    options = parser.parse_args()
+    measured = json.loads(options.json.read_text())
+    rows = [row for row in measured["results"] if "refused" not in row and _is_standard(row["case"])]
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8))
+    _against_density(axes[0], [row for row in rows if row["case"]["tokens"] == options.tokens])
+    _against_length(axes[1], [row for row in rows if row["case"]["topics"] == options.topics])
+    figure.suptitle(f"{measured['gpu']}, bf16, 32 query and 2 key/value heads, D = 128, C = 64")
+    figure.tight_layout()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.output, dpi=150)
+
+
+def _is_standard(case: dict[str, Any]) -> bool:
+    """The benchmark's own inputs: 32/2 heads, topics that runs of 32 queries share, scaling 1."""
+    return (case["heads"], case["kv_heads"], case["run"], case["structured"]) == (32, 2, 32, True) and case[
+        "scaling_factor"
+    ] == 1
+
+
+def _against_density(axis: Any, rows: list[dict[str, Any]]) -> None:
+    rows = sorted(rows, key=lambda row: row["density"])
+    density = np.array([row["density"] for row in rows])
+    for index, name in enumerate(TOTALS):
+        times = np.array([row["milliseconds"][name] for row in rows])
+        axis.plot(100 * density, times, "o", color=COLORS[name], label=f"DashAttention, {name}")
+        slope, offset = np.polyfit(density, times, 1)
+        line = np.array([0, density.max()])
+        label = f"{offset:.1f} ms + {slope / 100:.2f} ms per % of density"
+        axis.plot(100 * line, offset + slope * line, "-", lw=1, color=COLORS[name], label=label)
+        dense = rows[0]["dense"]["cudnn"][index]
+        axis.axhline(dense, ls="--", lw=1, color=COLORS[name], label=f"cuDNN, {name}: {dense:.0f} ms")
+    axis.set_xlabel("density measured (% of causal chunks)")
+    axis.set_ylabel("milliseconds")
+    axis.set_title(f"{rows[0]['case']['tokens']} tokens")
+    axis.set_ylim(0)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def _against_length(axis: Any, rows: list[dict[str, Any]]) -> None:
+    rows = sorted(rows, key=lambda row: row["case"]["tokens"])
+    tokens = [row["case"]["tokens"] / 1024 for row in rows]
+    for index, name in enumerate(TOTALS):
+        ours = [row["milliseconds"][name] for row in rows]
+        dense = [row["dense"]["cudnn"][index] for row in rows]
+        axis.plot(tokens, ours, "o-", color=COLORS[name], label=f"DashAttention, {name}")
+        axis.plot(tokens, dense, "s--", color=COLORS[name], label=f"cuDNN, {name}")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(tokens, [f"{count:.0f}K" for count in tokens])
+    axis.set_xlabel("tokens")
+    axis.set_ylabel("milliseconds")
+    share = [row["density"] for row in rows]
+    axis.set_title(f"density {min(share):.0%} to {max(share):.0%}")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+
+
+if __name__ == "__main__":
+    main()
