@@ -1,0 +1,145 @@
+"""Prior-induced sparse softmax, forward: one program a query tile, online softmax over the chunks in its list."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dash_megatron.ops.kernels.configs import Config
+from dash_megatron.ops.kernels.geometry import Sizes
+from dash_megatron.ops.kernels.route import Lists, Router, tile_place
+
+LOG2_E = 1.4426950408889634
+# Rows of one of the two warpgroups of the Hopper kernel.
+HOPPER_ROWS = 64
+
+
+@triton.jit
+def load_rows(x, o_n, stride_n, m_n, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [n, BLOCK_D] of one head `x` at tokens `o_n`; zero where `m_n` is false and beyond D."""
+    o_d = tl.arange(0, BLOCK_D)
+    p_x = x + o_n.to(tl.int64)[:, None] * stride_n + o_d[None, :]
+    return tl.load(p_x, mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_keys(x, start, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr):
+    """Rows [KEYS, BLOCK_D] from token `start` on, all of which exist, of one head `x`."""
+    o_n, o_d = tl.arange(0, KEYS), tl.arange(0, BLOCK_D)
+    # offsets that stay the same in every iteration apart from the one that does not
+    p_x = (x + start.to(tl.int64) * stride_n) + (o_n[:, None] * stride_n + o_d[None, :])
+    return tl.load(p_x) if BLOCK_D == D else tl.load(p_x, mask=(o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _accumulate(b_acc, b_sum, b_max, b_s, b_shift, b_v, scale):
+    """One step of online softmax with scores `scale * b_s + b_shift` in base 2."""
+    b_next = tl.maximum(b_max, tl.max(b_s, 1) * scale + b_shift)
+    b_p = tl.exp2(b_s * scale + (b_shift - b_next)[:, None])
+    b_alpha = tl.exp2(b_max - b_next)
+    b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision="ieee")
+    return b_acc, b_sum, b_next
+
+
+@triton.jit
+def _attend_fwd_kernel(
+    q, k, v, out, lse, list_chunk, list_log_prior, list_offset, list_count, mean_log,
+    chunk_start, chunk_end, chunk_first,
+    stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, scale, inv_sigma, num_chunks,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    T: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = T * GP
+    TILES_PER_CHUNK: tl.constexpr = C // T
+    tiles_per_head = num_chunks * TILES_PER_CHUNK
+    i_h = tl.program_id(0) // tiles_per_head
+    # late tiles have the longest lists: start them first
+    i_tile = tiles_per_head - 1 - tl.program_id(0) % tiles_per_head
+    own, start, end = tile_place(i_tile, chunk_start, chunk_end, TILES_PER_CHUNK, T)
+    if start >= end:
+        return
+    first = tl.load(chunk_first + own)
+    document, own_start, own_end = (
+        tl.load(chunk_start + first), tl.load(chunk_start + own), tl.load(chunk_end + own),
+    )  # fmt: skip
+    p_tile = i_h.to(tl.int64) * tiles_per_head + i_tile
+    offset, count = tl.load(list_offset + p_tile), tl.load(list_count + p_tile)
+
+    o_r, o_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    o_n, o_g = (start + o_r // GP).to(tl.int64), o_r % GP
+    m_row = (o_n < end) & (o_g < G)
+    p_head = (i_h * G + o_g)[:, None]
+    p_q = q + o_n[:, None] * stride_qn + p_head * stride_qh + o_d[None, :]
+    b_q = tl.load(p_q, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
+    b_mean = tl.load(mean_log + o_n * HKV + i_h, mask=o_n < end, other=0.0)
+    k += i_h.to(tl.int64) * stride_kh
+    v += i_h.to(tl.int64) * stride_vh
+
+    # own chunk first: every token sees itself, so the running maximum is finite ever after
+    b_zero = tl.zeros([ROWS], tl.float32)
+    b_acc, b_sum, b_max = tl.zeros([ROWS, BLOCK_D], tl.float32), b_zero, b_zero + float("-inf")
+    for i_own in tl.range(0, C, KEYS, num_stages=1):
+        o_t = own_start + i_own + tl.arange(0, KEYS)
+        b_k = load_rows(k, o_t, stride_kn, o_t < own_end, D, BLOCK_D)
+        b_v = load_rows(v, o_t, stride_vn, o_t < own_end, D, BLOCK_D)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        b_s = tl.where(o_t[None, :] <= o_n[:, None], b_s, float("-inf"))
+        b_acc, b_sum, b_max = _accumulate(b_acc, b_sum, b_max, b_s, b_zero, b_v, scale)
+
+    p_chunk = list_chunk + offset
+    p_prior = list_log_prior + offset * T + o_r // GP
+    i_chunk = tl.load(p_chunk, mask=count > 0, other=0)
+    for i_s in tl.range(0, count * (C // KEYS), num_stages=STAGES):
+        i_e = i_s // (C // KEYS)
+        # past chunks of a document are whole, so that their number tells where they start
+        i_start = document + (i_chunk - first) * C + i_s % (C // KEYS) * KEYS
+        # a step early: addresses wait for it
+        i_next = (i_s + 1) // (C // KEYS)
+        i_chunk = tl.load(p_chunk + i_next, mask=i_next < count, other=0)
+        b_shift = (tl.load(p_prior + i_e * T) - b_mean) * inv_sigma
+        b_k = load_keys(k, i_start, stride_kn, D, BLOCK_D, KEYS)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        b_v = load_keys(v, i_start, stride_vn, D, BLOCK_D, KEYS)
+        b_acc, b_sum, b_max = _accumulate(b_acc, b_sum, b_max, b_s, b_shift, b_v, scale)
+
+    p_out = out + (o_n * (HKV * G))[:, None] * D + p_head * D + o_d[None, :]
+    b_out = b_acc / b_sum[:, None]
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_row[:, None] & (o_d < D)[None, :])
+    tl.store(lse + o_n * (HKV * G) + i_h * G + o_g, b_max + tl.log2(b_sum), mask=m_row)
+
+
+def fits_hopper(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes) -> bool:
+    """Whether the Hopper kernels can take these tensors: half precision, common sizes, keys and values in dense rows."""
+    return (
+        q.is_cuda
+        and torch.cuda.get_device_capability(q.device)[0] == 9
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and sizes.head_dim in (64, 128)
+        and sizes.chunk_size in (64, 128)
+        and all(x.stride() == (sizes.num_kv_heads * sizes.head_dim, sizes.head_dim, 1) for x in (k, v))
+        and q.stride(0) % 8 == q.stride(1) % 8 == 0
+        and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
+    )
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, lists: Lists, mean_log: Tensor, chunks: Tensor,
+    sizes: Sizes, router: Router, config: Config,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output [tokens, Hq, D] and base-2 log-sum-exp [tokens, Hq] of q [tokens, Hq, D], k and v [tokens, Hkv, D]."""
+    if config.block and sizes.tile_rows == 2 * HOPPER_ROWS and fits_hopper(q, k, v, sizes):
+        from dash_megatron.ops.kernels.attend_hopper import attend_hopper
+
+        return attend_hopper(q, k, v, lists, mean_log, chunks, sizes, router, config)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    _attend_fwd_kernel[(sizes.num_tiles,)](
+        q, k, v, out, lse, *lists, mean_log, chunks[0], chunks[1], chunks[2],
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        sizes.head_dim**-0.5 * LOG2_E, router.inv_sigma, sizes.num_chunks,
+        HKV=sizes.num_kv_heads, G=sizes.group, GP=sizes.padded_group, D=sizes.head_dim, BLOCK_D=sizes.block_d,
+        T=sizes.tile_tokens, C=sizes.chunk_size, KEYS=config.keys, STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )  # fmt: skip
+    return out, lse

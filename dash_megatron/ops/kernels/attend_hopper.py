@@ -1,0 +1,204 @@
+"""The forward of `attend.py` for Hopper, in Gluon: one loader warp and two warpgroups of 64 rows that share keys and values.
+
+Sixty-four rows a program would wait for the L2 cache, since every program fetches its own copy of the chunks; one
+program of 128 rows in step would leave the tensor cores idle during the softmax. Here each warpgroup runs at its own
+pace, so that one's softmax falls into the other's products.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from dash_megatron.ops.kernels.attend import HOPPER_ROWS, LOG2_E
+from dash_megatron.ops.kernels.configs import Config
+from dash_megatron.ops.kernels.geometry import Sizes
+from dash_megatron.ops.kernels.route import Lists, Router
+
+ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@gluon.jit
+def _load_chunks(
+    k_desc, v_desc, k_bufs, v_bufs, full, empty, p_chunk, count, document, first, own_start, column,
+    C: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Fetch keys and values of the own chunk, then of the listed ones, as far ahead as there are buffers."""
+    i_start = own_start
+    for i_e in range(count + 1):
+        # the number of the next chunk is on its way while this one waits for a buffer
+        i_next = gl.load(p_chunk + i_e, mask=i_e < count, other=0)
+        i_buf = i_e % STAGES
+        mbarrier.wait(empty.index(i_buf), ((i_e // STAGES) & 1) ^ 1)
+        mbarrier.expect(full.index(i_buf), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_desc, [i_start, column], full.index(i_buf), k_bufs.index(i_buf))
+        tma.async_copy_global_to_shared(v_desc, [i_start, column], full.index(i_buf), v_bufs.index(i_buf))
+        # past chunks of a document are whole, so that their number tells where they start
+        i_start = document + (i_next - first) * C
+
+
+@gluon.jit
+def _softmax(b_acc, b_sum, b_max, b_s, b_shift, scale):
+    """Online softmax with scores `scale * b_s + b_shift` in base 2: weights, and what was summed so far, rescaled."""
+    b_next = gl.maximum(b_max, gl.max(b_s, 1) * scale + b_shift)
+    b_p = gl.exp2(b_s * scale + gl.expand_dims(b_shift - b_next, 1))
+    b_alpha = gl.exp2(b_max - b_next)
+    b_sum = b_sum * b_alpha + gl.sum(b_p, 1)
+    b_acc = b_acc * gl.expand_dims(gl.convert_layout(b_alpha, gl.SliceLayout(1, b_acc.type.layout)), 1)
+    return b_p, b_acc, b_sum, b_next
+
+
+@gluon.jit
+def _attend_rows(
+    q, out, lse, p_prior, mean_log, q_buf, k_bufs, v_bufs, full, empty, i_row, count, start, end, own_start, i_h,
+    stride_qn, stride_qh, scale, inv_sigma,
+    HKV: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, D: gl.constexpr, T: gl.constexpr, C: gl.constexpr,
+    ROWS: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+):  # fmt: skip
+    """Attend with rows i_row up to i_row + ROWS of the tile."""
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+
+    o_r = i_row + gl.arange(0, ROWS, gl.SliceLayout(1, LOAD))
+    o_d = gl.arange(0, D, gl.SliceLayout(0, LOAD))
+    o_n, o_g = (start + o_r // GP).to(gl.int64), o_r % GP
+    p_q = q + gl.expand_dims(o_n * stride_qn + (i_h * G + o_g) * stride_qh, 1) + gl.expand_dims(o_d, 0)
+    m_q = gl.expand_dims((o_n < end) & (o_g < G), 1)
+    q_buf.store(gl.load(p_q, mask=m_q, other=0.0))
+    fence_async_shared()
+    gl.thread_barrier()
+
+    o_r = i_row + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
+    o_n, o_g = (start + o_r // GP).to(gl.int64), o_r % GP
+    m_row = (o_n < end) & (o_g < G)
+    b_mean = gl.load(mean_log + o_n * HKV + i_h, mask=o_n < end, other=0.0)
+    p_prior += o_r // GP
+    b_shift = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT))
+    b_acc, b_sum, b_max = gl.zeros([ROWS, D], gl.float32, O_LAYOUT), b_shift, b_shift - float("inf")
+    b_none = gl.zeros([ROWS, C], gl.float32, S_LAYOUT)
+
+    # own chunk first: every token sees itself, so the running maximum is finite ever after
+    mbarrier.wait(full.index(0), 0)
+    b_s = warpgroup_mma(q_buf, k_bufs.index(0).permute((1, 0)), b_none, use_acc=False, is_async=True)
+    b_log = gl.load(p_prior, mask=m_row & (count > 0), other=0.0)
+    b_s = warpgroup_mma_wait(0, deps=[b_s])
+    o_t = own_start + gl.arange(0, C, gl.SliceLayout(0, S_LAYOUT))
+    b_s = gl.where(gl.expand_dims(o_t, 0) <= gl.expand_dims(o_n, 1), b_s, float("-inf"))
+
+    for i_e in range(1, count + 1):
+        i_buf, i_last = i_e % STAGES, (i_e - 1) % STAGES
+        mbarrier.wait(full.index(i_buf), (i_e // STAGES) & 1)
+        b_s_next = warpgroup_mma(
+            q_buf, k_bufs.index(i_buf).permute((1, 0)), b_none, use_acc=False, is_async=True
+        )
+        b_shift_next = (b_log - b_mean) * inv_sigma
+        # the prior after the next arrives during this softmax
+        b_log = gl.load(p_prior + i_e * T, mask=m_row & (i_e < count), other=0.0)
+        if not OVERLAP:
+            b_s_next = warpgroup_mma_wait(0, deps=[b_s_next])
+        b_p, b_acc, b_sum, b_max = _softmax(b_acc, b_sum, b_max, b_s, b_shift, scale)
+        b_p = gl.convert_layout(b_p.to(out.dtype.element_ty), P_LAYOUT)
+        b_acc = warpgroup_mma(b_p, v_bufs.index(i_last), b_acc, is_async=True)
+        if OVERLAP:
+            b_s, b_acc = warpgroup_mma_wait(0, deps=[b_s_next, b_acc])
+        else:
+            b_acc = warpgroup_mma_wait(0, deps=[b_acc])
+            b_s = b_s_next
+        b_shift = b_shift_next
+        # all warps are done with the buffers
+        gl.thread_barrier()
+        mbarrier.arrive(empty.index(i_last), count=1)
+
+    b_p, b_acc, b_sum, b_max = _softmax(b_acc, b_sum, b_max, b_s, b_shift, scale)
+    b_p = gl.convert_layout(b_p.to(out.dtype.element_ty), P_LAYOUT)
+    b_acc = warpgroup_mma(b_p, v_bufs.index(count % STAGES), b_acc, is_async=True)
+    b_acc = warpgroup_mma_wait(0, deps=[b_acc])
+    gl.store(lse + o_n * (HKV * G) + i_h * G + o_g, b_max + gl.log2(b_sum), mask=m_row)
+    b_out = b_acc * gl.expand_dims(gl.convert_layout(1 / b_sum, gl.SliceLayout(1, O_LAYOUT)), 1)
+    b_out = gl.convert_layout(b_out.to(out.dtype.element_ty), LOAD)
+    o_r = i_row + gl.arange(0, ROWS, gl.SliceLayout(1, LOAD))
+    o_n, o_g = (start + o_r // GP).to(gl.int64), o_r % GP
+    p_out = out + gl.expand_dims((o_n * (HKV * G) + i_h * G + o_g) * D, 1) + gl.expand_dims(o_d, 0)
+    gl.store(p_out, b_out, mask=m_q)
+
+
+@gluon.jit
+def _attend_hopper_kernel(
+    q, k_desc, v_desc, out, lse, list_chunk, list_log_prior, list_offset, list_count, mean_log,
+    chunk_start, chunk_end, chunk_first, stride_qn, stride_qh, scale, inv_sigma, num_chunks,
+    HKV: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, D: gl.constexpr, T: gl.constexpr, C: gl.constexpr,
+    ROWS: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr, Q_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    TILES_PER_CHUNK: gl.constexpr = C // T
+    tiles_per_head = num_chunks * TILES_PER_CHUNK
+    i_h = gl.program_id(0) // tiles_per_head
+    # late tiles have the longest lists: start them first
+    i_tile = tiles_per_head - 1 - gl.program_id(0) % tiles_per_head
+    own = i_tile // TILES_PER_CHUNK
+    own_start = gl.load(chunk_start + own)
+    start = own_start + (i_tile % TILES_PER_CHUNK) * T
+    end = gl.minimum(start + T, gl.load(chunk_end + own))
+    if start < end:
+        first = gl.load(chunk_first + own)
+        document = gl.load(chunk_start + first)
+        p_tile = i_h.to(gl.int64) * tiles_per_head + i_tile
+        offset, count = gl.load(list_offset + p_tile), gl.load(list_count + p_tile)
+        k_bufs = gl.allocate_shared_memory(k_desc.dtype, [STAGES, C, D], k_desc.layout)
+        v_bufs = gl.allocate_shared_memory(v_desc.dtype, [STAGES, C, D], v_desc.layout)
+        q_bufs = gl.allocate_shared_memory(k_desc.dtype, [2, ROWS, D], Q_LAYOUT)
+        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(STAGES):
+            mbarrier.init(full.index(i), count=1)
+            # both warpgroups have to be done
+            mbarrier.init(empty.index(i), count=2)
+        p_prior = list_log_prior + offset * T
+        gl.warp_specialize(
+            [
+                (_attend_rows, (
+                    q, out, lse, p_prior, mean_log, q_bufs.index(0), k_bufs, v_bufs, full, empty, 0, count, start, end,
+                    own_start, i_h, stride_qn, stride_qh, scale, inv_sigma, HKV, G, GP, D, T, C, ROWS, STAGES,
+                    OVERLAP,
+                )),
+                (_attend_rows, (
+                    q, out, lse, p_prior, mean_log, q_bufs.index(1), k_bufs, v_bufs, full, empty, ROWS, count, start,
+                    end, own_start, i_h, stride_qn, stride_qh, scale, inv_sigma, HKV, G, GP, D, T, C, ROWS, STAGES,
+                    OVERLAP,
+                )),
+                (_load_chunks, (
+                    k_desc, v_desc, k_bufs, v_bufs, full, empty, list_chunk + offset, count, document, first, own_start,
+                    i_h * D, C, STAGES,
+                )),
+            ],
+            [4, 1], [240, 24],
+        )  # fmt: skip
+
+
+def attend_hopper(
+    q: Tensor, k: Tensor, v: Tensor, lists: Lists, mean_log: Tensor, chunks: Tensor,
+    sizes: Sizes, router: Router, config: Config,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `attend.attend`, for tensors that `attend.fits_hopper` accepts."""
+    C, D = sizes.chunk_size, sizes.head_dim
+    layout = gl.NVMMASharedLayout.get_default_for([C, D], ELEMENTS[q.dtype])
+    k_desc, v_desc = (TensorDescriptor.from_tensor(x.flatten(1), [C, D], layout) for x in (k, v))
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    _attend_hopper_kernel[(sizes.num_tiles,)](
+        q, k_desc, v_desc, out, lse, *lists, mean_log, chunks[0], chunks[1], chunks[2], q.stride(0), q.stride(1),
+        sizes.head_dim**-0.5 * LOG2_E, router.inv_sigma, sizes.num_chunks,
+        HKV=sizes.num_kv_heads, G=sizes.group, GP=sizes.padded_group, D=D, T=sizes.tile_tokens, C=C, ROWS=HOPPER_ROWS,
+        STAGES=config.num_stages, OVERLAP=config.block == 2,
+        Q_LAYOUT=gl.NVMMASharedLayout.get_default_for([HOPPER_ROWS, D], ELEMENTS[q.dtype]), num_warps=4,
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,227 @@
+"""Backward over the transposed lists: gradients of keys and values, then through the chunk summaries.
+
+Early chunks are listed by almost every tile. So all work is laid end to end and cut into equal parts, one a program; a
+chunk cut by a boundary leaves one partial sum per part, which the last kernel adds in order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dash_megatron.ops.kernels.attend import HOPPER_ROWS, LOG2_E, fits_hopper, load_rows
+from dash_megatron.ops.kernels.backward_q import entmax_jacobian_root, prior_to_probability
+from dash_megatron.ops.kernels.configs import Config
+from dash_megatron.ops.kernels.geometry import Sizes
+from dash_megatron.ops.kernels.route import Lists, Router
+from dash_megatron.ops.kernels.summarize import chunk_weights
+from dash_megatron.ops.kernels.transpose import Division, Transposed
+
+# Keys of a chunk that the Hopper kernel takes.
+HOPPER_KEYS = 64
+
+
+@triton.jit
+def _dkv_kernel(
+    q, k, v, d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, list_log_prior, d_prior,
+    row_place, row_entry, row_offset, row_work, part_bound, part_row, dk_sum, dv_sum, ds_sum,
+    chunk_start, chunk_end,
+    stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,
+    scale, inv_sqrt_d, score_scale, gradient_scale, exponent, inv_sigma, num_chunks,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    T: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, ALPHA_15: tl.constexpr,
+    SUMMARY: tl.constexpr,
+):  # fmt: skip
+    STEPS: tl.constexpr = T * GP // ROWS
+    TILES_PER_CHUNK: tl.constexpr = C // T
+    i_p = tl.program_id(0).to(tl.int64)
+    here, stop = tl.load(part_bound + i_p), tl.load(part_bound + i_p + 1)
+    i_row = tl.load(part_row + i_p)
+    # programs of the second axis share the work by keys of the chunk
+    o_c, o_d = tl.program_id(1) * KEYS + tl.arange(0, KEYS), tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    o_rn, o_rg = tl.arange(0, ROWS) // GP, tl.arange(0, ROWS) % GP
+    o_head = o_rn * (HKV * G) + o_rg
+    o_q = (o_rn * stride_qn + o_rg * stride_qh)[:, None] + o_d[None, :]
+    o_do = o_head[:, None] * D + o_d[None, :]
+    while here < stop:
+        begin, end = tl.load(row_work + i_row), tl.load(row_work + i_row + 1)
+        i_h, i_c = i_row // num_chunks, i_row % num_chunks
+        own_start, own_end = tl.load(chunk_start + i_c), tl.load(chunk_end + i_c)
+        o_k = own_start + o_c
+        m_k = o_k < own_end
+        b_k = load_rows(k + i_h * stride_kh, o_k, stride_kn, m_k, D, BLOCK_D)
+        b_v = load_rows(v + i_h * stride_vh, o_k, stride_vn, m_k, D, BLOCK_D)
+        b_dk, b_dv = tl.zeros([KEYS, BLOCK_D], tl.float32), tl.zeros([KEYS, BLOCK_D], tl.float32)
+        b_ds = tl.zeros([BLOCK_D], tl.float32)
+        p_s = summary + (i_h * num_chunks + i_c) * D + o_d
+        b_summary = tl.load(p_s, mask=m_d, other=0.0).to(tl.float32)
+        p_entry = tl.load(row_offset + i_row) - TILES_PER_CHUNK
+        first_step, last_step = (
+            (here - begin).to(tl.int32) * STEPS,
+            (tl.minimum(stop, end) - begin).to(tl.int32) * STEPS,
+        )
+        i_first = first_step // STEPS
+        m_first = (i_first >= TILES_PER_CHUNK) & (first_step < last_step)
+        i_place = tl.load(row_place + p_entry + i_first, mask=m_first, other=0)
+        i_entry = tl.load(row_entry + p_entry + i_first, mask=m_first, other=0)
+        for i_step in tl.range(first_step, last_step, num_stages=STAGES):
+            i_e, i_r = i_step // STEPS, i_step % STEPS * ROWS
+            # a row begins with the tiles of the chunk itself, which no list holds and which have no prior
+            listed = i_e >= TILES_PER_CHUNK
+            t_start = tl.where(listed, (i_place & 0x7FFFFFFF).to(tl.int32), own_start + i_e * T)
+            t_end = tl.where(listed, t_start + (i_place >> 32).to(tl.int32), tl.minimum(t_start + T, own_end))
+            p_list = i_entry
+            # a step early: addresses wait for them
+            i_next = (i_step + 1) // STEPS
+            m_next = (i_next >= TILES_PER_CHUNK) & (i_step + 1 < last_step)
+            i_place = tl.load(row_place + p_entry + i_next, mask=m_next, other=0)
+            i_entry = tl.load(row_entry + p_entry + i_next, mask=m_next, other=0)
+            # A step's rows are whole tokens, or some heads of one. Only numbers change from step to step, not offsets.
+            i_n, i_g = (t_start + i_r // GP).to(tl.int64), i_h * G + i_r % GP
+            m_n = (i_n + o_rn < t_end) & (i_r % GP + o_rg < G)
+            m_nd = m_n[:, None] & m_d[None, :]
+            i_head = i_n * (HKV * G) + i_g
+            b_q = tl.load((q + i_n * stride_qn + i_g * stride_qh) + o_q, mask=m_nd, other=0.0)
+            b_do = tl.load((d_out + i_head * D) + o_do, mask=m_nd, other=0.0)
+            b_lse = tl.load((centred_lse + i_head) + o_head, mask=m_n, other=float("inf"))
+            b_delta = tl.load((delta + i_head) + o_head, mask=m_n, other=0.0)
+            # a token's own chunk has no prior: as if at the mean, which the log-sum-exp contains
+            p_log = tl.where(listed, list_log_prior + p_list * T + i_r // GP, mean_log + i_n * HKV + i_h)
+            b_log = tl.load(p_log + o_rn * tl.where(listed, 1, HKV), mask=m_n, other=0.0)
+
+            # transposed scores [KEYS, ROWS]
+            b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+            m_s = o_k[:, None] <= (i_n.to(tl.int32) + o_rn)[None, :]
+            b_p = tl.exp2(tl.where(m_s, b_s * scale + (b_log * inv_sigma - b_lse)[None, :], float("-inf")))
+            b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
+            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
+            b_dsc = b_p * (b_dp - b_delta[None, :])
+            b_dk = tl.dot(b_dsc.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+            if SUMMARY:
+                m_n = m_n & listed
+                b_db = tl.load((d_prior + p_list * T + i_r // GP) + o_rn, mask=m_n, other=0.0)
+                b_dprob = prior_to_probability(b_db, b_log, inv_sigma, 1.0 / G)
+                b_tau = tl.load((tau + i_head) + o_head, mask=m_n, other=float("inf"))
+                b_q32 = b_q.to(tl.float32)
+                b_x = tl.sum(b_q32 * b_summary[None, :], 1) * score_scale
+                b_r = tl.where(
+                    b_log > float("-inf"), entmax_jacobian_root(b_x, b_tau, exponent, ALPHA_15), 0.0
+                )
+                b_mean_dp = tl.load((mean_dp + i_head) + o_head, mask=m_n, other=0.0)
+                b_ds += tl.sum(b_q32 * (b_r * (b_dprob - b_mean_dp) * gradient_scale)[:, None], 0)
+        # slot 0 of a part: a row that began in an earlier part; slot 1: one that began here
+        i_slot = i_p * 2 + (here == begin).to(tl.int64)
+        p_out = (i_slot * C + o_c)[:, None] * D + o_d[None, :]
+        whole = (here == begin) & (stop >= end)
+        if whole:
+            # whole rows go behind the slots of the parts
+            p_out = ((tl.num_programs(0) * 2 + i_row) * C + o_c)[:, None] * D + o_d[None, :]
+            i_slot = tl.num_programs(0) * 2 + i_row
+        tl.store(dk_sum + p_out, b_dk * inv_sqrt_d, mask=m_d[None, :])
+        tl.store(dv_sum + p_out, b_dv, mask=m_d[None, :])
+        if SUMMARY:
+            tl.store(ds_sum + i_slot * D + o_d, b_ds, mask=m_d & (tl.program_id(1) == 0))
+        here = end
+        i_row += 1
+
+
+@triton.jit
+def _finish_kernel(
+    k, w, dk_sum, dv_sum, ds_sum, dk, dv, dw_chunk, row_part, chunk_start, chunk_end,
+    stride_kn, stride_kh, stride_wh, inv_sqrt_d, num_chunks, num_parts,
+    HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, SUMMARY: tl.constexpr,
+):  # fmt: skip
+    """Add the partial sums of one chunk in order, then the gradient through its summary."""
+    i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    i_row = i_h * num_chunks + i_c
+    o_c, o_d = tl.arange(0, C), tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    p_dw = dw_chunk + i_row * D + o_d
+    start, end = tl.load(chunk_start + i_c), tl.load(chunk_end + i_c)
+    if start >= end:
+        tl.store(p_dw, tl.zeros([BLOCK_D], tl.float32), mask=m_d)
+        return
+    o_n = start + o_c
+    m_k = o_n < end
+    m_kd = m_k[:, None] & m_d[None, :]
+    o_cd = o_c[:, None] * D + o_d[None, :]
+    first_part, last_part = tl.load(row_part + i_row * 2), tl.load(row_part + i_row * 2 + 1)
+    # where the first piece lies: behind the slots if whole
+    i_slot = tl.where(first_part == last_part, num_parts * 2 + i_row, first_part * 2 + 1)
+    b_dk = tl.load(dk_sum + i_slot * C * D + o_cd, mask=m_kd, other=0.0)
+    b_dv = tl.load(dv_sum + i_slot * C * D + o_cd, mask=m_kd, other=0.0)
+    p_ds = ds_sum + (i_slot if SUMMARY else i_row) * D + o_d
+    b_ds = tl.load(p_ds, mask=m_d, other=0.0)
+    for i_part in range(first_part + 1, last_part + 1):
+        b_dk += tl.load(dk_sum + i_part * 2 * C * D + o_cd, mask=m_kd, other=0.0)
+        b_dv += tl.load(dv_sum + i_part * 2 * C * D + o_cd, mask=m_kd, other=0.0)
+        if SUMMARY:
+            b_ds += tl.load(ds_sum + i_part * 2 * D + o_d, mask=m_d, other=0.0)
+
+    b_k = load_rows(k + i_h * stride_kh, o_n, stride_kn, m_k, D, BLOCK_D).to(tl.float32)
+    b_w = tl.load(w + i_h * stride_wh + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_beta = chunk_weights(b_k, b_w, m_k, inv_sqrt_d)
+    b_dbeta = tl.sum(b_k * b_ds[None, :], 1)
+    b_da = b_beta * (b_dbeta - tl.sum(b_beta * b_dbeta, 0)) * inv_sqrt_d
+    b_dk += b_beta[:, None] * b_ds[None, :] + b_da[:, None] * b_w[None, :]
+    tl.store(p_dw, tl.sum(b_da[:, None] * b_k, 0), mask=m_d)
+    p_out = (o_n.to(tl.int64) * HKV + i_h)[:, None] * D + o_d[None, :]
+    tl.store(dk + p_out, b_dk.to(dk.dtype.element_ty), mask=m_kd)
+    tl.store(dv + p_out, b_dv.to(dv.dtype.element_ty), mask=m_kd)
+
+
+def backward_kv(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, tau: Tensor,
+    mean_log: Tensor, mean_dp: Tensor, summary: Tensor, d_summary: Tensor, d_prior: Tensor, lists: Lists,
+    transposed: Transposed, division: Division, chunks: Tensor, sizes: Sizes, router: Router, config: Config,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of k and v, [tokens, Hkv, D] in their dtype, and of w, float32 [Hkv, D].
+
+    With `deterministic` the gradient of the summaries is summed here, in order, instead of taken from `d_summary`.
+    """
+    C, D, Hkv, nc = sizes.chunk_size, sizes.head_dim, sizes.num_kv_heads, sizes.num_chunks
+    parts, rows = len(division.row), len(division.work) - 1
+    dk_sum, dv_sum = torch.empty(2, 2 * parts + rows, C, D, dtype=torch.float32, device=k.device)
+    ds_sum = (
+        torch.empty(2 * parts + rows, D, dtype=torch.float32, device=k.device) if deterministic else d_summary
+    )
+    hopper = (
+        config.block == 1
+        and not deterministic
+        and C == HOPPER_KEYS
+        and sizes.group == sizes.padded_group
+        and sizes.tile_rows % HOPPER_ROWS == 0
+        and fits_hopper(q, k, v, sizes)
+    )
+    if hopper:
+        from dash_megatron.ops.kernels.backward_kv_hopper import sum_hopper
+
+        sum_hopper(
+            q, k, v, d_out, centred_lse, delta, mean_log, lists.log_prior, transposed, division, dk_sum, dv_sum,
+            chunks, sizes, router, config,
+        )  # fmt: skip
+    else:
+        _dkv_kernel[(parts, C // config.keys)](
+            q, k, v, d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, lists.log_prior, d_prior,
+            *transposed, *division, dk_sum, dv_sum, ds_sum, chunks[0], chunks[1],
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            D**-0.5 * LOG2_E, D**-0.5, router.score_scale(D), router.scaling_factor * D**-0.5,
+            router.exponent, router.inv_sigma, nc,
+            HKV=Hkv, G=sizes.group, GP=sizes.padded_group, D=D, BLOCK_D=sizes.block_d, T=sizes.tile_tokens, C=C,
+            KEYS=config.keys, ROWS=min(config.block if config.block > 1 else 64, sizes.tile_rows),
+            STAGES=config.num_stages, ALPHA_15=router.alpha == 1.5, SUMMARY=deterministic,
+            num_warps=config.num_warps,
+        )  # fmt: skip
+    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    dw_chunk = torch.empty(Hkv, nc, D, dtype=torch.float32, device=k.device)
+    ends = torch.stack([division.work[:-1], division.work[1:] - 1], dim=1)
+    row_part = torch.searchsorted(division.bound, ends, right=True) - 1
+    _finish_kernel[(nc, Hkv)](
+        k, w, dk_sum, dv_sum, ds_sum, dk, dv, dw_chunk, row_part, chunks[0], chunks[1],
+        k.stride(0), k.stride(1), w.stride(0), D**-0.5, nc, parts,
+        HKV=Hkv, D=D, BLOCK_D=sizes.block_d, C=C, SUMMARY=deterministic, num_warps=8,
+    )  # fmt: skip
+    return dk, dv, dw_chunk.sum(1)

@@ -1,0 +1,234 @@
+"""Backward over each query tile's list: gradients of queries and of the log priors, then through the router."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dash_megatron.ops.kernels.attend import LOG2_E, load_keys, load_rows
+from dash_megatron.ops.kernels.configs import Config
+from dash_megatron.ops.kernels.geometry import Sizes
+from dash_megatron.ops.kernels.route import Lists, Router, power, routing_products, tile_place
+from dash_megatron.ops.kernels.summarize import saturate
+
+
+@triton.jit
+def _dq_kernel(
+    q, k, v, out, d_out, lse, dq, d_prior, delta, centred_lse, list_chunk, list_log_prior, list_offset, list_count, mean_log,
+    chunk_start, chunk_end, chunk_first,
+    stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, scale, inv_sqrt_d, inv_sigma, num_chunks,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    T: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = T * GP
+    TILES_PER_CHUNK: tl.constexpr = C // T
+    tiles_per_head = num_chunks * TILES_PER_CHUNK
+    i_h = tl.program_id(0) // tiles_per_head
+    i_tile = tiles_per_head - 1 - tl.program_id(0) % tiles_per_head
+    own, start, end = tile_place(i_tile, chunk_start, chunk_end, TILES_PER_CHUNK, T)
+    if start >= end:
+        return
+    first = tl.load(chunk_first + own)
+    document, own_start, own_end = (
+        tl.load(chunk_start + first), tl.load(chunk_start + own), tl.load(chunk_end + own),
+    )  # fmt: skip
+    p_tile = i_h.to(tl.int64) * tiles_per_head + i_tile
+    offset, count = tl.load(list_offset + p_tile), tl.load(list_count + p_tile)
+
+    o_r, o_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    o_n, o_g = (start + o_r // GP).to(tl.int64), o_r % GP
+    m_row = (o_n < end) & (o_g < G)
+    m_rd = m_row[:, None] & (o_d < D)[None, :]
+    o_rd = (o_n * (HKV * G) + i_h * G + o_g)[:, None] * D + o_d[None, :]
+    p_q = q + o_n[:, None] * stride_qn + (i_h * G + o_g)[:, None] * stride_qh + o_d[None, :]
+    b_q = tl.load(p_q, mask=m_rd, other=0.0)
+    b_do = tl.load(d_out + o_rd, mask=m_rd, other=0.0)
+    b_out = tl.load(out + o_rd, mask=m_rd, other=0.0)
+    b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
+    o_row = o_n * (HKV * G) + i_h * G + o_g
+    tl.store(delta + o_row, b_delta, mask=m_row)
+    # absent rows get no weight anywhere
+    b_lse = tl.load(lse + o_row, mask=m_row, other=float("inf"))
+    b_mean = tl.load(mean_log + o_n * HKV + i_h, mask=o_n < end, other=0.0)
+    b_centred = b_lse + b_mean * inv_sigma
+    tl.store(centred_lse + o_row, b_centred, mask=m_row)
+    k += i_h.to(tl.int64) * stride_kh
+    v += i_h.to(tl.int64) * stride_vh
+
+    b_dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for i_own in tl.range(0, C, KEYS, num_stages=1):
+        o_t = own_start + i_own + tl.arange(0, KEYS)
+        b_k = load_rows(k, o_t, stride_kn, o_t < own_end, D, BLOCK_D)
+        b_v = load_rows(v, o_t, stride_vn, o_t < own_end, D, BLOCK_D)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        b_s = tl.where(o_t[None, :] <= o_n[:, None], b_s, float("-inf"))
+        b_p = tl.exp2(b_s * scale - b_lse[:, None])
+        b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision="ieee") - b_delta[:, None])
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+
+    p_chunk = list_chunk + offset
+    p_prior = list_log_prior + offset * T + o_r // GP
+    p_d_prior = d_prior + offset * T + tl.arange(0, T)
+    b_db = tl.zeros([T], tl.float32)
+    i_chunk = tl.load(p_chunk, mask=count > 0, other=0)
+    for i_s in tl.range(0, count * (C // KEYS), num_stages=STAGES):
+        i_e, i_k = i_s // (C // KEYS), i_s % (C // KEYS) * KEYS
+        i_start = document + (i_chunk - first) * C + i_k
+        # a step early: addresses wait for it
+        i_next = (i_s + 1) // (C // KEYS)
+        i_chunk = tl.load(p_chunk + i_next, mask=i_next < count, other=0)
+        b_shift = tl.load(p_prior + i_e * T) * inv_sigma - b_centred
+        b_k = load_keys(k, i_start, stride_kn, D, BLOCK_D, KEYS)
+        b_v = load_keys(v, i_start, stride_vn, D, BLOCK_D, KEYS)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
+        b_ds = tl.exp2(b_s * scale + b_shift[:, None]) * (b_dp - b_delta[:, None])
+        # all heads of a group share the prior
+        b_part = tl.sum(tl.reshape(tl.sum(b_ds, 1), (T, GP)), 1)
+        b_db = b_part if KEYS == C else tl.where(i_k == 0, b_part, b_db + b_part)
+        tl.store(p_d_prior + i_e * T, b_db)
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+    tl.store(dq + o_rd, (b_dq * inv_sqrt_d).to(dq.dtype.element_ty), mask=m_rd)
+
+
+@triton.jit
+def prior_to_probability(b_db, b_log_p, inv_sigma, inv_group):
+    """Gradient with respect to one head's probability, from that of the log prior; zero where not selected."""
+    m_selected = b_log_p > float("-inf")
+    b_mean = tl.exp2(tl.where(m_selected, b_log_p, 0.0))
+    return tl.where(m_selected, b_db * (inv_sigma * inv_group) / b_mean, 0.0)
+
+
+@triton.jit
+def entmax_jacobian_root(b_x, b_tau, exponent, ALPHA_15: tl.constexpr):
+    """r = p ** (2 - alpha), zero outside the support; u itself for alpha 1.5."""
+    b_u = tl.maximum(b_x - b_tau, 0.0)
+    # p = u ** exponent and exponent = 1 / (alpha - 1), so that (2 - alpha) * exponent = exponent - 1
+    return b_u if ALPHA_15 else power(b_u, exponent - 1)
+
+
+@triton.jit
+def _router_block(
+    b_q, b_tau, summary, p_chunk, p_log, p_db, i_e, count, scale, exponent, inv_sigma,
+    G: tl.constexpr, GP: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr,
+):  # fmt: skip
+    """Chunks [BLOCK_S] of a block of list entries, and r and dp [ROWS, BLOCK_S] of the tile's rows."""
+    o_e = i_e + tl.arange(0, BLOCK_S)
+    m_e = o_e < count
+    o_c = tl.load(p_chunk + o_e, mask=m_e, other=0)
+    b_x = routing_products(b_q, summary, o_c, m_e, D, BLOCK_D, True) * scale
+    o_et = o_e.to(tl.int64)[None, :] * T + tl.arange(0, T)[:, None]
+    b_log = tl.load(p_log + o_et, mask=m_e[None, :], other=float("-inf"))
+    b_db = tl.load(p_db + o_et, mask=m_e[None, :], other=0.0)
+    b_dp = prior_to_probability(b_db, b_log, inv_sigma, 1.0 / G)
+    b_dp = tl.reshape(tl.broadcast_to(b_dp[:, None, :], (T, GP, BLOCK_S)), (T * GP, BLOCK_S))
+    b_r = entmax_jacobian_root(b_x, b_tau[:, None], exponent, ALPHA_15)
+    return o_c, tl.where(m_e[None, :], b_r, 0.0), b_dp
+
+
+@triton.jit
+def _router_bwd_kernel(
+    q, summary, tau, dq, d_summary, mean_dp, list_chunk, list_log_prior, d_prior, list_offset, list_count,
+    chunk_start, chunk_end, stride_qn, stride_qh, scale, gradient_scale, exponent, inv_sigma, num_chunks,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    T: tl.constexpr, TILES_PER_CHUNK: tl.constexpr, BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr,
+    ATOMIC: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    tiles_per_head = num_chunks * TILES_PER_CHUNK
+    i_h = tl.program_id(0) // tiles_per_head
+    i_tile = tiles_per_head - 1 - tl.program_id(0) % tiles_per_head
+    _own, start, end = tile_place(i_tile, chunk_start, chunk_end, TILES_PER_CHUNK, T)
+    if start >= end:
+        return
+    p_tile = i_h.to(tl.int64) * tiles_per_head + i_tile
+    offset, count = tl.load(list_offset + p_tile), tl.load(list_count + p_tile)
+    o_r, o_d = tl.arange(0, T * GP), tl.arange(0, BLOCK_D)
+    o_n, o_g = (start + o_r // GP).to(tl.int64), o_r % GP
+    m_row = (o_n < end) & (o_g < G)
+    m_rd = m_row[:, None] & (o_d < D)[None, :]
+    p_q = q + o_n[:, None] * stride_qn + (i_h * G + o_g)[:, None] * stride_qh + o_d[None, :]
+    b_q = saturate(tl.load(p_q, mask=m_rd, other=0.0), summary.dtype.element_ty)
+    o_row = o_n * (HKV * G) + i_h * G + o_g
+    # absent rows are outside every support
+    b_tau = tl.load(tau + o_row, mask=m_row, other=float("inf"))
+    summary += i_h.to(tl.int64) * num_chunks * D
+    d_summary += i_h.to(tl.int64) * num_chunks * D
+    p_chunk, p_log, p_db = list_chunk + offset, list_log_prior + offset * T, d_prior + offset * T
+
+    b_r_sum, b_dp_sum = tl.zeros([T * GP], tl.float32), tl.zeros([T * GP], tl.float32)
+    for i_e in range(0, count, BLOCK_S):
+        o_c, b_r, b_dp = _router_block(
+            b_q, b_tau, summary, p_chunk, p_log, p_db, i_e, count, scale, exponent, inv_sigma,
+            G, GP, T, D, BLOCK_D, BLOCK_S, ALPHA_15,
+        )  # fmt: skip
+        b_r_sum += tl.sum(b_r, 1)
+        b_dp_sum += tl.sum(b_r * b_dp, 1)
+    b_mean_dp = b_dp_sum / tl.where(b_r_sum > 0, b_r_sum, 1.0)
+    tl.store(mean_dp + o_row, b_mean_dp, mask=m_row)
+
+    o_rd = o_row[:, None] * D + o_d[None, :]
+    b_dq = tl.zeros([T * GP, BLOCK_D], tl.float32)
+    for i_e in range(0, count, BLOCK_S):
+        o_c, b_r, b_dp = _router_block(
+            b_q, b_tau, summary, p_chunk, p_log, p_db, i_e, count, scale, exponent, inv_sigma,
+            G, GP, T, D, BLOCK_D, BLOCK_S, ALPHA_15,
+        )  # fmt: skip
+        b_dz = (b_r * (b_dp - b_mean_dp[:, None]) * gradient_scale).to(GRADIENT)
+        m_e = i_e + tl.arange(0, BLOCK_S) < count
+        b_s = load_rows(summary, o_c, D, m_e, D, BLOCK_D).to(GRADIENT)
+        b_dq = tl.dot(b_dz, b_s, b_dq, input_precision="ieee")
+        if ATOMIC:
+            b_d_summary = tl.dot(tl.trans(b_dz), b_q.to(GRADIENT), input_precision="ieee")
+            p_ds = d_summary + o_c.to(tl.int64)[:, None] * D + o_d[None, :]
+            tl.atomic_add(p_ds, b_d_summary, mask=m_e[:, None] & (o_d < D)[None, :], sem="relaxed")
+    b_dq += tl.load(dq + o_rd, mask=m_rd, other=0.0).to(tl.float32)
+    tl.store(dq + o_rd, b_dq.to(dq.dtype.element_ty), mask=m_rd)
+
+
+def backward_q(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, lists: Lists, mean_log: Tensor,
+    chunks: Tensor, sizes: Sizes, router: Router, config: Config,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q through attention alone [tokens, Hq, D] and of the log priors [room, T].
+
+    And, [tokens, Hq] each, rowsum(dO O) and the base-2 log-sum-exp with the prior's mean added.
+    """
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    d_prior = torch.empty_like(lists.log_prior)
+    delta, centred_lse = torch.empty_like(lse), torch.empty_like(lse)
+    _dq_kernel[(sizes.num_tiles,)](
+        q, k, v, out, d_out, lse, dq, d_prior, delta, centred_lse, *lists, mean_log, chunks[0], chunks[1], chunks[2],
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        sizes.head_dim**-0.5 * LOG2_E, sizes.head_dim**-0.5, router.inv_sigma, sizes.num_chunks,
+        HKV=sizes.num_kv_heads, G=sizes.group, GP=sizes.padded_group, D=sizes.head_dim, BLOCK_D=sizes.block_d,
+        T=sizes.tile_tokens, C=sizes.chunk_size, KEYS=config.keys, STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )  # fmt: skip
+    return dq, d_prior, delta, centred_lse
+
+
+def backward_router(
+    q: Tensor, summary: Tensor, tau: Tensor, dq: Tensor, d_prior: Tensor, lists: Lists, chunks: Tensor,
+    sizes: Sizes, router: Router, config: Config, deterministic: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Add the router's part to `dq` in place.
+
+    Returns:
+        Gradient of the summaries, float32 [Hkv, chunks, D], summed with atomics; all zero if `deterministic`, for the
+        pass over the transposed lists to fill. And the mean of dp that the entmax gradient subtracts, [tokens, Hq].
+    """
+    d_summary = torch.zeros(summary.shape, dtype=torch.float32, device=q.device)
+    mean_dp = torch.empty_like(tau)
+    _router_bwd_kernel[(sizes.num_tiles,)](
+        q, summary, tau, dq, d_summary, mean_dp, lists.chunk, lists.log_prior, d_prior, lists.offset, lists.counts,
+        chunks[0], chunks[1], q.stride(0), q.stride(1), router.score_scale(sizes.head_dim),
+        router.scaling_factor * sizes.head_dim**-0.5, router.exponent, router.inv_sigma, sizes.num_chunks,
+        HKV=sizes.num_kv_heads, G=sizes.group, GP=sizes.padded_group, D=sizes.head_dim, BLOCK_D=sizes.block_d,
+        T=sizes.tile_tokens, TILES_PER_CHUNK=sizes.tiles_per_chunk, BLOCK_S=config.block,
+        ALPHA_15=router.alpha == 1.5, ATOMIC=not deterministic,
+        # gradients can be too small for float16
+        GRADIENT=tl.float32 if q.dtype == torch.float32 else tl.bfloat16,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return d_summary, mean_dp

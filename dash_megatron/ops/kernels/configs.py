@@ -1,0 +1,122 @@
+"""Launch configurations: a pinned table per GPU and shape, and a rule for what the table does not hold.
+
+Nothing is ever tuned at run time: ranks that chose different configurations would compute different results.
+`benchmarks/tune_kernels.py` writes the table.
+"""
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dash_megatron.ops.kernels.geometry import next_power_of_two
+
+TABLE_FILE = Path(__file__).with_name("configs.json")
+# Of Hopper, for tensors that are not on a GPU: what the interpreter runs should be what a GPU would.
+DEFAULT_SHARED_BYTES = 227 * 1024
+DEFAULT_MULTIPROCESSORS = 4
+
+
+class Config(NamedTuple):
+    """How one stage is launched."""
+
+    num_warps: int
+    num_stages: int
+    block: int
+    """Route and router: summaries a step. Attend: 1 or 2 takes the Hopper kernel where it fits, 2 with the next scores
+    computed during the softmax. Keys: query rows a step, or 1 for the Hopper kernel where it fits. Queries: unused."""
+    keys: int
+    """Keys of a chunk a step or, in the pass over the transposed lists, a program. Route and router: unused."""
+
+
+class Plan(NamedTuple):
+    """Configurations of all stages for one shape."""
+
+    tile_rows: int
+    """Rows of a query tile aimed at: tokens x heads of a group."""
+    route: Config
+    attend: Config
+    queries: Config
+    router: Config
+    keys: Config
+    parts: int
+    """Programs that share the transposed lists."""
+
+
+@cache
+def _table() -> dict[str, dict[str, dict[str, list[int]]]]:
+    return json.loads(TABLE_FILE.read_text())
+
+
+def fingerprint() -> str:
+    """Hash of the table: ranks whose hashes differ would compute different results."""
+    return hashlib.sha256(TABLE_FILE.read_bytes()).hexdigest()[:16]
+
+
+def shape_key(dtype: torch.dtype, head_dim: int, chunk_size: int, group: int) -> str:
+    return f"{str(dtype).removeprefix('torch.')} D={head_dim} C={chunk_size} G={group}"
+
+
+@cache
+def _device(device: torch.device) -> tuple[str, int, int]:
+    """Name, bytes of shared memory a program may use, and number of multiprocessors."""
+    if device.type != "cuda":
+        return device.type, DEFAULT_SHARED_BYTES, DEFAULT_MULTIPROCESSORS
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.shared_memory_per_block_optin, properties.multi_processor_count  # type: ignore[attr-defined]
+
+
+def _stages(most: int, fixed_bytes: int, bytes_per_stage: int, shared_bytes: int) -> int:
+    """As many pipeline stages as fit, at least one."""
+    while most > 1 and fixed_bytes + most * bytes_per_stage > shared_bytes:
+        most -= 1
+    return most
+
+
+def _rule(
+    itemsize: int, head_dim: int, chunk_size: int, group: int, shared_bytes: int
+) -> dict[str, list[int]]:
+    """A configuration that fits any shape: smaller tiles for wider heads and float32."""
+    padded_group = next_power_of_two(group)
+    # some goes to changes of layout
+    shared_bytes -= 40 * 1024
+    row_bytes = next_power_of_two(head_dim) * itemsize
+    tile_rows = 128 if row_bytes <= 256 else 64 if row_bytes <= 512 else 32
+    rows = max(16, padded_group, min(tile_rows, chunk_size * padded_group))
+    block = 64 if row_bytes <= 256 else 32
+    warps = 8 if rows >= 128 else 4
+    keys = max(16, min(chunk_size, 32768 // row_bytes))
+    step_bytes = 2 * keys * row_bytes
+    step = max(16, min(rows, 64 if row_bytes <= 256 else 32))
+    wide = keys * row_bytes > 128 * 128
+    return {
+        "tile_rows": [tile_rows],
+        "route": [warps, _stages(3, rows * row_bytes, block * row_bytes, shared_bytes), block, 0],
+        "attend": [warps, _stages(3, rows * row_bytes, step_bytes, shared_bytes), 0, keys],
+        "queries": [
+            8 if wide else warps,
+            _stages(2, 2 * rows * row_bytes, step_bytes, shared_bytes),
+            0,
+            keys,
+        ],
+        "router": [warps, 1, block, 0],
+        "keys": [8 if wide else 4, _stages(2, step_bytes, 4 * step * row_bytes, shared_bytes), step, keys],
+        "parts_per_multiprocessor": [2],
+    }
+
+
+@cache
+def plan(device: torch.device, dtype: torch.dtype, head_dim: int, chunk_size: int, group: int) -> Plan:
+    """The configurations to use for a shape on a device: from the table if it is there, otherwise by rule."""
+    name, shared_bytes, multiprocessors = _device(device)
+    entry = _rule(dtype.itemsize, head_dim, chunk_size, group, shared_bytes)
+    entry.update(_table().get(name, {}).get(shape_key(dtype, head_dim, chunk_size, group), {}))
+    stages = {stage: Config(*entry[stage]) for stage in ("route", "attend", "queries", "router", "keys")}
+    return Plan(
+        tile_rows=entry["tile_rows"][0],
+        parts=entry["parts_per_multiprocessor"][0] * multiprocessors,
+        **stages,
+    )

@@ -1,0 +1,220 @@
+"""DashAttention on the GPU: torch.library ops around the Triton kernels, and the entry point.
+
+Forward: summarize chunks, route query tiles to lists of chunks, attend over the lists. Backward: queries and log priors
+over the same lists, then the router, then keys and values over the transposed lists, then the summaries.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dash_megatron.ops.kernels.attend import attend
+from dash_megatron.ops.kernels.backward_kv import backward_kv
+from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
+from dash_megatron.ops.kernels.configs import Plan, plan
+from dash_megatron.ops.kernels.geometry import Sizes, layout, measure
+from dash_megatron.ops.kernels.route import Lists, Router, route
+from dash_megatron.ops.kernels.summarize import summarize
+from dash_megatron.ops.kernels.transpose import divide, transpose
+
+
+class Saved(NamedTuple):
+    """What the backward needs besides the inputs and the output."""
+
+    lse: Tensor
+    tau: Tensor
+    mean_log: Tensor
+    summary: Tensor
+    list_chunk: Tensor
+    list_log_prior: Tensor
+    list_offset: Tensor
+    list_count: Tensor
+    chunks: Tensor
+
+
+def _prepare(q: Tensor, k: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -> tuple[Plan, Sizes]:
+    launches = plan(q.device, q.dtype, q.shape[3], chunk_size, q.shape[2] // k.shape[2])
+    documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return launches, measure(q, k, chunk_size, documents, launches.tile_rows)
+
+
+def _one_row(x: Tensor) -> Tensor:
+    """[B, N, H, D] as [B * N, H, D] with dense D, a view where strides allow."""
+    x = x.flatten(0, 1)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@torch.library.custom_op("dash_megatron::dash_forward", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+    scaling_factor: float,
+    sigma: float,
+    estimate_diagonal: bool,
+    alpha: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    launches, sizes = _prepare(q, k, chunk_size, cu_seqlens)
+    router = Router(scaling_factor, sigma, estimate_diagonal, alpha)
+    chunks, offsets = layout(sizes, q.shape[0], cu_seqlens, q.device)
+    rows_q, rows_k, rows_v, w = _one_row(q), _one_row(k), _one_row(v), w.contiguous()
+    summary = summarize(rows_k, w, chunks, sizes)
+    lists, tau, mean_log, selected = route(rows_q, summary, chunks, offsets, sizes, router, launches.route)
+    out, lse = attend(rows_q, rows_k, rows_v, lists, mean_log, chunks, sizes, router, launches.attend)
+    saved = Saved(lse, tau, mean_log, summary, *lists, chunks)
+    return out.view(q.shape), selected.view(q.shape[0], q.shape[1], k.shape[2]), *saved
+
+
+@_forward.register_fake
+def _forward_fake(
+    q, k, v, w, cu_seqlens, chunk_size, scaling_factor, sigma, estimate_diagonal, alpha, deterministic
+):
+    _, sizes = _prepare(q, k, chunk_size, cu_seqlens)
+    B, N, Hq, D = q.shape
+    Hkv, T = k.shape[2], sizes.tile_tokens
+    room = sizes.list_bound if sizes.lists_are_bounded else torch.library.get_ctx().new_dynamic_size()
+    selected = q.new_empty(B, N, Hkv, dtype=torch.int32)
+    return (
+        q.new_empty(q.shape),
+        selected,
+        *Saved(
+            lse=q.new_empty(B * N, Hq, dtype=torch.float32),
+            tau=q.new_empty(B * N, Hq, dtype=torch.float32),
+            mean_log=q.new_empty(B * N, Hkv, dtype=torch.float32),
+            summary=k.new_empty(
+                Hkv, sizes.num_chunks, D, dtype=torch.float32 if k.dtype == torch.float32 else torch.float16
+            ),
+            list_chunk=q.new_empty(room, dtype=torch.int32),
+            list_log_prior=q.new_empty(room, T, dtype=torch.float32),
+            list_offset=q.new_empty(sizes.num_tiles, dtype=torch.int64),
+            list_count=q.new_empty(sizes.num_tiles, dtype=torch.int32),
+            chunks=q.new_empty(3, sizes.num_chunks, dtype=torch.int32),
+        ),
+    )
+
+
+@torch.library.custom_op("dash_megatron::dash_backward", mutates_args=())
+def _backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    cu_seqlens: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    tau: Tensor,
+    mean_log: Tensor,
+    summary: Tensor,
+    list_chunk: Tensor,
+    list_log_prior: Tensor,
+    list_offset: Tensor,
+    list_count: Tensor,
+    chunks: Tensor,
+    chunk_size: int,
+    scaling_factor: float,
+    sigma: float,
+    estimate_diagonal: bool,
+    alpha: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    launches, sizes = _prepare(q, k, chunk_size, cu_seqlens)
+    router = Router(scaling_factor, sigma, estimate_diagonal, alpha)
+    lists = Lists(list_chunk, list_log_prior, list_offset, list_count)
+    rows_q, rows_k, rows_v, rows_w = _one_row(q), _one_row(k), _one_row(v), w.contiguous()
+    rows_out, rows_d_out = out.flatten(0, 1).contiguous(), d_out.flatten(0, 1).contiguous()
+    dq, d_prior, delta, centred_lse = backward_q(
+        rows_q, rows_k, rows_v, rows_out, rows_d_out, lse, lists, mean_log, chunks, sizes, router,
+        launches.queries,
+    )  # fmt: skip
+    d_summary, mean_dp = backward_router(
+        rows_q, summary, tau, dq, d_prior, lists, chunks, sizes, router, launches.router, deterministic
+    )
+    transposed = transpose(lists, chunks, sizes)
+    division = divide(transposed, chunks, sizes, min(launches.parts, sizes.least_work))
+    dk, dv, dw = backward_kv(
+        rows_q, rows_k, rows_v, rows_w, rows_d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, d_summary,
+        d_prior, lists, transposed, division, chunks, sizes, router, launches.keys, deterministic,
+    )  # fmt: skip
+    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), dw.to(w.dtype)
+
+
+@_backward.register_fake
+def _backward_fake(d_out, q, k, v, w, *_):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), w.new_empty(w.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, w, cu_seqlens, *ctx.settings = inputs
+    out, selected, *saved = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(selected, *saved)
+    ctx.save_for_backward(q, k, v, w, cu_seqlens, out, *saved)
+
+
+def _autograd_backward(ctx, d_out, *_):
+    num_settings = len(ctx.settings)
+    if d_out is None:
+        return (None,) * (5 + num_settings)
+    gradients = _backward(d_out, *ctx.saved_tensors, *ctx.settings)
+    return *gradients, None, *(None,) * num_settings
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+def dash_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    summary_query: Tensor,
+    *,
+    chunk_size: int,
+    scaling_factor: float,
+    sigma: float,
+    estimate_diagonal: bool,
+    alpha: float,
+    cu_seqlens: Tensor | None,
+    deterministic: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend to the chunks an entmax router selects, with its log probabilities as a prior (arXiv 2605.18753).
+
+    Differentiable in all four tensors; usable under torch.compile, activation checkpointing and, for lengths whose
+    lists are bounded, CUDA graphs (see `Sizes.lists_are_bounded`). Arguments are those of `dash_attention`, which
+    checks them.
+
+    Args:
+        q: queries after RoPE [B, N, Hq, D]; float16, bfloat16 or float32, accumulated in float32.
+        k, v: keys after RoPE, and values [B, N, Hkv, D].
+        summary_query: [Hkv, D].
+        chunk_size: 16, 32, 64 or 128.
+        scaling_factor, sigma, estimate_diagonal, alpha: as in `dash_attention`; plain numbers, not tensors.
+        cu_seqlens: [documents + 1] (then B == 1), or None for one document per batch row.
+        deterministic: gradients are the same to the last bit in every run, at some cost in time; None asks
+            `torch.are_deterministic_algorithms_enabled`.
+
+    Returns:
+        Output [B, N, Hq, D] in q's dtype, and the number of chunks selected, the own one included, int32 [B, N, Hkv].
+    """
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(
+            f"q.dtype={q.dtype} must be torch.float16, torch.bfloat16 or torch.float32 for the Triton backend; "
+            "cast q, k and v, or pass backend='reference'"
+        )
+    if q.shape[3] > 256 or q.shape[2] // k.shape[2] > 32:
+        raise ValueError(
+            f"q.shape={list(q.shape)} with {k.shape[2]} key/value heads must have at most 256 dimensions and 32 heads "
+            "a group for the Triton backend; pass backend='reference'"
+        )
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    out, selected, *_ = _forward(
+        q, k, v, summary_query, cu_seqlens, chunk_size, float(scaling_factor), float(sigma), estimate_diagonal,
+        float(alpha), deterministic,
+    )  # fmt: skip
+    return out, selected

@@ -1,0 +1,157 @@
+"""Where chunks and query tiles lie, and how much room the routing lists need; plain torch, never waits for the device.
+
+All kernels see one row of tokens: a batch is treated as packed documents of equal length. Chunks are numbered through
+all documents. A query tile is T consecutive tokens of one chunk times the heads of one group.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Lists up to this many bytes are allocated for every chunk being selected, which needs no look at the device; above,
+# the selected chunks are counted first and the host waits for their number.
+MAX_BOUNDED_BYTES = 2 * 2**30
+# The last dimension of the Triton grid that tiles use holds fewer programs than this.
+MAX_PROGRAMS = 2**31 - 1
+
+
+class Sizes(NamedTuple):
+    """Everything about shapes that launches need, as host integers."""
+
+    num_tokens: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    chunk_size: int
+    group: int
+    """Query heads per key/value head, G."""
+    padded_group: int
+    """G rounded up to a power of two: heads of one token in a tile's rows, absent heads masked."""
+    tile_tokens: int
+    """T, a power of two that divides the chunk size."""
+    num_chunks: int
+    """At least the number of chunks; those beyond it are empty."""
+    list_bound: int
+    """At least the number of list entries if every past chunk were selected."""
+
+    @property
+    def tile_rows(self) -> int:
+        return self.tile_tokens * self.padded_group
+
+    @property
+    def tiles_per_chunk(self) -> int:
+        return self.chunk_size // self.tile_tokens
+
+    @property
+    def tiles_per_head(self) -> int:
+        return self.num_chunks * self.tiles_per_chunk
+
+    @property
+    def num_tiles(self) -> int:
+        return self.tiles_per_head * self.num_kv_heads
+
+    @property
+    def least_work(self) -> int:
+        """At most the number of tiles in chunks that exist."""
+        return -(-self.num_tokens // self.chunk_size) * self.tiles_per_chunk * self.num_kv_heads
+
+    @property
+    def block_d(self) -> int:
+        return next_power_of_two(self.head_dim)
+
+    @property
+    def lists_are_bounded(self) -> bool:
+        """Whether lists have room for every chunk, so that nothing is counted and the host never waits."""
+        return self.list_bound * 4 * (1 + self.tile_tokens) <= MAX_BOUNDED_BYTES
+
+
+def next_power_of_two(x: int) -> int:
+    return 1 << (x - 1).bit_length()
+
+
+def measure(q: Tensor, k: Tensor, chunk_size: int, num_documents: int | None, tile_rows: int) -> Sizes:
+    """Derive all sizes from the shapes of q [B, N, Hq, D] and k [B, N, Hkv, D]; `num_documents` is None if unpacked."""
+    B, N, Hq, D = q.shape
+    Hkv = k.shape[2]
+    padded_group = next_power_of_two(Hq // Hkv)
+    tile_tokens = max(1, min(chunk_size, tile_rows // padded_group))
+    # a product of at least 16 rows is what the tensor cores take; a chunk has at least 16 tokens
+    tile_tokens = max(tile_tokens, 16 // padded_group)
+    chunks_of_row = -(-N // chunk_size)
+    if num_documents is None:
+        num_chunks, pairs = B * chunks_of_row, B * chunks_of_row * (chunks_of_row - 1) // 2
+    else:
+        # documents that end inside a chunk open at most one chunk more each, and pairs only get fewer
+        num_chunks, pairs = N // chunk_size + num_documents, chunks_of_row * (chunks_of_row + 1) // 2
+    sizes = Sizes(
+        num_tokens=B * N,
+        num_heads=Hq,
+        num_kv_heads=Hkv,
+        head_dim=D,
+        chunk_size=chunk_size,
+        group=Hq // Hkv,
+        padded_group=padded_group,
+        tile_tokens=tile_tokens,
+        num_chunks=num_chunks,
+        list_bound=max(1, pairs * Hkv * (chunk_size // tile_tokens)),
+    )
+    if sizes.num_tiles > MAX_PROGRAMS:
+        raise ValueError(
+            f"q.shape={list(q.shape)} makes {sizes.num_tiles} query tiles, which must be at most {MAX_PROGRAMS}; "
+            "split the batch"
+        )
+    return sizes
+
+
+def chunk_table(sizes: Sizes, batch: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+    """First token, one past the last token, and first chunk of the document, of every chunk: int32 [3, chunks].
+
+    Chunks beyond the last are empty: they start and end at the number of tokens.
+    """
+    C = sizes.chunk_size
+    chunk = torch.arange(sizes.num_chunks, device=device)
+    if cu_seqlens is None:
+        N = sizes.num_tokens // batch
+        per_row = -(-N // C)
+        row = chunk // per_row
+        first, start, stop = row * per_row, row * N + (chunk - row * per_row) * C, (row + 1) * N
+        return torch.stack([start, torch.minimum(start + C, stop), first]).int()
+    bounds = cu_seqlens.to(torch.int64)
+    end_chunk = ((bounds.diff() + C - 1) // C).cumsum(0)
+    document = torch.searchsorted(end_chunk, chunk, right=True)
+    exists = document < len(end_chunk)
+    document = document.clamp_max(len(end_chunk) - 1)
+    first = torch.where(document > 0, end_chunk[document - 1], 0)
+    start = bounds[document] + (chunk - first) * C
+    end = torch.minimum(start + C, bounds[document + 1])
+    start, end = (torch.where(exists, x, sizes.num_tokens) for x in (start, end))
+    return torch.stack([start, end, torch.where(exists, first, chunk)]).int()
+
+
+@lru_cache(maxsize=32)
+def _unpacked_layout(sizes: Sizes, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    chunks = chunk_table(sizes, batch, None, device)
+    return chunks, bounded_offsets(sizes, chunks)
+
+
+def layout(
+    sizes: Sizes, batch: int, cu_seqlens: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`chunk_table` and `bounded_offsets`, remembered where only shapes decide; the caller's own to keep."""
+    if cu_seqlens is not None:
+        chunks = chunk_table(sizes, batch, cu_seqlens, device)
+        return chunks, bounded_offsets(sizes, chunks)
+    # what a CUDA graph allocates dies with the graph
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    make = _unpacked_layout.__wrapped__ if capturing else _unpacked_layout
+    chunks, offsets = make(sizes, batch, device)
+    return chunks.clone(), offsets.clone()
+
+
+def bounded_offsets(sizes: Sizes, chunks: Tensor) -> Tensor:
+    """Where every tile's list starts if each has room for all its past chunks: int64 [tiles]."""
+    past = torch.arange(sizes.num_chunks, device=chunks.device) - chunks[2]
+    room = past.repeat_interleave(sizes.tiles_per_chunk).repeat(sizes.num_kv_heads)
+    return room.cumsum(0) - room

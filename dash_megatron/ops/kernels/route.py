@@ -1,0 +1,370 @@
+"""Entmax block routing: solve every row's threshold, then list the chunks that any token of a query tile selected.
+
+Scores stay on chip and are computed again in every pass. Thresholds are those of `x = (alpha - 1) z`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dash_megatron.ops.kernels.configs import Config
+from dash_megatron.ops.kernels.geometry import Sizes
+from dash_megatron.ops.kernels.summarize import saturate
+
+
+class Router(NamedTuple):
+    """The method's numbers."""
+
+    scaling_factor: float
+    sigma: float
+    estimate_diagonal: bool
+    alpha: float
+
+    @property
+    def exponent(self) -> float:
+        """Of p = [x - tau]_+ ** exponent."""
+        return 1 / (self.alpha - 1)
+
+    @property
+    def inv_sigma(self) -> float:
+        return 1 / self.sigma if self.estimate_diagonal else 1.0
+
+    def score_scale(self, head_dim: int) -> float:
+        """What turns q.s into x."""
+        return (self.alpha - 1) * self.scaling_factor * head_dim**-0.5
+
+
+class Lists(NamedTuple):
+    """The chunks each query tile attends to besides its own, ascending: tile i's from offset[i], counts[i] of them."""
+
+    chunk: Tensor
+    """int32 [room]: global chunk number."""
+    log_prior: Tensor
+    """float32 [room, T]: log2 of the group's mean probability, -inf where that token did not select the chunk."""
+    offset: Tensor
+    """int64 [tiles]."""
+    counts: Tensor
+    """int32 [tiles]."""
+
+
+@triton.jit
+def tile_place(i_tile, chunk_start, chunk_end, TILES_PER_CHUNK: tl.constexpr, T: tl.constexpr):
+    """Chunk, first token and one past the last token of a tile (number within its head)."""
+    i_c = i_tile // TILES_PER_CHUNK
+    start = tl.load(chunk_start + i_c) + (i_tile % TILES_PER_CHUNK) * T
+    return i_c, start, tl.minimum(start + T, tl.load(chunk_end + i_c))
+
+
+@triton.jit
+def routing_products(b_q, summary, o_c, m_c, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """q.s [rows, chunks] of rows `b_q` with the chunks `o_c` of one head's summaries; zero where `m_c` is false."""
+    o_d = tl.arange(0, BLOCK_D)
+    p_s = summary + o_c.to(tl.int64)[:, None] * D + o_d[None, :]
+    m_s = m_c[:, None] & (o_d < D)[None, :] if MASKED else (o_d < D)[None, :]
+    return tl.dot(b_q, tl.trans(tl.load(p_s, mask=m_s, other=0.0)), input_precision="ieee")
+
+
+@triton.jit
+def power(b_u, exponent):
+    """u ** exponent of u >= 0, with 0 at 0 for any exponent, zero included."""
+    return tl.where(b_u > 0, tl.exp2(exponent * tl.log2(tl.where(b_u > 0, b_u, 1.0))), 0.0)
+
+
+@triton.jit
+def _quadratic_step(b_s0, b_s1, b_s2, passes):
+    """Move of tau from the count, sum and sum of squares of u = [x - tau]_+, for alpha 1.5.
+
+    Exact if no score enters or leaves the support on the way, and of third order in the error otherwise. Where so many
+    scores would leave that the quadratic has no root, a Newton step on the norm: it climbs to the root from the left.
+    Also after 8 passes, since exact steps could swing about the root for ever.
+    """
+    b_root = b_s1 * b_s1 - b_s0 * (b_s2 - 1)
+    b_s1 = tl.maximum(b_s1, 1e-20)
+    b_norm = tl.sqrt(b_s2)
+    b_newton = (b_norm - 1) * b_norm / b_s1
+    b_exact = (b_s2 - 1) / (b_s1 + tl.sqrt(tl.maximum(b_root, 0.0)))
+    return tl.where((b_root >= 0) & (passes < 8), b_exact, b_newton)
+
+
+@triton.jit
+def _guess_block(
+    b_q, summary, i_s, own, scale, b_max, b_tau, b_s0, b_s1, b_s2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Take a block into the running maximum and, for alpha 1.5, into running sums; then one step of tau."""
+    o_c = i_s + tl.arange(0, BLOCK_S)
+    b_x = routing_products(b_q, summary, o_c, o_c < own, D, BLOCK_D, MASKED) * scale
+    if MASKED:
+        b_x = tl.where((o_c < own)[None, :], b_x, float("-inf"))
+    b_max = tl.maximum(b_max, tl.max(b_x, 1))
+    if not ALPHA_15:
+        return b_max, b_max - 1, b_s0, b_s1, b_s2
+    b_next = tl.maximum(b_tau, b_max - 1)
+    b_move = b_next - b_tau
+    # sums over earlier blocks move along; what fell out of the support meanwhile stays in: it is only a guess
+    b_late = (b_move > 1) | (b_s1 <= b_move * b_s0)
+    b_s2 = tl.where(b_late, 0.0, b_s2 - 2 * b_move * b_s1 + b_move * b_move * b_s0)
+    b_s1 = tl.where(b_late, 0.0, b_s1 - b_move * b_s0)
+    b_s0 = tl.where(b_late, 0.0, b_s0)
+    b_u = tl.maximum(b_x - b_next[:, None], 0.0)
+    b_s0 += tl.sum((b_u > 0).to(tl.float32), 1)
+    b_s1 += tl.sum(b_u, 1)
+    b_s2 += tl.sum(b_u * b_u, 1)
+    b_move = tl.maximum(_quadratic_step(b_s0, b_s1, b_s2, 0), 0.0)
+    b_s2 += b_move * (b_move * b_s0 - 2 * b_s1)
+    return b_max, b_next + b_move, b_s0, b_s1 - b_move * b_s0, b_s2
+
+
+@triton.jit
+def _block_sums(
+    b_q, summary, i_s, own, scale, exponent, b_tau,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Count, sum and sum of squares of u = [x - tau]_+; for other alphas zero and the sums of its two powers."""
+    o_c = i_s + tl.arange(0, BLOCK_S)
+    b_x = routing_products(b_q, summary, o_c, o_c < own, D, BLOCK_D, MASKED)
+    b_u = tl.maximum(b_x * scale - b_tau[:, None], 0.0)
+    if MASKED:
+        b_u = tl.where((o_c < own)[None, :], b_u, 0.0)
+    if ALPHA_15:
+        return tl.sum((b_u > 0).to(tl.float32), 1), tl.sum(b_u, 1), tl.sum(b_u * b_u, 1)
+    return b_tau * 0, tl.sum(power(b_u, exponent - 1), 1), tl.sum(power(b_u, exponent), 1)
+
+
+@triton.jit
+def solve_threshold(
+    b_q, summary, first, own, scale, exponent, tolerance,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr,
+):  # fmt: skip
+    """Threshold [ROWS] at which the probabilities of the chunks first <= c < own sum to one."""
+    b_zero = tl.zeros([ROWS], tl.float32)
+    b_max, b_tau, b_s0, b_s1, b_s2 = b_zero - float("inf"), b_zero - 1e15, b_zero, b_zero, b_zero
+    # blocks that are whole need no mask on their scores
+    whole = first + (own - first) // BLOCK_S * BLOCK_S
+    for i_s in range(first, whole, BLOCK_S):
+        b_max, b_tau, b_s0, b_s1, b_s2 = _guess_block(
+            b_q,
+            summary,
+            i_s,
+            own,
+            scale,
+            b_max,
+            b_tau,
+            b_s0,
+            b_s1,
+            b_s2,
+            D,
+            BLOCK_D,
+            BLOCK_S,
+            ALPHA_15,
+            False,
+        )
+    if whole < own:
+        b_max, b_tau, b_s0, b_s1, b_s2 = _guess_block(
+            b_q,
+            summary,
+            whole,
+            own,
+            scale,
+            b_max,
+            b_tau,
+            b_s0,
+            b_s1,
+            b_s2,
+            D,
+            BLOCK_D,
+            BLOCK_S,
+            ALPHA_15,
+            True,
+        )
+    # the best chunk has at least an equal share and at most everything
+    b_low, b_high = b_max - 1, b_max - tl.exp2(-tl.log2((own - first).to(tl.float32)) / exponent)
+    b_tau = tl.minimum(tl.maximum(b_tau, b_low), b_high)
+    passes, moved = 0, tolerance + 1
+    while (moved > tolerance) & (passes < 60):
+        b_s0, b_s1, b_s2 = b_zero, b_zero, b_zero
+        for i_s in range(first, whole, BLOCK_S):
+            b_0, b_1, b_2 = _block_sums(
+                b_q, summary, i_s, own, scale, exponent, b_tau, D, BLOCK_D, BLOCK_S, ALPHA_15, False
+            )
+            b_s0, b_s1, b_s2 = b_s0 + b_0, b_s1 + b_1, b_s2 + b_2
+        if whole < own:
+            b_0, b_1, b_2 = _block_sums(
+                b_q, summary, whole, own, scale, exponent, b_tau, D, BLOCK_D, BLOCK_S, ALPHA_15, True
+            )
+            b_s0, b_s1, b_s2 = b_s0 + b_0, b_s1 + b_1, b_s2 + b_2
+        if ALPHA_15:
+            b_move = _quadratic_step(b_s0, b_s1, b_s2, passes)
+        else:
+            b_norm = tl.exp2(tl.log2(tl.maximum(b_s2, 1e-30)) / exponent)
+            b_move = (b_norm - 1) * tl.exp2((exponent - 1) * tl.log2(b_norm)) / tl.maximum(b_s1, 1e-30)
+        b_next = tl.minimum(tl.maximum(b_tau + b_move, b_low), b_high)
+        moved = tl.max(tl.abs(b_next - b_tau), 0)
+        b_tau = b_next
+        passes += 1
+    return b_tau
+
+
+@triton.jit
+def _emit_block(
+    b_q, b_tau, m_row, summary, i_s, own, num_listed, scale, exponent, inv_group, p_chunk, p_log_prior,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr, GP: tl.constexpr, BLOCK_S: tl.constexpr,
+    ALPHA_15: tl.constexpr, WRITE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """List the chunks of a block that any token selected, with mean probabilities; returns the number listed so far."""
+    o_c = i_s + tl.arange(0, BLOCK_S)
+    b_x = routing_products(b_q, summary, o_c, o_c < own, D, BLOCK_D, MASKED)
+    b_u = tl.maximum(b_x * scale - b_tau[:, None], 0.0)
+    b_p = b_u * b_u if ALPHA_15 else power(b_u, exponent)
+    b_p = tl.where(m_row[:, None] & (o_c < own)[None, :], b_p, 0.0) if MASKED else b_p
+    # [T, BLOCK_S]
+    b_mean = tl.sum(tl.reshape(b_p, (T, GP, BLOCK_S)), 1) * inv_group
+    b_listed = (tl.max(b_mean, 0) > 0).to(tl.int32)
+    if WRITE:
+        o_entry = (num_listed + tl.cumsum(b_listed, 0) - b_listed).to(tl.int64)
+        tl.store(p_chunk + o_entry, o_c, mask=b_listed > 0)
+        p_out = p_log_prior + o_entry[None, :] * T + tl.arange(0, T)[:, None]
+        tl.store(p_out, b_mean, mask=(b_listed > 0)[None, :])
+    return num_listed + tl.sum(b_listed, 0)
+
+
+@triton.jit
+def _emit(
+    b_q, b_tau, m_row, summary, first, own, scale, exponent, inv_group, p_chunk, p_log_prior,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr, GP: tl.constexpr, BLOCK_S: tl.constexpr,
+    ALPHA_15: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
+    """List the chunks that any token selected: number listed, and per token the number selected and their sum of logs."""
+    # absent rows select nothing
+    b_tau = tl.where(m_row, b_tau, float("inf"))
+    whole = first + (own - first) // BLOCK_S * BLOCK_S
+    num_listed = 0
+    for i_s in range(first, whole, BLOCK_S):
+        num_listed = _emit_block(
+            b_q, b_tau, m_row, summary, i_s, own, num_listed, scale, exponent, inv_group, p_chunk, p_log_prior,
+            D, BLOCK_D, T, GP, BLOCK_S, ALPHA_15, WRITE, False,
+        )  # fmt: skip
+    if whole < own:
+        num_listed = _emit_block(
+            b_q, b_tau, m_row, summary, whole, own, num_listed, scale, exponent, inv_group, p_chunk, p_log_prior,
+            D, BLOCK_D, T, GP, BLOCK_S, ALPHA_15, WRITE, True,
+        )  # fmt: skip
+    b_selected, b_log_sum = tl.zeros([T], tl.int32), tl.zeros([T], tl.float32)
+    if WRITE:
+        # logarithms of what is listed only; other threads wrote it
+        tl.debug_barrier()
+        for i_e in range(0, num_listed, BLOCK_S):
+            o_e = i_e + tl.arange(0, BLOCK_S)
+            p_entry = p_log_prior + o_e.to(tl.int64)[None, :] * T + tl.arange(0, T)[:, None]
+            m_e = (o_e < num_listed)[None, :]
+            b_mean = tl.load(p_entry, mask=m_e, other=0.0)
+            m_selected = b_mean > 0
+            b_log = tl.log2(tl.where(m_selected, b_mean, 1.0))
+            tl.store(p_entry, tl.where(m_selected, b_log, float("-inf")), mask=m_e)
+            b_selected += tl.sum(m_selected.to(tl.int32), 1)
+            b_log_sum += tl.sum(b_log, 1)
+    return num_listed, b_selected, b_log_sum
+
+
+@triton.jit
+def _route_kernel(
+    q, summary, tau, list_chunk, list_log_prior, list_offset, list_count, mean_log, selected,
+    chunk_start, chunk_end, chunk_first, stride_qn, stride_qh, scale, exponent, tolerance, num_chunks,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    T: tl.constexpr, TILES_PER_CHUNK: tl.constexpr, BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr,
+    CENTRE: tl.constexpr, SOLVE: tl.constexpr, COUNT: tl.constexpr, EMIT: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = T * GP
+    tiles_per_head = num_chunks * TILES_PER_CHUNK
+    i_h = tl.program_id(0) // tiles_per_head
+    # late tiles have the most chunks before them: start them first
+    i_tile = tiles_per_head - 1 - tl.program_id(0) % tiles_per_head
+    p_tile = i_h.to(tl.int64) * tiles_per_head + i_tile
+    own, start, end = tile_place(i_tile, chunk_start, chunk_end, TILES_PER_CHUNK, T)
+    if start >= end:
+        tl.store(list_count + p_tile, 0)
+        return
+    first = tl.load(chunk_first + own)
+    o_r, o_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    o_n, o_g = (start + o_r // GP).to(tl.int64), o_r % GP
+    m_row = (o_n < end) & (o_g < G)
+    p_q = q + o_n[:, None] * stride_qn + (i_h * G + o_g)[:, None] * stride_qh + o_d[None, :]
+    b_q = saturate(
+        tl.load(p_q, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0), summary.dtype.element_ty
+    )
+    summary += i_h.to(tl.int64) * num_chunks * D
+    p_tau = tau + o_n * (HKV * G) + i_h * G + o_g
+    b_tau = tl.zeros([ROWS], tl.float32)
+    if SOLVE:
+        if own > first:
+            b_tau = solve_threshold(
+                b_q, summary, first, own, scale, exponent, tolerance, D, BLOCK_D, ROWS, BLOCK_S, ALPHA_15
+            )
+        tl.store(p_tau, b_tau, mask=m_row)
+    else:
+        b_tau = tl.load(p_tau, mask=m_row, other=0.0)
+    if COUNT or EMIT:
+        offset = tl.load(list_offset + p_tile) if EMIT else 0
+        num_listed, b_selected, b_log_sum = _emit(
+            b_q, b_tau, m_row, summary, first, own, scale, exponent, 1.0 / G,
+            list_chunk + offset, list_log_prior + offset * T,
+            D, BLOCK_D, T, GP, BLOCK_S, ALPHA_15, EMIT,
+        )  # fmt: skip
+        tl.store(list_count + p_tile, num_listed)
+        if EMIT:
+            o_t = (start + tl.arange(0, T)).to(tl.int64)
+            tl.store(selected + o_t * HKV + i_h, b_selected + 1, mask=o_t < end)
+            b_mean = b_log_sum / tl.maximum(b_selected, 1) if CENTRE else b_log_sum * 0
+            tl.store(mean_log + o_t * HKV + i_h, b_mean, mask=o_t < end)
+
+
+def route(
+    q: Tensor, summary: Tensor, chunks: Tensor, offsets: Tensor, sizes: Sizes, router: Router, config: Config
+) -> tuple[Lists, Tensor, Tensor, Tensor]:
+    """Solve and list.
+
+    Args:
+        q: [tokens, Hq, D].
+        summary: [Hkv, chunks, D].
+        chunks, offsets: from `layout`.
+
+    Returns:
+        The lists; thresholds [tokens, Hq]; mean log2 probability [tokens, Hkv] of a token's past chunks (zero if the
+        prior is not centred); number of chunks selected, the own one included, int32 [tokens, Hkv].
+    """
+    N, Hq, Hkv, T = sizes.num_tokens, sizes.num_heads, sizes.num_kv_heads, sizes.tile_tokens
+    tau = torch.empty(N, Hq, dtype=torch.float32, device=q.device)
+    mean_log = torch.empty(N, Hkv, dtype=torch.float32, device=q.device)
+    selected = torch.empty(N, Hkv, dtype=torch.int32, device=q.device)
+    count = torch.empty(sizes.num_tiles, dtype=torch.int32, device=q.device)
+    # third-order convergence: a move this small leaves an error below float32's own
+    tolerance = 1e-6 if router.alpha != 1.5 else 1e-3 if q.dtype == torch.float32 else 4e-3
+
+    def launch(lists: Lists, SOLVE: bool, COUNT: bool, EMIT: bool) -> None:
+        _route_kernel[(sizes.num_tiles,)](
+            q, summary, tau, lists.chunk, lists.log_prior, lists.offset, lists.counts, mean_log, selected,
+            chunks[0], chunks[1], chunks[2], q.stride(0), q.stride(1),
+            router.score_scale(sizes.head_dim), router.exponent, tolerance, sizes.num_chunks,
+            HKV=Hkv, G=sizes.group, GP=sizes.padded_group, D=sizes.head_dim, BLOCK_D=sizes.block_d, T=T,
+            TILES_PER_CHUNK=sizes.tiles_per_chunk, BLOCK_S=config.block, ALPHA_15=router.alpha == 1.5,
+            CENTRE=router.estimate_diagonal, SOLVE=SOLVE, COUNT=COUNT, EMIT=EMIT,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+
+    def allocate(room: int, offset: Tensor) -> Lists:
+        chunk = torch.empty(room, dtype=torch.int32, device=q.device)
+        return Lists(chunk, torch.empty(room, T, dtype=torch.float32, device=q.device), offset, count)
+
+    if sizes.lists_are_bounded:
+        lists = allocate(sizes.list_bound, offsets)
+        launch(lists, SOLVE=True, COUNT=False, EMIT=True)
+    else:
+        launch(allocate(1, count), SOLVE=True, COUNT=True, EMIT=False)
+        total = count.sum(dtype=torch.int64)
+        # the host waits here: room for every chunk would be too much
+        lists = allocate(max(1, int(total)), count.cumsum(0) - count)
+        launch(lists, SOLVE=False, COUNT=False, EMIT=True)
+    return lists, tau, mean_log, selected

@@ -1,0 +1,60 @@
+"""Local chunk summarization: one routing key per chunk, a softmax-weighted mean of its keys."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dash_megatron.ops.kernels.geometry import Sizes
+
+
+@triton.jit
+def saturate(b_x, dtype: tl.constexpr):
+    """Cast for the router's products; what lies outside float16 becomes its largest number."""
+    if dtype == tl.float16:
+        b_x = tl.minimum(tl.maximum(b_x.to(tl.float32), -65504.0), 65504.0)
+    return b_x.to(dtype)
+
+
+@triton.jit
+def chunk_weights(b_k, b_w, m_t, inv_sqrt_d):
+    """Softmax over a chunk's tokens of w.k / sqrt(D): `b_k` [C, D] and `b_w` [D] float32, `m_t` [C] tokens that exist."""
+    b_a = tl.sum(b_k * b_w[None, :], 1) * inv_sqrt_d
+    b_a = tl.where(m_t, b_a, float("-inf"))
+    b_e = tl.exp(b_a - tl.max(b_a, 0))
+    return b_e / tl.sum(b_e, 0)
+
+
+@triton.jit
+def _summarize_fwd_kernel(
+    k, w, summary, chunk_start, chunk_end, stride_kn, stride_kh, stride_wh, inv_sqrt_d, num_chunks,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start, end = tl.load(chunk_start + i_c), tl.load(chunk_end + i_c)
+    if start >= end:
+        return
+    o_t, o_d = start + tl.arange(0, C), tl.arange(0, BLOCK_D)
+    m_t, m_d = o_t < end, o_d < D
+    p_k = k + o_t.to(tl.int64)[:, None] * stride_kn + i_h * stride_kh + o_d[None, :]
+    b_k = tl.load(p_k, mask=m_t[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+    b_w = tl.load(w + i_h * stride_wh + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_beta = chunk_weights(b_k, b_w, m_t, inv_sqrt_d)
+    b_s = tl.sum(b_k * b_beta[:, None], 0)
+    p_s = summary + (i_h * num_chunks + i_c) * D + o_d
+    tl.store(p_s, saturate(b_s, summary.dtype.element_ty), mask=m_d)
+
+
+def summarize(k: Tensor, w: Tensor, chunks: Tensor, sizes: Sizes) -> Tensor:
+    """Summaries [Hkv, chunks, D] of k [tokens, Hkv, D] and w [Hkv, D]; those of empty chunks stay unwritten.
+
+    In float32 beside float32 keys, otherwise in float16: bfloat16 would round them eight times as coarsely, and nothing
+    else of the router is rounded so much that it shows in the gradient of w.
+    """
+    dtype = torch.float32 if k.dtype == torch.float32 else torch.float16
+    summary = torch.empty(sizes.num_kv_heads, sizes.num_chunks, sizes.head_dim, dtype=dtype, device=k.device)
+    _summarize_fwd_kernel[(sizes.num_chunks, sizes.num_kv_heads)](
+        k, w, summary, chunks[0], chunks[1], k.stride(0), k.stride(1), w.stride(0), sizes.head_dim**-0.5, sizes.num_chunks,
+        D=sizes.head_dim, BLOCK_D=sizes.block_d, C=sizes.chunk_size, num_warps=4,
+    )  # fmt: skip
+    return summary

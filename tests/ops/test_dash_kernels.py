@@ -1,0 +1,362 @@
+"""The Triton kernels against the float64 reference: on CPU tensors under Triton's interpreter, on a GPU at real sizes."""
+
+import os
+import sys
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+from torch.utils.checkpoint import checkpoint
+
+from dash_megatron.ops.reference import dash_attention_reference
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+def _import_kernels():
+    """The kernels' modules. Whether kernels are interpreted is settled when they are first imported."""
+    route = sys.modules.get("dash_megatron.ops.kernels.route")
+    if not CUDA and isinstance(getattr(route, "_route_kernel", None), triton.JITFunction):
+        for name in [x for x in sys.modules if x.startswith("dash_megatron.ops.kernels")]:
+            del sys.modules[name]
+    with mock.patch.dict(os.environ, {} if CUDA else {"TRITON_INTERPRET": "1"}):
+        from dash_megatron.ops.kernels import configs, dash, geometry
+    return dash, geometry, configs
+
+
+dash, geometry, configs = _import_kernels()
+
+# Relative errors |x - ref| / |ref| allowed: of the output, of the gradients.
+TOLERANCE = {
+    torch.float32: (2e-4, 2e-3),
+    torch.bfloat16: (1e-2, 4e-2),  # 2 ** -9 of every operand, and chunks at the threshold that change sides
+    torch.float16: (2e-3, 2e-2),
+}
+DTYPES = list(TOLERANCE)
+SETTINGS = {
+    "chunk_size": 16,
+    "scaling_factor": 3.0,
+    "sigma": 2.0,
+    "estimate_diagonal": True,
+    "alpha": 1.5,
+    "cu_seqlens": None,
+}
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    """What nobody writes is NaN, or an integer that points nowhere."""
+    if not CUDA:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(x):
+        if x.requires_grad:
+            return x  # torch's own, in checkpointing
+        return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max)
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
+
+
+def _cu_seqlens(*lengths):
+    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(DEVICE)
+
+
+def _inputs(N, B=1, Hq=4, Hkv=2, D=16, C=16, dtype=torch.float32, structured=False, seed=0):
+    """Leaves q, k, v, summary_query and an upstream gradient; structured: chunks and runs of queries share topics."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    q, k, v, w, upstream = (
+        noise(B, N, Hq, D), noise(B, N, Hkv, D), noise(B, N, Hkv, D), noise(Hkv, D), noise(B, N, Hq, D),
+    )  # fmt: skip
+    if structured:
+        topics = noise(Hkv, 4, D)
+
+        def topic(run):
+            pick = torch.randint(4, (B, -(-N // run), Hkv), generator=generator).repeat_interleave(
+                run, dim=1
+            )[:, :N]
+            return topics[torch.arange(Hkv), pick]
+
+        k += topic(C)
+        q = 0.35 * q + topic(2 * C).repeat_interleave(Hq // Hkv, dim=2)
+    *leaves, upstream = (x.to(DEVICE, dtype) for x in (q, k, v, w, upstream))
+    return [x.requires_grad_() for x in leaves], upstream
+
+
+def _run(attend, leaves, upstream, **settings):
+    """Output, gradients and chunk counts."""
+    out, selected = attend(*leaves, **{**SETTINGS, **settings})
+    grads = torch.autograd.grad(out, leaves, upstream, allow_unused=True, materialize_grads=True)
+    return out.detach(), grads, selected
+
+
+def _relative_error(x, expected, floor=0.0):
+    expected = expected.double()
+    return ((x.double() - expected).norm() / expected.norm().clamp_min(floor)).item()
+
+
+def _check(leaves, upstream, same_selection=True, **settings):
+    """Compare with the reference on the same inputs in float64."""
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    out, grads, selected = _run(dash.dash_attention_triton, leaves, upstream, **settings)
+    settings.pop("deterministic", None)
+    expected_out, expected_grads, expected_selected = _run(
+        dash_attention_reference, doubles, upstream.double(), **settings
+    )
+    allowed_out, allowed_grad = TOLERANCE[out.dtype]
+    assert out.dtype == leaves[0].dtype
+    assert _relative_error(out, expected_out) <= allowed_out
+    # What is zero by its nature is rounding here: the query gradient of a lone token, or the summary query's under a flat
+    # prior, which besides is unbounded near the threshold. So errors are relative to something at least.
+    floor = 1e-3 * upstream.double().norm().item()
+    for name, x, grad, expected in zip("qkvw", leaves, grads, expected_grads, strict=True):
+        assert grad.dtype == x.dtype
+        assert _relative_error(grad, expected, floor) <= allowed_grad, name
+    assert selected.dtype == torch.int32
+    if same_selection:
+        assert torch.equal(selected, expected_selected)
+
+
+SHAPES = {
+    # at N and, on a GPU, at the second N
+    "whole": (48, 2048, {}),
+    "ragged": (59, 2011, {}),
+    "shorter than a chunk": (5, 5, {}),
+    "one token": (1, 1, {}),
+    "batch of three": (37, 777, {"B": 3}),
+    "one head a group": (50, 1500, {"Hq": 2}),
+    "three heads a group": (50, 1500, {"Hq": 6}),
+    "sixteen heads a group": (50, 1500, {"Hq": 16, "Hkv": 1}),
+    "thirty-two heads a group": (40, 1000, {"Hq": 32, "Hkv": 1}),
+    "head dim 80": (40, 1500, {"Hq": 2, "D": 80}),
+    "head dim 96": (40, 1500, {"Hq": 2, "D": 96}),
+    "head dim 256": (40, 1500, {"Hq": 2, "D": 256}),
+    "chunks of 32": (80, 2000, {"C": 32, "Hkv": 1}),
+    "chunks of 64": (150, 2000, {"C": 64, "Hkv": 1}),
+    "chunks of 128": (270, 2000, {"C": 128, "Hq": 1, "Hkv": 1}),
+}
+# what only a GPU has the time for
+GPU_SHAPES = {
+    "64 x 64": (0, 3000, {"D": 64, "C": 64, "Hq": 32}),
+    "128 x 64": (0, 3000, {"D": 128, "C": 64, "Hq": 32}),
+    "128 x 128": (0, 3000, {"D": 128, "C": 128, "Hq": 32}),
+    "128 x 16": (0, 1000, {"D": 128, "C": 16, "Hq": 8}),
+    "80 x 32": (0, 1000, {"D": 80, "C": 32, "Hq": 6}),
+    "96 x 64": (0, 2000, {"D": 96, "C": 64, "Hq": 2}),
+    "256 x 64": (0, 2000, {"D": 256, "C": 64, "Hq": 8}),
+    "256 x 128": (0, 2000, {"D": 256, "C": 128, "Hq": 2}),
+}
+
+
+STRUCTURED = ["ragged", "three heads a group", "chunks of 64", *GPU_SHAPES]
+
+
+@pytest.mark.parametrize(
+    ("name", "structured"),
+    [(name, False) for name in [*SHAPES, *GPU_SHAPES]] + [(name, True) for name in STRUCTURED],
+)
+def test_float32_output_gradients_and_selection_equal_the_reference(name, structured):
+    N, real_N, shape = {**SHAPES, **GPU_SHAPES}[name]
+    if N == 0 and not CUDA:
+        pytest.skip("needs a CUDA GPU: too many tokens for the interpreter")
+    leaves, upstream = _inputs(real_N if CUDA else N, structured=structured, **shape)
+    # at thousands of tokens some chunk lies within float32's rounding of the threshold
+    _check(leaves, upstream, chunk_size=shape.get("C", 16), same_selection=not CUDA)
+
+
+HALF_SHAPES = [
+    "ragged",
+    "three heads a group",
+    "sixteen heads a group",
+    "head dim 80",
+    "chunks of 64",
+    *GPU_SHAPES,
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", HALF_SHAPES)
+def test_half_precision_output_and_gradients_are_near_the_reference(name, dtype):
+    N, real_N, shape = {**SHAPES, **GPU_SHAPES}[name]
+    if N == 0 and not CUDA:
+        pytest.skip("needs a CUDA GPU: too many tokens for the interpreter")
+    leaves, upstream = _inputs(real_N if CUDA else N, dtype=dtype, structured=True, **shape)
+    _check(leaves, upstream, chunk_size=shape.get("C", 16), scaling_factor=1.0, same_selection=False)
+
+
+METHODS = {
+    "sigma 1": {"sigma": 1.0},
+    "flat prior": {"sigma": 1e6},
+    "prior not centred": {"estimate_diagonal": False},
+    "alpha 1.2": {"alpha": 1.2},
+    "alpha 1.7": {"alpha": 1.7},
+    "alpha 2": {"alpha": 2.0, "estimate_diagonal": False},
+    "everything selected": {"scaling_factor": 0.01},
+    "nearly nothing selected": {"scaling_factor": 50.0},
+}
+
+
+DETERMINISTIC = ["sigma 1", "prior not centred", "alpha 1.7"]
+
+
+@pytest.mark.parametrize(
+    ("name", "deterministic"), [(name, False) for name in METHODS] + [(name, True) for name in DETERMINISTIC]
+)
+def test_every_form_of_the_method_equals_the_reference(name, deterministic):
+    leaves, upstream = _inputs(1003 if CUDA else 50, Hq=4)
+    _check(leaves, upstream, deterministic=deterministic, same_selection=not CUDA, **METHODS[name])
+
+
+PACKED = {
+    "several": (9, 1, 16, 33),
+    "shorter than a chunk": (3, 1, 2, 15, 7),
+    "whole chunks": (32, 16),
+    "one": (40,),
+}
+
+
+@pytest.mark.parametrize("lengths", PACKED.values(), ids=PACKED)
+@pytest.mark.parametrize("Hq", [2, 16], ids=["one head a group", "eight heads a group"])
+def test_packed_documents_equal_the_reference(lengths, Hq):
+    lengths = lengths * (20 if CUDA else 1)
+    leaves, upstream = _inputs(sum(lengths), Hq=Hq)
+    _check(leaves, upstream, cu_seqlens=_cu_seqlens(*lengths), same_selection=not CUDA)
+
+
+def test_documents_do_not_see_each_other():
+    lengths = (37, 5, 32)
+    leaves, upstream = _inputs(sum(lengths))
+    out, grads, selected = _run(
+        dash.dash_attention_triton, leaves, upstream, cu_seqlens=_cu_seqlens(*lengths)
+    )
+    start = 0
+    for length in lengths:
+        part = slice(start, start + length)
+        alone = [x.detach()[:, part].requires_grad_() for x in leaves[:3]] + [leaves[3]]
+        out_alone, grads_alone, selected_alone = _run(dash.dash_attention_triton, alone, upstream[:, part])
+        assert torch.equal(selected[:, part], selected_alone)
+        for x, expected in zip([out, *grads[:3]], [out_alone, *grads_alone[:3]], strict=True):
+            assert _relative_error(x[:, part], expected) < 1e-5
+        start += length
+
+
+def test_changing_future_tokens_leaves_past_outputs_alone():
+    leaves, upstream = _inputs(60)
+    out, _, _ = _run(dash.dash_attention_triton, leaves, upstream)
+    late = [x.detach().clone() for x in leaves]
+    for x in late[:3]:
+        x[:, 37:] += 1
+    out_late, _ = dash.dash_attention_triton(*late, **SETTINGS)
+    assert torch.equal(out[:, :37], out_late[:, :37])
+    assert not torch.equal(out[:, 37:], out_late[:, 37:])
+
+
+def test_lists_that_are_counted_first_give_the_same_bits(monkeypatch):
+    leaves, upstream = _inputs(1003 if CUDA else 50, Hq=6)
+    bounded = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True)
+    monkeypatch.setattr(geometry, "MAX_BOUNDED_BYTES", 0)
+    counted = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True)
+    assert torch.equal(bounded[0], counted[0])
+    assert all(torch.equal(x, y) for x, y in zip(bounded[1], counted[1], strict=True))
+    assert torch.equal(bounded[2], counted[2])
+
+
+@pytest.mark.parametrize("parts", [1, 3, 10_000])
+def test_gradients_do_not_depend_on_how_the_transposed_lists_are_cut(parts, monkeypatch):
+    plan = configs.plan
+
+    def cut(*args):
+        return plan(*args)._replace(parts=parts)
+
+    leaves, upstream = _inputs(60, Hkv=1)
+    _, expected, _ = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True)
+    monkeypatch.setattr(dash, "plan", cut)
+    _, grads, _ = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True)
+    for grad, other in zip(grads, expected, strict=True):
+        assert _relative_error(grad, other) < 1e-5
+
+
+@pytest.mark.parametrize(("alpha", "Hq"), [(1.5, 3), (1.7, 1)])
+def test_many_blocks_of_summaries_equal_the_reference(alpha, Hq, monkeypatch):
+    plan = configs.plan
+
+    def small_blocks(*args):
+        usual = plan(*args)
+        return usual._replace(route=usual.route._replace(block=16), router=usual.router._replace(block=16))
+
+    monkeypatch.setattr(dash, "plan", small_blocks)
+    leaves, upstream = _inputs(16 * 35 + 5, Hq=Hq, Hkv=1, structured=True)
+    _check(leaves, upstream, alpha=alpha, scaling_factor=1.0, same_selection=not CUDA)
+
+
+def test_deterministic_gradients_are_the_same_bits_in_every_run():
+    leaves, upstream = _inputs(2000 if CUDA else 40, Hq=8)
+    first = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True)
+    for _ in range(5 if CUDA else 1):
+        again = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True)
+        assert torch.equal(first[0], again[0])
+        assert all(torch.equal(x, y) for x, y in zip(first[1], again[1], strict=True))
+
+
+def test_inputs_may_be_slices_of_one_fused_projection():
+    generator = torch.Generator().manual_seed(0)
+    fused = torch.randn(2, 40, 8, 16, generator=generator).to(DEVICE).requires_grad_()
+    w = torch.randn(2, 16, generator=generator).to(DEVICE)
+    upstream = torch.randn(2, 40, 4, 16, generator=generator).to(DEVICE)
+    results = []
+    for attend, x in ((dash.dash_attention_triton, fused), (dash_attention_reference, fused.double())):
+        out, _ = attend(x[:, :, :4], x[:, :, 4:6], x[:, :, 6:], w.to(x.dtype), **SETTINGS)
+        results.append((out, *torch.autograd.grad(out, fused, upstream.to(x.dtype))))
+    for x, expected in zip(*results, strict=True):
+        assert _relative_error(x, expected) < 1e-5
+
+
+def test_summary_query_may_stay_float32_beside_half_precision():
+    leaves, upstream = _inputs(50, dtype=torch.bfloat16)
+    leaves[3] = leaves[3].detach().float().requires_grad_()
+    _check(leaves, upstream, scaling_factor=1.0, same_selection=False)
+
+
+def test_torch_compile_and_checkpointing_give_the_eager_bits():
+    leaves, upstream = _inputs(50)
+
+    def attend(q, k, v, w):
+        return dash.dash_attention_triton(q * 1.5, k, v, w, **SETTINGS, deterministic=True)[0] * 2
+
+    eager = attend(*leaves)
+    expected = torch.autograd.grad(eager, leaves, upstream)
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    recomputed = lambda *args: checkpoint(attend, *args, use_reentrant=False)  # noqa: E731
+    for other in (compiled, recomputed):
+        out = other(*leaves)
+        assert torch.equal(out, eager)
+        grads = torch.autograd.grad(out, leaves, upstream)
+        assert all(torch.equal(x, y) for x, y in zip(grads, expected, strict=True))
+
+
+@pytest.mark.parametrize("bounded", [True, False], ids=["bounded", "counted"])
+def test_the_op_passes_torchs_own_checks(bounded, monkeypatch):
+    if not bounded:
+        monkeypatch.setattr(geometry, "MAX_BOUNDED_BYTES", 0)
+    leaves, _ = _inputs(40)
+    arguments = (*leaves, None, 16, 3.0, 2.0, True, 1.5, True)
+    torch.library.opcheck(
+        dash._forward, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+    )
+
+
+def test_other_dtypes_and_too_many_heads_are_refused():
+    leaves, _ = _inputs(8)
+    with pytest.raises(ValueError, match=r"q\.dtype=torch\.float64"):
+        dash.dash_attention_triton(*(x.double() for x in leaves), **SETTINGS)
+    wide = torch.zeros(1, 8, 64, 16, device=DEVICE), *torch.zeros(2, 1, 8, 1, 16, device=DEVICE)
+    with pytest.raises(ValueError, match="32 heads"):
+        dash.dash_attention_triton(*wide, torch.zeros(1, 16, device=DEVICE), **SETTINGS)
