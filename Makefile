@@ -4,17 +4,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-TORCH := torch==2.13.0
 RUN := runs/quickstart
 DATA := $(RUN)/data
 
 NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 ifeq ($(NUM_GPUS),0)
 # no NVIDIA driver: the CPU build, and Triton for its interpreter; two processes share the cores
-TORCH_PACKAGES := $(TORCH) triton==3.6.0 --extra-index-url https://download.pytorch.org/whl/cpu --retries 1
+TORCH_PACKAGES := torch==2.13.0 triton==3.6.0 --extra-index-url https://download.pytorch.org/whl/cpu --retries 1
 PROCESSES ?= 2
 else
-TORCH_PACKAGES := $(TORCH)
+# the release that brings Triton 3.6, which the kernels were measured with
+TORCH_PACKAGES := torch==2.11.0
 PROCESSES ?= $(shell [ $(NUM_GPUS) -ge 2 ] && echo 2 || echo 1)
 endif
 

@@ -12,6 +12,8 @@ from dash_megatron.ops.kernels.route import Lists, Router, tile_place
 LOG2_E = 1.4426950408889634
 # Rows of one of the two warpgroups of the Hopper kernel.
 HOPPER_ROWS = 64
+# Gluon changes from release to release: the Hopper kernels do not compile with 3.7.
+GLUON_RELEASE = "3.6."
 
 
 @triton.jit
@@ -113,6 +115,7 @@ def fits_hopper(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes) -> bool:
     """Whether the Hopper kernels can take these tensors: half precision, common sizes, keys and values in dense rows."""
     return (
         q.is_cuda
+        and triton.__version__.startswith(GLUON_RELEASE)
         and torch.cuda.get_device_capability(q.device)[0] == 9
         and q.dtype in (torch.bfloat16, torch.float16)
         and sizes.head_dim in (64, 128)

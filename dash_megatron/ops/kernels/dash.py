@@ -45,6 +45,11 @@ def _one_row(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _dense_rows(x: Tensor) -> Tensor:
+    """[B, N, H, D] as dense [B * N, H, D]: a model's values are often a strided slice of its fused projection."""
+    return x.flatten(0, 1).contiguous()
+
+
 @torch.library.custom_op("dash_megatron::dash_forward", mutates_args=())
 def _forward(
     q: Tensor,
@@ -62,7 +67,7 @@ def _forward(
     launches, sizes = _prepare(q, k, chunk_size, cu_seqlens)
     router = Router(scaling_factor, sigma, estimate_diagonal, alpha)
     chunks, offsets = layout(sizes, q.shape[0], cu_seqlens, q.device)
-    rows_q, rows_k, rows_v, w = _one_row(q), _one_row(k), _one_row(v), w.contiguous()
+    rows_q, rows_k, rows_v, w = _one_row(q), _dense_rows(k), _dense_rows(v), w.contiguous()
     summary = summarize(rows_k, w, chunks, sizes)
     lists, tau, mean_log, selected = route(rows_q, summary, chunks, offsets, sizes, router, launches.route)
     out, lse = attend(rows_q, rows_k, rows_v, lists, mean_log, chunks, sizes, router, launches.attend)
@@ -126,7 +131,7 @@ def _backward(
     launches, sizes = _prepare(q, k, chunk_size, cu_seqlens)
     router = Router(scaling_factor, sigma, estimate_diagonal, alpha)
     lists = Lists(list_chunk, list_log_prior, list_offset, list_count)
-    rows_q, rows_k, rows_v, rows_w = _one_row(q), _one_row(k), _one_row(v), w.contiguous()
+    rows_q, rows_k, rows_v, rows_w = _one_row(q), _dense_rows(k), _dense_rows(v), w.contiguous()
     rows_out, rows_d_out = out.flatten(0, 1).contiguous(), d_out.flatten(0, 1).contiguous()
     dq, d_prior, delta, centred_lse = backward_q(
         rows_q, rows_k, rows_v, rows_out, rows_d_out, lse, lists, mean_log, chunks, sizes, router,
