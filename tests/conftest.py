@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import random
-import socket
 import sys
 import time
 import traceback
@@ -90,13 +89,6 @@ def _entry(
             os._exit(1)
 
 
-def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.fixture
 def run_processes(tmp_path: Path) -> Callable[..., None]:
     """`run_processes(count, function, *arguments)` runs a function in `count` processes that torchrun could have made.
@@ -106,10 +98,15 @@ def run_processes(tmp_path: Path) -> Callable[..., None]:
     """
 
     def run(count: int, function: Callable[..., None], *arguments: Any, seconds: float = 240) -> None:
+        from torch.distributed import TCPStore
+
         context = multiprocessing.get_context("spawn")
         # several processes cannot share a GPU over NCCL: these tests are of gloo, on any machine
         common = {"CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": str(count)}
-        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        # Listens before any process starts, as torchrun's agent does: a port found free could be taken by then.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        common |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
         processes, logs = [], []
         for rank in range(count):
             environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
