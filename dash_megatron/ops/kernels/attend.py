@@ -34,6 +34,13 @@ def load_keys(x, start, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: 
 
 
 @triton.jit
+def own_keys(key_start, key_end, stride_key, i_h, own):
+    """First row and one past the last of the keys of a query tile's own chunk."""
+    p_key = i_h.to(tl.int64) * stride_key + own
+    return tl.load(key_start + p_key), tl.load(key_end + p_key)
+
+
+@triton.jit
 def _accumulate(b_acc, b_sum, b_max, b_s, b_shift, b_v, scale):
     """One step of online softmax with scores `scale * b_s + b_shift` in base 2."""
     b_next = tl.maximum(b_max, tl.max(b_s, 1) * scale + b_shift)
@@ -45,12 +52,29 @@ def _accumulate(b_acc, b_sum, b_max, b_s, b_shift, b_v, scale):
 
 
 @triton.jit
+def _attend_own(
+    b_acc, b_sum, b_max, b_q, k, v, own_start, own_end, own_keys, o_slot, stride_kn, stride_vn, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the first `own_keys` of a query tile's own chunk; row r sees those up to `o_slot[r]`."""
+    for i_own in tl.range(0, own_keys, KEYS, num_stages=1):
+        o_c = i_own + tl.arange(0, KEYS)
+        o_t = own_start + o_c
+        b_k = load_rows(k, o_t, stride_kn, o_t < own_end, D, BLOCK_D)
+        b_v = load_rows(v, o_t, stride_vn, o_t < own_end, D, BLOCK_D)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        b_s = tl.where(o_c[None, :] <= o_slot[:, None], b_s, float("-inf"))
+        b_acc, b_sum, b_max = _accumulate(b_acc, b_sum, b_max, b_s, b_sum * 0, b_v, scale)
+    return b_acc, b_sum, b_max
+
+
+@triton.jit
 def _attend_fwd_kernel(
     q, k, v, out, lse, list_chunk, list_log_prior, list_offset, list_count, mean_log,
-    chunk_start, chunk_end, chunk_first,
+    chunk_start, chunk_end, chunk_first, key_start, key_end, stride_key,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, scale, inv_sigma, num_chunks,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    T: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    T: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, SHARDED: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = T * GP
     TILES_PER_CHUNK: tl.constexpr = C // T
@@ -61,10 +85,10 @@ def _attend_fwd_kernel(
     own, start, end = tile_place(i_tile, chunk_start, chunk_end, TILES_PER_CHUNK, T)
     if start >= end:
         return
-    first = tl.load(chunk_first + own)
-    document, own_start, own_end = (
-        tl.load(chunk_start + first), tl.load(chunk_start + own), tl.load(chunk_end + own),
-    )  # fmt: skip
+    own_start, own_end = own_keys(key_start, key_end, stride_key, i_h, own)
+    if not SHARDED:
+        first = tl.load(chunk_first + own)
+        document = tl.load(chunk_start + first)
     p_tile = i_h.to(tl.int64) * tiles_per_head + i_tile
     offset, count = tl.load(list_offset + p_tile), tl.load(list_count + p_tile)
 
@@ -78,24 +102,23 @@ def _attend_fwd_kernel(
     k += i_h.to(tl.int64) * stride_kh
     v += i_h.to(tl.int64) * stride_vh
 
-    # own chunk first: every token sees itself, so the running maximum is finite ever after
-    b_zero = tl.zeros([ROWS], tl.float32)
-    b_acc, b_sum, b_max = tl.zeros([ROWS, BLOCK_D], tl.float32), b_zero, b_zero + float("-inf")
-    for i_own in tl.range(0, C, KEYS, num_stages=1):
-        o_t = own_start + i_own + tl.arange(0, KEYS)
-        b_k = load_rows(k, o_t, stride_kn, o_t < own_end, D, BLOCK_D)
-        b_v = load_rows(v, o_t, stride_vn, o_t < own_end, D, BLOCK_D)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-        b_s = tl.where(o_t[None, :] <= o_n[:, None], b_s, float("-inf"))
-        b_acc, b_sum, b_max = _accumulate(b_acc, b_sum, b_max, b_s, b_zero, b_v, scale)
+    b_acc, b_sum = tl.zeros([ROWS, BLOCK_D], tl.float32), tl.zeros([ROWS], tl.float32)
+    # of a token that sees nothing of the chunks listed, -inf would make NaN
+    b_max = b_sum - (1e30 if SHARDED else float("inf"))
+    o_slot = i_tile % TILES_PER_CHUNK * T + o_r // GP
+    if not SHARDED:
+        # own chunk first: every token sees itself, so the running maximum is finite ever after
+        b_acc, b_sum, b_max = _attend_own(
+            b_acc, b_sum, b_max, b_q, k, v, own_start, own_end, C, o_slot, stride_kn, stride_vn, scale, D, BLOCK_D, KEYS,
+        )  # fmt: skip
 
     p_chunk = list_chunk + offset
     p_prior = list_log_prior + offset * T + o_r // GP
     i_chunk = tl.load(p_chunk, mask=count > 0, other=0)
     for i_s in tl.range(0, count * (C // KEYS), num_stages=STAGES):
         i_e = i_s // (C // KEYS)
-        # past chunks of a document are whole, so that their number tells where they start
-        i_start = document + (i_chunk - first) * C + i_s % (C // KEYS) * KEYS
+        # Past chunks of a document are whole, so that their number tells where they start; or else the list does.
+        i_start = (i_chunk if SHARDED else document + (i_chunk - first) * C) + i_s % (C // KEYS) * KEYS
         # a step early: addresses wait for it
         i_next = (i_s + 1) // (C // KEYS)
         i_chunk = tl.load(p_chunk + i_next, mask=i_next < count, other=0)
@@ -105,6 +128,15 @@ def _attend_fwd_kernel(
         b_v = load_keys(v, i_start, stride_vn, D, BLOCK_D, KEYS)
         b_acc, b_sum, b_max = _accumulate(b_acc, b_sum, b_max, b_s, b_shift, b_v, scale)
 
+    if SHARDED:
+        # It may be absent, so that its loop has no fixed length: ahead of the other, that one would run worse.
+        b_acc, b_sum, b_max = _attend_own(
+            b_acc, b_sum, b_max, b_q, k, v, own_start, own_end, own_end - own_start, o_slot, stride_kn, stride_vn, scale,
+            D, BLOCK_D, KEYS,
+        )  # fmt: skip
+        # a token that sees nothing here: output 0, log-sum-exp -inf
+        b_max = tl.where(b_sum > 0, b_max, float("-inf"))
+        b_sum = tl.where(b_sum > 0, b_sum, 1.0)
     p_out = out + (o_n * (HKV * G))[:, None] * D + p_head * D + o_d[None, :]
     b_out = b_acc / b_sum[:, None]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_row[:, None] & (o_d < D)[None, :])
@@ -126,23 +158,35 @@ def fits_hopper(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes) -> bool:
     )
 
 
+def own_places(own: Tensor | None, chunks: Tensor, sizes: Sizes) -> Tensor:
+    """Where each chunk's own keys lie for every head, [2, Hkv, chunks]: with the queries unless `own` says otherwise."""
+    return chunks[:2, None].expand(-1, sizes.num_kv_heads, -1) if own is None else own
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, lists: Lists, mean_log: Tensor, chunks: Tensor,
-    sizes: Sizes, router: Router, config: Config,
+    sizes: Sizes, router: Router, config: Config, own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output [tokens, Hq, D] and base-2 log-sum-exp [tokens, Hq] of q [tokens, Hq, D], k and v [tokens, Hkv, D]."""
-    if config.block and sizes.tile_rows == 2 * HOPPER_ROWS and fits_hopper(q, k, v, sizes):
+    """Output [tokens, Hq, D] and base-2 log-sum-exp [tokens, Hq] of q [tokens, Hq, D], k and v [tokens, Hkv, D].
+
+    Keys and values may lie elsewhere than the queries: then `own` int32 [2, Hkv, chunks] gives first row and one past the
+    last of each chunk's own keys, equal where these are absent, and the lists hold first rows instead of chunk numbers.
+    The output is float32 then, zero beside a log-sum-exp of -inf for tokens that see none of the keys.
+    """
+    sharded = own is not None
+    own = own_places(own, chunks, sizes)
+    if not sharded and config.block and sizes.tile_rows == 2 * HOPPER_ROWS and fits_hopper(q, k, v, sizes):
         from dash_megatron.ops.kernels.attend_hopper import attend_hopper
 
         return attend_hopper(q, k, v, lists, mean_log, chunks, sizes, router, config)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=torch.float32 if sharded else q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     _attend_fwd_kernel[(sizes.num_tiles,)](
-        q, k, v, out, lse, *lists, mean_log, chunks[0], chunks[1], chunks[2],
+        q, k, v, out, lse, *lists, mean_log, chunks[0], chunks[1], chunks[2], own[0], own[1], own.stride(1),
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         sizes.head_dim**-0.5 * LOG2_E, router.inv_sigma, sizes.num_chunks,
         HKV=sizes.num_kv_heads, G=sizes.group, GP=sizes.padded_group, D=sizes.head_dim, BLOCK_D=sizes.block_d,
         T=sizes.tile_tokens, C=sizes.chunk_size, KEYS=config.keys, STAGES=config.num_stages,
-        num_warps=config.num_warps,
+        SHARDED=sharded, num_warps=config.num_warps,
     )  # fmt: skip
     return out, lse

@@ -4,17 +4,19 @@ Early chunks are listed by almost every tile. So all work is laid end to end and
 chunk cut by a boundary leaves one partial sum per part, which the last kernel adds in order.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_megatron.ops.kernels.attend import HOPPER_ROWS, LOG2_E, fits_hopper, load_rows
+from dash_megatron.ops.kernels.attend import HOPPER_ROWS, LOG2_E, fits_hopper, load_rows, own_places
 from dash_megatron.ops.kernels.backward_q import entmax_jacobian_root, prior_to_probability
 from dash_megatron.ops.kernels.configs import Config
 from dash_megatron.ops.kernels.geometry import Sizes
 from dash_megatron.ops.kernels.route import Lists, Router
-from dash_megatron.ops.kernels.summarize import chunk_weights
+from dash_megatron.ops.kernels.summarize import summary_gradients
 from dash_megatron.ops.kernels.transpose import Division, Transposed
 
 # Keys of a chunk that the Hopper kernel takes.
@@ -22,15 +24,49 @@ HOPPER_KEYS = 64
 
 
 @triton.jit
+def _summary_gradient(
+    b_q, b_summary, b_log, p_tau, p_mean_dp, p_d_prior, m_n, score_scale, gradient_scale, exponent, inv_sigma,
+    G: tl.constexpr, ALPHA_15: tl.constexpr,
+):  # fmt: skip
+    """What rows `b_q` [ROWS, D], of which `m_n` list the chunk, add to its summary's gradient [D]."""
+    b_dp = prior_to_probability(tl.load(p_d_prior, mask=m_n, other=0.0), b_log, inv_sigma, 1.0 / G)
+    b_tau = tl.load(p_tau, mask=m_n, other=float("inf"))
+    b_q = b_q.to(tl.float32)
+    b_x = tl.sum(b_q * b_summary[None, :], 1) * score_scale
+    b_r = tl.where(b_log > float("-inf"), entmax_jacobian_root(b_x, b_tau, exponent, ALPHA_15), 0.0)
+    b_mean_dp = tl.load(p_mean_dp, mask=m_n, other=0.0)
+    return tl.sum(b_q * (b_r * (b_dp - b_mean_dp) * gradient_scale)[:, None], 0)
+
+
+@triton.jit
+def _place_sums(
+    i_p, i_row, i_h, begins, ends, o_c, o_k, m_k, HKV: tl.constexpr, C: tl.constexpr, DIRECT: tl.constexpr
+):
+    """Slot of a part's sums for a row that begins or ends in it; for each key the place in units of D, and whether to store."""
+    # slot 0 of a part: a row that began in an earlier part; slot 1: one that began here
+    i_slot = i_p * 2 + begins.to(tl.int64)
+    p_row, m_row = i_slot * C + o_c, o_c < C
+    if begins & ends:
+        # behind the slots of the parts lie slots for whole rows, or the gradients themselves
+        i_slot = tl.num_programs(0) * 2 + i_row
+        if DIRECT:
+            p_row = tl.num_programs(0).to(tl.int64) * (2 * C) + o_k.to(tl.int64) * HKV + i_h
+            m_row = m_k
+        else:
+            p_row = i_slot * C + o_c
+    return i_slot, p_row, m_row
+
+
+@triton.jit
 def _dkv_kernel(
     q, k, v, d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, list_log_prior, d_prior,
     row_place, row_entry, row_offset, row_work, part_bound, part_row, dk_sum, dv_sum, ds_sum,
-    chunk_start, chunk_end,
+    key_start, key_end, query_start, query_end, stride_table,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,
     scale, inv_sqrt_d, score_scale, gradient_scale, exponent, inv_sigma, num_chunks,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     T: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, ALPHA_15: tl.constexpr,
-    SUMMARY: tl.constexpr,
+    SUMMARY: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
     STEPS: tl.constexpr = T * GP // ROWS
     TILES_PER_CHUNK: tl.constexpr = C // T
@@ -47,34 +83,35 @@ def _dkv_kernel(
     while here < stop:
         begin, end = tl.load(row_work + i_row), tl.load(row_work + i_row + 1)
         i_h, i_c = i_row // num_chunks, i_row % num_chunks
-        own_start, own_end = tl.load(chunk_start + i_c), tl.load(chunk_end + i_c)
-        o_k = own_start + o_c
-        m_k = o_k < own_end
+        p_table = i_h * stride_table + i_c
+        o_k = tl.load(key_start + p_table) + o_c
+        m_k = o_k < tl.load(key_end + p_table)
+        own_start, own_end = tl.load(query_start + p_table), tl.load(query_end + p_table)
+        own_tiles = tl.where(own_end > own_start, TILES_PER_CHUNK, 0)
         b_k = load_rows(k + i_h * stride_kh, o_k, stride_kn, m_k, D, BLOCK_D)
         b_v = load_rows(v + i_h * stride_vh, o_k, stride_vn, m_k, D, BLOCK_D)
         b_dk, b_dv = tl.zeros([KEYS, BLOCK_D], tl.float32), tl.zeros([KEYS, BLOCK_D], tl.float32)
         b_ds = tl.zeros([BLOCK_D], tl.float32)
-        p_s = summary + (i_h * num_chunks + i_c) * D + o_d
-        b_summary = tl.load(p_s, mask=m_d, other=0.0).to(tl.float32)
-        p_entry = tl.load(row_offset + i_row) - TILES_PER_CHUNK
-        first_step, last_step = (
-            (here - begin).to(tl.int32) * STEPS,
-            (tl.minimum(stop, end) - begin).to(tl.int32) * STEPS,
-        )
+        if SUMMARY:
+            p_s = summary + (i_h * num_chunks + i_c) * D + o_d
+            b_summary = tl.load(p_s, mask=m_d, other=0.0).to(tl.float32)
+        p_entry = tl.load(row_offset + i_row) - own_tiles
+        first_step = (here - begin).to(tl.int32) * STEPS
+        last_step = (tl.minimum(stop, end) - begin).to(tl.int32) * STEPS
         i_first = first_step // STEPS
-        m_first = (i_first >= TILES_PER_CHUNK) & (first_step < last_step)
+        m_first = (i_first >= own_tiles) & (first_step < last_step)
         i_place = tl.load(row_place + p_entry + i_first, mask=m_first, other=0)
         i_entry = tl.load(row_entry + p_entry + i_first, mask=m_first, other=0)
         for i_step in tl.range(first_step, last_step, num_stages=STAGES):
             i_e, i_r = i_step // STEPS, i_step % STEPS * ROWS
             # a row begins with the tiles of the chunk itself, which no list holds and which have no prior
-            listed = i_e >= TILES_PER_CHUNK
+            listed = i_e >= own_tiles
             t_start = tl.where(listed, (i_place & 0x7FFFFFFF).to(tl.int32), own_start + i_e * T)
             t_end = tl.where(listed, t_start + (i_place >> 32).to(tl.int32), tl.minimum(t_start + T, own_end))
             p_list = i_entry
             # a step early: addresses wait for them
             i_next = (i_step + 1) // STEPS
-            m_next = (i_next >= TILES_PER_CHUNK) & (i_step + 1 < last_step)
+            m_next = (i_next >= own_tiles) & (i_step + 1 < last_step)
             i_place = tl.load(row_place + p_entry + i_next, mask=m_next, other=0)
             i_entry = tl.load(row_entry + p_entry + i_next, mask=m_next, other=0)
             # A step's rows are whole tokens, or some heads of one. Only numbers change from step to step, not offsets.
@@ -92,34 +129,26 @@ def _dkv_kernel(
 
             # transposed scores [KEYS, ROWS]
             b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
-            m_s = o_k[:, None] <= (i_n.to(tl.int32) + o_rn)[None, :]
+            # later chunks see all of it
+            i_slot = tl.where(listed, C, i_e * T + i_r // GP)
+            m_s = o_c[:, None] <= (i_slot + o_rn)[None, :]
             b_p = tl.exp2(tl.where(m_s, b_s * scale + (b_log * inv_sigma - b_lse)[None, :], float("-inf")))
             b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
             b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
             b_dsc = b_p * (b_dp - b_delta[None, :])
             b_dk = tl.dot(b_dsc.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
             if SUMMARY:
-                m_n = m_n & listed
-                b_db = tl.load((d_prior + p_list * T + i_r // GP) + o_rn, mask=m_n, other=0.0)
-                b_dprob = prior_to_probability(b_db, b_log, inv_sigma, 1.0 / G)
-                b_tau = tl.load((tau + i_head) + o_head, mask=m_n, other=float("inf"))
-                b_q32 = b_q.to(tl.float32)
-                b_x = tl.sum(b_q32 * b_summary[None, :], 1) * score_scale
-                b_r = tl.where(
-                    b_log > float("-inf"), entmax_jacobian_root(b_x, b_tau, exponent, ALPHA_15), 0.0
-                )
-                b_mean_dp = tl.load((mean_dp + i_head) + o_head, mask=m_n, other=0.0)
-                b_ds += tl.sum(b_q32 * (b_r * (b_dprob - b_mean_dp) * gradient_scale)[:, None], 0)
-        # slot 0 of a part: a row that began in an earlier part; slot 1: one that began here
-        i_slot = i_p * 2 + (here == begin).to(tl.int64)
-        p_out = (i_slot * C + o_c)[:, None] * D + o_d[None, :]
-        whole = (here == begin) & (stop >= end)
-        if whole:
-            # whole rows go behind the slots of the parts
-            p_out = ((tl.num_programs(0) * 2 + i_row) * C + o_c)[:, None] * D + o_d[None, :]
-            i_slot = tl.num_programs(0) * 2 + i_row
-        tl.store(dk_sum + p_out, b_dk * inv_sqrt_d, mask=m_d[None, :])
-        tl.store(dv_sum + p_out, b_dv, mask=m_d[None, :])
+                b_ds += _summary_gradient(
+                    b_q, b_summary, b_log, tau + i_head + o_head, mean_dp + i_head + o_head,
+                    d_prior + p_list * T + i_r // GP + o_rn, m_n & listed, score_scale, gradient_scale, exponent,
+                    inv_sigma, G, ALPHA_15,
+                )  # fmt: skip
+        i_slot, p_row, m_row = _place_sums(
+            i_p, i_row, i_h, here == begin, stop >= end, o_c, o_k, m_k, HKV, C, DIRECT
+        )
+        p_out, m_out = p_row[:, None] * D + o_d[None, :], m_row[:, None] & m_d[None, :]
+        tl.store(dk_sum + p_out, b_dk * inv_sqrt_d, mask=m_out)
+        tl.store(dv_sum + p_out, b_dv, mask=m_out)
         if SUMMARY:
             tl.store(ds_sum + i_slot * D + o_d, b_ds, mask=m_d & (tl.program_id(1) == 0))
         here = end
@@ -128,47 +157,104 @@ def _dkv_kernel(
 
 @triton.jit
 def _finish_kernel(
-    k, w, dk_sum, dv_sum, ds_sum, dk, dv, dw_chunk, row_part, chunk_start, chunk_end,
+    k, w, dk_sum, dv_sum, ds_sum, dk, dv, dw_chunk, row_part, key_start, key_end, stride_table,
     stride_kn, stride_kh, stride_wh, inv_sqrt_d, num_chunks, num_parts,
     HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, SUMMARY: tl.constexpr,
 ):  # fmt: skip
-    """Add the partial sums of one chunk in order, then the gradient through its summary."""
+    """Add the partial sums of one chunk in order, then the gradient through its summary.
+
+    If `w` is None just the former, and not for a row that is whole: its gradients are in place.
+    """
     i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i_row = i_h * num_chunks + i_c
     o_c, o_d = tl.arange(0, C), tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    p_dw = dw_chunk + i_row * D + o_d
-    start, end = tl.load(chunk_start + i_c), tl.load(chunk_end + i_c)
-    if start >= end:
-        tl.store(p_dw, tl.zeros([BLOCK_D], tl.float32), mask=m_d)
+    p_table = i_h * stride_table + i_c
+    start, end = tl.load(key_start + p_table), tl.load(key_end + p_table)
+    first_part, last_part = tl.load(row_part + i_row * 2), tl.load(row_part + i_row * 2 + 1)
+    done = start >= end
+    if w is None:
+        done = done | (first_part >= last_part)
+    if done:
+        if w is not None:
+            tl.store(dw_chunk + i_row * D + o_d, tl.zeros([BLOCK_D], tl.float32), mask=m_d)
         return
     o_n = start + o_c
     m_k = o_n < end
     m_kd = m_k[:, None] & m_d[None, :]
     o_cd = o_c[:, None] * D + o_d[None, :]
-    first_part, last_part = tl.load(row_part + i_row * 2), tl.load(row_part + i_row * 2 + 1)
     # where the first piece lies: behind the slots if whole
     i_slot = tl.where(first_part == last_part, num_parts * 2 + i_row, first_part * 2 + 1)
     b_dk = tl.load(dk_sum + i_slot * C * D + o_cd, mask=m_kd, other=0.0)
     b_dv = tl.load(dv_sum + i_slot * C * D + o_cd, mask=m_kd, other=0.0)
-    p_ds = ds_sum + (i_slot if SUMMARY else i_row) * D + o_d
-    b_ds = tl.load(p_ds, mask=m_d, other=0.0)
+    if w is not None:
+        p_ds = ds_sum + (i_slot if SUMMARY else i_row) * D + o_d
+        b_ds = tl.load(p_ds, mask=m_d, other=0.0)
     for i_part in range(first_part + 1, last_part + 1):
         b_dk += tl.load(dk_sum + i_part * 2 * C * D + o_cd, mask=m_kd, other=0.0)
         b_dv += tl.load(dv_sum + i_part * 2 * C * D + o_cd, mask=m_kd, other=0.0)
         if SUMMARY:
             b_ds += tl.load(ds_sum + i_part * 2 * D + o_d, mask=m_d, other=0.0)
 
-    b_k = load_rows(k + i_h * stride_kh, o_n, stride_kn, m_k, D, BLOCK_D).to(tl.float32)
-    b_w = tl.load(w + i_h * stride_wh + o_d, mask=m_d, other=0.0).to(tl.float32)
-    b_beta = chunk_weights(b_k, b_w, m_k, inv_sqrt_d)
-    b_dbeta = tl.sum(b_k * b_ds[None, :], 1)
-    b_da = b_beta * (b_dbeta - tl.sum(b_beta * b_dbeta, 0)) * inv_sqrt_d
-    b_dk += b_beta[:, None] * b_ds[None, :] + b_da[:, None] * b_w[None, :]
-    tl.store(p_dw, tl.sum(b_da[:, None] * b_k, 0), mask=m_d)
+    if w is not None:
+        b_k = load_rows(k + i_h * stride_kh, o_n, stride_kn, m_k, D, BLOCK_D).to(tl.float32)
+        b_w = tl.load(w + i_h * stride_wh + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_part, b_dw = summary_gradients(b_k, b_w, b_ds, m_k, inv_sqrt_d)
+        b_dk += b_part
+        tl.store(dw_chunk + i_row * D + o_d, b_dw, mask=m_d)
     p_out = (o_n.to(tl.int64) * HKV + i_h)[:, None] * D + o_d[None, :]
     tl.store(dk + p_out, b_dk.to(dk.dtype.element_ty), mask=m_kd)
     tl.store(dv + p_out, b_dv.to(dv.dtype.element_ty), mask=m_kd)
+
+
+class Summaries(NamedTuple):
+    """What the pass over the transposed lists needs to sum the gradient of the summaries as well."""
+
+    tau: Tensor
+    mean_dp: Tensor
+    summary: Tensor
+    d_prior: Tensor
+
+
+def _sum_parts(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, mean_log: Tensor,
+    log_prior: Tensor, transposed: Transposed, division: Division, keys: Tensor, queries: Tensor, sums: Tensor,
+    ds_sum: Tensor | None, summaries: Summaries | None, sizes: Sizes, router: Router, config: Config, direct: bool,
+) -> None:  # fmt: skip
+    """Fill the partial sums of dk and dv [2, slots, C, D] and, with `summaries`, of their gradient [slots, D].
+
+    There are two slots a part, then one for each row, [Hkv, chunks]; if `direct`, in place of these the gradients of the
+    whole buffer [m, Hkv, D], into which rows go that one part does alone. `keys` and `queries`, int32 [2, Hkv, chunks], give first row and one past the last of every chunk's keys and of the
+    queries of the same chunk, equal if absent.
+    """
+    D, T = sizes.head_dim, sizes.tile_tokens
+    tau, mean_dp, summary, d_prior = summaries or (None,) * 4
+    _dkv_kernel[(len(division.row), sizes.chunk_size // config.keys)](
+        q, k, v, d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, log_prior, d_prior,
+        *transposed, *division, *sums, ds_sum, *keys, *queries, keys.stride(1),
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        D**-0.5 * LOG2_E, D**-0.5, router.score_scale(D), router.scaling_factor * D**-0.5,
+        router.exponent, router.inv_sigma, keys.shape[2],
+        HKV=sizes.num_kv_heads, G=sizes.group, GP=sizes.padded_group, D=D, BLOCK_D=sizes.block_d, T=T,
+        C=sizes.chunk_size, KEYS=config.keys, ROWS=min(config.block if config.block > 1 else 64, sizes.tile_rows),
+        STAGES=config.num_stages, ALPHA_15=router.alpha == 1.5, SUMMARY=summaries is not None,
+        DIRECT=direct, num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def _finish(
+    k: Tensor, w: Tensor | None, sums: Tensor, ds_sum: Tensor | None, dk: Tensor, dv: Tensor, dw_chunk: Tensor | None,
+    division: Division, keys: Tensor, sizes: Sizes, deterministic: bool,
+) -> None:  # fmt: skip
+    """Add up the partial sums; with `w` of all rows, and the gradient through the summaries, `dw_chunk` [Hkv, chunks, D]."""
+    nc, D = keys.shape[2], sizes.head_dim
+    ends = torch.stack([division.work[:-1], division.work[1:] - 1], dim=1)
+    row_part = torch.searchsorted(division.bound, ends, right=True) - 1
+    _finish_kernel[(nc, sizes.num_kv_heads)](
+        k, w, *sums, ds_sum, dk, dv, dw_chunk, row_part, *keys, keys.stride(1),
+        k.stride(0), k.stride(1), 0 if w is None else w.stride(0), D**-0.5, nc, len(division.row),
+        HKV=sizes.num_kv_heads, D=D, BLOCK_D=sizes.block_d, C=sizes.chunk_size, SUMMARY=deterministic, num_warps=8,
+    )  # fmt: skip
 
 
 def backward_kv(
@@ -182,11 +268,10 @@ def backward_kv(
     With `deterministic` the gradient of the summaries is summed here, in order, instead of taken from `d_summary`.
     """
     C, D, Hkv, nc = sizes.chunk_size, sizes.head_dim, sizes.num_kv_heads, sizes.num_chunks
-    parts, rows = len(division.row), len(division.work) - 1
-    dk_sum, dv_sum = torch.empty(2, 2 * parts + rows, C, D, dtype=torch.float32, device=k.device)
-    ds_sum = (
-        torch.empty(2 * parts + rows, D, dtype=torch.float32, device=k.device) if deterministic else d_summary
-    )
+    slots = 2 * len(division.row) + len(division.work) - 1
+    sums = torch.empty(2, slots, C, D, dtype=torch.float32, device=k.device)
+    ds_sum = torch.empty(slots, D, dtype=torch.float32, device=k.device) if deterministic else d_summary
+    places = own_places(None, chunks, sizes)
     hopper = (
         config.block == 1
         and not deterministic
@@ -199,29 +284,82 @@ def backward_kv(
         from dash_megatron.ops.kernels.backward_kv_hopper import sum_hopper
 
         sum_hopper(
-            q, k, v, d_out, centred_lse, delta, mean_log, lists.log_prior, transposed, division, dk_sum, dv_sum,
+            q, k, v, d_out, centred_lse, delta, mean_log, lists.log_prior, transposed, division, sums[0], sums[1],
             chunks, sizes, router, config,
         )  # fmt: skip
     else:
-        _dkv_kernel[(parts, C // config.keys)](
-            q, k, v, d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, lists.log_prior, d_prior,
-            *transposed, *division, dk_sum, dv_sum, ds_sum, chunks[0], chunks[1],
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            D**-0.5 * LOG2_E, D**-0.5, router.score_scale(D), router.scaling_factor * D**-0.5,
-            router.exponent, router.inv_sigma, nc,
-            HKV=Hkv, G=sizes.group, GP=sizes.padded_group, D=D, BLOCK_D=sizes.block_d, T=sizes.tile_tokens, C=C,
-            KEYS=config.keys, ROWS=min(config.block if config.block > 1 else 64, sizes.tile_rows),
-            STAGES=config.num_stages, ALPHA_15=router.alpha == 1.5, SUMMARY=deterministic,
-            num_warps=config.num_warps,
+        _sum_parts(
+            q, k, v, d_out, centred_lse, delta, mean_log, lists.log_prior, transposed, division, places, places, sums,
+            ds_sum, Summaries(tau, mean_dp, summary, d_prior) if deterministic else None, sizes, router, config, False,
         )  # fmt: skip
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     dw_chunk = torch.empty(Hkv, nc, D, dtype=torch.float32, device=k.device)
-    ends = torch.stack([division.work[:-1], division.work[1:] - 1], dim=1)
-    row_part = torch.searchsorted(division.bound, ends, right=True) - 1
-    _finish_kernel[(nc, Hkv)](
-        k, w, dk_sum, dv_sum, ds_sum, dk, dv, dw_chunk, row_part, chunks[0], chunks[1],
-        k.stride(0), k.stride(1), w.stride(0), D**-0.5, nc, parts,
-        HKV=Hkv, D=D, BLOCK_D=sizes.block_d, C=C, SUMMARY=deterministic, num_warps=8,
-    )  # fmt: skip
+    _finish(k, w, sums, ds_sum, dk, dv, dw_chunk, division, places, sizes, deterministic)
     return dk, dv, dw_chunk.sum(1)
+
+
+def backward_kv_alone(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, mean_log: Tensor, lists: Lists,
+    transposed: Transposed, division: Division, keys: Tensor, queries: Tensor, sizes: Sizes, router: Router,
+    config: Config,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Float32 gradients of a buffer's k and v [rows, Hkv, D] through attention alone; zero in rows of no chunk.
+
+    `keys` and `queries` are those of `_sum_parts`, of the chunks in the window that was transposed.
+    """
+    slots = 2 * len(division.row) * sizes.chunk_size * sizes.head_dim
+    # The buffer may hold few of the window's chunks: no slots for all of these. Zero, since parts may be empty.
+    sums = torch.zeros(2, slots + k.numel(), dtype=torch.float32, device=k.device)
+    _sum_parts(
+        q, k, v, d_out, centred_lse, delta, mean_log, lists.log_prior, transposed, division, keys, queries, sums,
+        None, None, sizes, router, config, True,
+    )  # fmt: skip
+    dk, dv = sums[:, slots:].unflatten(1, k.shape)
+    _finish(k, None, sums, None, dk, dv, None, division, keys, sizes, False)
+    return dk, dv
+
+
+@triton.jit
+def _d_summary_kernel(
+    q, tau, mean_dp, summary, list_log_prior, d_prior, row_place, row_entry, row_offset, d_summary,
+    stride_qn, stride_qh, score_scale, gradient_scale, exponent, inv_sigma, num_chunks,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    T: tl.constexpr, ALPHA_15: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one chunk's summary, tile by tile of those that list the chunk."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_h = i_row // num_chunks
+    o_r, o_d = tl.arange(0, T * GP), tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    b_summary = tl.load(summary + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_ds = tl.zeros([BLOCK_D], tl.float32)
+    for i_e in range(tl.load(row_offset + i_row), tl.load(row_offset + i_row + 1)):
+        place, entry = tl.load(row_place + i_e), tl.load(row_entry + i_e)
+        m_n = (o_r // GP < (place >> 32)) & (o_r % GP < G)
+        o_n, o_g = (place & 0x7FFFFFFF) + o_r // GP, i_h * G + o_r % GP
+        p_q = q + (o_n * stride_qn + o_g * stride_qh)[:, None] + o_d[None, :]
+        b_q = tl.load(p_q, mask=m_n[:, None] & m_d[None, :], other=0.0)
+        o_list, o_head = entry * T + o_r // GP, o_n * (HKV * G) + o_g
+        b_log = tl.load(list_log_prior + o_list, mask=m_n, other=float("-inf"))
+        b_ds += _summary_gradient(
+            b_q, b_summary, b_log, tau + o_head, mean_dp + o_head, d_prior + o_list, m_n, score_scale,
+            gradient_scale, exponent, inv_sigma, G, ALPHA_15,
+        )  # fmt: skip
+    tl.store(d_summary + i_row * D + o_d, b_ds, mask=m_d)
+
+
+def sum_d_summary(
+    q: Tensor, tau: Tensor, mean_dp: Tensor, summary: Tensor, log_prior: Tensor, d_prior: Tensor,
+    transposed: Transposed, sizes: Sizes, router: Router,
+) -> Tensor:  # fmt: skip
+    """Gradient of the summaries, float32 [Hkv, chunks, D], summed in the order of the lists transposed over all chunks."""
+    d_summary = torch.empty(summary.shape, dtype=torch.float32, device=q.device)
+    Hkv, nc, D = summary.shape
+    _d_summary_kernel[(Hkv * nc,)](
+        q, tau, mean_dp, summary, log_prior, d_prior, *transposed, d_summary, q.stride(0), q.stride(1),
+        router.score_scale(D), router.scaling_factor * D**-0.5, router.exponent, router.inv_sigma, nc,
+        HKV=Hkv, G=sizes.group, GP=sizes.padded_group, D=D, BLOCK_D=sizes.block_d, T=sizes.tile_tokens,
+        ALPHA_15=router.alpha == 1.5, num_warps=4,
+    )  # fmt: skip
+    return d_summary

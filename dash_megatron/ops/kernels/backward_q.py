@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_megatron.ops.kernels.attend import LOG2_E, load_keys, load_rows
+from dash_megatron.ops.kernels.attend import LOG2_E, load_keys, load_rows, own_keys, own_places
 from dash_megatron.ops.kernels.configs import Config
 from dash_megatron.ops.kernels.geometry import Sizes
 from dash_megatron.ops.kernels.route import Lists, Router, power, routing_products, tile_place
@@ -13,12 +13,31 @@ from dash_megatron.ops.kernels.summarize import saturate
 
 
 @triton.jit
+def _dq_own(
+    b_dq, b_q, b_do, b_lse, b_delta, k, v, own_start, own_end, own_keys, o_slot, stride_kn, stride_vn, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Add the part of a query tile's own chunk, as in `_attend_own`."""
+    for i_own in tl.range(0, own_keys, KEYS, num_stages=1):
+        o_c = i_own + tl.arange(0, KEYS)
+        o_t = own_start + o_c
+        b_k = load_rows(k, o_t, stride_kn, o_t < own_end, D, BLOCK_D)
+        b_v = load_rows(v, o_t, stride_vn, o_t < own_end, D, BLOCK_D)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        b_s = tl.where(o_c[None, :] <= o_slot[:, None], b_s, float("-inf"))
+        b_p = tl.exp2(b_s * scale - b_lse[:, None])
+        b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision="ieee") - b_delta[:, None])
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+    return b_dq
+
+
+@triton.jit
 def _dq_kernel(
     q, k, v, out, d_out, lse, dq, d_prior, delta, centred_lse, list_chunk, list_log_prior, list_offset, list_count, mean_log,
-    chunk_start, chunk_end, chunk_first,
+    chunk_start, chunk_end, chunk_first, key_start, key_end, stride_key,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, scale, inv_sqrt_d, inv_sigma, num_chunks,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    T: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    T: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, SHARDED: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = T * GP
     TILES_PER_CHUNK: tl.constexpr = C // T
@@ -28,10 +47,10 @@ def _dq_kernel(
     own, start, end = tile_place(i_tile, chunk_start, chunk_end, TILES_PER_CHUNK, T)
     if start >= end:
         return
-    first = tl.load(chunk_first + own)
-    document, own_start, own_end = (
-        tl.load(chunk_start + first), tl.load(chunk_start + own), tl.load(chunk_end + own),
-    )  # fmt: skip
+    own_start, own_end = own_keys(key_start, key_end, stride_key, i_h, own)
+    if not SHARDED:
+        first = tl.load(chunk_first + own)
+        document = tl.load(chunk_start + first)
     p_tile = i_h.to(tl.int64) * tiles_per_head + i_tile
     offset, count = tl.load(list_offset + p_tile), tl.load(list_count + p_tile)
 
@@ -56,15 +75,12 @@ def _dq_kernel(
     v += i_h.to(tl.int64) * stride_vh
 
     b_dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for i_own in tl.range(0, C, KEYS, num_stages=1):
-        o_t = own_start + i_own + tl.arange(0, KEYS)
-        b_k = load_rows(k, o_t, stride_kn, o_t < own_end, D, BLOCK_D)
-        b_v = load_rows(v, o_t, stride_vn, o_t < own_end, D, BLOCK_D)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-        b_s = tl.where(o_t[None, :] <= o_n[:, None], b_s, float("-inf"))
-        b_p = tl.exp2(b_s * scale - b_lse[:, None])
-        b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision="ieee") - b_delta[:, None])
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+    o_slot = i_tile % TILES_PER_CHUNK * T + o_r // GP
+    if not SHARDED:
+        b_dq = _dq_own(
+            b_dq, b_q, b_do, b_lse, b_delta, k, v, own_start, own_end, C, o_slot, stride_kn, stride_vn, scale,
+            D, BLOCK_D, KEYS,
+        )  # fmt: skip
 
     p_chunk = list_chunk + offset
     p_prior = list_log_prior + offset * T + o_r // GP
@@ -73,7 +89,7 @@ def _dq_kernel(
     i_chunk = tl.load(p_chunk, mask=count > 0, other=0)
     for i_s in tl.range(0, count * (C // KEYS), num_stages=STAGES):
         i_e, i_k = i_s // (C // KEYS), i_s % (C // KEYS) * KEYS
-        i_start = document + (i_chunk - first) * C + i_k
+        i_start = (i_chunk if SHARDED else document + (i_chunk - first) * C) + i_k
         # a step early: addresses wait for it
         i_next = (i_s + 1) // (C // KEYS)
         i_chunk = tl.load(p_chunk + i_next, mask=i_next < count, other=0)
@@ -88,6 +104,12 @@ def _dq_kernel(
         b_db = b_part if KEYS == C else tl.where(i_k == 0, b_part, b_db + b_part)
         tl.store(p_d_prior + i_e * T, b_db)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+    if SHARDED:
+        # after the list, as in the forward
+        b_dq = _dq_own(
+            b_dq, b_q, b_do, b_lse, b_delta, k, v, own_start, own_end, own_end - own_start, o_slot, stride_kn, stride_vn,
+            scale, D, BLOCK_D, KEYS,
+        )  # fmt: skip
     tl.store(dq + o_rd, (b_dq * inv_sqrt_d).to(dq.dtype.element_ty), mask=m_rd)
 
 
@@ -130,7 +152,8 @@ def _router_block(
 @triton.jit
 def _router_bwd_kernel(
     q, summary, tau, dq, d_summary, mean_dp, list_chunk, list_log_prior, d_prior, list_offset, list_count,
-    chunk_start, chunk_end, stride_qn, stride_qh, scale, gradient_scale, exponent, inv_sigma, num_chunks,
+    chunk_start, chunk_end, stride_qn, stride_qh, scale, gradient_scale, exponent, inv_sigma,
+    num_chunks, num_summaries,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     T: tl.constexpr, TILES_PER_CHUNK: tl.constexpr, BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr,
     ATOMIC: tl.constexpr, GRADIENT: tl.constexpr,
@@ -152,8 +175,8 @@ def _router_bwd_kernel(
     o_row = o_n * (HKV * G) + i_h * G + o_g
     # absent rows are outside every support
     b_tau = tl.load(tau + o_row, mask=m_row, other=float("inf"))
-    summary += i_h.to(tl.int64) * num_chunks * D
-    d_summary += i_h.to(tl.int64) * num_chunks * D
+    summary += i_h.to(tl.int64) * num_summaries * D
+    d_summary += i_h.to(tl.int64) * num_summaries * D
     p_chunk, p_log, p_db = list_chunk + offset, list_log_prior + offset * T, d_prior + offset * T
 
     b_r_sum, b_dp_sum = tl.zeros([T * GP], tl.float32), tl.zeros([T * GP], tl.float32)
@@ -188,22 +211,28 @@ def _router_bwd_kernel(
 
 def backward_q(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, lists: Lists, mean_log: Tensor,
-    chunks: Tensor, sizes: Sizes, router: Router, config: Config,
+    chunks: Tensor, sizes: Sizes, router: Router, config: Config, own: Tensor | None = None,
+    d_prior: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q through attention alone [tokens, Hq, D] and of the log priors [room, T].
 
-    And, [tokens, Hq] each, rowsum(dO O) and the base-2 log-sum-exp with the prior's mean added.
+    And, [tokens, Hq] each, rowsum(dO O) and the base-2 log-sum-exp with the prior's mean added. `own` is as in `attend`,
+    and the gradient of q float32 then; `d_prior`, if given, is written to where the lists have entries.
     """
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    d_prior = torch.empty_like(lists.log_prior)
+    sharded = own is not None
+    own = own_places(own, chunks, sizes)
+    dq = torch.empty(q.shape, dtype=torch.float32 if sharded else q.dtype, device=q.device)
+    if d_prior is None:
+        d_prior = torch.empty_like(lists.log_prior)
     delta, centred_lse = torch.empty_like(lse), torch.empty_like(lse)
     _dq_kernel[(sizes.num_tiles,)](
         q, k, v, out, d_out, lse, dq, d_prior, delta, centred_lse, *lists, mean_log, chunks[0], chunks[1], chunks[2],
+        own[0], own[1], own.stride(1),
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         sizes.head_dim**-0.5 * LOG2_E, sizes.head_dim**-0.5, router.inv_sigma, sizes.num_chunks,
         HKV=sizes.num_kv_heads, G=sizes.group, GP=sizes.padded_group, D=sizes.head_dim, BLOCK_D=sizes.block_d,
         T=sizes.tile_tokens, C=sizes.chunk_size, KEYS=config.keys, STAGES=config.num_stages,
-        num_warps=config.num_warps,
+        SHARDED=sharded, num_warps=config.num_warps,
     )  # fmt: skip
     return dq, d_prior, delta, centred_lse
 
@@ -224,6 +253,7 @@ def backward_router(
         q, summary, tau, dq, d_summary, mean_dp, lists.chunk, lists.log_prior, d_prior, lists.offset, lists.counts,
         chunks[0], chunks[1], q.stride(0), q.stride(1), router.score_scale(sizes.head_dim),
         router.scaling_factor * sizes.head_dim**-0.5, router.exponent, router.inv_sigma, sizes.num_chunks,
+        summary.shape[1],
         HKV=sizes.num_kv_heads, G=sizes.group, GP=sizes.padded_group, D=sizes.head_dim, BLOCK_D=sizes.block_d,
         T=sizes.tile_tokens, TILES_PER_CHUNK=sizes.tiles_per_chunk, BLOCK_S=config.block,
         ALPHA_15=router.alpha == 1.5, ATOMIC=not deterministic,

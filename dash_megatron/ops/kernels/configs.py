@@ -15,6 +15,8 @@ import torch
 from dash_megatron.ops.kernels.geometry import next_power_of_two
 
 TABLE_FILE = Path(__file__).with_name("configs.json")
+# Values of `Config.block` that stand for a Hopper kernel.
+HOPPER_BLOCKS = {"attend": ([1], [2]), "keys": ([1],)}
 # Of Hopper, for tensors that are not on a GPU: what the interpreter runs should be what a GPU would.
 DEFAULT_SHARED_BYTES = 227 * 1024
 DEFAULT_MULTIPROCESSORS = 4
@@ -109,11 +111,19 @@ def _rule(
 
 
 @cache
-def plan(device: torch.device, dtype: torch.dtype, head_dim: int, chunk_size: int, group: int) -> Plan:
-    """The configurations to use for a shape on a device: from the table if it is there, otherwise by rule."""
+def plan(
+    device: torch.device, dtype: torch.dtype, head_dim: int, chunk_size: int, group: int, hopper: bool = True
+) -> Plan:
+    """The configurations to use for a shape on a device: from the table if it is there, otherwise by rule.
+
+    Without `hopper` also by rule where the table's choice is a Hopper kernel: it would not suit the plain one.
+    """
     name, shared_bytes, multiprocessors = _device(device)
     entry = _rule(dtype.itemsize, head_dim, chunk_size, group, shared_bytes)
-    entry.update(_table().get(name, {}).get(shape_key(dtype, head_dim, chunk_size, group), {}))
+    measured = _table().get(name, {}).get(shape_key(dtype, head_dim, chunk_size, group), {})
+    for stage, choice in measured.items():
+        if hopper or choice[2:3] not in HOPPER_BLOCKS.get(stage, ()):
+            entry[stage] = choice
     stages = {stage: Config(*entry[stage]) for stage in ("route", "attend", "queries", "router", "keys")}
     return Plan(
         tile_rows=entry["tile_rows"][0],

@@ -13,7 +13,7 @@ from dash_megatron.ops.kernels.attend import attend
 from dash_megatron.ops.kernels.backward_kv import backward_kv
 from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
 from dash_megatron.ops.kernels.configs import Plan, plan
-from dash_megatron.ops.kernels.geometry import Sizes, layout, measure
+from dash_megatron.ops.kernels.geometry import Sizes, check_supported, layout, measure
 from dash_megatron.ops.kernels.route import Lists, Router, route
 from dash_megatron.ops.kernels.summarize import summarize
 from dash_megatron.ops.kernels.transpose import divide, transpose
@@ -206,16 +206,7 @@ def dash_attention_triton(
     Returns:
         Output [B, N, Hq, D] in q's dtype, and the number of chunks selected, the own one included, int32 [B, N, Hkv].
     """
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(
-            f"q.dtype={q.dtype} must be torch.float16, torch.bfloat16 or torch.float32 for the Triton backend; "
-            "cast q, k and v, or pass backend='reference'"
-        )
-    if q.shape[3] > 256 or q.shape[2] // k.shape[2] > 32:
-        raise ValueError(
-            f"q.shape={list(q.shape)} with {k.shape[2]} key/value heads must have at most 256 dimensions and 32 heads "
-            "a group for the Triton backend; pass backend='reference'"
-        )
+    check_supported(q, k.shape[2])
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     out, selected, *_ = _forward(

@@ -4,6 +4,7 @@ All kernels see one row of tokens: a batch is treated as packed documents of equ
 all documents. A query tile is T consecutive tokens of one chunk times the heads of one group.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -71,22 +72,43 @@ def next_power_of_two(x: int) -> int:
     return 1 << (x - 1).bit_length()
 
 
+def check_supported(q: Tensor, num_kv_heads: int) -> None:
+    """Refuse queries [..., Hq, D] that the kernels cannot take."""
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(
+            f"q.dtype={q.dtype} must be torch.float16, torch.bfloat16 or torch.float32 for the Triton backend; "
+            "cast q, k and v, or pass backend='reference'"
+        )
+    if q.shape[-1] > 256 or q.shape[-2] // num_kv_heads > 32:
+        raise ValueError(
+            f"q.shape={list(q.shape)} with {num_kv_heads} key/value heads must have at most 256 dimensions and 32 heads "
+            "a group for the Triton backend; pass backend='reference'"
+        )
+
+
 def measure(q: Tensor, k: Tensor, chunk_size: int, num_documents: int | None, tile_rows: int) -> Sizes:
     """Derive all sizes from the shapes of q [B, N, Hq, D] and k [B, N, Hkv, D]; `num_documents` is None if unpacked."""
-    B, N, Hq, D = q.shape
-    Hkv = k.shape[2]
-    padded_group = next_power_of_two(Hq // Hkv)
-    tile_tokens = max(1, min(chunk_size, tile_rows // padded_group))
-    # a product of at least 16 rows is what the tensor cores take; a chunk has at least 16 tokens
-    tile_tokens = max(tile_tokens, 16 // padded_group)
+    B, N, _, _ = q.shape
     chunks_of_row = -(-N // chunk_size)
     if num_documents is None:
         num_chunks, pairs = B * chunks_of_row, B * chunks_of_row * (chunks_of_row - 1) // 2
     else:
         # documents that end inside a chunk open at most one chunk more each, and pairs only get fewer
         num_chunks, pairs = N // chunk_size + num_documents, chunks_of_row * (chunks_of_row + 1) // 2
+    return size_tiles(B * N, q.shape[2:], k.shape[2], chunk_size, num_chunks, pairs, tile_rows)
+
+
+def size_tiles(
+    num_tokens: int, heads: Sequence[int], num_kv_heads: int, chunk_size: int, num_chunks: int, pairs: int, tile_rows: int
+) -> Sizes:  # fmt: skip
+    """Derive all sizes from the tokens of q, its heads [Hq, D], and its chunks with at most `pairs` past chunks in all."""
+    (Hq, D), Hkv = heads, num_kv_heads
+    padded_group = next_power_of_two(Hq // Hkv)
+    tile_tokens = max(1, min(chunk_size, tile_rows // padded_group))
+    # a product of at least 16 rows is what the tensor cores take; a chunk has at least 16 tokens
+    tile_tokens = max(tile_tokens, 16 // padded_group)
     sizes = Sizes(
-        num_tokens=B * N,
+        num_tokens=num_tokens,
         num_heads=Hq,
         num_kv_heads=Hkv,
         head_dim=D,
@@ -99,8 +121,8 @@ def measure(q: Tensor, k: Tensor, chunk_size: int, num_documents: int | None, ti
     )
     if sizes.num_tiles > MAX_PROGRAMS:
         raise ValueError(
-            f"q.shape={list(q.shape)} makes {sizes.num_tiles} query tiles, which must be at most {MAX_PROGRAMS}; "
-            "split the batch"
+            f"q with {num_tokens} tokens and heads {[Hq, D]} makes {sizes.num_tiles} query tiles, which must be at most "
+            f"{MAX_PROGRAMS}; split the batch"
         )
     return sizes
 
@@ -152,6 +174,10 @@ def layout(
 
 def bounded_offsets(sizes: Sizes, chunks: Tensor) -> Tensor:
     """Where every tile's list starts if each has room for all its past chunks: int64 [tiles]."""
-    past = torch.arange(sizes.num_chunks, device=chunks.device) - chunks[2]
+    return list_offsets(sizes, torch.arange(sizes.num_chunks, device=chunks.device) - chunks[2])
+
+
+def list_offsets(sizes: Sizes, past: Tensor) -> Tensor:
+    """The same from the number of past chunks of each chunk, [chunks]."""
     room = past.repeat_interleave(sizes.tiles_per_chunk).repeat(sizes.num_kv_heads)
     return room.cumsum(0) - room

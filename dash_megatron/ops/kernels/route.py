@@ -272,7 +272,8 @@ def _emit(
 @triton.jit
 def _route_kernel(
     q, summary, tau, list_chunk, list_log_prior, list_offset, list_count, mean_log, selected,
-    chunk_start, chunk_end, chunk_first, stride_qn, stride_qh, scale, exponent, tolerance, num_chunks,
+    chunk_start, chunk_end, chunk_first, chunk_number, stride_qn, stride_qh, scale, exponent, tolerance,
+    num_chunks, num_summaries,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     T: tl.constexpr, TILES_PER_CHUNK: tl.constexpr, BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr,
     CENTRE: tl.constexpr, SOLVE: tl.constexpr, COUNT: tl.constexpr, EMIT: tl.constexpr,
@@ -283,11 +284,13 @@ def _route_kernel(
     # late tiles have the most chunks before them: start them first
     i_tile = tiles_per_head - 1 - tl.program_id(0) % tiles_per_head
     p_tile = i_h.to(tl.int64) * tiles_per_head + i_tile
-    own, start, end = tile_place(i_tile, chunk_start, chunk_end, TILES_PER_CHUNK, T)
+    i_c, start, end = tile_place(i_tile, chunk_start, chunk_end, TILES_PER_CHUNK, T)
     if start >= end:
         tl.store(list_count + p_tile, 0)
         return
-    first = tl.load(chunk_first + own)
+    first, own = tl.load(chunk_first + i_c), i_c
+    if chunk_number is not None:
+        own = tl.load(chunk_number + i_c)
     o_r, o_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     o_n, o_g = (start + o_r // GP).to(tl.int64), o_r % GP
     m_row = (o_n < end) & (o_g < G)
@@ -295,7 +298,7 @@ def _route_kernel(
     b_q = saturate(
         tl.load(p_q, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0), summary.dtype.element_ty
     )
-    summary += i_h.to(tl.int64) * num_chunks * D
+    summary += i_h.to(tl.int64) * num_summaries * D
     p_tau = tau + o_n * (HKV * G) + i_h * G + o_g
     b_tau = tl.zeros([ROWS], tl.float32)
     if SOLVE:
@@ -322,14 +325,16 @@ def _route_kernel(
 
 
 def route(
-    q: Tensor, summary: Tensor, chunks: Tensor, offsets: Tensor, sizes: Sizes, router: Router, config: Config
-) -> tuple[Lists, Tensor, Tensor, Tensor]:
+    q: Tensor, summary: Tensor, chunks: Tensor, offsets: Tensor, sizes: Sizes, router: Router, config: Config,
+    number: Tensor | None = None,
+) -> tuple[Lists, Tensor, Tensor, Tensor]:  # fmt: skip
     """Solve and list.
 
     Args:
         q: [tokens, Hq, D].
         summary: [Hkv, chunks, D].
         chunks, offsets: from `layout`.
+        number: which summary is a chunk's own, int32 [chunks]; None if chunks and summaries are numbered alike.
 
     Returns:
         The lists; thresholds [tokens, Hq]; mean log2 probability [tokens, Hkv] of a token's past chunks (zero if the
@@ -346,8 +351,8 @@ def route(
     def launch(lists: Lists, SOLVE: bool, COUNT: bool, EMIT: bool) -> None:
         _route_kernel[(sizes.num_tiles,)](
             q, summary, tau, lists.chunk, lists.log_prior, lists.offset, lists.counts, mean_log, selected,
-            chunks[0], chunks[1], chunks[2], q.stride(0), q.stride(1),
-            router.score_scale(sizes.head_dim), router.exponent, tolerance, sizes.num_chunks,
+            chunks[0], chunks[1], chunks[2], number, q.stride(0), q.stride(1),
+            router.score_scale(sizes.head_dim), router.exponent, tolerance, sizes.num_chunks, summary.shape[1],
             HKV=Hkv, G=sizes.group, GP=sizes.padded_group, D=sizes.head_dim, BLOCK_D=sizes.block_d, T=T,
             TILES_PER_CHUNK=sizes.tiles_per_chunk, BLOCK_S=config.block, ALPHA_15=router.alpha == 1.5,
             CENTRE=router.estimate_diagonal, SOLVE=SOLVE, COUNT=COUNT, EMIT=EMIT,

@@ -21,7 +21,7 @@ BLOCK_ENTRIES = 128
 
 
 class Transposed(NamedTuple):
-    """For row r = head * chunks + chunk: entries offset[r] up to offset[r + 1], by ascending tile."""
+    """For row r = head * chunks + chunk, chunks counted from the first of a window: entries offset[r] up to offset[r + 1], by ascending tile."""
 
     place: Tensor
     """int64 [room]: first token of the tile that lists the chunk + 2 ** 32 * number of its tokens."""
@@ -45,15 +45,15 @@ class Division(NamedTuple):
     """int64 [parts]: the row in which each part begins."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _scatter_run_kernel(
     places, place_out, entry_out, list_chunk, list_offset, list_count, chunk_start, chunk_end,
-    num_chunks, tiles_per_head, runs_per_head,
+    first, num_chunks, tiles_per_head, runs_per_head,
     TILES_PER_CHUNK: tl.constexpr, T: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
     """Count how often the tiles of a run list each chunk or, if FILL, write their entries to the places counted."""
     i_h, i_run = tl.program_id(0) // runs_per_head, tl.program_id(0) % runs_per_head
-    places += tl.program_id(0).to(tl.int64) * num_chunks
+    places += tl.program_id(0).to(tl.int64) * num_chunks - first
     for i_tile in range(i_run * RUN, min(i_run * RUN + RUN, tiles_per_head)):
         p_tile = i_h.to(tl.int64) * tiles_per_head + i_tile
         count = tl.load(list_count + p_tile)
@@ -75,8 +75,12 @@ def _scatter_run_kernel(
             tl.debug_barrier()
 
 
-def transpose(lists: Lists, chunks: Tensor, sizes: Sizes) -> Transposed:
-    device, Hkv, nc = lists.chunk.device, sizes.num_kv_heads, sizes.num_chunks
+def transpose(
+    lists: Lists, chunks: Tensor, sizes: Sizes, window: tuple[int, int] | None = None
+) -> Transposed:
+    """Transpose lists whose chunks all lie in the `window` first <= c < last, or are those of the queries if None."""
+    first, last = (0, sizes.num_chunks) if window is None else window
+    device, Hkv, nc = lists.chunk.device, sizes.num_kv_heads, last - first
     run = MIN_RUN_TILES
     while triton.cdiv(sizes.tiles_per_head, run) * Hkv * nc > MAX_COUNTS and run < sizes.tiles_per_head:
         run *= 2
@@ -86,7 +90,7 @@ def transpose(lists: Lists, chunks: Tensor, sizes: Sizes) -> Transposed:
     def launch(places: Tensor, FILL: bool) -> None:
         _scatter_run_kernel[(runs * Hkv,)](
             places, place, entry, lists.chunk, lists.offset, lists.counts, chunks[0], chunks[1],
-            nc, sizes.tiles_per_head, runs,
+            first, nc, sizes.tiles_per_head, runs,
             TILES_PER_CHUNK=sizes.tiles_per_chunk, T=sizes.tile_tokens, RUN=run, BLOCK=BLOCK_ENTRIES, FILL=FILL, num_warps=4,
         )  # fmt: skip
 
@@ -98,10 +102,18 @@ def transpose(lists: Lists, chunks: Tensor, sizes: Sizes) -> Transposed:
     return Transposed(place, entry, offset)
 
 
-def divide(transposed: Transposed, chunks: Tensor, sizes: Sizes, parts: int) -> Division:
-    """Give every part the same amount of work, wherever that cuts a row; no more parts than `least_work`, so none is empty."""
-    exists = (chunks[1] > chunks[0]).repeat(sizes.num_kv_heads)
-    own_tiles = (exists.long() * sizes.tiles_per_chunk).cumsum(0)
+def divide(
+    transposed: Transposed, chunks: Tensor, sizes: Sizes, parts: int, queries: Tensor | None = None
+) -> Division:
+    """Give every part the same amount of work, wherever that cuts a row.
+
+    `queries`, int32 [2, Hkv, window], gives first and one past the last row of the queries of each row's chunk, if the rows
+    are not those of `chunks`. No more parts than `least_work` are never empty; an empty part leaves its sums unwritten.
+    """
+    start, end = (
+        chunks[:2].repeat(1, sizes.num_kv_heads) if queries is None else queries.flatten(1)
+    ).unbind()
+    own_tiles = ((end > start).long() * sizes.tiles_per_chunk).cumsum(0)
     work = transposed.offset.clone()
     work[1:] += own_tiles
     part = torch.arange(parts + 1, device=work.device)
