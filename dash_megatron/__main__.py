@@ -1,4 +1,4 @@
-"""The front door: `python -m dash_megatron sample | study ...`."""
+"""The front door: `python -m dash_megatron plan | sample | study ...`."""
 
 import argparse
 import sys
@@ -30,6 +30,33 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--step", type=int, help="checkpoint of this step instead of the newest")
     sample.set_defaults(run=_sample)
 
+    plan = tools.add_parser("plan", help="layouts of a config on a number of GPUs, ranked by estimated speed")
+    plan.add_argument("--config", required=True, metavar="FILE", help="YAML file")
+    plan.add_argument("--gpus", required=True, type=int, help="processes, one a GPU")
+    plan.add_argument(
+        "--density", type=float, default=0.1, help="pairs attended over causal pairs; default: 0.1"
+    )
+    plan.add_argument(
+        "--peak-density",
+        type=float,
+        default=1.0,
+        help="largest of the run, for memory; default: 1, at random weights",
+    )
+    plan.add_argument(
+        "--locality",
+        type=float,
+        default=0.0,
+        help="probability that queries want what the ones before them wanted",
+    )
+    plan.add_argument(
+        "--imbalance", type=float, default=1.0, help="busiest context rank's attention over the mean"
+    )
+    plan.add_argument("--memory-gib", type=float, default=140.0, help="memory of a GPU; default: 140")
+    plan.add_argument("--top", type=int, default=10, help="layouts to show")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the config")
+    plan.set_defaults(run=_plan)
+
     study = tools.add_parser("study", help="look at runs").add_subparsers(required=True, metavar="COMMAND")
     plot = study.add_parser("plot-run", help="draw losses and per-layer density of one run")
     plot.add_argument("run_dir", metavar="RUN_DIR")
@@ -50,6 +77,30 @@ def _sample(options: argparse.Namespace) -> None:
         step=options.step,
     )
     print(options.prompt + text)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from dash_megatron.planning.command import plan
+    from dash_megatron.planning.layout import Hardware
+    from dash_megatron.planning.step_time import Routing
+
+    routing = Routing(
+        density=options.density,
+        peak_density=options.peak_density,
+        locality=options.locality,
+        imbalance=options.imbalance,
+    )
+    print(
+        plan(
+            options.config,
+            options.gpus,
+            options.overrides,
+            routing=routing,
+            hardware=Hardware(memory_gib=options.memory_gib),
+            top=options.top,
+            as_json=options.json,
+        )
+    )
 
 
 def _plot_run(options: argparse.Namespace) -> None:

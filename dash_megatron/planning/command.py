@@ -1,0 +1,176 @@
+"""`python -m dash_megatron plan`: the best layouts of a config on a number of GPUs, as a table or as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from dash_megatron.config import Config
+from dash_megatron.config_loading import load_config
+from dash_megatron.planning.layout import Hardware, Layout, broken_rules
+from dash_megatron.planning.search import search, vocabulary
+from dash_megatron.planning.step_time import Routing, StepEstimate, estimate_step
+
+COLUMNS = (
+    "tensor",
+    "context",
+    "data",
+    "ZeRO",
+    "exchange",
+    "recompute",
+    "sequence",
+    "GiB/GPU",
+    "NVLink GB",
+    "IB GB",
+    "s/step",
+    "tokens/s/GPU",
+    "bound by",
+)
+
+
+def configured_layout(config: Config, gpus: int) -> Layout:
+    """The layout a config asks for.
+
+    Raises:
+        ValueError: the number of GPUs does not divide by tensor x context.
+    """
+    parallel = config.parallel
+    return Layout(
+        tensor=parallel.tensor,
+        context=parallel.context,
+        data=config.data_parallel_size(gpus),
+        zero_stage=config.zero.stage,
+        context_comm=parallel.context_comm if parallel.context > 1 else "all_gather",
+        recompute=config.training.recompute,
+        sequence=parallel.sequence,
+    )
+
+
+def estimate_configured(
+    config: Config, gpus: int, routing: Routing | None = None, hardware: Hardware | None = None
+) -> StepEstimate:
+    """The step of the layout a config asks for, whether or not it fits into memory.
+
+    Raises:
+        ValueError: it breaks a rule on this number of GPUs.
+    """
+    layout = configured_layout(config, gpus)
+    if broken := broken_rules(config, layout):
+        raise ValueError("; ".join(broken))
+    return estimate_step(config, layout, vocabulary(config), routing, hardware)
+
+
+def plan(
+    path: str,
+    gpus: int,
+    overrides: Sequence[str] = (),
+    routing: Routing | None = None,
+    hardware: Hardware | None = None,
+    top: int = 10,
+    as_json: bool = False,
+) -> str:
+    """Text that `plan` prints.
+
+    Args:
+        path: YAML config; its layout is shown beside the found ones.
+        gpus: processes, one a GPU.
+        overrides: `section.key=value`, as `train.py` takes them.
+        routing: density and structure of the router.
+        hardware: speeds and memory.
+        top: layouts to show.
+        as_json: JSON instead of a table.
+
+    Raises:
+        ValueError: a wrong config or argument, or nothing fits.
+    """
+    routing, hardware = routing or Routing(), hardware or Hardware()
+    if top < 1:
+        raise ValueError(f"top={top} must be at least 1")
+    config = load_config(path, overrides)
+    found = search(config, gpus, routing, hardware)
+    own: StepEstimate | None = None
+    problem = ""
+    try:
+        own = estimate_configured(config, gpus, routing, hardware)
+    except ValueError as error:
+        problem = str(error)
+    if as_json:
+        document = {
+            "config": str(path),
+            "gpus": gpus,
+            "routing": dataclasses.asdict(routing),
+            "hardware": dataclasses.asdict(hardware),
+            "configured": None if own is None else as_dict(own, hardware),
+            "layouts": [as_dict(estimate, hardware) for estimate in found[:top]],
+        }
+        return json.dumps(document, indent=2)
+    lines = [_heading(path, config, gpus, routing, hardware, len(found)), ""]
+    lines += table([row(estimate) for estimate in found[:top]])
+    lines += ["", "the config's own layout:"]
+    lines += table([row(own)]) if own else [f"does not run on {gpus} GPUs: {problem}"]
+    if own and own.memory.total > hardware.budget_bytes:
+        lines.append(f"needs more than the {hardware.budget_bytes / 2**30:.0f} GiB that a plan may fill")
+    lines += ["", "A model, not a measurement: docs/scaling.md says what it assumes."]
+    return "\n".join(lines)
+
+
+def _heading(path: str, config: Config, gpus: int, routing: Routing, hardware: Hardware, count: int) -> str:
+    batch, length = config.training.global_batch, config.data.seq_length
+    router = "full attention"
+    if config.attention.kind != "full":
+        router = f"density {routing.density:.0%} (memory for {routing.peak_density:.0%})"
+    return (
+        f"{path} on {gpus} GPUs: {length:,} tokens x {batch} sequences = {length * batch:,} tokens a step, {router}; "
+        f"{count} layouts fit into {hardware.budget_bytes / 2**30:.0f} of {hardware.memory_gib:.0f} GiB"
+    )
+
+
+def row(estimate: StepEstimate) -> list[str]:
+    """One line of the table; GB are 10**9 bytes that one GPU sends in a step."""
+    layout = estimate.layout
+    return [
+        str(layout.tensor),
+        str(layout.context),
+        str(layout.data),
+        str(layout.zero_stage),
+        layout.context_comm if layout.context > 1 else "-",
+        layout.recompute,
+        "yes" if layout.sequence else "-",
+        f"{estimate.memory.total / 2**30:.0f}",
+        f"{estimate.nvlink_bytes / 1e9:.1f}",
+        f"{estimate.infiniband_bytes / 1e9:.1f}",
+        f"{estimate.seconds:.2f}",
+        f"{estimate.tokens_per_second_per_gpu:,.0f}",
+        estimate.bound,
+    ]
+
+
+def table(rows: Sequence[Sequence[str]], columns: Sequence[str] = COLUMNS) -> list[str]:
+    """Lines of a table aligned for a terminal."""
+    everything = [list(columns), *rows]
+    widths = [max(len(line[index]) for line in everything) for index in range(len(columns))]
+    return [
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in everything
+    ]
+
+
+def as_dict(estimate: StepEstimate, hardware: Hardware) -> dict[str, Any]:
+    """One layout for JSON: seconds, bytes, GiB."""
+    parts = ("matmul", "attention", "tensor", "context", "zero", "optimizer")
+    return {
+        **dataclasses.asdict(estimate.layout),
+        "fits": estimate.memory.total <= hardware.budget_bytes,
+        "memory_gib": estimate.memory.total / 2**30,
+        "memory_parts_gib": {
+            name: value / 2**30 for name, value in dataclasses.asdict(estimate.memory).items()
+        },
+        "nvlink_bytes": estimate.nvlink_bytes,
+        "infiniband_bytes": estimate.infiniband_bytes,
+        "seconds": estimate.seconds,
+        "seconds_parts": {name: getattr(estimate, name) for name in parts},
+        "tokens_per_second_per_gpu": estimate.tokens_per_second_per_gpu,
+        "bound": estimate.bound,
+    }

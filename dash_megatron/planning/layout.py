@@ -1,0 +1,167 @@
+"""Layouts, the rules a layout must keep, and which links its groups use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dash_megatron.config import Config
+from dash_megatron.parallel.traffic import ContextComm
+
+Recompute = Literal["none", "attention", "full"]
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """GPUs, nodes and links. Nominal figures of 8 x H200 nodes; efficiencies are assumptions."""
+
+    gpus_per_node: int = 8
+    memory_gib: float = 140.0
+    """Memory of one GPU."""
+    usable: float = 0.9
+    """Share of it that a plan may fill: fragmentation and spikes need the rest."""
+    reserved_gib: float = 4.0
+    """CUDA context, NCCL buffers and kernels' code."""
+    matmul_flops: float = 400e12
+    """Operations per second of everything but attention: what the measured 1B steps (full attention, 16K and 64K) leave
+    when attention's share is taken out, losses, norms and optimizer included."""
+    memory_bandwidth: float = 3e12
+    """Bytes per second an optimizer update reaches."""
+    nvlink: float = 450e9
+    """Bytes per second and direction of one GPU inside a node, nominal."""
+    infiniband: float = 50e9
+    """Bytes per second and direction of one GPU's network card (400 Gb/s), nominal."""
+    link_efficiency: float = 0.8
+    """Share of either that large transfers reach."""
+    hop_seconds: float = 5e-6
+    """Latency of one hop of a ring."""
+    overlap: float = 0.8
+    """Largest share that hides behind compute of the transfers that overlap with it: ZeRO-3's and the p2p ring's."""
+
+    @property
+    def budget_bytes(self) -> float:
+        """Bytes a plan may fill."""
+        return self.usable * self.memory_gib * 2**30
+
+
+@dataclass(frozen=True, order=True)
+class Layout:
+    """How a model is split over GPUs, and what is recomputed."""
+
+    tensor: int
+    context: int
+    data: int
+    zero_stage: int
+    context_comm: ContextComm
+    recompute: Recompute
+    sequence: bool = False
+
+    @property
+    def gpus(self) -> int:
+        """Processes, one a GPU."""
+        return self.tensor * self.context * self.data
+
+    @property
+    def shards(self) -> int:
+        """Processes that ZeRO shards over."""
+        return self.context * self.data
+
+
+def broken_rules(config: Config, layout: Layout) -> list[str]:
+    """Every rule between sizes that `layout` breaks for `config`, as sentences; empty where it can run."""
+    model, tensor, context = config.model, layout.tensor, layout.context
+    length, per_pass = config.data.seq_length, config.training.micro_batch * layout.data
+    unit = 2 * context * config.attention.chunk_size
+    widths = {"kv_heads": model.kv_heads, "ffn_hidden_size": model.ffn_hidden_size}
+    if model.vocab_size:
+        widths["vocab_size"] = model.vocab_size
+    broken = [
+        f"model.{name}={size} must be a multiple of parallel.tensor={tensor}"
+        for name, size in widths.items()
+        if size % tensor
+    ]
+    if context > 1 and layout.context_comm == "a2a" and model.kv_heads // tensor % context:
+        broken.append(
+            f"model.kv_heads={model.kv_heads} / parallel.tensor={tensor} must be a multiple of "
+            f"parallel.context={context} for parallel.context_comm=a2a"
+        )
+    attention = config.attention
+    if (
+        context > 1
+        and layout.context_comm == "sparse"
+        and (attention.kind == "full" or attention.full_layers)
+    ):
+        broken.append("parallel.context_comm=sparse needs DashAttention in every layer")
+    if context > 1 and length % unit:
+        broken.append(
+            f"data.seq_length={length} must be a multiple of {unit} = 2 x parallel.context={context} x "
+            f"attention.chunk_size={config.attention.chunk_size}"
+        )
+    if layout.sequence and tensor > 1 and length // context % tensor:
+        broken.append(
+            f"data.seq_length={length} / parallel.context={context} must be a multiple of parallel.tensor={tensor}"
+        )
+    if config.training.global_batch % per_pass:
+        broken.append(
+            f"training.global_batch={config.training.global_batch} must be a multiple of {per_pass} = "
+            f"micro-batch x {layout.data} data-parallel ranks"
+        )
+    return broken
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that communicate: `size` ranks, `stride` apart, as Megatron's order tensor, context, data places them."""
+
+    size: int
+    stride: int
+    gpus_per_node: int
+
+    @property
+    def in_node(self) -> int:
+        """Ranks of the group that share a node, as many as its first node holds."""
+        return sum(1 for member in range(self.size) if member * self.stride < self.gpus_per_node)
+
+    @property
+    def crosses(self) -> bool:
+        """Whether the group leaves its node."""
+        return self.in_node < self.size
+
+    def network_share(self, all_to_all: bool) -> float:
+        """Share of a rank's bytes, averaged over ranks, that leaves its node.
+
+        In a ring one of a node's ranks sends to the next node. In an all-to-all every rank sends to all others.
+        """
+        if not self.crosses:
+            return 0.0
+        return (self.size - self.in_node) / (self.size - 1) if all_to_all else 1 / self.in_node
+
+    def ring_seconds(self, sent: float, hardware: Hardware, calls: float = 1) -> float:
+        """Time of collectives in which one rank sends `sent` bytes: all network cards of its ranks in a node work."""
+        bandwidth = hardware.nvlink
+        if self.crosses:
+            bandwidth = min(bandwidth, self.in_node * hardware.infiniband)
+        latency = calls * (self.size - 1) * hardware.hop_seconds
+        return sent / (bandwidth * hardware.link_efficiency) + latency
+
+    def neighbour_seconds(self, sent: float, hardware: Hardware, calls: float = 1) -> float:
+        """Time of point-to-point steps round a ring: the rank at a node's border sends all through its own card."""
+        bandwidth = hardware.infiniband if self.crosses else hardware.nvlink
+        latency = calls * (self.size - 1) * hardware.hop_seconds
+        return sent / (bandwidth * hardware.link_efficiency) + latency
+
+    def all_to_all_seconds(self, sent: float, hardware: Hardware, calls: float = 1) -> float:
+        """Time of all-to-alls: both links work at once, the slower decides."""
+        outside = self.network_share(all_to_all=True)
+        slower = max(outside / hardware.infiniband, (1 - outside) / hardware.nvlink)
+        return sent * slower / hardware.link_efficiency + calls * (self.size - 1) * hardware.hop_seconds
+
+
+def groups(layout: Layout, hardware: Hardware) -> dict[str, Group]:
+    """The groups of a layout: tensor innermost, then context, then data; ZeRO shards over context and data."""
+    node = hardware.gpus_per_node
+    return {
+        "tensor": Group(layout.tensor, 1, node),
+        "context": Group(layout.context, layout.tensor, node),
+        "zero": Group(layout.shards, layout.tensor, node),
+    }

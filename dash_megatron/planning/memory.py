@@ -1,0 +1,189 @@
+"""Memory of one GPU: what a layout keeps for weights, optimizer, activations, routing lists and exchanges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dash_megatron.config import Config
+from dash_megatron.parallel.traffic import ContextShape
+from dash_megatron.planning.kernel_times import TILE_ROWS
+from dash_megatron.planning.layout import Hardware, Layout
+from dash_megatron.training.flops import parameter_count
+
+MAX_LOGITS = 2**28
+"""Logits alive at once, in elements of the whole vocabulary: `dash_megatron.layers.model.MAX_LOGITS`."""
+LOGIT_BYTES = 12
+"""A logit in bf16, its float32 copy and softmax in place, and gradients of both."""
+MAX_BOUNDED_BYTES = 2 * 2**30
+"""Lists up to this size have room for every chunk: `dash_megatron.ops.kernels.geometry.MAX_BOUNDED_BYTES`."""
+BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's default bucket of gradients; ZeRO-2 and ZeRO-3 hold two while they overlap."""
+LIVE_PARAMETERS = 1_000_000_000
+"""DeepSpeed's default bound on parameters that ZeRO-3 keeps gathered."""
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes on one GPU at the worst moment of a step."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buckets: float
+    """ZeRO's communication buffers and gathered parameters."""
+    activations: float
+    """Kept from forward to backward, all layers."""
+    working: float
+    """The larger of one layer's recomputation and backward, with its lists and exchange, and one piece of logits."""
+    reserved: float
+
+    @property
+    def total(self) -> float:
+        """Sum of all."""
+        return (
+            self.weights
+            + self.gradients
+            + self.optimizer
+            + self.buckets
+            + self.activations
+            + self.working
+            + self.reserved
+        )
+
+
+def rank_parameters(config: Config, layout: Layout, vocab_size: int) -> float:
+    """Parameters of one tensor-parallel rank before ZeRO: norms on every rank, everything else split."""
+    model = config.model
+    norms = model.hidden_size * (2 * model.layers + 1)
+    if model.qk_norm:
+        norms += 2 * model.channels_per_head * model.layers
+    return (parameter_count(config, vocab_size) - norms) / layout.tensor + norms
+
+
+def _state_bytes(config: Config, layout: Layout, parameters: float) -> dict[str, float]:
+    """Weights, gradients, optimizer states and buffers.
+
+    bf16: bf16 weights and float32 master weights and moments. Stage 1 accumulates in float32 beside the bf16 gradient
+    of the backward pass, stages 2 and 3 in the rank's own shard; stage 0 keeps one bf16 gradient.
+    """
+    bf16, stage, shards = config.training.precision == "bf16", layout.zero_stage, layout.shards
+    element = 2 if bf16 else 4
+    optimizer = parameters * (12 if bf16 else 8)
+    whole_gradients = element if stage == 0 or not bf16 else element + 4
+    buckets = 0.0
+    if stage >= 2:
+        buckets = 2 * min(BUCKET_ELEMENTS, parameters) * element
+    if stage == 3:
+        buckets += min(LIVE_PARAMETERS, parameters) * element
+    return {
+        "weights": parameters * element / (shards if stage == 3 else 1),
+        "gradients": parameters * (4 / shards if stage >= 2 else whole_gradients),
+        "optimizer": optimizer / (shards if stage else 1),
+        "buckets": buckets,
+    }
+
+
+def list_bytes(config: Config, layout: Layout, density: float) -> tuple[float, float]:
+    """Routing lists of one layer call on one rank: bytes in the forward, and what the backward adds.
+
+    An entry is a chunk number and a log prior per token of its tile; the backward adds the prior's gradient and the
+    transposed lists. Where every past chunk fits into 2 GiB room is made for all, else for those listed.
+    """
+    model, chunk = config.model, config.attention.chunk_size
+    chunks = config.data.seq_length / chunk
+    group = model.heads // model.kv_heads
+    tile = max(1, min(chunk, TILE_ROWS // (1 << (group - 1).bit_length())))
+    entries = chunks * (chunks + 1) / 2 / layout.context * model.kv_heads / layout.tensor * (chunk / tile)
+    entries *= config.training.micro_batch
+    if entries * 4 * (1 + tile) > MAX_BOUNDED_BYTES:
+        entries *= min(1.0, density)
+    return entries * 4 * (1 + tile), entries * (4 * tile + 16)
+
+
+def _exchange_bytes(shape: ContextShape, layout: Layout, coverage: float) -> tuple[float, float]:
+    """Buffers of one layer's context exchange: forward and backward."""
+    if layout.context == 1:
+        return 0.0, 0.0
+    own = shape.kv_bytes + shape.summary_bytes
+    # gathered K and V; in the backward also dK and dV in float32, these in the input dtype, and what all ranks send
+    backward = 3 * own + shape.kv_float32_bytes
+    if layout.context_comm in ("all_gather", "sparse"):
+        shards = 1 + (layout.context - 1) * (coverage if layout.context_comm == "sparse" else 1.0)
+        return shards * own, shards * backward
+    if layout.context_comm == "p2p":
+        return 2 * own, 2 * own + 2 * shape.kv_float32_bytes
+    heads = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim * shape.element_bytes
+    return shape.tokens * heads, 2 * shape.tokens * heads
+
+
+def _layer_bytes(config: Config, layout: Layout, shape: ContextShape) -> dict[str, float]:
+    """Activations of one layer on one rank, by part."""
+    model, tokens, b = config.model, shape.tokens, shape.element_bytes
+    stream_tokens = tokens / layout.tensor if layout.sequence else tokens
+    return {
+        "stream": stream_tokens * model.hidden_size * b,
+        # the fused projection, q and k after RoPE, and the output
+        "attention": tokens * (3 * shape.heads + 3 * shape.kv_heads) * shape.head_dim * b,
+        # threshold and log-sum-exp of every query head, float32
+        "row_state": tokens * shape.heads * 8,
+        "feed_forward": tokens * 4 * model.ffn_hidden_size / layout.tensor * b,
+    }
+
+
+def context_shape(config: Config, layout: Layout) -> ContextShape:
+    """What one rank holds of one layer's attention in one micro-batch."""
+    return ContextShape(
+        context=layout.context,
+        tokens=config.training.micro_batch * config.data.seq_length // layout.context,
+        heads=config.model.heads // layout.tensor,
+        kv_heads=config.model.kv_heads // layout.tensor,
+        head_dim=config.model.channels_per_head,
+        chunk_size=config.attention.chunk_size,
+        element_bytes=2 if config.training.precision == "bf16" else 4,
+        routed=config.attention.kind != "full",
+    )
+
+
+def memory_use(
+    config: Config,
+    layout: Layout,
+    vocab_size: int,
+    hardware: Hardware | None = None,
+    density: float = 1.0,
+    coverage: float = 1.0,
+) -> MemoryUse:
+    """Bytes on one GPU at the worst moment of a training step.
+
+    Args:
+        config: model, lengths and precision; its own layout is ignored.
+        layout: the split.
+        vocab_size: rows of the embedding table.
+        hardware: what is reserved; None: defaults.
+        density: pairs attended over causal pairs, which decides long lists. Training starts at 1.
+        coverage: share of remote chunks that `sparse` receives.
+    """
+    hardware = hardware or Hardware()
+    shape = context_shape(config, layout)
+    parts = _layer_bytes(config, layout, shape)
+    lists, backward_lists = list_bytes(config, layout, density) if shape.routed else (0.0, 0.0)
+    forward_exchange, backward_exchange = _exchange_bytes(shape, layout, coverage)
+
+    kept_attention = parts["row_state"] + lists
+    layer = 4 * parts["stream"] + parts["attention"] + parts["feed_forward"]
+    activations = {"none": layer + kept_attention, "attention": layer, "full": parts["stream"]}[
+        layout.recompute
+    ]
+    # while one layer's backward runs: what was not kept, and gradients of either half of the layer
+    gradient_rows = shape.tokens * 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.element_bytes
+    attention_phase = gradient_rows + backward_lists + max(forward_exchange, backward_exchange)
+    layer_phase = max(attention_phase, parts["feed_forward"] / 2)
+    layer_phase += {"none": 0.0, "attention": kept_attention, "full": layer + kept_attention}[
+        layout.recompute
+    ]
+    logits = min(MAX_LOGITS / vocab_size, shape.tokens) * vocab_size / layout.tensor * LOGIT_BYTES
+    return MemoryUse(
+        **_state_bytes(config, layout, rank_parameters(config, layout, vocab_size)),
+        activations=config.model.layers * activations,
+        working=max(layer_phase, logits),
+        reserved=hardware.reserved_gib * 2**30,
+    )

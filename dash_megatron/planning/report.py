@@ -1,0 +1,276 @@
+"""Fill in the tables of `docs/scaling.md` and draw its pictures: `python -m dash_megatron.planning.report --output docs/`.
+
+The page is prose by hand; what stands between `<!-- begin NAME -->` and `<!-- end -->` is written here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from dash_megatron.config import Config
+from dash_megatron.config_loading import load_config
+from dash_megatron.parallel.traffic import ContextComm, ContextShape, context_exchange
+from dash_megatron.planning import balance, pictures
+from dash_megatron.planning.command import COLUMNS, row
+from dash_megatron.planning.coverage import RouterInputs, coverage_of_topics, simulate
+from dash_megatron.planning.kernel_times import (
+    CASES,
+    DENSE_CASES,
+    GROUP_CASES,
+    AttentionWork,
+    dash_seconds,
+    dense_seconds,
+)
+from dash_megatron.planning.search import EXCHANGES, search
+from dash_megatron.planning.step_time import Routing, StepEstimate
+
+CONFIG = Path(__file__).parents[2] / "configs" / "8b_128k.yaml"
+LENGTHS = {"128K": (131072, 64), "512K": (524288, 16), "1M": (1048576, 8)}
+"""Tokens of a sequence, and sequences of a step: 8M tokens each."""
+GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
+DENSITIES = (1.0, 0.25, 0.1, 0.05, 0.02)
+SEEDS = 3
+SIMULATED_CHUNKS = 512
+
+
+@lru_cache(maxsize=4)
+def config_of(length: str) -> Config:
+    """The 8B config at one of `LENGTHS`."""
+    tokens, batch = LENGTHS[length]
+    return load_config(CONFIG, [f"data.seq_length={tokens}", f"training.global_batch={batch}"])
+
+
+@lru_cache(maxsize=256)
+def best(length: str, gpus: int, density: float) -> StepEstimate | None:
+    """The fastest layout; None where nothing fits or divides."""
+    try:
+        return search(config_of(length), gpus, Routing(density=density))[0]
+    except ValueError:
+        return None
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows)])
+
+
+def throughput_table() -> str:
+    """tokens/s/GPU of the best layout."""
+    rows = []
+    for length in LENGTHS:
+        for density in DENSITIES:
+            found = [best(length, gpus, density) for gpus in GPUS]
+            cells = [f"{e.tokens_per_second_per_gpu:,.0f}" if e else "-" for e in found]
+            rows.append([length, f"{density:.0%}", *cells])
+    return markdown(["tokens", "density", *(f"{gpus} GPUs" for gpus in GPUS)], rows)
+
+
+def layout_table() -> str:
+    """The best layouts themselves, at two sizes."""
+    rows = []
+    for length in LENGTHS:
+        for gpus in (64, 512):
+            for density in (1.0, 0.1, 0.02):
+                estimate = best(length, gpus, density)
+                if estimate:
+                    rows.append([length, str(gpus), f"{density:.0%}", *row(estimate)])
+    return markdown(["tokens", "GPUs", "density", *COLUMNS], rows)
+
+
+def kernel_table() -> str:
+    """The fit beside what it was fitted to."""
+    rows = []
+    for case in CASES + GROUP_CASES:
+        time = dash_seconds(case.work)
+        forward, total = 1e3 * time.forward, 1e3 * (time.forward + time.backward)
+        name = f"{case.tokens // 1024}K, {case.heads}/{case.kv_heads}, {case.density:.1%}"
+        rows.append([name, f"{case.work.listed / case.work.pairs:.1%}", *_against(case.forward, forward)])
+        rows[-1] += _against(case.total, total)
+    for tokens, (measured_forward, measured_total) in DENSE_CASES.items():
+        time = dense_seconds(AttentionWork(tokens, 32, 32, tokens**2 / 2, 0))
+        total = 1e3 * (time.forward + time.backward)
+        rows.append([f"{tokens // 1024}K, cuDNN", "100.0%", *_against(measured_forward, 1e3 * time.forward)])
+        rows[-1] += _against(measured_total, total)
+    columns = ["case", "pairs listed", "fwd ms", "model", "error", "fwd+bwd ms", "model", "error"]
+    return markdown(columns, rows)
+
+
+def _against(measured: float, modelled: float) -> list[str]:
+    return [f"{measured:.2f}", f"{modelled:.2f}", f"{modelled / measured - 1:+.0%}"]
+
+
+def exchange_table() -> str:
+    """MB one rank sends per layer for 8B at 128K over 8 context ranks."""
+    shape = ContextShape(context=8, tokens=16384, heads=32, kv_heads=8, head_dim=128, chunk_size=64)
+    rows = []
+    for kind, coverage in [*((kind, 1.0) for kind in EXCHANGES), ("sparse", 0.5), ("sparse", 0.1)]:
+        sent = coverage * shape.peers * shape.num_chunks * shape.kv_heads
+        one = context_exchange(kind, shape, sent_chunks=sent)
+        name = f"{kind}, {coverage:.0%} of chunks" if kind == "sparse" else kind
+        rows.append([name, f"{one.forward / 1e6:.1f}", f"{one.backward / 1e6:.1f}"])
+    return markdown(["exchange", "forward MB", "backward MB"], rows)
+
+
+Simulated = tuple[float, float, float]
+"""Density, coverage of past chunks, and imbalance of selected chunks."""
+
+
+@lru_cache(maxsize=256)
+def simulated(context: int, topics: int, locality: float, regions: int = 1) -> Simulated:
+    """Means over seeds."""
+    found = [
+        simulate(
+            RouterInputs(
+                context=context,
+                chunks=SIMULATED_CHUNKS,
+                topics=topics,
+                locality=locality,
+                regions=regions,
+                seed=seed,
+            )
+        )
+        for seed in range(SEEDS)
+    ]
+    unequal = [(s.per_rank.max() / s.per_rank.mean()).item() for s in found]
+    return (
+        sum(s.density for s in found) / SEEDS,
+        sum(s.coverage_of_past for s in found) / SEEDS,
+        sum(unequal) / SEEDS,
+    )
+
+
+def coverage_table() -> str:
+    """Coverage by simulation and by formula."""
+    rows = []
+    for context in (8, 32):
+        for topics in (4, 10, 40):
+            for locality in (0.0, 0.9, 0.99, 1.0):
+                density, coverage, _ = simulated(context, topics, locality)
+                formula = coverage_of_topics(1 / topics, locality, SIMULATED_CHUNKS * 2 / context)
+                cells = [f"{density:.1%}", f"{locality:.0%}", f"{coverage:.0%}", f"{formula:.0%}"]
+                rows.append([str(context), str(topics), *cells])
+    columns = ["context ranks", "topics", "density", "locality", "selected by some query", "formula"]
+    return markdown(columns, rows)
+
+
+def recency_table() -> str:
+    """Coverage where topics are found only nearby."""
+    rows = []
+    for regions in (1, 8, 32):
+        for topics in (2, 10):
+            density, coverage, unequal = simulated(8, topics, 0.0, regions)
+            rows.append([str(regions), str(topics), f"{density:.1%}", f"{coverage:.0%}", f"{unequal:.2f}"])
+    return markdown(["regions", "topics of each", "density", "selected by some query", "max / mean"], rows)
+
+
+@lru_cache(maxsize=1)
+def balance_cases() -> dict[str, list[float]]:
+    """Largest over mean work of 2, 4, ... 64 ranks, by case."""
+    chunks = 4096
+    cases: dict[str, Callable[[], torch.Tensor]] = {
+        "as many chunks for every query": lambda: balance.growing(chunks, 0.0),
+        "chunks grow with position (constant density, dense)": lambda: balance.growing(chunks, 1.0),
+        "chunks grow as its square root": lambda: balance.growing(chunks, 0.5),
+        "chunks grow as its square": lambda: balance.growing(chunks, 2.0),
+        "last eighth twice as dense": lambda: balance.denser_part(chunks, 0.875, 0.125, 2),
+        "last eighth five times as dense": lambda: balance.denser_part(chunks, 0.875, 0.125, 5),
+        "an eighth in the middle five times as dense": lambda: balance.denser_part(chunks, 0.4375, 0.125, 5),
+    }
+    results = {
+        name: [balance.imbalance(make(), ranks) for ranks in pictures.RANKS] for name, make in cases.items()
+    }
+    for mean in (64, 512):
+        generator = torch.Generator().manual_seed(0)
+        drawn = [balance.packed(balance.draw_documents(chunks, mean, generator)) for _ in range(20)]
+        name = f"packed documents, log-normal, {mean * 64 // 1024}K tokens on average (sequence 256K)"
+        results[name] = [
+            sum(balance.imbalance(work, ranks) for work in drawn) / len(drawn) for ranks in pictures.RANKS
+        ]
+    return results
+
+
+def balance_table() -> str:
+    """The same as a table."""
+    rows = [[name, *(f"{x:.2f}" for x in values)] for name, values in balance_cases().items()]
+    return markdown(["work of a query", *(f"{ranks} ranks" for ranks in pictures.RANKS)], rows)
+
+
+def sparse_ratio(density: float, locality: float, context: int = 8, tokens: int = 131072) -> float:
+    """Bytes of `sparse` over those of `all_gather`, forward and backward, for 8B."""
+    shape = ContextShape(context, tokens // context, heads=32, kv_heads=8, head_dim=128, chunk_size=64)
+    coverage = coverage_of_topics(density, locality, tokens / context / 32)
+    sent = coverage * shape.peers * shape.num_chunks * shape.kv_heads
+
+    def total(kind: ContextComm) -> float:
+        one = context_exchange(kind, shape, sent_chunks=sent)
+        return one.forward + one.backward
+
+    return total("sparse") / total("all_gather")
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "throughput": throughput_table,
+    "layouts": layout_table,
+    "kernels": kernel_table,
+    "exchanges": exchange_table,
+    "coverage": coverage_table,
+    "recency": recency_table,
+    "balance": balance_table,
+}
+
+
+def fill_in(page: str, names: Iterable[str] = TABLES) -> str:
+    """The page with fresh tables between its markers.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    for name in names:
+        marked = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not marked.search(page):
+            raise ValueError(f"the page has no <!-- begin {name} --> ... <!-- end -->")
+        page = marked.sub(f"\\g<1>{TABLES[name]()}\n\\g<2>", page, count=1)
+    return page
+
+
+def draw(folder: Path) -> None:
+    """Write the four pictures."""
+    curves = {
+        length: {
+            density: [(gpus, e) for gpus in GPUS if (e := best(length, gpus, density))]
+            for density in DENSITIES
+        }
+        for length in LENGTHS
+    }
+    pictures.draw_throughput(curves, folder / "scaling_throughput.png")
+    bars = {length: [(d, e) for d in DENSITIES if (e := best(length, 64, d))] for length in LENGTHS}
+    pictures.draw_composition(bars, folder / "scaling_step.png")
+    points = {
+        topics: [(x, simulated(8, topics, x)[1]) for x in pictures.LOCALITIES] for topics in (4, 10, 40)
+    }
+    runs = SIMULATED_CHUNKS * 2 / 8
+    pictures.draw_sparse(points, runs, sparse_ratio, folder / "scaling_sparse.png")
+    pictures.draw_balance(balance_cases(), folder / "scaling_balance.png")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Rewrite the tables of the page in the output folder, and the pictures in its `results`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of scaling.md")
+    options = parser.parse_args(arguments)
+    page = options.output / "scaling.md"
+    page.write_text(fill_in(page.read_text(encoding="utf-8")), encoding="utf-8")
+    (options.output / "results").mkdir(exist_ok=True)
+    draw(options.output / "results")
+    print(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""All layouts of a config on a number of GPUs, ranked by throughput."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+from dash_megatron.config import Config
+from dash_megatron.parallel.traffic import ContextComm
+from dash_megatron.planning.layout import Hardware, Layout, Recompute, broken_rules
+from dash_megatron.planning.step_time import Routing, StepEstimate, estimate_step
+
+EXCHANGES: tuple[ContextComm, ...] = ("all_gather", "p2p", "a2a", "sparse")
+RECOMPUTE: tuple[Recompute, ...] = ("none", "attention", "full")
+
+
+def vocabulary(config: Config) -> int:
+    """Rows of the embedding table.
+
+    Raises:
+        ValueError: only the tokenizer would tell.
+    """
+    if config.model.vocab_size is None:
+        raise ValueError(
+            "model.vocab_size is null; set it, such as model.vocab_size=128256, to plan without a tokenizer"
+        )
+    return config.model.vocab_size
+
+
+def candidates(config: Config, gpus: int, hardware: Hardware) -> Iterator[Layout]:
+    """Layouts that break no rule: powers of two for tensor (inside a node) and context, the rest data parallel."""
+    sizes = [2**power for power in range(gpus.bit_length())]
+    for tensor, context in product([size for size in sizes if size <= hardware.gpus_per_node], sizes):
+        if gpus % (tensor * context):
+            continue
+        exchanges = EXCHANGES if context > 1 else EXCHANGES[:1]
+        for stage, kind, recompute, sequence in product((1, 2, 3), exchanges, RECOMPUTE, (False, True)):
+            if sequence and tensor == 1:
+                continue
+            layout = Layout(tensor, context, gpus // (tensor * context), stage, kind, recompute, sequence)
+            if not broken_rules(config, layout):
+                yield layout
+
+
+def search(
+    config: Config, gpus: int, routing: Routing | None = None, hardware: Hardware | None = None
+) -> list[StepEstimate]:
+    """Every layout that breaks no rule and fits into memory, most tokens/s per GPU first; ties go to less memory.
+
+    Raises:
+        ValueError: nothing fits, with the nearest miss, or no layout keeps the rules.
+    """
+    hardware = hardware or Hardware()
+    if gpus < 1:
+        raise ValueError(f"gpus={gpus} must be at least 1")
+    vocab_size = vocabulary(config)
+    estimates = [
+        estimate_step(config, layout, vocab_size, routing, hardware)
+        for layout in candidates(config, gpus, hardware)
+    ]
+    if not estimates:
+        raise ValueError(
+            f"gpus={gpus}: no tensor x context x data split keeps the rules with training.global_batch="
+            f"{config.training.global_batch}, data.seq_length={config.data.seq_length} and model.kv_heads="
+            f"{config.model.kv_heads}; change the number of GPUs or training.global_batch"
+        )
+    fitting = [estimate for estimate in estimates if estimate.memory.total <= hardware.budget_bytes]
+    if not fitting:
+        least = min(estimates, key=lambda estimate: estimate.memory.total)
+        raise ValueError(
+            f"gpus={gpus}: nothing fits: the leanest layout needs {least.memory.total / 2**30:.0f} GiB a GPU, and "
+            f"{hardware.budget_bytes / 2**30:.0f} of {hardware.memory_gib:.0f} GiB may be used; take more GPUs or "
+            "a shorter data.seq_length"
+        )
+    return sorted(fitting, key=lambda estimate: (-estimate.tokens_per_second_per_gpu, estimate.memory.total))

@@ -1,0 +1,273 @@
+"""Time of one optimizer step of a layout, from operation counts, kernel times and bytes over links.
+
+Two transfers overlap with compute, up to `Hardware.overlap` of them: the p2p ring's, which runs beside attention, and
+ZeRO-3's, which DeepSpeed overlaps by default. Every other transfer is waited for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dash_megatron.config import Config
+from dash_megatron.parallel.traffic import PassBytes, context_exchange, tensor_parallel_layer, zero_step
+from dash_megatron.planning.coverage import coverage_of_topics
+from dash_megatron.planning.kernel_times import AttentionSeconds, AttentionWork, dash_seconds, dense_seconds
+from dash_megatron.planning.layout import Group, Hardware, Layout, groups
+from dash_megatron.planning.memory import (
+    BUCKET_ELEMENTS,
+    MAX_LOGITS,
+    MemoryUse,
+    context_shape,
+    memory_use,
+    rank_parameters,
+)
+from dash_megatron.training.flops import matmul_parameters
+
+OPTIMIZER_BYTES = 40
+"""Bytes an AdamW update reads and writes per parameter: gradient, master weight and moments, and the bf16 weight."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the router does, as far as time depends on it."""
+
+    density: float = 0.1
+    """Pairs of tokens attended over causal pairs, in (0, 1]; a mean over tokens as metrics report it is larger where
+    the number of selected chunks does not grow with position."""
+    peak_density: float = 1.0
+    """Largest density of the run, for which memory must suffice: training from scratch starts at 1."""
+    listed_over_selected: float = 1.04
+    """Pairs in chunks that tiles list over pairs selected: 1.00 to 1.04 measured where neighbours route alike, 2 to 5.6
+    where they do not."""
+    locality: float = 0.0
+    """Probability that a run of queries wants a topic of its own neighbourhood; decides what `sparse` sends."""
+    run_tokens: int = 32
+    """Consecutive queries that want the same topic."""
+    imbalance: float = 1.0
+    """Attention time of the busiest context rank over the mean."""
+
+    def __post_init__(self) -> None:
+        for name, zero in (("density", False), ("peak_density", False), ("locality", True)):
+            value = getattr(self, name)
+            if not (0 < value <= 1 or (zero and value == 0)):
+                least = "at least" if zero else "above"
+                raise ValueError(f"{name}={value} must be {least} 0 and at most 1, such as 0.1 for 10%")
+        for name in ("listed_over_selected", "imbalance"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True)
+class StepEstimate:
+    """One layout's step; seconds of one optimizer step, bytes that one GPU sends in it."""
+
+    layout: Layout
+    memory: MemoryUse
+    matmul: float
+    attention: float
+    tensor: float
+    """Waiting for tensor parallelism."""
+    context: float
+    """Waiting for context exchange."""
+    zero: float
+    """Waiting for ZeRO, after overlap."""
+    optimizer: float
+    nvlink_bytes: float
+    infiniband_bytes: float
+    tokens: int
+    """Tokens of the step, all GPUs."""
+
+    @property
+    def seconds(self) -> float:
+        """Of one optimizer step."""
+        return self.matmul + self.attention + self.tensor + self.context + self.zero + self.optimizer
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        """Throughput."""
+        return self.tokens / self.seconds / self.layout.gpus
+
+    @property
+    def bound(self) -> str:
+        """What takes the largest share."""
+        parts = {
+            "matmul": self.matmul,
+            "attention": self.attention,
+            "tensor links": self.tensor,
+            "context links": self.context,
+            "ZeRO links": self.zero,
+            "optimizer": self.optimizer,
+        }
+        return max(parts, key=parts.__getitem__)
+
+
+def sent_coverage(config: Config, layout: Layout, routing: Routing) -> float:
+    """Share of its chunks that the busiest rank sends to each peer under `sparse`: the last ranks' chunks all lie in
+    every peer's past, so nothing but selection saves there."""
+    tokens = config.data.seq_length // layout.context
+    return coverage_of_topics(routing.density, routing.locality, tokens / routing.run_tokens)
+
+
+def _attention(config: Config, layout: Layout, routing: Routing) -> AttentionSeconds:
+    """One micro-batch, all layers of one rank, without recomputation."""
+    model, length = config.model, config.data.seq_length
+    batch, context = config.training.micro_batch, layout.context
+    by_heads = layout.context_comm == "a2a"
+    split = layout.tensor * (context if by_heads else 1)
+    rows = length if by_heads else length / context
+    pairs = length * rows / 2
+    least = rows * config.attention.chunk_size / 2  # every token attends to its own chunk
+    listed = min(pairs, max(least, pairs * routing.density * routing.listed_over_selected))
+    work = AttentionWork(
+        rows=batch * rows,
+        heads=model.heads / split,
+        kv_heads=model.kv_heads / split,
+        pairs=batch * pairs,
+        listed=batch * listed,
+        chunk_size=config.attention.chunk_size,
+        head_dim=model.channels_per_head,
+        passes=context if layout.context_comm == "p2p" else 1,
+    )
+    dense_layers = model.layers if config.attention.kind == "full" else len(set(config.attention.full_layers))
+    routed_layers = model.layers - dense_layers
+    dash, dense = dash_seconds(work), dense_seconds(work)
+    return AttentionSeconds(
+        routed_layers * dash.forward + dense_layers * dense.forward,
+        routed_layers * dash.backward + dense_layers * dense.backward,
+    )
+
+
+def _matmul_flops(config: Config, layout: Layout, vocab_size: int) -> float:
+    """Operations of one micro-batch on one rank, recomputation included, attention excluded."""
+    tokens = context_shape(config, layout).tokens
+    total = matmul_parameters(config, vocab_size)
+    vocabulary = config.model.hidden_size * vocab_size
+    flops = 6.0 * total
+    if layout.recompute == "full":
+        flops += 2.0 * (total - vocabulary)
+    if tokens * vocab_size > MAX_LOGITS:
+        flops += 2.0 * vocabulary  # logits in pieces are scored again
+    return flops * tokens / layout.tensor
+
+
+def _context_seconds(layout: Layout, group: Group, sent: float, calls: float, hardware: Hardware) -> float:
+    if layout.context_comm == "p2p":
+        return group.neighbour_seconds(sent, hardware, calls)
+    if layout.context_comm == "all_gather":
+        return group.ring_seconds(sent, hardware, calls)
+    return group.all_to_all_seconds(sent, hardware, calls)
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """Bytes one rank sends in a step, and the time they take."""
+
+    sent: float
+    seconds: float
+    outside: float
+    """Share that leaves the node."""
+
+
+def _tensor_sent(config: Config, layout: Layout, group: Group, hardware: Hardware, batches: int) -> _Sent:
+    tokens = context_shape(config, layout).tokens
+    element = 2 if config.training.precision == "bf16" else 4
+    layer = tensor_parallel_layer(
+        tokens,
+        config.model.hidden_size,
+        layout.tensor,
+        sequence=layout.sequence,
+        element_bytes=element,
+    )
+    forwards = 2 if layout.recompute == "full" else 1
+    sent = batches * config.model.layers * (forwards * layer.forward + layer.backward)
+    calls = batches * config.model.layers * 4 * (forwards + 1)
+    return _Sent(sent, group.ring_seconds(sent, hardware, calls), group.network_share(all_to_all=False))
+
+
+def _context_sent(
+    config: Config, layout: Layout, routing: Routing, group: Group, hardware: Hardware, batches: int
+) -> _Sent:
+    shape = context_shape(config, layout)
+    triples = shape.peers * shape.num_chunks * shape.kv_heads * sent_coverage(config, layout, routing)
+    layer: PassBytes = context_exchange(layout.context_comm, shape, sent_chunks=triples)
+    forwards = 1 if layout.recompute == "none" else 2
+    sent = batches * config.model.layers * (forwards * layer.forward + layer.backward)
+    # what to send is asked for first
+    calls = batches * config.model.layers * (forwards + 2) * (2 if layout.context_comm == "sparse" else 1)
+    ring = layout.context_comm in ("all_gather", "p2p")
+    seconds = _context_seconds(layout, group, sent, calls, hardware)
+    return _Sent(sent, seconds, group.network_share(all_to_all=not ring))
+
+
+def _zero_sent(
+    config: Config, layout: Layout, parameters: float, group: Group, hardware: Hardware, batches: int
+) -> _Sent:
+    gathers = 3 if layout.recompute == "full" else 2
+    element = 2 if config.training.precision == "bf16" else 4
+    sent = zero_step(
+        parameters,
+        layout.zero_stage,
+        layout.shards,
+        micro_batches=batches,
+        gathers=gathers,
+        reduce_scatter=False,
+        element_bytes=element,
+    ).total
+    calls = 1 + parameters / BUCKET_ELEMENTS
+    if layout.zero_stage == 3:
+        calls = batches * config.model.layers * (gathers + 1)
+    return _Sent(sent, group.ring_seconds(sent, hardware, calls), group.network_share(all_to_all=False))
+
+
+def estimate_step(
+    config: Config,
+    layout: Layout,
+    vocab_size: int,
+    routing: Routing | None = None,
+    hardware: Hardware | None = None,
+) -> StepEstimate:
+    """Memory, bytes and time of one optimizer step.
+
+    Args:
+        config: model, lengths, batch and precision; its own layout is ignored.
+        layout: a split that breaks no rule.
+        vocab_size: rows of the embedding table.
+        routing: density and structure of the router; None: defaults.
+        hardware: speeds; None: defaults of 8 x H200 nodes.
+
+    Returns:
+        The estimate. Memory is that of the run's peak density.
+    """
+    routing, hardware = routing or Routing(), hardware or Hardware()
+    batches = config.training.global_batch // (config.training.micro_batch * layout.data)
+    of = groups(layout, hardware)
+    parameters = rank_parameters(config, layout, vocab_size)
+
+    matmul = batches * _matmul_flops(config, layout, vocab_size) / hardware.matmul_flops
+    once = _attention(config, layout, routing)
+    again = 0.0 if layout.recompute == "none" else once.forward
+    attention = batches * (once.forward + again + once.backward)
+    if layout.context > 1:
+        attention *= routing.imbalance
+
+    tensor = _tensor_sent(config, layout, of["tensor"], hardware, batches)
+    context = _context_sent(config, layout, routing, of["context"], hardware, batches)
+    zero = _zero_sent(config, layout, parameters, of["zero"], hardware, batches)
+    ring = hardware.overlap * context.seconds if layout.context_comm == "p2p" else 0.0
+    sharding = hardware.overlap * zero.seconds if layout.zero_stage == 3 else 0.0
+    updated = parameters / (layout.shards if layout.zero_stage else 1)
+    return StepEstimate(
+        layout=layout,
+        memory=memory_use(
+            config, layout, vocab_size, hardware, density=max(routing.density, routing.peak_density)
+        ),
+        matmul=matmul,
+        attention=attention,
+        tensor=tensor.seconds,
+        context=context.seconds - min(ring, attention),
+        zero=zero.seconds - min(sharding, matmul),
+        optimizer=updated * OPTIMIZER_BYTES / hardware.memory_bandwidth,
+        nvlink_bytes=sum(part.sent * (1 - part.outside) for part in (tensor, context, zero)),
+        infiniband_bytes=sum(part.sent * part.outside for part in (tensor, context, zero)),
+        tokens=config.training.global_batch * config.data.seq_length,
+    )

@@ -1,0 +1,108 @@
+"""Bytes of every exchange against numbers worked out by hand."""
+
+import pytest
+
+from dash_megatron.parallel.traffic import (
+    ContextComm,
+    ContextShape,
+    PassBytes,
+    ZeroBytes,
+    alignment,
+    context_exchange,
+    ring_all_gather,
+    ring_all_reduce,
+    tensor_parallel_layer,
+    zero_step,
+)
+
+# 4 ranks of 10 tokens: K and V are 2 * 10 * 2 * 8 * 2 = 640 bytes in bf16; 3 chunks of 4 tokens are 3 * 2 * 8 = 48
+# summary elements, 96 bytes beside bf16 and 192 in float32
+SHAPE = ContextShape(context=4, tokens=10, heads=6, kv_heads=2, head_dim=8, chunk_size=4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "forward", "backward"),
+    [
+        ("all_gather", 3 * (640 + 96), 3 * (2 * 640 + 192)),
+        ("p2p", 3 * (640 + 96), 3 * (640 + 1280 + 192)),
+        # 10 tokens * 8 * 2 bytes * (12 + 4) heads, of which a quarter stays
+        ("a2a", 1920, 1920),
+        # 5 blocks of 2 * 4 * 8 * 2 = 128 bytes; 6 bits are one byte per peer
+        ("sparse", 5 * 128 + 3 + 3 * 96, 2 * 5 * 128 + 3 * 192),
+    ],
+)
+def test_exchanges_send_what_a_hand_count_says(kind: ContextComm, forward: int, backward: int) -> None:
+    assert context_exchange(kind, SHAPE, sent_chunks=5) == PassBytes(forward, backward)
+
+
+def test_full_attention_sends_no_summaries_and_float32_doubles_bytes() -> None:
+    full = ContextShape(context=4, tokens=10, heads=6, kv_heads=2, head_dim=8, chunk_size=4, routed=False)
+    assert context_exchange("all_gather", full) == PassBytes(3 * 640, 3 * 1280)
+    assert context_exchange("p2p", full) == PassBytes(3 * 640, 3 * (640 + 1280))
+    wide = ContextShape(context=4, tokens=10, heads=6, kv_heads=2, head_dim=8, chunk_size=4, element_bytes=4)
+    # dK and dV are float32 already, so p2p's accumulation costs no more than the input dtype there
+    assert context_exchange("p2p", wide) == PassBytes(3 * (1280 + 192), 3 * (1280 + 1280 + 192))
+
+
+def test_padding_to_the_largest_rank_counts() -> None:
+    padded = ContextShape(
+        context=2, tokens=10, heads=6, kv_heads=2, head_dim=8, chunk_size=4, rows=13, chunks=9
+    )
+    assert context_exchange("all_gather", padded).forward == 2 * 13 * 2 * 8 * 2 + 9 * 2 * 8 * 2
+    # 18 bits are three bytes
+    assert context_exchange("sparse", padded, sent_chunks=0).forward == 3 + 9 * 2 * 8 * 2
+
+
+@pytest.mark.parametrize("kind", ["all_gather", "p2p", "a2a", "sparse"])
+def test_one_rank_alone_sends_nothing(kind: ContextComm) -> None:
+    alone = ContextShape(context=1, tokens=40, heads=6, kv_heads=2, head_dim=8, chunk_size=4)
+    assert context_exchange(kind, alone, sent_chunks=0) == PassBytes(0, 0)
+
+
+def test_sparse_with_everything_selected_is_the_all_gather_and_its_requests() -> None:
+    whole = ContextShape(context=4, tokens=16, heads=6, kv_heads=2, head_dim=8, chunk_size=4)
+    sparse = context_exchange("sparse", whole, sent_chunks=3 * 4 * 2)
+    dense = context_exchange("all_gather", whole)
+    assert sparse == PassBytes(dense.forward + whole.request_bytes, dense.backward)
+
+
+def test_wrong_exchanges_are_errors() -> None:
+    with pytest.raises(ValueError, match="needs sent_chunks"):
+        context_exchange("sparse", SHAPE)
+    with pytest.raises(ValueError, match="must be all_gather, p2p, a2a or sparse"):
+        context_exchange("ring", SHAPE)  # type: ignore[arg-type]
+
+
+def test_aligned_tokens_travel_there_and_their_outputs_back() -> None:
+    # 10 heads of q, k and v of 16 bytes a token out; 6 of the output
+    assert alignment(SHAPE, tokens_sent=3, tokens_returned=2) == PassBytes(3 * 160 + 2 * 96, 3 * 96 + 2 * 160)
+
+
+def test_rings_and_tensor_parallelism() -> None:
+    assert (ring_all_gather(800, 4), ring_all_reduce(800, 4), ring_all_reduce(800, 1)) == (600, 1200, 0)
+    # a stream of 10 * 16 * 2 = 320 bytes, halved among two ranks
+    assert tensor_parallel_layer(10, 16, 2, sequence=False) == PassBytes(640, 640)
+    assert tensor_parallel_layer(10, 16, 2, sequence=True) == PassBytes(640, 960)
+    assert tensor_parallel_layer(10, 16, 1, sequence=True) == PassBytes(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("stage", "gradients", "parameters"),
+    # 100 parameters are 200 bytes, of which a ring of 4 sends 150
+    [(0, 300, 0), (1, 150, 150), (2, 5 * 150, 150), (3, 5 * 150, 5 * 3 * 150)],
+)
+def test_zero_moves_gradients_and_parameters_as_often_as_its_stage_says(
+    stage: int, gradients: int, parameters: int
+) -> None:
+    assert zero_step(100, stage, 4, micro_batches=5, gathers=3) == ZeroBytes(gradients, parameters)
+
+
+def test_zero_by_all_reduce_doubles_the_gradients_of_stages_1_and_2_alone() -> None:
+    assert [zero_step(100, stage, 4, reduce_scatter=False).gradients for stage in range(4)] == [
+        300,
+        300,
+        300,
+        150,
+    ]
+    with pytest.raises(ValueError, match="stage=4"):
+        zero_step(100, 4, 4)

@@ -1,0 +1,142 @@
+"""Memory against real parameters, measured peaks and numbers worked out by hand."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dash_megatron.config import Config
+from dash_megatron.config_loading import config_from_dict, load_config
+from dash_megatron.parallel.traffic import ContextComm
+from dash_megatron.planning import memory
+from dash_megatron.planning.layout import Hardware, Layout
+from dash_megatron.planning.memory import list_bytes, memory_use, rank_parameters
+from dash_megatron.training.flops import parameter_count
+
+ROOT = Path(__file__).parents[2]
+ALONE = Layout(1, 1, 1, 1, "all_gather", "full")
+
+
+def tiny(precision: str = "bf16") -> Config:
+    return config_from_dict(
+        {
+            "run_dir": "run",
+            "model": {
+                "layers": 2,
+                "hidden_size": 64,
+                "heads": 4,
+                "kv_heads": 2,
+                "ffn_hidden_size": 96,
+                "vocab_size": 128,
+                "qk_norm": True,
+            },
+            "data": {"seq_length": 256},
+            "training": {"steps": 1, "global_batch": 8, "precision": precision},
+        }
+    )
+
+
+def test_weights_and_optimizer_are_those_of_a_real_model_and_its_adamw() -> None:
+    from dash_megatron.layers.model import build_model
+    from dash_megatron.parallel import destroy_process_groups, init_process_groups, read_launch
+
+    config = tiny("fp32")
+    init_process_groups(read_launch({}), config.parallel)
+    try:
+        model = build_model(config, 128)
+    finally:
+        destroy_process_groups()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    states = sum(
+        x.numel() * x.element_size() for s in optimizer.state.values() for x in s.values() if x.dim()
+    )
+    use = memory_use(config, ALONE, 128)
+    assert (use.weights, use.gradients, use.optimizer) == (weights, weights, states)
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "optimizer"),
+    # bytes a parameter over 4 shards
+    [(0, 2, 2, 12), (1, 2, 6, 3), (2, 2, 1, 3), (3, 0.5, 1, 3)],
+)
+def test_zero_shards_what_its_stage_says(
+    stage: int, weights: float, gradients: float, optimizer: float
+) -> None:
+    config = tiny()
+    use = memory_use(config, Layout(1, 2, 2, stage, "all_gather", "full"), 128)
+    count = parameter_count(config, 128)
+    assert (use.weights / count, use.gradients / count, use.optimizer / count) == pytest.approx(
+        (weights, gradients, optimizer)
+    )
+
+
+def test_tensor_parallel_ranks_share_all_but_norms() -> None:
+    config = tiny()
+    norms = 64 * 5 + 2 * 16 * 2
+    two = rank_parameters(config, Layout(2, 1, 1, 1, "all_gather", "full"), 128)
+    assert 2 * two - norms == parameter_count(config, 128)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "peak_gib"),
+    [("full", 16384, 25.4), ("dash", 16384, 25.4), ("full", 65536, 34.5), ("dash", 65536, 35.6)],
+)
+def test_the_measured_peaks_of_1b_steps_are_met_within_10_percent(
+    kind: str, tokens: int, peak_gib: float
+) -> None:
+    # docs/results/kernels.md, "A whole training step": torch's own allocations, hence nothing reserved
+    config = load_config(
+        ROOT / "configs" / "1b_16k.yaml", [f"data.seq_length={tokens}", f"attention.kind={kind}"]
+    )
+    use = memory_use(config, ALONE, 128256, Hardware(reserved_gib=0), density=0.1)
+    assert use.total / 2**30 == pytest.approx(peak_gib, rel=0.1)
+
+
+def test_lists_have_room_for_all_chunks_until_2_gib_and_for_the_listed_ones_above() -> None:
+    # 4 chunks make 10 pairs in each of 2 kv heads; a tile of 64 tokens x 2 heads holds a whole chunk
+    forward, backward = list_bytes(tiny(), ALONE, density=0.1)
+    assert (forward, backward) == (10 * 2 * 4 * 65, 10 * 2 * (4 * 64 + 16))
+    long = load_config(ROOT / "configs" / "8b_16k.yaml", ["data.seq_length=131072"])
+    assert list_bytes(long, ALONE, 0.1)[0] == pytest.approx(0.1 * list_bytes(long, ALONE, 1.0)[0])
+    assert list_bytes(long, ALONE, 1.0)[0] > memory.MAX_BOUNDED_BYTES
+
+
+@pytest.mark.parametrize(
+    ("kind", "forward", "backward"),
+    # K and V of one of 2 ranks are 2 x 128 x 2 x 16 x 2 = 16384 bytes, twice that in float32; summaries 2 x 2 x 16 x 2
+    [
+        ("all_gather", 2 * 16512, 2 * (3 * 16512 + 32768)),
+        ("sparse", 1.5 * 16512, 1.5 * (3 * 16512 + 32768)),
+        ("p2p", 2 * 16512, 2 * 16512 + 2 * 32768),
+        ("a2a", 128 * 12 * 16 * 2, 2 * 128 * 12 * 16 * 2),
+    ],
+)
+def test_exchanges_hold_what_their_buffers_need(kind: ContextComm, forward: float, backward: float) -> None:
+    layout = Layout(1, 2, 1, 1, kind, "full")
+    shape = memory.context_shape(tiny(), layout)
+    assert memory._exchange_bytes(shape, layout, coverage=0.5) == (forward, backward)
+
+
+def test_recomputation_and_sharing_tokens_only_ever_save() -> None:
+    config = load_config(ROOT / "configs" / "8b_64k.yaml")
+    totals = [
+        memory_use(config, Layout(2, 2, 2, 2, "all_gather", recompute), 128256).total
+        for recompute in ("none", "attention", "full")
+    ]
+    assert totals == sorted(totals, reverse=True)
+    whole, shared = (
+        memory_use(config, Layout(2, 2, 2, 2, "all_gather", "none", sequence), 128256).total
+        for sequence in (False, True)
+    )
+    assert shared < whole
+
+
+def test_limits_are_those_of_the_code_they_describe() -> None:
+    from dash_megatron.layers.model import MAX_LOGITS
+    from dash_megatron.ops.kernels.geometry import MAX_BOUNDED_BYTES
+
+    assert (memory.MAX_LOGITS, memory.MAX_BOUNDED_BYTES) == (MAX_LOGITS, MAX_BOUNDED_BYTES)

@@ -1,0 +1,159 @@
+"""Layouts, links and the search."""
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from dash_megatron.config import Config
+from dash_megatron.config_loading import load_config
+from dash_megatron.planning.command import configured_layout, estimate_configured
+from dash_megatron.planning.layout import Group, Hardware, Layout, broken_rules, groups
+from dash_megatron.planning.search import candidates, search
+from dash_megatron.planning.step_time import Routing, estimate_step
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+LAYOUT = Layout(2, 8, 4, 3, "all_gather", "full")
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return load_config(CONFIGS / "8b_128k.yaml")
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 2), (1, 8, 2), (4, 4, 1), (8, 2, 1)], ids=str)
+def test_groups_lie_where_megatron_puts_them(shape: tuple[int, int, int]) -> None:
+    from megatron.core.parallel_state import RankGenerator
+
+    tensor, context, data = shape
+    ranks = RankGenerator(tp=tensor, ep=1, dp=data, pp=1, cp=context, order="tp-cp-ep-dp-pp")
+    ours = groups(Layout(tensor, context, data, 1, "p2p", "none"), Hardware())
+    for name, token in (("tensor", "tp"), ("context", "cp"), ("zero", "dp-cp")):
+        group = ours[name]
+        first = sorted(ranks.get_ranks(token)[0])
+        assert first == [member * group.stride for member in range(group.size)], name
+
+
+def test_a_group_that_leaves_its_node_uses_the_network() -> None:
+    inside, across = Group(8, 1, 8), Group(8, 2, 8)
+    hardware = Hardware(link_efficiency=1.0, hop_seconds=0.0)
+    assert (inside.crosses, across.crosses, across.in_node) == (False, True, 4)
+    assert inside.ring_seconds(450e9, hardware) == 1.0
+    # four ranks of a ring share a node, and so four network cards
+    assert across.ring_seconds(200e9, hardware) == 1.0
+    assert across.neighbour_seconds(50e9, hardware) == 1.0
+    # four of seven peers are outside
+    assert across.all_to_all_seconds(50e9, hardware) == pytest.approx(4 / 7)
+    assert (across.network_share(False), across.network_share(True)) == (0.25, pytest.approx(4 / 7))
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (replace(LAYOUT, tensor=3), "model.kv_heads=8 must be a multiple of parallel.tensor=3"),
+        (replace(LAYOUT, context_comm="a2a"), "model.kv_heads=8 / parallel.tensor=2 must be a multiple"),
+        (replace(LAYOUT, context=7), "data.seq_length=131072 must be a multiple of 896"),
+        (replace(LAYOUT, data=48), "training.global_batch=64 must be a multiple of 48"),
+    ],
+)
+def test_rules_name_what_is_broken(config: Config, layout: Layout, message: str) -> None:
+    assert any(message in rule for rule in broken_rules(config, layout))
+    assert broken_rules(config, LAYOUT) == []
+
+
+@pytest.mark.parametrize("gpus", [8, 64, 1024])
+def test_found_layouts_keep_the_configs_own_rules_and_the_memory(config: Config, gpus: int) -> None:
+    hardware = Hardware()
+    found = search(config, gpus, hardware=hardware)
+    speeds = [estimate.tokens_per_second_per_gpu for estimate in found]
+    assert speeds == sorted(speeds, reverse=True)
+    for estimate in found:
+        assert estimate.layout.gpus == gpus
+        assert estimate.memory.total <= hardware.budget_bytes
+        assert config.training.global_batch % estimate.layout.data == 0
+    for layout in {(e.layout.tensor, e.layout.context, e.layout.context_comm) for e in found}:
+        tensor, context, kind = layout
+        # raises where a rule of the config is broken
+        load_config(
+            CONFIGS / "8b_128k.yaml",
+            [f"parallel.tensor={tensor}", f"parallel.context={context}", f"parallel.context_comm={kind}"],
+        )
+
+
+def test_less_memory_leaves_fewer_layouts_and_at_last_none(config: Config) -> None:
+    roomy, tight = (len(search(config, 64, hardware=Hardware(memory_gib=gib))) for gib in (140, 60))
+    assert roomy > tight > 0
+    with pytest.raises(ValueError, match="nothing fits: the leanest layout needs"):
+        search(config, 64, hardware=Hardware(memory_gib=10))
+    with pytest.raises(ValueError, match="no tensor x context x data split"):
+        search(config, 9)
+
+
+def test_less_density_is_never_slower(config: Config) -> None:
+    for layout in list(candidates(config, 64, Hardware()))[::17]:
+        seconds = [
+            estimate_step(config, layout, 128256, Routing(density=density)).seconds
+            for density in (0.02, 0.1, 0.5, 1.0)
+        ]
+        # a ring that attention hides takes the same time at any density, up to rounding
+        assert all(more >= less * (1 - 1e-12) for less, more in pairwise(seconds)), layout
+        assert seconds[0] < seconds[-1]
+
+
+def test_more_gpus_never_need_more_memory(config: Config) -> None:
+    for stage in (1, 2, 3):
+        for axis in ("data", "context", "tensor"):
+            base = Layout(1, 2, 2, stage, "all_gather", "full")
+            totals = [
+                estimate_step(config, replace(base, **{axis: size}), 128256).memory.total
+                for size in (2, 4, 8)
+            ]
+            assert totals == sorted(totals, reverse=True), (stage, axis)
+
+
+def test_full_attention_is_slower_than_sparse_attention_at_long_lengths_and_knows_no_sparse_exchange() -> (
+    None
+):
+    dense = load_config(CONFIGS / "8b_128k.yaml", ["attention.kind=full", "parallel.context_comm=all_gather"])
+    found = search(dense, 64)
+    assert {estimate.layout.context_comm for estimate in found} == {"all_gather", "p2p", "a2a"}
+    assert found[0].seconds > 2 * search(load_config(CONFIGS / "8b_128k.yaml"), 64)[0].seconds
+
+
+def test_a_denser_rank_delays_all_and_locality_only_matters_to_sparse(config: Config) -> None:
+    def step(kind: str, **routing: float) -> float:
+        layout = replace(LAYOUT, tensor=1, data=8, context_comm=kind)
+        return estimate_step(config, layout, 128256, Routing(**routing)).seconds
+
+    assert step("all_gather", imbalance=1.5) > step("all_gather")
+    assert step("sparse", locality=0.99) < step("sparse")
+    assert step("all_gather", locality=0.99) == step("all_gather")
+    # unstructured routing selects everything somewhere
+    assert step("sparse") == pytest.approx(step("all_gather"), rel=0.02)
+
+
+def test_the_compute_of_a_step_is_its_operations_over_their_rate(config: Config) -> None:
+    estimate = estimate_step(config, replace(LAYOUT, recompute="none"), 128256)
+    # 64 sequences over 4 data ranks, 16K tokens a rank, half of 7.5e9 matmul parameters; 0.525e9 are logits, again
+    tokens = 16 * 131072 / 8
+    flops = tokens * (6 * 7_504_658_432 + 2 * 4096 * 128256) / 2
+    assert estimate.matmul == pytest.approx(flops / 400e12)
+
+
+@pytest.mark.parametrize("name", ["8b_64k", "8b_128k", "8b_512k"])
+def test_the_layouts_of_the_long_configs_fit_with_room_to_spare(name: str) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml")
+    estimate = estimate_configured(config, 64)
+    assert configured_layout(config, 64) == estimate.layout
+    assert estimate.memory.total < 0.8 * 140 * 2**30
+    fastest = search(config, 64)[0]
+    assert estimate.tokens_per_second_per_gpu > 0.85 * fastest.tokens_per_second_per_gpu
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("density", 0.0), ("density", 1.1), ("locality", -0.1), ("imbalance", 0.5)]
+)
+def test_routing_out_of_range_is_an_error(setting: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{setting}={value}"):
+        Routing(**{setting: value})
