@@ -7,6 +7,7 @@ Reading YAML and overrides lives in `config_loading.py`.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -34,7 +35,8 @@ class ModelConfig(Section):
     ffn_hidden_size: int = Field(gt=0)
     """Inner width of the SwiGLU feed-forward layer."""
     vocab_size: int | None = Field(default=None, gt=0)
-    """Rows of the embedding table; null means the tokenizer's vocabulary rounded up to a multiple of 64."""
+    """Rows of the embedding table; null means the tokenizer's vocabulary rounded up to a multiple of 64 and of
+    `parallel.tensor`."""
     rope_theta: float = Field(default=10_000.0, gt=0)
     """Base period of the rotary position embedding."""
     qk_norm: bool = False
@@ -115,9 +117,15 @@ class ParallelConfig(Section):
     """How one model is split over processes; the rest of the processes are data parallel."""
 
     tensor: int = Field(default=1, gt=0)
-    """Tensor-parallel size."""
+    """Tensor-parallel size: processes that share every matrix; divides `model.kv_heads`."""
+    sequence: bool = False
+    """Share also the tokens among tensor-parallel processes wherever each token is computed alone (norms, residual
+    stream): less memory, the same communication."""
     context: int = Field(default=1, gt=0)
     """Context-parallel size: processes that share one sequence."""
+    context_comm: Literal["all_gather", "a2a", "p2p", "sparse"] = "all_gather"
+    """What context-parallel processes exchange: all keys and values at once (`all_gather`), heads for tokens (`a2a`),
+    keys and values around a ring (`p2p`), or the selected chunks only (`sparse`: DashAttention in every layer)."""
 
 
 class ZeroConfig(Section):
@@ -228,7 +236,8 @@ class Config(Section):
     def _check(self) -> Config:
         self._check_layers()
         self._check_schedule()
-        self._check_support()
+        self._check_parallel()
+        self._check_zero()
         return self
 
     def _check_layers(self) -> None:
@@ -254,16 +263,76 @@ class Config(Section):
                 "name a validation set or set evaluation.every=0"
             )
 
-    def _check_support(self) -> None:
-        for name, size in (("tensor", self.parallel.tensor), ("context", self.parallel.context)):
-            if size != 1:
+    def _check_parallel(self) -> None:
+        parallel, model = self.parallel, self.model
+        divisible = [
+            ("model.kv_heads", model.kv_heads, "a group of heads routes together, so no group may be split"),
+            ("model.ffn_hidden_size", model.ffn_hidden_size, "each process holds as many columns"),
+            ("model.vocab_size", model.vocab_size, "each process holds as many words"),
+        ]
+        for name, value, reason in divisible:
+            if value is not None and value % parallel.tensor:
                 raise ValueError(
-                    f"parallel.{name}={size} must be 1: gradients of {name}-parallel runs have not been shown "
-                    "equal to those of one process in this version; shard with zero.stage instead"
+                    f"{name}={value} must be a multiple of parallel.tensor={parallel.tensor}: {reason}; "
+                    f"try parallel.tensor={math.gcd(value, parallel.tensor)}"
                 )
+        if parallel.sequence and parallel.tensor == 1:
+            raise ValueError(
+                "parallel.sequence=true needs parallel.tensor > 1, among whose processes it shares the tokens; "
+                "set parallel.sequence=false, or parallel.tensor"
+            )
+        self._check_context()
+        shares = parallel.context * parallel.tensor
+        if parallel.sequence and self.data.seq_length % shares:
+            raise ValueError(
+                f"data.seq_length={self.data.seq_length} must be a multiple of {shares} (parallel.context="
+                f"{parallel.context} x parallel.tensor={parallel.tensor}) with parallel.sequence; "
+                f"try {max(shares, self.data.seq_length // shares * shares)}"
+            )
+
+    def _check_context(self) -> None:
+        parallel, attention = self.parallel, self.attention
+        unit = 2 * parallel.context * attention.chunk_size
+        if parallel.context > 1 and self.data.seq_length % unit:
+            raise ValueError(
+                f"data.seq_length={self.data.seq_length} must be a multiple of {unit} (2 x parallel.context="
+                f"{parallel.context} x attention.chunk_size={attention.chunk_size}): each process takes a piece from "
+                f"the front and one from the back, of whole chunks; try "
+                f"{max(unit, self.data.seq_length // unit * unit)}"
+            )
+        heads = self.model.kv_heads // parallel.tensor
+        if parallel.context_comm == "a2a" and heads % parallel.context:
+            raise ValueError(
+                f"model.kv_heads={self.model.kv_heads} / parallel.tensor={parallel.tensor} = {heads} must be a "
+                f"multiple of parallel.context={parallel.context} with parallel.context_comm=a2a, which deals out "
+                "whole kv heads; use parallel.context_comm=all_gather"
+            )
+        if parallel.context_comm == "sparse" and (attention.kind == "full" or attention.full_layers):
+            raise ValueError(
+                f"parallel.context_comm=sparse exchanges only chunks that DashAttention selected, but attention.kind="
+                f"{attention.kind} and attention.full_layers={list(attention.full_layers)} need all keys; "
+                "use parallel.context_comm=all_gather"
+            )
+
+    def _check_zero(self) -> None:
         reserved = sorted({"stage"} & set(self.zero.options))
         if reserved:
             raise ValueError(f"zero.options={self.zero.options} must not set {reserved}; use zero.stage")
+        if self.parallel.tensor == 1:
+            return
+        if self.zero.stage == 0:
+            raise ValueError(
+                f"zero.stage=0 must be 1, 2 or 3 with parallel.tensor={self.parallel.tensor}: without ZeRO, "
+                "DeepSpeed's gradient norm and clipping do not reach every tensor-parallel process; use zero.stage=1"
+            )
+        # groups of neighbouring processes, which here hold shards of different weights
+        neighbours = {"zero_hpz_partition_size", "zero_quantized_gradients", "mics_shard_size"}
+        wrong = sorted(neighbours & set(self.zero.options))
+        if wrong:
+            raise ValueError(
+                f"zero.options={self.zero.options} must not set {wrong} with parallel.tensor={self.parallel.tensor}: "
+                "DeepSpeed shards over neighbouring processes then, which hold different weights; remove it"
+            )
 
     def data_parallel_size(self, world_size: int) -> int:
         """Processes that read different data.

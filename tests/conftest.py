@@ -94,15 +94,19 @@ def run_processes(tmp_path: Path) -> Callable[..., None]:
     """`run_processes(count, function, *arguments)` runs a function in `count` processes that torchrun could have made.
 
     The function is module-level and leaves its results in files. One that fails, or hangs past the time limit, fails
-    the test with its output.
+    the test with its output. GPUs are hidden unless `cuda`.
     """
 
-    def run(count: int, function: Callable[..., None], *arguments: Any, seconds: float = 240) -> None:
+    def run(
+        count: int, function: Callable[..., None], *arguments: Any, seconds: float = 240, cuda: bool = False
+    ) -> None:
         from torch.distributed import TCPStore
 
         context = multiprocessing.get_context("spawn")
-        # several processes cannot share a GPU over NCCL: these tests are of gloo, on any machine
-        common = {"CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": str(count)}
+        common = {"WORLD_SIZE": str(count)}
+        if not cuda:
+            # several processes cannot share a GPU over NCCL: these tests are of gloo, on any machine
+            common["CUDA_VISIBLE_DEVICES"] = ""
         # Listens before any process starts, as torchrun's agent does: a port found free could be taken by then.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from dash_megatron.parallel.context import ContextShard, shard_sequence
 
 
 class RowDataset(Protocol):
@@ -36,23 +38,39 @@ class PackedBatch:
     """int32 [documents + 1]: where each document starts, and T at the end."""
     sample_ids: list[int]
     """Index in the dataset of each row; -1 for a padding row."""
+    context: ContextShard | None = None
+    """Which of the tokens are here, where context-parallel ranks share them; `cu_seqlens` stays that of all."""
+
+    def shard(self, rank: int, size: int, chunk_size: int | None) -> PackedBatch:
+        """This context-parallel rank's tokens.
+
+        Args:
+            rank, size: among the ranks that share the batch.
+            chunk_size: of DashAttention; None where no layer routes.
+        """
+        if size == 1:
+            return self
+        context = shard_sequence(self.cu_seqlens, rank, size, chunk_size)
+        names = ("tokens", "labels", "loss_mask", "position_ids")
+        rows = {name: getattr(self, name)[:, context.token] for name in names}
+        return replace(self, **rows, context=context)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Copy all tensors to a device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self._map("to", device, non_blocking=non_blocking)
 
     def pin_memory(self) -> PackedBatch:
         """Copy all tensors to page-locked memory, so that `to(non_blocking=True)` overlaps with work."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self._map("pin_memory")
 
-    def _map(self, function: Any) -> PackedBatch:
+    def _map(self, method: str, *args: Any, **kwargs: Any) -> PackedBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return PackedBatch(
-            **{
-                name: function(value) if isinstance(value, Tensor) else value
-                for name, value in values.items()
-            }
-        )
+        mapped = {
+            name: getattr(value, method)(*args, **kwargs)
+            for name, value in values.items()
+            if isinstance(value, Tensor | ContextShard)
+        }
+        return replace(self, **mapped)
 
 
 def num_target_tokens(batch: PackedBatch) -> Tensor:
@@ -137,6 +155,7 @@ class BatchSource:
         pad_last: fill an incomplete last global batch with rows that count in no loss, so that an evaluation
             sees every row once with any number of ranks. Otherwise those rows are left out.
         pin_memory: hand out batches in page-locked memory.
+        context_rank, context_size, chunk_size: hand out this rank's share of every batch, see `PackedBatch.shard`.
 
     Raises:
         ValueError: an argument breaks a rule, or the dataset has no further global batch.
@@ -155,6 +174,9 @@ class BatchSource:
         num_workers: int = 0,
         pad_last: bool = False,
         pin_memory: bool = False,
+        context_rank: int = 0,
+        context_size: int = 1,
+        chunk_size: int | None = None,
     ) -> None:
         _check_split(global_batch, micro_batch, data_parallel_rank, data_parallel_size, num_workers)
         self.dataset = dataset
@@ -167,6 +189,7 @@ class BatchSource:
         self.num_workers = num_workers
         self.pad_last = pad_last
         self.pin_memory = pin_memory
+        self.share = (context_rank, context_size, chunk_size)
         self.accumulation_steps = global_batch // (micro_batch * data_parallel_size)
         self.consumed_samples = 0
         self._micro_step = 0
@@ -228,7 +251,7 @@ class BatchSource:
     def _load(self, sample_ids: list[int]) -> PackedBatch:
         # a padding row has to have some tokens: the first sample's, masked
         rows = [self.dataset[max(index, 0)] for index in sample_ids]
-        batch = pack_samples(rows, self.eod, self.pack_documents, sample_ids)
+        batch = pack_samples(rows, self.eod, self.pack_documents, sample_ids).shard(*self.share)
         return batch.pin_memory() if self.pin_memory else batch
 
     def _read_ahead(self) -> PackedBatch:

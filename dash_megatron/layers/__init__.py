@@ -1,7 +1,13 @@
 """Megatron-core glue: core attention modules, layer specs and the GPT model."""
 
 from dash_megatron.layers.core_attention import DashCoreAttention, FullCoreAttention, RoutingMeans
-from dash_megatron.layers.model import DashGPTModel, build_model, init_weights, routing_means
+from dash_megatron.layers.model import (
+    DashGPTModel,
+    build_model,
+    init_weights,
+    routing_means,
+    take_context_bytes,
+)
 
 __all__ = [
     "DashCoreAttention",
@@ -11,4 +17,5 @@ __all__ = [
     "build_model",
     "init_weights",
     "routing_means",
+    "take_context_bytes",
 ]

@@ -2,12 +2,14 @@
 
 Both take what `SelfAttention` hands over: query [N, B, Hq, D], key and value [N, B, Hkv, D] after RoPE, and
 `packed_seq_params` whose `cu_seqlens_q` marks packed documents (B == 1). Both return [N, B, Hq * D]. Heads are
-those of this tensor-parallel rank.
+those of this tensor-parallel rank; under context parallelism N counts this rank's tokens, and
+`packed_seq_params.context` says which they are.
 """
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +24,17 @@ from torch.utils.checkpoint import checkpoint
 
 from dash_megatron.config import AttentionConfig
 from dash_megatron.ops import dash_attention
+from dash_megatron.ops.sharded import stages
+from dash_megatron.parallel.context import ChunkLayout, ContextShard
+from dash_megatron.parallel.context_group import ContextGroup, heads_for_rows, move_rows, rows_for_heads
+from dash_megatron.parallel.exchange import DashSide, FullSide, sharded_dash_attention, sharded_full_attention
+
+
+@dataclass
+class PackedDocuments(PackedSeqParams):
+    """Where packed documents start and, under context parallelism, which tokens are here."""
+
+    context: ContextShard | None = None
 
 
 class RoutingMeans(NamedTuple):
@@ -47,6 +60,7 @@ class _CoreAttention(MegatronModule):
         pg_collection: Any = None,
         *,
         attention: AttentionConfig,
+        context_comm: str = "all_gather",
         recompute: bool = False,
     ) -> None:
         super().__init__(config=config)
@@ -62,6 +76,10 @@ class _CoreAttention(MegatronModule):
         self.attention = attention
         self.recompute = recompute
         self.tensor_parallel_size = pg_collection.tp.size() if pg_collection is not None else 1
+        self.context_comm = context_comm
+        self.context_group: ContextGroup | None = None
+        if pg_collection is not None and pg_collection.cp.size() > 1:
+            self.context_group = ContextGroup(pg_collection.cp)
 
     def forward(
         self,
@@ -72,19 +90,35 @@ class _CoreAttention(MegatronModule):
         *,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedDocuments | None = None,
     ) -> Tensor:
         """Attend; see the module's docstring for shapes."""
         assert attention_mask is None, "masks come from causality and packed_seq_params"
         assert attention_bias is None, "attention takes no bias"
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+        attend: Any = self._attend_here
+        if self.context_group is not None:
+            self.context_group.counts = self.training
+            attend = self._attend_heads if self.context_comm == "a2a" else self._attend_shards
         if self.recompute and self.training and torch.is_grad_enabled():
-            out = checkpoint(self._attend, q, k, v, packed_seq_params, use_reentrant=False)
+            out = checkpoint(attend, q, k, v, packed_seq_params, use_reentrant=False)
         else:
-            out = self._attend(q, k, v, packed_seq_params)
+            out = attend(q, k, v, packed_seq_params)
         return out.transpose(0, 1).flatten(2)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSeqParams | None) -> Tensor:
+    def _attend_here(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
+        """All tokens of the sequence, and the heads given."""
+        raise NotImplementedError
+
+    def _attend_heads(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments) -> Tensor:
+        """Context parallelism: all heads of some tokens become all tokens of some heads, and back."""
+        assert self.context_group is not None
+        q, k, v = (heads_for_rows(x[0], self.context_group)[None] for x in (q, k, v))
+        out = self._attend_here(q, k, v, packed)
+        return rows_for_heads(out[0].contiguous(), self.context_group)[None]
+
+    def _attend_shards(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments) -> Tensor:
+        """Context parallelism: some tokens, whose keys lie on other ranks too."""
         raise NotImplementedError
 
 
@@ -104,13 +138,17 @@ class DashCoreAttention(_CoreAttention):
         set_tensor_model_parallel_attributes(self.summary_query, True, 0, 1)
         self.routing: RoutingMeans | None = None
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSeqParams | None) -> Tensor:
-        attention = self.attention
+    def _attend_here(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
+        attention, summary_query = self.attention, self.summary_query
+        if k.shape[2] < len(summary_query):
+            # the heads that this context rank was given
+            assert self.context_group is not None
+            summary_query = summary_query.split(k.shape[2])[self.context_group.rank]
         out, routing = dash_attention(
             q,
             k,
             v,
-            self.summary_query,
+            summary_query,
             chunk_size=attention.chunk_size,
             scaling_factor=attention.scaling_factor,
             sigma=attention.sigma,
@@ -126,11 +164,44 @@ class DashCoreAttention(_CoreAttention):
         )
         return out
 
+    def _attend_shards(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments) -> Tensor:
+        attention, shard, group = self.attention, packed.context, self.context_group
+        assert shard is not None, "the batch was sharded"
+        assert shard.chunks is not None, "by chunks"
+        assert group is not None
+        layout = shard.chunks
+        q, k, v = (x[0] for x in (q, k, v))
+        if layout.there is not None and layout.back is not None:
+            q, k, v = (move_rows(x, layout.there, layout.back, group) for x in (q, k, v))
+        functions = stages(attention.backend, q)
+        router = functions.Router(
+            attention.scaling_factor, attention.sigma, attention.estimate_diagonal, attention.alpha
+        )
+        side = DashSide(functions, router, attention.chunk_size, layout, group)
+        out, selected = sharded_dash_attention(q, k, v, self.summary_query, side, self.context_comm)
+        self.routing = _shard_means(selected, layout, shard.rows)
+        if layout.there is not None and layout.back is not None:
+            out = move_rows(out, layout.back, layout.there, group)
+        return out[None]
+
+
+def _shard_means(selected: Tensor, layout: ChunkLayout, num_rows: int) -> RoutingMeans:
+    """Means over the aligned rows of a rank, so weighted that the mean over ranks is the mean over all tokens."""
+    queries = layout.queries
+    row = torch.arange(len(selected), dtype=queries.start.dtype, device=queries.start.device)
+    chunk = torch.searchsorted(queries.start, row, right=True) - 1
+    available = (queries.number - queries.first + 1)[chunk]
+    weight = len(selected) / num_rows
+    return RoutingMeans(
+        density=(selected / available[:, None]).mean() * weight,
+        chunks_selected=selected.float().mean() * weight,
+    )
+
 
 class FullCoreAttention(_CoreAttention):
     """Causal softmax attention through torch: cuDNN or flash attention on CUDA, the CPU kernel elsewhere."""
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSeqParams | None) -> Tensor:
+    def _attend_here(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
         if packed is None or len(packed.cu_seqlens_q) == 2:
             return _causal_attention(q, k, v)
         if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
@@ -139,6 +210,12 @@ class FullCoreAttention(_CoreAttention):
         lengths = packed.cu_seqlens_q.diff().tolist()
         documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
         return torch.cat([_causal_attention(*document) for document in documents], dim=1)
+
+    def _attend_shards(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments) -> Tensor:
+        assert packed.context is not None
+        assert self.context_group is not None
+        side = FullSide(packed.context, self.context_group)
+        return sharded_full_attention(q[0], k[0], v[0], side, self.context_comm)[None]
 
 
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

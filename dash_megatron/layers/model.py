@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -20,7 +19,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dash_megatron.config import Config
-from dash_megatron.layers.core_attention import DashCoreAttention, FullCoreAttention, RoutingMeans
+from dash_megatron.layers.core_attention import (
+    DashCoreAttention,
+    FullCoreAttention,
+    PackedDocuments,
+    RoutingMeans,
+)
+from dash_megatron.layers.norm import RMSNorm
+from dash_megatron.layers.sharding import mark_splits, shard, split_of, whole_shape
+from dash_megatron.parallel.context import ContextShard
 
 # Most logits alive at once, in elements (1 GiB in float32): longer sequences are scored piece by piece.
 MAX_LOGITS = 2**28
@@ -59,23 +66,36 @@ class DashGPTModel(GPTModel):
         return (decoder_input, self.rotary(position_ids), *rest)
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None, **kwargs: Any) -> Tensor:
+        if labels is None:
+            return gather_from_tensor_model_parallel_region(
+                super()._postprocess(hidden_states, *args, labels=None, **kwargs)
+            )
+        # Sequence parallel: hidden_states is this rank's share of the tokens, and the output layer puts the shares of
+        # all ranks behind one another, so that a piece of each share needs the labels of the same piece of each share.
+        ranks = self.config.tensor_model_parallel_size
+        shares = ranks if self.config.sequence_parallel else 1
+        batch, local_tokens = hidden_states.shape[1], hidden_states.shape[0]
         # logits of 128K tokens and 128K words would fill the largest GPU
-        tokens_at_once = max(1, MAX_LOGITS // (hidden_states.shape[1] * self.vocab_size))
-        if labels is None or hidden_states.shape[0] <= tokens_at_once:
+        tokens_at_once = max(1, MAX_LOGITS * ranks // (batch * self.vocab_size * shares))
+        if local_tokens <= tokens_at_once:
             return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
         weight = (
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         )
 
-        def score(hidden: Tensor, target: Tensor) -> Tensor:
-            return self.compute_language_model_loss(target, self.output_layer(hidden, weight=weight)[0])
+        def score(hidden: Tensor, target_BSN: Tensor) -> Tensor:
+            logits = self.output_layer(hidden, weight=weight)[0]
+            return self.compute_language_model_loss(target_BSN.flatten(1), logits).view_as(target_BSN)
 
-        pieces = zip(hidden_states.split(tokens_at_once), labels.split(tokens_at_once, dim=1), strict=True)
+        labels_BSN = labels.view(batch, shares, local_tokens)
+        pieces = zip(
+            hidden_states.split(tokens_at_once), labels_BSN.split(tokens_at_once, dim=2), strict=True
+        )
         # one graph for all pieces, not re-entrant: ZeRO takes a weight's gradient once per backward
         losses = [
             checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces
         ]
-        return torch.cat(losses, dim=1)
+        return torch.cat(losses, dim=2).flatten(1)
 
     def forward(  # type: ignore[override]
         self,
@@ -83,6 +103,7 @@ class DashGPTModel(GPTModel):
         position_ids: Tensor,
         labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        context: ContextShard | None = None,
     ) -> Tensor:
         """Predict the next token.
 
@@ -91,20 +112,24 @@ class DashGPTModel(GPTModel):
             position_ids: int64 [B, N], restarting at every document.
             labels: int64 [B, N]; given, the result is the loss of every token.
             cu_seqlens: int32 [documents + 1], where documents start; needs B == 1. None: one document a row.
+            context: under context parallelism, which tokens of the sequence these N are; `cu_seqlens` is then that of
+                the whole sequence.
 
         Returns:
             Cross entropy in nats, float32 [B, N], or logits [B, N, vocabulary] where labels is None.
         """
         packed = None
         if cu_seqlens is not None:
-            longest = tokens.shape[1]  # a bound is enough, and asking the device would stall it
+            # a bound is enough, and asking the device would stall it
+            longest = tokens.shape[1] if context is None else context.num_tokens
             # sbhd: documents are marked, yet tensors keep [N, B, H, D] and RoPE takes its angles as they are
-            packed = PackedSeqParams(
+            packed = PackedDocuments(
                 qkv_format="sbhd",
                 cu_seqlens_q=cu_seqlens,
                 cu_seqlens_kv=cu_seqlens,
                 max_seqlen_q=longest,
                 max_seqlen_kv=longest,
+                context=context,
             )
         return super().forward(tokens, position_ids, None, labels=labels, packed_seq_params=packed)
 
@@ -143,6 +168,7 @@ def _transformer_config(config: Config) -> TransformerConfig:
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         tensor_model_parallel_size=config.parallel.tensor,
+        sequence_parallel=config.parallel.sequence,
         context_parallel_size=config.parallel.context,
         params_dtype=torch.float32,
         # weights are placed by torch's default device and filled by init_weights
@@ -154,18 +180,26 @@ def _transformer_config(config: Config) -> TransformerConfig:
 
 def _block_spec(config: Config) -> TransformerBlockSubmodules:
     """One spec a layer: `attention.full_layers` may differ from the rest."""
+    # Megatron's own norm without Transformer Engine refuses sequence parallel
+    layer_norm = ModuleSpec(RMSNorm, params={"input_is_sharded": config.parallel.sequence})
+    head_norm = ModuleSpec(RMSNorm, params={"input_is_sharded": config.parallel.tensor > 1})
     layers = []
     for index in range(config.model.layers):
         spec = get_gpt_layer_local_spec(qk_layernorm=config.model.qk_norm, normalization="RMSNorm")
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = layer_norm
+        attention = spec.submodules.self_attention.submodules
+        if config.model.qk_norm:
+            attention.q_layernorm = attention.k_layernorm = head_norm
         full = config.attention.kind == "full" or index in config.attention.full_layers
-        spec.submodules.self_attention.submodules.core_attention = functools.partial(
+        attention.core_attention = functools.partial(
             FullCoreAttention if full else DashCoreAttention,
             attention=config.attention,
+            context_comm=config.parallel.context_comm,
             recompute=config.training.recompute == "attention",
         )
         layer = RecomputedTransformerLayer if config.training.recompute == "full" else TransformerLayer
         layers.append(ModuleSpec(module=layer, params=spec.params, submodules=spec.submodules))
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=WrappedTorchNorm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=layer_norm)
 
 
 def build_model(config: Config, vocab_size: int, device: torch.device | str = "cpu") -> DashGPTModel:
@@ -180,7 +214,7 @@ def build_model(config: Config, vocab_size: int, device: torch.device | str = "c
         RuntimeError: Megatron's process groups do not exist yet; see `dash_megatron.parallel`.
     """
     with torch.device(device):
-        return DashGPTModel(
+        model = DashGPTModel(
             config=_transformer_config(config),
             transformer_layer_spec=_block_spec(config),
             vocab_size=vocab_size,
@@ -188,6 +222,8 @@ def build_model(config: Config, vocab_size: int, device: torch.device | str = "c
             share_embeddings_and_output_weights=config.model.tie_embeddings,
             rope_theta=config.model.rope_theta,
         )
+    mark_splits(model)
+    return model
 
 
 @torch.no_grad()
@@ -195,8 +231,10 @@ def init_weights(model: DashGPTModel, seed: int, std: float) -> None:
     """Fill every weight: norms 1, summary queries 0, matrices normal.
 
     Each parameter draws from a generator seeded by `seed` and its own name, so that a weight depends neither on the
-    other weights nor on the process that holds it. Projections into the residual stream use `std / sqrt(2 layers)`.
+    other weights nor on the process that holds it: it draws the whole weight and keeps its tensor-parallel rank's shard.
+    Projections into the residual stream use `std / sqrt(2 layers)`.
     """
+    group = model.pg_collection.tp
     residual_std = std / math.sqrt(2 * model.config.num_layers)
     for name, parameter in model.named_parameters():
         if name.endswith("summary_query"):
@@ -209,7 +247,10 @@ def init_weights(model: DashGPTModel, seed: int, std: float) -> None:
                 int.from_bytes(digest[:8], "big") >> 1
             )
             into_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
-            parameter.normal_(0.0, residual_std if into_residual else std, generator=generator)
+            split = split_of(parameter)
+            whole = parameter.new_empty(whole_shape(parameter.shape, split, group.size()))
+            whole.normal_(0.0, residual_std if into_residual else std, generator=generator)
+            parameter.copy_(shard(whole, split, group.rank(), group.size()))
 
 
 def routing_means(model: torch.nn.Module) -> dict[int, RoutingMeans]:
@@ -218,4 +259,13 @@ def routing_means(model: torch.nn.Module) -> dict[int, RoutingMeans]:
         module.layer_number - 1: module.routing
         for module in model.modules()
         if isinstance(module, DashCoreAttention) and module.routing is not None
+    }
+
+
+def take_context_bytes(model: torch.nn.Module) -> dict[int, tuple[int, int]]:
+    """Bytes that this context-parallel rank sent in each layer, forward and backward, since the last call."""
+    return {
+        module.layer_number - 1: module.context_group.take_bytes()
+        for module in model.modules()
+        if isinstance(module, DashCoreAttention | FullCoreAttention) and module.context_group is not None
     }

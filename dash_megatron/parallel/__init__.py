@@ -1,6 +1,26 @@
 """Process groups: how this process was launched, and the groups Megatron-core makes of all of them."""
 
-from dash_megatron.parallel.groups import destroy_process_groups, init_process_groups
+from dash_megatron.parallel.gradient_groups import GradientGroups
+from dash_megatron.parallel.groups import (
+    context_parallel_group,
+    context_rank,
+    data_rank,
+    destroy_process_groups,
+    gradient_group,
+    init_process_groups,
+    tensor_group,
+)
 from dash_megatron.parallel.launch import Launch, read_launch
 
-__all__ = ["Launch", "destroy_process_groups", "init_process_groups", "read_launch"]
+__all__ = [
+    "GradientGroups",
+    "Launch",
+    "context_parallel_group",
+    "context_rank",
+    "data_rank",
+    "destroy_process_groups",
+    "gradient_group",
+    "init_process_groups",
+    "read_launch",
+    "tensor_group",
+]

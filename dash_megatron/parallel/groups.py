@@ -8,6 +8,7 @@ import os
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from dash_megatron.config import ParallelConfig
 from dash_megatron.parallel.launch import Launch
@@ -50,7 +51,48 @@ def init_process_groups(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor, context_parallel_size=parallel.context
     )
+    # sequence parallel regions fork a random state for dropout, of which there is none: this kind forks nothing
+    initialize_rng_tracker(inference_rng_tracker=True)
+    if device.type == "cpu" and parallel.tensor > 1:
+        _let_megatron_allocate_on_cpu()
     return device
+
+
+def _let_megatron_allocate_on_cpu() -> None:
+    """Make `torch.cuda.current_device()` give the cpu device in this process, which has no CUDA.
+
+    Megatron's tensor parallelism allocates what it communicates there, and without CUDA the call raises.
+    """
+
+    def current_device() -> torch.device:
+        return torch.device("cpu")
+
+    torch.cuda.current_device = current_device  # type: ignore[assignment]
+
+
+def data_rank() -> int:
+    """Which share of the data this process reads; all processes of one copy of the model read the same."""
+    return parallel_state.get_data_parallel_rank()
+
+
+def context_rank() -> int:
+    """Which share of a sequence this process holds."""
+    return parallel_state.get_context_parallel_rank()
+
+
+def context_parallel_group() -> dist.ProcessGroup:
+    """Processes that share sequences."""
+    return parallel_state.get_context_parallel_group()
+
+
+def gradient_group() -> dist.ProcessGroup:
+    """Processes that hold the same weights and see other tokens: data x context parallel."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def tensor_group() -> dist.ProcessGroup:
+    """Processes that hold the shards of one copy of the weights, and see the same tokens."""
+    return parallel_state.get_tensor_model_parallel_group()
 
 
 def destroy_process_groups() -> None:

@@ -16,6 +16,7 @@ import yaml
 
 from dash_megatron.config import Config
 from dash_megatron.config_loading import config_from_dict
+from dash_megatron.layers.sharding import Split, splits
 from dash_megatron.training.engine import Engine, load_full_weights
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ def save_checkpoint(engine: Engine, config: Config, step: int, state: dict[str, 
             "step": step,
             "zero_stage": config.zero.stage,
             "data_parallel_size": config.data_parallel_size(dist.get_world_size()),
+            # weights split over tensor-parallel ranks: [dimension, number of blocks] of each
+            "splits": splits(engine.module),
             "config": config.model_dump(mode="json"),
         }
         (folder / partial / "checkpoint.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -115,7 +118,10 @@ def load_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, 
     folder, tag = checkpoint_folder(run_dir), tag_of(step)
     facts = json.loads((folder / tag / "checkpoint.json").read_text())
     config = config_from_dict({**facts["config"], "run_dir": str(run_dir)})
-    return config, step, load_full_weights(folder, tag, facts["zero_stage"])
+    # a checkpoint written before there was tensor parallelism names no splits
+    layout = {name: Split(*values) for name, values in facts.get("splits", {}).items()}
+    weights = load_full_weights(folder, tag, facts["zero_stage"], layout, config.parallel.tensor)
+    return config, step, weights
 
 
 def write_config(config: Config, commit: str) -> None:
@@ -150,14 +156,19 @@ def _check_same_run(path: Path, config: Config) -> None:
                 before,
                 now,
             )
-    here = {
-        "zero_stage": config.zero.stage,
-        "data_parallel_size": config.data_parallel_size(dist.get_world_size()),
+    layout = {
+        "zero.stage": (facts["zero_stage"], config.zero.stage),
+        "parallel.tensor": (saved.parallel.tensor, config.parallel.tensor),
+        "parallel.context": (saved.parallel.context, config.parallel.context),
+        "data_parallel_size": (
+            facts["data_parallel_size"],
+            config.data_parallel_size(dist.get_world_size()),
+        ),
     }
-    for name, new in here.items():
-        if facts[name] != new:
+    for name, (before, now) in layout.items():
+        if before != now:
             raise ValueError(
-                f"{name}={new} differs from {facts[name]} in {path}: optimizer shards belong to the layout that wrote "
+                f"{name}={now} differs from {before} in {path}: optimizer shards belong to the layout that wrote "
                 "them; start with that layout, or choose a new run_dir"
             )
 

@@ -6,10 +6,13 @@ import contextlib
 import io
 import logging
 import os
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -21,6 +24,8 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from dash_megatron.config import Config
+from dash_megatron.layers.sharding import Split, join, split_of
+from dash_megatron.parallel import GradientGroups, tensor_group
 
 # Empty, so that DeepSpeed does not compile its shared-memory reduction when it starts: that serves inference only, and
 # needs a C++ compiler and ninja where training needs neither.
@@ -28,20 +33,21 @@ deepspeed.ops.__compatible_ops__ = {}
 
 
 class Engine:
-    """A model, its AdamW and its gradients, sharded by ZeRO over the data-parallel processes.
+    """A model, its AdamW and its gradients, sharded by ZeRO over the processes that hold the same weights.
 
     A step is: `set_lr`, then for every micro-batch `model(...)`, `backward`, `step`; DeepSpeed counts micro-batches
     and updates weights on the last one.
 
     Args:
-        model: weights in float32, the same on every process.
+        model: weights in float32, the same on every process, or its tensor-parallel shard.
         config: a checked run config.
-        world_size: number of data-parallel processes.
+        world_size: number of processes that hold the same weights, data x context parallel: their gradients add up.
     """
 
     def __init__(self, model: torch.nn.Module, config: Config, world_size: int) -> None:
         deepspeed_logger.setLevel(logging.WARNING)
         self.world_size = world_size
+        self.tensor_size = config.parallel.tensor
         device = next(model.parameters()).device
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, config.optimizer.weight_decay),
@@ -57,6 +63,8 @@ class Engine:
                 optimizer=optimizer,
                 config=_deepspeed_config(config, world_size),
                 dist_init_required=False,
+                # without tensor parallelism the processes that hold the same weights are all there are
+                mpu=GradientGroups() if config.parallel.tensor > 1 else None,
             )
         # ZeRO 0 in fp32 has no optimizer wrapper that would keep the gradient norm
         self._optimizer_is_plain = isinstance(self._optimizer, torch.optim.Optimizer)
@@ -105,11 +113,25 @@ class Engine:
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Every parameter's gradient, whole and in float32, between the last `backward` and `step`; collective."""
-        return {name: _full_gradient(parameter) for name, parameter in self.module.named_parameters()}
+        return {
+            name: self._whole(_full_gradient(parameter), split_of(parameter))
+            for name, parameter in self.module.named_parameters()
+        }
 
     def full_weights(self) -> dict[str, Tensor]:
         """Every parameter, whole and in float32, from the master weights where there are any; collective."""
-        return {name: _full_weight(parameter) for name, parameter in self.module.named_parameters()}
+        return {
+            name: self._whole(_full_weight(parameter), split_of(parameter))
+            for name, parameter in self.module.named_parameters()
+        }
+
+    def _whole(self, shard: Tensor, split: Split | None) -> Tensor:
+        """Join the shards of all tensor-parallel ranks."""
+        if split is None or self.tensor_size == 1:
+            return shard
+        shards = [torch.empty_like(shard) for _ in range(self.tensor_size)]
+        dist.all_gather(shards, shard.contiguous(), group=tensor_group())
+        return join(shards, split)
 
     def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
         """Write weights, optimizer and `state` to `folder/tag`; collective."""
@@ -127,20 +149,50 @@ class Engine:
         return state
 
 
-def load_full_weights(folder: Path, tag: str, zero_stage: int) -> dict[str, Tensor]:
+def load_full_weights(
+    folder: Path, tag: str, zero_stage: int, splits: Mapping[str, Split], tensor_size: int
+) -> dict[str, Tensor]:
     """Read a checkpoint's weights by parameter name, whole, on CPU, without a process group.
 
     ZeRO 1 to 3 give the float32 master weights, ZeRO 0 the weights in training precision.
 
+    Args:
+        folder, tag: the checkpoint is `folder/tag`.
+        zero_stage: of the run that wrote it.
+        splits: how the weights that are split over tensor-parallel ranks are split.
+        tensor_size: tensor-parallel size of the run that wrote it.
+
     Raises:
         ValueError, FileNotFoundError: a file of the checkpoint is missing or damaged.
     """
-    if zero_stage == 1 and list((folder / tag).glob("bf16_zero_pp_rank_*")):
-        return _join_bf16_shards(folder / tag)
+    shards = []
+    for rank in range(tensor_size):
+        with _files_of_tensor_rank(folder / tag, rank) as path:
+            shards.append(_load_weights(path, zero_stage))
+    return {name: join([shard[name] for shard in shards], splits.get(name)) for name in shards[0]}
+
+
+@contextlib.contextmanager
+def _files_of_tensor_rank(path: Path, rank: int) -> Iterator[Path]:
+    """A folder of links that make one tensor-parallel rank's files look like a whole checkpoint.
+
+    DeepSpeed's reader takes every file it finds for a shard of one model, and looks for rank 0's names.
+    """
+    mine, first = f"mp_rank_{rank:02d}_", "mp_rank_00_"
+    with tempfile.TemporaryDirectory() as name:
+        for file in path.glob(f"*{mine}*.pt"):
+            (Path(name) / file.name.replace(mine, first)).symlink_to(file.resolve())
+        yield Path(name)
+
+
+def _load_weights(path: Path, zero_stage: int) -> dict[str, Tensor]:
+    """Weights of a checkpoint without tensor parallelism."""
+    if zero_stage == 1 and list(path.glob("bf16_zero_pp_rank_*")):
+        return _join_bf16_shards(path)
     if zero_stage:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag))
-    states = torch.load(folder / tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+            return dict(get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name))
+    states = torch.load(path / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
     return {name: value for name, value in states["module"].items() if isinstance(value, Tensor)}
 
 
@@ -192,9 +244,10 @@ def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[
 def _deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     bf16, stage = config.training.precision == "bf16", config.zero.stage
     return {
-        "train_batch_size": config.training.global_batch,
+        # DeepSpeed takes context ranks for data ranks that read samples of their own, and checks the product
+        "train_batch_size": config.training.global_batch * config.parallel.context,
         "train_micro_batch_size_per_gpu": config.training.micro_batch,
-        "gradient_accumulation_steps": config.accumulation_steps(world_size),
+        "gradient_accumulation_steps": config.accumulation_steps(world_size * config.parallel.tensor),
         "gradient_clipping": config.optimizer.grad_clip,
         "bf16": {"enabled": bf16},
         # bf16 sums of many micro-batches lose what is small; ZeRO 0 knows one type only

@@ -9,10 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dash_megatron.data.batches import PackedBatch, num_target_tokens
+from dash_megatron.parallel import gradient_group
 
 
 def global_target_tokens(batches: Sequence[PackedBatch], device: torch.device) -> Tensor:
-    """Real target tokens in the micro-batches of all data-parallel processes; collective.
+    """Real target tokens in the micro-batches of all processes that read different tokens; collective.
 
     Args:
         batches: this process's micro-batches of one step.
@@ -23,7 +24,7 @@ def global_target_tokens(batches: Sequence[PackedBatch], device: torch.device) -
     """
     count = torch.stack([num_target_tokens(batch) for batch in batches]).sum().to(device)
     if dist.is_initialized():
-        dist.all_reduce(count)
+        dist.all_reduce(count, group=gradient_group())  # tensor-parallel ranks read copies
     return count.clamp_min(1).float()
 
 
@@ -32,7 +33,7 @@ def share_of_global_mean(model: torch.nn.Module, batch: PackedBatch, global_targ
 
     Shares of all micro-batches of all processes add up to the loss, and their gradients to its gradient, because each
     is a sum over its own targets divided by the number of targets of all: documents, micro-batches and processes with
-    few targets weigh no more than their tokens.
+    few targets weigh no more than their tokens. Tensor-parallel ranks all have the share of the tokens they read together.
     """
-    loss_BN = model(batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens)
+    loss_BN = model(batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens, batch.context)
     return (loss_BN * batch.loss_mask).sum() / global_targets

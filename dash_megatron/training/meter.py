@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dash_megatron.config import Config
 from dash_megatron.data.batches import PackedBatch
-from dash_megatron.layers import routing_means
+from dash_megatron.layers import routing_means, take_context_bytes
+from dash_megatron.parallel import context_parallel_group, tensor_group
 from dash_megatron.training.flops import peak_flops, training_flops_per_token
 from dash_megatron.training.metrics import StepMetrics
 
@@ -27,12 +28,14 @@ class StepTotals:
 
     def __init__(self, num_layers: int, device: torch.device) -> None:
         self.num_layers = num_layers
-        # loss, sum of causal contexts, tokens, then per layer: density, selected chunks, how often measured
-        self._sums = torch.zeros(3 + 3 * num_layers, dtype=torch.float64, device=device)
+        # loss, sum of causal contexts, tokens, then per layer: density, selected chunks, how often measured,
+        # and bytes sent to context-parallel peers, forward and backward
+        self._sums = torch.zeros(3 + 5 * num_layers, dtype=torch.float64, device=device)
         self._values: list[float] = []
+        self._imbalance = torch.ones((), dtype=torch.float64, device=device)
 
     def add(self, loss: Tensor, batch: PackedBatch, model: torch.nn.Module) -> None:
-        """Count one micro-batch, right after its forward pass; never waits for the device."""
+        """Count one micro-batch, right after its backward pass; never waits for the device."""
         contexts = (batch.position_ids + 1).sum()
         parts = [
             loss.detach().double(),
@@ -41,14 +44,30 @@ class StepTotals:
         ]
         self._sums[:3] += torch.stack([part.to(self._sums.device) for part in parts])
         for layer, means in routing_means(model).items():
-            row = 3 + 3 * layer
+            row = 3 + 5 * layer
             self._sums[row : row + 2] += torch.stack([means.density, means.chunks_selected]).double()
             self._sums[row + 2] += 1
+        for layer, sent in take_context_bytes(model).items():
+            row = 6 + 5 * layer
+            self._sums[row : row + 2] += self._sums.new_tensor(sent)
 
     def reduce(self) -> None:
         """Add up over all processes; collective, and waits for the device."""
+        self._compare_context_ranks()
         dist.all_reduce(self._sums)
+        # tensor-parallel ranks have copies of these; of routing, which belongs to kv heads, they have their own
+        self._sums[:3] /= dist.get_world_size(tensor_group())
         self._values = self._sums.tolist()
+
+    def _compare_context_ranks(self) -> None:
+        """Selected chunks of the busiest rank over the mean of the ranks that share its sequences; the worst of all."""
+        group = context_parallel_group()
+        most = self._sums[4::5].sum()
+        mean = most / dist.get_world_size(group)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(mean, group=group)
+        self._imbalance = torch.where(mean > 0, most / mean, 1.0)
+        dist.all_reduce(self._imbalance, dist.ReduceOp.MAX)
 
     @property
     def loss(self) -> float:
@@ -62,12 +81,30 @@ class StepTotals:
 
     def per_layer(self, column: int) -> list[float | None]:
         """Column 0: density; 1: selected chunks per token. None for layers without a router."""
-        rows = [self._values[3 + 3 * layer : 6 + 3 * layer] for layer in range(self.num_layers)]
-        return [row[column] / row[2] if row[2] else None for row in rows]
+        return [row[column] / row[2] if row[2] else None for row in self._rows()]
+
+    @property
+    def context_imbalance(self) -> float:
+        """Selected chunks of a context-parallel rank, most over mean."""
+        return self._imbalance.item()
+
+    def context_bytes(self, column: int) -> list[float]:
+        """Bytes that a process sent in each layer, mean over processes; column 0: forward, 1: backward."""
+        return [row[3 + column] / dist.get_world_size() for row in self._rows()]
+
+    def _rows(self) -> list[list[float]]:
+        return [self._values[3 + 5 * layer : 8 + 5 * layer] for layer in range(self.num_layers)]
 
 
 class Meter:
-    """Turns totals into metrics, and keeps time."""
+    """Turns totals into metrics, and keeps time.
+
+    Args:
+        config: the run.
+        vocab_size: rows of the output projection.
+        world_size: number of all processes; rates per process are the run's rate divided by it.
+        device: what this process computes on.
+    """
 
     def __init__(self, config: Config, vocab_size: int, world_size: int, device: torch.device) -> None:
         self.config = config
@@ -129,5 +166,8 @@ class Meter:
             density=sum(routed) / len(routed) if routed else None,
             density_per_layer=density,
             chunks_selected_per_layer=selected,
+            context_imbalance=totals.context_imbalance,
+            context_bytes_forward_per_layer=totals.context_bytes(0),
+            context_bytes_backward_per_layer=totals.context_bytes(1),
             skipped=skipped,
         )

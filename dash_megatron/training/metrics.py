@@ -38,6 +38,11 @@ class StepMetrics(TypedDict):
     """Selected over causally available chunks."""
     chunks_selected_per_layer: list[float | None]
     """Selected chunks per token, its own chunk included."""
+    context_imbalance: float
+    """Selected chunks of a context-parallel process, most over mean; 1 where nobody shares a sequence."""
+    context_bytes_forward_per_layer: list[float]
+    """Bytes that a process sent to those it shares sequences with, mean over processes."""
+    context_bytes_backward_per_layer: list[float]
     skipped: int
     """Updates left out since the start of the run."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from dash_megatron.config import ParallelConfig
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.layers import DashGPTModel, build_model
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
@@ -40,6 +41,8 @@ def sample_from_run(
             f"temperature={temperature} must be at least 0 and max_new_tokens={max_new_tokens} at least 1"
         )
     config, _, weights = load_weights(run_dir, step)
+    # whole weights, whatever the run's processes
+    config = config.model_copy(update={"parallel": ParallelConfig()})
     tokenizer = Tokenizer(str(config.data.tokenizer))
     device = init_process_groups(Launch(rank=0, world_size=1, local_rank=0), config.parallel)
     try:

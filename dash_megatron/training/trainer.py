@@ -20,7 +20,8 @@ from dash_megatron.data.blend import parse_blend, unigram_entropy
 from dash_megatron.data.dataset import build_dataset
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.layers import build_model, init_weights
-from dash_megatron.parallel import init_process_groups, read_launch
+from dash_megatron.ops.fingerprint import implementation_fingerprint
+from dash_megatron.parallel import context_rank, data_rank, init_process_groups, read_launch
 from dash_megatron.training.checkpoint import finished_steps, load_checkpoint, save_checkpoint, write_config
 from dash_megatron.training.engine import Engine
 from dash_megatron.training.flops import parameter_count
@@ -48,7 +49,7 @@ class Trainer:
     def __init__(self, config: Config, environment: Mapping[str, str] = os.environ) -> None:
         self.config = config
         launch = read_launch(environment)
-        self.world_size = config.data_parallel_size(launch.world_size)
+        self.data_parallel_size = config.data_parallel_size(launch.world_size)
         self.accumulation_steps = config.accumulation_steps(launch.world_size)
         self.tokenizer = _load_tokenizer(config)
         self.vocab_size = padded_vocabulary(config, self.tokenizer.vocab_size)
@@ -56,12 +57,13 @@ class Trainer:
         self.device = init_process_groups(launch, config.parallel)
         self.is_main = dist.get_rank() == 0
         set_up_logging(self.is_main)
+        check_same_implementation(implementation_fingerprint())
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         self.train_source = self._source("train", config.training.steps * config.training.global_batch)
         self.valid_source = self._source("valid", config.evaluation.samples) if config.data.valid else None
         model = build_model(config, self.vocab_size, self.device)
         init_weights(model, config.training.seed, config.model.init_std)
-        self.engine = Engine(model, config, self.world_size)
+        self.engine = Engine(model, config, self.data_parallel_size * config.parallel.context)
         self.step = 0
 
     def run(self) -> None:
@@ -89,7 +91,7 @@ class Trainer:
             write_config(self.config, code_commit())
             self.writer = MetricsWriter(self.config.run_dir, self.config.logging.tensorboard, self.step)
             print(self._introduction(), flush=True)
-        self.meter = Meter(self.config, self.vocab_size, self.world_size, self.device)
+        self.meter = Meter(self.config, self.vocab_size, dist.get_world_size(), self.device)
 
     def finish_reporting(self) -> None:
         """Close the metrics; say how far the model is from one that knows token frequencies only."""
@@ -108,7 +110,7 @@ class Trainer:
     def train_step(self) -> tuple[StepTotals, float]:
         """Read one global batch and update the weights; give back its totals and learning rate."""
         self.engine.module.train()
-        batches = [self.train_source.next_batch() for _ in range(self.accumulation_steps)]
+        batches = self.next_batches()
         targets = global_target_tokens(batches, self.device)
         lr = learning_rate(self.step, self.config)
         self.engine.set_lr(lr)
@@ -128,6 +130,10 @@ class Trainer:
         self.meter.count_step()
         return totals, lr
 
+    def next_batches(self) -> list[PackedBatch]:
+        """Read this process's micro-batches of one step; all processes of one copy of the model read the same."""
+        return [self.train_source.next_batch() for _ in range(self.accumulation_steps)]
+
     @torch.no_grad()
     def maybe_validate(self) -> float | None:
         """Mean loss over the validation samples, at steps that validate; collective."""
@@ -142,7 +148,7 @@ class Trainer:
             for batch in source:
                 loss = share_of_global_mean(self.engine.model, batch.to(self.device), one)
                 sums += torch.stack([loss.double(), batch.loss_mask.sum().to(self.device).double()])
-            dist.all_reduce(sums)
+            dist.all_reduce(sums)  # copies on tensor-parallel ranks are in both sums, and cancel
             return (sums[0] / sums[1].clamp_min(1)).item()
 
     def maybe_log(self, totals: StepTotals, lr: float, valid_loss: float | None) -> None:
@@ -201,21 +207,25 @@ class Trainer:
             micro_batch=config.training.micro_batch,
             eod=self.tokenizer.eod,
             pack_documents=config.data.pack_documents,
-            data_parallel_rank=dist.get_rank(),
-            data_parallel_size=self.world_size,
+            data_parallel_rank=data_rank(),
+            data_parallel_size=self.data_parallel_size,
             num_workers=config.data.num_workers if split == "train" else 0,
             pad_last=split == "valid",
             pin_memory=self.device.type == "cuda",
+            context_rank=context_rank(),
+            context_size=config.parallel.context,
+            chunk_size=config.attention.chunk_size if config.attention.kind == "dash" else None,
         )
 
     def _introduction(self) -> str:
-        config, training = self.config, self.config.training
+        config, training, parallel = self.config, self.config.training, self.config.parallel
         parameters = parameter_count(config, self.vocab_size)
         start = f"resuming after step {self.step}" if self.step else "from scratch"
         return (
             f"{config.run_dir}: {parameters / 1e6:,.1f}M parameters, {config.attention.kind} attention, "
             f"{training.steps} steps of {training.global_batch} x {config.data.seq_length} tokens, {start}\n"
-            f"{self.world_size} data-parallel process(es) on {self.device.type}, {self.accumulation_steps} "
+            f"{dist.get_world_size()} process(es) on {self.device.type}: {self.data_parallel_size} data x "
+            f"{parallel.context} context x {parallel.tensor} tensor parallel, {self.accumulation_steps} "
             f"micro-batch(es) of {training.micro_batch} a step, ZeRO {config.zero.stage}, {training.precision}"
         )
 
@@ -248,13 +258,30 @@ def padded_vocabulary(config: Config, tokenizer_size: int) -> int:
     """
     size = config.model.vocab_size
     if size is None:
-        return -(-tokenizer_size // 64) * 64
+        unit = math.lcm(64, config.parallel.tensor)
+        return -(-tokenizer_size // unit) * unit
     if size < tokenizer_size:
         raise ValueError(
             f"model.vocab_size={size} must be at least {tokenizer_size}, the vocabulary of data.tokenizer="
             f"{config.data.tokenizer}; use that, or null"
         )
     return size
+
+
+def check_same_implementation(fingerprint: str) -> None:
+    """Compare what results depend on between all processes; collective.
+
+    Raises:
+        ValueError: processes differ in it.
+    """
+    found: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(found, fingerprint)
+    ranks = {text: [rank for rank, other in enumerate(found) if other == text] for text in found}
+    if len(ranks) > 1:
+        listed = "; ".join(f"ranks {members} have {text}" for text, members in ranks.items())
+        raise ValueError(
+            f"processes would compute different results: {listed}. Start all from one environment and one checkout"
+        )
 
 
 def code_commit() -> str:

@@ -61,7 +61,6 @@ def test_configs_cannot_be_changed(path: Path) -> None:
         ("evaluation.every=5", "evaluation.every=5 needs data.valid, which is empty"),
         ("optimizer.betas=[0.9,1.0]", "optimizer.betas=(0.9, 1.0) must both lie in [0, 1)"),
         ("zero.options={stage: 2}", "zero.options={'stage': 2} must not set ['stage']"),
-        ("parallel.tensor=2", "parallel.tensor=2 must be 1"),
         ("zero.stage=4", "zero.stage=4"),
         ("optimizer.lr", "override 'optimizer.lr' must read section.key=value"),
         ("run_dir.x=1", "run_dir is a value, not a section"),
@@ -73,6 +72,56 @@ def test_a_wrong_setting_is_an_error_that_names_field_value_and_rule(
     with pytest.raises(ConfigError) as error:
         load_config(path, [override])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel.tensor=4"], "model.kv_heads=2 must be a multiple of parallel.tensor=4"),
+        (
+            ["parallel.tensor=2", "model.ffn_hidden_size=97"],
+            "model.ffn_hidden_size=97 must be a multiple of parallel.tensor=2: each process holds as many columns; "
+            "try parallel.tensor=1",
+        ),
+        (["parallel.tensor=2", "model.vocab_size=97"], "model.vocab_size=97 must be a multiple"),
+        (["parallel.sequence=true"], "parallel.sequence=true needs parallel.tensor > 1"),
+        (
+            ["parallel.tensor=2", "parallel.sequence=true", "data.seq_length=127"],
+            "data.seq_length=127 must be a multiple of 2 (parallel.context=1 x parallel.tensor=2) with "
+            "parallel.sequence; try 126",
+        ),
+        (
+            ["parallel.context=2"],
+            "data.seq_length=128 must be a multiple of 256 (2 x parallel.context=2 x attention.chunk_size=64)",
+        ),
+        (
+            ["parallel.context=2", "parallel.tensor=2", "parallel.context_comm=a2a", "data.seq_length=256"],
+            "model.kv_heads=2 / parallel.tensor=2 = 1 must be a multiple of parallel.context=2",
+        ),
+        (["parallel.context_comm=sparse", "attention.kind=full"], "but attention.kind=full"),
+        (["parallel.context_comm=sparse", "attention.full_layers=[1]"], "attention.full_layers=[1] need all"),
+        (["parallel.tensor=2", "zero.stage=0"], "zero.stage=0 must be 1, 2 or 3 with parallel.tensor=2"),
+        (
+            ["parallel.tensor=2", "zero.stage=3", "zero.options={zero_hpz_partition_size: 2}"],
+            "must not set ['zero_hpz_partition_size'] with parallel.tensor=2",
+        ),
+    ],
+)
+def test_a_way_of_splitting_that_does_not_fit_is_an_error_that_names_field_value_and_rule(
+    overrides: list[str], message: str, path: Path
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(path, overrides)
+    assert message in str(error.value)
+
+
+def test_every_process_that_shares_a_model_counts_as_one_data_parallel_process(path: Path) -> None:
+    split = ["parallel.tensor=2", "parallel.sequence=true", "parallel.context=2", "data.seq_length=256"]
+    config = load_config(path, split)
+    assert [config.data_parallel_size(world_size) for world_size in (4, 8)] == [1, 2]
+    assert config.accumulation_steps(8) == 4
+    with pytest.raises(ValueError, match=r"x parallel.context=2 = 4 must divide the 6 processes"):
+        config.accumulation_steps(6)
 
 
 def test_a_missing_key_and_a_missing_file_say_so(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_only_the_newest_checkpoints_stay_and_a_half_written_one_is_no_checkpoin
     ("section", "change", "message"),
     [
         ("model", {"ffn_hidden_size": 128}, r"model.ffn_hidden_size=128 differs from 96"),
-        ("zero", {"stage": 2}, r"zero_stage=2 differs from 1"),
+        ("zero", {"stage": 2}, r"zero.stage=2 differs from 1"),
     ],
 )
 def test_a_checkpoint_of_another_model_or_layout_is_refused(

@@ -83,7 +83,10 @@ def test_torchrun_starts_two_processes_that_train_as_one(
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     together = start(["--config", config_file], torchrun)
     assert together.returncode == 0, together.stderr
-    assert "2 data-parallel process(es) on cpu, 2 micro-batch(es) of 1 a step" in together.stdout
+    assert (
+        "2 process(es) on cpu: 2 data x 1 context x 1 tensor parallel, 2 micro-batch(es) of 1 a step"
+        in together.stdout
+    )
     # one process reports, and both trained on their share of the same batches
     assert len(re.findall(r"^step ", together.stdout, re.MULTILINE)) == 4
     losses = [
@@ -100,7 +103,7 @@ def test_torchrun_starts_two_processes_that_train_as_one(
         ("data.train=[/nowhere/train]", "/nowhere/train"),
         ("data.tokenizer=null", "data.tokenizer is empty"),
         ("model.vocab_size=64", "model.vocab_size=64 must be at least 320"),
-        ("parallel.context=2", "parallel.context=2 must be 1"),
+        ("parallel.sequence=true", "parallel.sequence=true needs parallel.tensor > 1"),
     ],
 )
 def test_a_wrong_setting_is_one_line_and_exit_code_2_before_any_process_group(

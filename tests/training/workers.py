@@ -1,13 +1,17 @@
 """Functions that tests run in processes of their own."""
 
 import contextlib
+import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dash_megatron.config import ParallelConfig
 from dash_megatron.config_loading import config_from_dict
+from dash_megatron.layers.sharding import splits
 from dash_megatron.parallel import destroy_process_groups
 
 
@@ -63,8 +67,11 @@ def watch_samples(trainer: Any, last_step: int | None) -> None:
     source.next_batch, trainer.train_step = watched_batch, watched_step
 
 
-def one_step(cases: list[tuple[str, dict[str, Any]]], folder: str, max_logits: int | None = None) -> None:
-    """Save loss, gradient norm, every gradient and the updated weights of one optimizer step to `<folder>/<name>.pt`."""
+def one_step(
+    cases: list[tuple[str, dict[str, Any]]], folder: str, max_logits: int | None = None, steps: int = 1
+) -> None:
+    """Save what `_measured_steps` gives for every case: rank 0 to `<folder>/<name>.pt`, every rank's copy of weights that
+    no process group shards to `<folder>/<name>_<rank>.pt`."""
     if max_logits is not None:
         from dash_megatron.layers import model
 
@@ -73,13 +80,20 @@ def one_step(cases: list[tuple[str, dict[str, Any]]], folder: str, max_logits: i
     for name, tree in cases:
         trainer = module.Trainer(config_from_dict(tree))
         trainer.start_reporting()
-        result = _measured_step(trainer)
+        result = _measured_steps(trainer, steps)
+        copies = {
+            parameter: result["weights"][parameter]
+            for parameter in result["weights"]
+            if parameter not in splits(trainer.engine.module)
+        }
+        torch.save(copies, Path(folder) / f"{name}_{torch.distributed.get_rank()}.pt")
         if trainer.is_main:
             torch.save(result, Path(folder) / f"{name}.pt")
     destroy_process_groups()
 
 
-def _measured_step(trainer: Any) -> dict[str, Any]:
+def _measured_steps(trainer: Any, steps: int) -> dict[str, Any]:
+    """Loss, gradient norm and every gradient of the first step, and the weights before it and after the last."""
     engine, calls, gradients = trainer.engine, 0, {}
     step = engine.step
 
@@ -91,6 +105,63 @@ def _measured_step(trainer: Any) -> dict[str, Any]:
         step()
 
     engine.step = watched_step
+    first = engine.full_weights()
     totals, _ = trainer.train_step()
-    weights = engine.full_weights()
-    return {"loss": totals.loss, "norm": engine.grad_norm(), "gradients": gradients, "weights": weights}
+    result = {"loss": totals.loss, "norm": engine.grad_norm(), "gradients": gradients}
+    result["density"] = totals.per_layer(0)
+    for _ in range(steps - 1):
+        trainer.train_step()
+    result["validation"] = trainer.maybe_validate()
+    return {**result, "first_weights": first, "weights": engine.full_weights()}
+
+
+def save_logits(trees: list[tuple[str, dict[str, Any]]], folder: str) -> None:
+    """Save the logits of 64 fixed tokens under initial weights to `<folder>/<name>_<rank>.pt`."""
+    module = keep_process_groups()
+    for name, tree in trees:
+        trainer = module.Trainer(config_from_dict(tree))
+        positions = torch.arange(64)[None]
+        with torch.no_grad():
+            logits = trainer.engine.module(positions * 7 % trainer.vocab_size, positions)
+        torch.save(logits, Path(folder) / f"{name}_{torch.distributed.get_rank()}.pt")
+    destroy_process_groups()
+
+
+def compare_fingerprints(folder: str) -> None:
+    """The last rank claims to run other code; each rank leaves the message of its error."""
+    from dash_megatron.parallel import init_process_groups, read_launch
+    from dash_megatron.training.trainer import check_same_implementation
+
+    init_process_groups(read_launch(os.environ), ParallelConfig())
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    check_same_implementation("the same")
+    try:
+        check_same_implementation("other" if rank == size - 1 else "usual")
+    except ValueError as error:
+        (Path(folder) / f"{rank}.txt").write_text(str(error))
+    destroy_process_groups()
+
+
+def steps_with_an_idle_rank(trees: list[dict[str, Any]], folder: str) -> None:
+    """Two steps of every case in which no token that context rank 0 of 2 holds is a target."""
+    from dash_megatron.parallel.context import zigzag_tokens
+
+    module = keep_process_groups()
+    for tree in trees:
+        trainer = module.Trainer(config_from_dict(tree))
+        trainer.start_reporting()
+        next_batch, length = trainer.train_source.next_batch, trainer.config.data.seq_length
+        idle = torch.zeros(length, dtype=torch.bool)
+        idle[zigzag_tokens(length, 0, 2)] = True
+
+        def masked_batch(next_batch: Any = next_batch, idle: torch.Tensor = idle) -> Any:
+            batch = next_batch()
+            here = torch.arange(len(idle)) if batch.context is None else batch.context.token
+            return dataclasses.replace(batch, loss_mask=batch.loss_mask & ~idle[here])
+
+        trainer.train_source.next_batch = masked_batch
+        result = _measured_steps(trainer, steps=2)
+        if trainer.is_main:
+            parallel = trainer.config.parallel
+            torch.save(result, Path(folder) / f"idle_{parallel.context}_{parallel.context_comm}.pt")
+    destroy_process_groups()

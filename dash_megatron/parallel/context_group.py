@@ -1,0 +1,178 @@
+"""Communication between context-parallel ranks: asynchronous, counted, over NCCL or gloo."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dash_megatron.parallel.context import Moves, from_ranks_to_sequence, from_sequence_to_ranks
+
+
+class Pending:
+    """A tensor that is on its way."""
+
+    def __init__(self, result: Tensor, work: Any = None, device: torch.device | None = None) -> None:
+        self._result, self._work, self._device = result, work, device
+
+    def wait(self) -> Tensor:
+        """The tensor, once it has arrived."""
+        for work in self._work if isinstance(self._work, list) else [self._work] if self._work else []:
+            work.wait()
+        self._work = None
+        return self._result if self._device is None else self._result.to(self._device)
+
+
+class ContextGroup:
+    """The ranks that share a sequence.
+
+    Args:
+        group: their process group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.bytes_sent = {"forward": 0, "backward": 0}
+        """Bytes that left this rank, in forward and backward passes."""
+        self.counts = True
+        """Whether to count; validation does not."""
+        self._phase = "forward"
+
+    def take_bytes(self) -> tuple[int, int]:
+        """Bytes sent in forward and backward passes since the last call."""
+        sent = self.bytes_sent["forward"], self.bytes_sent["backward"]
+        self.bytes_sent = dict.fromkeys(self.bytes_sent, 0)
+        return sent
+
+    @contextlib.contextmanager
+    def counting(self, phase: str) -> Iterator[None]:
+        """Count what is sent meanwhile as "forward" or "backward"."""
+        before, self._phase = self._phase, phase
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    def all_gather(self, x: Tensor) -> Pending:
+        """Every rank's x [...], of the same shape everywhere: [P, ...]."""
+        x, device = self._stage(x)
+        out = x.new_empty(self.size, *x.shape)
+        work = dist.all_gather_into_tensor(out.view(-1), x.view(-1), self.group, async_op=True)
+        self._count((self.size - 1) * x.nbytes)
+        return Pending(out, work, device)
+
+    def all_to_all(
+        self, x: Tensor, send_counts: Sequence[int] | None = None, receive_counts: Sequence[int] | None = None
+    ) -> Pending:
+        """Give every rank its rows of x [rows, ...]: equal shares, or `send_counts` of them; [received rows, ...]."""
+        x, device = self._stage(x)
+        if send_counts is None or receive_counts is None:
+            out, own_rows = torch.empty_like(x), x.shape[0] // self.size
+        else:
+            out, own_rows = x.new_empty(sum(receive_counts), *x.shape[1:]), send_counts[self.rank]
+        receive, send = (None if c is None else list(c) for c in (receive_counts, send_counts))
+        work = dist.all_to_all_single(out, x, receive, send, self.group, async_op=True)
+        self._count((x.shape[0] - own_rows) * x[:1].nbytes)
+        return Pending(out, work, device)
+
+    def shift(self, x: Tensor) -> Pending:
+        """Send x to the next rank and receive as much from the one before."""
+        x, device = self._stage(x)
+        out = torch.empty_like(x)
+        peers = [dist.get_global_rank(self.group, (self.rank + step) % self.size) for step in (1, -1)]
+        operations = [
+            dist.P2POp(dist.isend, x, peers[0], self.group),
+            dist.P2POp(dist.irecv, out, peers[1], self.group),
+        ]
+        self._count(x.nbytes)
+        return Pending(out, dist.batch_isend_irecv(operations), device)
+
+    def sum_shares(self, shares: Tensor) -> Tensor:
+        """Send shares [P, ...] to their ranks; the sum [...] over all ranks of this rank's share, in float32 or wider."""
+        received = self.all_to_all(shares.contiguous()).wait()
+        return received.sum(0, dtype=torch.promote_types(received.dtype, torch.float32))
+
+    def move(self, x: Tensor, moves: Moves) -> Tensor:
+        """Redistribute rows x [rows, ...]."""
+        received = self.all_to_all(x[moves.send], moves.send_counts, moves.receive_counts).wait()
+        return torch.cat([x, received])[moves.gather]
+
+    def _stage(self, x: Tensor) -> tuple[Tensor, torch.device | None]:
+        """Contiguous, and on the host where the group has no means to send from the device."""
+        if x.is_cuda and "nccl" not in str(dist.get_backend_config(self.group)):
+            return x.contiguous().cpu(), x.device
+        return x.contiguous(), None
+
+    def _count(self, num_bytes: int) -> None:
+        if self.counts:
+            self.bytes_sent[self._phase] += num_bytes
+
+
+class _Move(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, there: Moves, back: Moves, group: ContextGroup) -> Tensor:
+        ctx.back, ctx.group = back, group
+        with group.counting("forward"):
+            return group.move(x, there)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        with ctx.group.counting("backward"):
+            return ctx.group.move(gradient, ctx.back), None, None, None
+
+
+def move_rows(x: Tensor, there: Moves, back: Moves, group: ContextGroup) -> Tensor:
+    """`ContextGroup.move`, differentiable: gradients go the way back."""
+    return _Move.apply(x, there, back, group)
+
+
+class _HeadsForRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ContextGroup) -> Tensor:
+        ctx.group = group
+        with group.counting("forward"):
+            return _heads_for_rows(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        with ctx.group.counting("backward"):
+            return _rows_for_heads(gradient, ctx.group), None
+
+
+class _RowsForHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ContextGroup) -> Tensor:
+        ctx.group = group
+        with group.counting("forward"):
+            return _rows_for_heads(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        with ctx.group.counting("backward"):
+            return _heads_for_rows(gradient, ctx.group), None
+
+
+def _heads_for_rows(x: Tensor, group: ContextGroup) -> Tensor:
+    n, H, D = x.shape
+    by_rank = x.view(n, group.size, H // group.size, D).transpose(0, 1)
+    return from_ranks_to_sequence(group.all_to_all(by_rank).wait())
+
+
+def _rows_for_heads(x: Tensor, group: ContextGroup) -> Tensor:
+    received = group.all_to_all(from_sequence_to_ranks(x, group.size)).wait()
+    return received.transpose(0, 1).flatten(1, 2)
+
+
+def heads_for_rows(x: Tensor, group: ContextGroup) -> Tensor:
+    """Rows [N / P, H, D] of all heads for all rows [N, H / P, D], in order, of this rank's heads; differentiable."""
+    return _HeadsForRows.apply(x, group)
+
+
+def rows_for_heads(x: Tensor, group: ContextGroup) -> Tensor:
+    """The reverse of `heads_for_rows`."""
+    return _RowsForHeads.apply(x, group)

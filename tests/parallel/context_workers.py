@@ -1,0 +1,177 @@
+"""Attention of several context-parallel processes, saved for a test to compare."""
+
+import itertools
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from dash_megatron.config import ParallelConfig
+from dash_megatron.ops import dash_attention
+from dash_megatron.ops.sharded import stages
+from dash_megatron.parallel import destroy_process_groups, init_process_groups, read_launch
+from dash_megatron.parallel.context import shard_sequence
+from dash_megatron.parallel.context_group import ContextGroup, heads_for_rows, move_rows, rows_for_heads
+from dash_megatron.parallel.exchange import DashSide, FullSide, sharded_dash_attention, sharded_full_attention
+
+CHUNK = 16
+
+
+class Case(NamedTuple):
+    """One call of attention."""
+
+    bounds: tuple[int, ...]
+    """Where documents start, and the number of tokens."""
+    kind: str = "dash"
+    comm: str = "all_gather"
+    scaling_factor: float = 3.0
+    alpha: float = 1.5
+    estimate_diagonal: bool = True
+    heads: tuple[int, int] = (8, 4)
+    """Query and key/value heads."""
+    changed_token: int | None = None
+    """Its query, key and value are others."""
+    similar_chunks: int = 0
+    """Above 0: keys of so many neighbouring chunks are alike, and so are the queries that follow them: local routing."""
+    backend: str = "reference"
+    dtype: torch.dtype = torch.float64
+    device: str = "cpu"
+
+    @property
+    def cu_seqlens(self) -> torch.Tensor:
+        return torch.tensor(self.bounds, dtype=torch.int32)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {
+            "chunk_size": CHUNK,
+            "scaling_factor": self.scaling_factor,
+            "sigma": 2.0,
+            "estimate_diagonal": self.estimate_diagonal,
+            "alpha": self.alpha,
+        }
+
+
+def inputs_of(case: Case) -> list[torch.Tensor]:
+    """q, k, v [N, heads, 16], the summary query and the gradient of the output, of the whole sequence."""
+    generator = torch.Generator().manual_seed(0)
+    N, (Hq, Hkv) = case.bounds[-1], case.heads
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    q, k, v, w, d_out = (
+        normal(N, Hq, 16),
+        normal(N, Hkv, 16),
+        normal(N, Hkv, 16),
+        normal(Hkv, 16),
+        normal(N, Hq, 16),
+    )
+    if case.similar_chunks:
+        topics = 3 * normal(N // CHUNK // case.similar_chunks + 1, Hkv, 16)
+        topic_of_token = torch.arange(N) // (CHUNK * case.similar_chunks)
+        k += topics[topic_of_token]
+        q += topics[(topic_of_token - 1).clamp_min(0)].repeat_interleave(Hq // Hkv, 1)
+    if case.changed_token is not None:
+        for x in (q, k, v):
+            x[case.changed_token] = 2 * normal(*x.shape[1:])
+    return [x.to(case.device, case.dtype) for x in (q, k, v, w, d_out)]
+
+
+def attend_alone(case: Case) -> list[torch.Tensor]:
+    """Output and gradients of q, k, v and the summary query (zero for full attention), in float64."""
+    q, k, v, w, d_out = (x.double() for x in inputs_of(case))
+    leaves = [x.requires_grad_() for x in (q, k, v, w)]
+    q, k, v = (x[None] for x in (q, k, v))
+    if case.kind == "dash":
+        cu_seqlens = case.cu_seqlens.to(case.device)
+        out = dash_attention(q, k, v, w, cu_seqlens=cu_seqlens, backend="reference", **case.settings)
+    else:
+        documents = []
+        for start, end in itertools.pairwise(case.bounds):
+            parts = (x[:, start:end].transpose(1, 2) for x in (q, k, v))
+            attended = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
+            documents.append(attended.transpose(1, 2))
+        out = torch.cat(documents, dim=1)
+    gradients = torch.autograd.grad(out[0], leaves, d_out, allow_unused=True)
+    return [out[0].detach(), *(torch.zeros_like(w) if g is None else g for g in gradients)]
+
+
+def attend_together(cases: dict[str, Case], folder: str) -> None:
+    """Save what `attend_alone` gives to `<folder>/<name>.pt`, and every rank's traffic to `<name>_<rank>.pt`."""
+    size = int(os.environ["WORLD_SIZE"])
+    if any(case.device == "cuda" for case in cases.values()):
+        dist.init_process_group("gloo")  # the ranks share one GPU, which NCCL refuses
+    else:
+        if any(case.backend == "triton" for case in cases.values()):
+            os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
+        init_process_groups(read_launch(os.environ), ParallelConfig(context=size))
+    for name, case in cases.items():
+        results, traffic = _attend_rank(case, ContextGroup(dist.group.WORLD))
+        rank = dist.get_rank()
+        torch.save(traffic, Path(folder) / f"{name}_{rank}.pt")
+        if rank == 0:
+            torch.save(results, Path(folder) / f"{name}.pt")
+    destroy_process_groups()
+
+
+def _attend_rank(case: Case, group: ContextGroup) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    whole = inputs_of(case)
+    chunk_size = CHUNK if case.kind == "dash" else None
+    shard = shard_sequence(case.cu_seqlens, group.rank, group.size, chunk_size).to(case.device)
+    *rows, w = [x[shard.token].clone() for x in whole[:3]] + [whole[3].clone()]
+    leaves = [x.requires_grad_() for x in (*rows, w)]
+    if case.comm == "a2a":
+        out = _attend_heads(case, leaves, group)
+    elif case.kind == "full":
+        out = sharded_full_attention(*rows, FullSide(shard, group), case.comm)
+    else:
+        out = _attend_chunks(case, leaves, shard, group)
+    sent = dict(group.bytes_sent)
+    gradients = torch.autograd.grad(out, leaves, whole[4][shard.token], allow_unused=True)
+    traffic = {"forward": sent["forward"], "backward": group.bytes_sent["backward"], "shard": shard}
+    assert sent["backward"] == 0
+    assert group.bytes_sent["forward"] == sent["forward"]
+    results = []
+    for local, leaf in zip((out.detach(), *gradients), (out, *leaves), strict=True):
+        local = torch.zeros_like(leaf) if local is None else local
+        total = torch.zeros(case.bounds[-1], *local.shape[1:], dtype=local.dtype)
+        if leaf is w:
+            total = local.cpu()
+        else:
+            total[shard.token.cpu()] = local.cpu()
+        dist.all_reduce(total)
+        results.append(total)
+    return results, traffic
+
+
+def _attend_heads(case: Case, leaves: list[torch.Tensor], group: ContextGroup) -> torch.Tensor:
+    q, k, v = (heads_for_rows(x, group) for x in leaves[:3])
+    w = leaves[3].split(k.shape[1])[group.rank]
+    if case.kind == "dash":
+        out = dash_attention(
+            q[None], k[None], v[None], w, cu_seqlens=case.cu_seqlens, backend=case.backend, **case.settings
+        )[0]
+    else:
+        parts = []
+        for start, end in itertools.pairwise(case.bounds):
+            piece = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
+            parts.append(
+                F.scaled_dot_product_attention(*piece, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+            )
+        out = torch.cat(parts)
+    return rows_for_heads(out.contiguous(), group)
+
+
+def _attend_chunks(case: Case, leaves: list[torch.Tensor], shard: Any, group: ContextGroup) -> torch.Tensor:
+    *rows, w = leaves
+    if shard.chunks.there is not None:
+        rows = [move_rows(x, shard.chunks.there, shard.chunks.back, group) for x in rows]
+    functions = stages(case.backend, rows[0])
+    router = functions.Router(case.scaling_factor, 2.0, case.estimate_diagonal, case.alpha)
+    side = DashSide(functions, router, CHUNK, shard.chunks, group)
+    out, _ = sharded_dash_attention(*rows, w, side, case.comm)
+    return out if shard.chunks.there is None else move_rows(out, shard.chunks.back, shard.chunks.there, group)

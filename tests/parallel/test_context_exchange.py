@@ -1,0 +1,224 @@
+"""Exchanges between context-parallel ranks: results, leaks, and bytes."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dash_megatron.parallel.context import (
+    from_ranks_to_sequence,
+    from_sequence_to_ranks,
+    shard_sequence,
+    zigzag_tokens,
+)
+from dash_megatron.parallel.traffic import ContextShape, PassBytes, alignment, context_exchange
+from tests.parallel.context_workers import CHUNK, Case, attend_alone, attend_together
+
+DASH_COMMS = ["all_gather", "a2a", "p2p", "sparse"]
+FULL_COMMS = ["all_gather", "a2a", "p2p"]
+DOCUMENTS = {
+    "one": (0, 384),
+    # a document of one token, one that ends on a border, some that straddle one
+    "packed": (0, 37, 38, 96, 229, 384),
+    "many": (*range(0, 300, 7), 384),
+}
+NAMES = ("output", "dq", "dk", "dv", "d summary query")
+# float64: sums in another order
+TOLERANCE = 1e-12
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def together(cases: dict[str, Case], size: int, run_processes: Any, folder: Path) -> dict[str, Any]:
+    """Results of every case, and the traffic of every rank."""
+    run_processes(size, attend_together, cases, str(folder))
+    return {
+        name: (
+            torch.load(folder / f"{name}.pt"),
+            [torch.load(folder / f"{name}_{rank}.pt", weights_only=False) for rank in range(size)],
+        )
+        for name in cases
+    }
+
+
+def kinds_and_comms() -> list[tuple[str, str]]:
+    return [("dash", comm) for comm in DASH_COMMS] + [("full", comm) for comm in FULL_COMMS]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_every_exchange_gives_the_output_and_gradients_of_one_process(
+    size: int, run_processes: Any, tmp_path: Path
+) -> None:
+    cases = {
+        f"{kind}_{comm}_{documents}": Case(bounds, kind, comm, heads=(24, 12))
+        for (kind, comm), (documents, bounds) in itertools.product(kinds_and_comms(), DOCUMENTS.items())
+    }
+    for comm in DASH_COMMS:
+        cases[f"other_prior_{comm}"] = Case(
+            DOCUMENTS["packed"], comm=comm, heads=(12, 12), alpha=1.3, estimate_diagonal=False
+        )
+    for name, (found, _) in together(cases, size, run_processes, tmp_path).items():
+        for what, x, expected in zip(NAMES, found, attend_alone(cases[name]), strict=True):
+            assert error(x, expected) <= TOLERANCE, (name, what)
+
+
+def test_every_exchange_serves_the_triton_kernels(run_processes: Any, tmp_path: Path) -> None:
+    bounds = (0, 37, 38, 128, 192)
+    cases = {
+        comm: Case(bounds, comm=comm, heads=(4, 2), backend="triton", dtype=torch.float32)
+        for comm in ("all_gather", "p2p", "sparse")
+    }
+    for name, (found, _) in together(cases, 2, run_processes, tmp_path).items():
+        for what, x, expected in zip(NAMES, found, attend_alone(cases[name]), strict=True):
+            assert error(x, expected) <= 1e-5, (name, what)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_exchange_serves_the_kernels_of_ranks_that_share_a_gpu(
+    dtype: torch.dtype, run_processes: Any, tmp_path: Path
+) -> None:
+    documents = {"one": (0, 4096), "packed": (0, 1000, 1001, 2048, 3333, 4096)}
+    cases = {
+        f"{comm}_{name}": Case(bounds, comm=comm, heads=(16, 4), backend="triton", dtype=dtype, device="cuda")
+        for comm, (name, bounds) in itertools.product(("all_gather", "p2p", "sparse"), documents.items())
+    }
+    run_processes(4, attend_together, cases, str(tmp_path), cuda=True)
+    for name, case in cases.items():
+        expected = [x.cpu() for x in attend_alone(case)]
+        limits = (2e-4, 2e-3) if dtype == torch.float32 else (1e-2, 4e-2)
+        for what, x, y in zip(NAMES, torch.load(tmp_path / f"{name}.pt"), expected, strict=True):
+            assert error(x.double(), y) <= limits[what != "output"], (name, what)
+
+
+def test_a_token_changes_neither_earlier_tokens_nor_other_documents(
+    run_processes: Any, tmp_path: Path
+) -> None:
+    bounds, token = DOCUMENTS["packed"], 150
+    cases = {
+        f"{kind}_{comm}_{changed}": Case(bounds, kind, comm, changed_token=changed)
+        for (kind, comm), changed in itertools.product(kinds_and_comms(), (None, token))
+    }
+    results = together(cases, 2, run_processes, tmp_path)
+    for kind, comm in kinds_and_comms():
+        before, after = (results[f"{kind}_{comm}_{changed}"][0][0] for changed in (None, token))
+        change = (after - before).abs().amax((1, 2))
+        assert change[token:229].min() > 1e-6, "tokens that attend to it must see the change"
+        assert torch.cat([change[:token], change[229:]]).max() <= 1e-13, (kind, comm)
+
+
+def shape_of(shard: Any, routed: bool) -> ContextShape:
+    places = shard.chunks.places if routed else None
+    return ContextShape(
+        context=shard.size,
+        tokens=shard.rows,
+        heads=8,
+        kv_heads=4,
+        head_dim=16,
+        chunk_size=CHUNK,
+        element_bytes=4,
+        rows=places and places.max_rows,
+        chunks=places and places.max_chunks,
+        routed=routed,
+    )
+
+
+def sent_and_returned(shard: Any) -> tuple[int, int]:
+    if shard.chunks.there is None:
+        return 0, 0
+    return sum(shard.chunks.there.send_counts), sum(shard.chunks.back.send_counts)
+
+
+def test_bytes_sent_are_those_of_the_formulas(run_processes: Any, tmp_path: Path) -> None:
+    cases = {
+        f"{kind}_{comm}_{documents}": Case(DOCUMENTS[documents], kind, comm, dtype=torch.float32)
+        for (kind, comm), documents in itertools.product(kinds_and_comms(), ("one", "packed"))
+        if comm != "sparse"
+    }
+    for name, (_, ranks) in together(cases, 4, run_processes, tmp_path).items():
+        case = cases[name]
+        routed = case.kind == "dash" and case.comm != "a2a"
+        for traffic in ranks:
+            shape = shape_of(traffic["shard"], routed)
+            expected = context_exchange(case.comm, shape)
+            if routed:
+                expected += alignment(shape, *sent_and_returned(traffic["shard"]))
+            assert PassBytes(traffic["forward"], traffic["backward"]) == expected, name
+
+
+def test_sparse_sends_what_was_selected_and_never_more_than_all_gather(
+    run_processes: Any, tmp_path: Path
+) -> None:
+    bounds = (0, 2048)
+    routings = {"dense": (0.01, 0), "random": (3.0, 0), "sharp": (30.0, 0), "local": (30.0, 2)}
+    cases = {
+        f"{name}_{comm}": Case(
+            bounds, comm=comm, scaling_factor=scale, similar_chunks=similar, dtype=torch.float32
+        )
+        for (name, (scale, similar)), comm in itertools.product(routings.items(), ("sparse", "all_gather"))
+    }
+    results = together(cases, 4, run_processes, tmp_path)
+    share = {}
+    for name in routings:
+        (found, sparse), (same, gathered) = (results[f"{name}_{comm}"] for comm in ("sparse", "all_gather"))
+        assert all(error(x, y) <= 1e-5 for x, y in zip(found, same, strict=True))
+        for phase in ("forward", "backward"):
+            total, bound = (sum(rank[phase] for rank in ranks) for ranks in (sparse, gathered))
+            assert total <= bound, (name, phase)
+        shape = shape_of(sparse[0]["shard"], True)
+        # what is sent beyond summaries and requests is whole chunks; gradients go back where keys came from
+        nothing, block = context_exchange("sparse", shape, 0), 2 * CHUNK * 16 * 4
+        served = [divmod(rank["forward"] - nothing.forward, block) for rank in sparse]
+        assert not any(rest for _, rest in served)
+        chunks_returned = sum(rank["backward"] - nothing.backward for rank in sparse) / block
+        assert chunks_returned == 2 * sum(count for count, _ in served)
+        share[name] = sum(rank["forward"] for rank in sparse) / sum(rank["forward"] for rank in gathered)
+    # zigzag alone saves what lies in the future; local routing saves most
+    assert 1 > share["dense"] > share["local"]
+    assert share["local"] < 0.4, share
+
+
+def test_zigzag_split_and_its_reverse_are_one_to_one() -> None:
+    sequence = torch.arange(96)
+    ranks = torch.stack([zigzag_tokens(96, rank, 3) for rank in range(3)])
+    assert ranks[1].tolist() == [*range(16, 32), *range(64, 80)]
+    assert torch.equal(from_ranks_to_sequence(ranks), sequence)
+    assert torch.equal(from_sequence_to_ranks(sequence, 3), ranks)
+
+
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("size", [2, 4])
+def test_alignment_puts_whole_chunks_on_one_rank_and_moves_little(documents: str, size: int) -> None:
+    cu_seqlens = torch.tensor(DOCUMENTS[documents], dtype=torch.int32)
+    shards = [shard_sequence(cu_seqlens, rank, size, CHUNK) for rank in range(size)]
+    sent = (
+        [[shard.token[shard.chunks.there.send].split(shard.chunks.there.send_counts) for shard in shards]]
+        if (shards[0].chunks.there is not None)
+        else []
+    )
+    numbers, moved = [], 0
+    for shard in shards:
+        received = [parts[shard.rank] for parts in sent[0]] if sent else []
+        tokens = torch.cat([shard.token, *received])
+        if shard.chunks.there is not None:
+            tokens = tokens[shard.chunks.there.gather]
+            moved += sum(shard.chunks.there.send_counts)
+        for start, end, number, first in zip(*shard.chunks.queries[:4], strict=True):
+            chunk = tokens[start:end]
+            assert torch.equal(chunk, torch.arange(chunk[0], chunk[0] + len(chunk)))
+            assert 0 < len(chunk) <= CHUNK
+            document = int(torch.searchsorted(cu_seqlens, chunk[0], right=True)) - 1
+            assert (chunk[0] - cu_seqlens[document]) == (number - first) * CHUNK
+            assert chunk[-1] < cu_seqlens[document + 1]
+        numbers += shard.chunks.queries.number.tolist()
+    assert sorted(numbers) == list(range(shards[0].chunks.queries.num_chunks))
+    assert moved <= (CHUNK - 1) * (2 * size - 1)
+
+
+def test_a_sequence_that_cannot_be_split_names_the_rule() -> None:
+    with pytest.raises(ValueError, match="multiple of 128 = 2 x context 4 x chunk 16"):
+        shard_sequence(torch.tensor([0, 200], dtype=torch.int32), 0, 4, CHUNK)

@@ -1,0 +1,129 @@
+"""Context-parallel processes train as one process would, with every exchange, beside tensor parallelism and ZeRO."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dash_megatron.training.metrics import read_metrics
+from tests.training.test_global_batch import assert_same_step, relative_error, with_changes
+from tests.training.workers import one_step, steps_with_an_idle_rank, train_all
+
+STEPS = 10
+# float32, sums in another order
+TOLERANCE = 1e-5
+
+DOCUMENTS = {"packed": True, "long": False}
+EXCHANGES = {"dash": ["all_gather", "a2a", "p2p", "sparse"], "full": ["all_gather", "a2a", "p2p"]}
+# context, tensor and data-parallel size
+LAYOUTS = {
+    "context-2": (2, 1, 1),
+    "context-4": (4, 1, 1),
+    "context-2-tensor-2": (2, 2, 1),
+    "context-2-data-2": (2, 1, 2),
+}
+
+
+@pytest.fixture
+def tree(tiny_config: dict[str, Any]) -> dict[str, Any]:
+    """A run whose router drops chunks and whose updates keep the gradient's size: clipped, and with a large epsilon.
+
+    Adam's own normalisation would hide a gradient of the wrong size, and magnify rounding where it is near 0.
+    """
+    return with_changes(
+        tiny_config,
+        model={"heads": 8, "kv_heads": 4, "head_dim": 16, "qk_norm": True},
+        attention={"scaling_factor": 4.0},
+        optimizer={"lr": 0.1, "eps": 1e-2, "grad_clip": 0.1},
+        training={"steps": STEPS, "global_batch": 2},
+        evaluation={"every": STEPS, "samples": 3},
+    )
+
+
+def documents_of(tree: dict[str, Any], documents: str, kind: str) -> dict[str, Any]:
+    return with_changes(tree, data={"pack_documents": DOCUMENTS[documents]}, attention={"kind": kind})
+
+
+@pytest.fixture
+def expected(
+    tree: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """One process."""
+    keys = list(itertools.product(DOCUMENTS, EXCHANGES))
+    cases = [(f"one_{documents}_{kind}", documents_of(tree, documents, kind)) for documents, kind in keys]
+    run_processes(1, one_step, cases, str(tmp_path), None, STEPS)
+    return {key: torch.load(tmp_path / f"{name}.pt") for key, (name, _) in zip(keys, cases, strict=True)}
+
+
+def covering_cases(layout: str) -> dict[str, tuple[str, str, str, int]]:
+    """Every kind, exchange and way of documents with two ZeRO stages each, which differ from layout to layout."""
+    shift = list(LAYOUTS).index(layout)
+    cases = {}
+    combinations = [(kind, comm, d) for kind in EXCHANGES for comm in EXCHANGES[kind] for d in DOCUMENTS]
+    for number, (kind, comm, documents) in enumerate(combinations):
+        stage = 1 + (number // 2 + number + shift) % 3
+        cases[f"{kind}_{comm}_{documents}_zero_{stage}"] = (kind, comm, documents, stage)
+    return cases
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_gradients_and_weights_are_those_of_one_process(
+    layout: str, tree: dict[str, Any], expected: dict[Any, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    context, tensor, data = LAYOUTS[layout]
+    cases = covering_cases(layout)
+    trees = []
+    for name, (kind, comm, documents, stage) in cases.items():
+        parallel = {"context": context, "tensor": tensor, "sequence": tensor > 1, "context_comm": comm}
+        sections = {"parallel": parallel, "zero": {"stage": stage}}
+        trees.append((name, with_changes(documents_of(tree, documents, kind), **sections)))
+    run_processes(context * tensor * data, one_step, trees, str(tmp_path), None, STEPS)
+    for name, (kind, _, documents, _) in cases.items():
+        found, one = torch.load(tmp_path / f"{name}.pt"), expected[documents, kind]
+        assert_same_step(found, one, TOLERANCE)
+        assert found["validation"] == pytest.approx(one["validation"], rel=TOLERANCE), name
+        if kind == "dash":
+            assert found["density"] == pytest.approx(one["density"], rel=TOLERANCE), name
+        for parameter, weight in one["weights"].items():
+            assert relative_error(found["weights"][parameter], weight) <= TOLERANCE, (name, parameter)
+        copies = [torch.load(tmp_path / f"{name}_{rank}.pt") for rank in range(context * tensor * data)]
+        assert copies[0]
+        for parameter in copies[0]:
+            assert all(torch.equal(copies[0][parameter], other[parameter]) for other in copies), parameter
+
+
+def test_a_rank_without_targets_neither_hangs_nor_changes_the_step(
+    tree: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    run_processes(1, steps_with_an_idle_rank, [with_changes(tree, parallel={"context": 1})], str(tmp_path))
+    comms = EXCHANGES["dash"]
+    trees = [with_changes(tree, parallel={"context": 2, "context_comm": comm}) for comm in comms]
+    run_processes(2, steps_with_an_idle_rank, trees, str(tmp_path))
+    one = torch.load(tmp_path / "idle_1_all_gather.pt")
+    for comm in comms:
+        found = torch.load(tmp_path / f"idle_2_{comm}.pt")
+        assert_same_step(found, one, TOLERANCE)
+        for name, weight in one["weights"].items():
+            assert relative_error(found["weights"][name], weight) <= TOLERANCE, (comm, name)
+
+
+def test_metrics_report_balance_and_bytes_of_a_step_without_its_validation(
+    tree: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    tree = with_changes(
+        tree,
+        training={"steps": 2},
+        evaluation={"every": 1},
+        data={"pack_documents": False},
+        parallel={"context": 2},
+    )
+    run_processes(2, train_all, [(tree, None)])
+    kv = 2 * 64 * 4 * 16 * 4  # K and V of 64 tokens, 4 heads of 16, float32
+    summaries = 4 * 4 * 16 * 4
+    for line in read_metrics(tree["run_dir"]):
+        # two micro-batches; keys are gathered in both passes, gradients return in the backward
+        assert line["context_bytes_forward_per_layer"] == [2 * (kv + summaries)] * 2
+        assert line["context_bytes_backward_per_layer"] == [2 * (2 * kv + summaries)] * 2
+        assert 1 <= line["context_imbalance"] < 1.2

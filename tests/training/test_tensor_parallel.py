@@ -1,0 +1,209 @@
+"""Tensor-parallel processes train as one process would, with and without sequence parallel, under every ZeRO stage."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dash_megatron.layers.sharding import Split, join, shard, whole_shape
+from dash_megatron.training.checkpoint import load_weights
+from dash_megatron.training.metrics import read_metrics
+from dash_megatron.training.sample import sample_from_run
+from tests.training.test_global_batch import assert_same_step, relative_error, with_changes
+from tests.training.test_resume import EXACT, run_of
+from tests.training.workers import compare_fingerprints, one_step, save_logits, train_all
+
+STEPS = 10
+# float32, sums in another order
+TOLERANCE = 1e-5
+# 8 bits of mantissa
+BF16_TOLERANCE = 0.03
+
+MODELS: dict[str, dict[str, Any]] = {
+    "untied": {"qk_norm": True},
+    "tied": {"tie_embeddings": True},
+}
+
+
+@pytest.fixture
+def tree(tiny_config: dict[str, Any]) -> dict[str, Any]:
+    """A run whose router drops chunks and whose updates keep the gradient's size: clipped, and with a large epsilon.
+
+    Adam's own normalisation would hide a gradient of the wrong size, and magnify rounding where it is near 0.
+    """
+    return with_changes(
+        tiny_config,
+        attention={"scaling_factor": 10.0},
+        optimizer={"lr": 0.03, "eps": 2e-3, "grad_clip": 0.1},
+        training={"steps": STEPS},
+        evaluation={"every": STEPS, "samples": 5},
+    )
+
+
+def tensor_parallel(
+    tree: dict[str, Any], stage: int, sequence: bool, **sections: dict[str, Any]
+) -> dict[str, Any]:
+    parallel = {"tensor": 2, "sequence": sequence}
+    return with_changes(tree, zero={"stage": stage}, parallel=parallel, **sections)
+
+
+def references(
+    tree: dict[str, Any], run_processes: Any, folder: Path, steps: int = STEPS
+) -> dict[str, dict[str, Any]]:
+    """Every model's run in one process."""
+    cases = [(f"one_process_{name}", with_changes(tree, model=model)) for name, model in MODELS.items()]
+    run_processes(1, one_step, cases, str(folder), None, steps)
+    return {name: torch.load(folder / f"one_process_{name}.pt") for name in MODELS}
+
+
+def assert_bites(result: dict[str, Any], tree: dict[str, Any]) -> None:
+    """The steps do what the comparison is about."""
+    assert result["norm"] > 2 * tree["optimizer"]["grad_clip"], "clipping does nothing"
+    for name, weight in result["first_weights"].items():
+        moved = (result["weights"][name] - weight).norm()
+        assert moved > 10 * TOLERANCE * weight.norm(), f"{name} hardly moves, so its updates are not compared"
+
+
+def assert_copies_agree(folder: Path, name: str, processes: int) -> None:
+    """Weights that every process holds whole are equal to the last bit."""
+    copies = [torch.load(folder / f"{name}_{rank}.pt") for rank in range(processes)]
+    assert copies[0]
+    for parameter, weight in copies[0].items():
+        assert "norm" in parameter, "a matrix is not split"
+        assert all(torch.equal(weight, other[parameter]) for other in copies), (name, parameter)
+
+
+def test_loss_gradients_and_weights_are_those_of_one_process(
+    tree: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    expected = references(tree, run_processes, tmp_path)
+    for one in expected.values():
+        assert_bites(one, tree)
+    assert max(expected["untied"]["density"]) < 0.95, "every chunk is selected"
+    # tensor parallel alone, then two such models side by side
+    for processes, models in ((2, ["untied", "tied"]), (4, ["untied"])):
+        cases = {
+            f"{model}_{'sequence' if sequence else 'plain'}_{stage}_{processes}": (model, sequence, stage)
+            for model, sequence, stage in itertools.product(models, (False, True), (1, 2, 3))
+        }
+        trees = [
+            (name, tensor_parallel(tree, stage, sequence, model=MODELS[model]))
+            for name, (model, sequence, stage) in cases.items()
+        ]
+        run_processes(processes, one_step, trees, str(tmp_path), None, STEPS)
+        for name, (model, _, _) in cases.items():
+            found, one = torch.load(tmp_path / f"{name}.pt"), expected[model]
+            assert_same_step(found, one, TOLERANCE)
+            assert found["validation"] == pytest.approx(one["validation"], rel=TOLERANCE), name
+            assert found["density"] == pytest.approx(one["density"], rel=TOLERANCE), name
+            for parameter, weight in one["weights"].items():
+                assert relative_error(found["weights"][parameter], weight) <= TOLERANCE, (name, parameter)
+            assert_copies_agree(tmp_path, name, processes)
+
+
+def test_recomputation_and_scoring_in_pieces_leave_gradients_alone(
+    tree: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    expected = references(tree, run_processes, tmp_path, steps=1)
+    cases = [
+        (
+            f"{model}_{mode}_{stage}_{sequence}",
+            tensor_parallel(tree, stage, sequence, model=MODELS[model], training={"recompute": mode}),
+        )
+        for model, mode, stage, sequence in itertools.product(
+            MODELS, ("attention", "full"), (1, 3), (False, True)
+        )
+    ]
+    # 128 tokens and 320 words: pieces of 40 tokens, or of 20 of each rank's 64, and a shorter last one
+    run_processes(2, one_step, cases, str(tmp_path), 20 * 320)
+    for name, _ in cases:
+        assert_same_step(torch.load(tmp_path / f"{name}.pt"), expected[name.split("_")[0]], TOLERANCE)
+
+
+def test_bf16_gradients_and_their_norm_are_those_of_one_process(
+    tree: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    tree = with_changes(tree, training={"precision": "bf16"})
+    expected = references(tree, run_processes, tmp_path, steps=1)["untied"]
+    cases = [
+        (f"{stage}_{sequence}", tensor_parallel(tree, stage, sequence, model=MODELS["untied"]))
+        for stage, sequence in itertools.product((1, 2, 3), (False, True))
+    ]
+    run_processes(4, one_step, cases, str(tmp_path))
+    for name, _ in cases:
+        assert_same_step(torch.load(tmp_path / f"{name}.pt"), expected, BF16_TOLERANCE)
+
+
+def test_logits_are_whole_on_every_rank(tree: dict[str, Any], run_processes: Any, tmp_path: Path) -> None:
+    run_processes(1, save_logits, [("one", tree)], str(tmp_path))
+    cases = [(name, tensor_parallel(tree, 1, name == "sequence")) for name in ("plain", "sequence")]
+    run_processes(2, save_logits, cases, str(tmp_path))
+    one = torch.load(tmp_path / "one_0.pt")
+    for name, rank in itertools.product(("plain", "sequence"), (0, 1)):
+        torch.testing.assert_close(torch.load(tmp_path / f"{name}_{rank}.pt"), one, rtol=1e-4, atol=1e-5)
+
+
+def test_a_resumed_run_is_bit_identical_and_its_checkpoint_gives_whole_weights(
+    tree: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    tree = with_changes(
+        tree,
+        training={"steps": 4},
+        checkpoint={"every": 2},
+        evaluation={"every": 2},
+        schedule={"warmup_steps": 2},
+    )
+    cases = {
+        f"{precision}_{stage}": tensor_parallel(tree, stage, sequence=True, training={"precision": precision})
+        for precision, stage in itertools.product(("fp32", "bf16"), (1, 2, 3))
+    }
+    runs: list[tuple[dict[str, Any], int | None]] = []
+    for name, case in cases.items():
+        halves = run_of(case, tmp_path / "halves" / name)
+        runs += [(run_of(case, tmp_path / "whole" / name), None), (halves, 3), (halves, None)]
+    run_processes(4, train_all, runs)
+    run_processes(1, train_all, [(run_of(tree, tmp_path / "one"), None)])
+
+    expected = load_weights(tmp_path / "one")[2]
+    for name in cases:
+        whole, halves = tmp_path / "whole" / name, tmp_path / "halves" / name
+        for one, other in zip(read_metrics(whole), read_metrics(halves), strict=True):
+            assert {key: one[key] for key in EXACT} == {key: other[key] for key in EXACT}, name
+        weights, resumed = load_weights(whole)[2], load_weights(halves)[2]
+        assert weights.keys() == resumed.keys() == expected.keys()
+        tolerance = TOLERANCE if name.startswith("fp32") else BF16_TOLERANCE
+        for parameter, weight in weights.items():
+            assert torch.equal(weight, resumed[parameter]), (name, parameter)
+            assert relative_error(weight, expected[parameter]) <= tolerance, (name, parameter)
+    assert isinstance(sample_from_run(tmp_path / "whole" / "fp32_3", "def1 ", max_new_tokens=3), str)
+
+
+def test_a_checkpoint_of_another_tensor_size_is_refused(
+    tree: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    first = run_of(tree, tmp_path / "run", training={"steps": 1})
+    run_processes(1, train_all, [(first, None)])
+    second = tensor_parallel(run_of(tree, tmp_path / "run"), 1, sequence=False)
+    with pytest.raises(pytest.fail.Exception, match=r"parallel.tensor=2 differs from 1"):
+        run_processes(2, train_all, [(second, None)])
+
+
+def test_processes_that_run_other_code_are_named(run_processes: Any, tmp_path: Path) -> None:
+    run_processes(3, compare_fingerprints, str(tmp_path))
+    for rank in range(3):
+        assert "ranks [0, 1] have usual; ranks [2] have other" in (tmp_path / f"{rank}.txt").read_text()
+
+
+@pytest.mark.parametrize("split", [Split(0, 1), Split(1, 1), Split(0, 2)], ids=["rows", "columns", "gated"])
+def test_shards_join_to_the_weight_they_were_cut_from(split: Split) -> None:
+    whole = torch.randn(12, 18)
+    shards = [shard(whole, split, rank, 3) for rank in range(3)]
+    assert all(whole_shape(part.shape, split, 3) == [12, 18] for part in shards)
+    assert torch.equal(join(shards, split), whole)
+
+
+def test_a_rank_of_a_gated_layer_holds_its_gate_rows_and_then_its_up_rows() -> None:
+    rows = torch.arange(8)[:, None]
+    assert shard(rows, Split(0, 2), 1, 2).flatten().tolist() == [2, 3, 6, 7]
