@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dash_megatron.ops.fingerprint import implementation_fingerprint
 from dash_megatron.ops.kernels import configs, dash, geometry
 from dash_megatron.ops.kernels.attend import attend
 from dash_megatron.ops.kernels.backward_kv import backward_kv
@@ -374,7 +375,7 @@ def main() -> None:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cudnn": torch.backends.cudnn.version(),
-        "configs": configs.fingerprint(),
+        "implementation": implementation_fingerprint(),
     }
     print(header)
     results, dense_of, errors_of = [], {}, {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from dash_megatron.config import Config
 from dash_megatron.config_loading import load_config
-from dash_megatron.planning.layout import Hardware, Layout, broken_rules
+from dash_megatron.planning.layout import Hardware, Layout, with_layout
 from dash_megatron.planning.search import search, vocabulary
 from dash_megatron.planning.step_time import Routing, StepEstimate, estimate_step
 
@@ -57,8 +57,7 @@ def estimate_configured(
         ValueError: it breaks a rule on this number of GPUs.
     """
     layout = configured_layout(config, gpus)
-    if broken := broken_rules(config, layout):
-        raise ValueError("; ".join(broken))
+    with_layout(config, layout)
     return estimate_step(config, layout, vocabulary(config), routing, hardware)
 
 

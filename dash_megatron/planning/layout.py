@@ -1,4 +1,4 @@
-"""Layouts, the rules a layout must keep, and which links its groups use."""
+"""Layouts, and which links their groups use."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dash_megatron.config import Config
+from dash_megatron.config_loading import config_from_dict
 from dash_megatron.parallel.traffic import ContextComm
 
 Recompute = Literal["none", "attention", "full"]
@@ -67,46 +68,25 @@ class Layout:
         return self.context * self.data
 
 
-def broken_rules(config: Config, layout: Layout) -> list[str]:
-    """Every rule between sizes that `layout` breaks for `config`, as sentences; empty where it can run."""
-    model, tensor, context = config.model, layout.tensor, layout.context
-    length, per_pass = config.data.seq_length, config.training.micro_batch * layout.data
-    unit = 2 * context * config.attention.chunk_size
-    widths = {"kv_heads": model.kv_heads, "ffn_hidden_size": model.ffn_hidden_size}
-    if model.vocab_size:
-        widths["vocab_size"] = model.vocab_size
-    broken = [
-        f"model.{name}={size} must be a multiple of parallel.tensor={tensor}"
-        for name, size in widths.items()
-        if size % tensor
-    ]
-    if context > 1 and layout.context_comm == "a2a" and model.kv_heads // tensor % context:
-        broken.append(
-            f"model.kv_heads={model.kv_heads} / parallel.tensor={tensor} must be a multiple of "
-            f"parallel.context={context} for parallel.context_comm=a2a"
-        )
-    attention = config.attention
-    if (
-        context > 1
-        and layout.context_comm == "sparse"
-        and (attention.kind == "full" or attention.full_layers)
-    ):
-        broken.append("parallel.context_comm=sparse needs DashAttention in every layer")
-    if context > 1 and length % unit:
-        broken.append(
-            f"data.seq_length={length} must be a multiple of {unit} = 2 x parallel.context={context} x "
-            f"attention.chunk_size={config.attention.chunk_size}"
-        )
-    if layout.sequence and tensor > 1 and length // context % tensor:
-        broken.append(
-            f"data.seq_length={length} / parallel.context={context} must be a multiple of parallel.tensor={tensor}"
-        )
-    if config.training.global_batch % per_pass:
-        broken.append(
-            f"training.global_batch={config.training.global_batch} must be a multiple of {per_pass} = "
-            f"micro-batch x {layout.data} data-parallel ranks"
-        )
-    return broken
+def with_layout(config: Config, layout: Layout) -> Config:
+    """The config with another layout.
+
+    Raises:
+        ValueError: the layout breaks a rule of the config, or does not divide its batch.
+    """
+    parallel = {
+        "tensor": layout.tensor,
+        "context": layout.context,
+        "context_comm": layout.context_comm,
+        "sequence": layout.sequence,
+    }
+    tree = config.model_dump()
+    tree["parallel"].update(parallel)
+    tree["zero"]["stage"] = layout.zero_stage
+    tree["training"]["recompute"] = layout.recompute
+    changed = config_from_dict(tree)
+    changed.accumulation_steps(layout.gpus)
+    return changed
 
 
 @dataclass(frozen=True)

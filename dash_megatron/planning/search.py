@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from itertools import product
 
 from dash_megatron.config import Config
 from dash_megatron.parallel.traffic import ContextComm
-from dash_megatron.planning.layout import Hardware, Layout, Recompute, broken_rules
+from dash_megatron.planning.layout import Hardware, Layout, Recompute, with_layout
 from dash_megatron.planning.step_time import Routing, StepEstimate, estimate_step
 
 EXCHANGES: tuple[ContextComm, ...] = ("all_gather", "p2p", "a2a", "sparse")
@@ -38,7 +39,8 @@ def candidates(config: Config, gpus: int, hardware: Hardware) -> Iterator[Layout
             if sequence and tensor == 1:
                 continue
             layout = Layout(tensor, context, gpus // (tensor * context), stage, kind, recompute, sequence)
-            if not broken_rules(config, layout):
+            with contextlib.suppress(ValueError):
+                with_layout(config, layout)
                 yield layout
 
 

@@ -4,7 +4,6 @@ Nothing is ever tuned at run time: ranks that chose different configurations wou
 `benchmarks/tune_kernels.py` writes the table.
 """
 
-import hashlib
 import json
 from functools import cache
 from pathlib import Path
@@ -51,11 +50,6 @@ class Plan(NamedTuple):
 @cache
 def _table() -> dict[str, dict[str, dict[str, list[int]]]]:
     return json.loads(TABLE_FILE.read_text())
-
-
-def fingerprint() -> str:
-    """Hash of the table: ranks whose hashes differ would compute different results."""
-    return hashlib.sha256(TABLE_FILE.read_bytes()).hexdigest()[:16]
 
 
 def shape_key(dtype: torch.dtype, head_dim: int, chunk_size: int, group: int) -> str:
