@@ -27,7 +27,8 @@ from dash_megatron.ops import dash_attention
 from dash_megatron.ops.sharded import stages
 from dash_megatron.parallel.context import ChunkLayout, ContextShard
 from dash_megatron.parallel.context_group import ContextGroup, heads_for_rows, move_rows, rows_for_heads
-from dash_megatron.parallel.exchange import DashSide, FullSide, sharded_dash_attention, sharded_full_attention
+from dash_megatron.parallel.exchange import sharded_dash_attention, sharded_full_attention
+from dash_megatron.parallel.sides import DashSide, FullSide
 
 
 @dataclass

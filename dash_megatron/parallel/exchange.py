@@ -12,138 +12,14 @@ All ranks summarize their chunks, gather all summaries (1 / chunk_size of the ke
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dash_megatron.ops import full
 from dash_megatron.ops.sharded import KeyBuffer
-from dash_megatron.parallel.context import ChunkLayout, ContextShard, zigzag_tokens
-from dash_megatron.parallel.context_group import ContextGroup, Pending
-
-
-class Queries(NamedTuple):
-    """This rank's side of attention; all but `q` and `routed` only in the backward."""
-
-    q: Tensor
-    routed: Any = None
-    """What the router chose, if there is one."""
-    d_out: Any = None
-    out: Any = None
-    lse: Any = None
-    d_prior: Any = None
-
-
-class Side(Protocol):
-    """A kind of attention as the exchanges see it; see `DashSide`."""
-
-    @property
-    def group(self) -> ContextGroup: ...
-
-    @property
-    def max_rows(self) -> int: ...
-
-    def all_keys(self, k: Tensor) -> Any: ...
-
-    def keys_of(self, owner: int, k: Tensor) -> list[Any]: ...
-
-    def attend(self, queries: Queries, k: Tensor, v: Tensor, keys: Any) -> tuple[Tensor, Tensor]: ...
-
-    def attend_backward(
-        self, queries: Queries, k: Tensor, v: Tensor, keys: Any
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
-class DashSide(NamedTuple):
-    """DashAttention as the exchanges see it: which keys a buffer holds, and attention to them."""
-
-    stages: ModuleType
-    """See `ops.sharded.stages`."""
-    router: Any
-    chunk_size: int
-    chunks: ChunkLayout
-    group: ContextGroup
-
-    @property
-    def max_rows(self) -> int:
-        """Most rows of a rank."""
-        return self.chunks.places.max_rows
-
-    def all_keys(self, k: Tensor) -> KeyBuffer:
-        """Keys of all ranks, each padded to `max_rows`, behind one another."""
-        places = self.chunks.places
-        row = (places.owner * places.max_rows).int() + places.row
-        return KeyBuffer(_per_head(row, k), _per_head(places.length, k), 0, len(row))
-
-    def keys_of(self, owner: int, k: Tensor) -> list[KeyBuffer]:
-        """Keys of one rank that this rank's queries may attend to, piece by piece."""
-        places = self.chunks.places
-        row, length = _per_head(places.row, k), _per_head(places.length, k)
-        return [KeyBuffer(row, length, *window) for window in self.chunks.windows[owner]]
-
-    def attend(self, queries: Queries, k: Tensor, v: Tensor, keys: KeyBuffer) -> tuple[Tensor, Tensor]:
-        """Output [n, Hq, D] and base-2 log-sum-exp [n, Hq] over the keys in a buffer."""
-        return self.stages.attend(
-            queries.q, k, v, queries.routed, self.chunks.queries, keys, self.router, self.chunk_size
-        )
-
-    def attend_backward(
-        self, queries: Queries, k: Tensor, v: Tensor, keys: KeyBuffer
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v through these keys, in float32 or wider; those of `queries.d_prior` in place."""
-        return self.stages.attend_backward(
-            queries.d_out, queries.q, k, v, queries.out, queries.lse, queries.routed, self.chunks.queries, keys,
-            self.router, self.chunk_size, queries.d_prior,
-        )  # fmt: skip
-
-
-class FullKeys(NamedTuple):
-    """Keys for full attention."""
-
-    token: Tensor
-    """int64 [rows]: number in the whole sequence."""
-
-
-class FullSide(NamedTuple):
-    """Full attention as the exchanges see it."""
-
-    shard: ContextShard
-    group: ContextGroup
-
-    @property
-    def max_rows(self) -> int:
-        """Rows of every rank."""
-        return self.shard.rows
-
-    def all_keys(self, k: Tensor) -> FullKeys:
-        """As `DashSide.all_keys`."""
-        return FullKeys(torch.cat([self._tokens(rank, k) for rank in range(self.shard.size)]))
-
-    def keys_of(self, owner: int, k: Tensor) -> list[FullKeys]:
-        """As `DashSide.keys_of`, all at once."""
-        return [FullKeys(self._tokens(owner, k))]
-
-    def attend(self, queries: Queries, k: Tensor, v: Tensor, keys: FullKeys) -> tuple[Tensor, Tensor]:
-        """As `DashSide.attend`."""
-        return full.attend(queries.q, k, v, self.shard.token, self._first_token(), keys.token)
-
-    def attend_backward(
-        self, queries: Queries, k: Tensor, v: Tensor, keys: FullKeys
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `DashSide.attend_backward`."""
-        return full.attend_backward(
-            queries.d_out, queries.q, k, v, queries.out, queries.lse,
-            self.shard.token, self._first_token(), keys.token,
-        )  # fmt: skip
-
-    def _tokens(self, rank: int, k: Tensor) -> Tensor:
-        return zigzag_tokens(self.shard.num_tokens, rank, self.shard.size).to(k.device)
-
-    def _first_token(self) -> Tensor:
-        starts = self.shard.cu_seqlens[:-1].long()
-        return starts[torch.searchsorted(starts, self.shard.token, right=True) - 1]
+from dash_megatron.parallel.context_group import Pending
+from dash_megatron.parallel.sides import DashSide, FullSide, Queries, Side, per_head
 
 
 def padded_rows(k: Tensor, v: Tensor, rows: int) -> Tensor:
@@ -167,14 +43,17 @@ class AllGather:
 
     def __init__(self, side: Side) -> None:
         self.side = side
-        self._pending: Pending
+        self._pending: Pending | None = None
 
     def start(self, k: Tensor, v: Tensor) -> None:
         """Begin what need not wait for the router."""
         self._pending = self.side.group.all_gather(padded_rows(k, v, self.side.max_rows))
 
     def _buffer(self) -> tuple[Tensor, Tensor, Any]:
+        assert self._pending is not None, "start was called"
         k, v = (x.flatten(0, 1) for x in self._pending.wait().unbind(1))
+        # autograd keeps this object, which must not keep all keys
+        self._pending = None
         return k, v, self.side.all_keys(k)
 
     def attend(self, queries: Queries, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,8 +161,8 @@ class Sparse:
         buffer[:, rows, head] = pending.wait().transpose(0, 1)
         # chunks here are those this rank owns, for all heads, and those it asked for
         here = places.owner == s.group.rank
-        row = _per_head(torch.where(here, places.row, 0), k).clone()
-        length = _per_head(torch.where(here, places.length, 0), k).clone()
+        row = per_head(torch.where(here, places.row, 0), k).clone()
+        length = per_head(torch.where(here, places.length, 0), k).clone()
         peer, head_e, index = self._wanted.unbind(1)
         number = torch.empty(s.group.size, places.max_chunks, dtype=torch.int64, device=k.device)
         number[places.owner, places.local] = torch.arange(len(places.owner), device=k.device)
@@ -344,18 +223,18 @@ def unpack_bits(packed: Tensor, n: int) -> Tensor:
     return bits.flatten(1)[:, :n].bool()
 
 
-def _per_head(x: Tensor, k: Tensor) -> Tensor:
-    return x.expand(k.shape[1], -1)
-
-
-def _gather_summaries(summary: Tensor, s: DashSide) -> Tensor:
-    """Summaries of all chunks [Hkv, chunks, D] from this rank's."""
-    places = s.chunks.places
+def _send_summaries(summary: Tensor, s: DashSide) -> Pending:
+    """Begin to gather this rank's summaries [Hkv, own chunks, D] with everybody's."""
     H, c, D = summary.shape
-    padded = summary.new_zeros(H, places.max_chunks, D)
+    padded = summary.new_zeros(H, s.chunks.places.max_chunks, D)
     padded[:, :c] = summary
-    by_rank = s.group.all_gather(padded).wait()
-    return by_rank[places.owner, :, places.local].transpose(0, 1).contiguous()
+    return s.group.all_gather(padded)
+
+
+def _all_summaries(pending: Pending, s: DashSide) -> Tensor:
+    """Summaries of all chunks [Hkv, chunks, D]."""
+    places = s.chunks.places
+    return pending.wait()[places.owner, :, places.local].transpose(0, 1).contiguous()
 
 
 def _return_summaries(d_summary: Tensor, num_chunks: int, s: DashSide) -> Tensor:
@@ -374,20 +253,23 @@ class _ShardedDash(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         stages, chunks, C = side.stages, side.chunks.queries, side.chunk_size
         with side.group.counting("forward"):
+            pending = _send_summaries(stages.summarize(k, w, chunks.start, chunks.end, C), side)
+            # behind the summaries, which the router waits for
             exchange.start(k, v)
-            own = stages.summarize(k, w, chunks.start, chunks.end, C)
-            summary = _gather_summaries(own, side)
+            summary = _all_summaries(pending, side)
             routed = stages.route(q, summary, chunks, side.router, C)
             out, lse = exchange.attend(Queries(q, routed), k, v)
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, w, out)
-        ctx.kept, ctx.side, ctx.exchange = (lse, summary, routed), side, exchange
+        # nothing of size stays on ctx itself, where activation checkpointing would not find it
+        ctx.save_for_backward(q, k, v, w, out, lse, summary, *routed)
+        ctx.side, ctx.exchange, ctx.routed_type = side, exchange, type(routed)
         ctx.mark_non_differentiable(routed.selected)
         return out, routed.selected
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, _: Any) -> Any:
-        (q, k, v, w, out), (lse, summary, routed) = ctx.saved_tensors, ctx.kept
+        q, k, v, w, out, lse, summary, *routed = ctx.saved_tensors
+        routed = ctx.routed_type(*routed)
         side, d_out = ctx.side, d_out.contiguous()
         stages, chunks, C = side.stages, side.chunks.queries, side.chunk_size
         with side.group.counting("backward"):

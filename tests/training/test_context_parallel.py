@@ -94,6 +94,19 @@ def test_loss_gradients_and_weights_are_those_of_one_process(
             assert all(torch.equal(copies[0][parameter], other[parameter]) for other in copies), parameter
 
 
+def test_recomputation_leaves_gradients_alone(
+    tree: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    run_processes(1, one_step, [("one", tree)], str(tmp_path))
+    cases = []
+    for number, (mode, comm) in enumerate(itertools.product(("attention", "full"), EXCHANGES["dash"])):
+        sections = {"parallel": {"context": 2, "context_comm": comm}, "zero": {"stage": 1 + 2 * (number % 2)}}
+        cases.append((f"{mode}_{comm}", with_changes(tree, training={"recompute": mode}, **sections)))
+    run_processes(2, one_step, cases, str(tmp_path))
+    for name, _ in cases:
+        assert_same_step(torch.load(tmp_path / f"{name}.pt"), torch.load(tmp_path / "one.pt"), TOLERANCE)
+
+
 def test_a_rank_without_targets_neither_hangs_nor_changes_the_step(
     tree: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
