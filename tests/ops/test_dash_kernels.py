@@ -1,40 +1,17 @@
 """The Triton kernels against the float64 reference: on CPU tensors under Triton's interpreter, on a GPU at real sizes."""
 
-import os
-import sys
-from unittest import mock
-
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
 from torch.utils.checkpoint import checkpoint
 
 from dash_megatron.ops.reference import dash_attention_reference
+from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
+dash, geometry, configs = import_kernels("dash", "geometry", "configs")
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-def _import_kernels():
-    """The kernels' modules. Whether kernels are interpreted is settled when they are first imported."""
-    route = sys.modules.get("dash_megatron.ops.kernels.route")
-    if not CUDA and isinstance(getattr(route, "_route_kernel", None), triton.JITFunction):
-        for name in [x for x in sys.modules if x.startswith("dash_megatron.ops.kernels")]:
-            del sys.modules[name]
-    with mock.patch.dict(os.environ, {} if CUDA else {"TRITON_INTERPRET": "1"}):
-        from dash_megatron.ops.kernels import configs, dash, geometry
-    return dash, geometry, configs
-
-
-dash, geometry, configs = _import_kernels()
-
-# Relative errors |x - ref| / |ref| allowed: of the output, of the gradients.
-TOLERANCE = {
-    torch.float32: (2e-4, 2e-3),
-    torch.bfloat16: (1e-2, 4e-2),  # 2 ** -9 of every operand, and chunks at the threshold that change sides
-    torch.float16: (2e-3, 2e-2),
-}
 DTYPES = list(TOLERANCE)
 SETTINGS = {
     "chunk_size": 16,
@@ -44,22 +21,6 @@ SETTINGS = {
     "alpha": 1.5,
     "cu_seqlens": None,
 }
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    """What nobody writes is NaN, or an integer that points nowhere."""
-    if not CUDA:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poison(x):
-        if x.requires_grad:
-            return x  # torch's own, in checkpointing
-        return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max)
-
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
 
 
 def _cu_seqlens(*lengths):

@@ -1,35 +1,14 @@
 """The Triton kernels on sequences so long that 32-bit offsets overflow, a few tokens against float64."""
 
-import os
-import sys
-from unittest import mock
-
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
 
 from dash_megatron.ops.entmax import entmax
+from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
+(dash,) = import_kernels("dash")
 
-
-def _import_kernels():
-    """The kernels' module. Whether kernels are interpreted is settled when they are first imported."""
-    route = sys.modules.get("dash_megatron.ops.kernels.route")
-    if not CUDA and isinstance(getattr(route, "_route_kernel", None), triton.JITFunction):
-        for name in [x for x in sys.modules if x.startswith("dash_megatron.ops.kernels")]:
-            del sys.modules[name]
-    with mock.patch.dict(os.environ, {} if CUDA else {"TRITON_INTERPRET": "1"}):
-        from dash_megatron.ops.kernels import dash
-    return dash
-
-
-dash = _import_kernels()
-
-# Relative errors |x - ref| / |ref| allowed: of the output, of the gradients.
-TOLERANCE = {torch.float32: (2e-4, 2e-3), torch.bfloat16: (1e-2, 4e-2)}
 SIGMA = 2.0
 
 

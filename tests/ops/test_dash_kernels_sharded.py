@@ -3,53 +3,20 @@
 Two ranks of a packed sequence are played one after the other in one process.
 """
 
-import os
-import sys
-from unittest import mock
-
 import pytest
 import torch
-import triton
 
 from dash_megatron.ops.reference import dash_attention_reference
 from dash_megatron.ops.sharded import KeyBuffer, QueryChunks
+from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
+sharded, geometry = import_kernels("sharded", "geometry")
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-def _import_kernels():
-    """The kernels' modules. Whether kernels are interpreted is settled when they are first imported."""
-    route = sys.modules.get("dash_megatron.ops.kernels.route")
-    if not CUDA and isinstance(getattr(route, "_route_kernel", None), triton.JITFunction):
-        for name in [x for x in sys.modules if x.startswith("dash_megatron.ops.kernels")]:
-            del sys.modules[name]
-    with mock.patch.dict(os.environ, {} if CUDA else {"TRITON_INTERPRET": "1"}):
-        from dash_megatron.ops.kernels import geometry, sharded
-    return sharded, geometry
-
-
-sharded, geometry = _import_kernels()
-
-# Relative errors |x - ref| / |ref| allowed: of the output, of the gradients; as in test_dash_kernels.py.
-TOLERANCE = {torch.float32: (2e-4, 2e-3), torch.bfloat16: (1e-2, 4e-2)}
 NAN = float("nan")
 # One shorter than a chunk of 16, a ragged one, a long one over both ranks, one that ends with its chunk.
 LENGTHS = (9, 21, 100, 16)
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    """What nobody writes is NaN, or an integer that points nowhere."""
-    if not CUDA:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poison(x):
-        return x.fill_(NAN if x.is_floating_point() else torch.iinfo(x.dtype).max)
-
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
 
 
 def _int(values):
