@@ -98,7 +98,7 @@ def run_processes(tmp_path: Path) -> Callable[..., None]:
     """
 
     def run(
-        count: int, function: Callable[..., None], *arguments: Any, seconds: float = 240, cuda: bool = False
+        count: int, function: Callable[..., None], *arguments: Any, seconds: float = 480, cuda: bool = False
     ) -> None:
         from torch.distributed import TCPStore
 
