@@ -1,4 +1,4 @@
-"""The front door: `python -m dash_megatron plan | sample | study ...`."""
+"""The front door: `python -m dash_megatron plan | sample | convert | study ...`."""
 
 import argparse
 import sys
@@ -29,6 +29,21 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--step", type=int, help="checkpoint of this step instead of the newest")
     sample.set_defaults(run=_sample)
+
+    convert = tools.add_parser("convert", help="to and from Hugging Face folders")
+    directions = convert.add_subparsers(required=True, metavar="DIRECTION")
+    to_hf = directions.add_parser("to-hf", help="export a run's checkpoint for transformers")
+    to_hf.add_argument("run_dir", metavar="RUN_DIR")
+    to_hf.add_argument("output", metavar="OUT", help="folder to make")
+    to_hf.add_argument("--step", type=int, help="checkpoint of this step instead of the newest")
+    to_hf.add_argument("--dtype", default="bfloat16", help="of the weights: bfloat16 (default) or float32")
+    to_hf.set_defaults(run=_to_hf)
+    from_hf = directions.add_parser(
+        "from-hf", help="weights for training.init_from from a Llama-shaped model"
+    )
+    from_hf.add_argument("source", metavar="DIR", help="folder with config.json and safetensors")
+    from_hf.add_argument("output", metavar="OUT", help="folder to make")
+    from_hf.set_defaults(run=_from_hf)
 
     plan = tools.add_parser("plan", help="layouts of a config on a number of GPUs, ranked by estimated speed")
     plan.add_argument("--config", required=True, metavar="FILE", help="YAML file")
@@ -77,6 +92,27 @@ def _sample(options: argparse.Namespace) -> None:
         step=options.step,
     )
     print(options.prompt + text)
+
+
+def _to_hf(options: argparse.Namespace) -> None:
+    from dash_megatron.hf.export import export_run
+
+    report = export_run(options.run_dir, options.output, step=options.step, dtype=options.dtype)
+    print(
+        f"{options.output}: on {report.num_tokens} tokens the same chunks in every layer as the training model, logits "
+        f"within {report.logits_difference:.1e}; rounding weights changed logits by {report.rounding:.2%}"
+    )
+
+
+def _from_hf(options: argparse.Namespace) -> None:
+    from dash_megatron.hf.folder import MODEL_SECTIONS
+    from dash_megatron.hf.importing import import_folder
+
+    import_folder(options.source, options.output)
+    print(
+        f"{options.output}: start a run with training.init_from={options.output} and the sections in "
+        f"{options.output}/{MODEL_SECTIONS}"
+    )
 
 
 def _plan(options: argparse.Namespace) -> None:

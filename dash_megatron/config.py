@@ -184,6 +184,9 @@ class TrainingConfig(Section):
     """bf16 keeps fp32 master weights and moments; fp32 is for small models and parity tests."""
     seed: int = Field(default=1234, ge=0)
     """Seeds weights, data order and every random generator."""
+    init_from: str | None = None
+    """Folder of weights that a new run starts from, as `python -m dash_megatron convert from-hf` writes it; null draws
+    them. A run that resumes does not read it."""
     recompute: Literal["none", "attention", "full"] = "none"
     """What backward recomputes instead of keeping: nothing, core attention, or whole layers."""
 

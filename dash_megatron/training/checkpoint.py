@@ -17,7 +17,7 @@ import yaml
 from dash_megatron.config import Config
 from dash_megatron.config_loading import config_from_dict
 from dash_megatron.layers.sharding import Split, splits
-from dash_megatron.training.engine import Engine, load_full_weights
+from dash_megatron.training.engine import CheckpointWeights, Engine
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +100,8 @@ def load_checkpoint(engine: Engine, config: Config) -> dict[str, Any] | None:
     return state["trainer"]
 
 
-def load_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, int, dict[str, torch.Tensor]]:
-    """Read a run's config, step and whole weights on CPU, without process groups.
+def open_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, int, CheckpointWeights]:
+    """Read a run's config and step, and open its whole weights on CPU, without process groups.
 
     Args:
         run_dir: the run's folder.
@@ -120,8 +120,14 @@ def load_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, 
     config = config_from_dict({**facts["config"], "run_dir": str(run_dir)})
     # a checkpoint written before there was tensor parallelism names no splits
     layout = {name: Split(*values) for name, values in facts.get("splits", {}).items()}
-    weights = load_full_weights(folder, tag, facts["zero_stage"], layout, config.parallel.tensor)
+    weights = CheckpointWeights(folder, tag, facts["zero_stage"], layout, config.parallel.tensor)
     return config, step, weights
+
+
+def load_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, int, dict[str, torch.Tensor]]:
+    """As `open_weights`, with all weights read."""
+    config, step, weights = open_weights(run_dir, step)
+    return config, step, dict(weights)
 
 
 def write_config(config: Config, commit: str) -> None:

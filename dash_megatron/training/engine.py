@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import itertools
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ from dash_megatron.parallel import GradientGroups, tensor_group
 # Empty, so that DeepSpeed does not compile its shared-memory reduction when it starts: that serves inference only, and
 # needs a C++ compiler and ninja where training needs neither.
 deepspeed.ops.__compatible_ops__ = {}
+
+_Reader = Callable[[], Tensor]
 
 
 class Engine:
@@ -149,12 +153,11 @@ class Engine:
         return state
 
 
-def load_full_weights(
-    folder: Path, tag: str, zero_stage: int, splits: Mapping[str, Split], tensor_size: int
-) -> dict[str, Tensor]:
-    """Read a checkpoint's weights by parameter name, whole, on CPU, without a process group.
+class CheckpointWeights(Mapping[str, Tensor]):
+    """A checkpoint's weights by parameter name, each read and made whole when asked for; on CPU, without process group.
 
-    ZeRO 1 to 3 give the float32 master weights, ZeRO 0 the weights in training precision.
+    ZeRO 1 to 3 give the float32 master weights, ZeRO 0 the weights in training precision. Files are mapped, not read:
+    what is asked for takes memory, and what was given back and dropped takes none.
 
     Args:
         folder, tag: the checkpoint is `folder/tag`.
@@ -165,11 +168,24 @@ def load_full_weights(
     Raises:
         ValueError, FileNotFoundError: a file of the checkpoint is missing or damaged.
     """
-    shards = []
-    for rank in range(tensor_size):
-        with _files_of_tensor_rank(folder / tag, rank) as path:
-            shards.append(_load_weights(path, zero_stage))
-    return {name: join([shard[name] for shard in shards], splits.get(name)) for name in shards[0]}
+
+    def __init__(
+        self, folder: Path, tag: str, zero_stage: int, splits: Mapping[str, Split], tensor_size: int
+    ) -> None:
+        self._splits = splits
+        self._shards: list[dict[str, _Reader]] = []
+        for rank in range(tensor_size):
+            with _files_of_tensor_rank(folder / tag, rank) as path:
+                self._shards.append(_readers(path, zero_stage))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return join([shard[name]() for shard in self._shards], self._splits.get(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shards[0])
+
+    def __len__(self) -> int:
+        return len(self._shards[0])
 
 
 @contextlib.contextmanager
@@ -185,32 +201,80 @@ def _files_of_tensor_rank(path: Path, rank: int) -> Iterator[Path]:
         yield Path(name)
 
 
-def _load_weights(path: Path, zero_stage: int) -> dict[str, Tensor]:
-    """Weights of a checkpoint without tensor parallelism."""
-    if zero_stage == 1 and list(path.glob("bf16_zero_pp_rank_*")):
-        return _join_bf16_shards(path)
-    if zero_stage:
+def _readers(path: Path, zero_stage: int) -> dict[str, _Reader]:
+    """What reads each weight of a checkpoint without tensor parallelism."""
+    if zero_stage == 3:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return dict(get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name))
-    states = torch.load(path / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-    return {name: value for name, value in states["module"].items() if isinstance(value, Tensor)}
-
-
-def _join_bf16_shards(path: Path) -> dict[str, Tensor]:
-    """Master weights of DeepSpeed's bf16 ZeRO-1 optimizer, whose shards its own reader does not know."""
-    states = torch.load(
-        path / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False, mmap=True
-    )
+            lazy = get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name, lazy_mode=True)
+        return {name: tensor.contiguous for name, tensor in lazy.items()}
+    states = _map_file(path / "mp_rank_00_model_states.pt")
+    if zero_stage == 0:
+        return {
+            name: functools.partial(_join_slices, [value.flatten()], value.shape)
+            for name, value in states["module"].items()
+            if isinstance(value, Tensor)
+        }
     shapes = {name: shape for group in states["param_shapes"] for name, shape in group.items()}
-    pieces: dict[str, list[Tensor]] = {name: [] for name in shapes}
-    for rank in range(states["dp_world_size"]):
-        file = path / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        shard = torch.load(file, map_location="cpu", weights_only=False, mmap=True)["optimizer_state_dict"]
+    files = list(path.glob("*zero_pp_rank_*_optim_states.pt"))
+    if len(files) != states["dp_world_size"]:
+        raise FileNotFoundError(
+            f"{path.resolve()} has {len(files)} optimizer files, but {states['dp_world_size']} processes wrote it"
+        )
+    prefix = files[0].name.partition("zero_pp_rank_")[0]
+    shards = [
+        _map_file(path / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")["optimizer_state_dict"]
+        for rank in range(len(files))
+    ]
+    if "param_slice_mappings" in shards[0] and zero_stage == 1 and prefix:
+        slices = _named_slices(shards)
+    else:
+        slices = _consecutive_slices(shards, states["param_shapes"])
+    return {name: functools.partial(_join_slices, slices[name], shape) for name, shape in shapes.items()}
+
+
+def _map_file(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+
+
+def _join_slices(slices: list[Tensor], shape: torch.Size) -> Tensor:
+    return torch.cat(slices).view(shape)
+
+
+def _named_slices(shards: list[dict[str, Any]]) -> dict[str, list[Tensor]]:
+    """Master weights of DeepSpeed's bf16 ZeRO-1 optimizer, which says what each rank holds of each."""
+    slices: dict[str, list[Tensor]] = {}
+    for shard in shards:
         groups = zip(shard["single_partition_of_fp32_groups"], shard["param_slice_mappings"], strict=True)
         for flat, fragments in groups:
             for name, fragment in fragments.items():
-                pieces[name].append(flat[fragment.start : fragment.start + fragment.numel])
-    return {name: torch.cat(parts).view(shapes[name]) for name, parts in pieces.items()}
+                slices.setdefault(name, []).append(flat[fragment.start : fragment.start + fragment.numel])
+    return slices
+
+
+def _consecutive_slices(
+    shards: list[dict[str, Any]], param_shapes: list[dict[str, torch.Size]]
+) -> dict[str, list[Tensor]]:
+    """Master weights of the ZeRO 1 and 2 optimizer: a group's stand in one row, cut into a piece for each rank."""
+    slices: dict[str, list[Tensor]] = {}
+    paddings = shards[0].get("param_alignment_paddings")
+    for index, shapes in enumerate(param_shapes):
+        pieces = [shard["single_partition_of_fp32_groups"][index] for shard in shards]
+        ends = list(itertools.accumulate(len(piece) for piece in pieces))
+        start = 0
+        for number, (name, shape) in enumerate(shapes.items()):
+            stop = start + shape.numel()
+            if stop > ends[-1]:
+                raise ValueError(
+                    f"{name} ends at {stop}, past the {ends[-1]} weights that the optimizer files hold"
+                )
+            found = [
+                piece[max(start - end + len(piece), 0) : stop - end + len(piece)]
+                for piece, end in zip(pieces, ends, strict=True)
+                if start < end and stop > end - len(piece)
+            ]
+            slices[name] = found
+            start = stop + (paddings[index][number] if paddings is not None else 0)
+    return slices
 
 
 def _is_sharded(parameter: torch.nn.Parameter) -> bool:

@@ -25,6 +25,7 @@ from dash_megatron.parallel import context_rank, data_rank, init_process_groups,
 from dash_megatron.training.checkpoint import finished_steps, load_checkpoint, save_checkpoint, write_config
 from dash_megatron.training.engine import Engine
 from dash_megatron.training.flops import parameter_count
+from dash_megatron.training.initial import load_initial_weights
 from dash_megatron.training.loss import global_target_tokens, share_of_global_mean
 from dash_megatron.training.meter import Meter, StepTotals
 from dash_megatron.training.metrics import MetricsWriter, console_line, read_metrics
@@ -63,6 +64,8 @@ class Trainer:
         self.valid_source = self._source("valid", config.evaluation.samples) if config.data.valid else None
         model = build_model(config, self.vocab_size, self.device)
         init_weights(model, config.training.seed, config.model.init_std)
+        if config.training.init_from and not finished_steps(config.run_dir):
+            load_initial_weights(model, config.training.init_from, config.model)
         self.engine = Engine(model, config, self.data_parallel_size * config.parallel.context)
         self.step = 0
 
@@ -220,7 +223,8 @@ class Trainer:
     def _introduction(self) -> str:
         config, training, parallel = self.config, self.config.training, self.config.parallel
         parameters = parameter_count(config, self.vocab_size)
-        start = f"resuming after step {self.step}" if self.step else "from scratch"
+        first = f"from {training.init_from}" if training.init_from else "from scratch"
+        start = f"resuming after step {self.step}" if self.step else first
         return (
             f"{config.run_dir}: {parameters / 1e6:,.1f}M parameters, {config.attention.kind} attention, "
             f"{training.steps} steps of {training.global_batch} x {config.data.seq_length} tokens, {start}\n"

@@ -1,0 +1,67 @@
+"""The README.md of an exported folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import yaml
+
+from dash_megatron.config import Config
+from dash_megatron.hf import probe
+
+
+def model_card(
+    config: Config, step: int, metrics: dict[str, Any], report: probe.Report, dtype: torch.dtype
+) -> str:
+    """Say what the model is, how to load it, how exactly it was checked, and how it was trained.
+
+    Args:
+        metrics: the last logged line up to the checkpoint, or nothing.
+    """
+    name = str(dtype).removeprefix("torch.")
+    rounding = f" Rounding to {name} changes them by {report.rounding:.2%}." if report.rounding else ""
+    ignored = "the summary queries (`indexer_q`)" + (
+        " and `q_norm`, `k_norm`" if config.model.qk_norm else ""
+    )
+    shown = {
+        key: value
+        for key, value in metrics.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    table = "\n".join(f"| {key} | {value:.6g} |" for key, value in shown.items())
+    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [dash-attention, long-context]
+---
+
+# Weights after step {step}
+
+A Llama-shaped decoder with DashAttention (arXiv 2605.18753), weights in {name}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+```
+
+Without `trust_remote_code=True` transformers loads a dense Llama, which attends to everything and reports as unexpected
+the tensors it ignores: {ignored}. Its outputs are not those of training.
+
+On {report.num_tokens} random tokens this folder and the training model selected the same chunks in every layer, and
+their logits differed by at most {report.logits_difference:.1e} (float64 arithmetic on these weights).{rounding}
+
+## Last metrics
+
+| metric | value |
+| --- | --- |
+{table or "| none logged | |"}
+
+## Training configuration
+
+```yaml
+{settings}```
+"""

@@ -1,0 +1,154 @@
+"""A run's `model` and `attention` sections as a transformers config, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from dash_megatron.config import AttentionConfig, Config, ModelConfig
+from dash_megatron.hf.names import is_full
+
+MODEL_FILE = "modeling_dash.py"
+
+
+def llama_config(config: Config, vocab_size: int, dtype: torch.dtype, end_token: int) -> LlamaConfig:
+    """What plain transformers reads as a dense Llama, and `MODEL_FILE` as DashAttention."""
+    model, attention = config.model, config.attention
+    # keys that only our model file knows; transformers keeps what it does not know
+    ours: dict[str, Any] = {
+        "auto_map": {"AutoModelForCausalLM": f"{MODEL_FILE.removesuffix('.py')}.DashForCausalLM"},
+        "qk_norm": model.qk_norm,
+        "chunk_size": attention.chunk_size,
+        "scaling_factor": attention.scaling_factor,
+        "sigma": attention.sigma,
+        "estimate_diagonal": attention.estimate_diagonal,
+        "alpha": attention.alpha,
+        "layer_scaling_factors": [attention.scaling_factor] * model.layers,
+        "full_attention_layers": [layer for layer in range(model.layers) if is_full(attention, layer)],
+    }
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        dtype=dtype,
+        vocab_size=vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.ffn_hidden_size,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.channels_per_head,
+        max_position_embeddings=config.data.seq_length,
+        initializer_range=min(model.init_std, 1.0),
+        rms_norm_eps=model.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        tie_word_embeddings=model.tie_embeddings,
+        # a document starts where the one before it ended
+        bos_token_id=end_token,
+        eos_token_id=end_token,
+        pad_token_id=end_token,
+        **ours,
+    )
+
+
+def sections_of(tree: dict[str, Any], names: set[str]) -> tuple[ModelConfig, AttentionConfig]:
+    """Read the `config.json` of a folder whose model is Llama-shaped.
+
+    Args:
+        tree: the file's content.
+        names: of the folder's tensors, which tell what the file leaves open.
+
+    Raises:
+        ValueError: the model does something that ours does not.
+    """
+    theta = _rope_theta(tree)
+    _check_shape(tree)
+    layers = int(_need(tree, "num_hidden_layers"))
+    heads = int(_need(tree, "num_attention_heads"))
+    model = ModelConfig(
+        layers=layers,
+        hidden_size=_need(tree, "hidden_size"),
+        heads=heads,
+        kv_heads=tree.get("num_key_value_heads") or heads,
+        head_dim=tree.get("head_dim"),
+        ffn_hidden_size=_need(tree, "intermediate_size"),
+        vocab_size=_need(tree, "vocab_size"),
+        rope_theta=theta,
+        qk_norm="model.layers.0.self_attn.q_norm.weight" in names,
+        tie_embeddings=tree.get("tie_word_embeddings", False),
+        norm_eps=tree.get("rms_norm_eps", 1e-6),
+        init_std=tree.get("initializer_range") or 0.02,
+    )
+    if "chunk_size" not in tree:
+        return model, AttentionConfig(kind="full")
+    return model, _attention(tree, layers)
+
+
+def _attention(tree: dict[str, Any], layers: int) -> AttentionConfig:
+    full = tree.get("full_attention_layers") or []
+    factors = set(tree.get("layer_scaling_factors") or [tree.get("scaling_factor", 1.0)])
+    if len(factors) > 1:
+        raise ValueError(
+            f"config.json: layer_scaling_factors={tree['layer_scaling_factors']} must all be equal: a run has one "
+            "attention.scaling_factor"
+        )
+    everywhere = len(set(full)) == layers
+    return AttentionConfig(
+        kind="full" if everywhere else "dash",
+        chunk_size=tree["chunk_size"],
+        scaling_factor=factors.pop(),
+        sigma=_need(tree, "sigma"),
+        estimate_diagonal=_need(tree, "estimate_diagonal"),
+        alpha=tree.get("alpha", 1.5),
+        full_layers=() if everywhere else tuple(full),
+    )
+
+
+def _need(tree: dict[str, Any], key: str) -> Any:
+    if tree.get(key) is None:
+        raise ValueError(f"config.json has no {key}, which a Llama-shaped model needs")
+    return tree[key]
+
+
+def _rope_theta(tree: dict[str, Any]) -> float:
+    """Base of RoPE; transformers 5 writes `rope_parameters`, earlier ones `rope_theta` and `rope_scaling`."""
+    rope = tree.get("rope_parameters") or {}
+    scaling = tree.get("rope_scaling") or {}
+    for name, entry in (("rope_parameters", rope), ("rope_scaling", scaling)):
+        kind = entry.get("rope_type", entry.get("type", "default"))
+        if kind != "default":
+            raise ValueError(
+                f"config.json: {name}={entry} scales RoPE ({kind}), but training rotates by model.rope_theta alone; "
+                "start from a model without scaling (such as the release before its context was extended)"
+            )
+    partial = rope.get("partial_rotary_factor", tree.get("partial_rotary_factor")) or 1.0
+    if partial != 1.0:
+        raise ValueError(
+            f"config.json: partial_rotary_factor={partial} must be 1: training rotates whole heads"
+        )
+    return float(rope.get("rope_theta") or tree.get("rope_theta") or 10_000.0)
+
+
+def _check_shape(tree: dict[str, Any]) -> None:
+    """Refuse what would compute something else from tensors of the same names."""
+    activation = tree.get("hidden_act", "silu")
+    if activation != "silu":
+        raise ValueError(f"config.json: hidden_act={activation} must be silu, which training computes")
+    for key in ("attention_bias", "mlp_bias"):
+        if tree.get(key):
+            raise ValueError(f"config.json: {key}=true, but training has no biases")
+    if tree.get("sliding_window") and tree.get("use_sliding_window", True):
+        raise ValueError(
+            f"config.json: sliding_window={tree['sliding_window']} must be null: attention is full or dash"
+        )
+    if tree.get("num_experts") or tree.get("num_local_experts"):
+        raise ValueError("config.json: a mixture of experts cannot be trained here")
+
+
+def multipliers(tree: dict[str, Any]) -> tuple[float, float, float]:
+    """Factors on the embedding, on every residual branch, and on the logits, which MiniCPM has and Llama has not."""
+    residual = 1.0
+    if tree.get("scale_depth"):
+        residual = tree["scale_depth"] / tree["num_hidden_layers"] ** 0.5
+    logits = tree["dim_model_base"] / tree["hidden_size"] if tree.get("dim_model_base") else 1.0
+    return float(tree.get("scale_emb") or 1.0), residual, logits

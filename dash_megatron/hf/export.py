@@ -1,0 +1,94 @@
+"""`convert to-hf`: a run's checkpoint as a Hugging Face folder, published only after it was seen to compute the same."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from dash_megatron.config import Config
+from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.hf import modeling_dash, probe
+from dash_megatron.hf.card import model_card
+from dash_megatron.hf.config import MODEL_FILE, llama_config
+from dash_megatron.hf.folder import take, write_pieces
+from dash_megatron.hf.names import pieces, to_hugging_face
+from dash_megatron.hf.tokenizer import build_tokenizer
+from dash_megatron.training.checkpoint import open_weights
+from dash_megatron.training.metrics import read_metrics
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def export_run(
+    run_dir: str | Path, output: str | Path, *, step: int | None = None, dtype: str = "bfloat16"
+) -> probe.Report:
+    """Write a run's checkpoint, of any layout, as a folder that transformers loads; on CPU, a layer at a time.
+
+    Args:
+        run_dir: the run's folder.
+        output: the folder to make; may not exist.
+        step: which checkpoint; None: the newest.
+        dtype: of the weights, "bfloat16" or "float32".
+
+    Returns:
+        How exactly the exported model agrees with the training model.
+
+    Raises:
+        FileNotFoundError: the run has no such checkpoint, or its tokenizer is gone.
+        ValueError: an argument is wrong, or the exported model computes something else. `output` does not exist then.
+    """
+    output = Path(output)
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype={dtype} must be one of {list(DTYPES)}")
+    if output.exists():
+        raise ValueError(f"{output} exists already; remove it or choose another folder")
+    config, step, weights = open_weights(run_dir, step)
+    partial = output.parent / f".{output.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        report = _write(partial, config, step, weights, DTYPES[dtype])
+        os.rename(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return report
+
+
+def _write(
+    folder: Path, config: Config, step: int, weights: Mapping[str, Tensor], dtype: torch.dtype
+) -> probe.Report:
+    source = Path(str(config.data.tokenizer))
+    build_tokenizer(source).save_pretrained(folder)
+    shutil.copyfile(source, folder / "tokenizer.model")
+    end = Tokenizer(source).eod
+    vocab_size = len(weights["embedding.word_embeddings.weight"])
+    llama_config(config, vocab_size, dtype, end).save_pretrained(folder)
+    GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end).save_pretrained(folder)
+    shutil.copyfile(modeling_dash.__file__, folder / MODEL_FILE)
+    parts = pieces(config.model, config.attention, vocab_size)
+    expected = {name for piece in parts for name in piece.ours}
+    extra = sorted(set(weights) - expected)
+    if extra:
+        raise ValueError(f"the checkpoint has {extra[0]}, for which the export has no name")
+    write_pieces(
+        folder,
+        parts,
+        lambda piece: to_hugging_face(take(weights, piece.ours, "the checkpoint"), piece, config.model),
+        dtype,
+    )
+    logger.info("comparing the export with the training model")
+    report = probe.compare(folder, weights, config, dtype)
+    lines = read_metrics(config.run_dir) if (Path(config.run_dir) / "metrics.jsonl").is_file() else []
+    last = [line for line in lines if line["step"] <= step][-1:]
+    (folder / "README.md").write_text(model_card(config, step, dict(last[0]) if last else {}, report, dtype))
+    return report

@@ -1,0 +1,113 @@
+"""Folders of safetensors: writing one file a piece of the model, and reading tensors that must have given shapes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dash_megatron.hf.names import Piece
+
+MODEL_SECTIONS = "model.yaml"
+INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+def write_pieces(
+    folder: Path,
+    parts: list[Piece],
+    tensors_of: Callable[[Piece], dict[str, Tensor]],
+    dtype: torch.dtype | None,
+) -> None:
+    """Write every piece to a file of its own, then the index; one piece at a time is in memory.
+
+    Args:
+        tensors_of: makes a piece's tensors.
+        dtype: to round to; None keeps each tensor's.
+    """
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, piece in enumerate(parts, 1):
+        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors_of(piece).items()}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def take(
+    weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], source: str
+) -> dict[str, Tensor]:
+    """Read some tensors, which must be there and have the given shapes.
+
+    Raises:
+        ValueError: one is missing or of another shape; the message names it.
+    """
+    tensors = {}
+    for name, shape in shapes.items():
+        if name not in weights:
+            raise ValueError(f"{source} has no tensor {name}, which must have shape {list(shape)}")
+        tensors[name] = weights[name]
+        if tuple(tensors[name].shape) != tuple(shape):
+            raise ValueError(
+                f"{source}: tensor {name} has shape {list(tensors[name].shape)} and must have {list(shape)}"
+            )
+    return tensors
+
+
+class FolderWeights(Mapping[str, Tensor]):
+    """The tensors of a folder, each read when asked for.
+
+    Raises:
+        FileNotFoundError: there are no safetensors.
+        ValueError: a file is damaged, or the index names a tensor that its file has not.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if (self.folder / INDEX).is_file():
+            self.files: dict[str, str] = json.loads((self.folder / INDEX).read_text())["weight_map"]
+        elif (self.folder / _SINGLE).is_file():
+            self.files = {}
+            self.files = dict.fromkeys(self._names(_SINGLE), _SINGLE)
+        else:
+            raise FileNotFoundError(
+                f"{self.folder} has neither {INDEX} nor {_SINGLE}; convert it to safetensors"
+            )
+        for file in sorted(set(self.files.values())):
+            names = set(self._names(file))
+            claimed = {name for name, where in self.files.items() if where == file}
+            if names != claimed:
+                wrong = sorted(names ^ claimed)[0]
+                raise ValueError(
+                    f"{self.folder / file} and {INDEX} disagree about tensor {wrong}; download both again"
+                )
+
+    def _names(self, file: str) -> list[str]:
+        if not (self.folder / file).is_file():
+            raise FileNotFoundError(f"{self.folder / file} is missing, though {INDEX} names it")
+        try:
+            with safe_open(self.folder / file, framework="pt") as opened:
+                return list(opened.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{self.folder / file} is damaged: {error}") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.folder / self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)

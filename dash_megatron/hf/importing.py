@@ -1,0 +1,119 @@
+"""`convert from-hf`: a folder of a Llama-shaped model as weights that `training.init_from` starts a run from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import ValidationError
+from torch import Tensor
+
+from dash_megatron.config import AttentionConfig, ModelConfig
+from dash_megatron.hf.config import multipliers, sections_of
+from dash_megatron.hf.folder import MODEL_SECTIONS, FolderWeights, take, write_pieces
+from dash_megatron.hf.names import Piece, from_hugging_face, pieces
+
+
+def import_folder(source: str | Path, output: str | Path) -> dict[str, Any]:
+    """Write the weights of a Hugging Face folder under the training model's names; on CPU, a layer at a time.
+
+    Args:
+        source: folder with config.json and safetensors: one of `export_run`, or a dense Llama-shaped model.
+        output: the folder to make; may not exist. It holds safetensors, `model.yaml` with the sections that a run
+            config repeats, and the tokenizer's sentencepiece model where `source` has one.
+
+    Returns:
+        The sections in `model.yaml`.
+
+    Raises:
+        FileNotFoundError: `source` lacks a file.
+        ValueError: the model is not of a shape that can be trained here, a file is damaged, or a tensor is missing,
+            unknown or of another shape. `output` does not exist then.
+    """
+    source, output = Path(source), Path(output)
+    if output.exists():
+        raise ValueError(f"{output} exists already; remove it or choose another folder")
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"{source} has no config.json; give a folder that transformers could load")
+    tree = json.loads((source / "config.json").read_text())
+    weights = FolderWeights(source)
+    model, attention = _sections(tree, set(weights), source)
+    factors = multipliers(tree)
+    vocab_size = int(tree["vocab_size"])
+    _check_names(weights, pieces(model, attention, vocab_size), source)
+    if model.tie_embeddings and factors != (1.0, 1.0, 1.0):
+        # the embedding and the output projection, one table so far, are scaled differently
+        model = model.model_copy(update={"tie_embeddings": False})
+    parts = pieces(model, attention, vocab_size)
+    partial = output.parent / f".{output.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write_pieces(partial, parts, lambda piece: _convert(weights, piece, model, factors, source), None)
+        sections = _write_sections(partial, model, attention)
+        if (source / "tokenizer.model").is_file():
+            shutil.copyfile(source / "tokenizer.model", partial / "tokenizer.model")
+        os.rename(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return sections
+
+
+def _sections(tree: dict[str, Any], names: set[str], source: Path) -> tuple[ModelConfig, AttentionConfig]:
+    try:
+        return sections_of(tree, names)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise ValueError(f"{source / 'config.json'}: {where}: {problem['msg']}") from error
+
+
+def _check_names(weights: Mapping[str, Tensor], parts: list[Piece], source: Path) -> None:
+    """Every tensor is known; missing ones are named when they are read."""
+    known = {name for piece in parts for name in piece.theirs}
+    for name in weights:
+        if name in known or name.endswith("rotary_emb.inv_freq"):
+            continue
+        tied = name == "lm_head.weight" and torch.equal(weights[name], weights["model.embed_tokens.weight"])
+        if not tied:
+            raise ValueError(f"{source} has tensor {name}, which a model of its config.json does not have")
+
+
+def _convert(
+    weights: Mapping[str, Tensor],
+    piece: Piece,
+    model: ModelConfig,
+    factors: tuple[float, float, float],
+    source: Path,
+) -> dict[str, Tensor]:
+    embedding, residual, logits = factors
+    theirs = {}
+    for name, shape in piece.theirs.items():
+        untied = name == "lm_head.weight" and name not in weights and factors != (1.0, 1.0, 1.0)
+        stored = "model.embed_tokens.weight" if untied else name
+        tensor = take(weights, {stored: shape}, str(source))[stored]
+        factor = {"model.embed_tokens.weight": embedding, "lm_head.weight": logits}.get(name, 1.0)
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            factor = residual
+        # rounded in float32, not again to the stored dtype
+        theirs[name] = tensor if factor == 1.0 else tensor.float() * factor
+    return from_hugging_face(theirs, piece, model)
+
+
+def _write_sections(folder: Path, model: ModelConfig, attention: AttentionConfig) -> dict[str, Any]:
+    sections: dict[str, Any] = {"model": model.model_dump(mode="json")}
+    if attention.kind == "dash" or attention.full_layers:
+        sections["attention"] = attention.model_dump(mode="json", exclude={"backend"})
+    text = yaml.safe_dump(sections, sort_keys=False)
+    note = (
+        "# sections of a run config whose training.init_from is this folder; any attention section will do\n"
+    )
+    (folder / MODEL_SECTIONS).write_text(note + text)
+    return sections

@@ -1,0 +1,519 @@
+"""A Llama-shaped decoder with DashAttention (arXiv 2605.18753), for transformers.
+
+This file travels in the folder of exported weights and needs torch and transformers only. Where the package
+dash_megatron can be imported, prompts on CUDA go through its kernels.
+
+Letters: B batch, H key/value heads, G query heads per key/value head, T queries (the last T of S columns),
+S cached columns, c chunks, C tokens per chunk, D head dim. Rows may start with padding: chunks are counted from each
+row's first token.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, LlamaConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+# Scores alive at once, in elements: prompts are attended block by block to stay below.
+MAX_BLOCK_SCORES = 2**24
+MAX_NEWTON_STEPS = 100
+
+
+class Router(NamedTuple):
+    """Constants of one layer's attention."""
+
+    chunk_size: int
+    scaling_factor: float
+    sigma: float
+    estimate_diagonal: bool
+    alpha: float
+
+
+def entmax(z: Tensor, alpha: float) -> Tensor:
+    """Probabilities over the last dimension, exactly zero below a threshold; rows of only -inf give zeros."""
+    x = ((z - z.amax(-1, keepdim=True)) * (alpha - 1)).clamp_min(-2)
+    exponent = 1 / (alpha - 1)
+    if alpha in (1.5, 2):
+        ordered = x.sort(dim=-1, descending=True).values
+        size = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
+        mean = ordered.cumsum(-1) / size
+        if alpha == 2:
+            tau = mean - 1 / size
+        else:
+            spread = ordered.square().cumsum(-1) - size * mean.square()
+            tau = mean - ((1 - spread) / size).clamp_min(0).sqrt()
+        support = (tau <= ordered).sum(-1, keepdim=True).clamp_min(1)
+        tau = tau.gather(-1, support - 1)
+        # prefix sums round; one Newton step on the scores themselves takes the rounding out again
+        tau = tau + _newton_step(x, tau, exponent)
+        p = (x - tau).clamp_min(0).pow(exponent)
+    else:
+        # 1 / (alpha - 1) magnifies rounding
+        x = x.double()
+        tau = torch.full_like(x[..., :1], -1)
+        settled = torch.zeros_like(tau, dtype=torch.bool)
+        for _ in range(MAX_NEWTON_STEPS):
+            step = _newton_step(x, tau, exponent).masked_fill(settled, 0)
+            tau = tau + step
+            settled = ~(step.abs() > 4 * torch.finfo(x.dtype).eps)
+            if bool(settled.all()):
+                break
+        p = (x - tau).clamp_min(0).pow(exponent)
+        p = (p / p.sum(-1, keepdim=True)).to(z.dtype)
+    return p.masked_fill(z == -math.inf, 0)
+
+
+def _newton_step(x: Tensor, tau: Tensor, exponent: float) -> Tensor:
+    """How far `tau` is from where `([x - tau]_+ ** exponent).sum()` is one, to first order of its `exponent`-th root."""
+    u = (x - tau).clamp_min(0)
+    norm = u.pow(exponent).sum(-1, keepdim=True).pow(1 / exponent)
+    slope = torch.where(u > 0, u.pow(exponent - 1), 0).sum(-1, keepdim=True) * norm.pow(1 - exponent)
+    return (norm - 1) / slope
+
+
+def summarize(k: Tensor, indexer_q: Tensor, start: Tensor, first: int, last: int, chunk_size: int) -> Tensor:
+    """Summaries [B, H, last - first, D] of chunks `first` to `last` of k [B, H, S, D].
+
+    Args:
+        indexer_q: [H, D].
+        start: column of each row's first token, int64 [B].
+
+    A chunk that a row has not filled gets a summary that no query may use.
+    """
+    B, H, S, D = k.shape
+    offset = torch.arange(first * chunk_size, last * chunk_size, device=k.device)
+    column_BS = (start[:, None] + offset).clamp_max(S - 1)
+    k_BHSD = k.gather(2, column_BS[:, None, :, None].expand(B, H, -1, D))
+    k_BHcCD = k_BHSD.view(B, H, last - first, chunk_size, D)
+    score_BHcC = torch.einsum("bhctd,hd->bhct", k_BHcCD, indexer_q * D**-0.5)
+    return (score_BHcC.softmax(-1).unsqueeze(-2) @ k_BHcCD).squeeze(-2)
+
+
+def log_prior(q: Tensor, summary: Tensor, chunk: Tensor, router: Router) -> Tensor:
+    """Bias on the scores of every chunk, [B, H, T, c]: 0 for the own one, -inf for those not selected.
+
+    Args:
+        q: queries divided by sqrt(D), [B, H, G, T, D].
+        summary: [B, H, c, D]; what stands at a query's own chunk or later is not used.
+        chunk: each query's own chunk, int64 [B, T].
+    """
+    number_c = torch.arange(summary.shape[2], device=q.device)
+    past_BTc = number_c < chunk[..., None]
+    own_BTc = number_c == chunk[..., None]
+    z_BHGTc = router.scaling_factor * (q @ summary[:, :, None].mT)
+    p_BHTc = entmax(z_BHGTc.masked_fill(~past_BTc[:, None, None], -math.inf), router.alpha).mean(2)
+    selected = p_BHTc > 0
+    log_p = torch.where(selected, p_BHTc, 1).log()
+    if router.estimate_diagonal:
+        mean = log_p.detach().sum(-1, keepdim=True) / selected.sum(-1, keepdim=True).clamp_min(1)
+        log_p = (log_p - mean) / router.sigma
+    return log_p.masked_fill(~selected, -math.inf).masked_fill(own_BTc[:, None], 0)
+
+
+def _blocks(num_queries: int, num_columns: int, rows: int) -> Iterator[tuple[slice, int]]:
+    """Cut the queries into blocks: which they are, and how many columns they can see."""
+    size = max(1, min(128, MAX_BLOCK_SCORES // (rows * num_columns)))
+    for first in range(0, num_queries, size):
+        last = min(first + size, num_queries)
+        yield slice(first, last), num_columns - num_queries + last
+
+
+def _visible(columns: int, queries: range, start: Tensor) -> Tensor:
+    """Which columns each query sees, bool [B, T, S]: its row's tokens up to itself; padding sees itself."""
+    column_S = torch.arange(columns, device=start.device)
+    query_T1 = torch.arange(queries.start, queries.stop, device=start.device)[:, None]
+    tokens = (column_S <= query_T1) & (column_S >= start[:, None, None])
+    return tokens | (column_S == query_T1)
+
+
+def dash_attention(
+    q: Tensor, k: Tensor, v: Tensor, summary: Tensor, start: Tensor, router: Router
+) -> tuple[Tensor, Tensor]:
+    """DashAttention of the last T columns to all S, in plain torch.
+
+    Args:
+        q: [B, H, G, T, D], float32 or float64, as all others.
+        k, v: [B, H, S, D].
+        summary: [B, H, c, D] with c above every query's own chunk; see `log_prior`.
+        start: column of each row's first token, int64 [B].
+
+    Returns:
+        Output [B, H, G, T, D], and which chunks each query attends to, bool [B, H, T, c].
+    """
+    (B, H, G, T, D), S = q.shape, k.shape[2]
+    q = q * D**-0.5
+    chunk_BS = ((torch.arange(S, device=q.device) - start[:, None]) // router.chunk_size).clamp_min(0)
+    outputs, selections = [], []
+    for rows, seen in _blocks(T, S, B * H * G):
+        queries = range(S - T + rows.start, S - T + rows.stop)
+        q_BHGTD = q[:, :, :, rows]
+        bias_BHTc = log_prior(q_BHGTD, summary, chunk_BS[:, queries.start : queries.stop], router)
+        index = chunk_BS[:, None, None, :seen].expand(*bias_BHTc.shape[:3], -1)
+        bias_BHTS = bias_BHTc.gather(-1, index)
+        bias_BHTS = bias_BHTS.masked_fill(~_visible(seen, queries, start)[:, None], -math.inf)
+        scores = (q_BHGTD @ k[:, :, None, :seen].mT) + bias_BHTS[:, :, None]
+        outputs.append(scores.softmax(-1) @ v[:, :, None, :seen])
+        selections.append(bias_BHTc > -math.inf)
+    return torch.cat(outputs, dim=3), torch.cat(selections, dim=2)
+
+
+class DashCacheLayer(DynamicLayer):
+    """Keys and values that grow, and the summaries of their chunks that every row has filled."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.summary: Tensor | None = None
+        """[B, H, c, D], float32 or float64."""
+        self.start: Tensor | None = None
+        """Column of each row's first token, int64 [B]."""
+        self.latest_start = 0
+
+    def _each_row(self, function: Callable[[Tensor], Tensor]) -> None:
+        if self.summary is not None:
+            self.summary = function(self.summary)
+        if self.start is not None:
+            self.start = function(self.start)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Let rows continue other rows."""
+        super().reorder_cache(beam_idx)
+        self._each_row(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        self._each_row(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)
+        self._each_row(lambda x: x[indices])
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Drop the newest columns; summaries are made again."""
+        super().crop(*args, **kwargs)
+        self.summary = None
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.summary = self.start = None
+        self.latest_start = 0
+
+
+def dash_layer(cache: Cache, index: int) -> DashCacheLayer:
+    """The cache of one layer, which a plain dynamic cache first learns to keep summaries.
+
+    Raises:
+        ValueError: the cache is of a kind that keeps its columns otherwise.
+    """
+    while len(cache.layers) <= index:
+        cache.layers.append(DashCacheLayer())
+    layer = cache.layers[index]
+    if isinstance(layer, DashCacheLayer):
+        return layer
+    if type(layer) is not DynamicLayer:
+        raise ValueError(
+            f"the cache's layers are {type(layer).__name__}, but DashAttention keeps chunk summaries beside a dynamic "
+            "cache only; leave out cache_implementation, or pass use_cache=False"
+        )
+    ours = DashCacheLayer()
+    ours.__dict__.update(layer.__dict__)
+    cache.layers[index] = ours
+    return ours
+
+
+class DashRMSNorm(nn.Module):
+    """Divide by the root mean square over the last dimension, then multiply by a weight."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] -> the same shape and dtype."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class DashMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., hidden_size] -> the same shape."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+@functools.cache
+def _kernels() -> Callable[..., Tensor] | None:
+    """The package's attention, where it can be imported."""
+    try:
+        from dash_megatron.ops import dash_attention as fast
+    except ImportError:
+        return None
+    return fast
+
+
+class DashSelfAttention(nn.Module):
+    """Grouped-query attention whose core is DashAttention or, in some layers, full causal attention."""
+
+    def __init__(self, config: LlamaConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.head_dim: int = config.head_dim or config.hidden_size // config.num_attention_heads
+        self.kv_heads: int = config.num_key_value_heads or config.num_attention_heads
+        width, q_width = config.hidden_size, config.num_attention_heads * self.head_dim
+        self.q_proj = nn.Linear(width, q_width, bias=False)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(q_width, width, bias=False)
+        self.q_norm = self.k_norm = None
+        if getattr(config, "qk_norm", False):
+            self.q_norm = DashRMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = DashRMSNorm(self.head_dim, config.rms_norm_eps)
+        self.is_full = index in getattr(config, "full_attention_layers", ())
+        if not self.is_full:
+            self.indexer_q = nn.Parameter(torch.zeros(self.kv_heads * self.head_dim))
+            factors = getattr(config, "layer_scaling_factors", None)
+            self.router = Router(
+                config.chunk_size,
+                factors[index] if factors else config.scaling_factor,
+                config.sigma,
+                config.estimate_diagonal,
+                getattr(config, "alpha", 1.5),
+            )
+        self.keep_selection = False
+        self.selection: Tensor | None = None
+        """Chunks that each query of the last forward pass attended to, bool [B, H, T, c], if `keep_selection`."""
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, latest_start: int, cache: Cache | None
+    ) -> Tensor:
+        """x [B, T, hidden_size]; cos and sin [B, T, D]; start: column of each row's first token, int64 [B]."""
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (_rotate(each, cos[:, None], sin[:, None]) for each in (q, k))
+        layer = None
+        if cache is not None:
+            layer = dash_layer(cache, self.index)
+            k, v = cache.update(k, v, self.index)
+        if self.is_full:
+            out = self._attend_fully(q, k, v, start, latest_start)
+        else:
+            out = self._attend_by_chunks(q, k, v, start, latest_start, layer)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _attend_fully(self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, latest_start: int) -> Tensor:
+        """All [B, heads, columns, D]."""
+        T, S = q.shape[2], k.shape[2]
+        plain = T == S and latest_start == 0
+        mask = None if plain else _visible(S, range(S - T, S), start)[:, None]
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, enable_gqa=grouped)
+
+    def _attend_by_chunks(
+        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, latest_start: int, layer: DashCacheLayer | None
+    ) -> Tensor:
+        """All [B, heads, columns, D]."""
+        router, S = self.router, k.shape[2]
+        indexer_q = self.indexer_q.view(self.kv_heads, self.head_dim)
+        fast = _kernels() if q.is_cuda and q.shape[2] == S and latest_start == 0 else None
+        if fast is not None and not self.keep_selection:
+            rows = (each.transpose(1, 2) for each in (q, k, v))
+            return fast(*rows, indexer_q, **router._asdict()).transpose(1, 2)
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        with torch.autocast(q.device.type, enabled=False):
+            wide_k = k.to(wide)
+            last = (S - 1) // router.chunk_size
+            known = layer.summary if layer is not None else None
+            first = 0 if known is None else known.shape[2]
+            new = summarize(wide_k, indexer_q.to(wide), start, first, last, router.chunk_size)
+            summary = new if known is None else torch.cat([known, new], dim=2)
+            if layer is not None:
+                layer.summary = summary[:, :, : max(0, S - latest_start) // router.chunk_size]
+            # one more, so that the last query's own chunk has a place
+            table = F.pad(summary, (0, 0, 0, 1))
+            q_BHGTD = q.to(wide).unflatten(1, (self.kv_heads, -1))
+            out, selection = dash_attention(q_BHGTD, wide_k, v.to(wide), table, start, router)
+        self.selection = selection if self.keep_selection else None
+        return out.flatten(1, 2).to(q.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class DashDecoderLayer(nn.Module):
+    """Attention and feed-forward layer, each behind a norm and beside the residual stream."""
+
+    def __init__(self, config: LlamaConfig, index: int) -> None:
+        super().__init__()
+        self.self_attn = DashSelfAttention(config, index)
+        self.mlp = DashMLP(config)
+        self.input_layernorm = DashRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = DashRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, *places: Any) -> Tensor:
+        """x [B, T, hidden_size]; `places` as in `DashSelfAttention.forward`."""
+        x = x + self.self_attn(self.input_layernorm(x), *places)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class DashPreTrainedModel(PreTrainedModel):
+    """What both models share."""
+
+    config_class = LlamaConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["DashDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DashSelfAttention) and not module.is_full:
+            nn.init.zeros_(module.indexer_q)  # a summary starts as the mean key
+
+
+class DashModel(DashPreTrainedModel):
+    """Embedding, layers and the last norm."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        rope: Any = config.rope_parameters
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(
+                f"rope_parameters={rope} must have rope_type 'default', all that this model knows"
+            )
+        self.theta = rope["rope_theta"]
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DashDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = DashRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B, T, D] of angles in float32, as in training."""
+        D = self.config.head_dim or self.config.hidden_size // self.config.num_attention_heads
+        exponents = torch.arange(0, D, 2, dtype=torch.float32, device=position_ids.device) / D
+        angles = position_ids.float()[..., None] * self.theta**-exponents
+        angles = torch.cat([angles, angles], -1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **ignored: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states after the last norm, [B, T, hidden_size].
+
+        Args:
+            input_ids: int64 [B, T]; or `inputs_embeds` [B, T, hidden_size].
+            attention_mask: [B, S], 0 for padding, which stands before or after a row's tokens.
+            position_ids: [B, T]; None counts from each row's first token.
+            past_key_values: dynamic cache of the S - T columns before.
+        """
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        cache = past_key_values
+        past = cache.get_seq_length() if cache is not None else 0
+        start, latest_start = _row_starts(attention_mask, cache, x)
+        if position_ids is None:
+            column_T = torch.arange(past, past + x.shape[1], device=x.device)
+            position_ids = (column_T - start[:, None]).clamp_min(0)
+        cos, sin = self.rotary(position_ids.expand(x.shape[0], -1), x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin, start, latest_start, cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache)
+
+
+def _row_starts(mask: Tensor | None, cache: Cache | None, x: Tensor) -> tuple[Tensor, int]:
+    """Column of each row's first token, int64 [B], and the latest of them; a cache remembers both.
+
+    Raises:
+        ValueError: the mask is not of shape [B, S], has padding between tokens, or moved a row's first token.
+    """
+    layer = dash_layer(cache, 0) if cache is not None else None
+    known = layer.start if layer is not None and layer.get_seq_length() > 0 else None
+    if mask is None:
+        if layer is not None and known is not None:
+            return known, layer.latest_start
+        start, latest = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device), 0
+    else:
+        if mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask.shape={list(mask.shape)} must be [batch, columns], 0 for padding"
+            )
+        real = mask.bool()
+        begins = real & ~F.pad(real[:, :-1], (1, 0))
+        if bool((begins.sum(1) != 1).any()):
+            raise ValueError("attention_mask must have tokens in every row, and no padding between them")
+        start = begins.int().argmax(1)
+        if known is not None and not torch.equal(start, known):
+            raise ValueError("attention_mask must keep the padding that the cache was filled with")
+        latest = int(start.max())
+    if layer is not None:
+        layer.start, layer.latest_start = start, latest
+    return start, latest
+
+
+class DashForCausalLM(DashPreTrainedModel, GenerationMixin):
+    """The language model."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.model = DashModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, vocab_size], of the last `logits_to_keep` columns unless that is 0; with labels also the loss.
+
+        Other arguments as in `DashModel.forward`.
+        """
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache
+        )
+        logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)

@@ -1,0 +1,74 @@
+"""Start a run from given weights: a folder that `convert from-hf` made."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+import yaml
+
+from dash_megatron.config import ModelConfig
+from dash_megatron.hf.folder import MODEL_SECTIONS, FolderWeights, take
+from dash_megatron.layers import DashGPTModel
+from dash_megatron.layers.sharding import shard, split_of, whole_shape
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def load_initial_weights(model: DashGPTModel, folder: str | Path, config: ModelConfig) -> None:
+    """Fill a model with a folder's weights; every process reads the folder and keeps its tensor-parallel shard.
+
+    Summary queries that the folder lacks stay as they are: a dense model has none, and zero summarizes by the mean.
+
+    Args:
+        model: on any device, its weights not yet sharded by ZeRO.
+        folder: whole weights by the model's names, and the `model` section they belong to.
+        config: the run's `model` section.
+
+    Raises:
+        FileNotFoundError: the folder lacks a file.
+        ValueError: a tensor is missing, unknown or of another shape, or the run's model is another one.
+    """
+    folder = Path(folder)
+    if not (folder / MODEL_SECTIONS).is_file():
+        raise FileNotFoundError(
+            f"training.init_from={folder} has no {MODEL_SECTIONS}; make it with `python -m dash_megatron convert from-hf`"
+        )
+    _check_model(config, yaml.safe_load((folder / MODEL_SECTIONS).read_text())["model"], folder)
+    weights = FolderWeights(folder)
+    group = model.pg_collection.tp
+    parameters = dict(model.named_parameters())
+    extra = sorted(set(weights) - set(parameters))
+    if extra:
+        raise ValueError(
+            f"training.init_from={folder} has tensor {extra[0]}, which this model does not have; "
+            f"compare model and attention with {folder / MODEL_SECTIONS}"
+        )
+    fresh = 0
+    for name, parameter in parameters.items():
+        if name.endswith("summary_query") and name not in weights:
+            fresh += 1
+            continue
+        split = split_of(parameter)
+        shape = tuple(whole_shape(parameter.shape, split, group.size()))
+        whole = take(weights, {name: shape}, f"training.init_from={folder}")[name]
+        parameter.copy_(shard(whole, split, group.rank(), group.size()))
+    if fresh:
+        logger.info("%s has no summary queries for %d layers, which start at zero", folder, fresh)
+
+
+def _check_model(config: ModelConfig, saved: dict[str, object], folder: Path) -> None:
+    """Shapes do not show everything: constants such as `rope_theta` must be the folder's too."""
+    other = ModelConfig.model_validate(saved)
+    for name in ModelConfig.model_fields:
+        new, old = getattr(config, name), getattr(other, name)
+        if name == "head_dim":
+            new, old = config.channels_per_head, other.channels_per_head
+        # the standard deviation made earlier weights; no vocabulary size is the tokenizer's, which shapes tell
+        if name == "init_std" or (name == "vocab_size" and new is None) or new == old:
+            continue
+        raise ValueError(
+            f"model.{name}={new} differs from {old} in training.init_from={folder}; set it to that"
+        )

@@ -1,0 +1,186 @@
+"""Exporting a run: from every layout, the same numbers, or nothing at all."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from dash_megatron.__main__ import main
+from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.hf import export, names, probe
+from dash_megatron.hf.export import export_run
+from dash_megatron.hf.folder import INDEX
+from dash_megatron.hf.tokenizer import check_tokenizer
+from dash_megatron.training.checkpoint import checkpoint_folder, open_weights
+from tests.hf.conftest import MODELS, training_logits
+from tests.training.test_resume import run_of
+from tests.training.workers import train_all
+
+
+def test_every_layout_exports_its_weights(
+    tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    runs = {
+        "zero1": {"zero": {"stage": 1}},
+        "zero1_bf16": {"zero": {"stage": 1}, "training": {"precision": "bf16"}},
+        "zero3": {"zero": {"stage": 3}, "model": {"qk_norm": True, "tie_embeddings": True}},
+    }
+    trees = {name: run_of(tiny_config, tmp_path / name, **sections) for name, sections in runs.items()}
+    for tree in trees.values():
+        tree["training"] = {**tree["training"], "steps": 1}
+    run_processes(2, train_all, [(tree, None) for tree in trees.values()])
+    split = run_of(tiny_config, tmp_path / "tensor2", parallel={"tensor": 2}, training={"steps": 1})
+    run_processes(2, train_all, [(split, None)])
+    for name in (*trees, "tensor2"):
+        report = export_run(tmp_path / name, tmp_path / "out" / name, dtype="float32")
+        assert report.logits_difference < 1e-9
+        tensors = read_folder(tmp_path / "out" / name)
+        _, _, weights = open_weights(tmp_path / name)
+        assert torch.equal(tensors["model.embed_tokens.weight"], weights["embedding.word_embeddings.weight"])
+    for name in ("zero1", "zero3"):
+        _, _, weights = open_weights(tmp_path / name)
+        tag = "step_00000001"
+        expected = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint_folder(tmp_path / name)), tag=tag)
+        assert weights.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.equal(weights[key], value), key
+    assert "| loss |" in (tmp_path / "out" / "zero1" / "README.md").read_text()
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """All tensors, one file after the other, each under the name that the index gives it."""
+    index = json.loads((folder / INDEX).read_text())["weight_map"]
+    tensors = {
+        name: (file.name, value)
+        for file in folder.glob("*.safetensors")
+        for name, value in load_file(file).items()
+    }
+    assert {name: file for name, (file, _) in tensors.items()} == index
+    return {name: value for name, (_, value) in tensors.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_routers_choose_in_the_probe_and_both_models_choose_alike(
+    name: str, write_run: Callable[..., Any], tmp_path: Path, tokens: Tensor
+) -> None:
+    config, weights = write_run(name)
+    export_run(config.run_dir, tmp_path / "out", dtype="float32")
+    ours = probe.run_training(weights, config, tokens[0], torch.float32)
+    theirs = probe.run_exported(tmp_path / "out", tokens[0])
+    wide = {key: value.double() for key, value in weights.items()}
+    expected = training_logits(config, wide, tokens[:1])[0]
+    torch.testing.assert_close(torch.cat([*ours.logits()], 1), expected, atol=1e-9, rtol=0)
+    torch.testing.assert_close(torch.cat([*theirs.logits()], 1), expected, atol=1e-9, rtol=0)
+    for layer, (one, other) in enumerate(zip(ours.selected, theirs.selected, strict=True)):
+        if names.is_full(config.attention, layer):
+            assert one is None
+            assert other is None
+        else:
+            assert one is not None
+            assert torch.equal(one, other)
+            available = (torch.arange(200) // 16 + 1).sum() * one.shape[0]
+            assert 0.2 < one.sum() / available < 0.95
+
+
+@torch.no_grad()
+def test_plain_transformers_loads_a_dense_llama_and_names_what_it_ignores(
+    write_run: Callable[..., Any], tmp_path: Path, tokens: Tensor
+) -> None:
+    config, weights = write_run("full")
+    export_run(config.run_dir, tmp_path / "full", dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "full").eval()
+    assert type(model) is LlamaForCausalLM
+    torch.testing.assert_close(
+        model(tokens).logits, training_logits(config, weights, tokens), atol=1e-4, rtol=0
+    )
+    config, weights = write_run("dash")
+    export_run(config.run_dir, tmp_path / "dash", dtype="float32")
+    model, info = LlamaForCausalLM.from_pretrained(tmp_path / "dash", output_loading_info=True)
+    assert set(info["unexpected_keys"]) == {f"model.layers.{layer}.self_attn.indexer_q" for layer in (0, 1)}
+    assert not info["missing_keys"]
+    first = model(tokens[:, :16]).logits  # inside the first chunk nothing is routed
+    torch.testing.assert_close(first, training_logits(config, weights, tokens[:, :16]), atol=1e-4, rtol=0)
+
+
+def test_bfloat16_weights_are_the_rounded_ones(write_run: Callable[..., Any], tmp_path: Path) -> None:
+    config, weights = write_run("dash", attention={"scaling_factor": 0.1})
+    report = export_run(config.run_dir, tmp_path / "out")
+    assert 0 < report.rounding < probe.BF16_TOLERANCE
+    table = read_folder(tmp_path / "out")["model.embed_tokens.weight"]
+    assert torch.equal(table, weights["embedding.word_embeddings.weight"].bfloat16())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert loaded.dtype == torch.bfloat16
+
+
+def test_the_tokenizer_encodes_as_in_training(write_run: Callable[..., Any], tmp_path: Path) -> None:
+    config, _ = write_run("full")
+    export_run(config.run_dir, tmp_path / "out")
+    fast, ours = AutoTokenizer.from_pretrained(tmp_path / "out"), Tokenizer(config.data.tokenizer)
+    assert fast.is_fast
+    check_tokenizer(fast, ours)
+    assert fast.decode(ours.encode(b"\xff\xfea\xc3")) == b"\xff\xfea\xc3".decode(errors="replace")
+    assert fast.eos_token_id == ours.eod
+    fast.backend_tokenizer.model.dropout = 0.5
+    with pytest.raises(ValueError, match="exported tokenizer encodes"):
+        check_tokenizer(fast, ours)
+
+
+def _rotated_qkv(qkv: Tensor, model: Any) -> Any:
+    q, k, v = SPLIT_QKV(qkv, model)
+    return q.roll(model.channels_per_head, 0), k, v
+
+
+SPLIT_QKV = names._split_qkv
+# of the run, what is done wrong, and the message (a key of the exported config grows by a tenth)
+WRONG: dict[str, tuple[str, str, str]] = {
+    "heads in another order": ("dash", "heads", "other chunks"),
+    "another router": ("dash", "layer_scaling_factors", "other chunks"),
+    "another prior": ("dash", "sigma", "of the export"),
+    "another norm": ("full", "rms_norm_eps", "logits of the export differ"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_an_export_that_computes_something_else_is_not_published(
+    wrong: str, write_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, change, message = WRONG[wrong]
+
+    def changed_config(*arguments: Any) -> Any:
+        config = make(*arguments)
+        value = getattr(config, change)
+        setattr(config, change, [1.1 * each for each in value] if isinstance(value, list) else value * 1.1)
+        return config
+
+    make = export.llama_config
+    if change == "heads":
+        monkeypatch.setattr(names, "_split_qkv", _rotated_qkv)
+    else:
+        monkeypatch.setattr(export, "llama_config", changed_config)
+    config, _ = write_run(name)
+    with pytest.raises(ValueError, match=message):
+        export_run(config.run_dir, tmp_path / "out", dtype="float32")
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_the_command_line_exports_and_says_what_is_wrong(
+    write_run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, _ = write_run("full")
+    out = str(tmp_path / "out")
+    assert main(["convert", "to-hf", config.run_dir, out, "--dtype", "float32"]) == 0
+    assert "the same chunks in every layer" in capsys.readouterr().out
+    assert main(["convert", "to-hf", config.run_dir, out]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main(["convert", "to-hf", config.run_dir, out + "2", "--step", "7"]) == 2
+    assert "no checkpoint of step 7" in capsys.readouterr().err
+    assert main(["convert", "to-hf", config.run_dir, out + "2", "--dtype", "int8"]) == 2
+    assert "--dtype=int8 must be one of" in capsys.readouterr().err

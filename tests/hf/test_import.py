@@ -1,0 +1,234 @@
+"""Hugging Face folders as the start of a run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from dash_megatron.__main__ import main
+from dash_megatron.config_loading import config_from_dict
+from dash_megatron.hf.export import export_run
+from dash_megatron.hf.folder import INDEX, FolderWeights
+from dash_megatron.hf.importing import import_folder
+from dash_megatron.training.initial import load_initial_weights
+from tests.hf.conftest import MODELS, training_model
+from tests.training.test_resume import run_of
+from tests.training.workers import one_step
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
+}
+
+
+def run_config(tiny_config: dict[str, Any], folder: Path, **attention: Any) -> Any:
+    """The config of a run that starts from `folder`."""
+    sections = yaml.safe_load((folder / "model.yaml").read_text())
+    training = {**tiny_config["training"], "init_from": str(folder)}
+    return config_from_dict(
+        {**tiny_config, "model": sections["model"], "attention": attention, "training": training}
+    )
+
+
+@torch.no_grad()
+def first_logits(config: Any, tokens: Tensor) -> Tensor:
+    """What a run from `training.init_from` computes before its first step, float32."""
+    with training_model(config) as model:
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+        for name, parameter in model.named_parameters():
+            if name.endswith("summary_query"):
+                parameter.zero_()
+        load_initial_weights(model, config.training.init_from, config.model)
+        return model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_comes_back_bit_for_bit(
+    name: str, dtype: str, write_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dash_megatron.hf.probe.BF16_TOLERANCE", 10.0)  # large random weights, sharp routers
+    config, weights = write_run(name)
+    export_run(config.run_dir, tmp_path / "hf", dtype=dtype)
+    sections = import_folder(tmp_path / "hf", tmp_path / "back")
+    found = FolderWeights(tmp_path / "back")
+    assert found.keys() == weights.keys()
+    for key, value in weights.items():
+        assert torch.equal(found[key], value.to(getattr(torch, dtype))), key
+    saved = config_from_dict({**config.model_dump(), **sections})
+    if name != "full":
+        assert saved.attention == config.attention
+    resolved = config.model.model_copy(update={"head_dim": config.model.channels_per_head, "vocab_size": 320})
+    assert saved.model == resolved
+    assert (tmp_path / "back" / "tokenizer.model").read_bytes() == Path(config.data.tokenizer).read_bytes()
+
+
+PLAIN: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SHAPE)),
+    "tied": (LlamaForCausalLM, LlamaConfig(**SHAPE, tie_word_embeddings=True)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=True)),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@torch.no_grad()
+def test_a_dense_model_computes_the_same_under_full_attention(
+    name: str, tiny_config: dict[str, Any], tmp_path: Path, tokens: Tensor
+) -> None:
+    kind, config = PLAIN[name]
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    for key, parameter in model.named_parameters():
+        if "norm" in key:
+            parameter += torch.randn_like(parameter) * 0.3
+    model.save_pretrained(tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "start")
+    run = run_config(tiny_config, tmp_path / "start", kind="full")
+    torch.testing.assert_close(first_logits(run, tokens), model(tokens).logits, atol=1e-4, rtol=0)
+    dash = run_config(tiny_config, tmp_path / "start", chunk_size=32)
+    first_chunk = tokens[:, :32]
+    torch.testing.assert_close(first_logits(dash, first_chunk), model(first_chunk).logits, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_scaled_embeddings_branches_and_logits_are_folded_into_the_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True)).save_pretrained(tmp_path / "hf")
+    tree = json.loads((tmp_path / "hf" / "config.json").read_text())
+    tree |= {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(tree))
+    sections = import_folder(tmp_path / "hf", tmp_path / "start")
+    assert not sections["model"]["tie_embeddings"]
+    before, after = FolderWeights(tmp_path / "hf"), FolderWeights(tmp_path / "start")
+    table = before["model.embed_tokens.weight"]
+    torch.testing.assert_close(after["embedding.word_embeddings.weight"], table * 12)
+    torch.testing.assert_close(after["output_layer.weight"], table / 4)
+    torch.testing.assert_close(
+        after["decoder.layers.1.mlp.linear_fc2.weight"],
+        before["model.layers.1.mlp.down_proj.weight"] * 1.4 / 2**0.5,
+    )
+
+
+def test_every_layout_starts_from_the_folder(
+    tiny_config: dict[str, Any], run_processes: Any, write_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    config, weights = write_run("dash")
+    export_run(config.run_dir, tmp_path / "hf", dtype="float32")
+    import_folder(tmp_path / "hf", tmp_path / "start")
+    start = {"training": {"init_from": str(tmp_path / "start")}, "zero": {"stage": 3}}
+    tree = run_of(tiny_config, tmp_path / "tensor2", parallel={"tensor": 2}, **start)
+    run_processes(2, one_step, [("tensor2", tree)], str(tmp_path))
+    found = torch.load(tmp_path / "tensor2.pt")["first_weights"]
+    for key, value in weights.items():
+        assert torch.equal(found[key], value), key
+
+
+def _edit(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+K_PROJ = "model.layers.1.self_attn.k_proj.weight"
+CORRUPTED: dict[str, tuple[Any, str]] = {
+    "missing": (lambda x: x.pop(K_PROJ), f"no tensor {K_PROJ}, which must have shape"),
+    "extra": (
+        lambda x: x.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(3)}),
+        "has tensor .*bias",
+    ),
+    "shape": (
+        lambda x: x.update({K_PROJ: torch.ones(3, 64)}),
+        r"has shape \[3, 64\] and must have \[32, 64\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CORRUPTED)
+def test_a_wrong_tensor_is_an_error_that_names_it(case: str, tmp_path: Path) -> None:
+    change, message = CORRUPTED[case]
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path / "hf")
+    _edit(tmp_path / "hf", change)
+    with pytest.raises(ValueError, match=message):
+        import_folder(tmp_path / "hf", tmp_path / "start")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_a_damaged_file_and_a_wrong_index_are_errors(write_run: Callable[..., Any], tmp_path: Path) -> None:
+    config, _ = write_run("full")
+    folder = tmp_path / "hf"
+    export_run(config.run_dir, folder, dtype="float32")
+    index = json.loads((folder / INDEX).read_text())
+    file = index["weight_map"].pop("model.norm.weight")
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"disagree about tensor model.norm.weight"):
+        import_folder(folder, tmp_path / "start")
+    (folder / file).write_bytes((folder / file).read_bytes()[:-7])
+    with pytest.raises(ValueError, match="is damaged"):
+        import_folder(folder, tmp_path / "start")
+    (folder / file).unlink()
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        import_folder(folder, tmp_path / "start")
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "scaled rope": ({"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}, r"scales RoPE \(llama3\)"),
+    "scaled rope, older name": (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        r"scales RoPE \(linear\)",
+    ),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act=gelu must be silu"),
+    "bias": ({"attention_bias": True}, "attention_bias=true"),
+    "routers that differ": (
+        {"chunk_size": 16, "sigma": 2.0, "estimate_diagonal": True, "layer_scaling_factors": [1.0, 2.0]},
+        "must all be equal",
+    ),
+    "nothing": ({"hidden_size": None}, "no hidden_size"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_model_that_training_would_not_compute_is_refused(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, message = REFUSED[case]
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path / "hf")
+    tree = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(tree | change))
+    with pytest.raises(ValueError, match=message):
+        import_folder(tmp_path / "hf", tmp_path / "start")
+    assert main(["convert", "from-hf", str(tmp_path / "hf"), str(tmp_path / "start")]) == 2
+    assert "config.json" in capsys.readouterr().err
+
+
+def test_a_run_refuses_weights_of_another_model(
+    tiny_config: dict[str, Any], tmp_path: Path, tokens: Tensor
+) -> None:
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path / "hf")
+    assert main(["convert", "from-hf", str(tmp_path / "hf"), str(tmp_path / "start")]) == 0
+    run = run_config(tiny_config, tmp_path / "start")
+    wrong = run.model_copy(update={"model": run.model.model_copy(update={"rope_theta": 1e4})})
+    with pytest.raises(ValueError, match=r"model.rope_theta=10000.0 differs from 50000.0"):
+        first_logits(wrong, tokens)
+    save_file({"decoder.unknown": torch.ones(1)}, tmp_path / "start" / "extra.safetensors")
+    index = json.loads((tmp_path / "start" / INDEX).read_text())
+    index["weight_map"]["decoder.unknown"] = "extra.safetensors"
+    (tmp_path / "start" / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"has tensor decoder.unknown"):
+        first_logits(run, tokens)
+    with pytest.raises(FileNotFoundError, match="convert from-hf"):
+        load_initial_weights(None, tmp_path / "hf", run.model)  # type: ignore[arg-type]
