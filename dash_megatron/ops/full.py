@@ -10,9 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dash_megatron.ops.reference import MAX_BLOCK_SCORES
-
-LOG2_E = math.log2(math.e)
+from dash_megatron.ops.reference import LOG2_E, MAX_BLOCK_SCORES, wide
 
 
 def _blocks(
@@ -25,10 +23,6 @@ def _blocks(
         rows = slice(start, start + size)
         seen_Tm = (k_token <= q_token[rows, None]) & (k_token >= q_first[rows, None])
         yield rows, q[rows].view(-1, H, Hq // H, D).permute(1, 2, 0, 3) * D**-0.5, seen_Tm
-
-
-def _wide(*tensors: Tensor) -> list[Tensor]:
-    return [x if x.dtype == torch.float64 else x.float() for x in tensors]
 
 
 def _rows(x_HGTD: Tensor) -> Tensor:
@@ -50,7 +44,7 @@ def attend(
     Returns:
         Output [n, Hq, D] and base-2 log-sum-exp [n, Hq] (float64); 0 and -inf for rows that see no key.
     """
-    q, k, v = _wide(q, k, v)
+    q, k, v = wide(q, k, v)
     out = torch.zeros_like(q)
     # rounded to float32, a large log-sum-exp would scale all weights of its row
     lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float64, device=q.device)
@@ -68,7 +62,7 @@ def attend_backward(
     q_token: Tensor, q_first: Tensor, k_token: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v through attention to these keys; `out` and `lse` are those of attention to all."""
-    d_out, q, k, v, out = _wide(d_out, q, k, v, out)
+    d_out, q, k, v, out = wide(d_out, q, k, v, out)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     (_, Hq, D), H = q.shape, k.shape[1]
     k_H1mD, v_H1mD = (x.transpose(0, 1)[:, None] for x in (k, v))

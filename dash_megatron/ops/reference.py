@@ -23,6 +23,12 @@ MIN_BLOCK_TOKENS = 16
 MAX_BLOCK_SCORES = 2**24
 # Scores kept for the backward, in elements of all blocks together: above, every block is recomputed in the backward.
 MAX_KEPT_SCORES = 2**25
+LOG2_E = math.log2(math.e)
+
+
+def wide(*tensors: Tensor) -> list[Tensor]:
+    """In float64 if float64, otherwise in float32."""
+    return [x if x.dtype == torch.float64 else x.float() for x in tensors]
 
 
 @dataclass(frozen=True)

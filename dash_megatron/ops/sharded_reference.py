@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from dash_megatron.ops.entmax import entmax
-from dash_megatron.ops.reference import MAX_BLOCK_SCORES, _log_prior, _Router
+from dash_megatron.ops.reference import LOG2_E, MAX_BLOCK_SCORES, _log_prior, _Router, wide
 from dash_megatron.ops.sharded import KeyBuffer, QueryChunks
 
 Router = _Router
-LOG2_E = math.log2(math.e)
 
 
 class Routed(NamedTuple):
@@ -34,11 +33,6 @@ class Routed(NamedTuple):
     """int64 [n]: place of the row in its chunk."""
     selected: Tensor
     """int32 [n, H]: chunks selected, the own one included."""
-
-
-def _wide(*tensors: Tensor) -> list[Tensor]:
-    """In float64 if float64, otherwise in float32."""
-    return [x if x.dtype == torch.float64 else x.float() for x in tensors]
 
 
 def _slots(k: Tensor, row: Tensor, length: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
@@ -69,7 +63,7 @@ def _summary(k: Tensor, w: Tensor, start: Tensor, end: Tensor, chunk_size: int) 
 
 def summarize(k: Tensor, w: Tensor, start: Tensor, end: Tensor, chunk_size: int) -> Tensor:
     """Summaries [H, chunks, D] of k [m, H, D], whose chunks are rows start to end; zero for empty chunks."""
-    k, w = _wide(k, w)
+    k, w = wide(k, w)
     return _summary(k, w, start, end, chunk_size)
 
 
@@ -78,7 +72,7 @@ def summarize_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of k [m, H, D] and w [H, D] from that of the summaries."""
     with torch.enable_grad():
-        k, w = (x.detach().requires_grad_() for x in _wide(k, w))
+        k, w = (x.detach().requires_grad_() for x in wide(k, w))
         dk, dw = torch.autograd.grad(_summary(k, w, start, end, chunk_size), (k, w), d_summary.to(k.dtype))
     return dk, dw
 
@@ -108,7 +102,7 @@ def _places(queries: QueryChunks, num_rows: int) -> tuple[Tensor, Tensor, Tensor
 def route(q: Tensor, summary: Tensor, queries: QueryChunks, router: Router, chunk_size: int) -> Routed:
     """Choose chunks for q [n, Hq, D] among all summaries [H, c, D]."""
     chunk, slot, first = _places(queries, len(q))
-    q, summary = _wide(q, summary)
+    q, summary = wide(q, summary)
     bias, selected = _route(q, summary, chunk, first, router)
     return Routed(bias, chunk, slot, selected.mT.contiguous())
 
@@ -125,7 +119,7 @@ def route_backward(
     """Gradients of q [n, Hq, D] and of the summaries [H, c, D] from that of the log priors."""
     chunk, _, first = _places(queries, len(q))
     with torch.enable_grad():
-        q, summary = (x.detach().requires_grad_() for x in _wide(q, summary))
+        q, summary = (x.detach().requires_grad_() for x in wide(q, summary))
         bias, _ = _route(q, summary, chunk, first, router)
         dq, d_summary = torch.autograd.grad(bias, (q, summary), d_prior)
     return dq, d_summary
@@ -163,7 +157,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, routed: Routed, queries: QueryChunks, keys: KeyBuffer, router: Router, chunk_size: int
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [n, Hq, D] and base-2 log-sum-exp [n, Hq] (float64) over the keys in the buffer; 0 and -inf where it has none."""
-    q, k, v = _wide(q, k, v)
+    q, k, v = wide(q, k, v)
     out = torch.zeros_like(q)
     # rounded to float32, a large log-sum-exp would scale all weights of its row
     lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float64, device=q.device)
@@ -191,7 +185,7 @@ def attend_backward(
 
     `out` and `lse` are those of attention to all buffers.
     """
-    d_out, q, k, v, out = _wide(d_out, q, k, v, out)
+    d_out, q, k, v, out = wide(d_out, q, k, v, out)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     (_, Hq, D), H = q.shape, k.shape[1]
     delta = (d_out.double() * out).sum(-1).to(q.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dash_megatron.parallel.context import Moves, from_ranks_to_sequence, from_sequence_to_ranks
+
+Exchange = Callable[[Tensor], Tensor]
 
 
 class Pending:
@@ -102,6 +104,17 @@ class ContextGroup:
         received = self.all_to_all(x[moves.send], moves.send_counts, moves.receive_counts).wait()
         return torch.cat([x, received])[moves.gather]
 
+    def heads_for_rows(self, x: Tensor) -> Tensor:
+        """Rows [N / P, H, D] of all heads for all rows [N, H / P, D], in order, of this rank's heads."""
+        n, H, D = x.shape
+        by_rank = x.view(n, self.size, H // self.size, D).transpose(0, 1)
+        return from_ranks_to_sequence(self.all_to_all(by_rank).wait())
+
+    def rows_for_heads(self, x: Tensor) -> Tensor:
+        """The reverse of `heads_for_rows`."""
+        received = self.all_to_all(from_sequence_to_ranks(x, self.size)).wait()
+        return received.transpose(0, 1).flatten(1, 2)
+
     def _stage(self, x: Tensor) -> tuple[Tensor, torch.device | None]:
         """Contiguous, and on the host where the group has no means to send from the device."""
         if x.is_cuda and "nccl" not in str(dist.get_backend_config(self.group)):
@@ -113,66 +126,31 @@ class ContextGroup:
             self.bytes_sent[self._phase] += num_bytes
 
 
-class _Move(torch.autograd.Function):
+class _ThereAndBack(torch.autograd.Function):
+    """An exchange of rows and its reverse, which takes gradients home."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Moves, back: Moves, group: ContextGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, there: Exchange, back: Exchange, group: ContextGroup) -> Tensor:
         ctx.back, ctx.group = back, group
         with group.counting("forward"):
-            return group.move(x, there)
+            return there(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         with ctx.group.counting("backward"):
-            return ctx.group.move(gradient, ctx.back), None, None, None
+            return ctx.back(gradient), None, None, None
 
 
 def move_rows(x: Tensor, there: Moves, back: Moves, group: ContextGroup) -> Tensor:
     """`ContextGroup.move`, differentiable: gradients go the way back."""
-    return _Move.apply(x, there, back, group)
-
-
-class _HeadsForRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ContextGroup) -> Tensor:
-        ctx.group = group
-        with group.counting("forward"):
-            return _heads_for_rows(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        with ctx.group.counting("backward"):
-            return _rows_for_heads(gradient, ctx.group), None
-
-
-class _RowsForHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ContextGroup) -> Tensor:
-        ctx.group = group
-        with group.counting("forward"):
-            return _rows_for_heads(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        with ctx.group.counting("backward"):
-            return _heads_for_rows(gradient, ctx.group), None
-
-
-def _heads_for_rows(x: Tensor, group: ContextGroup) -> Tensor:
-    n, H, D = x.shape
-    by_rank = x.view(n, group.size, H // group.size, D).transpose(0, 1)
-    return from_ranks_to_sequence(group.all_to_all(by_rank).wait())
-
-
-def _rows_for_heads(x: Tensor, group: ContextGroup) -> Tensor:
-    received = group.all_to_all(from_sequence_to_ranks(x, group.size)).wait()
-    return received.transpose(0, 1).flatten(1, 2)
+    return _ThereAndBack.apply(x, lambda y: group.move(y, there), lambda y: group.move(y, back), group)
 
 
 def heads_for_rows(x: Tensor, group: ContextGroup) -> Tensor:
     """Rows [N / P, H, D] of all heads for all rows [N, H / P, D], in order, of this rank's heads; differentiable."""
-    return _HeadsForRows.apply(x, group)
+    return _ThereAndBack.apply(x, group.heads_for_rows, group.rows_for_heads, group)
 
 
 def rows_for_heads(x: Tensor, group: ContextGroup) -> Tensor:
     """The reverse of `heads_for_rows`."""
-    return _RowsForHeads.apply(x, group)
+    return _ThereAndBack.apply(x, group.rows_for_heads, group.heads_for_rows, group)

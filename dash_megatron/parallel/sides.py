@@ -89,15 +89,8 @@ class DashSide(NamedTuple):
         )  # fmt: skip
 
 
-class FullKeys(NamedTuple):
-    """Keys for full attention."""
-
-    token: Tensor
-    """int64 [rows]: number in the whole sequence."""
-
-
 class FullSide(NamedTuple):
-    """Full attention as the exchanges see it."""
+    """Full attention as the exchanges see it: keys are known by their number in the whole sequence, int64 [rows]."""
 
     shard: ContextShard
     group: ContextGroup
@@ -107,25 +100,25 @@ class FullSide(NamedTuple):
         """Rows of every rank."""
         return self.shard.rows
 
-    def all_keys(self, k: Tensor) -> FullKeys:
+    def all_keys(self, k: Tensor) -> Tensor:
         """As `DashSide.all_keys`."""
-        return FullKeys(torch.cat([self._tokens(rank, k) for rank in range(self.shard.size)]))
+        return torch.cat([self._tokens(rank, k) for rank in range(self.shard.size)])
 
-    def keys_of(self, owner: int, k: Tensor) -> list[FullKeys]:
+    def keys_of(self, owner: int, k: Tensor) -> list[Tensor]:
         """As `DashSide.keys_of`, all at once."""
-        return [FullKeys(self._tokens(owner, k))]
+        return [self._tokens(owner, k)]
 
-    def attend(self, queries: Queries, k: Tensor, v: Tensor, keys: FullKeys) -> tuple[Tensor, Tensor]:
+    def attend(self, queries: Queries, k: Tensor, v: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """As `DashSide.attend`."""
-        return full.attend(queries.q, k, v, self.shard.token, self._first_token(), keys.token)
+        return full.attend(queries.q, k, v, self.shard.token, self._first_token(), keys)
 
     def attend_backward(
-        self, queries: Queries, k: Tensor, v: Tensor, keys: FullKeys
+        self, queries: Queries, k: Tensor, v: Tensor, keys: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `DashSide.attend_backward`."""
         return full.attend_backward(
             queries.d_out, queries.q, k, v, queries.out, queries.lse,
-            self.shard.token, self._first_token(), keys.token,
+            self.shard.token, self._first_token(), keys,
         )  # fmt: skip
 
     def _tokens(self, rank: int, k: Tensor) -> Tensor:
