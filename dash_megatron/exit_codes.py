@@ -1,0 +1,16 @@
+"""What a training process tells its scheduler by its exit code; every other code is a fault, to be started again."""
+
+import enum
+
+
+class ExitCode(enum.IntEnum):
+    """Exit codes of `train.py`."""
+
+    DONE = 0
+    """The last step was saved."""
+    CONFIG_ERROR = 2
+    """A setting, a file or the machine is wrong: starting again would fail again."""
+    HALTED = 3
+    """The run stopped itself, for example after too many losses that were no number: someone must look."""
+    REQUEUE = 75
+    """Asked to stop, and saved: start again to go on. (EX_TEMPFAIL of sysexits.h.)"""
