@@ -198,6 +198,14 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0 saves after the last step only."""
     keep: int = Field(default=0, ge=0)
     """Newest checkpoints that stay on disk; 0 keeps all."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints of steps divisible by it stay too, however old; 0 = none."""
+    asynchronous: bool = True
+    """Write while training goes on, from a copy in host memory; false waits until the checkpoint is published."""
+    check_loss: bool = True
+    """Refuse to resume where the loaded weights give another loss on the checkpoint's stored tokens."""
+    retry_seconds: float = Field(default=300.0, ge=0)
+    """How long writing is tried again while a disk is full or a file system away, before the run ends with an error."""
 
 
 class LoggingConfig(Section):
@@ -350,6 +358,15 @@ class Config(Section):
                 f"{model_size} must divide the {world_size} processes started; start a multiple of {model_size}"
             )
         return world_size // model_size
+
+    def layout(self, world_size: int) -> dict[str, int]:
+        """How many processes share what, and the ZeRO stage: what a checkpoint's files depend on."""
+        return {
+            "data": self.data_parallel_size(world_size),
+            "context": self.parallel.context,
+            "tensor": self.parallel.tensor,
+            "zero": self.zero.stage,
+        }
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches each process runs per optimizer step.

@@ -22,13 +22,14 @@ from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.layers import build_model, init_weights
 from dash_megatron.ops.fingerprint import implementation_fingerprint
 from dash_megatron.parallel import context_rank, data_rank, init_process_groups, read_launch
-from dash_megatron.training.checkpoint import finished_steps, load_checkpoint, save_checkpoint, write_config
+from dash_megatron.training.checkpoint import Checkpointer, finished_steps, write_config
 from dash_megatron.training.engine import Engine
 from dash_megatron.training.flops import parameter_count
 from dash_megatron.training.initial import load_initial_weights
 from dash_megatron.training.loss import global_target_tokens, share_of_global_mean
 from dash_megatron.training.meter import Meter, StepTotals
 from dash_megatron.training.metrics import MetricsWriter, console_line, read_metrics
+from dash_megatron.training.probe import check_probe, probe_loss
 from dash_megatron.training.schedule import learning_rate
 
 
@@ -58,7 +59,8 @@ class Trainer:
         self.device = init_process_groups(launch, config.parallel)
         self.is_main = dist.get_rank() == 0
         set_up_logging(self.is_main)
-        check_same_implementation(implementation_fingerprint())
+        fingerprint = implementation_fingerprint()
+        check_same_implementation(fingerprint)
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         self.train_source = self._source("train", config.training.steps * config.training.global_batch)
         self.valid_source = self._source("valid", config.evaluation.samples) if config.data.valid else None
@@ -67,6 +69,9 @@ class Trainer:
         if config.training.init_from and not finished_steps(config.run_dir):
             load_initial_weights(model, config.training.init_from, config.model)
         self.engine = Engine(model, config, self.data_parallel_size * config.parallel.context)
+        self.commit = code_commit()
+        about = {"commit": self.commit, "implementation": fingerprint, "device": device_name(self.device)}
+        self.checkpointer = Checkpointer(self.engine, config, about)
         self.step = 0
 
     def run(self) -> None:
@@ -82,16 +87,21 @@ class Trainer:
 
     def resume(self) -> None:
         """Restore weights, optimizer, random state, step and data position: all or nothing."""
-        state = load_checkpoint(self.engine, self.config)
-        if state is not None:
-            self.step = state["step"]
-            self.train_source.load_state_dict(state["data"])
+        stored = self.checkpointer.load()
+        if stored is None:
+            return
+        state = stored.facts["trainer"]
+        self.step = state["step"]
+        self.train_source.load_state_dict(state["data"])
+        if self.config.checkpoint.check_loss:
+            loss = probe_loss(self.engine, self.train_source, stored.probe(), self.device)
+            check_probe(loss, stored.facts["probe_loss"], self.config.training.precision, str(stored.folder))
 
     def start_reporting(self) -> None:
         """Write the resolved config, say what is about to run, and start the clock."""
         self.writer: MetricsWriter | None = None
         if self.is_main:
-            write_config(self.config, code_commit())
+            write_config(self.config, self.commit)
             self.writer = MetricsWriter(self.config.run_dir, self.config.logging.tensorboard, self.step)
             print(self._introduction(), flush=True)
         self.meter = Meter(self.config, self.vocab_size, dist.get_world_size(), self.device)
@@ -171,14 +181,21 @@ class Trainer:
 
     def maybe_save(self) -> None:
         """Save every `checkpoint.every` steps and at the end; collective."""
-        every = self.config.checkpoint.every
-        if self.step != self.config.training.steps and (not every or self.step % every):
+        self.checkpointer.poll()
+        if not self.save_is_due():
             return
         with self.meter.paused():
             state = {"step": self.step, "data": self.train_source.state_dict()}
-            folder = save_checkpoint(self.engine, self.config, self.step, state)
-        if self.is_main:
-            print(f"saved {folder}", flush=True)
+            row = {name: tensor.clone() for name, tensor in self.train_source.dataset[0].items()}
+            loss = probe_loss(self.engine, self.train_source, row, self.device)
+            self.checkpointer.save(self.step, state, row, loss)
+            if self.step == self.config.training.steps:
+                self.checkpointer.finish()
+
+    def save_is_due(self) -> bool:
+        """Whether to save after the step that was just made."""
+        every = self.config.checkpoint.every
+        return self.step == self.config.training.steps or bool(every and self.step % every == 0)
 
     def stop_if_not_finite(self, name: str, value: float, batches: list[PackedBatch]) -> None:
         """Raise on every process alike: `value` has been reduced over all of them."""
@@ -286,6 +303,11 @@ def check_same_implementation(fingerprint: str) -> None:
         raise ValueError(
             f"processes would compute different results: {listed}. Start all from one environment and one checkout"
         )
+
+
+def device_name(device: torch.device) -> str:
+    """What kind of device it is, for people."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def code_commit() -> str:
