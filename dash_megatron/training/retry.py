@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-# what waiting does not mend; a missing file is not among them, because an unmounted file system looks like one
-_PERMANENT = {
+# Errors that waiting does not mend; a missing file is not among them, because an unmounted file system looks like one
+PERMANENT = {
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -57,7 +57,7 @@ def retry(
         except OSError as error:
             left = deadline - time.monotonic()
             reason = explain(error, path)
-            if error.errno in _PERMANENT or left <= 0:
+            if error.errno in PERMANENT or left <= 0:
                 raise OSError(error.errno, f"cannot {what}: {reason}") from error
             logger.warning("cannot %s: %s; trying again for %.0f s", what, reason, left)
             time.sleep(min(pause, left))

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import random
+import socket
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from dash_megatron.data.batches import BatchSource, PackedBatch
 from dash_megatron.data.blend import parse_blend, unigram_entropy
 from dash_megatron.data.dataset import build_dataset
 from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.exit_codes import ExitCode
 from dash_megatron.layers import build_model, init_weights
 from dash_megatron.ops.fingerprint import implementation_fingerprint
 from dash_megatron.parallel import context_rank, data_rank, init_process_groups, read_launch
@@ -30,10 +32,12 @@ from dash_megatron.training.loss import global_target_tokens, share_of_global_me
 from dash_megatron.training.meter import Meter, StepTotals
 from dash_megatron.training.metrics import MetricsWriter, console_line, read_metrics
 from dash_megatron.training.probe import check_probe, probe_loss
+from dash_megatron.training.retry import PERMANENT, retry
 from dash_megatron.training.schedule import learning_rate
+from dash_megatron.training.stop import Halted, StopSignals
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(Halted):
     """The loss or the gradient is no number; nothing of the step was saved."""
 
 
@@ -50,18 +54,20 @@ class Trainer:
 
     def __init__(self, config: Config, environment: Mapping[str, str] = os.environ) -> None:
         self.config = config
+        self.signals = StopSignals()
+        self.stopping = False
         launch = read_launch(environment)
         self.data_parallel_size = config.data_parallel_size(launch.world_size)
         self.accumulation_steps = config.accumulation_steps(launch.world_size)
         self.tokenizer = _load_tokenizer(config)
         self.vocab_size = padded_vocabulary(config, self.tokenizer.vocab_size)
+        make_run_folder(config.run_dir)
         seed_everything(config.training.seed)
         self.device = init_process_groups(launch, config.parallel)
         self.is_main = dist.get_rank() == 0
         set_up_logging(self.is_main)
         fingerprint = implementation_fingerprint()
         check_same_implementation(fingerprint)
-        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         self.train_source = self._source("train", config.training.steps * config.training.global_batch)
         self.valid_source = self._source("valid", config.evaluation.samples) if config.data.valid else None
         model = build_model(config, self.vocab_size, self.device)
@@ -74,16 +80,38 @@ class Trainer:
         self.checkpointer = Checkpointer(self.engine, config, about)
         self.step = 0
 
-    def run(self) -> None:
-        """Train from the newest checkpoint, or from scratch, to the last step."""
+    def run(self) -> ExitCode:
+        """Train from the newest checkpoint, or from scratch, to the last step, or until a signal asks to stop.
+
+        Returns:
+            DONE after the last step, REQUEUE where a signal stopped the run before; either way all of it is saved.
+
+        Raises:
+            ValueError, OSError: as in `start`.
+            Halted: the run stopped itself.
+        """
+        self.start()
+        return self.train()
+
+    def start(self) -> None:
+        """Load the newest checkpoint and open the reports.
+
+        Raises:
+            ValueError, OSError: the checkpoint is of another run, or files cannot be read or written.
+        """
         self.resume()
         self.start_reporting()
-        while self.step < self.config.training.steps:
+
+    def train(self) -> ExitCode:
+        """Take steps until the last one, or until a signal on any process; see `run`."""
+        while self.step < self.config.training.steps and not self.stopping:
             totals, lr = self.train_step()
             valid_loss = self.maybe_validate()
             self.maybe_log(totals, lr, valid_loss)
+            self.stopping = true_anywhere(self.signals.requested)
             self.maybe_save()
         self.finish_reporting()
+        return ExitCode.DONE if self.step == self.config.training.steps else ExitCode.REQUEUE
 
     def resume(self) -> None:
         """Restore weights, optimizer, random state, step and data position: all or nothing."""
@@ -111,6 +139,9 @@ class Trainer:
         if self.writer is None:
             return
         self.writer.close()
+        if self.step < self.config.training.steps:
+            print(f"stopped by a signal after step {self.step}; start again to go on", flush=True)
+            return
         validated = [
             line["valid_loss"] for line in read_metrics(self.config.run_dir) if line["valid_loss"] is not None
         ]
@@ -179,8 +210,18 @@ class Trainer:
             self.writer.write(metrics)
             print(console_line(metrics, last, (last - self.step) * self.meter.seconds_per_step), flush=True)
 
+    def save_is_due(self) -> bool:
+        """Every `checkpoint.every` steps, at the end, and before stopping; alike on all processes."""
+        every = self.config.checkpoint.every
+        return self.finished or bool(every and not self.step % every)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step was made, or a signal asked to stop."""
+        return self.stopping or self.step == self.config.training.steps
+
     def maybe_save(self) -> None:
-        """Save every `checkpoint.every` steps and at the end; collective."""
+        """Publish what has been written since the last step, and save where that is due; collective."""
         self.checkpointer.poll()
         if not self.save_is_due():
             return
@@ -189,13 +230,8 @@ class Trainer:
             row = {name: tensor.clone() for name, tensor in self.train_source.dataset[0].items()}
             loss = probe_loss(self.engine, self.train_source, row, self.device)
             self.checkpointer.save(self.step, state, row, loss)
-            if self.step == self.config.training.steps:
+            if self.finished:
                 self.checkpointer.finish()
-
-    def save_is_due(self) -> bool:
-        """Whether to save after the step that was just made."""
-        every = self.config.checkpoint.every
-        return self.step == self.config.training.steps or bool(every and self.step % every == 0)
 
     def stop_if_not_finite(self, name: str, value: float, batches: list[PackedBatch]) -> None:
         """Raise on every process alike: `value` has been reduced over all of them."""
@@ -249,6 +285,35 @@ class Trainer:
             f"{parallel.context} context x {parallel.tensor} tensor parallel, {self.accumulation_steps} "
             f"micro-batch(es) of {training.micro_batch} a step, ZeRO {config.zero.stage}, {training.precision}"
         )
+
+
+def make_run_folder(run_dir: str) -> None:
+    """Make the run's folder and see that this process may write to it.
+
+    Raises:
+        ValueError: it may not, or the path is no folder.
+        OSError: the file system is full or away.
+    """
+    trial = Path(run_dir) / f".trial-{os.getpid()}-{socket.gethostname()}"
+
+    def write() -> None:
+        trial.parent.mkdir(parents=True, exist_ok=True)
+        trial.write_text("may be removed")
+        trial.unlink()
+
+    try:
+        retry(write, f"write to run_dir={run_dir}", path=run_dir)
+    except OSError as error:
+        if error.errno in PERMANENT:
+            raise ValueError(f"{error.strerror}; give a folder that this user may write to") from error
+        raise
+
+
+def true_anywhere(flag: bool) -> bool:
+    """Whether any process says so; collective, on the CPU, so that it never waits for the device."""
+    flags = torch.tensor([float(flag)])
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags.item())
 
 
 def set_up_logging(is_main: bool) -> None:
