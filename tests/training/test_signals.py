@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from torch.distributed import TCPStore
 
 from dash_megatron.exit_codes import ExitCode
 from dash_megatron.training.metrics import read_metrics
@@ -85,9 +85,8 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(
     tiny_config: dict[str, Any], tmp_path: Path
 ) -> None:
     arguments = config_of(tiny_config, tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    # listens before any process starts, as torchrun's agent does: a port found free could be taken by then
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = [
         start(
             arguments,
@@ -95,7 +94,8 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(
             LOCAL_RANK=str(rank),
             WORLD_SIZE="2",
             MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
+            MASTER_PORT=str(store.port),
+            TORCHELASTIC_USE_AGENT_STORE="True",
         )
         for rank in range(2)
     ]
@@ -111,7 +111,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(
     run = Path(tiny_config["run_dir"])
     step = read_metrics(run)[-1]["step"]
     assert step < 16
-    assert len(list((run / "checkpoints" / f"step_{step:08d}").glob("*random_state*"))) == 2
+    assert len(list((run / "checkpoints" / f"step_{step:08d}").glob("state_*.safetensors"))) == 2
 
 
 def waiting_process() -> subprocess.Popen[str]:
