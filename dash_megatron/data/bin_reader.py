@@ -33,7 +33,7 @@ class BinReader:
         numbers = np.empty(count, dtype=dtype)
         if count:
             retry(
-                lambda: self._fill(memoryview(numbers).cast("B"), offset),
+                lambda: self._fill(numbers.data.cast("B"), offset),
                 f"read {numbers.nbytes} bytes at {offset} of {self.path}",
                 self.seconds,
                 self.path,
