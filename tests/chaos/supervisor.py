@@ -266,6 +266,7 @@ def tree_of(base: dict[str, Any], layout: str, run: Path) -> dict[str, Any]:
     tree = {**base, **changed, "run_dir": str(run)}
     tree["training"] = {**base["training"], **changed.get("training", {}), "steps": STEPS}
     tree["checkpoint"] = {"every": EVERY, "keep": 3, "retry_seconds": 20}
+    tree["faults"] = {"hang_minutes": HANG_MINUTES}
     return tree
 
 
