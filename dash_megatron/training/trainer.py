@@ -226,6 +226,7 @@ class Trainer:
             write_fault(self.config.run_dir, fault, batches, data_rank(), context_rank(), self.is_main)
         kept = fault_folder(self.config.run_dir, fault.step)
         if fault.policy == "halt":
+            self.checkpointer.finish()
             raise NonFiniteError(
                 f"{fault}. The newest checkpoint is of step {fault.checkpoint}: resume from it with a lower "
                 f"optimizer.lr, or look at the batch, kept in {kept}"
