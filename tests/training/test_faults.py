@@ -15,7 +15,7 @@ from dash_megatron.training.faults import Fault, Guard, read_fault, write_fault
 from dash_megatron.training.metrics import read_metrics
 from tests.training.fault_workers import disagree, train_with_faults
 
-LAYOUTS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16")]
+LAYOUTS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16")]
 # samples 12 to 15 are the fourth global batch, and rank 1 of 2 reads sample 13
 BAD, FIRST_OF_BAD = 13, 12
 
@@ -34,7 +34,6 @@ def cases_of(tree: dict[str, Any], folder: Path, stage: int, precision: str) -> 
 
     return [
         case("left_out", "left_out", left_out=[FIRST_OF_BAD]),
-        case("loss", "loss", bad=[BAD]),
         case("gradient", "gradient", bad=[BAD], how="gradient"),
         # killed after it went back, passed the bad batch and saved; then started again
         case("killed", "rollback", "rollback", bad=[BAD], stop=5),
@@ -50,10 +49,10 @@ def test_a_bad_batch_on_one_rank_leaves_no_trace_whatever_the_policy_and_zero_st
     for stage, precision in LAYOUTS:
         results = {
             name: torch.load(tmp_path / f"{name}_{stage}_{precision}.pt", weights_only=False)
-            for name in ("left_out", "loss", "gradient", "killed", "rollback")
+            for name in ("left_out", "gradient", "killed", "rollback")
         }
         where = f"ZeRO {stage} {precision}"
-        for name in ("left_out", "loss", "gradient"):
+        for name in ("left_out", "gradient"):
             unchanged = [step for step, changed in results[name]["changed"] if not changed]
             assert unchanged == [4], f"{where} {name}"
         assert results["killed"]["changed"] == [
@@ -64,7 +63,7 @@ def test_a_bad_batch_on_one_rank_leaves_no_trace_whatever_the_policy_and_zero_st
             (4, False),
             (5, True),
         ]
-        for name in ("loss", "gradient", "rollback"):
+        for name in ("gradient", "rollback"):
             for weight, expected in results["left_out"]["weights"].items():
                 assert torch.equal(results[name]["weights"][weight], expected), f"{where} {name} {weight}"
             lines = read_metrics(tmp_path / f"{name}_{stage}_{precision}")
@@ -96,7 +95,7 @@ def test_a_bad_batch_is_kept_with_its_facts(
     assert "training samples 4 to 7): update left out, batch kept in" in log
 
 
-def test_too_many_bad_batches_in_a_row_end_the_run_and_save_nothing_of_them(
+def test_too_many_bad_batches_in_a_row_end_the_run_whatever_the_policy(
     tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
     training = {**tiny_config["training"], "steps": 12}
@@ -114,7 +113,7 @@ def test_too_many_bad_batches_in_a_row_end_the_run_and_save_nothing_of_them(
     for policy in ("skip", "rollback"):
         error = torch.load(tmp_path / f"{policy}.pt", weights_only=False)["error"]
         assert "as in 3 steps in a row something was wrong (step 7, training samples 24 to 27)" in error
-        assert finished_steps(tmp_path / policy)[-1] == (6 if policy == "skip" else 4)
+        assert finished_steps(tmp_path / policy) == [2, 4, 6]
 
 
 def test_processes_that_disagree_on_an_update_find_out(run_processes: Any, tmp_path: Path) -> None:
