@@ -17,7 +17,13 @@ def _check_size(name: str, value: int) -> None:
 
 
 def _seen(x: object) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else repr(x)
+    if not isinstance(x, Tensor):
+        return repr(x)
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
+
+
+def _is(x: object, dtype: torch.dtype, shape: list[int], device: torch.device) -> bool:
+    return isinstance(x, Tensor) and x.dtype == dtype and list(x.shape) == shape and x.device == device
 
 
 class DashCache:
@@ -55,7 +61,9 @@ class DashCache:
             ValueError: a tensor does not fit the layout; the message names it, its value, the rule and the remedy.
         """
         if isinstance(chunk_size, bool) or chunk_size not in CHUNK_SIZES:
-            raise ValueError(f"chunk_size={chunk_size!r} must be a power of two from 1 to 128, as an int; try 64")
+            raise ValueError(
+                f"chunk_size={chunk_size!r} must be a power of two from 1 to 128, as an int; try 64"
+            )
         if not isinstance(k, Tensor) or k.ndim != 4 or k.dtype not in DTYPES or k.numel() == 0:
             raise ValueError(
                 f"k={_seen(k)} must be [pages, page_size, Hkv, D], not empty, of a dtype in {[str(d) for d in DTYPES]}; "
@@ -76,7 +84,7 @@ class DashCache:
             table_shape = list(page_table.shape) if page_table.ndim == 2 else ["B", "max_pages"]
             expected["page_table"] = (page_table, torch.int32, table_shape)
         for name, (x, dtype, shape) in expected.items():
-            if not isinstance(x, Tensor) or x.dtype != dtype or list(x.shape) != shape or x.device != k.device:
+            if not _is(x, dtype, shape, k.device):
                 raise ValueError(
                     f"{name}={_seen(x)} must be {str(dtype).removeprefix('torch.')} {shape} on {k.device}, as k "
                     f"{_seen(k)} with chunk_size={chunk_size} asks; allocate it so"
@@ -209,10 +217,12 @@ class DashCache:
         """
         self._check_new(k, v, summary_query, [len(k), *self.k.shape[2:]], "[tokens, Hkv, D]")
         self._check_table("cu_seqlens", cu_seqlens, torch.int32, [self.batch + 1])
-        if cu_seqlens.device.type == "cpu":
+        if self._looks():
             bounds = cu_seqlens.tolist()
             if bounds[0] != 0 or bounds[-1] != len(k) or bounds != sorted(bounds):
-                raise ValueError(f"cu_seqlens={bounds} must rise from 0 to the {len(k)} tokens of k; cut k at its bounds")
+                raise ValueError(
+                    f"cu_seqlens={bounds} must rise from 0 to the {len(k)} tokens of k; cut k at its bounds"
+                )
         self._write(k, v, summary_query, cu_seqlens, None, backend)
 
     def check(self) -> None:
@@ -234,6 +244,10 @@ class DashCache:
                     f"be at least 0 and below {len(self.k)}; give the sequence a page before its tokens"
                 )
 
+    def _looks(self) -> bool:
+        """Whether lengths and bounds can be looked at without waiting for a device; a compiler cannot follow them."""
+        return self.k.device.type == "cpu" and not torch.compiler.is_compiling()
+
     def _check_room(self, lengths: list[int]) -> None:
         longest = max(lengths)
         if longest > self.capacity:
@@ -250,15 +264,14 @@ class DashCache:
             ("v", v, shape, (dtype,)),
             ("summary_query", summary_query, shape[1:], (dtype, torch.float32) if half else (dtype,)),
         ):
-            good = isinstance(x, Tensor) and list(x.shape) == wanted and x.numel() > 0
-            if not good or x.dtype not in dtypes or x.device != device:
+            if not any(_is(x, allowed, wanted, device) for allowed in dtypes) or x.numel() == 0:
                 raise ValueError(
                     f"{name}={_seen(x)} must be {str(dtype).removeprefix('torch.')} {wanted} on {device}, "
                     f"{'[Hkv, D]' if name == 'summary_query' else layout} of the cache; reshape or cast {name}"
                 )
 
     def _check_table(self, name: str, x: Tensor, dtype: torch.dtype, shape: list[int]) -> None:
-        if not isinstance(x, Tensor) or x.dtype != dtype or list(x.shape) != shape or x.device != self.k.device:
+        if not _is(x, dtype, shape, self.k.device):
             raise ValueError(
                 f"{name}={_seen(x)} must be {str(dtype).removeprefix('torch.')} {shape} on {self.k.device}; "
                 f"build it with torch.tensor(..., dtype={dtype})"
@@ -267,7 +280,7 @@ class DashCache:
     def _write(
         self, k: Tensor, v: Tensor, w: Tensor, cu_seqlens: Tensor | None, active: Tensor | None, backend: str
     ) -> None:
-        if self.k.device.type == "cpu":
+        if self._looks():
             added = 1 if active is None else active.int()
             self._check_room((self.lengths + (added if cu_seqlens is None else cu_seqlens.diff())).tolist())
         new, pool = (k, v, w), (self.k, self.v, self.summary, self.lengths)

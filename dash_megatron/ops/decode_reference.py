@@ -93,7 +93,9 @@ def decode_reference(
         chunks = _pages(page_table, b, torch.arange(past, device=q.device), summary.shape[1])
         # the rest of the own chunk is empty, and its summary is not made yet
         room = (0, 0, 0, 0, 0, C - 1 - slot)
-        q_HGD, k_SHD, v_SHD, summary_cHD = wide(q[b].unflatten(0, (Hkv, -1)), k[tokens], v[tokens], summary[chunks])
+        q_HGD, k_SHD, v_SHD, summary_cHD = wide(
+            q[b].unflatten(0, (Hkv, -1)), k[tokens], v[tokens], summary[chunks]
+        )
         q_BHGTD = (q_HGD * D**-0.5)[None, :, :, None]
         k_BHSD, v_BHSD = (F.pad(x, room).transpose(0, 1)[None] for x in (k_SHD, v_SHD))
         summary_BHcD = F.pad(summary_cHD.to(k_SHD.dtype), (0, 0, 0, 0, 0, 1)).transpose(0, 1)[None]

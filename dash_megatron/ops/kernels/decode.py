@@ -21,8 +21,9 @@ from dash_megatron.ops.kernels.route import Router
 
 # Up to this many bytes of summaries, the programs of the attention route for themselves.
 SHORT_BYTES = 64 * 1024
-# Programs of the attention, so that a multiprocessor always has keys on their way.
-PROGRAMS_PER_MULTIPROCESSOR = 2
+# Programs of the attention a multiprocessor: of long caches so many that keys are always on their way, of short ones fewer,
+# since each routes for itself.
+LONG_PROGRAMS, SHORT_PROGRAMS = 2, 1
 # A long cache has at least this many splits: sequences of a batch may differ in length.
 LEAST_LONG_SPLITS = 4
 
@@ -56,13 +57,14 @@ def plan_decode(q: Tensor, num_kv_heads: int, max_chunks: int, chunk_size: int) 
     _, shared_bytes, multiprocessors = _device(q.device)
     row_bytes = next_power_of_two(D) * q.element_size()
     rows = B * num_kv_heads
-    splits = min(max_chunks, max(1, triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, rows)))
     summary_bytes = max(16, next_power_of_two(max_chunks)) * row_bytes
     short = summary_bytes <= SHORT_BYTES
-    if not short:
-        splits = max(splits, LEAST_LONG_SPLITS)
+    programs = multiprocessors * (SHORT_PROGRAMS if short else LONG_PROGRAMS)
+    splits = min(max_chunks, max(1 if short else LEAST_LONG_SPLITS, triton.cdiv(programs, rows)))
     block = 128
-    while block > 32 and (rows * triton.cdiv(max_chunks, block) < multiprocessors or block * row_bytes > 32768):
+    while block > 32 and (
+        rows * triton.cdiv(max_chunks, block) < multiprocessors or block * row_bytes > 32768
+    ):
         block //= 2
     keys = max(16, min(chunk_size, 16384 // row_bytes))
     return Launch(
@@ -72,7 +74,7 @@ def plan_decode(q: Tensor, num_kv_heads: int, max_chunks: int, chunk_size: int) 
         block_scores=max(64, min(4096, next_power_of_two(max_chunks))),
         keys=keys,
         # two programs share a multiprocessor
-        stages=_stages(3, 16 * row_bytes, 2 * keys * row_bytes, shared_bytes // 2 - 16 * 1024),
+        stages=_stages(3, 16 * row_bytes, 2 * keys * row_bytes, shared_bytes // 2 - 8 * 1024),
         warps=8 if short and summary_bytes > SHORT_BYTES // 2 else 4,
         dependent=q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9,
     )
@@ -87,6 +89,11 @@ class _Shapes(NamedTuple):
     D: int
     BLOCK_D: int
     C: int
+
+
+def _follow(launch: Launch) -> dict[str, bool]:
+    """Options of a kernel that may be launched before the one ahead of it has ended."""
+    return {"launch_pdl": True} if launch.dependent else {}
 
 
 def _route_long(
@@ -104,7 +111,7 @@ def _route_long(
         summary.stride(0), summary.stride(1), summary.stride(2), stride_table,
         summary.shape[1], max_chunks, blocks, router.score_scale(D),
         **shapes._asdict(), BLOCK_S=launch.block_chunks, PAGED=page_table is not None, DEPENDENT=launch.dependent,
-        num_warps=4,
+        num_warps=8 if shapes.BLOCK_D * q.element_size() > 512 else 4,
     )  # fmt: skip
     # third-order convergence: a move this small leaves an error below float32's own
     tolerance = 1e-3 if router.alpha == 1.5 else 1e-6
@@ -114,11 +121,6 @@ def _route_long(
         num_warps=max(1, launch.block_scores // 256), **_follow(launch),
     )  # fmt: skip
     return x, tau, bits
-
-
-def _follow(launch: Launch) -> dict[str, bool]:
-    """Options of a kernel that may be launched before the one ahead of it has ended."""
-    return {"launch_pdl": True} if launch.dependent else {}
 
 
 def _attend(
@@ -154,7 +156,7 @@ def _attend(
     if not launch.whole:
         decode_sum_kernel[(B * Hq,)](
             part, lse, stats, out, selected, S, router.inv_sigma,
-            HQ=Hq, G=shapes.G, D=D, BLOCK_D=shapes.BLOCK_D, PARTS=next_power_of_two(S + 1),
+            G=shapes.G, D=D, BLOCK_D=shapes.BLOCK_D, PARTS=next_power_of_two(S + 1),
             BLOCK_P=min(64, next_power_of_two(S + 1)), CENTRE=router.estimate_diagonal, DEPENDENT=launch.dependent,
             num_warps=4, **_follow(launch),
         )  # fmt: skip
@@ -191,7 +193,9 @@ def decode(
     launch = plan_decode(q, Hkv, max_chunks, chunk_size)
     routed: tuple[Tensor | None, ...] = (None, None, None)
     if not launch.short:
-        routed = _route_long(q, summary, lengths, page_table, stride_table, max_chunks, router, launch, shapes)
+        routed = _route_long(
+            q, summary, lengths, page_table, stride_table, max_chunks, router, launch, shapes
+        )
     return _attend(
         q, k, v, summary, lengths, page_table, stride_table, max_chunks, routed, router, launch, shapes
     )

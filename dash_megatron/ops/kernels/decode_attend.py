@@ -175,13 +175,14 @@ def decode_attend_kernel(
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One split: output and log-sum-exp of its share; if WHOLE, the only program has everything and writes the output."""
-    enter(DEPENDENT)
     parts = splits if WHOLE else splits + 1
     i_bh, i_split = tl.program_id(0) // parts, tl.program_id(0) % parts
     i_b, i_h = i_bh // HKV, i_bh % HKV
     past, own, fits = sequence_place(lengths, i_b, max_chunks, C)
     o_g, o_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     b_q = load_queries(q, i_b, i_h, stride_qb, stride_qh, G, D, BLOCK_D, ROWS)
+    # the kernels before this one do not write what was read so far
+    enter(DEPENDENT)
     k += i_h.to(tl.int64) * stride_kh
     v += i_h.to(tl.int64) * stride_kh
     b_acc, b_sum = tl.zeros([ROWS, BLOCK_D], tl.float32), tl.zeros([ROWS], tl.float32)
@@ -229,10 +230,11 @@ def decode_attend_kernel(
         i_part = i_bh.to(tl.int64) * parts + i_split
         # a sequence that does not fit the cache has no output
         b_lse = tl.where(b_sum > 0, b_max + tl.log2(tl.where(b_sum > 0, b_sum, 1.0)), float("-inf"))
-        b_lse = tl.where(fits, b_lse, float("nan"))
+        b_lse = tl.where(fits | (i_split < splits), b_lse, float("nan"))
         tl.store(lse + (i_bh * G + o_g).to(tl.int64) * parts + i_split, b_lse, mask=m_g)
         tl.store(stats + 2 * i_part, log_sum)
-        tl.store(stats + 2 * i_part + 1, (count + ((i_split == splits) & (own > 0)).to(tl.int32)).to(tl.float32))
+        count += ((i_split == splits) & (own > 0)).to(tl.int32)
+        tl.store(stats + 2 * i_part + 1, count.to(tl.float32))
         p_part = part + (i_part * G + o_g)[:, None] * D + o_d[None, :]
         # the sum of the splits does not read what has no weight
         tl.store(p_part, b_out, mask=m_o & (b_sum > 0)[:, None])
@@ -241,7 +243,7 @@ def decode_attend_kernel(
 @triton.jit
 def decode_sum_kernel(
     part, lse, stats, out, selected, splits, inv_sigma,
-    HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr, CENTRE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Output [B, Hq, D] of one query head from all splits, and the chunks its group selected."""

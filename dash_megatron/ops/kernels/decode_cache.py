@@ -41,9 +41,8 @@ def _write_kernel(
             return
         first = tl.load(cu_seqlens + i_b)
         num = tl.load(cu_seqlens + i_b + 1) - first
-    if GATED:
-        if tl.load(active + i_b) == 0:
-            return
+    if GATED and tl.load(active + i_b) == 0:
+        return
     start = tl.load(lengths + i_b)
     end = start + num
     i_c = tl.load(tile_chunk + i_t) if RAGGED else start // C
@@ -105,7 +104,7 @@ def cache_write(
 
     The rest is as in `DashCache`; `arrived` int32 [B] is zero before and after.
     """
-    (tokens, Hkv, D), (pages, per_page) = k_new.shape, summary.shape[:2]
+    (tokens, Hkv, D), per_page = k_new.shape, summary.shape[1]
     k_new, v_new, w = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_new, v_new, w))
     if cu_seqlens is None:
         sequence = chunk = None
@@ -113,13 +112,13 @@ def cache_write(
     else:
         sequence, chunk = _tiles(lengths, cu_seqlens, tokens, chunk_size)
         tiles = len(sequence)
-    paged = page_table is not None
+    stride_table, max_pages = (0, 1) if page_table is None else (page_table.stride(0), page_table.shape[1])
     _write_kernel[(tiles * Hkv,)](
         k_new, v_new, w, k, v, summary, lengths, arrived, page_table, cu_seqlens, active, sequence, chunk,
         k_new.stride(0), k_new.stride(1), v_new.stride(0), v_new.stride(1), w.stride(0),
         k.stride(0), k.stride(1), k.stride(2), summary.stride(0), summary.stride(1), summary.stride(2),
-        page_table.stride(0) if paged else 0, per_page, per_page * (page_table.shape[1] if paged else 1), D**-0.5,
-        HKV=Hkv, D=D, BLOCK_D=next_power_of_two(D), C=chunk_size, PAGED=paged,
+        stride_table, per_page, per_page * max_pages, D**-0.5,
+        HKV=Hkv, D=D, BLOCK_D=next_power_of_two(D), C=chunk_size, PAGED=page_table is not None,
         RAGGED=cu_seqlens is not None, GATED=active is not None, num_warps=4,
     )  # fmt: skip
 

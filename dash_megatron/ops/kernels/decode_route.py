@@ -13,9 +13,11 @@ from dash_megatron.ops.kernels.summarize import saturate
 
 @triton.jit
 def enter(DEPENDENT: tl.constexpr):
-    """First thing in every kernel of a decode: wait for the kernel before, then let the next one be launched.
+    """Wait for the kernel of this decode before this one to end, then let the next one be launched.
 
-    Programs that return early must have waited too: a kernel that is through counts as having waited.
+    Every program must come here, before it reads what an earlier kernel of the decode wrote and before it returns early:
+    a kernel that has ended tells the next one that all before it have. The first kernel is launched as usual, so that what
+    was there before the decode can be read at any time.
     """
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
@@ -36,7 +38,8 @@ def sequence_place(lengths, i_b, max_chunks, C: tl.constexpr):
 def chunk_place(page_table, i_b, o_c, m_c, stride_table, chunks_per_page, PAGED: tl.constexpr):
     """Number of chunks `o_c` of a sequence in the pool: page * chunks_per_page + place in the page."""
     if PAGED:
-        page = tl.load(page_table + i_b.to(tl.int64) * stride_table + o_c // chunks_per_page, mask=m_c, other=0)
+        p_page = page_table + i_b.to(tl.int64) * stride_table + o_c // chunks_per_page
+        page = tl.load(p_page, mask=m_c, other=0)
         return page * chunks_per_page + o_c % chunks_per_page
     return i_b * chunks_per_page + o_c
 
@@ -154,9 +157,9 @@ def decode_threshold_kernel(
     HQ: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ALPHA_15: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Threshold float32 [B, Hq] of a query head's scores, and int32 words of bits [B, Hq, words]: what it selects."""
-    enter(DEPENDENT)
     i_row = tl.program_id(0)
     past, _, _ = sequence_place(lengths, i_row // HQ, max_chunks, C)
+    enter(DEPENDENT)
     if past == 0:
         return
     x += i_row.to(tl.int64) * max_chunks
@@ -169,7 +172,8 @@ def decode_threshold_kernel(
     threshold = low
     passes, moved = 0, tolerance + 1
     while (moved > tolerance) & (passes < 60):
-        b_s0, b_s1, b_s2 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        b_s0 = tl.zeros([BLOCK], tl.float32)
+        b_s1, b_s2 = b_s0, b_s0
         for i_c in range(0, past, BLOCK):
             b_x = tl.load(x + i_c + o_n, mask=i_c + o_n < past, other=float("-inf"))
             b_0, b_1, b_2 = threshold_sums(b_x, threshold, exponent, ALPHA_15)
