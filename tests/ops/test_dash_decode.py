@@ -1,89 +1,19 @@
 """Decoding against the training forward: on CPU tensors under Triton's interpreter, on a GPU at real sizes."""
 
-import re
-from itertools import pairwise
-
 import pytest
 import torch
-import torch.nn.functional as F
 
 from benchmarks import decode as benchmark
 from dash_megatron.ops import DashCache, dash_attention, dash_decode
 from dash_megatron.ops.decode_reference import decode_reference
-from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels
+from tests.ops.decode_sequences import BORDERS, ROUTER, C, Sequences, relative_error
+from tests.ops.kernels_under_test import CUDA, TOLERANCE, import_kernels
 
 decode, decode_cache = import_kernels("decode", "decode_cache")
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-ROUTER = {"scaling_factor": 3.0, "sigma": 2.0, "estimate_diagonal": True, "alpha": 1.5}
-C = 64 if CUDA else 16
-BORDERS = (1, C - 1, C, C + 1, 2 * C, 2 * C + 1, 7 * C + 3)
 LENGTHS = (*BORDERS, 300 * C + 5, 513 * C) if CUDA else BORDERS
-
-
-class Sequences:
-    """Random q, k, v of every sequence, and one summary query; what the shape does not say is small."""
-
-    def __init__(self, lengths, Hq=4, Hkv=2, D=128 if CUDA else 16, dtype=torch.float32, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-
-        def noise(*shape):
-            return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
-
-        self.lengths, self.shape = lengths, (Hkv, D)
-        self.q, self.k, self.v = ([noise(n, H, D) for n in lengths] for H in (Hq, Hkv, Hkv))
-        self.w = noise(Hkv, D)
-
-    def cache(self, page_size=None, chunk_size=C, room=0, dtype=None):
-        """An empty cache, contiguous or with pages in no order."""
-        dtype, longest = dtype or self.w.dtype, max(self.lengths) + room
-        if page_size is None:
-            return DashCache.contiguous(
-                len(self.lengths), longest, *self.shape, chunk_size=chunk_size, dtype=dtype, device=DEVICE
-            )
-        max_pages = -(-longest // page_size)
-        pages = torch.randperm(len(self.lengths) * max_pages, generator=torch.Generator().manual_seed(0))
-        table = pages.int().view(len(self.lengths), max_pages).to(DEVICE)
-        return DashCache.paged(
-            pages.numel(), table, *self.shape, page_size=page_size, chunk_size=chunk_size, dtype=dtype
-        )
-
-    def prefill(self, cache, start, end, backend="triton"):
-        """Add tokens start[b] up to end[b] of every sequence b."""
-        k, v = (
-            torch.cat([x[i:j] for x, i, j in zip(xs, start, end, strict=True)]).to(cache.k.dtype)
-            for xs in (self.k, self.v)
-        )
-        counts = torch.tensor([j - i for i, j in zip(start, end, strict=True)])
-        cu_seqlens = F.pad(counts.cumsum(0), (1, 0)).int().to(DEVICE)
-        cache.prefill(k, v, self.w.to(k.dtype), cu_seqlens, backend=backend)
-
-    def at(self, tokens, dtype=None):
-        """q, k and v [B, heads, D] of one token of each sequence."""
-        return tuple(
-            torch.stack([x[t] for x, t in zip(xs, tokens, strict=True)]).to(dtype or self.w.dtype)
-            for xs in (self.q, self.k, self.v)
-        )
-
-    def fill(self, cache, backend="triton"):
-        """All tokens, the last one appended; returns its query."""
-        last = [n - 1 for n in self.lengths]
-        if any(last):
-            self.prefill(cache, [0] * len(last), last, backend)
-        q, k, v = self.at(last, cache.k.dtype)
-        cache.append(k, v, self.w.to(k.dtype), backend=backend)
-        return q
-
-    def expected(self, chunk_size=C, **router):
-        """The float64 reference of decoding: output, and number of chunks selected."""
-        cache = self.cache(chunk_size=chunk_size, dtype=torch.float64)
-        q = self.fill(cache, "reference")
-        return dash_decode(q, cache, **{**ROUTER, **router}, backend="reference", return_selected=True)
-
-
-def _relative_error(x, expected):
-    return ((x.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def _decode(sequences, cache, **router):
@@ -121,7 +51,7 @@ def test_sequences_of_different_lengths_equal_the_reference(form, page_size, lau
     launch(**FORMS[form])
     out, selected = _decode(sequences, sequences.cache(page_size))
     for x, y in zip(out, expected, strict=True):
-        assert _relative_error(x, y) < TOLERANCE[torch.float32][0]
+        assert relative_error(x, y) < TOLERANCE[torch.float32][0]
     # among hundreds of chunks one may lie within float32's rounding of the threshold
     assert torch.equal(selected[: len(BORDERS)], expected_selected[: len(BORDERS)])
 
@@ -135,7 +65,7 @@ def test_the_reference_of_decoding_is_the_last_row_of_the_training_forward(route
             *(x[None].double() for x in (q, k, v)), sequences.w.double(), C, **{**ROUTER, **router},
             backend="reference", return_routing=True,
         )  # fmt: skip
-        assert _relative_error(out[b], row[0, -1]) < 1e-12
+        assert relative_error(out[b], row[0, -1]) < 1e-12
         assert torch.equal(selected[b], routing.chunks_selected[0, -1])
 
 
@@ -177,7 +107,7 @@ def test_every_shape_and_dtype_is_near_the_reference(name, dtype, short, launch)
     )
     expected, _ = decode_reference(*tensors, cache.lengths, None, chunk_size, 1.0, *list(ROUTER.values())[1:])
     assert out.dtype == dtype
-    assert _relative_error(out, expected) < TOLERANCE[dtype][0]
+    assert relative_error(out, expected) < TOLERANCE[dtype][0]
 
 
 METHODS = {
@@ -199,7 +129,7 @@ def test_every_form_of_the_method_equals_the_reference(name, form, launch):
     expected, expected_selected = sequences.expected(**METHODS[name])
     launch(**FORMS[form])
     out, selected = _decode(sequences, sequences.cache(), **METHODS[name])
-    assert _relative_error(out, expected) < TOLERANCE[torch.float32][0]
+    assert relative_error(out, expected) < TOLERANCE[torch.float32][0]
     if not CUDA:
         assert torch.equal(selected, expected_selected)
 
@@ -221,7 +151,7 @@ def test_many_blocks_of_scores_and_words_of_bits_equal_the_reference(launch):
     expected, _ = sequences.expected(scaling_factor=1.0)
     launch(short=False, splits=4, block_chunks=32, block_scores=64)
     out, _ = _decode(sequences, sequences.cache(), scaling_factor=1.0)
-    assert _relative_error(out, expected) < TOLERANCE[torch.float32][0]
+    assert relative_error(out, expected) < TOLERANCE[torch.float32][0]
 
 
 @pytest.mark.parametrize("page_size", [None, C], ids=["contiguous", "paged"])
@@ -241,34 +171,6 @@ def test_prefill_then_decode_equals_the_whole_forward(page_size):
     torch.testing.assert_close(torch.cat(out, dim=1), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_prefill_in_pieces_is_prefill_at_once(backend):
-    sequences = Sequences((5 * C + 3, 2 * C, 1))
-    pieces = [[0, 0, 0], [3, C, 0], [C + 2, C, 1], [4 * C, 2 * C, 1], list(sequences.lengths)]
-    at_once, in_pieces = sequences.cache(2 * C), sequences.cache(2 * C)
-    sequences.prefill(at_once, pieces[0], pieces[-1], backend)
-    for start, end in pairwise(pieces):
-        sequences.prefill(in_pieces, start, end, backend)
-    assert in_pieces.lengths.tolist() == list(sequences.lengths)
-    # what was never written is still NaN in both
-    for x, y in ((in_pieces.k, at_once.k), (in_pieces.v, at_once.v), (in_pieces.summary, at_once.summary)):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6, equal_nan=True)
-    written = sum(n // C for n in sequences.lengths)
-    assert int((~in_pieces.summary.isnan()).all(-1).all(-1).sum()) == written
-
-
-def test_triton_and_reference_write_the_same_cache():
-    sequences = Sequences((3 * C + 3, 2 * C, 1), dtype=torch.bfloat16)
-    ours, expected = sequences.cache(2 * C), sequences.cache(2 * C)
-    sequences.fill(ours, "triton")
-    sequences.fill(expected, "reference")
-    for name in ("k", "v", "lengths"):
-        torch.testing.assert_close(
-            getattr(ours, name), getattr(expected, name), rtol=0, atol=0, equal_nan=True
-        )
-    torch.testing.assert_close(ours.summary, expected.summary, rtol=1e-2, atol=1e-3, equal_nan=True)
-
-
 def test_what_a_shorter_sequence_left_behind_does_not_leak():
     long, short = Sequences((5 * C + 3, 4 * C)), Sequences((2 * C + 2, C), seed=1)
     cache, fresh = long.cache(), short.cache(room=4 * C)
@@ -277,19 +179,6 @@ def test_what_a_shorter_sequence_left_behind_does_not_leak():
         x.fill_(float("nan"))
     cache.lengths.zero_()
     assert torch.equal(_decode(short, cache)[0], _decode(short, fresh)[0])
-
-
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_sequences_that_are_not_active_stay_as_they_are(backend):
-    sequences = Sequences((2 * C, 1, C))
-    cache = sequences.cache()
-    sequences.prefill(cache, [0, 0, 0], [2 * C - 1, 0, C - 1], backend)
-    _, k, v = sequences.at([2 * C - 1, 0, C - 1])
-    cache.append(k, v, sequences.w, torch.tensor([True, False, False], device=DEVICE), backend)
-    assert cache.lengths.tolist() == [2 * C, 0, C - 1]
-    assert not cache.summary[0, :2].isnan().any()
-    assert cache.summary[1:].isnan().all()
-    assert cache.k[2, C - 1].isnan().all()
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
@@ -314,11 +203,11 @@ def test_a_sequence_longer_than_its_cache_has_nan_output_on_a_gpu_and_leaves_oth
     expected = dash_decode(q, cache, backend="triton")
     # on CPU, append refuses; the kernel itself does not know
     arguments = (cache.k, cache.v, cache.summary, cache.lengths, cache._arrived, None, None, None, C)
-    active = cache.k.clone()
+    before = cache.k.clone()
     decode_cache.cache_write(cache.k[:, 0] + 1, cache.v[:, 0], sequences.w, *arguments)
     cache.lengths[1] = 5
     assert cache.lengths.tolist() == [C + 1, 5]
-    assert torch.equal(cache.k[0], active[0])
+    assert torch.equal(cache.k[0], before[0])
     out = dash_decode(q, cache, backend="triton")
     assert out[0].isnan().all()
     assert torch.equal(out[1], expected[1])
@@ -400,70 +289,7 @@ def test_a_cuda_graph_follows_sequences_as_they_grow_and_change(capacity):
             assert torch.equal(out, expected)
             assert torch.equal(selected, expected_selected)
         reference = dash_decode(q, cache, scaling_factor=1.0, backend="reference")
-        assert _relative_error(out, reference) < TOLERANCE[torch.bfloat16][0]
-
-
-def _contiguous(**changes):
-    return DashCache.contiguous(**{"batch": 2, "max_length": 40, "num_kv_heads": 2, "head_dim": 16, "chunk_size": 16, "device": DEVICE, "dtype": torch.float32, **changes})  # fmt: skip
-
-
-def _ones(*shape, dtype=torch.float32):
-    return torch.ones(*shape, dtype=dtype, device=DEVICE)
-
-
-WRONG = {
-    "max_length=0 must be an int of at least 1": lambda c: _contiguous(max_length=0),
-    "chunk_size=24 must be a power of two": lambda c: _contiguous(chunk_size=24),
-    "page_size=24 (k.shape[1]) must be a multiple of chunk_size=16": lambda c: DashCache.paged(
-        4, _ones(2, 2, dtype=torch.int32), 2, 16, page_size=24, chunk_size=16
-    ),
-    "page_table=int64 [2, 2]": lambda c: DashCache.paged(4, _ones(2, 2, dtype=torch.int64), 2, 16),
-    "lengths=int64 [2]": lambda c: DashCache(c.k, c.v, c.summary, c.lengths.long(), 16),
-    "summary=float32 [2, 3, 2, 16]": lambda c: DashCache(c.k, c.v, c.summary, c.lengths, 8),
-    "k=float32 [1, 2, 16]": lambda c: c.append(_ones(1, 2, 16), _ones(2, 2, 16), _ones(2, 16)),
-    "v=bfloat16 [2, 2, 16]": lambda c: c.append(
-        _ones(2, 2, 16), _ones(2, 2, 16, dtype=torch.bfloat16), _ones(2, 16)
-    ),
-    "summary_query=float32 [32]": lambda c: c.append(_ones(2, 2, 16), _ones(2, 2, 16), _ones(32)),
-    "active=float32 [2]": lambda c: c.append(_ones(2, 2, 16), _ones(2, 2, 16), _ones(2, 16), _ones(2)),
-    "cu_seqlens=int32 [2]": lambda c: c.prefill(
-        _ones(3, 2, 16), _ones(3, 2, 16), _ones(2, 16), _ones(2, dtype=torch.int32)
-    ),
-    "q.shape=[2, 3, 16] must be [B, Hq, D]": lambda c: dash_decode(_ones(2, 3, 16), c),
-    "q=torch.bfloat16": lambda c: dash_decode(_ones(2, 4, 16, dtype=torch.bfloat16), c),
-    "sigma=0 must be a finite": lambda c: dash_decode(_ones(2, 4, 16), c, sigma=0),
-    "alpha=1 must be": lambda c: dash_decode(_ones(2, 4, 16), c, alpha=1),
-    "backend='cuda' must be": lambda c: dash_decode(_ones(2, 4, 16), c, backend="cuda"),
-    "cache=Tensor must be a DashCache": lambda c: dash_decode(_ones(2, 4, 16), c.k),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("message", WRONG)
-def test_wrong_arguments_are_named(message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        WRONG[message](_contiguous())
-
-
-@pytest.mark.skipif(CUDA, reason="needs a CPU: a GPU does not wait to look at lengths")
-def test_on_cpu_a_full_sequence_and_wrong_bounds_are_refused_before_anything_is_written():
-    cache = _contiguous()
-    cache.lengths[1] = 48
-    with pytest.raises(ValueError, match=r"lengths\[1\]=49 must be at most the cache's capacity 48"):
-        cache.append(_ones(2, 2, 16), _ones(2, 2, 16), _ones(2, 16))
-    with pytest.raises(ValueError, match=r"cu_seqlens=\[0, 2, 2\] must rise from 0 to the 3 tokens"):
-        cache.prefill(_ones(3, 2, 16), _ones(3, 2, 16), _ones(2, 16), torch.tensor([0, 2, 2]).int())
-    assert cache.lengths.tolist() == [0, 48]
-    assert cache.k.isnan().all()
-
-
-def test_a_page_outside_the_pool_is_named():
-    table = torch.tensor([[0, 1], [2, 9]], dtype=torch.int32, device=DEVICE)
-    cache = DashCache.paged(4, table, 2, 16, page_size=16, chunk_size=16)
-    cache.lengths.copy_(torch.tensor([20, 16]))
-    cache.check()
-    cache.lengths[1] += 1
-    with pytest.raises(ValueError, match=r"page_table\[1\] holds page 9 among the 2 pages of its 17 tokens"):
-        cache.check()
+        assert relative_error(out, reference) < TOLERANCE[torch.bfloat16][0]
 
 
 def test_benchmark_inputs_are_full_caches_whose_density_topics_dial():
