@@ -146,11 +146,12 @@ def test_pages_give_the_bits_of_the_contiguous_layout(form, launch):
         )
 
 
-def test_many_blocks_of_scores_and_words_of_bits_equal_the_reference(launch):
+@pytest.mark.parametrize("scaling_factor", [1.0, 30.0], ids=["many selected", "few selected"])
+def test_many_blocks_of_scores_and_words_of_bits_equal_the_reference(scaling_factor, launch):
     sequences = Sequences((2100 * C + 7 if CUDA else 150 * 16 + 7, 40 * C), Hq=3, Hkv=1)
-    expected, _ = sequences.expected(scaling_factor=1.0)
+    expected, _ = sequences.expected(scaling_factor=scaling_factor)
     launch(short=False, splits=4, block_chunks=32, block_scores=64)
-    out, _ = _decode(sequences, sequences.cache(), scaling_factor=1.0)
+    out, _ = _decode(sequences, sequences.cache(), scaling_factor=scaling_factor)
     assert relative_error(out, expected) < TOLERANCE[torch.float32][0]
 
 
@@ -181,8 +182,12 @@ def test_what_a_shorter_sequence_left_behind_does_not_leak():
     assert torch.equal(_decode(short, cache)[0], _decode(short, fresh)[0])
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_an_empty_sequence_has_zero_output_and_no_chunks(backend):
+@pytest.mark.parametrize(
+    ("backend", "form"),
+    [("reference", "short"), *(("triton", form) for form in ("short, whole", "short", "long"))],
+)
+def test_an_empty_sequence_has_zero_output_and_no_chunks(backend, form, launch):
+    launch(**FORMS[form])
     sequences = Sequences((C + 1, 1))
     cache = sequences.cache()
     sequences.prefill(cache, [0, 0], [C + 1, 0], backend)
