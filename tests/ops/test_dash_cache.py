@@ -103,8 +103,11 @@ def test_on_cpu_a_full_sequence_and_wrong_bounds_are_refused_before_anything_is_
     cache.lengths[1] = 48
     with pytest.raises(ValueError, match=r"lengths\[1\]=49 must be at most the cache's capacity 48"):
         cache.append(_ones(2, 2, 16), _ones(2, 2, 16), _ones(2, 16))
-    with pytest.raises(ValueError, match=r"cu_seqlens=\[0, 2, 2\] must rise from 0 to the 3 tokens"):
-        cache.prefill(_ones(3, 2, 16), _ones(3, 2, 16), _ones(2, 16), torch.tensor([0, 2, 2]).int())
+    for bounds in ([0, 2, 2], [0, 4, 3], [1, 2, 3]):
+        with pytest.raises(
+            ValueError, match=re.escape(f"cu_seqlens={bounds} must rise from 0 to the 3 tokens")
+        ):
+            cache.prefill(_ones(3, 2, 16), _ones(3, 2, 16), _ones(2, 16), torch.tensor(bounds).int())
     assert cache.lengths.tolist() == [0, 48]
     assert cache.k.isnan().all()
 
