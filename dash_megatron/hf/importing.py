@@ -71,8 +71,8 @@ def _sections(tree: dict[str, Any], names: set[str], source: Path) -> tuple[Mode
         return sections_of(tree, names)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise ValueError(f"{source / 'config.json'}: {where}: {problem['msg']}") from error
+        where = "".join(f"{part}: " for part in problem["loc"])
+        raise ValueError(f"{source / 'config.json'}: {where}{problem['msg']}") from error
 
 
 def _check_names(weights: Mapping[str, Tensor], parts: list[Piece], source: Path) -> None:

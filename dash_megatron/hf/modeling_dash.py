@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 # Scores alive at once, in elements: prompts are attended block by block to stay below.
 MAX_BLOCK_SCORES = 2**24
@@ -393,17 +394,28 @@ class DashPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.indexer_q)  # a summary starts as the mean key
 
 
+def rotary_frequencies(config: LlamaConfig) -> tuple[Tensor, float]:
+    """Radians per position of each pair of channels, float32 [D / 2] on CPU, and the factor on cosines and sines.
+
+    longrope takes its long factors where `max_position_embeddings` exceeds the original positions, at every position,
+    so that keys in a cache stay valid when a text grows past them.
+    """
+    rope: Any = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    # transformers builds models on the meta device, where there are no numbers
+    with torch.device("cpu"):
+        if kind == "default":
+            D = config.head_dim or config.hidden_size // config.num_attention_heads
+            return rope["rope_theta"] ** -(torch.arange(0, D, 2, dtype=torch.float32) / D), 1.0
+        return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=config.max_position_embeddings)
+
+
 class DashModel(DashPreTrainedModel):
     """Embedding, layers and the last norm."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
-        rope: Any = config.rope_parameters
-        if rope.get("rope_type", "default") != "default":
-            raise ValueError(
-                f"rope_parameters={rope} must have rope_type 'default', all that this model knows"
-            )
-        self.theta = rope["rope_theta"]
+        self.frequencies, self.attention_factor = rotary_frequencies(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DashDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = DashRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -411,11 +423,12 @@ class DashModel(DashPreTrainedModel):
 
     def rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B, T, D] of angles in float32, as in training."""
-        D = self.config.head_dim or self.config.hidden_size // self.config.num_attention_heads
-        exponents = torch.arange(0, D, 2, dtype=torch.float32, device=position_ids.device) / D
-        angles = position_ids.float()[..., None] * self.theta**-exponents
+        if self.frequencies.device != position_ids.device:
+            self.frequencies = self.frequencies.to(position_ids.device)
+        angles = position_ids.float()[..., None] * self.frequencies
         angles = torch.cat([angles, angles], -1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
+        return cos.to(dtype), sin.to(dtype)
 
     def forward(
         self,

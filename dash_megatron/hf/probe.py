@@ -213,7 +213,7 @@ def _selection(core: DashCoreAttention, query: Tensor, key: Tensor) -> Tensor:
     end = (start + attention.chunk_size).clamp_max(num_tokens)
     chunks = QueryChunks(start, end, number, torch.zeros_like(number), len(number), len(number) ** 2)
     router = sharded_reference.Router(
-        attention.scaling_factor, attention.sigma, attention.estimate_diagonal, attention.alpha
+        core.scaling_factor, attention.sigma, attention.estimate_diagonal, attention.alpha
     )
     summary = sharded_reference.summarize(key[:, 0], core.summary_query, start, end, attention.chunk_size)
     routed = sharded_reference.route(query[:, 0], summary, chunks, router, attention.chunk_size)

@@ -184,19 +184,29 @@ def test_a_damaged_file_and_a_wrong_index_are_errors(write_run: Callable[..., An
         import_folder(folder, tmp_path / "start")
 
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "scaled rope": ({"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}, r"scales RoPE \(llama3\)"),
+    "scaled rope": (
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        "rope_type=dynamic, but training knows",
+    ),
     "scaled rope, older name": (
-        {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        r"scales RoPE \(linear\)",
+        {"rope_parameters": None, "rope_scaling": {"type": "proportional"}},
+        "rope_type=proportional, but training knows",
+    ),
+    "scaled rope, a field missing": (
+        {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+        r"needs \['high_freq_factor', 'low_freq_factor'\]",
+    ),
+    "scaled rope, a field too many": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "beta_fast": 32}},
+        r"does not use \['beta_fast'\]",
+    ),
+    "part of a head": (
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor=0.5 must be 1",
     ),
     "activation": ({"hidden_act": "gelu"}, "hidden_act=gelu must be silu"),
     "bias": ({"attention_bias": True}, "attention_bias=true"),
-    "routers that differ": (
-        {"chunk_size": 16, "sigma": 2.0, "estimate_diagonal": True, "layer_scaling_factors": [1.0, 2.0]},
-        "must all be equal",
-    ),
     "nothing": ({"hidden_size": None}, "no hidden_size"),
 }
 
