@@ -74,7 +74,7 @@ def write_run(tiny_config: dict[str, Any], tmp_path: Path) -> Callable[..., tupl
 
     def write(name: str, **changes: Any) -> tuple[Config, dict[str, Tensor]]:
         tree = {**tiny_config, "run_dir": str(tmp_path / f"run_{name}")}
-        for section in ("model", "attention"):
+        for section in ("model", "attention", "data"):
             tree[section] = {"scaling_factor": 3.0} if section == "attention" else {}
             tree[section] |= tiny_config[section] | MODELS[name].get(section, {}) | changes.get(section, {})
         config = config_from_dict(tree)

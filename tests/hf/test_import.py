@@ -64,7 +64,7 @@ def test_a_run_comes_back_bit_for_bit(
     monkeypatch.setattr("dash_megatron.hf.probe.BF16_TOLERANCE", 10.0)  # large random weights, sharp routers
     config, weights = write_run(name)
     export_run(config.run_dir, tmp_path / "hf", dtype=dtype)
-    sections = import_folder(tmp_path / "hf", tmp_path / "back")
+    sections = import_folder(tmp_path / "hf", tmp_path / "back").sections
     found = FolderWeights(tmp_path / "back")
     assert found.keys() == weights.keys()
     for key, value in weights.items():
@@ -111,7 +111,7 @@ def test_scaled_embeddings_branches_and_logits_are_folded_into_the_weights(tmp_p
     tree = json.loads((tmp_path / "hf" / "config.json").read_text())
     tree |= {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(tree))
-    sections = import_folder(tmp_path / "hf", tmp_path / "start")
+    sections = import_folder(tmp_path / "hf", tmp_path / "start").sections
     assert not sections["model"]["tie_embeddings"]
     before, after = FolderWeights(tmp_path / "hf"), FolderWeights(tmp_path / "start")
     table = before["model.embed_tokens.weight"]

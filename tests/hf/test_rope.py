@@ -72,7 +72,7 @@ def test_a_dense_model_with_scaled_rope_goes_on_as_it_was(
     torch.manual_seed(0)
     dense = LlamaForCausalLM(dense_config(SCALINGS[name])).eval()
     dense.save_pretrained(tmp_path / "hf")
-    sections = import_folder(tmp_path / "hf", tmp_path / "start")
+    sections = import_folder(tmp_path / "hf", tmp_path / "start").sections
     kept = {key: value for key, value in sections["model"]["rope_scaling"].items() if value is not None}
     assert kept == SCALINGS[name]
     tiny_config["data"]["seq_length"] = 256
@@ -94,7 +94,7 @@ def test_what_a_folder_leaves_open_is_what_transformers_takes(tmp_path: Path) ->
     long = {key: value for key, value in LONG.items() if key not in ("factor", "rope_type")}
     older = {"rope_theta": 5e5, "rope_scaling": {**long, "type": "longrope"}, "max_position_embeddings": 300}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(tree | older))
-    model = import_folder(tmp_path / "hf", tmp_path / "start")["model"]
+    model = import_folder(tmp_path / "hf", tmp_path / "start").sections["model"]
     config = LlamaConfig.from_pretrained(tmp_path / "hf")
     assert model["rope_theta"] == config.rope_parameters["rope_theta"] == 5e5
     scaling = RopeScaling(**model["rope_scaling"])
