@@ -89,8 +89,9 @@ def _write(
     write_pieces(
         folder,
         parts,
-        lambda piece: to_hugging_face(take(weights, piece.ours, "the checkpoint"), piece, config.model),
-        dtype,
+        lambda piece: to_hugging_face(
+            take(weights, piece.ours, "the checkpoint", dtype), piece, config.model
+        ),
     )
     logger.info("comparing the export with the training model")
     report = probe.compare(folder, weights, config, dtype)

@@ -62,7 +62,7 @@ def import_folder(source: str | Path, output: str | Path) -> Imported:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        write_pieces(partial, parts, lambda piece: _convert(weights, piece, model, factors, source), None)
+        write_pieces(partial, parts, lambda piece: _convert(weights, piece, model, factors, source))
         sections = _write_sections(partial, model, attention)
         tokenizer = import_tokenizer(source, partial)
         os.rename(partial, output)

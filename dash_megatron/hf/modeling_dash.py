@@ -243,7 +243,7 @@ def dash_layer(cache: Cache, index: int) -> DashDynamicLayer | DashStaticLayer:
             f"the cache's layers are {type(layer).__name__}, but DashAttention keeps chunk summaries beside a dynamic or "
             "static cache only; leave out cache_implementation, or pass use_cache=False"
         )
-    ours = object.__new__(_LAYERS[type(layer)])
+    ours: Any = object.__new__(_LAYERS[type(layer)])
     ours.__dict__.update(layer.__dict__)
     cache.layers[index] = ours
     return ours
