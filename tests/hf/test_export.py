@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
@@ -51,7 +52,10 @@ def test_every_layout_exports_its_weights(
         assert weights.keys() == expected.keys()
         for key, value in expected.items():
             assert torch.equal(weights[key], value), key
-    assert "| loss |" in (tmp_path / "out" / "zero1" / "README.md").read_text()
+    card = (tmp_path / "out" / "zero1" / "README.md").read_text()
+    assert "| loss |" in card
+    settings = card.partition("```yaml\n")[2].partition("```")[0]
+    assert yaml.safe_load(settings)["optimizer"]["lr"] == tiny_config["optimizer"]["lr"]
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:

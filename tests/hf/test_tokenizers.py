@@ -151,6 +151,7 @@ def test_data_is_tokenized_with_it_and_a_run_exports_it(
         assert ids == ours.encode(text), text
     assert exported.eos_token_id == ours.eod
     drawn = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert drawn["eos_token_id"] == ours.eod
     assert drawn["suppress_tokens"] == list(range(ours.vocab_size, 320))
     again = import_folder(tmp_path / "hf", tmp_path / "again").tokenizer
     assert again is not None
