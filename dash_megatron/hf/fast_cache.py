@@ -233,7 +233,7 @@ def _runs(backend: str, q: Tensor, chunk_size: int) -> bool:
     return _resolve_backend(backend, q)[0] == "triton" and chunk_size in TRITON_CHUNK_SIZES
 
 
-def _fast_layer(cache: Cache, index: int, chunk_size: int, *places: Any) -> FastLayer:
+def fast_layer(cache: Cache, index: int, chunk_size: int, *places: Any) -> FastLayer:
     """The cache's layer, which a layer of the model file is replaced by; `places` as in `FastLayer.write`."""
     plain: Any = cache.layers[index]
     if isinstance(plain, FastLayer):
@@ -303,7 +303,7 @@ def attend(
             cache.update(k, v, index)
         else:
             places = (summary_query, start, latest_start, backend)
-            layer = _fast_layer(cache, index, chunk_size, *places)
+            layer = fast_layer(cache, index, chunk_size, *places)
             layer.write(k, v, *places)
     if not prompt:
         return layer.attend(q, start, backend, **router)
