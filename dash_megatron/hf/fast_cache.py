@@ -225,12 +225,21 @@ def _pack(x: Tensor, real: Tensor | None) -> Tensor:
     return x.flatten(0, 1) if real is None else x[real]
 
 
-def _runs(backend: str, q: Tensor, chunk_size: int) -> bool:
-    if backend == "torch" or (backend == "auto" and not q.is_cuda):
+def _runs(backend: str, q: Tensor, k: Tensor, chunk_size: int) -> bool:
+    if backend == "auto":
+        return q.is_cuda and _resolve_backend(backend, q)[0] == "triton" and _fits(q, k, chunk_size)
+    return backend != "torch"
+
+
+def _fits(q: Tensor, k: Tensor, chunk_size: int) -> bool:
+    """Whether the Triton kernels take queries and keys [B, heads, T, D] of such a shape."""
+    from dash_megatron.ops.kernels.geometry import check_supported
+
+    try:
+        check_supported(q.transpose(1, 2), k.shape[1])
+    except ValueError:
         return False
-    if backend != "auto":
-        return True
-    return _resolve_backend(backend, q)[0] == "triton" and chunk_size in TRITON_CHUNK_SIZES
+    return chunk_size in TRITON_CHUNK_SIZES
 
 
 def fast_layer(cache: Cache, index: int, chunk_size: int, *places: Any) -> FastLayer:
@@ -288,7 +297,7 @@ def attend(
         Output [B, Hq, T, D] in q's dtype, zero for padding; or None where the model file must attend by itself, and then
         the cache is as it was.
     """
-    if not _runs(backend, q, chunk_size):
+    if not _runs(backend, q, k, chunk_size):
         return None
     # under autocast dtypes differ
     k, v, start = k.to(q.dtype), v.to(q.dtype), start.to(q.device)

@@ -13,6 +13,8 @@ from dash_megatron.hf.fast_cache import FastLayer
 from dash_megatron.hf.modeling_dash import DashForCausalLM
 from tests.ops.kernels_under_test import CUDA, DEVICE, import_kernels
 
+import_kernels("dash", "decode", "decode_cache")
+
 # float64, sums in another order
 TOLERANCE = 1e-9
 GREEDY = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -192,12 +194,22 @@ def test_a_static_cache_keeps_its_place_and_refuses_more_than_it_holds(tokens: T
     assert len(places) == 1
 
 
+@pytest.mark.parametrize(
+    ("heads", "dim", "chunk_size", "fits"),
+    [(32, 128, 64, True), (33, 16, 16, False), (4, 512, 16, False), (4, 16, 8, False)],
+)
+def test_shapes_that_kernels_do_not_take_are_left_to_the_model_file(
+    heads: int, dim: int, chunk_size: int, fits: bool
+) -> None:
+    q, k = torch.empty(1, heads, 1, dim), torch.empty(1, 1, 1, dim)
+    assert fast_cache._fits(q, k, chunk_size) == fits
+
+
 def test_kernels_generate_what_the_model_file_alone_does(
     tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not CUDA:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    import_kernels("dash", "decode", "decode_cache")
     shape = {"num_attention_heads": 8, "head_dim": 16}
     model = _model(torch.float32, num_hidden_layers=1, **shape).to(DEVICE)
     prompt = tokens[:, :34].to(DEVICE)
