@@ -1,7 +1,7 @@
 """A Llama-shaped decoder with DashAttention (arXiv 2605.18753), for transformers.
 
 This file travels in the folder of exported weights and needs torch and transformers only. Where the package
-dash_megatron can be imported, prompts on CUDA go through its kernels.
+dash_megatron can be imported, DashAttention on CUDA goes through its kernels, with a cache of its own.
 
 Letters: B batch, H key/value heads, G query heads per key/value head, T queries (the last T of S columns),
 S cached columns, c chunks, C tokens per chunk, D head dim. Rows may start with padding: chunks are counted from each
@@ -216,27 +216,40 @@ class DashStaticLayer(_Summaries, StaticLayer):
     """Keys and values in their places of a table of fixed size, with summaries."""
 
     is_compileable = False  # shapes follow the columns filled
+    filled = 0
+    """`cumulative_length`, where nobody waits for a device to know it."""
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write columns, and give all that are filled."""
         keys, values = super().update(*args, **kwargs)
-        filled = int(self.cumulative_length)
-        return keys[:, :, :filled], values[:, :, :filled]
+        self.filled += args[0].shape[2]
+        return keys[:, :, : self.filled], values[:, :, : self.filled]
+
+    def get_seq_length(self) -> int:
+        """Columns filled."""
+        return self.filled
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.filled = 0
 
 
 _LAYERS: dict[type, type] = {DynamicLayer: DashDynamicLayer, StaticLayer: DashStaticLayer}
 
 
-def dash_layer(cache: Cache, index: int) -> DashDynamicLayer | DashStaticLayer:
+def dash_layer(cache: Cache, index: int) -> Any:
     """The cache of one layer, which a plain dynamic or static cache first learns to keep summaries.
+
+    Where the package's kernels filled it, it is theirs, with an `as_plain`.
 
     Raises:
         ValueError: the cache is of a kind that keeps its columns otherwise.
     """
     while len(cache.layers) <= index:
         cache.layers.append(DashDynamicLayer())
-    layer = cache.layers[index]
-    if isinstance(layer, DashDynamicLayer | DashStaticLayer):
+    layer: Any = cache.layers[index]
+    if isinstance(layer, DashDynamicLayer | DashStaticLayer) or hasattr(layer, "as_plain"):
         return layer
     if type(layer) not in _LAYERS:
         raise ValueError(
@@ -245,6 +258,8 @@ def dash_layer(cache: Cache, index: int) -> DashDynamicLayer | DashStaticLayer:
         )
     ours: Any = object.__new__(_LAYERS[type(layer)])
     ours.__dict__.update(layer.__dict__)
+    if isinstance(ours, DashStaticLayer):
+        ours.filled = int(layer.get_seq_length())
     cache.layers[index] = ours
     return ours
 
@@ -277,13 +292,13 @@ class DashMLP(nn.Module):
 
 
 @functools.cache
-def _kernels() -> Callable[..., Tensor] | None:
-    """The package's attention, where it can be imported."""
+def _kernels() -> Callable[..., Tensor | None] | None:
+    """The package's attention to a prompt or a cache, where it can be imported."""
     try:
-        from dash_megatron.ops import dash_attention as fast
+        from dash_megatron.hf.fast_cache import attend
     except ImportError:
         return None
-    return fast
+    return attend
 
 
 class DashSelfAttention(nn.Module):
@@ -314,6 +329,8 @@ class DashSelfAttention(nn.Module):
                 config.estimate_diagonal,
                 getattr(config, "alpha", 1.5),
             )
+        self.backend = "auto"
+        """"auto": the package's kernels on CUDA; "torch": this file alone; else the package's backend of that name."""
         self.keep_selection = False
         self.selection: Tensor | None = None
         """Chunks that each query of the last forward pass attended to, bool [B, H, T, c], if `keep_selection`."""
@@ -329,9 +346,13 @@ class DashSelfAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (_rotate(each, cos[:, None], sin[:, None]) for each in (q, k))
-        layer = None
+        layer: Any = None if cache is None else dash_layer(cache, self.index)
+        out = self._attend_with_kernels(q, k, v, start, latest_start, cache)
+        if out is not None:
+            return self.o_proj(out.transpose(1, 2).flatten(2))
         if cache is not None:
-            layer = dash_layer(cache, self.index)
+            if hasattr(layer, "as_plain"):
+                layer = cache.layers[self.index] = layer.as_plain(start)
             k, v = cache.update(k, v, self.index)
         if self.is_full:
             out = self._attend_fully(q, k, v, start, latest_start)
@@ -339,11 +360,26 @@ class DashSelfAttention(nn.Module):
             out = self._attend_by_chunks(q, k, v, start, latest_start, layer)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
+    def _attend_with_kernels(
+        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, latest_start: int, cache: Cache | None
+    ) -> Tensor | None:
+        """All [B, heads, T, D], the new columns; None where this file attends, and fills the cache, by itself."""
+        kernels = _kernels()
+        if kernels is None or self.is_full or self.keep_selection:
+            return None
+        indexer_q = self.indexer_q.view(self.kv_heads, self.head_dim)
+        places = (start, latest_start, cache, self.index, self.backend)
+        return kernels(q, k, v, indexer_q, *places, **self.router._asdict())
+
     def _attend_fully(self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, latest_start: int) -> Tensor:
         """All [B, heads, columns, D]."""
         T, S = q.shape[2], k.shape[2]
-        plain = T == S and latest_start == 0
+        plain = latest_start == 0 and T in (1, S)
         mask = None if plain else _visible(S, range(S - T, S), start)[:, None]
+        if T == 1:
+            # the heads of a group as queries read keys once
+            rows = q.unflatten(1, (k.shape[1], -1))[:, :, :, 0]
+            return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).flatten(1, 2)[:, :, None]
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, enable_gqa=grouped)
 
@@ -359,10 +395,6 @@ class DashSelfAttention(nn.Module):
         """All [B, heads, columns, D]."""
         router, S = self.router, k.shape[2]
         indexer_q = self.indexer_q.view(self.kv_heads, self.head_dim)
-        fast = _kernels() if q.is_cuda and q.shape[2] == S and latest_start == 0 else None
-        if fast is not None and not self.keep_selection:
-            rows = (each.transpose(1, 2) for each in (q, k, v))
-            return fast(*rows, indexer_q, **router._asdict()).transpose(1, 2)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         with torch.autocast(q.device.type, enabled=False):
             wide_k = k.to(wide)
@@ -490,14 +522,16 @@ class DashModel(DashPreTrainedModel):
 def _row_starts(mask: Tensor | None, cache: Cache | None, x: Tensor) -> tuple[Tensor, int]:
     """Column of each row's first token, int64 [B], and the latest of them; a cache remembers both.
 
+    Once a cache has tokens, masks on other devices than CPU are not looked at: the host would wait at every token.
+
     Raises:
         ValueError: the mask is not of shape [B, S], has padding between tokens, or moved a row's first token.
     """
     layer = dash_layer(cache, 0) if cache is not None else None
     known = layer.start if layer is not None and layer.get_seq_length() > 0 else None
+    if layer is not None and known is not None and (mask is None or x.device.type != "cpu"):
+        return known, layer.latest_start
     if mask is None:
-        if layer is not None and known is not None:
-            return known, layer.latest_start
         start, latest = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device), 0
     else:
         if mask.ndim != 2:
