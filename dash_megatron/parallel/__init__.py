@@ -8,6 +8,8 @@ from dash_megatron.parallel.groups import (
     destroy_process_groups,
     gradient_group,
     init_process_groups,
+    join_processes,
+    make_model_groups,
     tensor_group,
 )
 from dash_megatron.parallel.launch import Launch, read_launch
@@ -21,6 +23,8 @@ __all__ = [
     "destroy_process_groups",
     "gradient_group",
     "init_process_groups",
+    "join_processes",
+    "make_model_groups",
     "read_launch",
     "tensor_group",
 ]

@@ -1,0 +1,107 @@
+"""`python -m dash_megatron doctor`: examine the processes of a launch for a run."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Mapping
+
+from dash_megatron.config import Config
+from dash_megatron.doctor.bandwidth import check_bandwidth
+from dash_megatron.doctor.data import check_data_files
+from dash_megatron.doctor.disk import check_disk
+from dash_megatron.doctor.findings import Result, merge_equal, merge_smallest
+from dash_megatron.doctor.kernels import check_kernels
+from dash_megatron.doctor.leak import check_leak
+from dash_megatron.doctor.parity import check_parity
+from dash_megatron.doctor.resume import START_SECONDS, check_resume
+from dash_megatron.doctor.runner import Check, result_lines, run_checks, write_json
+from dash_megatron.doctor.session import Session
+from dash_megatron.doctor.versions import check_versions, config_hash
+from dash_megatron.parallel import destroy_process_groups, read_launch
+from dash_megatron.training.trainer import set_up_logging
+
+# what communicates comes after what does not, and what takes longest last
+CHECKS = (
+    Check("versions", 60, check_versions, merge_equal, stops_others=True),
+    Check("data", 300, check_data_files, merge_equal),
+    Check("disk", 300, check_disk, merge_smallest),
+    Check("kernels", 600, check_kernels),
+    Check("leak", 600, check_leak),
+    Check("bandwidth", 300, check_bandwidth, merge_smallest),
+    Check("parity", 900, check_parity),
+    Check("resume", 2 * START_SECONDS + 300, check_resume),
+)
+
+
+def choose_checks(only: str | None) -> list[Check]:
+    """The checks to run, in their order: all, or `versions` and those named, with commas between.
+
+    Raises:
+        ValueError: there is no check of a name.
+    """
+    if only is None:
+        return list(CHECKS)
+    names = [name.strip() for name in only.split(",")]
+    known = [check.name for check in CHECKS]
+    wrong = [name for name in names if name not in known]
+    if wrong:
+        raise ValueError(
+            f"--only {only} names {wrong[0]!r}, which is no check; choose from {','.join(known)}"
+        )
+    return [check for check in CHECKS if check.name in names or check.stops_others]
+
+
+def examine(
+    config: Config,
+    only: str | None = None,
+    json_path: str | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> int:
+    """Run checks on all processes of the launch; rank 0 prints a line or more for each as soon as it is through.
+
+    Args:
+        config: of the run.
+        only: see `choose_checks`.
+        json_path: file for the results, written by rank 0.
+        environment: variables of the launcher.
+
+    Returns:
+        0, or 1 where a check failed.
+
+    Raises:
+        ValueError: the config does not fit the number of processes, or there is no check of that name.
+    """
+    checks, launch = choose_checks(only), read_launch(environment)
+    data_parallel_size = config.data_parallel_size(launch.world_size)
+    config.accumulation_steps(launch.world_size)
+    set_up_logging(launch.rank == 0)
+    session = Session(config, launch)
+    is_main = session.rank == 0
+    if is_main:
+        parallel = config.parallel
+        print(
+            f"{config.run_dir}: {session.size} process(es) on {session.device.type}, {data_parallel_size} data x "
+            f"{parallel.context} context x {parallel.tensor} tensor parallel, rank 0 on {socket.gethostname()}",
+            flush=True,
+        )
+
+    def report(result: Result) -> None:
+        if is_main:
+            print(result_lines(result), flush=True)
+
+    results, lost = run_checks(session, checks, report)
+    failed = [result.name for result in results if result.status == "failed"]
+    if is_main:
+        if json_path is not None:
+            facts = {"run_dir": config.run_dir, "config": config_hash(config), "processes": session.size}
+            write_json(json_path, facts, results)
+        print(f"failed: {', '.join(failed)}" if failed else "nothing failed", flush=True)
+    if lost:
+        # leaving the groups would wait for who is lost
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    destroy_process_groups()
+    return 1 if failed else 0

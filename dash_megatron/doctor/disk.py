@@ -1,0 +1,87 @@
+"""How fast the disk of a run's folder is, and whether the run's checkpoints fit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from dash_megatron.config import Config
+from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.doctor.findings import Finding
+from dash_megatron.doctor.session import Session
+from dash_megatron.training.checkpoint import checkpoint_folder
+from dash_megatron.training.flops import parameter_count
+from dash_megatron.training.trainer import padded_vocabulary
+
+# per process, all at once, as checkpoints are written; larger than what a disk's own memory hides
+FILE_BYTES = 256 << 20
+_BLOCK_BYTES = 8 << 20
+_GIB = 1 << 30
+
+
+def check_disk(session: Session) -> Finding:
+    """Write, flush to disk and read a temporary file in `run_dir`; compare free space with the checkpoints to come."""
+    run_dir = Path(session.config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(str(session.config.data.tokenizer))
+    parameters = parameter_count(session.config, padded_vocabulary(session.config, tokenizer.vocab_size))
+    size = checkpoint_bytes(session.config, parameters)
+    count = checkpoints_kept(session.config)
+    free = shutil.disk_usage(run_dir).free
+    # of an earlier start; the run will replace them
+    there = sum(path.stat().st_size for path in checkpoint_folder(run_dir).rglob("*") if path.is_file())
+    written, read = transfer_rates(run_dir, FILE_BYTES)
+    figures = {
+        "write GB/s": written / 1e9,
+        "read GB/s": read / 1e9,
+        "free GiB": free / _GIB,
+        "checkpoint GiB": size / _GIB,
+        "checkpoints": count,
+    }
+    if free + there < size * count:
+        return Finding(
+            "failed",
+            figures,
+            f"run_dir={run_dir} has {free / _GIB:.1f} GiB free and {there / _GIB:.1f} GiB in checkpoints, and needs "
+            f"{size * count / _GIB:.1f} GiB for {count} checkpoints of {size / _GIB:.2f} GiB; free space, lower checkpoint.keep (not 0, which keeps all), or "
+            "choose another run_dir",
+        )
+    return Finding(figures=figures)
+
+
+def checkpoint_bytes(config: Config, parameters: int) -> int:
+    """Bytes of one checkpoint: master weights and both moments in float32, and the weights in training precision."""
+    return parameters * (12 + (2 if config.training.precision == "bf16" else 4))
+
+
+def checkpoints_kept(config: Config) -> int:
+    """Most checkpoints on disk at once: those that stay, and the one being written."""
+    checkpoint, steps = config.checkpoint, config.training.steps
+    written = -(-steps // checkpoint.every) if checkpoint.every else 1
+    return min(written, checkpoint.keep + 1) if checkpoint.keep else written
+
+
+def transfer_rates(folder: Path, num_bytes: int) -> tuple[float, float]:
+    """Bytes per second written until they are on disk, and read, of a file that is removed again.
+
+    Raises:
+        OSError: the folder cannot be written, or is full.
+    """
+    block = os.urandom(_BLOCK_BYTES)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-", buffering=0) as file:
+        started = time.perf_counter()
+        for _ in range(max(1, num_bytes // _BLOCK_BYTES)):
+            file.write(block)
+        os.fsync(file.fileno())
+        written = time.perf_counter()
+        # what this machine keeps in memory would be read from there
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        total = 0
+        start_reading = time.perf_counter()
+        while part := file.read(_BLOCK_BYTES):
+            total += len(part)
+        return total / (written - started), total / (time.perf_counter() - start_reading)
