@@ -57,7 +57,7 @@ def merge_smallest(findings: Sequence[Finding]) -> Finding:
         figures[name] = value
         if name.endswith("/s") and len(findings) > 1:
             values = [finding.figures.get(name) for finding in findings]
-            figures[f"{name}, slowest rank"] = values.index(value)
+            figures[f"{name} slowest rank"] = values.index(value)
     return Finding(merged.status, figures, merged.message)
 
 

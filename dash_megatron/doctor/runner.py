@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -99,14 +101,13 @@ def _run_check(session: Session, check: Check) -> Result:
 
 
 def result_lines(result: Result) -> str:
-    """A result as a line and, under it, its figures and what it says."""
+    """A result as a line and, under it, its figures and what it says, wrapped."""
     head = f"{result.name:<10} {result.status:<8} {result.seconds:7.1f} s of at most {result.limit_seconds:.0f} s"
-    lines = [head]
-    if result.figures:
-        lines.append("    " + ", ".join(f"{name} {_text(value)}" for name, value in result.figures.items()))
-    if result.message:
-        lines.append(f"    {result.message}")
-    return "\n".join(lines)
+    figures = "; ".join(f"{name} {_text(value)}" for name, value in result.figures.items())
+    indented = {"width": 110, "initial_indent": "    ", "subsequent_indent": "    "}
+    # paths and hashes stay whole, to be copied
+    wrap = functools.partial(textwrap.fill, break_long_words=False, break_on_hyphens=False, **indented)
+    return "\n".join([head, *(wrap(text) for text in (figures, result.message) if text)])
 
 
 def write_json(path: str | Path, facts: dict[str, Any], results: Sequence[Result]) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from dash_megatron.config import Config, ParallelConfig
-from dash_megatron.parallel import Launch, join_processes, make_model_groups
+from dash_megatron.parallel import Launch, destroy_model_groups, join_processes, make_model_groups
 
 # A collective of a check whose partner failed ends after this.
 COLLECTIVE_TIMEOUT_SECONDS = 180.0
@@ -96,7 +98,15 @@ class Session:
     def model_groups(self, parallel: ParallelConfig) -> Iterator[None]:
         """Megatron's groups of a layout, new ones, whatever became of those of an earlier check; collective."""
         make_model_groups(parallel, COLLECTIVE_TIMEOUT_SECONDS / 60)
-        yield
+        try:
+            yield
+        except BaseException:
+            # other processes may be in the middle of a collective: the groups cannot be left in good order
+            parallel_state.destroy_model_parallel()
+            raise
+        # models hold groups, and groups hold threads and memory of the GPU
+        gc.collect()
+        destroy_model_groups()
 
 
 def describe(error: BaseException) -> str:

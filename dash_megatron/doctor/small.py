@@ -16,7 +16,7 @@ from dash_megatron.parallel import context_rank
 
 EOD = 0
 NUM_DOCUMENTS = 4
-# at the usual 0.02 so small a model routes to everything and learns from nothing
+# at the usual 0.02 so small a model computes with little but rounding
 _INIT_STD = 0.2
 
 
@@ -54,8 +54,9 @@ def tiny(config: Config, precision: Literal["bf16", "fp32"] = "fp32", backend: s
     return scaled_down(
         config,
         model={"vocab_size": 256 * parallel.tensor, "tie_embeddings": False, "init_std": _INIT_STD},
-        attention={"backend": backend or config.attention.backend},
-        data={"seq_length": unit * -(-8 * chunk // unit)},
+        # mean keys are the smaller the longer the chunks; like this about half of the chunks are selected
+        attention={"backend": backend or config.attention.backend, "scaling_factor": 1.5 * chunk**0.5},
+        data={"seq_length": unit * -(-32 * chunk // unit)},
         training={"precision": precision, "recompute": "none"},
     )
 

@@ -59,9 +59,7 @@ def join_processes(launch: Launch, timeout_minutes: float = 30) -> torch.device:
 
 
 def make_model_groups(parallel: ParallelConfig, timeout_minutes: float = 30) -> None:
-    """Make Megatron's groups of the processes that joined, in place of those there were; collective."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    """Make Megatron's groups of the processes that joined; collective."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         context_parallel_size=parallel.context,
@@ -71,6 +69,13 @@ def make_model_groups(parallel: ParallelConfig, timeout_minutes: float = 30) -> 
     initialize_rng_tracker(inference_rng_tracker=True)
     if parallel.tensor > 1 and not torch.cuda.is_available():
         _let_megatron_allocate_on_cpu()
+
+
+def destroy_model_groups() -> None:
+    """Destroy Megatron's groups alone, so that those of another layout can be made; collective."""
+    for group in (parallel_state._global_process_group_list or [])[1:]:  # the first is that of all processes
+        dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
 
 
 def _let_megatron_allocate_on_cpu() -> None:
