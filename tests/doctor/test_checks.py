@@ -1,0 +1,284 @@
+"""Every check that needs one process: it succeeds on what is sound, and fails where one thing is broken."""
+
+import collections
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from dash_megatron.__main__ import main
+from dash_megatron.config import Config
+from dash_megatron.config_loading import config_from_dict
+from dash_megatron.doctor import disk, kernels
+from dash_megatron.doctor.command import CHECKS, choose_checks
+from dash_megatron.doctor.data import check_data_files
+from dash_megatron.doctor.findings import Finding
+from dash_megatron.doctor.leak import check_leak
+from dash_megatron.doctor.parity import check_parity
+from dash_megatron.doctor.resume import compare_starts, small_run
+from dash_megatron.doctor.runner import Check, run_checks
+from dash_megatron.doctor.session import Session
+from dash_megatron.layers import DashCoreAttention, FullCoreAttention
+from tests.ops.kernels_under_test import import_kernels
+
+ROOT = Path(__file__).parents[2]
+
+
+def changed(config: Config, **sections: dict[str, Any]) -> Config:
+    tree = config.model_dump(mode="json")
+    return config_from_dict({**tree, **{name: {**tree[name], **part} for name, part in sections.items()}})
+
+
+@pytest.fixture(scope="module")
+def examined(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any], Path]:
+    """The command as its users start it on a sound run: its outcome, its JSON and the run's folder."""
+    folder = tmp_path_factory.mktemp("examined")
+    tree = {
+        "run_dir": str(folder / "run"),
+        "model": {"layers": 3, "hidden_size": 64, "heads": 4, "kv_heads": 2, "ffn_hidden_size": 96},
+        "attention": {"chunk_size": 16, "full_layers": [1]},
+        "data": {"tokenizer": str(tiny_data / "tokenizer.model"), "train": [str(tiny_data / "train")]},
+        "training": {"steps": 100, "global_batch": 4, "precision": "bf16"},
+        "schedule": {"warmup_steps": 50},
+    }
+    tree["data"].update(seq_length=128, num_workers=0)  # type: ignore[attr-defined]
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    command = [sys.executable, "-m", "dash_megatron", "doctor", "--config", str(folder / "config.yaml")]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [*command, "--json", str(folder / "found.json")],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
+        env=environment,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result, json.loads((folder / "found.json").read_text()), folder / "run"
+
+
+def test_a_sound_run_passes_every_check(examined: tuple[Any, dict[str, Any], Path]) -> None:
+    result, found, _ = examined
+    statuses = {check["name"]: check["status"] for check in found["checks"]}
+    alone = {"kernels": "skipped", "bandwidth": "skipped", "parity": "skipped"}
+    assert statuses == {check.name: alone.get(check.name, "ok") for check in CHECKS}
+    assert "no GPU; TRITON_INTERPRET=1" in result.stdout
+    assert result.stdout.splitlines()[-1] == "nothing failed"
+
+
+def test_nothing_is_left_behind_but_the_index_that_the_run_needs(
+    examined: tuple[Any, dict[str, Any], Path],
+) -> None:
+    assert [path.name for path in examined[2].iterdir()] == ["index_cache"]
+
+
+def test_an_unknown_check_or_a_wrong_config_is_exit_code_2(
+    tiny_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tiny_config))
+    for arguments, message in (
+        (["--only", "disk,dsik"], "'dsik', which is no check"),
+        (["parallel.tensor=2"], "parallel.tensor=2 x parallel.context=1 = 2 must divide the 1 processes"),
+    ):
+        assert main(["doctor", "--config", str(path), *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_checks_keep_their_order_and_versions_come_always() -> None:
+    assert [check.name for check in choose_checks("resume,disk")] == ["versions", "disk", "resume"]
+
+
+def test_a_check_that_raises_has_failed_and_does_not_stop_the_others(session: Session) -> None:
+    def broken(session: Session) -> Finding:
+        raise OSError("no such luck")
+
+    def skipped_if(stops: bool) -> list[tuple[str, str]]:
+        checks = [
+            Check("one", 60, broken, stops_others=stops),
+            Check("two", 60, lambda session: Finding()),
+        ]
+        results, lost = run_checks(session, checks)
+        assert not lost
+        assert results[0].message == "OSError: no such luck"
+        return [(result.name, result.status) for result in results]
+
+    assert skipped_if(False) == [("one", "failed"), ("two", "ok")]
+    assert skipped_if(True) == [("one", "failed"), ("two", "skipped")]
+
+
+def test_data_that_is_missing_or_cut_short_fails_and_every_fault_is_named(
+    session: Session, tiny_data: Path, tmp_path: Path
+) -> None:
+    assert check_data_files(session).status == "ok"
+    for suffix in (".bin", ".idx", ".idx.json"):
+        shutil.copy(tiny_data / f"train{suffix}", tmp_path / f"cut{suffix}")
+    os.truncate(tmp_path / "cut.bin", 1000)
+    session.config = changed(session.config, data={"train": [str(tmp_path / "cut"), "/nowhere/train"]})
+    finding = check_data_files(session)
+    assert finding.status == "failed"
+    assert "cut.bin has 1000 bytes" in finding.message
+    assert "/nowhere/train.idx does not exist" in finding.message
+    assert str(tiny_data / "valid") in finding.figures
+
+
+@pytest.fixture
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "FILE_BYTES", 1 << 20)
+    monkeypatch.setattr(disk, "_BLOCK_BYTES", 1 << 18)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_disk_without_room_for_the_checkpoints_fails_with_figures(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.config = changed(session.config, checkpoint={"every": 10, "keep": 2}, training={"steps": 1000})
+    size = disk.check_disk(session).figures["checkpoint GiB"]
+    usage = collections.namedtuple("usage", "free")
+    for room, status in ((3.1, "ok"), (2.9, "failed")):
+        free = int(room * float(size) * 2**30)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(free))
+        finding = disk.check_disk(session)
+        assert finding.status == status
+        assert finding.figures["checkpoints"] == 3
+    assert "3 checkpoints of" in finding.message
+    # those of an earlier start will be replaced
+    folder = Path(session.config.run_dir) / "checkpoints" / "step_00000010"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(bytes(int(float(size) * 2**30)))
+    assert disk.check_disk(session).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("every", "keep", "count"), [(0, 0, 1), (0, 3, 1), (10, 0, 10), (10, 3, 4), (60, 3, 2)]
+)
+def test_checkpoints_on_disk_at_once_are_counted(every: int, keep: int, count: int, config: Config) -> None:
+    run = changed(config, training={"steps": 100}, checkpoint={"every": every, "keep": keep})
+    assert disk.checkpoints_kept(run) == count
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_run_folder_that_cannot_be_written_fails(session: Session, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    session.config = session.config.model_copy(update={"run_dir": str(tmp_path / "file" / "run")})
+    result = run_checks(session, [Check("disk", 60, disk.check_disk)]).results[0]
+    assert result.status == "failed"
+    assert "NotADirectoryError" in result.message
+
+
+@pytest.mark.parametrize("kind", ["dash", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attention_across_documents_is_a_leak(
+    kind: str, precision: str, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.config = changed(session.config, attention={"kind": kind}, training={"precision": precision})
+    assert check_leak(session).status == "ok"
+    module = DashCoreAttention if kind == "dash" else FullCoreAttention
+    attend = module._attend_here
+
+    def leaky(self: Any, q: Any, k: Any, v: Any, packed: Any) -> Any:
+        return attend(self, q, k, v, None)
+
+    monkeypatch.setattr(module, "_attend_here", leaky)
+    finding = check_leak(session)
+    assert finding.status == "failed"
+    # forward into later documents, backward into earlier ones
+    assert "the loss of document 3 changed" in finding.message
+    assert "the gradient of document 0 changed" in finding.message
+
+
+def test_kernels_that_run_nowhere_are_skipped_with_the_reason(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    session.device = torch.device("cpu")
+    assert "no GPU" in kernels.check_kernels(session).message
+    for section in ({"kind": "full"}, {"backend": "reference"}):
+        session.config = changed(session.config, attention=section)
+        assert kernels.check_kernels(session).status == "skipped"
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (None, ""),
+        ("out", "bfloat16 out differs from the reference by"),
+        ("dk", "float32 dk differs from the reference by"),
+        ("chunks", "select another number of chunks"),
+    ],
+)
+def test_kernels_that_err_in_an_output_a_gradient_or_a_choice_fail(
+    broken: str | None, message: str, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_kernels("dash")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    session.config = changed(session.config, training={"precision": "bf16"})
+    run = kernels._run
+
+    def breaking_run(config: Config, inputs: kernels.Inputs, backend: str) -> Any:
+        out, gradients, selected = run(config, inputs, backend)
+        if backend == "triton" and broken == "out":
+            out = out * 1.05
+        if backend == "triton" and broken == "dk":
+            gradients = gradients[0], gradients[1] * 1.05, *gradients[2:]
+        if backend == "triton" and broken == "chunks":
+            selected = selected + (torch.arange(len(selected[0]), device=out.device) < 5)[:, None]
+        return out, gradients, selected
+
+    monkeypatch.setattr(kernels, "_run", breaking_run)
+    finding = kernels.check_kernels(session)
+    assert finding.status == ("failed" if broken else "ok"), finding
+    assert message in finding.message
+
+
+def test_one_process_has_no_parity_to_check(session: Session) -> None:
+    assert check_parity(session).status == "skipped"
+
+
+def test_the_small_run_of_a_large_config_keeps_layout_heads_and_sequences(config: Config) -> None:
+    large = changed(
+        config,
+        model={"layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 128, "hidden_size": 4096},
+        parallel={"tensor": 4, "context": 2, "context_comm": "a2a", "sequence": True},
+        schedule={"kind": "wsd", "warmup_steps": 500, "decay_steps": 500},
+        training={"steps": 5000, "global_batch": 512, "micro_batch": 2, "precision": "bf16"},
+        attention={"full_layers": [0, 8]},
+        zero={"stage": 2},
+    )
+    small = small_run(large, 16, Path("/x"))
+    for name in ("parallel", "zero", "optimizer"):
+        assert getattr(small, name) == getattr(large, name)
+    assert (small.model.heads, small.model.kv_heads, small.model.channels_per_head) == (32, 8, 128)
+    assert (small.model.layers, small.attention.full_layers) == (2, (0,))
+    assert (small.data.seq_length, small.training.precision) == (large.data.seq_length, "bf16")
+    assert small.accumulation_steps(16) == 1
+    assert small.run_dir == "/x/run"
+    assert small.data.cache_dir == f"{large.run_dir}/index_cache"
+
+
+LOSSES = {1: 5.0, 2: 4.5, 3: 4.25, 4: 4.125}
+
+
+@pytest.mark.parametrize(
+    ("began", "again", "message"),
+    [
+        ((0, 2), LOSSES, ""),
+        ((0, 0), LOSSES, "began after steps [0, 0]"),
+        ((0, 2), {**LOSSES, 4: 4.1250000001}, "the loss of step 4 is 4.1250000001 after resuming"),
+        ((0, 2), {1: 5.0, 2: 4.5, 3: 4.25}, "the loss of step 4 is None"),
+        ((0, 2), {**LOSSES, 3: float("nan")}, "the loss of step 3 is nan"),
+    ],
+)
+def test_a_resumed_run_must_have_the_same_losses_from_the_saved_step_on(
+    began: tuple[int, int], again: dict[int, float], message: str
+) -> None:
+    finding = compare_starts(began, [LOSSES, again])
+    assert finding.status == ("failed" if message else "ok")
+    assert message in finding.message
