@@ -228,6 +228,10 @@ class BatchSource:
         while self.remaining_steps:
             yield self.next_batch()
 
+    def pack(self, rows: Sequence[Mapping[str, Tensor]], sample_ids: Sequence[int]) -> PackedBatch:
+        """Make a micro-batch of given rows, and take this rank's share of it; see `pack_samples`."""
+        return pack_samples(rows, self.eod, self.pack_documents, sample_ids).shard(*self.share)
+
     def state_dict(self) -> dict[str, int]:
         """Give the position: samples of finished global batches; one under way counts as not begun."""
         return {"consumed_samples": self.consumed_samples}
@@ -250,8 +254,7 @@ class BatchSource:
 
     def _load(self, sample_ids: list[int]) -> PackedBatch:
         # a padding row has to have some tokens: the first sample's, masked
-        rows = [self.dataset[max(index, 0)] for index in sample_ids]
-        batch = pack_samples(rows, self.eod, self.pack_documents, sample_ids).shard(*self.share)
+        batch = self.pack([self.dataset[max(index, 0)] for index in sample_ids], sample_ids)
         return batch.pin_memory() if self.pin_memory else batch
 
     def _read_ahead(self) -> PackedBatch:

@@ -1,27 +1,39 @@
-"""Checkpoints of a run: `<run>/checkpoints/step_00000100/`, published by a rename, so that none is ever half there."""
+"""Checkpoints of a run, `<run>/checkpoints/step_00000100/`: saved while training goes on, published whole by a rename,
+checked before they are read, and read into any layout."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import yaml
+from torch import Tensor
 
 from dash_megatron.config import Config
 from dash_megatron.config_loading import config_from_dict
-from dash_megatron.layers.sharding import Split, splits
-from dash_megatron.training.engine import CheckpointWeights, Engine
+from dash_megatron.layers.sharding import shard, split_of, splits, whole_shape
+from dash_megatron.parallel import tensor_group
+from dash_megatron.training import checkpoint_files as files
+from dash_megatron.training.checkpoint_files import CheckpointWeights, StoredState
+from dash_megatron.training.engine import Engine
+from dash_megatron.training.retry import retry
 
 logger = logging.getLogger(__name__)
 
 _TAG = re.compile(r"step_(\d{8,})")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; those published before are whole."""
 
 
 def checkpoint_folder(run_dir: str | Path) -> Path:
@@ -30,7 +42,7 @@ def checkpoint_folder(run_dir: str | Path) -> Path:
 
 
 def finished_steps(run_dir: str | Path) -> list[int]:
-    """Steps of which a whole checkpoint exists, oldest first."""
+    """Steps of which a published checkpoint exists, oldest first."""
     folder = checkpoint_folder(run_dir)
     names = [_TAG.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(match.group(1)) for match in names if match)
@@ -41,63 +53,280 @@ def tag_of(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def save_checkpoint(engine: Engine, config: Config, step: int, state: dict[str, Any]) -> Path:
-    """Write a checkpoint beside its place and publish it by a rename; collective.
+class Checkpointer:
+    """Saves and restores an engine; every method is to be called by all processes at the same step.
+
+    Saving copies this process's state to host memory, which is all that training waits for; a thread writes the copy.
+    `poll`, called once a step, publishes the checkpoint when the threads of all processes are done.
 
     Args:
         engine: weights and optimizer.
-        config: the run; its `checkpoint.keep` newest checkpoints stay.
-        step: finished optimizer steps.
-        state: what the trainer needs to go on, the same on every process.
-
-    Returns:
-        The published folder.
+        config: the run.
+        about: kept in each checkpoint: what code wrote it, on what.
     """
-    folder, tag = checkpoint_folder(config.run_dir), tag_of(step)
-    partial = f"{tag}.partial"
-    rank = dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(folder / partial, ignore_errors=True)  # of a run that was killed while it saved
-    dist.barrier()
-    engine.save(folder, partial, {"trainer": state})
-    torch.save(_random_state(), folder / partial / f"random_state_{rank:05d}.pt")
-    dist.barrier()
-    if rank == 0:
-        facts = {
+
+    def __init__(self, engine: Engine, config: Config, about: dict[str, str]) -> None:
+        self.engine = engine
+        self.config = config
+        self.about = about
+        self.folder = checkpoint_folder(config.run_dir)
+        self._copies: dict[str, Tensor] = {}
+        self._writing: _Writing | None = None
+
+    def save(self, step: int, trainer: dict[str, Any], probe: dict[str, Tensor], probe_loss: float) -> None:
+        """Begin to save; collective.
+
+        Args:
+            step: finished optimizer steps.
+            trainer: what the trainer needs to go on, the same on every process, of types that JSON has.
+            probe, probe_loss: a row of tokens and its loss under the weights that are saved.
+
+        Raises:
+            CheckpointError: the one before could not be written.
+        """
+        self.finish()
+        begin = time.perf_counter()
+        partial = self.folder / f"{tag_of(step)}.partial"
+        tensors = self._copy_state()
+        description = self._describe(step, trainer, probe_loss)
+        failure = self._on_main(lambda: _make_empty(partial, self.config.checkpoint.retry_seconds))
+        if failure is not None:
+            raise CheckpointError(failure)
+        rank = dist.get_rank()
+
+        def write() -> dict[str, Any]:
+            entries = {files.state_file(rank): files.write_tensors(partial / files.state_file(rank), tensors)}
+            if rank == 0:
+                entries[files.PROBE] = files.write_tensors(partial / files.PROBE, probe)
+                entries[files.DESCRIPTION] = files.write_json(partial / files.DESCRIPTION, description)
+            return entries
+
+        self._writing = _Writing(step, write, self.config.checkpoint.retry_seconds, partial)
+        self._writing.stalled = time.perf_counter() - begin
+        if not self.config.checkpoint.asynchronous:
+            self.finish()
+
+    def poll(self) -> None:
+        """Publish the checkpoint that is being written, if all processes have written it; collective.
+
+        Raises:
+            CheckpointError: a process could not write, or rank 0 could not publish.
+        """
+        if self._writing is None:
+            return
+        running = torch.tensor(self._writing.thread.is_alive(), dtype=torch.int32)
+        dist.all_reduce(running, dist.ReduceOp.MAX)
+        if not running:
+            self._publish()
+
+    def finish(self) -> None:
+        """Wait until nothing is left to write and publish; collective.
+
+        Raises:
+            CheckpointError: as `poll`.
+        """
+        if self._writing is None:
+            return
+        begin = time.perf_counter()
+        self._writing.thread.join()
+        self._writing.stalled += time.perf_counter() - begin
+        self.poll()
+
+    def load(self) -> StoredState | None:
+        """Load the newest checkpoint that is undamaged, in whatever layout it was saved; collective.
+
+        Returns:
+            What was stored, of which weights, optimizer and random state are set already. None without checkpoints.
+
+        Raises:
+            ValueError: the checkpoint is of another model, or there are only damaged ones.
+        """
+        step = self._choose()
+        if step is None:
+            return None
+        stored = StoredState(self.folder / tag_of(step))
+        _check_same_run(stored, self.config)
+        self._check_shapes(stored)
+        self.engine.load_state(self._reader(stored), stored.facts["adam_steps"])
+        layout = self.config.layout(dist.get_world_size())
+        if stored.facts["layout"] == layout:
+            _set_random_state(stored.random_state(dist.get_rank()))
+        else:
+            logger.info("%s was saved by %s and goes on as %s", stored.folder, stored.facts["layout"], layout)
+        return stored
+
+    def _copy_state(self) -> dict[str, Tensor]:
+        """Copies in host memory, always the same, of all that this process keeps."""
+        state = self.engine.state()
+        for name, tensor in state.items():
+            if name not in self._copies:
+                self._copies[name] = torch.empty(
+                    tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda"
+                )
+            self._copies[name].copy_(tensor, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return {**self._copies, **{f"random/{name}": value for name, value in _random_state().items()}}
+
+    def _describe(self, step: int, trainer: dict[str, Any], probe_loss: float) -> dict[str, Any]:
+        own = (dist.get_rank(tensor_group()), self.engine.fragment_starts() if self.engine.state() else {})
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, own)
+        return {
+            "format": files.FORMAT,
             "step": step,
-            "zero_stage": config.zero.stage,
-            "data_parallel_size": config.data_parallel_size(dist.get_world_size()),
+            "layout": self.config.layout(dist.get_world_size()),
+            "about": self.about,
+            "trainer": trainer,
+            "probe_loss": probe_loss,
+            "adam_steps": self.engine.adam_steps(),
             # weights split over tensor-parallel ranks: [dimension, number of blocks] of each
-            "splits": splits(engine.module),
-            "config": config.model_dump(mode="json"),
+            "splits": splits(self.engine.module),
+            "shapes": self.engine.local_shapes(),
+            "fragments": files.describe_fragments(ranks),
+            "config": self.config.model_dump(mode="json"),
         }
-        (folder / partial / "checkpoint.json").write_text(json.dumps(facts, indent=2) + "\n")
-        shutil.rmtree(folder / tag, ignore_errors=True)
-        os.rename(folder / partial, folder / tag)
-        for old in (
-            finished_steps(config.run_dir)[: -config.checkpoint.keep] if config.checkpoint.keep else []
-        ):
-            shutil.rmtree(folder / tag_of(old))
-    dist.barrier()
-    return folder / tag
 
+    def _publish(self) -> None:
+        writing, self._writing = self._writing, None
+        assert writing is not None
+        results: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(results, (writing.entries, writing.error))
+        failures = [f"process {rank}: {error}" for rank, (_, error) in enumerate(results) if error]
+        failure = "; ".join(failures[:3]) or self._on_main(lambda: self._rename(writing.step, results))
+        if failure:
+            raise CheckpointError(
+                f"the checkpoint of step {writing.step} could not be written: {failure}. Those published before are whole"
+            )
+        if dist.get_rank() == 0:
+            print(
+                f"saved {self.folder / tag_of(writing.step)} (written in {writing.seconds:.2f} s, for which training "
+                f"stood still {writing.stalled:.2f} s)",
+                flush=True,
+            )
 
-def load_checkpoint(engine: Engine, config: Config) -> dict[str, Any] | None:
-    """Load the run's newest checkpoint, all of it, and give back the trainer's state; None without one; collective.
+    def _rename(self, step: int, results: list[Any]) -> None:
+        """On rank 0: complete the folder, publish it and remove what is no longer kept."""
+        tag = tag_of(step)
+        partial = self.folder / f"{tag}.partial"
+        manifest = {"files": {name: facts for entries, _ in results for name, facts in entries.items()}}
 
-    Raises:
-        ValueError: the checkpoint is of another model or layout than this run's.
-    """
-    # the launch may read the folder while rank 0 of another start changes it: let one process decide
-    newest: list[Any] = [finished_steps(config.run_dir)[-1:]]
-    dist.broadcast_object_list(newest)
-    if not newest[0]:
+        def publish() -> None:
+            if partial.exists():  # not the second attempt after the rename itself
+                files.write_json(partial / files.MANIFEST, manifest)
+                files.sync(partial)
+                _remove(self.folder / tag)  # this step's, of before the run went back to an earlier one
+                os.rename(partial, self.folder / tag)
+            files.sync(self.folder)
+            latest = self.folder / "latest.partial"
+            latest.write_text(tag + "\n")
+            os.replace(latest, self.folder / "latest")
+
+        retry(publish, f"publish {tag}", self.config.checkpoint.retry_seconds, self.folder)
+        keep, every = self.config.checkpoint.keep, self.config.checkpoint.keep_every
+        old = finished_steps(self.config.run_dir)[:-keep] if keep else []
+        for step in old:
+            if not every or step % every:
+                _remove(self.folder / tag_of(step))
+
+    def _choose(self) -> int | None:
+        """The newest step whose files are as they were written; damaged ones are set aside. Collective."""
+        listed: list[Any] = [finished_steps(self.config.run_dir)]
+        dist.broadcast_object_list(listed)  # the folder as one process sees it
+        for step in reversed(listed[0]):
+            found = retry(
+                lambda step=step: files.damage(  # type: ignore[misc]
+                    self.folder / tag_of(step), dist.get_rank(), dist.get_world_size()
+                ),
+                f"read {tag_of(step)}",
+                self.config.checkpoint.retry_seconds,
+            )
+            problems: list[str | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(problems, found)
+            problem = next(filter(None, problems), None)
+            if problem is None:
+                return int(step)
+            failure = self._on_main(lambda step=step, problem=problem: self._set_aside(step, problem))  # type: ignore[misc]
+            if failure:
+                raise CheckpointError(failure)
+        if listed[0]:
+            raise ValueError(
+                f"{self.folder} has no undamaged checkpoint: those of steps {listed[0]} were set aside as "
+                "*.damaged; restore one from a copy, or remove them all to begin from scratch"
+            )
         return None
-    folder, tag = checkpoint_folder(config.run_dir), tag_of(newest[0][0])
-    _check_same_run(folder / tag, config)
-    state = engine.load(folder, tag)
-    _set_random_state(torch.load(folder / tag / f"random_state_{dist.get_rank():05d}.pt", weights_only=False))
-    return state["trainer"]
+
+    def _set_aside(self, step: int, problem: str) -> None:
+        place = self.folder / f"{tag_of(step)}.damaged"
+        number = 1
+        while place.exists():
+            number += 1
+            place = place.with_suffix(f".damaged{number}")
+        os.rename(self.folder / tag_of(step), place)
+        logger.warning("%s is damaged (%s): kept as %s and skipped", tag_of(step), problem, place.name)
+
+    def _reader(self, stored: StoredState) -> Callable[[str, str, int, int], Tensor]:
+        """Reads this tensor-parallel rank's elements, from whatever tensor-parallel size."""
+        group = tensor_group()
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        own = {name: split_of(parameter) for name, parameter in self.engine.module.named_parameters()}
+
+        def read(kind: str, name: str, start: int, numel: int) -> Tensor:
+            if stored.tensor_size == size or own[name] is None:
+                source = rank if stored.tensor_size == size else 0
+                return stored.read(kind, name, source, start, numel)
+            part = shard(stored.whole(kind, name), own[name], rank, size)
+            return part.flatten()[start : start + numel]
+
+        return read
+
+    def _check_shapes(self, stored: StoredState) -> None:
+        size = dist.get_world_size(tensor_group())
+        shapes = {
+            name: whole_shape(shape, split_of(self.engine.module.get_parameter(name)), size)
+            for name, shape in self.engine.local_shapes().items()
+        }
+        for name in sorted(shapes.keys() | stored.shapes.keys()):
+            before = stored.whole_shape(name) if name in stored.shapes else None
+            if shapes.get(name) != before:
+                raise ValueError(
+                    f"{name} has shape {shapes.get(name)} in this run and {before} in {stored.folder}; restore the "
+                    "config (model, attention, parallel.tensor pads the vocabulary), or choose a new run_dir"
+                )
+
+    def _on_main(self, function: Callable[[], object]) -> str | None:
+        """Call a function on rank 0 and give its error's text to all; collective."""
+        message: list[str | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                function()
+            except OSError as error:
+                message = [error.strerror or str(error)]
+        dist.broadcast_object_list(message)
+        return message[0]
+
+
+class _Writing:
+    """A thread that writes one process's files."""
+
+    def __init__(self, step: int, write: Callable[[], dict[str, Any]], seconds: float, folder: Path) -> None:
+        self.step = step
+        self.entries: dict[str, Any] = {}
+        self.error: str | None = None
+        self.stalled = 0.0
+        self.seconds = 0.0
+
+        def run() -> None:
+            begin = time.perf_counter()
+            try:
+                self.entries = retry(write, f"write {folder.name}", seconds, folder)
+            except Exception as error:
+                self.error = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            self.seconds = time.perf_counter() - begin
+
+        # a process that ends meanwhile leaves a folder that was never published
+        self.thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self.thread.start()
 
 
 def open_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, int, CheckpointWeights]:
@@ -109,22 +338,23 @@ def open_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, 
 
     Raises:
         FileNotFoundError: the run has no such checkpoint.
+        ValueError: it is damaged.
     """
     steps = finished_steps(run_dir)
     if not steps or (step is not None and step not in steps):
         wanted = "any step" if step is None else f"step {step}"
         raise FileNotFoundError(f"{run_dir} has no checkpoint of {wanted}; it has {steps or 'none'}")
     step = steps[-1] if step is None else step
-    folder, tag = checkpoint_folder(run_dir), tag_of(step)
-    facts = json.loads((folder / tag / "checkpoint.json").read_text())
-    config = config_from_dict({**facts["config"], "run_dir": str(run_dir)})
-    # a checkpoint written before there was tensor parallelism names no splits
-    layout = {name: Split(*values) for name, values in facts.get("splits", {}).items()}
-    weights = CheckpointWeights(folder, tag, facts["zero_stage"], layout, config.parallel.tensor)
-    return config, step, weights
+    folder = checkpoint_folder(run_dir) / tag_of(step)
+    problem = files.damage(folder)
+    if problem is not None:
+        raise ValueError(f"{folder} is damaged: {problem}; name an earlier step")
+    stored = StoredState(folder)
+    config = config_from_dict({**stored.facts["config"], "run_dir": str(run_dir)})
+    return config, step, CheckpointWeights(stored)
 
 
-def load_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, int, dict[str, torch.Tensor]]:
+def load_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, int, dict[str, Tensor]]:
     """As `open_weights`, with all weights read."""
     config, step, weights = open_weights(run_dir, step)
     return config, step, dict(weights)
@@ -139,14 +369,13 @@ def write_config(config: Config, commit: str) -> None:
     os.replace(temporary, path)
 
 
-def _check_same_run(path: Path, config: Config) -> None:
-    facts = json.loads((path / "checkpoint.json").read_text())
-    saved = config_from_dict(facts["config"])
+def _check_same_run(stored: StoredState, config: Config) -> None:
+    saved = config_from_dict(stored.facts["config"])
     for name, old in saved.model:
         new = getattr(config.model, name)
         if old != new:
             raise ValueError(
-                f"model.{name}={new} differs from {old} in {path}; restore it, or choose a new run_dir"
+                f"model.{name}={new} differs from {old} in {stored.folder}; restore it, or choose a new run_dir"
             )
     order = {
         "data.train": (saved.data.train, config.data.train),
@@ -162,29 +391,40 @@ def _check_same_run(path: Path, config: Config) -> None:
                 before,
                 now,
             )
-    layout = {
-        "zero.stage": (facts["zero_stage"], config.zero.stage),
-        "parallel.tensor": (saved.parallel.tensor, config.parallel.tensor),
-        "parallel.context": (saved.parallel.context, config.parallel.context),
-        "data_parallel_size": (
-            facts["data_parallel_size"],
-            config.data_parallel_size(dist.get_world_size()),
-        ),
-    }
-    for name, (before, now) in layout.items():
-        if before != now:
-            raise ValueError(
-                f"{name}={now} differs from {before} in {path}: optimizer shards belong to the layout that wrote "
-                "them; start with that layout, or choose a new run_dir"
-            )
 
 
-def _random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"torch": torch.get_rng_state(), "cuda": cuda}
+def _make_empty(folder: Path, seconds: float) -> None:
+    """Make a folder, after removing what earlier processes left unfinished beside it."""
+
+    def make() -> None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in (*folder.parent.glob("*.partial"), *folder.parent.glob("*.removed")):
+            shutil.rmtree(left, ignore_errors=True)
+        folder.mkdir()
+
+    retry(make, f"make {folder}", seconds, folder.parent)
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, which is no checkpoint any more when the removal has only begun."""
+    if folder.exists():
+        away = folder.with_suffix(".removed")
+        shutil.rmtree(away, ignore_errors=True)
+        os.rename(folder, away)
+        # large folders take a file system seconds, for which nobody should wait
+        threading.Thread(
+            target=shutil.rmtree, args=(away,), kwargs={"ignore_errors": True}, daemon=True
+        ).start()
+
+
+def _random_state() -> dict[str, Tensor]:
+    states = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_random_state(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

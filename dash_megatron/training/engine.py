@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
-import itertools
 import logging
+import math
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,17 +20,15 @@ os.environ.setdefault("DS_LOG_LEVEL", "warning")
 import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from dash_megatron.config import Config
 from dash_megatron.layers.sharding import Split, join, split_of
-from dash_megatron.parallel import GradientGroups, tensor_group
+from dash_megatron.parallel import GradientGroups, gradient_group, tensor_group
+from dash_megatron.training.fragments import Fragment, adam_state, fragments, local_shapes, refresh_weights
 
 # Empty, so that DeepSpeed does not compile its shared-memory reduction when it starts: that serves inference only, and
 # needs a C++ compiler and ninja where training needs neither.
 deepspeed.ops.__compatible_ops__ = {}
-
-_Reader = Callable[[], Tensor]
 
 
 class Engine:
@@ -52,8 +47,9 @@ class Engine:
         deepspeed_logger.setLevel(logging.WARNING)
         self.world_size = world_size
         self.tensor_size = config.parallel.tensor
+        self.zero_stage = config.zero.stage
         device = next(model.parameters()).device
-        optimizer = torch.optim.AdamW(
+        self._adam = _GuardedAdamW(
             _parameter_groups(model, config.optimizer.weight_decay),
             lr=config.optimizer.lr,
             betas=config.optimizer.betas,
@@ -64,7 +60,7 @@ class Engine:
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model,
-                optimizer=optimizer,
+                optimizer=self._adam,
                 config=_deepspeed_config(config, world_size),
                 dist_init_required=False,
                 # without tensor parallelism the processes that hold the same weights are all there are
@@ -73,6 +69,7 @@ class Engine:
         # ZeRO 0 in fp32 has no optimizer wrapper that would keep the gradient norm
         self._optimizer_is_plain = isinstance(self._optimizer, torch.optim.Optimizer)
         self._plain_grad_norm = 0.0
+        self._adam.norm_of_this_update = self._norm_of_this_update
 
     @property
     def model(self) -> torch.nn.Module:
@@ -100,6 +97,16 @@ class Engine:
             self._plain_grad_norm = float(torch.nn.utils.get_total_norm(gradients))
         self._engine.step()
 
+    def leave_out_update(self, leave_out: bool) -> None:
+        """Decide whether the coming update is left out: gradients are cleared, weights and moments stay.
+
+        One whose gradient norm is no number is left out anyway.
+        """
+        self._adam.leave_out = leave_out
+
+    def _norm_of_this_update(self) -> float:
+        return self._plain_grad_norm if self._optimizer_is_plain else float(self._optimizer._global_grad_norm)
+
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next update."""
         for group in self._optimizer.param_groups:
@@ -110,10 +117,6 @@ class Engine:
         return (
             self._plain_grad_norm if self._optimizer_is_plain else float(self._engine.get_global_grad_norm())
         )
-
-    def skipped_steps(self) -> int:
-        """Updates that DeepSpeed left out since the start of the run."""
-        return int(self._engine.skipped_steps)
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Every parameter's gradient, whole and in float32, between the last `backward` and `step`; collective."""
@@ -137,144 +140,70 @@ class Engine:
         dist.all_gather(shards, shard.contiguous(), group=tensor_group())
         return join(shards, split)
 
-    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
-        """Write weights, optimizer and `state` to `folder/tag`; collective."""
-        self._engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+    def state(self) -> dict[str, Tensor]:
+        """What this process alone keeps of the master weights and of Adam's moments: float32 views of them.
 
-    def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Read what `save` wrote into this engine and give back its `state`; collective.
-
-        Raises:
-            RuntimeError: DeepSpeed found no checkpoint there.
+        Keys are `weight/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`; `fragment_starts` says which part of NAME it is.
         """
-        path, state = self._engine.load_checkpoint(str(folder), tag=tag)
-        if path is None:
-            raise RuntimeError(f"{folder / tag} holds no checkpoint that DeepSpeed can read")
-        return state
-
-
-class CheckpointWeights(Mapping[str, Tensor]):
-    """A checkpoint's weights by parameter name, each read and made whole when asked for; on CPU, without process group.
-
-    ZeRO 1 to 3 give the float32 master weights, ZeRO 0 the weights in training precision. Files are mapped, not read:
-    what is asked for takes memory, and what was given back and dropped takes none.
-
-    Args:
-        folder, tag: the checkpoint is `folder/tag`.
-        zero_stage: of the run that wrote it.
-        splits: how the weights that are split over tensor-parallel ranks are split.
-        tensor_size: tensor-parallel size of the run that wrote it.
-
-    Raises:
-        ValueError, FileNotFoundError: a file of the checkpoint is missing or damaged.
-    """
-
-    def __init__(
-        self, folder: Path, tag: str, zero_stage: int, splits: Mapping[str, Split], tensor_size: int
-    ) -> None:
-        self._splits = splits
-        self._shards: list[dict[str, _Reader]] = []
-        for rank in range(tensor_size):
-            with _files_of_tensor_rank(folder / tag, rank) as path:
-                self._shards.append(_readers(path, zero_stage))
-
-    def __getitem__(self, name: str) -> Tensor:
-        return join([shard[name]() for shard in self._shards], self._splits.get(name))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shards[0])
-
-    def __len__(self) -> int:
-        return len(self._shards[0])
-
-
-@contextlib.contextmanager
-def _files_of_tensor_rank(path: Path, rank: int) -> Iterator[Path]:
-    """A folder of links that make one tensor-parallel rank's files look like a whole checkpoint.
-
-    DeepSpeed's reader takes every file it finds for a shard of one model, and looks for rank 0's names.
-    """
-    mine, first = f"mp_rank_{rank:02d}_", "mp_rank_00_"
-    with tempfile.TemporaryDirectory() as name:
-        for file in path.glob(f"*{mine}*.pt"):
-            (Path(name) / file.name.replace(mine, first)).symlink_to(file.resolve())
-        yield Path(name)
-
-
-def _readers(path: Path, zero_stage: int) -> dict[str, _Reader]:
-    """What reads each weight of a checkpoint without tensor parallelism."""
-    if zero_stage == 3:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            lazy = get_fp32_state_dict_from_zero_checkpoint(str(path.parent), tag=path.name, lazy_mode=True)
-        return {name: tensor.contiguous for name, tensor in lazy.items()}
-    states = _map_file(path / "mp_rank_00_model_states.pt")
-    if zero_stage == 0:
+        if self.zero_stage == 0 and dist.get_rank(gradient_group()):
+            return {}  # the first of the processes that hold the same keeps it for all
         return {
-            name: functools.partial(_join_slices, [value.flatten()], value.shape)
-            for name, value in states["module"].items()
-            if isinstance(value, Tensor)
+            f"{kind}/{name}": view
+            for name, fragment in self._fragments().items()
+            for kind, view in fragment.views(self._adam).items()
         }
-    shapes = {name: shape for group in states["param_shapes"] for name, shape in group.items()}
-    files = list(path.glob("*zero_pp_rank_*_optim_states.pt"))
-    if len(files) != states["dp_world_size"]:
-        raise FileNotFoundError(
-            f"{path.resolve()} has {len(files)} optimizer files, but {states['dp_world_size']} processes wrote it"
-        )
-    prefix = files[0].name.partition("zero_pp_rank_")[0]
-    shards = [
-        _map_file(path / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")["optimizer_state_dict"]
-        for rank in range(len(files))
-    ]
-    if "param_slice_mappings" in shards[0] and zero_stage == 1 and prefix:
-        slices = _named_slices(shards)
-    else:
-        slices = _consecutive_slices(shards, states["param_shapes"])
-    return {name: functools.partial(_join_slices, slices[name], shape) for name, shape in shapes.items()}
+
+    def fragment_starts(self) -> dict[str, int]:
+        """First element, in each flattened parameter, of what this process keeps of it."""
+        return {name: fragment.start for name, fragment in self._fragments().items()}
+
+    def adam_steps(self) -> int:
+        """Updates that Adam has made."""
+        return max(int(adam_state(self._adam, f.master)["step"]) for f in self._fragments().values())
+
+    @torch.no_grad()
+    def load_state(self, read: Callable[[str, str, int, int], Tensor], adam_steps: int) -> None:
+        """Set master weights, moments and weights; collective.
+
+        Args:
+            read: `read(kind, name, start, numel)` gives elements of a flattened parameter of this tensor-parallel rank;
+                kinds are those of `state`.
+            adam_steps: updates that made them.
+        """
+        for name, fragment in self._fragments().items():
+            for kind, view in fragment.views(self._adam).items():
+                view.copy_(read(kind, name, fragment.start, fragment.numel))
+            adam_state(self._adam, fragment.master)["step"].fill_(adam_steps)
+        refresh_weights(self._optimizer)
+
+    def local_shapes(self) -> dict[str, list[int]]:
+        """Shape of every parameter, whole but for tensor parallelism."""
+        return local_shapes(self.module)
+
+    def _fragments(self) -> dict[str, Fragment]:
+        return fragments(self.module, self._optimizer, self._adam)
 
 
-def _map_file(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+class _GuardedAdamW(torch.optim.AdamW):
+    """AdamW that leaves out an update when told to, or when the global gradient norm is no number.
 
+    DeepSpeed knows that norm only within its own step, right before it calls this one. Its wrappers leave out such
+    updates too, except those of bf16 under ZeRO 1 and 2; without ZeRO nothing does.
+    """
 
-def _join_slices(slices: list[Tensor], shape: torch.Size) -> Tensor:
-    return torch.cat(slices).view(shape)
+    leave_out = False
+    norm_of_this_update: Callable[[], float] | None = None
 
-
-def _named_slices(shards: list[dict[str, Any]]) -> dict[str, list[Tensor]]:
-    """Master weights of DeepSpeed's bf16 ZeRO-1 optimizer, which says what each rank holds of each."""
-    slices: dict[str, list[Tensor]] = {}
-    for shard in shards:
-        groups = zip(shard["single_partition_of_fp32_groups"], shard["param_slice_mappings"], strict=True)
-        for flat, fragments in groups:
-            for name, fragment in fragments.items():
-                slices.setdefault(name, []).append(flat[fragment.start : fragment.start + fragment.numel])
-    return slices
-
-
-def _consecutive_slices(
-    shards: list[dict[str, Any]], param_shapes: list[dict[str, torch.Size]]
-) -> dict[str, list[Tensor]]:
-    """Master weights of the ZeRO 1 and 2 optimizer: a group's stand in one row, cut into a piece for each rank."""
-    slices: dict[str, list[Tensor]] = {}
-    paddings = shards[0].get("param_alignment_paddings")
-    for index, shapes in enumerate(param_shapes):
-        pieces = [shard["single_partition_of_fp32_groups"][index] for shard in shards]
-        ends = list(itertools.accumulate(len(piece) for piece in pieces))
-        start = 0
-        for number, (name, shape) in enumerate(shapes.items()):
-            stop = start + shape.numel()
-            if stop > ends[-1]:
-                raise ValueError(
-                    f"{name} ends at {stop}, past the {ends[-1]} weights that the optimizer files hold"
-                )
-            found = [
-                piece[max(start - end + len(piece), 0) : stop - end + len(piece)]
-                for piece, end in zip(pieces, ends, strict=True)
-                if start < end and stop > end - len(piece)
-            ]
-            slices[name] = found
-            start = stop + (paddings[index][number] if paddings is not None else 0)
-    return slices
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update, or only make the state that the first update would find."""
+        norm = self.norm_of_this_update
+        if not self.leave_out and (norm is None or math.isfinite(norm())):
+            return super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                adam_state(self, parameter)
+        return None
 
 
 def _is_sharded(parameter: torch.nn.Parameter) -> bool:
@@ -317,5 +246,6 @@ def _deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         # bf16 sums of many micro-batches lose what is small; ZeRO 0 knows one type only
         "data_types": {"grad_accum_dtype": "fp32" if stage or not bf16 else "bf16"},
         "zero_optimization": {"stage": stage, **config.zero.options},
+        "zero_allow_untested_optimizer": True,  # it knows AdamW by its very class, not by those derived from it
         "steps_per_print": 2**31,
     }

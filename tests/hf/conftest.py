@@ -7,7 +7,6 @@ import tempfile
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_home_")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from dash_megatron.config import Config
 from dash_megatron.config_loading import config_from_dict
 from dash_megatron.layers import DashGPTModel, build_model, init_weights
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
+from dash_megatron.training import checkpoint_files as files
 
 VOCAB_SIZE = 320
 # what the shape of a model may be: changes to `tiny_config`
@@ -76,9 +76,20 @@ def write_run(tiny_config: dict[str, Any], tmp_path: Path) -> Callable[..., tupl
                 value += torch.randn(value.shape, generator=generator) * 0.3
         folder = Path(config.run_dir) / "checkpoints" / "step_00000001"
         folder.mkdir(parents=True)
-        torch.save({"module": weights}, folder / "mp_rank_00_model_states.pt")
-        facts = {"step": 1, "zero_stage": 0, "splits": {}, "config": config.model_dump(mode="json")}
-        (folder / "checkpoint.json").write_text(json.dumps(facts))
+        name_of = files.state_file(0)
+        parts = {f"weight/{key}": value.flatten() for key, value in weights.items()}
+        facts = {
+            "format": files.FORMAT,
+            "step": 1,
+            "layout": config.layout(1),
+            "splits": {},
+            "shapes": {key: list(value.shape) for key, value in weights.items()},
+            "fragments": files.describe_fragments([(0, dict.fromkeys(weights, 0))]),
+            "config": config.model_dump(mode="json"),
+        }
+        entries = {name_of: files.write_tensors(folder / name_of, parts)}
+        entries[files.DESCRIPTION] = files.write_json(folder / files.DESCRIPTION, facts)
+        files.write_json(folder / files.MANIFEST, {"files": entries})
         return config, weights
 
     return write

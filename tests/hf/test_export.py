@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -18,7 +17,7 @@ from dash_megatron.hf import export, names, probe
 from dash_megatron.hf.export import export_run
 from dash_megatron.hf.folder import INDEX
 from dash_megatron.hf.tokenizer import check_tokenizer
-from dash_megatron.training.checkpoint import checkpoint_folder, open_weights
+from dash_megatron.training.checkpoint import open_weights
 from tests.hf.conftest import MODELS, training_logits
 from tests.training.test_resume import run_of
 from tests.training.workers import train_all
@@ -44,13 +43,6 @@ def test_every_layout_exports_its_weights(
         tensors = read_folder(tmp_path / "out" / name)
         _, _, weights = open_weights(tmp_path / name)
         assert torch.equal(tensors["model.embed_tokens.weight"], weights["embedding.word_embeddings.weight"])
-    for name in ("zero1", "zero3"):
-        _, _, weights = open_weights(tmp_path / name)
-        tag = "step_00000001"
-        expected = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint_folder(tmp_path / name)), tag=tag)
-        assert weights.keys() == expected.keys()
-        for key, value in expected.items():
-            assert torch.equal(weights[key], value), key
     assert "| loss |" in (tmp_path / "out" / "zero1" / "README.md").read_text()
 
 

@@ -85,24 +85,12 @@ def test_only_the_newest_checkpoints_stay_and_a_half_written_one_is_no_checkpoin
     assert finished_steps(tmp_path / "run") == [3, 4]
 
 
-@pytest.mark.parametrize(
-    ("section", "change", "message"),
-    [
-        ("model", {"ffn_hidden_size": 128}, r"model.ffn_hidden_size=128 differs from 96"),
-        ("zero", {"stage": 2}, r"zero.stage=2 differs from 1"),
-    ],
-)
-def test_a_checkpoint_of_another_model_or_layout_is_refused(
-    section: str,
-    change: dict[str, Any],
-    message: str,
-    tiny_config: dict[str, Any],
-    run_processes: Any,
-    tmp_path: Path,
+def test_a_checkpoint_of_another_model_is_refused(
+    tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
     first = run_of(tiny_config, tmp_path / "run", training={"steps": 2})
-    second = run_of(tiny_config, tmp_path / "run", **{section: change})
-    with pytest.raises(pytest.fail.Exception, match=message):
+    second = run_of(tiny_config, tmp_path / "run", model={"ffn_hidden_size": 128})
+    with pytest.raises(pytest.fail.Exception, match=r"model.ffn_hidden_size=128 differs from 96"):
         run_processes(1, train_all, [(first, None), (second, None)])
 
 

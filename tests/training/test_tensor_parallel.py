@@ -180,16 +180,6 @@ def test_a_resumed_run_is_bit_identical_and_its_checkpoint_gives_whole_weights(
     assert isinstance(sample_from_run(tmp_path / "whole" / "fp32_3", "def1 ", max_new_tokens=3), str)
 
 
-def test_a_checkpoint_of_another_tensor_size_is_refused(
-    tree: dict[str, Any], run_processes: Any, tmp_path: Path
-) -> None:
-    first = run_of(tree, tmp_path / "run", training={"steps": 1})
-    run_processes(1, train_all, [(first, None)])
-    second = tensor_parallel(run_of(tree, tmp_path / "run"), 1, sequence=False)
-    with pytest.raises(pytest.fail.Exception, match=r"parallel.tensor=2 differs from 1"):
-        run_processes(2, train_all, [(second, None)])
-
-
 def test_processes_that_run_other_code_are_named(run_processes: Any, tmp_path: Path) -> None:
     run_processes(3, compare_fingerprints, str(tmp_path))
     for rank in range(3):

@@ -1,0 +1,277 @@
+"""Checkpoints are published whole or not at all, checked before they are read, and damaged ones are kept aside."""
+
+import errno
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch.distributed as dist
+
+from dash_megatron.config_loading import config_from_dict
+from dash_megatron.parallel import destroy_process_groups
+from dash_megatron.training import checkpoint, checkpoint_files
+from dash_megatron.training.checkpoint import CheckpointError, checkpoint_folder, finished_steps, open_weights
+from dash_megatron.training.metrics import read_metrics
+from dash_megatron.training.sample import sample_from_run
+from dash_megatron.training.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def _leave_groups() -> Iterator[None]:
+    yield
+    leave_groups()
+
+
+def leave_groups() -> None:
+    """As if the process had ended: DeepSpeed remembers groups that torch alone destroyed."""
+    if dist.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    destroy_process_groups()
+
+
+def train(tree: dict[str, Any], **sections: dict[str, Any]) -> Trainer:
+    """Run alone, in this process, to the end."""
+    leave_groups()
+    changed = {name: {**tree.get(name, {}), **values} for name, values in sections.items()}
+    try:
+        trainer = Trainer(config_from_dict({**tree, **changed}), {})
+        trainer.run()
+    finally:
+        leave_groups()
+    return trainer
+
+
+@pytest.fixture
+def run(tiny_config: dict[str, Any]) -> dict[str, Any]:
+    """A finished run of 4 steps that saved after each."""
+    tree = {**tiny_config, "checkpoint": {"every": 1, "retry_seconds": 0}}
+    train(tree)
+    return tree
+
+
+def folder_of(tree: dict[str, Any]) -> Path:
+    return checkpoint_folder(tree["run_dir"])
+
+
+def test_a_checkpoint_holds_what_its_manifest_says_and_no_pickles(run: dict[str, Any]) -> None:
+    folder = folder_of(run) / "step_00000004"
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert {path.name for path in folder.iterdir()} == {*files, "manifest.json"}
+    assert {Path(name).suffix for name in files} == {".safetensors", ".json"}
+    facts = json.loads((folder / "checkpoint.json").read_text())
+    assert facts["step"] == facts["adam_steps"] == 4
+    assert facts["trainer"]["data"] == {"consumed_samples": 16}
+    assert facts["about"].keys() == {"commit", "implementation", "device"}
+    assert config_from_dict(facts["config"]) == config_from_dict(run)
+    assert (folder_of(run) / "latest").read_text() == "step_00000004\n"
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "state_00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(folder: Path) -> None:
+    path = folder / "state_00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def remove_file(folder: Path) -> None:
+    (folder / "probe.safetensors").unlink()
+
+
+def remove_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def cut_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"files": {"check')
+
+
+def change_description(folder: Path) -> None:
+    path = folder / "checkpoint.json"
+    path.write_text(path.read_text().replace('"step": 4', '"step": 3'))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (truncate, r"state_00000.safetensors has \d+ bytes, but \d+ were written"),
+        (flip, "checksum of state_00000.safetensors"),
+        (remove_file, "probe.safetensors is missing"),
+        (remove_manifest, "manifest.json is missing"),
+        (cut_manifest, "manifest.json is damaged"),
+        (change_description, "checksum of checkpoint.json"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_damaged_checkpoint_is_named_kept_aside_and_skipped(
+    harm: Any, message: str, run: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = read_metrics(run["run_dir"])
+    harm(folder_of(run) / "step_00000004")
+    with pytest.raises(ValueError, match=message):
+        open_weights(run["run_dir"])
+    capsys.readouterr()
+    train(run)
+    assert "resuming after step 3" in (output := capsys.readouterr()).out
+    assert "step_00000004 is damaged" in output.err
+    assert (folder_of(run) / "step_00000004.damaged").is_dir()
+    assert finished_steps(run["run_dir"]) == [1, 2, 3, 4]
+    assert [line["loss"] for line in read_metrics(run["run_dir"])] == [line["loss"] for line in expected]
+
+
+def test_with_damaged_checkpoints_alone_a_run_does_not_begin_again_from_nothing(run: dict[str, Any]) -> None:
+    for step in finished_steps(run["run_dir"]):
+        flip(folder_of(run) / checkpoint.tag_of(step))
+    with pytest.raises(ValueError, match="has no undamaged checkpoint"):
+        train(run)
+    assert len(list(folder_of(run).glob("*.damaged"))) == 4
+
+
+def test_old_checkpoints_go_but_for_the_newest_and_every_so_many_steps(tiny_config: dict[str, Any]) -> None:
+    settings = {"every": 1, "keep": 2, "keep_every": 3}
+    train(tiny_config, training={"steps": 8}, checkpoint=settings)
+    assert finished_steps(tiny_config["run_dir"]) == [3, 6, 7, 8]
+
+
+def test_a_run_killed_while_it_saves_goes_on_from_the_one_before(run: dict[str, Any]) -> None:
+    folder = folder_of(run)
+    (folder / "step_00000004").rename(folder / "step_00000004.partial")
+    (folder / "step_00000004.partial" / "manifest.json").unlink()
+    expected = read_metrics(run["run_dir"])
+    train(run)
+    assert [line["loss"] for line in read_metrics(run["run_dir"])] == [line["loss"] for line in expected]
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == [
+        f"step_{step:08d}" for step in (1, 2, 3, 4)
+    ]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer waits for a step that comes after the save; a save that stopped training would wait for ever."""
+    stepped, write = threading.Event(), checkpoint_files.write_tensors
+    steps_at_publishing: dict[str, int] = {}
+
+    def slow(path: Path, tensors: Any) -> Any:
+        if path.name.startswith("state") and "step_00000002" in str(path):
+            assert stepped.wait(60)
+        return write(path, tensors)
+
+    monkeypatch.setattr(checkpoint_files, "write_tensors", slow)
+    changed = {**tiny_config, "checkpoint": {"every": 2}}
+    trainer = Trainer(config_from_dict(changed), {})
+    step, publish = trainer.train_step, trainer.checkpointer._rename
+
+    def watched_step() -> Any:
+        result = step()
+        if trainer.step == 3:
+            stepped.set()
+        return result
+
+    def watched_publish(saved: int, results: Any) -> None:
+        steps_at_publishing[str(saved)] = trainer.step
+        publish(saved, results)
+
+    monkeypatch.setattr(trainer, "train_step", watched_step)
+    monkeypatch.setattr(trainer.checkpointer, "_rename", watched_publish)
+    trainer.run()
+    assert steps_at_publishing["2"] >= 3
+    assert steps_at_publishing["4"] == 4
+    assert finished_steps(tiny_config["run_dir"]) == [2, 4]
+
+
+def test_what_is_saved_is_what_was_there_at_the_step(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The thread writes a copy, not weights that training has changed since."""
+    released, write = threading.Event(), checkpoint_files.write_tensors
+
+    def late(path: Path, tensors: Any) -> Any:
+        assert released.wait(60)
+        return write(path, tensors)
+
+    tiny_config["schedule"] = {"kind": "constant"}
+    train(tiny_config, training={"steps": 2})
+    expected = dict(open_weights(tiny_config["run_dir"])[2])
+    monkeypatch.setattr(checkpoint_files, "write_tensors", late)
+    tree = {**tiny_config, "run_dir": str(tmp_path / "late"), "checkpoint": {"every": 2}}
+    trainer = Trainer(config_from_dict(tree), {})
+    step = trainer.train_step
+
+    def watched() -> Any:
+        result = step()
+        if trainer.step == 4:
+            released.set()
+        return result
+
+    monkeypatch.setattr(trainer, "train_step", watched)
+    trainer.run()
+    found = dict(open_weights(tmp_path / "late", 2)[2])
+    assert all(bool((found[name] == weight).all()) for name, weight in expected.items())
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_an_error_and_harms_nothing(
+    run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, tensors: Any) -> Any:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoint_files, "write_tensors", full)
+    with pytest.raises(CheckpointError, match=r"step 5 could not be written: process 0: .*disk full"):
+        train(run, training={"steps": 8})
+    assert finished_steps(run["run_dir"]) == [1, 2, 3, 4]
+    monkeypatch.undo()
+    train(run, training={"steps": 6})
+    assert finished_steps(run["run_dir"]) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_disk_that_is_full_for_a_moment_does_not_end_the_run(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures, write = iter([True, True]), checkpoint_files.write_tensors
+
+    def sometimes(path: Path, tensors: Any) -> Any:
+        if next(failures, False):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, tensors)
+
+    monkeypatch.setattr(checkpoint_files, "write_tensors", sometimes)
+    train(tiny_config, checkpoint={"every": 2})
+    assert finished_steps(tiny_config["run_dir"]) == [2, 4]
+
+
+def test_loaded_weights_must_give_the_loss_of_the_stored_tokens(
+    run: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = {"attention": {**run["attention"], "scaling_factor": 500.0}}
+    with pytest.raises(ValueError, match=r"was saved with loss .* but gives .*check_loss=false"):
+        train({**run, **other}, training={"steps": 5})
+    train({**run, **other}, training={"steps": 5}, checkpoint={"check_loss": False})
+    assert finished_steps(run["run_dir"])[-1] == 5
+
+
+def test_readers_of_weights_refuse_a_damaged_checkpoint(run: dict[str, Any]) -> None:
+    flip(folder_of(run) / "step_00000004")
+    with pytest.raises(ValueError, match="name an earlier step"):
+        sample_from_run(run["run_dir"], "def")
+    assert isinstance(sample_from_run(run["run_dir"], "def", step=3, max_new_tokens=2), str)
+
+
+def test_a_second_damaged_checkpoint_of_a_step_does_not_displace_the_first(run: dict[str, Any]) -> None:
+    shutil.copytree(folder_of(run) / "step_00000004", folder_of(run) / "step_00000004.damaged")
+    flip(folder_of(run) / "step_00000004")
+    train(run)
+    assert {path.name for path in folder_of(run).glob("*.damaged*")} == {
+        "step_00000004.damaged",
+        "step_00000004.damaged2",
+    }
