@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -19,6 +20,8 @@ from dash_megatron.training.trainer import padded_vocabulary
 # per process, all at once, as checkpoints are written; larger than what a disk's own memory hides
 FILE_BYTES = 256 << 20
 _BLOCK_BYTES = 8 << 20
+# of a checkpoint: float32 weight and both moments, whatever the precision of training
+BYTES_PER_PARAMETER = 12
 _GIB = 1 << 30
 
 
@@ -28,7 +31,7 @@ def check_disk(session: Session) -> Finding:
     run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(str(session.config.data.tokenizer))
     parameters = parameter_count(session.config, padded_vocabulary(session.config, tokenizer.vocab_size))
-    size = checkpoint_bytes(session.config, parameters)
+    size = BYTES_PER_PARAMETER * parameters
     count = checkpoints_kept(session.config)
     free = shutil.disk_usage(run_dir).free
     # of an earlier start; the run will replace them
@@ -52,16 +55,16 @@ def check_disk(session: Session) -> Finding:
     return Finding(figures=figures)
 
 
-def checkpoint_bytes(config: Config, parameters: int) -> int:
-    """Bytes of one checkpoint: master weights and both moments in float32, and the weights in training precision."""
-    return parameters * (12 + (2 if config.training.precision == "bf16" else 4))
-
-
 def checkpoints_kept(config: Config) -> int:
     """Most checkpoints on disk at once: those that stay, and the one being written."""
     checkpoint, steps = config.checkpoint, config.training.steps
-    written = -(-steps // checkpoint.every) if checkpoint.every else 1
-    return min(written, checkpoint.keep + 1) if checkpoint.keep else written
+    if not checkpoint.every:
+        return 1
+    written = -(-steps // checkpoint.every)
+    if not checkpoint.keep:
+        return written
+    milestones = steps // math.lcm(checkpoint.every, checkpoint.keep_every) if checkpoint.keep_every else 0
+    return min(written, checkpoint.keep + milestones + 1)
 
 
 def transfer_rates(folder: Path, num_bytes: int) -> tuple[float, float]:

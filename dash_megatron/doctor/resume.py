@@ -92,7 +92,7 @@ def small_run(config: Config, world_size: int, folder: Path) -> Config:
             "steps": LAST,
             "global_batch": config.training.micro_batch * config.data_parallel_size(world_size),
         },
-        checkpoint={"every": SAVED, "keep": 0},
+        checkpoint={"every": SAVED, "keep": 0, "keep_every": 0},
         logging={"every": 1, "tensorboard": False},
         evaluation={"every": 0},
     )

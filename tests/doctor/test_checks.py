@@ -157,11 +157,22 @@ def test_a_disk_without_room_for_the_checkpoints_fails_with_figures(
 
 
 @pytest.mark.parametrize(
-    ("every", "keep", "count"), [(0, 0, 1), (0, 3, 1), (10, 0, 10), (10, 3, 4), (60, 3, 2)]
+    ("every", "keep", "keep_every", "count"),
+    [
+        (0, 0, 0, 1),
+        (0, 3, 0, 1),
+        (10, 0, 0, 10),
+        (10, 3, 0, 4),
+        (60, 3, 0, 2),
+        (10, 2, 25, 5),
+        (10, 3, 10, 10),
+    ],
 )
-def test_checkpoints_on_disk_at_once_are_counted(every: int, keep: int, count: int, config: Config) -> None:
-    run = changed(config, training={"steps": 100}, checkpoint={"every": every, "keep": keep})
-    assert disk.checkpoints_kept(run) == count
+def test_checkpoints_on_disk_at_once_are_counted(
+    every: int, keep: int, keep_every: int, count: int, config: Config
+) -> None:
+    kept = {"every": every, "keep": keep, "keep_every": keep_every}
+    assert disk.checkpoints_kept(changed(config, training={"steps": 100}, checkpoint=kept)) == count
 
 
 @pytest.mark.usefixtures("small_files")
