@@ -20,7 +20,7 @@ from dash_megatron.doctor.runner import Check, result_lines, run_checks, write_j
 from dash_megatron.doctor.session import Session
 from dash_megatron.doctor.versions import check_versions, config_hash
 from dash_megatron.parallel import destroy_process_groups, read_launch
-from dash_megatron.training.trainer import set_up_logging
+from dash_megatron.training.setup import set_up_logging
 
 # what communicates comes after what does not, and what takes longest last
 CHECKS = (

@@ -15,7 +15,7 @@ from dash_megatron.doctor.findings import Finding
 from dash_megatron.doctor.session import Session
 from dash_megatron.training.checkpoint import checkpoint_folder
 from dash_megatron.training.flops import parameter_count
-from dash_megatron.training.trainer import padded_vocabulary
+from dash_megatron.training.setup import padded_vocabulary
 
 # per process, all at once, as checkpoints are written; larger than what a disk's own memory hides
 FILE_BYTES = 256 << 20

@@ -22,7 +22,7 @@ from dash_megatron.parallel import Launch, destroy_process_groups, init_process_
 from dash_megatron.training.checkpoint import finished_steps, load_weights
 from dash_megatron.training.faults import fault_folder, read_fault
 from dash_megatron.training.initial import load_initial_weights
-from dash_megatron.training.trainer import padded_vocabulary
+from dash_megatron.training.setup import padded_vocabulary
 
 
 class SampleLoss(NamedTuple):

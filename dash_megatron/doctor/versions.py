@@ -14,7 +14,7 @@ from dash_megatron.config import Config
 from dash_megatron.doctor.findings import Figure, Finding
 from dash_megatron.doctor.session import Session
 from dash_megatron.ops.fingerprint import implementation_fingerprint
-from dash_megatron.training.trainer import code_commit
+from dash_megatron.training.setup import code_commit
 
 _PACKAGES = ("torch", "triton", "deepspeed", "megatron-core")
 _DRIVER_FILE = Path("/sys/module/nvidia/version")
