@@ -93,7 +93,6 @@ def _add_doctor(tools: Any) -> None:
     )
     doctor.add_argument("--config", required=True, metavar="FILE", help="YAML file")
     doctor.add_argument("--only", metavar="NAME,...", help="checks to run, see docs/doctor.md; default: all")
-    doctor.add_argument("--json", metavar="FILE", help="also write the results there")
     doctor.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the config")
     doctor.set_defaults(run=_doctor)
 
@@ -176,7 +175,7 @@ def _doctor(options: argparse.Namespace) -> int:
     # imported late, so that a wrong config is told at once
     from dash_megatron.doctor.command import examine
 
-    return examine(config, options.only, options.json)
+    return examine(config, options.only)
 
 
 def _replay(options: argparse.Namespace) -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dash_megatron.doctor.findings import Figure, Finding
+from dash_megatron.doctor.runner import Figure, Finding
 from dash_megatron.doctor.session import Session
 from dash_megatron.parallel import context_parallel_group, gradient_group, tensor_group
 
@@ -19,8 +19,13 @@ BYTES_ON_GPU = 256 << 20
 BYTES_ON_CPU = 4 << 20
 _WARM_UP, _REPEATS = 2, 5
 
-# what communicates, the bytes each process must send for it, and whether the outcome is right
-_Case = tuple[Callable[[], Any], float, Callable[[], bool]]
+
+class _Case(NamedTuple):
+    name: str
+    communicate: Callable[[], Any]
+    sent: float
+    """Bytes that each process must send for it."""
+    is_right: Callable[[], Tensor]
 
 
 def check_bandwidth(session: Session) -> Finding:
@@ -41,11 +46,11 @@ def check_bandwidth(session: Session) -> Finding:
         for label, group in groups.items():
             if dist.get_world_size(group) == 1:
                 continue
-            for name, (communicate, sent, is_right) in _cases(label, group, session.device):
-                seconds = _time(communicate, group, session.device)
-                figures[f"{label} {name} GB/s"] = sent / seconds / 1e9
-                if not is_right():
-                    wrong.append(f"{label} {name} gave wrong values")
+            for case in _cases(label, group, session.device):
+                seconds = _time(case.communicate, group, session.device)
+                figures[f"{label} {case.name} GB/s"] = case.sent / seconds / 1e9
+                if not case.is_right():
+                    wrong.append(f"{label} {case.name} gave wrong values")
     if wrong:
         return Finding(
             "failed", figures, f"{'; '.join(wrong)}: take this machine out and have its network checked"
@@ -55,46 +60,41 @@ def check_bandwidth(session: Session) -> Finding:
     return Finding(figures=figures)
 
 
-def _cases(label: str, group: dist.ProcessGroup, device: torch.device) -> Iterator[tuple[str, _Case]]:
+def _cases(label: str, group: dist.ProcessGroup, device: torch.device) -> Iterator[_Case]:
     """What a kind of group does in training."""
     n, rank = dist.get_world_size(group), dist.get_rank(group)
     count = (BYTES_ON_GPU if device.type == "cuda" else BYTES_ON_CPU) // 4 // n * n
     mine = torch.full((count,), float(rank + 1), device=device)
-    total, num_bytes = n * (n + 1) / 2, mine.nbytes
     out = torch.zeros_like(mine)
+    share, total, num_bytes = count // n, n * (n + 1) / 2, float(mine.nbytes)
+    part = (n - 1) / n * num_bytes
     if label != "context":
-        yield (
+        yield _Case(
             "all_reduce",
-            (
-                lambda: dist.all_reduce(out.copy_(mine), group=group),
-                2 * (n - 1) / n * num_bytes,
-                lambda: bool((out == total).all()),
-            ),
+            lambda: dist.all_reduce(out.copy_(mine), group=group),
+            2 * part,
+            lambda: (out == total).all(),
         )
     if label == "data x context":
-        shard, shards = mine[: count // n], out.view(n, -1)
-        wanted = torch.arange(1.0, n + 1, device=device)[:, None]
-        yield (
+        every = torch.arange(1.0, n + 1, device=device)[:, None]
+        yield _Case(
             "all_gather",
-            (
-                lambda: dist.all_gather_into_tensor(out, shard, group=group),
-                (n - 1) / n * num_bytes,
-                lambda: bool((shards == wanted).all()),
-            ),
+            lambda: dist.all_gather_into_tensor(out, mine[:share], group=group),
+            part,
+            lambda: (out.view(n, -1) == every).all(),
         )
-        yield (
+        yield _Case(
             "reduce_scatter",
-            (
-                lambda: dist.reduce_scatter_tensor(out[: count // n], mine, group=group),
-                (n - 1) / n * num_bytes,
-                lambda: bool((out[: count // n] == total).all()),
-            ),
+            lambda: dist.reduce_scatter_tensor(out[:share], mine, group=group),
+            part,
+            lambda: (out[:share] == total).all(),
         )
     if label != "tensor":
-        before = float((rank - 1) % n + 1)
-        yield (
+        yield _Case(
             "to next rank",
-            (lambda: _shift(mine, out, group), float(num_bytes), lambda: bool((out == before).all())),
+            lambda: _shift(mine, out, group),
+            num_bytes,
+            lambda: (out == (rank - 1) % n + 1).all(),
         )
 
 

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from dash_megatron.config import Config
 from dash_megatron.doctor.bandwidth import check_bandwidth
-from dash_megatron.doctor.data import check_data_files
 from dash_megatron.doctor.disk import check_disk
-from dash_megatron.doctor.findings import Result, merge_equal, merge_smallest
+from dash_megatron.doctor.inputs import check_data_files, check_versions
 from dash_megatron.doctor.kernels import check_kernels
 from dash_megatron.doctor.leak import check_leak
 from dash_megatron.doctor.parity import check_parity
 from dash_megatron.doctor.resume import START_SECONDS, check_resume
-from dash_megatron.doctor.runner import Check, result_lines, run_checks, write_json
+from dash_megatron.doctor.runner import (
+    Check,
+    Result,
+    merge_equal,
+    merge_largest,
+    merge_smallest,
+    rank_list,
+    run_checks,
+)
 from dash_megatron.doctor.session import Session
-from dash_megatron.doctor.versions import check_versions, config_hash
 from dash_megatron.parallel import destroy_process_groups, read_launch
 from dash_megatron.training.setup import set_up_logging
 
@@ -27,11 +36,11 @@ CHECKS = (
     Check("versions", 60, check_versions, merge_equal, stops_others=True),
     Check("data", 300, check_data_files, merge_equal),
     Check("disk", 300, check_disk, merge_smallest),
-    Check("kernels", 600, check_kernels),
-    Check("leak", 600, check_leak),
+    Check("kernels", 600, check_kernels, merge_largest),
+    Check("leak", 600, check_leak, merge_largest),
     Check("bandwidth", 300, check_bandwidth, merge_smallest),
-    Check("parity", 900, check_parity),
-    Check("resume", 2 * START_SECONDS + 300, check_resume),
+    Check("parity", 900, check_parity, merge_largest),
+    Check("resume", 2 * START_SECONDS + 300, check_resume, merge_largest),
 )
 
 
@@ -53,18 +62,12 @@ def choose_checks(only: str | None) -> list[Check]:
     return [check for check in CHECKS if check.name in names or check.stops_others]
 
 
-def examine(
-    config: Config,
-    only: str | None = None,
-    json_path: str | None = None,
-    environment: Mapping[str, str] = os.environ,
-) -> int:
-    """Run checks on all processes of the launch; rank 0 prints a line or more for each as soon as it is through.
+def examine(config: Config, only: str | None = None, environment: Mapping[str, str] = os.environ) -> int:
+    """Run checks on all processes of the launch; rank 0 prints a line for each as soon as it is through.
 
     Args:
         config: of the run.
         only: see `choose_checks`.
-        json_path: file for the results, written by rank 0.
         environment: variables of the launcher.
 
     Returns:
@@ -74,29 +77,22 @@ def examine(
         ValueError: the config does not fit the number of processes, or there is no check of that name.
     """
     checks, launch = choose_checks(only), read_launch(environment)
-    data_parallel_size = config.data_parallel_size(launch.world_size)
     config.accumulation_steps(launch.world_size)
     set_up_logging(launch.rank == 0)
-    session = Session(config, launch)
-    is_main = session.rank == 0
-    if is_main:
-        parallel = config.parallel
-        print(
-            f"{config.run_dir}: {session.size} process(es) on {session.device.type}, {data_parallel_size} data x "
-            f"{parallel.context} context x {parallel.tensor} tensor parallel, rank 0 on {socket.gethostname()}",
-            flush=True,
-        )
-
-    def report(result: Result) -> None:
+    with _leaving_nothing(Path(config.run_dir)):
+        session = Session(config, launch)
+        hosts = session.gather(socket.gethostname())
+        is_main = session.rank == 0
         if is_main:
-            print(result_lines(result), flush=True)
+            print(_introduction(session, hosts), flush=True)
 
-    results, lost = run_checks(session, checks, report)
+        def report(result: Result) -> None:
+            if is_main:
+                print(result, flush=True)
+
+        results, lost = run_checks(session, checks, report)
     failed = [result.name for result in results if result.status == "failed"]
     if is_main:
-        if json_path is not None:
-            facts = {"run_dir": config.run_dir, "config": config_hash(config), "processes": session.size}
-            write_json(json_path, facts, results)
         print(f"failed: {', '.join(failed)}" if failed else "nothing failed", flush=True)
     if lost:
         # leaving the groups would wait for who is lost
@@ -105,3 +101,30 @@ def examine(
         os._exit(1)
     destroy_process_groups()
     return 1 if failed else 0
+
+
+@contextlib.contextmanager
+def _leaving_nothing(run_dir: Path) -> Iterator[None]:
+    """Remove the run's folder at the end if it was not there; let checks clean up when a launcher ends this process.
+
+    To be entered before processes meet, so that none sees what another has made.
+    """
+    missing = [folder for folder in (run_dir, *run_dir.parents) if not os.path.exists(folder)]
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _introduction(session: Session, hosts: list[str]) -> str:
+    config, parallel = session.config, session.config.parallel
+    where = {host: rank_list(rank for rank, other in enumerate(hosts) if other == host) for host in hosts}
+    return (
+        f"{config.run_dir}: {session.size} process(es) on {session.device.type}, "
+        f"{config.data_parallel_size(session.size)} data x {parallel.context} context x {parallel.tensor} tensor "
+        f"parallel; {'; '.join(f'rank {ranks} on {host}' for host, ranks in where.items())}"
+    )

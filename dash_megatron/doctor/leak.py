@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dash_megatron.config import Config
-from dash_megatron.doctor.findings import Finding
+from dash_megatron.doctor.runner import Finding
 from dash_megatron.doctor.session import Session, same_bits_every_time
 from dash_megatron.doctor.small import NUM_DOCUMENTS, build, documents_batch, tiny, vocabulary_of
 from dash_megatron.layers import DashGPTModel

@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dash_megatron.config import Config, ParallelConfig
 from dash_megatron.data.batches import num_target_tokens
-from dash_megatron.doctor.findings import Figure, Finding
 from dash_megatron.doctor.kernels import TOLERANCE, uses_kernels
+from dash_megatron.doctor.runner import Figure, Finding
 from dash_megatron.doctor.session import Session
 from dash_megatron.doctor.small import build, documents_batch, tiny
 from dash_megatron.layers import routing_means

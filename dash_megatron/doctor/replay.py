@@ -158,7 +158,7 @@ def _load_model(run_dir: str | Path, step: int, device: torch.device) -> tuple[D
         if config.training.init_from:
             load_initial_weights(model, config.training.init_from, config.model)
         origin = f"initial weights, as there is no checkpoint at or before step {step}"
-    if config.training.precision == "bf16" and device.type == "cuda":
+    if config.training.precision == "bf16":
         model.bfloat16()
     return model, config, origin
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shutil
 import socket
@@ -12,17 +11,19 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+import torch
 import yaml
 
 from dash_megatron.config import Config
-from dash_megatron.doctor.findings import Finding
+from dash_megatron.config_loading import load_config
+from dash_megatron.doctor.runner import Finding
 from dash_megatron.doctor.session import Session
 from dash_megatron.doctor.small import scaled_down
-from dash_megatron.parallel import Launch
+from dash_megatron.parallel import Launch, destroy_process_groups
 from dash_megatron.training.checkpoint import checkpoint_folder, finished_steps, tag_of
 from dash_megatron.training.metrics import read_metrics
+from dash_megatron.training.trainer import Trainer
 
 # One start of the small run. Two of them, and time to notice, make the check's limit.
 START_SECONDS = 600.0
@@ -38,6 +39,9 @@ def check_resume(session: Session) -> Finding:
     optimizer, data and sequence length, in a temporary folder in `run_dir`.
     """
     is_main = session.rank == 0
+    if session.device.type == "cuda":
+        # what the checks before this one held is for the processes to come
+        torch.cuda.empty_cache()
     made = session.together(lambda: _make_folder(session.config.run_dir) if is_main else "")
     folder = Path(session.gather(made)[0])
     began: list[int] = []
@@ -81,9 +85,10 @@ def compare_starts(began: Sequence[int], losses: Sequence[Mapping[int, float]]) 
 def small_run(config: Config, world_size: int, folder: Path) -> Config:
     """The run's config with a small model, four steps and one micro-batch a step, in `folder`.
 
-    The index of the data is the run's own, which the run then finds ready.
+    The index of the data is kept where the run has its own; where there is none yet, it is as temporary as the rest.
     """
-    cache = config.data.cache_dir or str(Path(config.run_dir) / "index_cache")
+    own = Path(config.data.cache_dir or Path(config.run_dir) / "index_cache")
+    cache = str(own if own.is_dir() else folder / "index_cache")
     small = scaled_down(
         config,
         data={"cache_dir": cache, "valid": []},
@@ -132,7 +137,7 @@ def start_training(launch: Launch, config: Config, folder: Path, number: int, po
     environment.pop("TORCH_NCCL_BLOCKING_WAIT", None)
     path = folder / f"start_{number}_{launch.rank:05d}"
     path.with_suffix(".yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    command = [sys.executable, "-m", "dash_megatron.doctor.start", f"{path}.yaml", f"{path}.json"]
+    command = [sys.executable, "-m", __name__, f"{path}.yaml", f"{path}.json"]
     try:
         with open(f"{path}.log", "w") as log:
             subprocess.run(
@@ -148,8 +153,18 @@ def start_training(launch: Launch, config: Config, folder: Path, number: int, po
         said = " | ".join(line.strip() for line in lines[-4:])
         reason = "took too long" if isinstance(error, subprocess.TimeoutExpired) else "failed"
         raise RuntimeError(f"start {number + 1} of the small run {reason}: {said}") from error
-    facts: dict[str, Any] = json.loads(Path(f"{path}.json").read_text())
-    return int(facts["began_after"])
+    return int(Path(f"{path}.json").read_text())
+
+
+def train(config_path: str, report_path: str) -> None:
+    """Train to the last step, and write the step after which training began to a file: what a started process does."""
+    # bits are compared
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    trainer = Trainer(load_config(config_path))
+    trainer.start()
+    Path(report_path).write_text(str(trainer.step))
+    trainer.train()
+    destroy_process_groups()
 
 
 def _make_folder(run_dir: str) -> str:
@@ -171,3 +186,7 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("", 0))
         return int(listener.getsockname()[1])
+
+
+if __name__ == "__main__":
+    train(*sys.argv[1:])

@@ -3,22 +3,51 @@
 from __future__ import annotations
 
 import faulthandler
-import functools
-import json
+import itertools
 import sys
-import textwrap
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
-from dash_megatron.doctor.findings import Figure, Finding, Result, merge_largest
 from dash_megatron.doctor.session import LostProcesses, Session, describe
 
 GRACE_SECONDS = 30.0
+# of a thousand processes that fail, each in words of its own
+_MOST_MESSAGES = 4
 
-Merge = Callable[[Sequence[Finding]], Finding]
+Status = Literal["ok", "failed", "skipped"]
+Figure = float | int | str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one process finds in one check."""
+
+    status: Status = "ok"
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    """Measured values by name; the unit, if any, is the name's last word."""
+    message: str = ""
+    """What is wrong and what to do; or why the check was skipped."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What all processes together found in one check."""
+
+    name: str
+    status: Status
+    figures: Mapping[str, Figure]
+    message: str
+    seconds: float
+    """Of the slowest process."""
+
+    def __str__(self) -> str:
+        """One line."""
+        figures = ", ".join(_with_unit(name, value) for name, value in self.figures.items())
+        text = "; ".join(part for part in (figures, self.message) if part)
+        return f"{self.status:<8} {self.name:<10} {self.seconds:6.1f} s  {text}"
 
 
 class Check(NamedTuple):
@@ -26,9 +55,10 @@ class Check(NamedTuple):
 
     name: str
     limit_seconds: float
+    """A process that takes longer is ended."""
     run: Callable[[Session], Finding]
     """What one process does; it may communicate, and it may raise."""
-    merge: Merge = merge_largest
+    merge: Callable[[Sequence[Finding]], Finding]
     """All processes' findings, by rank, as one."""
     stops_others: bool = False
     """Whether its failure makes the checks after it meaningless."""
@@ -62,14 +92,12 @@ def run_checks(
     reason, lost = "", False
     for check in checks:
         try:
-            if reason:
-                result = Result(check.name, "skipped", {}, reason, 0.0, check.limit_seconds)
-            else:
-                result = _run_check(session, check)
+            skipped = Result(check.name, "skipped", {}, reason, 0.0)
+            result = skipped if reason else _run_check(session, check)
         except LostProcesses as error:
             lost = True
             text = f"not every process came through: {error}; look into the log of those that did not"
-            result = Result(check.name, "failed", {}, text, check.limit_seconds, check.limit_seconds)
+            result = Result(check.name, "failed", {}, text, check.limit_seconds)
         results.append(result)
         report(result)
         if lost:
@@ -97,24 +125,83 @@ def _run_check(session: Session, check: Check) -> Result:
     gathered = session.gather((finding, seconds), wait_seconds=check.limit_seconds)
     merged = check.merge([found for found, _ in gathered])
     slowest = max(taken for _, taken in gathered)
-    return Result(check.name, merged.status, merged.figures, merged.message, slowest, check.limit_seconds)
+    return Result(check.name, merged.status, merged.figures, merged.message, slowest)
 
 
-def result_lines(result: Result) -> str:
-    """A result as a line and, under it, its figures and what it says, wrapped."""
-    head = f"{result.name:<10} {result.status:<8} {result.seconds:7.1f} s of at most {result.limit_seconds:.0f} s"
-    figures = "; ".join(f"{name} {_text(value)}" for name, value in result.figures.items())
-    indented = {"width": 110, "initial_indent": "    ", "subsequent_indent": "    "}
-    # paths and hashes stay whole, to be copied
-    wrap = functools.partial(textwrap.fill, break_long_words=False, break_on_hyphens=False, **indented)
-    return "\n".join([head, *(wrap(text) for text in (figures, result.message) if text)])
+def merge_largest(findings: Sequence[Finding]) -> Finding:
+    """Failed where one process failed; numbers are the largest of all processes, texts those of the first."""
+    return _merge(findings, max)
 
 
-def write_json(path: str | Path, facts: dict[str, Any], results: Sequence[Result]) -> None:
-    """Write results to a file, with facts about where they are from."""
-    tree = {**facts, "checks": [asdict(result) for result in results]}
-    Path(path).write_text(json.dumps(tree, indent=2) + "\n")
+def merge_smallest(findings: Sequence[Finding]) -> Finding:
+    """As `merge_largest`, with the smallest numbers, and the rank that has the smallest rate ("/s")."""
+    merged = _merge(findings, min)
+    figures = dict(merged.figures)
+    if len(findings) > 1:
+        for name in [name for name in figures if name.endswith("/s")]:
+            slowest = [finding.figures.get(name) for finding in findings].index(figures[name])
+            # it takes the rate's place, so that order stays
+            figures = {
+                (f"{key} on rank {slowest}" if key == name else key): value for key, value in figures.items()
+            }
+    return Finding(merged.status, figures, merged.message)
 
 
-def _text(value: Figure) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def merge_equal(findings: Sequence[Finding]) -> Finding:
+    """Failed where one process failed, or has another figure than most; says which ranks have which."""
+    merged = _merge(findings, max)
+    figures: dict[str, Figure] = {}
+    different = []
+    for name in merged.figures:
+        values = [finding.figures.get(name, "nothing") for finding in findings]
+        # of two that are as common, the one of the lower rank
+        usual = Counter(values).most_common(1)[0][0]
+        figures[name] = usual
+        if values.count(usual) < len(values):
+            who = {value: rank_list(r for r, v in enumerate(values) if v == value) for value in values}
+            different.append(
+                f"{name} is " + ", but ".join(f"{value} on rank {ranks}" for value, ranks in who.items())
+            )
+    if different:
+        different.append("start all processes from one environment, one checkout and one config")
+    message = "; ".join(part for part in [merged.message, *different] if part)
+    return Finding("failed" if different else merged.status, figures, message)
+
+
+def _merge(findings: Sequence[Finding], pick: Callable[[list[Figure]], Figure]) -> Finding:
+    statuses = [finding.status for finding in findings]
+    status: Status = "failed" if "failed" in statuses else statuses[0]
+    messages: dict[str, list[int]] = {}
+    for rank, finding in enumerate(findings):
+        # where one failed, why others skipped the check is beside the point
+        if finding.message and (finding.status == "failed" or status != "failed"):
+            messages.setdefault(finding.message, []).append(rank)
+    told = [
+        text if len(ranks) == len(findings) else f"rank {rank_list(ranks)}: {text}"
+        for text, ranks in messages.items()
+    ]
+    if len(told) > _MOST_MESSAGES:
+        others = [rank for ranks in list(messages.values())[_MOST_MESSAGES:] for rank in ranks]
+        told[_MOST_MESSAGES:] = [f"rank {rank_list(others)}: the like"]
+    figures: dict[str, Figure] = {}
+    for name in {name: None for finding in findings for name in finding.figures}:
+        values = [finding.figures[name] for finding in findings if name in finding.figures]
+        # a value that is no number is the worst of all
+        no_number = [value for value in values if value != value]
+        figures[name] = values[0] if isinstance(values[0], str) else (no_number or [pick(values)])[0]
+    return Finding(status, figures, "; ".join(told))
+
+
+def rank_list(ranks: Iterable[int]) -> str:
+    """Ranks as people write them: `0-2, 5`."""
+    runs = itertools.groupby(enumerate(sorted(ranks)), key=lambda pair: pair[1] - pair[0])
+    ends = [[rank for _, rank in run] for _, run in runs]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in ends)
+
+
+def _with_unit(name: str, value: Figure) -> str:
+    """`write 1.2 GB/s on rank 3` of "write GB/s on rank 3"."""
+    text = f"{value:.3g}" if isinstance(value, float) else str(value)
+    words = name.split(" ")
+    place = next((index for index, word in enumerate(words) if word in ("GB/s", "GiB")), len(words))
+    return " ".join([*words[:place], text, *words[place:]])

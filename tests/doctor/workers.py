@@ -13,47 +13,46 @@ import torch
 import torch.distributed as dist
 
 from dash_megatron.config_loading import config_from_dict
-from dash_megatron.doctor import bandwidth, runner, versions
+from dash_megatron.doctor import bandwidth, inputs, runner
 from dash_megatron.doctor import session as session_module
 from dash_megatron.doctor.command import CHECKS
-from dash_megatron.doctor.findings import Finding
-from dash_megatron.doctor.runner import Check, run_checks
+from dash_megatron.doctor.runner import Check, Finding, merge_largest, run_checks
 from dash_megatron.doctor.session import Session
-from dash_megatron.parallel import context_parallel_group, destroy_process_groups, read_launch
+from dash_megatron.parallel import context_parallel_group, read_launch
 from dash_megatron.parallel.context_group import ContextGroup
 
 
 def examine_broken(tree: dict[str, Any], folder: str) -> None:
-    """Save `{case: {check: result}}` to `<folder>/<rank>.json`."""
+    """Save `{case: {check: result}}` to `<folder>/<rank>.json`; at last, rank 1 hangs."""
     session = Session(config_from_dict(tree), read_launch(os.environ))
     found = {
-        "sound": _examine(session, "versions", "data", "leak", "bandwidth", "parity"),
+        "sound": _examine(session, *(check.name for check in CHECKS)),
         "fingerprint": _on_rank_1(session, _other_fingerprint, "versions", "disk"),
         "exchange": _examine_with(_wrong_exchange(), session, "parity", "leak"),
         "tensors": _examine_with(_other_weights(session.rank), session, "parity"),
-        "network": _examine_with(
-            mock.patch.object(bandwidth, "_shift", lambda *_: None), session, "bandwidth"
-        ),
+        "network": _examine_with(mock.patch.object(bandwidth, "_shift"), session, "bandwidth"),
         "one raises": _one_raises_in_a_collective(session),
     }
     Path(folder, f"{session.rank}.json").write_text(json.dumps(found))
-    destroy_process_groups()
+    _hang_on_rank_1(session, Path(folder, "hang.json"))
 
 
-def hang_on_rank_1(tree: dict[str, Any], folder: str) -> None:
-    """Rank 1 does not end a check; rank 0 saves its results to `<folder>/hang.json`."""
-    session = Session(config_from_dict(tree), read_launch(os.environ))
+def _hang_on_rank_1(session: Session, path: Path) -> None:
+    """Rank 1 does not end a check; rank 0 saves its results."""
     runner.GRACE_SECONDS = 2.0
 
     def hang(session: Session) -> Finding:
         time.sleep(300 * session.rank)
         return Finding()
 
-    checks = [Check("hang", 1.0, hang), Check("next", 60.0, lambda session: Finding())]
+    checks = [
+        Check("hang", 1.0, hang, merge_largest),
+        Check("next", 60.0, lambda session: Finding(), merge_largest),
+    ]
     examination = run_checks(session, checks)
     if session.rank == 0:
         results = [asdict(result) for result in examination.results]
-        Path(folder, "hang.json").write_text(json.dumps([examination.processes_lost, results]))
+        path.write_text(json.dumps([examination.processes_lost, results]))
     time.sleep(300)
 
 
@@ -72,7 +71,7 @@ def _on_rank_1(session: Session, broken: Callable[[], Any], *names: str) -> dict
 
 
 def _other_fingerprint() -> Any:
-    return mock.patch.object(versions, "implementation_fingerprint", lambda: "launch table of last week")
+    return mock.patch.object(inputs, "implementation_fingerprint", return_value="launch table of last week")
 
 
 def _wrong_exchange() -> Any:
@@ -109,7 +108,10 @@ def _one_raises_in_a_collective(session: Session) -> dict[str, Any]:
             dist.all_reduce(torch.ones(1), group=context_parallel_group())
         return Finding()
 
-    checks = [Check("sum", 60.0, sum_up), *(check for check in CHECKS if check.name in ("bandwidth", "leak"))]
+    checks = [
+        Check("sum", 60.0, sum_up, merge_largest),
+        *(check for check in CHECKS if check.name in ("bandwidth", "leak")),
+    ]
     with mock.patch.object(session_module, "COLLECTIVE_TIMEOUT_SECONDS", 2.0):
         first = run_checks(session, checks[:1]).results
     return {result.name: asdict(result) for result in [*first, *run_checks(session, checks[1:]).results]}
