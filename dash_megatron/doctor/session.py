@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import gc
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -68,7 +69,9 @@ class Session:
                 patience = datetime.timedelta(seconds=wait_seconds)
                 dist.monitored_barrier(self._agreement, patience, wait_all_ranks=True)
             except RuntimeError as error:
-                raise LostProcesses(str(error).splitlines()[0]) from error
+                # without the place in gloo's sources, and its advice
+                reason = re.sub(r"\[\S+\.cc:\d+\] ", "", str(error).splitlines()[0]).split(". ")[0]
+                raise LostProcesses(reason) from error
         values: list[T] = [value] * self.size
         dist.all_gather_object(values, value, group=self._agreement)
         return values

@@ -60,13 +60,16 @@ def weights_of(config: Config, change: Callable[[dict[str, torch.Tensor]], None]
     return weights
 
 
-def test_a_sound_batch_shows_the_loss_of_each_sample_and_is_exit_code_0(
-    kept: Config, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", "float32"), ("bf16", "bfloat16")])
+def test_a_sound_batch_shows_the_loss_of_each_sample_in_the_precision_of_the_run_and_is_exit_code_0(
+    precision: str, dtype: str, kept: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    training = kept.training.model_copy(update={"precision": precision})
+    write_config(kept.model_copy(update={"training": training}), "no commit")
     assert main(["doctor", "replay", kept.run_dir, "7"]) == 0
     text = capsys.readouterr().out
     assert "the loss is nan (step 7, training samples 8 to 10)" in text
-    assert "initial weights, as there is no checkpoint at or before step 7" in text
+    assert f"initial weights, as there is no checkpoint at or before step 7, {dtype} on " in text
     losses = {int(s): float(x) for s, x in re.findall(r"^(\d+) +(\d\.\d+) +tokens", text, re.MULTILINE)}
     assert losses.keys() == {8, 9, 10}
     # a model that knows nothing yet
