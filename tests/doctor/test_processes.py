@@ -48,6 +48,8 @@ def test_two_processes_agree_on_what_is_sound_and_on_what_is_broken_and_name_one
     assert raised["sum"]["status"] == "failed"
     assert "rank 1: RuntimeError: out of memory" in raised["sum"]["message"]
     assert raised["sum"]["seconds"] < 30
+    # both have it from rank 1
+    assert raised["part"]["message"] == "rank 1: ZeroDivisionError: division by zero"
     assert raised["bandwidth"]["status"] == raised["leak"]["status"] == "ok"
 
     assert " in hang\n" in capfd.readouterr().err, "the stack of rank 1"

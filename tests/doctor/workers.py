@@ -108,8 +108,13 @@ def _one_raises_in_a_collective(session: Session) -> dict[str, Any]:
             dist.all_reduce(torch.ones(1), group=context_parallel_group())
         return Finding()
 
+    def divide(session: Session) -> Finding:
+        session.together(lambda: 1 / (1 - session.rank))
+        return Finding()
+
     checks = [
         Check("sum", 60.0, sum_up, merge_largest),
+        Check("part", 60.0, divide, merge_largest),
         *(check for check in CHECKS if check.name in ("bandwidth", "leak")),
     ]
     with mock.patch.object(session_module, "COLLECTIVE_TIMEOUT_SECONDS", 2.0):
