@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, LlamaConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 # Scores alive at once, in elements: prompts are attended block by block to stay below.
 MAX_BLOCK_SCORES = 2**24
@@ -165,16 +166,14 @@ def dash_attention(
     return torch.cat(outputs, dim=3), torch.cat(selections, dim=2)
 
 
-class DashCacheLayer(DynamicLayer):
-    """Keys and values that grow, and the summaries of their chunks that every row has filled."""
+class _Summaries:
+    """What DashAttention keeps beside keys and values: the summaries of the chunks that every row has filled."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.summary: Tensor | None = None
-        """[B, H, c, D], float32 or float64."""
-        self.start: Tensor | None = None
-        """Column of each row's first token, int64 [B]."""
-        self.latest_start = 0
+    summary: Tensor | None = None
+    """[B, H, c, D], float32 or float64."""
+    start: Tensor | None = None
+    """Column of each row's first token, int64 [B]."""
+    latest_start = 0
 
     def _each_row(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.summary is not None:
@@ -184,8 +183,18 @@ class DashCacheLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Let rows continue other rows."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
         self._each_row(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()  # type: ignore[misc]
+        self.summary = self.start = None
+        self.latest_start = 0
+
+
+class DashDynamicLayer(_Summaries, DynamicLayer):
+    """Keys and values that grow, with summaries."""
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
@@ -202,30 +211,39 @@ class DashCacheLayer(DynamicLayer):
         super().crop(*args, **kwargs)
         self.summary = None
 
-    def reset(self) -> None:
-        """Forget everything."""
-        super().reset()
-        self.summary = self.start = None
-        self.latest_start = 0
+
+class DashStaticLayer(_Summaries, StaticLayer):
+    """Keys and values in their places of a table of fixed size, with summaries."""
+
+    is_compileable = False  # shapes follow the columns filled
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write columns, and give all that are filled."""
+        keys, values = super().update(*args, **kwargs)
+        filled = int(self.cumulative_length)
+        return keys[:, :, :filled], values[:, :, :filled]
 
 
-def dash_layer(cache: Cache, index: int) -> DashCacheLayer:
-    """The cache of one layer, which a plain dynamic cache first learns to keep summaries.
+_LAYERS: dict[type, type] = {DynamicLayer: DashDynamicLayer, StaticLayer: DashStaticLayer}
+
+
+def dash_layer(cache: Cache, index: int) -> DashDynamicLayer | DashStaticLayer:
+    """The cache of one layer, which a plain dynamic or static cache first learns to keep summaries.
 
     Raises:
         ValueError: the cache is of a kind that keeps its columns otherwise.
     """
     while len(cache.layers) <= index:
-        cache.layers.append(DashCacheLayer())
+        cache.layers.append(DashDynamicLayer())
     layer = cache.layers[index]
-    if isinstance(layer, DashCacheLayer):
+    if isinstance(layer, DashDynamicLayer | DashStaticLayer):
         return layer
-    if type(layer) is not DynamicLayer:
+    if type(layer) not in _LAYERS:
         raise ValueError(
-            f"the cache's layers are {type(layer).__name__}, but DashAttention keeps chunk summaries beside a dynamic "
-            "cache only; leave out cache_implementation, or pass use_cache=False"
+            f"the cache's layers are {type(layer).__name__}, but DashAttention keeps chunk summaries beside a dynamic or "
+            "static cache only; leave out cache_implementation, or pass use_cache=False"
         )
-    ours = DashCacheLayer()
+    ours: Any = object.__new__(_LAYERS[type(layer)])
     ours.__dict__.update(layer.__dict__)
     cache.layers[index] = ours
     return ours
@@ -330,7 +348,13 @@ class DashSelfAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, enable_gqa=grouped)
 
     def _attend_by_chunks(
-        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, latest_start: int, layer: DashCacheLayer | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start: Tensor,
+        latest_start: int,
+        layer: DashDynamicLayer | DashStaticLayer | None,
     ) -> Tensor:
         """All [B, heads, columns, D]."""
         router, S = self.router, k.shape[2]
@@ -393,17 +417,28 @@ class DashPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.indexer_q)  # a summary starts as the mean key
 
 
+def rotary_frequencies(config: LlamaConfig) -> tuple[Tensor, float]:
+    """Radians per position of each pair of channels, float32 [D / 2] on CPU, and the factor on cosines and sines.
+
+    longrope takes its long factors where `max_position_embeddings` exceeds the original positions, at every position,
+    so that keys in a cache stay valid when a text grows past them.
+    """
+    rope: Any = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    # transformers builds models on the meta device, where there are no numbers
+    with torch.device("cpu"):
+        if kind == "default":
+            D = config.head_dim or config.hidden_size // config.num_attention_heads
+            return rope["rope_theta"] ** -(torch.arange(0, D, 2, dtype=torch.float32) / D), 1.0
+        return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=config.max_position_embeddings)
+
+
 class DashModel(DashPreTrainedModel):
     """Embedding, layers and the last norm."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
-        rope: Any = config.rope_parameters
-        if rope.get("rope_type", "default") != "default":
-            raise ValueError(
-                f"rope_parameters={rope} must have rope_type 'default', all that this model knows"
-            )
-        self.theta = rope["rope_theta"]
+        self.frequencies, self.attention_factor = rotary_frequencies(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DashDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = DashRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -411,11 +446,12 @@ class DashModel(DashPreTrainedModel):
 
     def rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B, T, D] of angles in float32, as in training."""
-        D = self.config.head_dim or self.config.hidden_size // self.config.num_attention_heads
-        exponents = torch.arange(0, D, 2, dtype=torch.float32, device=position_ids.device) / D
-        angles = position_ids.float()[..., None] * self.theta**-exponents
+        if self.frequencies.device != position_ids.device:
+            self.frequencies = self.frequencies.to(position_ids.device)
+        angles = position_ids.float()[..., None] * self.frequencies
         angles = torch.cat([angles, angles], -1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
+        return cos.to(dtype), sin.to(dtype)
 
     def forward(
         self,
@@ -433,14 +469,14 @@ class DashModel(DashPreTrainedModel):
             input_ids: int64 [B, T]; or `inputs_embeds` [B, T, hidden_size].
             attention_mask: [B, S], 0 for padding, which stands before or after a row's tokens.
             position_ids: [B, T]; None counts from each row's first token.
-            past_key_values: dynamic cache of the S - T columns before.
+            past_key_values: dynamic or static cache of the S - T columns before.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         cache = past_key_values
-        past = cache.get_seq_length() if cache is not None else 0
+        past = int(cache.get_seq_length()) if cache is not None else 0
         start, latest_start = _row_starts(attention_mask, cache, x)
         if position_ids is None:
             column_T = torch.arange(past, past + x.shape[1], device=x.device)
@@ -492,6 +528,15 @@ class DashForCausalLM(DashPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None, **ignored: Any) -> Tensor | None:
+        """For a static cache `generate` would write the mask out for all columns; ours says where rows start."""
+        return attention_mask
+
+    def _valid_auto_compile_criteria(self, *ignored: Any) -> bool:
+        # generate would compile for a static cache, but shapes follow the columns filled
+        return False
 
     def forward(
         self,
