@@ -130,7 +130,8 @@ def _run(config: Config, inputs: Inputs, backend: str) -> tuple[Tensor, tuple[Te
         v,
         summary_query,
         chunk_size=settings.chunk_size,
-        scaling_factor=settings.scaling_factor,
+        # of a list, that of the sparsest layer
+        scaling_factor=max(map(settings.layer_scaling_factor, range(config.model.layers))),
         sigma=settings.sigma,
         estimate_diagonal=settings.estimate_diagonal,
         alpha=settings.alpha,

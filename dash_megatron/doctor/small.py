@@ -41,6 +41,9 @@ def scaled_down(config: Config, **sections: dict[str, Any]) -> Config:
     tree["attention"]["full_layers"] = [0] if mixed else []
     if len(set(config.attention.full_layers)) == model.layers:
         tree["attention"]["kind"] = "full"
+    factors = config.attention.scaling_factor
+    if isinstance(factors, tuple):
+        tree["attention"]["scaling_factor"] = [min(factors), max(factors)]
     tree["training"]["init_from"] = None
     for name, changes in sections.items():
         tree[name] |= changes

@@ -215,7 +215,8 @@ def test_kernels_that_err_in_an_output_a_gradient_or_a_choice_fail(
 ) -> None:
     import_kernels("dash")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    session.config = changed(session.config, training={"precision": "bf16"})
+    attention = {"scaling_factor": [0.5, 1.0]}
+    session.config = changed(session.config, training={"precision": "bf16"}, attention=attention)
     run = kernels._run
 
     def breaking_run(config: Config, inputs: kernels.Inputs, backend: str) -> Any:
@@ -245,7 +246,7 @@ def test_the_small_run_of_a_large_config_keeps_layout_heads_and_sequences(config
         parallel={"tensor": 4, "context": 2, "context_comm": "a2a", "sequence": True},
         schedule={"kind": "wsd", "warmup_steps": 500, "decay_steps": 500},
         training={"steps": 5000, "global_batch": 512, "micro_batch": 2, "precision": "bf16"},
-        attention={"full_layers": [0, 8]},
+        attention={"full_layers": [0, 8], "scaling_factor": [2.0, 4.0, 3.0, 1.0] * 8},
         zero={"stage": 2},
     )
     small = small_run(large, 16, Path("/x"))
@@ -253,6 +254,7 @@ def test_the_small_run_of_a_large_config_keeps_layout_heads_and_sequences(config
         assert getattr(small, name) == getattr(large, name)
     assert (small.model.heads, small.model.kv_heads, small.model.channels_per_head) == (32, 8, 128)
     assert (small.model.layers, small.attention.full_layers) == (2, (0,))
+    assert small.attention.scaling_factor == (1.0, 4.0)
     assert (small.data.seq_length, small.training.precision) == (large.data.seq_length, "bf16")
     assert small.accumulation_steps(16) == 1
     assert small.run_dir == "/x/run"
