@@ -1,18 +1,23 @@
-"""The front door: `python -m dash_megatron plan | sample | convert | study ...`."""
+"""The front door: `python -m dash_megatron plan | doctor | sample | convert | study ...`."""
 
 import argparse
 import sys
+from typing import Any
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one tool; 2 where an argument or a file is wrong."""
-    options = _parser().parse_args(arguments)
+    """Run one tool; 2 where an argument or a file is wrong, 1 where the tool found a fault."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:2] == ["doctor", "replay"]:
+        options = _replay_parser().parse_args(arguments[2:])
+    else:
+        options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        code = options.run(options)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,12 +77,36 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the config")
     plan.set_defaults(run=_plan)
 
+    _add_doctor(tools)
     study = tools.add_parser("study", help="look at runs").add_subparsers(required=True, metavar="COMMAND")
     plot = study.add_parser("plot-run", help="draw losses and per-layer density of one run")
     plot.add_argument("run_dir", metavar="RUN_DIR")
     plot.add_argument("--output", help="PNG to write; default: RUN_DIR/training.png")
     plot.set_defaults(run=_plot_run)
     return parser
+
+
+def _add_doctor(tools: Any) -> None:
+    text = "examine the machines, data and layout of a run, under the launcher that train.py will have"
+    doctor = tools.add_parser(
+        "doctor", help=text, description=text, epilog="`doctor replay RUN_DIR STEP` computes a batch again"
+    )
+    doctor.add_argument("--config", required=True, metavar="FILE", help="YAML file")
+    doctor.add_argument("--only", metavar="NAME,...", help="checks to run, see docs/doctor.md; default: all")
+    doctor.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the config")
+    doctor.set_defaults(run=_doctor)
+
+
+def _replay_parser() -> argparse.ArgumentParser:
+    """`doctor` has a config and overrides, `doctor replay` none: argparse cannot tell them apart by itself."""
+    replay = argparse.ArgumentParser(
+        prog="python -m dash_megatron doctor replay",
+        description="Compute a batch again that gave a wrong loss or gradient; name the sample and the module.",
+    )
+    replay.add_argument("run_dir", metavar="RUN_DIR")
+    replay.add_argument("step", metavar="STEP", type=int, help="of <RUN_DIR>/faults/step_...")
+    replay.set_defaults(run=_replay)
+    return replay
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -144,6 +173,22 @@ def _plan(options: argparse.Namespace) -> None:
             as_json=options.json,
         )
     )
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from dash_megatron.config_loading import load_config
+
+    config = load_config(options.config, options.overrides)
+    # imported late, so that a wrong config is told at once
+    from dash_megatron.doctor.command import examine
+
+    return examine(config, options.only)
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from dash_megatron.doctor.replay import replay_step
+
+    return replay_step(options.run_dir, options.step)
 
 
 def _plot_run(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dash_megatron.training.retry import retry
+from dash_megatron.retry import retry
 
 
 class BinReader:

@@ -5,9 +5,12 @@ from dash_megatron.parallel.groups import (
     context_parallel_group,
     context_rank,
     data_rank,
+    destroy_model_groups,
     destroy_process_groups,
     gradient_group,
     init_process_groups,
+    join_processes,
+    make_model_groups,
     tensor_group,
 )
 from dash_megatron.parallel.launch import Launch, read_launch
@@ -18,9 +21,12 @@ __all__ = [
     "context_parallel_group",
     "context_rank",
     "data_rank",
+    "destroy_model_groups",
     "destroy_process_groups",
     "gradient_group",
     "init_process_groups",
+    "join_processes",
+    "make_model_groups",
     "read_launch",
     "tensor_group",
 ]

@@ -25,6 +25,13 @@ def init_process_groups(
     Raises:
         ValueError: there are GPUs, but fewer on this machine than processes.
     """
+    device = join_processes(launch, timeout_minutes)
+    make_model_groups(parallel, timeout_minutes)
+    return device
+
+
+def join_processes(launch: Launch, timeout_minutes: float = 30) -> torch.device:
+    """Join the other processes, without Megatron's groups; returns and raises as `init_process_groups`."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if launch.local_rank >= torch.cuda.device_count():
@@ -48,14 +55,27 @@ def init_process_groups(
             MASTER_PORT=str(launch.master_port),
         )
         dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    return device
+
+
+def make_model_groups(parallel: ParallelConfig, timeout_minutes: float = 30) -> None:
+    """Make Megatron's groups of the processes that joined; collective."""
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor, context_parallel_size=parallel.context
+        tensor_model_parallel_size=parallel.tensor,
+        context_parallel_size=parallel.context,
+        distributed_timeout_minutes=timeout_minutes,  # type: ignore[arg-type]
     )
     # sequence parallel regions fork a random state for dropout, of which there is none: this kind forks nothing
     initialize_rng_tracker(inference_rng_tracker=True)
-    if device.type == "cpu" and parallel.tensor > 1:
+    if parallel.tensor > 1 and not torch.cuda.is_available():
         _let_megatron_allocate_on_cpu()
-    return device
+
+
+def destroy_model_groups() -> None:
+    """Destroy Megatron's groups alone, so that those of another layout can be made; collective."""
+    for group in (parallel_state._global_process_group_list or [])[1:]:  # the first is that of all processes
+        dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
 
 
 def _let_megatron_allocate_on_cpu() -> None:

@@ -22,10 +22,10 @@ from dash_megatron.config import Config
 from dash_megatron.config_loading import config_from_dict
 from dash_megatron.layers.sharding import shard, split_of, splits, whole_shape
 from dash_megatron.parallel import tensor_group
+from dash_megatron.retry import retry
 from dash_megatron.training import checkpoint_files as files
 from dash_megatron.training.checkpoint_files import CheckpointWeights, StoredState
 from dash_megatron.training.engine import Engine
-from dash_megatron.training.retry import retry
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dash_megatron.config import FaultsConfig
 from dash_megatron.data.batches import PackedBatch
+from dash_megatron.retry import retry
 from dash_megatron.training.checkpoint_files import write_tensors
-from dash_megatron.training.retry import retry
 
 logger = logging.getLogger(__name__)
 

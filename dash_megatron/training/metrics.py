@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 from torch.utils.tensorboard import SummaryWriter
 
-from dash_megatron.training.retry import explain, retry
+from dash_megatron.retry import explain, retry
 
 logger = logging.getLogger(__name__)
 

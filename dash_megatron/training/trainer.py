@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
-import random
-import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -20,11 +16,11 @@ from dash_megatron.config import Config
 from dash_megatron.data.batches import BatchSource, PackedBatch
 from dash_megatron.data.blend import parse_blend, unigram_entropy
 from dash_megatron.data.dataset import build_dataset
-from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.exit_codes import ExitCode
 from dash_megatron.layers import build_model, init_weights
 from dash_megatron.ops.fingerprint import implementation_fingerprint
 from dash_megatron.parallel import context_rank, data_rank, init_process_groups, read_launch, tensor_group
+from dash_megatron.retry import make_writable_folder
 from dash_megatron.training.checkpoint import Checkpointer, finished_steps, write_config
 from dash_megatron.training.engine import Engine
 from dash_megatron.training.faults import Fault, Guard, fault_folder, write_fault
@@ -35,8 +31,16 @@ from dash_megatron.training.loss import global_target_tokens, share_of_global_me
 from dash_megatron.training.meter import Meter, StepTotals
 from dash_megatron.training.metrics import MetricsWriter, console_line, read_metrics
 from dash_megatron.training.probe import check_probe, probe_loss
-from dash_megatron.training.retry import make_writable_folder
 from dash_megatron.training.schedule import learning_rate
+from dash_megatron.training.setup import (
+    check_same_implementation,
+    code_commit,
+    device_name,
+    load_tokenizer,
+    padded_vocabulary,
+    seed_everything,
+    set_up_logging,
+)
 from dash_megatron.training.stop import Halted, StopSignals, agree
 
 logger = logging.getLogger(__name__)
@@ -64,7 +68,7 @@ class Trainer:
         launch = read_launch(environment)
         self.data_parallel_size = config.data_parallel_size(launch.world_size)
         self.accumulation_steps = config.accumulation_steps(launch.world_size)
-        self.tokenizer = _load_tokenizer(config)
+        self.tokenizer = load_tokenizer(config)
         self.vocab_size = padded_vocabulary(config, self.tokenizer.vocab_size)
         make_writable_folder(config.run_dir, "run_dir")
         seed_everything(config.training.seed)
@@ -349,87 +353,3 @@ class Trainer:
             f"{parallel.context} context x {parallel.tensor} tensor parallel, {self.accumulation_steps} "
             f"micro-batch(es) of {training.micro_batch} a step, ZeRO {config.zero.stage}, {training.precision}"
         )
-
-
-def set_up_logging(is_main: bool) -> None:
-    """Send this package's log to standard error, whatever imported libraries did to the root logger.
-
-    Rank 0 says all, the others speak up from errors on.
-    """
-    package = logging.getLogger("dash_megatron")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    package.handlers = [handler]
-    package.propagate = False
-    package.setLevel(logging.INFO if is_main else logging.ERROR)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch, on every device."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def padded_vocabulary(config: Config, tokenizer_size: int) -> int:
-    """Rows of the embedding table.
-
-    Raises:
-        ValueError: `model.vocab_size` is smaller than the tokenizer's vocabulary.
-    """
-    size = config.model.vocab_size
-    if size is None:
-        unit = math.lcm(64, config.parallel.tensor)
-        return -(-tokenizer_size // unit) * unit
-    if size < tokenizer_size:
-        raise ValueError(
-            f"model.vocab_size={size} must be at least {tokenizer_size}, the vocabulary of data.tokenizer="
-            f"{config.data.tokenizer}; use that, or null"
-        )
-    return size
-
-
-def check_same_implementation(fingerprint: str) -> None:
-    """Compare what results depend on between all processes; collective.
-
-    Raises:
-        ValueError: processes differ in it.
-    """
-    found: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(found, fingerprint)
-    ranks = {text: [rank for rank, other in enumerate(found) if other == text] for text in found}
-    if len(ranks) > 1:
-        listed = "; ".join(f"ranks {members} have {text}" for text, members in ranks.items())
-        raise ValueError(
-            f"processes would compute different results: {listed}. Start all from one environment and one checkout"
-        )
-
-
-def device_name(device: torch.device) -> str:
-    """What kind of device it is, for people."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def code_commit() -> str:
-    """Commit of the code that runs, marked where files differ from it; "unknown" outside a repository."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def _load_tokenizer(config: Config) -> Tokenizer:
-    for name, value in (("tokenizer", config.data.tokenizer), ("train", config.data.train)):
-        if not value:
-            raise ValueError(f"data.{name} is empty; set it in the YAML or as data.{name}=...")
-    return Tokenizer(str(config.data.tokenizer))

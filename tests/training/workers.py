@@ -144,7 +144,7 @@ def save_logits(trees: list[tuple[str, dict[str, Any]]], folder: str) -> None:
 def compare_fingerprints(folder: str) -> None:
     """The last rank claims to run other code; each rank leaves the message of its error."""
     from dash_megatron.parallel import init_process_groups, read_launch
-    from dash_megatron.training.trainer import check_same_implementation
+    from dash_megatron.training.setup import check_same_implementation
 
     init_process_groups(read_launch(os.environ), ParallelConfig())
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dash_megatron.training import retry as module
-from dash_megatron.training.retry import retry
+from dash_megatron import retry as module
+from dash_megatron.retry import retry
 
 
 class Flaky:

@@ -1,0 +1,74 @@
+"""Whether documents packed into one sequence stay apart."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dash_megatron.config import Config
+from dash_megatron.doctor.runner import Finding
+from dash_megatron.doctor.session import Session, same_bits_every_time
+from dash_megatron.doctor.small import NUM_DOCUMENTS, build, documents_batch, tiny, vocabulary_of
+from dash_megatron.layers import DashGPTModel
+from dash_megatron.layers.sharding import split_of
+from dash_megatron.parallel import tensor_group
+
+_CHANGED = 1
+
+
+def check_leak(session: Session) -> Finding:
+    """Change one of four documents: losses and gradients of the others must keep every bit.
+
+    Run with the run's attention, precision and layout. Each document has token ids of its own, so that the rows of the
+    embedding's gradient are those of single documents.
+    """
+    if not session.config.data.pack_documents:
+        return Finding("skipped", {}, "data.pack_documents=false: documents attend to each other on purpose")
+    config = tiny(session.config, precision=session.config.training.precision)
+    with session.model_groups(config.parallel), same_bits_every_time():
+        model = build(config, session.device)
+        if config.training.precision == "bf16":
+            model.bfloat16()
+        usual = _losses_and_gradients(model, config, (), session.device)
+        changed = _losses_and_gradients(model, config, (_CHANGED,), session.device)
+    problems = []
+    for name in usual:
+        for document in range(NUM_DOCUMENTS):
+            before, after = usual[name][document], changed[name][document]
+            if document != _CHANGED and not torch.equal(before, after):
+                most = (before - after).abs().max().item()
+                problems.append(f"the {name} of document {document} changed by up to {most:.1e}")
+    if not problems and session.config.parallel.context == session.config.parallel.tensor == 1:
+        # the check sees nothing where nothing moves
+        own = usual["loss"][_CHANGED], changed["loss"][_CHANGED]
+        if torch.equal(*own):
+            problems.append(f"the loss of document {_CHANGED} itself did not change")
+    figures = {"documents": NUM_DOCUMENTS, "tokens": config.data.seq_length}
+    if not problems:
+        return Finding(figures=figures)
+    return Finding(
+        "failed",
+        figures,
+        f"with document {_CHANGED} changed, {'; '.join(problems)}; documents of a packed sequence see each other: "
+        "train with data.pack_documents=false at best, and report this",
+    )
+
+
+def _losses_and_gradients(
+    model: DashGPTModel, config: Config, changed: tuple[int, ...], device: torch.device
+) -> dict[str, list[Tensor]]:
+    """By document: this rank's losses, and its rows of the embedding's gradient, in float32."""
+    assert config.model.vocab_size is not None
+    model.zero_grad()
+    batch = documents_batch(config, changed).to(device)
+    loss_BN = model(batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens, batch.context)
+    (loss_BN * batch.loss_mask).sum().backward()
+    weight = model.embedding.word_embeddings.weight
+    first = tensor_group().rank() * len(weight) if split_of(weight) is not None else 0
+    row = torch.arange(first, first + len(weight), device=device)
+    losses, gradients = [], []
+    for document in range(NUM_DOCUMENTS):
+        ids = vocabulary_of(document, config.model.vocab_size)
+        losses.append(loss_BN[(batch.tokens >= ids.start) & (batch.tokens < ids.stop)].detach().float())
+        gradients.append(weight.grad[(row >= ids.start) & (row < ids.stop)].float())
+    return {"loss": losses, "gradient": gradients}

@@ -1,0 +1,105 @@
+"""What a run finds out and sets once, before its first step."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dash_megatron.config import Config
+from dash_megatron.data.tokenizer import Tokenizer
+
+
+def set_up_logging(is_main: bool) -> None:
+    """Send this package's log to standard error, whatever imported libraries did to the root logger.
+
+    Rank 0 says all, the others speak up from errors on.
+    """
+    package = logging.getLogger("dash_megatron")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    package.handlers = [handler]
+    package.propagate = False
+    package.setLevel(logging.INFO if is_main else logging.ERROR)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch, on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def padded_vocabulary(config: Config, tokenizer_size: int) -> int:
+    """Rows of the embedding table.
+
+    Raises:
+        ValueError: `model.vocab_size` is smaller than the tokenizer's vocabulary.
+    """
+    size = config.model.vocab_size
+    if size is None:
+        unit = math.lcm(64, config.parallel.tensor)
+        return -(-tokenizer_size // unit) * unit
+    if size < tokenizer_size:
+        raise ValueError(
+            f"model.vocab_size={size} must be at least {tokenizer_size}, the vocabulary of data.tokenizer="
+            f"{config.data.tokenizer}; use that, or null"
+        )
+    return size
+
+
+def check_same_implementation(fingerprint: str) -> None:
+    """Compare what results depend on between all processes; collective.
+
+    Raises:
+        ValueError: processes differ in it.
+    """
+    found: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(found, fingerprint)
+    ranks = {text: [rank for rank, other in enumerate(found) if other == text] for text in found}
+    if len(ranks) > 1:
+        listed = "; ".join(f"ranks {members} have {text}" for text, members in ranks.items())
+        raise ValueError(
+            f"processes would compute different results: {listed}. Start all from one environment and one checkout"
+        )
+
+
+def device_name(device: torch.device) -> str:
+    """What kind of device it is, for people."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def code_commit() -> str:
+    """Commit of the code that runs, marked where files differ from it; "unknown" outside a repository."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def load_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer of a config.
+
+    Raises:
+        ValueError: `data.tokenizer` or `data.train` is empty.
+    """
+    for name, value in (("tokenizer", config.data.tokenizer), ("train", config.data.train)):
+        if not value:
+            raise ValueError(f"data.{name} is empty; set it in the YAML or as data.{name}=...")
+    return Tokenizer(str(config.data.tokenizer))
