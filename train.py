@@ -1,6 +1,8 @@
 """Train a model: `python train.py --config configs/quickstart.yaml [section.key=value ...]`, alone or under a launcher."""
 
 import argparse
+import contextlib
+import os
 import sys
 
 from dash_megatron.config_loading import load_config
@@ -23,14 +25,22 @@ def main() -> int:
         trainer = Trainer(config)
         trainer.start()
     except (ValueError, FileNotFoundError, PermissionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ExitCode.CONFIG_ERROR
+        return stop_for_good(ExitCode.CONFIG_ERROR, f"error: {error}")
     try:
         code = trainer.train()
     except Halted as error:
-        print(f"halted: {error}", file=sys.stderr)
-        return ExitCode.HALTED
+        return stop_for_good(ExitCode.HALTED, f"halted: {error}")
     destroy_process_groups()
+    return code
+
+
+def stop_for_good(code: ExitCode, reason: str) -> ExitCode:
+    """Tell people why the run must not be started again, and the batch script, which may not see this process's code."""
+    print(reason, file=sys.stderr)
+    if path := os.environ.get("DASH_STOP_FILE"):
+        # where even this cannot be written, the exit code still tells
+        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
+            file.write(f"{reason}\n")
     return code
 
 
