@@ -54,14 +54,25 @@ def read_events(run: Path) -> list[Event]:
 
 
 def read_queue() -> dict[str, tuple[str, str]]:
-    """State and reason of every job that SLURM still knows; empty where there is no SLURM."""
-    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r"]
-    try:
-        queue = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    rows = [line.split("|", 2) for line in queue.stdout.splitlines()]
+    """State and reason of every job in SLURM's queue; empty where there is no SLURM."""
+    rows = _rows("squeue", "--noheader", "--array", "--format=%i|%T|%r")
     return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
+
+
+def state_in_accounting(job: str) -> str | None:
+    """State of a job that has left the queue; None where SLURM keeps no accounts."""
+    rows = _rows(
+        "sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State", f"--jobs={job}"
+    )
+    return next((row[1].split()[0] for row in rows if row[0] == job and len(row) == 2), None)
+
+
+def _rows(*command: str) -> list[list[str]]:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.split("|", 2) for line in done.stdout.splitlines()]
 
 
 def last_metrics(run: Path) -> dict[str, Any]:
@@ -115,25 +126,18 @@ def seconds_left(metrics: dict[str, Any], total: int | None) -> float | None:
 
 
 def describe_state(events: list[Event], queue: dict[str, tuple[str, str]]) -> tuple[str, str, str]:
-    """Job, its state, and why, from the queue where it is there, else from what the run's script last wrote."""
+    """Job, its state, and why: of the queue where it is there, else what the run's script last wrote."""
     for job in dict.fromkeys(event.job for event in reversed(events)):
-        state, reason = queue.get(job, ("", ""))
-        if state in ("PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING"):
+        if job in queue:
+            state, reason = queue[job]
             return job, state, reason if state == "PENDING" else ""
     if not events:
         return "-", "-", ""
     last = events[-1]
-    if last.name in ("done", "stopped", "ended"):
+    if last.name in ("done", "stopped"):
         return last.job, last.name.upper(), last.detail if last.name == "stopped" else ""
-    # it was queued or running when somebody last wrote, and nobody knows it now
-    return last.job, queue.get(last.job, ("GONE" if queue or _has_slurm() else last.name.upper(), ""))[0], ""
-
-
-def _has_slurm() -> bool:
-    try:
-        return subprocess.run(["squeue", "--version"], capture_output=True, timeout=60).returncode == 0
-    except (OSError, subprocess.SubprocessError):
-        return False
+    # it was queued or running when somebody last wrote
+    return last.job, state_in_accounting(last.job) or "GONE", ""
 
 
 def row_of(run: Path, queue: dict[str, tuple[str, str]]) -> tuple[list[str], str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -21,6 +22,7 @@ NODES = ("node1", "node2")
 # job waits for cred_expire, and processes get KillWait seconds between SIGTERM and SIGKILL.
 SLURM_CONF = """\
 ClusterName=test
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser={user}
@@ -156,7 +158,9 @@ class Cluster:
     def _write_conf(self) -> None:
         host, user = socket.gethostname().split(".")[0], pwd.getpwuid(os.getuid()).pw_name
         port, *node_ports = _free_ports(1 + len(NODES))
-        text = SLURM_CONF.format(host=host, port=port, user=user, folder=self.folder)
+        text = SLURM_CONF.format(
+            first_job=random.randrange(1, 1000) * 1000, host=host, port=port, user=user, folder=self.folder
+        )
         for node, node_port in zip(NODES, node_ports, strict=True):
             text += (
                 f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} CPUs={self._cpus} "
