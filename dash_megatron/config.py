@@ -226,6 +226,31 @@ class EvaluationConfig(Section):
     """Validation sequences per validation, always the same ones."""
 
 
+class FaultsConfig(Section):
+    """What a run does when something goes wrong. Updates that are left out change nothing but the place in the data and
+    the learning rate's; their batches are kept in `<run_dir>/faults`."""
+
+    non_finite: Literal["skip", "rollback", "halt"] = "skip"
+    """A loss or gradient that is no number: leave the update out (`skip`), also go back to the newest checkpoint and
+    leave it out from there (`rollback`), or end the run with exit code 3 (`halt`)."""
+    loss_spike: float | None = Field(default=None, gt=0)
+    """A loss more than this many standard deviations above the mean of the last `loss_window` ones is a spike, whose
+    update is left out; null accepts every finite loss."""
+    loss_window: int = Field(default=128, ge=2)
+    """Updates that a spike is measured by; until there are as many, nothing is a spike."""
+    loss_spike_policy: Literal["skip", "rollback", "halt"] = "skip"
+    """As `non_finite`, for spikes."""
+    max_in_a_row: int = Field(default=3, gt=0)
+    """So many updates left out in a row end the run, whatever the policy."""
+    collapse_steps: int = Field(default=100, gt=0)
+    """Steps in a row after which a layer's router that selects only the own chunk, or all, raises an alarm."""
+    hang_minutes: float = Field(default=30.0, ge=0)
+    """A process that finishes no step, validation batch, load or save for so long writes its stacks to standard error
+    and aborts, to be started again; 0 = never."""
+    straggler_ratio: float = Field(default=1.5, gt=1)
+    """Warn when a process takes this many times the median to read data and compute."""
+
+
 class Config(Section):
     """One run."""
 
@@ -242,6 +267,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    faults: FaultsConfig = Field(default_factory=FaultsConfig)
 
     @model_validator(mode="after")
     def _check(self) -> Config:

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import random
 import sys
 import time
 import traceback
@@ -15,65 +14,19 @@ import pytest
 # before torch is imported anywhere: tests share two cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-WORDS = [
-    "def",
-    "return",
-    "self",
-    "value",
-    "index",
-    "for",
-    "in",
-    "range",
-    "list",
-    "print",
-    "import",
-    "class",
-    "error",
-    "token",
-    "chunk",
-    "query",
-    "key",
-]
+from tests.tiny import make_tiny_data, tiny_tree
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with tokenizer.model and train/valid .bin/.idx of 1500 random documents, a few to 300 tokens long."""
-    from data_tools import tokenize_corpus, train_tokenizer
-
-    folder = tmp_path_factory.mktemp("tiny_data")
-    generator = random.Random(0)
-    documents = folder / "documents"
-    documents.mkdir()
-    for number in range(1500):
-        length = generator.choice([1, 4, 10, 60])
-        text = " ".join(generator.choice(WORDS) + str(generator.randrange(10)) for _ in range(length))
-        (documents / f"{number:04d}.txt").write_text(text)
-    tokenizer = str(folder / "tokenizer.model")
-    assert not train_tokenizer.main(["--input", str(documents), "--vocab-size", "320", "--output", tokenizer])
-    tokenize = ["--input", str(documents), "--tokenizer", tokenizer, "--output", str(folder)]
-    assert not tokenize_corpus.main([*tokenize, "--valid-fraction", "0.1", "--workers", "1"])
-    return folder
+    """See `make_tiny_data`."""
+    return make_tiny_data(tmp_path_factory.mktemp("tiny_data"))
 
 
 @pytest.fixture
 def tiny_config(tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
-    """A run of a 2-layer model on `tiny_data`, as nested dictionaries to change and check."""
-    return {
-        "run_dir": str(tmp_path / "run"),
-        "model": {"layers": 2, "hidden_size": 64, "heads": 4, "kv_heads": 2, "ffn_hidden_size": 96},
-        "attention": {"chunk_size": 16},
-        "data": {
-            "tokenizer": str(tiny_data / "tokenizer.model"),
-            "train": [str(tiny_data / "train")],
-            "valid": [str(tiny_data / "valid")],
-            "seq_length": 128,
-            "num_workers": 0,
-        },
-        "optimizer": {"lr": 1e-2},
-        "training": {"steps": 4, "global_batch": 4, "micro_batch": 1, "precision": "fp32"},
-        "logging": {"every": 1, "tensorboard": False},
-    }
+    """See `tiny_tree`."""
+    return tiny_tree(tiny_data, tmp_path / "run")
 
 
 def _entry(

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dash_megatron.data.bin_reader import BinReader
 from dash_megatron.data.index_file import check_bin_size, edges_digest, read_index
 from dash_megatron.data.sidecar import Sidecar
 from dash_megatron.data.tokenizer import Tokenizer
@@ -56,10 +57,14 @@ class TokenRows(torch.utils.data.Dataset[Mapping[str, Tensor]]):
         Raises:
             IndexError: no such row.
             ValueError: it holds a token id outside the vocabulary, so that the .bin is damaged.
+            OSError: a .bin cannot be read, even after minutes, or ends too early.
         """
         if not 0 <= index < self.num_samples:
             raise IndexError(f"row {index} must lie in [0, {self.num_samples})")
-        sample = self.dataset[index]
+        try:
+            sample = self.dataset[index]
+        except OSError as error:
+            raise OSError(error.errno, f"row {index} of {self.names}: {error.strerror}") from error
         row = {name: sample[name] for name in ("tokens", "labels", "loss_mask")}
         for name in ("tokens", "labels"):
             low, high = torch.aminmax(row[name])
@@ -226,6 +231,8 @@ def _config(seq_length: int, seed: int, tokenizer: Tokenizer, cache_dir: str) ->
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
+        # a file that is lost or cut short under a memory map kills the process without a word: see `BinReader`
+        mmap_bin_files=False,
     )
 
 
@@ -246,6 +253,7 @@ def _one_pass(
         config = _config(seq_length, seed, tokenizer, index_folder)
         # the name is part of Megatron's cache key, and two paths to the same data may share their index
         indexed = GPTDataset.build_low_level_dataset(prefix, config)
+        indexed.bin_reader = BinReader(f"{prefix}.bin")
         documents = np.arange(len(indexed), dtype=np.int32)
         return GPTDataset(indexed, "data", documents, None, Split[split_name], config)
 

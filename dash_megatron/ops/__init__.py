@@ -1,6 +1,8 @@
 """The attention method on plain tensors: torch and Triton only."""
 
 from dash_megatron.ops.attention import Routing, dash_attention
+from dash_megatron.ops.cache import DashCache
+from dash_megatron.ops.decode import dash_decode
 from dash_megatron.ops.entmax import entmax
 
-__all__ = ["Routing", "dash_attention", "entmax"]
+__all__ = ["DashCache", "Routing", "dash_attention", "dash_decode", "entmax"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +49,7 @@ class Engine:
         self.tensor_size = config.parallel.tensor
         self.zero_stage = config.zero.stage
         device = next(model.parameters()).device
-        self._adam = torch.optim.AdamW(
+        self._adam = _GuardedAdamW(
             _parameter_groups(model, config.optimizer.weight_decay),
             lr=config.optimizer.lr,
             betas=config.optimizer.betas,
@@ -68,6 +69,7 @@ class Engine:
         # ZeRO 0 in fp32 has no optimizer wrapper that would keep the gradient norm
         self._optimizer_is_plain = isinstance(self._optimizer, torch.optim.Optimizer)
         self._plain_grad_norm = 0.0
+        self._adam.norm_of_this_update = self._norm_of_this_update
 
     @property
     def model(self) -> torch.nn.Module:
@@ -95,6 +97,16 @@ class Engine:
             self._plain_grad_norm = float(torch.nn.utils.get_total_norm(gradients))
         self._engine.step()
 
+    def leave_out_update(self, leave_out: bool) -> None:
+        """Decide whether the coming update is left out: gradients are cleared, weights and moments stay.
+
+        One whose gradient norm is no number is left out anyway.
+        """
+        self._adam.leave_out = leave_out
+
+    def _norm_of_this_update(self) -> float:
+        return self._plain_grad_norm if self._optimizer_is_plain else float(self._optimizer._global_grad_norm)
+
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next update."""
         for group in self._optimizer.param_groups:
@@ -105,10 +117,6 @@ class Engine:
         return (
             self._plain_grad_norm if self._optimizer_is_plain else float(self._engine.get_global_grad_norm())
         )
-
-    def skipped_steps(self) -> int:
-        """Updates that DeepSpeed left out since the start of the run."""
-        return int(self._engine.skipped_steps)
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Every parameter's gradient, whole and in float32, between the last `backward` and `step`; collective."""
@@ -176,6 +184,28 @@ class Engine:
         return fragments(self.module, self._optimizer, self._adam)
 
 
+class _GuardedAdamW(torch.optim.AdamW):
+    """AdamW that leaves out an update when told to, or when the global gradient norm is no number.
+
+    DeepSpeed knows that norm only within its own step, right before it calls this one. Its wrappers leave out such
+    updates too, except those of bf16 under ZeRO 1 and 2; without ZeRO nothing does.
+    """
+
+    leave_out = False
+    norm_of_this_update: Callable[[], float] | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update, or only make the state that the first update would find."""
+        norm = self.norm_of_this_update
+        if not self.leave_out and (norm is None or math.isfinite(norm())):
+            return super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                adam_state(self, parameter)
+        return None
+
+
 def _is_sharded(parameter: torch.nn.Parameter) -> bool:
     """ZeRO 1 and 2 link parameters to shards of the optimizer; ZeRO 3 shards the parameters."""
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
@@ -216,5 +246,6 @@ def _deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         # bf16 sums of many micro-batches lose what is small; ZeRO 0 knows one type only
         "data_types": {"grad_accum_dtype": "fp32" if stage or not bf16 else "bf16"},
         "zero_optimization": {"stage": stage, **config.zero.options},
+        "zero_allow_untested_optimizer": True,  # it knows AdamW by its very class, not by those derived from it
         "steps_per_print": 2**31,
     }

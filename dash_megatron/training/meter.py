@@ -140,8 +140,10 @@ class Meter:
         grad_norm: float,
         valid_loss: float | None,
         skipped: int,
+        alarms: int,
+        slowest: tuple[int, float],
     ) -> StepMetrics:
-        """Metrics of a step, with rates of the last lap."""
+        """Metrics of a step, with rates of the last lap; `slowest` is a rank and its time over the median."""
         density, selected = totals.per_layer(0), totals.per_layer(1)
         routed = [value for value in density if value is not None]
         by_layer = {layer: value for layer, value in enumerate(selected) if value is not None}
@@ -170,4 +172,7 @@ class Meter:
             context_bytes_forward_per_layer=totals.context_bytes(0),
             context_bytes_backward_per_layer=totals.context_bytes(1),
             skipped=skipped,
+            alarms=alarms,
+            slowest_rank=slowest[0],
+            slowest_over_median=slowest[1],
         )

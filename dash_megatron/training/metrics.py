@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
+import os
 from pathlib import Path
 from typing import Any, TypedDict
 
 from torch.utils.tensorboard import SummaryWriter
+
+from dash_megatron.training.retry import explain, retry
+
+logger = logging.getLogger(__name__)
 
 
 class StepMetrics(TypedDict):
@@ -45,6 +51,12 @@ class StepMetrics(TypedDict):
     context_bytes_backward_per_layer: list[float]
     skipped: int
     """Updates left out since the start of the run."""
+    alarms: int
+    """Layers whose router has collapsed: it selects nothing but the own chunk, or everything."""
+    slowest_rank: int
+    """The process that took longest to read data and compute since the last logged step."""
+    slowest_over_median: float
+    """Its time over the median of the processes."""
 
 
 class MetricsWriter:
@@ -62,8 +74,9 @@ class MetricsWriter:
         kept = (
             [line for line in read_metrics(run_dir) if line["step"] <= resumed_step] if path.exists() else []
         )
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        retry(lambda: _replace(path, text), f"write {path}", path=path)
+        self._path, self._size = path, len(text.encode())
         self._board = (
             SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=resumed_step + 1)
             if tensorboard
@@ -71,9 +84,28 @@ class MetricsWriter:
         )
 
     def write(self, metrics: StepMetrics) -> None:
-        """Append one step."""
-        self._file.write(json.dumps(metrics) + "\n")
-        self._file.flush()
+        """Append one step.
+
+        Raises:
+            OSError: the disk has been full, or away, for minutes. What was written before is whole.
+        """
+        line = (json.dumps(metrics) + "\n").encode()
+        retry(lambda: self._append(line), f"write {self._path}", path=self._path)
+        self._size += len(line)
+        try:
+            self._write_board(metrics)
+        except OSError as error:
+            # a copy of metrics.jsonl, for which no run is to end
+            logger.error("TensorBoard stops here: %s; metrics.jsonl goes on", explain(error, self._path))
+            self._board = None
+
+    def _append(self, line: bytes) -> None:
+        with open(self._path, "r+b") as file:
+            file.seek(self._size)
+            file.truncate()  # half a line of an attempt before
+            file.write(line)
+
+    def _write_board(self, metrics: StepMetrics) -> None:
         if self._board is not None:
             for name, value in metrics.items():
                 if isinstance(value, list):
@@ -88,10 +120,15 @@ class MetricsWriter:
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Finish both files."""
-        self._file.close()
+        """Finish TensorBoard's file; `metrics.jsonl` is complete after every step."""
         if self._board is not None:
             self._board.close()
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def read_metrics(run_dir: str | Path) -> list[StepMetrics]:

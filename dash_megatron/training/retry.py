@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,32 @@ def retry(
             logger.warning("cannot %s: %s; trying again for %.0f s", what, reason, left)
             time.sleep(min(pause, left))
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def make_writable_folder(path: str | os.PathLike[str], field: str) -> None:
+    """Make a folder and see that this process may write to it.
+
+    Args:
+        path: the folder.
+        field: of the config, that names it.
+
+    Raises:
+        ValueError: it may not be written to, or is no folder.
+        OSError: the file system is full or away.
+    """
+    trial = Path(path) / f".trial-{socket.gethostname()}-{os.getpid()}"
+
+    def write() -> None:
+        trial.parent.mkdir(parents=True, exist_ok=True)
+        trial.write_text("may be removed")
+        trial.unlink()
+
+    try:
+        retry(write, f"write to {field}={path}", path=path)
+    except OSError as error:
+        if error.errno in PERMANENT:
+            raise ValueError(f"{error.strerror}; give a folder that this user may write to") from error
+        raise
 
 
 def explain(error: OSError, path: str | os.PathLike[str] | None = None) -> str:

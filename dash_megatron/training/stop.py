@@ -9,6 +9,9 @@ import socket
 import threading
 import time
 
+import torch
+import torch.distributed as dist
+
 logger = logging.getLogger(__name__)
 
 _WARNINGS = frozenset({signal.SIGUSR1})
@@ -72,3 +75,23 @@ def _forget_wakeup() -> None:
 
 def _noted_by_the_thread(number: int, frame: object) -> None:
     """A handler there has to be, or the signal would have its usual effect."""
+
+
+def agree(stop: bool, left_out: bool) -> bool:
+    """Whether any process is asked to stop; collective, on the CPU, so that it never waits for the device.
+
+    Args:
+        stop: this process was asked.
+        left_out: it left out the step's update.
+
+    Raises:
+        RuntimeError: some processes made an update that others left out, so that their weights differ.
+    """
+    flags = torch.tensor([stop, left_out, not left_out], dtype=torch.int32)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    if flags[1] and flags[2]:
+        raise RuntimeError(
+            "some processes found this step's loss or gradient wrong and others did not, although both are sums over "
+            "all of them: one computes wrongly. Start again from the newest checkpoint, and check the GPUs"
+        )
+    return bool(flags[0])

@@ -6,10 +6,11 @@ import logging
 import math
 import os
 import random
-import socket
 import subprocess
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,22 +24,26 @@ from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.exit_codes import ExitCode
 from dash_megatron.layers import build_model, init_weights
 from dash_megatron.ops.fingerprint import implementation_fingerprint
-from dash_megatron.parallel import context_rank, data_rank, init_process_groups, read_launch
+from dash_megatron.parallel import context_rank, data_rank, init_process_groups, read_launch, tensor_group
 from dash_megatron.training.checkpoint import Checkpointer, finished_steps, write_config
 from dash_megatron.training.engine import Engine
+from dash_megatron.training.faults import Fault, Guard, fault_folder, write_fault
 from dash_megatron.training.flops import parameter_count
+from dash_megatron.training.health import BusyTime, CollapseAlarm, Watchdog
 from dash_megatron.training.initial import load_initial_weights
 from dash_megatron.training.loss import global_target_tokens, share_of_global_mean
 from dash_megatron.training.meter import Meter, StepTotals
 from dash_megatron.training.metrics import MetricsWriter, console_line, read_metrics
 from dash_megatron.training.probe import check_probe, probe_loss
-from dash_megatron.training.retry import PERMANENT, retry
+from dash_megatron.training.retry import make_writable_folder
 from dash_megatron.training.schedule import learning_rate
-from dash_megatron.training.stop import Halted, StopSignals
+from dash_megatron.training.stop import Halted, StopSignals, agree
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(Halted):
-    """The loss or the gradient is no number; nothing of the step was saved."""
+    """The loss or the gradient is no number, or a spike; nothing of the step was saved."""
 
 
 class Trainer:
@@ -55,15 +60,17 @@ class Trainer:
     def __init__(self, config: Config, environment: Mapping[str, str] = os.environ) -> None:
         self.config = config
         self.signals = StopSignals()
-        self.stopping = False
+        self.stopping = self.rolled_back = False
         launch = read_launch(environment)
         self.data_parallel_size = config.data_parallel_size(launch.world_size)
         self.accumulation_steps = config.accumulation_steps(launch.world_size)
         self.tokenizer = _load_tokenizer(config)
         self.vocab_size = padded_vocabulary(config, self.tokenizer.vocab_size)
-        make_run_folder(config.run_dir)
+        make_writable_folder(config.run_dir, "run_dir")
         seed_everything(config.training.seed)
-        self.device = init_process_groups(launch, config.parallel)
+        hang_minutes = config.faults.hang_minutes
+        # not shorter than the watchdog, which shows where a process hangs; some minutes are needed to come together
+        self.device = init_process_groups(launch, config.parallel, max(5.0, hang_minutes or 30.0))
         self.is_main = dist.get_rank() == 0
         set_up_logging(self.is_main)
         fingerprint = implementation_fingerprint()
@@ -79,6 +86,10 @@ class Trainer:
         about = {"commit": self.commit, "implementation": fingerprint, "device": device_name(self.device)}
         self.checkpointer = Checkpointer(self.engine, config, about)
         self.step = 0
+        self.guard = Guard(config.faults, config.training.global_batch)
+        self.watchdog = Watchdog(hang_minutes)
+        self.busy = BusyTime(self.device)
+        self.collapse = CollapseAlarm(config.faults.collapse_steps)
 
     def run(self) -> ExitCode:
         """Train from the newest checkpoint, or from scratch, to the last step, or until a signal asks to stop.
@@ -99,17 +110,22 @@ class Trainer:
         Raises:
             ValueError, OSError: the checkpoint is of another run, or files cannot be read or written.
         """
+        self.watchdog.beat()
         self.resume()
         self.start_reporting()
 
     def train(self) -> ExitCode:
         """Take steps until the last one, or until a signal on any process; see `run`."""
         while self.step < self.config.training.steps and not self.stopping:
+            self.watchdog.beat()
             totals, lr = self.train_step()
+            if self.rolled_back:
+                continue
             valid_loss = self.maybe_validate()
             self.maybe_log(totals, lr, valid_loss)
-            self.stopping = true_anywhere(self.signals.requested)
+            self.watchdog.beat()
             self.maybe_save()
+        self.watchdog.stop()
         self.finish_reporting()
         return ExitCode.DONE if self.step == self.config.training.steps else ExitCode.REQUEUE
 
@@ -118,12 +134,20 @@ class Trainer:
         stored = self.checkpointer.load()
         if stored is None:
             return
-        state = stored.facts["trainer"]
-        self.step = state["step"]
-        self.train_source.load_state_dict(state["data"])
+        self.load_state_dict(stored.facts["trainer"])
         if self.config.checkpoint.check_loss:
             loss = probe_loss(self.engine, self.train_source, stored.probe(), self.device)
             check_probe(loss, stored.facts["probe_loss"], self.config.training.precision, str(stored.folder))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of the run beside weights, optimizer and random state; the same on every process."""
+        return {"step": self.step, "data": self.train_source.state_dict(), "faults": self.guard.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the place in the run that `state_dict` described."""
+        self.step = state["step"]
+        self.train_source.load_state_dict(state["data"])
+        self.guard.load_state_dict(state["faults"])
 
     def start_reporting(self) -> None:
         """Write the resolved config, say what is about to run, and start the clock."""
@@ -154,29 +178,80 @@ class Trainer:
     def train_step(self) -> tuple[StepTotals, float]:
         """Read one global batch and update the weights; give back its totals and learning rate."""
         self.engine.module.train()
-        batches = self.next_batches()
+        first_sample = self.train_source.consumed_samples
+        with self.busy.reading():
+            batches = self.next_batches()
         targets = global_target_tokens(batches, self.device)
         lr = learning_rate(self.step, self.config)
         self.engine.set_lr(lr)
         totals = StepTotals(self.config.model.layers, self.device)
+        self.step += 1
+        fault = None
         for index, batch in enumerate(batches):
             batch = batch.to(self.device, non_blocking=True)
-            loss = share_of_global_mean(self.engine.model, batch, targets)
+            with self.busy.computing():
+                loss = share_of_global_mean(self.engine.model, batch, targets)
             self.engine.backward(loss)
             totals.add(loss, batch, self.engine.module)
             if index == self.accumulation_steps - 1:
                 totals.reduce()
-                self.stop_if_not_finite("loss", totals.loss, batches)
+                fault = self.guard.judge_loss(self.step, first_sample, totals.loss)
+                self.engine.leave_out_update(fault is not None)
             # DeepSpeed counts micro-batches: step() updates only on the last
             self.engine.step()
-        self.stop_if_not_finite("gradient norm", self.engine.grad_norm(), batches)
-        self.step += 1
+        norm = self.engine.grad_norm()
+        fault = fault or self.guard.judge_gradient(self.step, first_sample, totals.loss, norm)
         self.meter.count_step()
+        self.busy.end_of_step()
+        self.collapse.update(self.step, totals.per_layer(0), totals.per_layer(1))
+        self.stopping = agree(self.signals.requested, fault is not None)
+        self.rolled_back = fault is not None and self.handle(replace(fault, grad_norm=norm), batches)
         return totals, lr
 
     def next_batches(self) -> list[PackedBatch]:
         """Read this process's micro-batches of one step; all processes of one copy of the model read the same."""
         return [self.train_source.next_batch() for _ in range(self.accumulation_steps)]
+
+    def handle(self, fault: Fault, batches: list[PackedBatch]) -> bool:
+        """Keep the batch of an update that was left out, and follow the policy; True: an older checkpoint is loaded.
+
+        Raises:
+            NonFiniteError: the policy is to halt, or became so after too many in a row.
+        """
+        if fault.policy == "known":
+            return False
+        saved = finished_steps(self.config.run_dir)
+        fault = replace(fault, checkpoint=saved[-1] if saved else None)
+        if dist.get_rank(tensor_group()) == 0:
+            write_fault(self.config.run_dir, fault, batches, data_rank(), context_rank(), self.is_main)
+        kept = fault_folder(self.config.run_dir, fault.step)
+        if fault.policy == "halt":
+            self.checkpointer.finish()
+            raise NonFiniteError(
+                f"{fault}. The newest checkpoint is of step {fault.checkpoint}: resume from it with a lower "
+                f"optimizer.lr, or look at the batch, kept in {kept}"
+            )
+        logger.warning("%s: update left out, batch kept in %s", fault, kept)
+        if fault.policy == "skip":
+            return False
+        return self.roll_back()
+
+    def roll_back(self) -> bool:
+        """Load the newest checkpoint in place; False where there is none, and nothing is done."""
+        bad = self.step
+        self.checkpointer.finish()
+        saved: list[Any] = [bool(finished_steps(self.config.run_dir))]
+        dist.broadcast_object_list(saved)
+        if not saved[0]:
+            logger.warning("no checkpoint to go back to: the update is left out, and that is all")
+            return False
+        with self.meter.paused():
+            self.resume()
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = MetricsWriter(self.config.run_dir, self.config.logging.tensorboard, self.step)
+        logger.warning("back from step %d to the checkpoint of step %d", bad, self.step)
+        return True
 
     @torch.no_grad()
     def maybe_validate(self) -> float | None:
@@ -190,6 +265,7 @@ class Trainer:
             sums = torch.zeros(2, dtype=torch.float64, device=self.device)
             one = torch.ones((), device=self.device)
             for batch in source:
+                self.watchdog.beat()
                 loss = share_of_global_mean(self.engine.model, batch.to(self.device), one)
                 sums += torch.stack([loss.double(), batch.loss_mask.sum().to(self.device).double()])
             dist.all_reduce(sums)  # copies on tensor-parallel ranks are in both sums, and cancel
@@ -202,11 +278,12 @@ class Trainer:
         if not due and valid_loss is None:
             return
         self.meter.lap()
+        slowest = self.busy.slowest()
         if self.writer is not None:
-            engine = self.engine
-            metrics = self.meter.measure(
-                self.step, totals, lr, engine.grad_norm(), valid_loss, engine.skipped_steps()
-            )
+            self.busy.warn_of(*slowest, self.config.faults.straggler_ratio)
+            skipped = self.guard.skipped(self.train_source.consumed_samples)
+            norm, alarms = self.engine.grad_norm(), self.collapse.alarms
+            metrics = self.meter.measure(self.step, totals, lr, norm, valid_loss, skipped, alarms, slowest)
             self.writer.write(metrics)
             print(console_line(metrics, last, (last - self.step) * self.meter.seconds_per_step), flush=True)
 
@@ -226,24 +303,11 @@ class Trainer:
         if not self.save_is_due():
             return
         with self.meter.paused():
-            state = {"step": self.step, "data": self.train_source.state_dict()}
             row = {name: tensor.clone() for name, tensor in self.train_source.dataset[0].items()}
             loss = probe_loss(self.engine, self.train_source, row, self.device)
-            self.checkpointer.save(self.step, state, row, loss)
+            self.checkpointer.save(self.step, self.state_dict(), row, loss)
             if self.finished:
                 self.checkpointer.finish()
-
-    def stop_if_not_finite(self, name: str, value: float, batches: list[PackedBatch]) -> None:
-        """Raise on every process alike: `value` has been reduced over all of them."""
-        if math.isfinite(value):
-            return
-        samples = sorted(index for batch in batches for index in batch.sample_ids)
-        saved = finished_steps(self.config.run_dir)
-        raise NonFiniteError(
-            f"the {name} of step {self.step} is {value}; this process read training samples {samples}. The newest "
-            f"checkpoint is of step {saved[-1] if saved else 'none'}: resume from it with a lower optimizer.lr, or "
-            "look at these samples"
-        )
 
     def _source(self, split: str, num_samples: int) -> BatchSource:
         config = self.config
@@ -285,35 +349,6 @@ class Trainer:
             f"{parallel.context} context x {parallel.tensor} tensor parallel, {self.accumulation_steps} "
             f"micro-batch(es) of {training.micro_batch} a step, ZeRO {config.zero.stage}, {training.precision}"
         )
-
-
-def make_run_folder(run_dir: str) -> None:
-    """Make the run's folder and see that this process may write to it.
-
-    Raises:
-        ValueError: it may not, or the path is no folder.
-        OSError: the file system is full or away.
-    """
-    trial = Path(run_dir) / f".trial-{os.getpid()}-{socket.gethostname()}"
-
-    def write() -> None:
-        trial.parent.mkdir(parents=True, exist_ok=True)
-        trial.write_text("may be removed")
-        trial.unlink()
-
-    try:
-        retry(write, f"write to run_dir={run_dir}", path=run_dir)
-    except OSError as error:
-        if error.errno in PERMANENT:
-            raise ValueError(f"{error.strerror}; give a folder that this user may write to") from error
-        raise
-
-
-def true_anywhere(flag: bool) -> bool:
-    """Whether any process says so; collective, on the CPU, so that it never waits for the device."""
-    flags = torch.tensor([float(flag)])
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags.item())
 
 
 def set_up_logging(is_main: bool) -> None:

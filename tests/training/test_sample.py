@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dash_megatron.__main__ import main
-from tests.conftest import WORDS
+from tests.tiny import WORDS
 from tests.training.workers import train_all
 
 

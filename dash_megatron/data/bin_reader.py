@@ -1,0 +1,68 @@
+"""Read tokens from a .bin file in a way that survives a file system that is away for a minute."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any
+
+import numpy as np
+
+from dash_megatron.training.retry import retry
+
+
+class BinReader:
+    """Reads pieces of a file at given places, from any number of threads, and takes the place of Megatron's readers.
+
+    Args:
+        path: the .bin file; opened at the first read.
+        seconds: how long a read that fails is tried again.
+    """
+
+    def __init__(self, path: str, seconds: float = 120.0) -> None:
+        self.path = path
+        self.seconds = seconds
+        self._file: int | None = None
+
+    def read(self, dtype: Any, count: int, offset: int) -> np.ndarray:
+        """Read `count` numbers of a type from byte `offset` on.
+
+        Raises:
+            OSError: the file cannot be read, or ends before the last of them.
+        """
+        numbers = np.empty(count, dtype=dtype)
+        if count:
+            retry(
+                lambda: self._fill(numbers.data.cast("B"), offset),
+                f"read {numbers.nbytes} bytes at {offset} of {self.path}",
+                self.seconds,
+                self.path,
+            )
+        return numbers
+
+    def _fill(self, buffer: memoryview, offset: int) -> None:
+        file = self._file
+        if file is None:
+            # two threads may both open it: the file of the slower one is used once and kept open, no more
+            file = self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            done = 0
+            while done < len(buffer):
+                read = os.preadv(file, [buffer[done:]], offset + done)
+                if not read:
+                    raise OSError(
+                        errno.EINVAL,
+                        f"the file ends at byte {offset + done}, although it was whole at the start of the run: "
+                        "restore it, or tokenize the corpus again",
+                    )
+                done += read
+        except OSError:
+            # a handle from before a file system went away stays broken; another thread may still use it, so it stays open
+            self._file = None
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "seconds": self.seconds, "_file": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)

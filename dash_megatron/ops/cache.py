@@ -1,0 +1,294 @@
+"""The cache of decoding: keys, values and chunk summaries of a batch of sequences, contiguous or in pages."""
+
+import torch
+from torch import Tensor
+
+from dash_megatron.ops.attention import CHUNK_SIZES, DTYPES, _resolve_backend
+
+
+def _summary_dtype(dtype: torch.dtype) -> torch.dtype:
+    """As in training: bfloat16 would round summaries eight times as coarsely as float16."""
+    return torch.float16 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _check_size(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an int of at least 1; pass the size wanted")
+
+
+def _seen(x: object) -> str:
+    if not isinstance(x, Tensor):
+        return repr(x)
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
+
+
+def _is(x: object, dtype: torch.dtype, shape: list[int], device: torch.device) -> bool:
+    return isinstance(x, Tensor) and x.dtype == dtype and list(x.shape) == shape and x.device == device
+
+
+class DashCache:
+    """Keys, values and chunk summaries of one layer for a batch of sequences of different lengths.
+
+    Layouts. One pool of pages serves both; `page_size` is a multiple of `chunk_size`, P / C chunks fill a page:
+
+    - `k`, `v`: [pages, P, Hkv, D]. They may be views of one allocation: strides are free, equal for both, with D dense.
+    - `summary`: [pages, P / C, Hkv, D], one routing key a whole chunk; float16 beside half-precision keys, or else their
+      dtype. A chunk's summary lies in the page of its tokens, so that pages can be shared and copied whole.
+    - `lengths`: int32 [B], tokens of every sequence in the cache.
+    - `page_table`: int32 [B, max_pages], contiguous rows: token t of sequence b lies in page `page_table[b, t // P]` at
+      slot `t % P`. Entries of pages that a sequence does not reach yet may hold anything. None is the contiguous layout:
+      the page of sequence b is b, and one page has the whole of it, so that k and v are [B, max_length, Hkv, D].
+
+    An engine gives pages out by writing to `page_table`, and starts a sequence anew by setting `lengths[b] = 0`. Both,
+    and `append`, may happen inside and between replays of a CUDA graph. What a sequence has not reached is never read.
+
+    On a GPU nothing waits to look at lengths: a sequence longer than `capacity` keeps counting, is not written any more,
+    and its output is NaN. `check` looks.
+    """
+
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        summary: Tensor,
+        lengths: Tensor,
+        chunk_size: int = 64,
+        page_table: Tensor | None = None,
+    ) -> None:
+        """Wrap tensors that exist, such as a serving engine's; see `contiguous` and `paged` to make them.
+
+        Raises:
+            ValueError: a tensor does not fit the layout; the message names it, its value, the rule and the remedy.
+        """
+        if isinstance(chunk_size, bool) or chunk_size not in CHUNK_SIZES:
+            raise ValueError(
+                f"chunk_size={chunk_size!r} must be a power of two from 1 to 128, as an int; try 64"
+            )
+        if not isinstance(k, Tensor) or k.ndim != 4 or k.dtype not in DTYPES or k.numel() == 0:
+            raise ValueError(
+                f"k={_seen(k)} must be [pages, page_size, Hkv, D], not empty, of a dtype in {[str(d) for d in DTYPES]}; "
+                "see DashCache.paged"
+            )
+        pages, page_size, heads, dim = k.shape
+        if page_size % chunk_size:
+            raise ValueError(
+                f"page_size={page_size} (k.shape[1]) must be a multiple of chunk_size={chunk_size}; "
+                f"try {max(chunk_size, page_size // chunk_size * chunk_size)}"
+            )
+        expected = {
+            "v": (v, k.dtype, [*k.shape]),
+            "summary": (summary, _summary_dtype(k.dtype), [pages, page_size // chunk_size, heads, dim]),
+            "lengths": (lengths, torch.int32, [pages if page_table is None else len(page_table)]),
+        }
+        if page_table is not None:
+            table_shape = list(page_table.shape) if page_table.ndim == 2 else ["B", "max_pages"]
+            expected["page_table"] = (page_table, torch.int32, table_shape)
+        for name, (x, dtype, shape) in expected.items():
+            if not _is(x, dtype, shape, k.device):
+                raise ValueError(
+                    f"{name}={_seen(x)} must be {str(dtype).removeprefix('torch.')} {shape} on {k.device}, as k "
+                    f"{_seen(k)} with chunk_size={chunk_size} asks; allocate it so"
+                )
+        tables = [x for x in (lengths, page_table) if x is not None]
+        if k.stride() != v.stride() or any(x.stride(-1) != 1 for x in (k, summary, *tables)):
+            raise ValueError(
+                f"k.stride()={k.stride()} and v.stride()={v.stride()} must be equal, and the last dimension of all tensors "
+                "dense; allocate k and v alike"
+            )
+        self.k, self.v, self.summary, self.lengths, self.page_table = k, v, summary, lengths, page_table
+        self.chunk_size = chunk_size
+        self._arrived = torch.zeros_like(lengths)
+
+    @classmethod
+    def contiguous(
+        cls,
+        batch: int,
+        max_length: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        chunk_size: int = 64,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> "DashCache":
+        """Allocate an empty cache of `batch` sequences with room for `max_length` tokens each, rounded up to whole chunks."""
+        _check_size("max_length", max_length)
+        _check_size("chunk_size", chunk_size)
+        page_size = -(-max_length // chunk_size) * chunk_size
+        return cls._allocate(batch, page_size, num_kv_heads, head_dim, chunk_size, dtype, device, batch, None)
+
+    @classmethod
+    def paged(
+        cls,
+        num_pages: int,
+        page_table: Tensor,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        page_size: int = 64,
+        chunk_size: int = 64,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> "DashCache":
+        """Allocate an empty pool of `num_pages` pages on the device of `page_table`, int32 [B, max_pages], which is kept."""
+        if not isinstance(page_table, Tensor) or page_table.ndim != 2 or page_table.numel() == 0:
+            raise ValueError(
+                f"page_table={_seen(page_table)} must be int32 [B, max_pages], not empty; "
+                "try torch.zeros(B, max_pages, dtype=torch.int32)"
+            )
+        batch, device = len(page_table), page_table.device
+        _check_size("num_pages", num_pages)
+        return cls._allocate(
+            num_pages, page_size, num_kv_heads, head_dim, chunk_size, dtype, device, batch, page_table
+        )
+
+    @classmethod
+    def _allocate(
+        cls,
+        pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        chunk_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        batch: int,
+        page_table: Tensor | None,
+    ) -> "DashCache":
+        sizes = {"batch": batch, "page_size": page_size, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        for name, size in {**sizes, "chunk_size": chunk_size}.items():
+            _check_size(name, size)
+        k = torch.empty(pages, page_size, num_kv_heads, head_dim, dtype=dtype, device=device)
+        chunks = page_size // chunk_size
+        summary = torch.empty(
+            pages, chunks, num_kv_heads, head_dim, dtype=_summary_dtype(dtype), device=device
+        )
+        lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        return cls(k, torch.empty_like(k), summary, lengths, chunk_size, page_table)
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens a sequence can have."""
+        return self.k.shape[1] * (1 if self.page_table is None else self.page_table.shape[1])
+
+    @torch.no_grad()
+    def append(
+        self, k: Tensor, v: Tensor, summary_query: Tensor, active: Tensor | None = None, backend: str = "auto"
+    ) -> None:
+        """Add one token to every sequence, with the summary of each chunk that this completes.
+
+        Args:
+            k: keys after RoPE, [B, Hkv, D], the cache's dtype and device.
+            v: values, the same.
+            summary_query: [Hkv, D], the layer's; the cache's dtype, or float32 beside half precision.
+            active: bool [B]: sequences that get a token; None for all. The others stay as they are.
+            backend: as in `dash_attention`.
+
+        Raises:
+            ValueError: an argument is wrong or, on CPU, a sequence is full.
+        """
+        self._check_new(k, v, summary_query, [self.batch, *self.k.shape[2:]], "[B, Hkv, D]")
+        if active is not None:
+            self._check_table("active", active, torch.bool, [self.batch])
+        self._write(k, v, summary_query, None, active, backend)
+
+    @torch.no_grad()
+    def prefill(
+        self, k: Tensor, v: Tensor, summary_query: Tensor, cu_seqlens: Tensor, backend: str = "auto"
+    ) -> None:
+        """Add any number of tokens to every sequence, with the summaries of the chunks that they complete.
+
+        Sequences go on where they are, so that a long prompt can come in pieces. Attention of the prompt itself is
+        `dash_attention` with the same `cu_seqlens`.
+
+        Args:
+            k: keys after RoPE of all sequences one after the other, [tokens, Hkv, D], the cache's dtype and device.
+            v: values, the same.
+            summary_query: as in `append`.
+            cu_seqlens: int32 [B + 1], rising from 0 to the number of tokens: where the tokens of each sequence begin. A
+                sequence may get none. Values are checked on CPU only.
+            backend: as in `dash_attention`.
+
+        Raises:
+            ValueError: an argument is wrong or, on CPU, a sequence has no room.
+        """
+        self._check_new(k, v, summary_query, [len(k), *self.k.shape[2:]], "[tokens, Hkv, D]")
+        self._check_table("cu_seqlens", cu_seqlens, torch.int32, [self.batch + 1])
+        if self._looks():
+            bounds = cu_seqlens.tolist()
+            if bounds[0] != 0 or bounds[-1] != len(k) or bounds != sorted(bounds):
+                raise ValueError(
+                    f"cu_seqlens={bounds} must rise from 0 to the {len(k)} tokens of k; cut k at its bounds"
+                )
+        self._write(k, v, summary_query, cu_seqlens, None, backend)
+
+    def check(self) -> None:
+        """Wait for the device and look whether every sequence fits and has its pages.
+
+        Raises:
+            ValueError: a sequence is longer than `capacity`, or one of its pages is not in the pool.
+        """
+        lengths = self.lengths.tolist()
+        self._check_room(lengths)
+        if self.page_table is None:
+            return
+        for b, (length, pages) in enumerate(zip(lengths, self.page_table.tolist(), strict=True)):
+            used = pages[: -(-length // self.k.shape[1])]
+            wrong = [page for page in used if not 0 <= page < len(self.k)]
+            if wrong:
+                raise ValueError(
+                    f"page_table[{b}] holds page {wrong[0]} among the {len(used)} pages of its {length} tokens, which must "
+                    f"be at least 0 and below {len(self.k)}; give the sequence a page before its tokens"
+                )
+
+    def _looks(self) -> bool:
+        """Whether lengths and bounds can be looked at without waiting for a device; a compiler cannot follow them."""
+        return self.k.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def _check_room(self, lengths: list[int]) -> None:
+        longest = max(lengths)
+        if longest > self.capacity:
+            raise ValueError(
+                f"lengths[{lengths.index(longest)}]={longest} must be at most the cache's capacity {self.capacity}; "
+                "end the sequence, or allocate a larger cache"
+            )
+
+    def _check_new(self, k: Tensor, v: Tensor, summary_query: Tensor, shape: list[int], layout: str) -> None:
+        dtype, device = self.k.dtype, self.k.device
+        half = dtype in (torch.float16, torch.bfloat16)
+        for name, x, wanted, dtypes in (
+            ("k", k, shape, (dtype,)),
+            ("v", v, shape, (dtype,)),
+            ("summary_query", summary_query, shape[1:], (dtype, torch.float32) if half else (dtype,)),
+        ):
+            if not any(_is(x, allowed, wanted, device) for allowed in dtypes) or x.numel() == 0:
+                raise ValueError(
+                    f"{name}={_seen(x)} must be {str(dtype).removeprefix('torch.')} {wanted} on {device}, "
+                    f"{'[Hkv, D]' if name == 'summary_query' else layout} of the cache; reshape or cast {name}"
+                )
+
+    def _check_table(self, name: str, x: Tensor, dtype: torch.dtype, shape: list[int]) -> None:
+        if not _is(x, dtype, shape, self.k.device):
+            raise ValueError(
+                f"{name}={_seen(x)} must be {str(dtype).removeprefix('torch.')} {shape} on {self.k.device}; "
+                f"build it with torch.tensor(..., dtype={dtype})"
+            )
+
+    def _write(
+        self, k: Tensor, v: Tensor, w: Tensor, cu_seqlens: Tensor | None, active: Tensor | None, backend: str
+    ) -> None:
+        if self._looks():
+            added = 1 if active is None else active.int()
+            self._check_room((self.lengths + (added if cu_seqlens is None else cu_seqlens.diff())).tolist())
+        new, pool = (k, v, w), (self.k, self.v, self.summary, self.lengths)
+        if _resolve_backend(backend, k)[0] == "triton":
+            from dash_megatron.ops.kernels.decode_cache import cache_write
+
+            cache_write(*new, *pool, self._arrived, self.page_table, cu_seqlens, active, self.chunk_size)
+        else:
+            from dash_megatron.ops.decode_reference import cache_write_reference
+
+            cache_write_reference(*new, *pool, self.page_table, cu_seqlens, active, self.chunk_size)

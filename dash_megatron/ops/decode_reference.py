@@ -1,0 +1,106 @@
+"""Decoding in plain torch, one sequence after the other: what the kernels must equal, and the CPU path.
+
+It reads lengths and page tables on the host. Tensors are those of a `DashCache`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dash_megatron.ops.reference import _attend_block, _Block, _Router, wide
+
+
+def _pages(page_table: Tensor | None, sequence: int, place: Tensor, per_page: int) -> tuple[Tensor, Tensor]:
+    """Index into the pool of the tokens (or chunks) at `place` of a sequence: page, and place in it."""
+    if page_table is None:
+        return torch.full_like(place, sequence), place
+    return page_table[sequence, place // per_page].long(), place % per_page
+
+
+def _summarize_chunk(k_CHD: Tensor, w_HD: Tensor, dtype: torch.dtype) -> Tensor:
+    k_CHD, w_HD = wide(k_CHD, w_HD.to(k_CHD.dtype) if k_CHD.dtype == torch.float64 else w_HD)
+    weight_CH = (torch.einsum("chd,hd->ch", k_CHD, w_HD) * k_CHD.shape[-1] ** -0.5).softmax(0)
+    summary_HD = torch.einsum("ch,chd->hd", weight_CH, k_CHD)
+    if dtype == torch.float16:
+        summary_HD = summary_HD.clamp(-65504, 65504)
+    return summary_HD.to(dtype)
+
+
+def cache_write_reference(
+    k_new: Tensor,
+    v_new: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    summary: Tensor,
+    lengths: Tensor,
+    page_table: Tensor | None,
+    cu_seqlens: Tensor | None,
+    active: Tensor | None,
+    chunk_size: int,
+) -> None:
+    """Append k_new and v_new [tokens, Hkv, D] to the sequences: one token each, or those between `cu_seqlens`.
+
+    Summarizes the chunks that are completed, and moves `lengths` on. The cache has room.
+    """
+    bounds = range(len(lengths) + 1) if cu_seqlens is None else cu_seqlens.tolist()
+    skipped = [False] * len(lengths) if active is None else (~active).tolist()
+    for b, start in enumerate(lengths.tolist()):
+        new = slice(bounds[b], bounds[b + 1])
+        end = start + new.stop - new.start
+        if skipped[b] or end == start:
+            continue
+        at = _pages(page_table, b, torch.arange(start, end, device=k.device), k.shape[1])
+        k[at], v[at] = k_new[new], v_new[new]
+        for c in range(start // chunk_size, end // chunk_size):
+            chunk = torch.arange(c * chunk_size, (c + 1) * chunk_size, device=k.device)
+            keys_CHD = k[_pages(page_table, b, chunk, k.shape[1])]
+            summary_at = _pages(page_table, b, torch.tensor(c, device=k.device), summary.shape[1])
+            summary[summary_at] = _summarize_chunk(keys_CHD, w, summary.dtype)
+        lengths[b] = end
+
+
+def decode_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    summary: Tensor,
+    lengths: Tensor,
+    page_table: Tensor | None,
+    chunk_size: int,
+    scaling_factor: float,
+    sigma: float,
+    estimate_diagonal: bool,
+    alpha: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the last token of every sequence, by the code of the training reference.
+
+    Arguments are those of `dash_decode` and the tensors of its cache; computed in float64 if q is, otherwise in float32.
+
+    Returns:
+        Output [B, Hq, D] in q's dtype, zero for empty sequences, and the chunks selected, the own one included,
+        int32 [B, Hkv].
+    """
+    (B, Hq, D), Hkv, C = q.shape, k.shape[2], chunk_size
+    router = _Router(scaling_factor, sigma, estimate_diagonal, alpha)
+    out = torch.zeros_like(q)
+    selected = torch.zeros(B, Hkv, dtype=torch.int32, device=q.device)
+    for b, length in enumerate(lengths.tolist()):
+        if length == 0:
+            continue
+        past, slot = divmod(length - 1, C)
+        tokens = _pages(page_table, b, torch.arange(length, device=q.device), k.shape[1])
+        chunks = _pages(page_table, b, torch.arange(past, device=q.device), summary.shape[1])
+        # the rest of the own chunk is empty, and its summary is not made yet
+        room = (0, 0, 0, 0, 0, C - 1 - slot)
+        q_HGD, k_SHD, v_SHD, summary_cHD = wide(
+            q[b].unflatten(0, (Hkv, -1)), k[tokens], v[tokens], summary[chunks]
+        )
+        q_BHGTD = (q_HGD * D**-0.5)[None, :, :, None]
+        k_BHSD, v_BHSD = (F.pad(x, room).transpose(0, 1)[None] for x in (k_SHD, v_SHD))
+        summary_BHcD = F.pad(summary_cHD.to(k_SHD.dtype), (0, 0, 0, 0, 0, 1)).transpose(0, 1)[None]
+        own_T, slot_T = torch.tensor([[past], [slot]], device=q.device)
+        block = _Block(own_T, slot_T, torch.zeros_like(own_T), first_chunk=0, own_chunk=past)
+        out_BHGTD, count_BHT = _attend_block(q_BHGTD, k_BHSD, v_BHSD, summary_BHcD, block, router)
+        out[b], selected[b] = out_BHGTD.reshape(Hq, D).to(q.dtype), count_BHT.flatten()
+    return out, selected

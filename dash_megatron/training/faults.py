@@ -1,0 +1,220 @@
+"""Batches whose loss or gradient is wrong: which updates are left out, and what is kept of them for a replay."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import statistics
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dash_megatron.config import FaultsConfig
+from dash_megatron.data.batches import PackedBatch
+from dash_megatron.training.checkpoint_files import write_tensors
+from dash_megatron.training.retry import retry
+
+logger = logging.getLogger(__name__)
+
+_TENSORS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An update that was left out, as `<run>/faults/step_00000123/fault.json` holds it."""
+
+    step: int
+    """The update that it would have been, counted from 1."""
+    reason: str
+    loss: float
+    """Of the global batch, in nats; may be no number."""
+    grad_norm: float
+    """Before clipping; may be no number."""
+    first_sample: int
+    """The global batch is this training sample and those that follow it."""
+    num_samples: int
+    policy: str
+    """What is done: skip, rollback, halt, or known where an earlier rollback had marked the batch."""
+    checkpoint: int | None = None
+    """Step of the newest checkpoint."""
+
+    def __str__(self) -> str:
+        last = self.first_sample + self.num_samples - 1
+        return f"{self.reason} (step {self.step}, training samples {self.first_sample} to {last})"
+
+
+class Guard:
+    """Judges every step by numbers that all processes share, so that all decide alike.
+
+    Args:
+        config: policies.
+        global_batch: samples of a step.
+    """
+
+    def __init__(self, config: FaultsConfig, global_batch: int) -> None:
+        self.config = config
+        self.global_batch = global_batch
+        self.left_out: set[int] = set()
+        """First samples of the global batches without an update, ahead too where a rollback went back past them."""
+        self.losses: deque[float] = deque(maxlen=config.loss_window)
+        """Of the last updates that were made."""
+
+    def judge_loss(self, step: int, first_sample: int, loss: float) -> Fault | None:
+        """Say before the update whether it is to be left out."""
+        if first_sample in self.left_out:
+            return Fault(step, "left out before", loss, 0.0, first_sample, self.global_batch, "known")
+        if not math.isfinite(loss):
+            return self._fault(step, f"the loss is {loss}", loss, first_sample, self.config.non_finite)
+        limit = self.spike_limit()
+        if limit is not None and loss > limit:
+            reason = f"the loss {loss:.4f} is a spike above {limit:.4f}"
+            return self._fault(step, reason, loss, first_sample, self.config.loss_spike_policy)
+        return None
+
+    def judge_gradient(self, step: int, first_sample: int, loss: float, grad_norm: float) -> Fault | None:
+        """Say after `Engine.step`, which leaves such an update out by itself, whether it was; else count its loss."""
+        if not math.isfinite(grad_norm):
+            reason = f"the gradient norm is {grad_norm}"
+            return self._fault(step, reason, loss, first_sample, self.config.non_finite, grad_norm)
+        self.losses.append(loss)
+        return None
+
+    def spike_limit(self) -> float | None:
+        """The largest loss that is no spike; None while there are too few losses to tell."""
+        if self.config.loss_spike is None or len(self.losses) < self.config.loss_window:
+            return None
+        return statistics.fmean(self.losses) + self.config.loss_spike * statistics.pstdev(self.losses)
+
+    def skipped(self, consumed_samples: int) -> int:
+        """How many of the updates up to this place in the data were left out."""
+        return sum(first < consumed_samples for first in self.left_out)
+
+    def _fault(
+        self, step: int, reason: str, loss: float, first_sample: int, policy: str, grad_norm: float = math.nan
+    ) -> Fault:
+        self.left_out.add(first_sample)
+        in_a_row, first = 0, first_sample
+        while first in self.left_out:
+            in_a_row, first = in_a_row + 1, first - self.global_batch
+        if in_a_row >= self.config.max_in_a_row and policy != "halt":
+            policy, reason = "halt", f"{reason}, as in {in_a_row} steps in a row something was wrong"
+        return Fault(step, reason, loss, grad_norm, first_sample, self.global_batch, policy)
+
+    def state_dict(self) -> dict[str, list[Any]]:
+        """What a resumed run needs to judge alike; plain numbers."""
+        return {"left_out": sorted(self.left_out), "losses": list(self.losses)}
+
+    def load_state_dict(self, state: Mapping[str, list[Any]]) -> None:
+        """Take up a saved state; batches marked since stay marked, so that a rollback does not meet them again."""
+        self.left_out |= set(state["left_out"])
+        self.losses.clear()
+        self.losses.extend(state["losses"])
+
+
+def fault_folder(run_dir: str | Path, step: int) -> Path:
+    """Where a step's fault is kept."""
+    return Path(run_dir) / "faults" / f"step_{step:08d}"
+
+
+def write_fault(
+    run_dir: str | Path,
+    fault: Fault,
+    batches: list[PackedBatch],
+    data_rank: int,
+    context_rank: int,
+    main: bool,
+) -> None:
+    """Write this process's micro-batches of a fault, and from one process its facts, each file whole or not at all.
+
+    A disk that does not take them is a warning: the run is worth more than its faults.
+
+    Args:
+        run_dir: the run's folder.
+        fault: its facts.
+        batches: as read, with this context-parallel rank's tokens alone.
+        data_rank, context_rank: name the file; of tensor-parallel ranks, which read the same, one writes.
+        main: write the facts.
+    """
+    folder = fault_folder(run_dir, fault.step)
+    tensors: dict[str, Tensor] = {}
+    for index, batch in enumerate(batches):
+        parts = {name: getattr(batch, name) for name in _TENSORS}
+        parts["sample_ids"] = torch.tensor(batch.sample_ids)
+        if batch.context is not None:
+            parts["token_index"] = batch.context.token
+        tensors |= {f"{index}.{name}": part.detach().cpu().contiguous() for name, part in parts.items()}
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"data_{data_rank:05d}_context_{context_rank:03d}.safetensors"
+        temporary = path.with_suffix(".tmp")
+        write_tensors(temporary, tensors)
+        os.replace(temporary, path)
+        if main:
+            facts = folder / "fault.json"
+            facts.with_suffix(".tmp").write_text(json.dumps(asdict(fault), indent=2) + "\n")
+            os.replace(facts.with_suffix(".tmp"), facts)
+
+    try:
+        retry(write, f"keep the batch of step {fault.step} for a replay", seconds=10, path=run_dir)
+    except OSError as error:
+        logger.error("%s; the run goes on without it", error.strerror)
+
+
+def read_fault(folder: str | Path) -> tuple[Fault, dict[int, list[PackedBatch]]]:
+    """Read what `write_fault` wrote, on the CPU.
+
+    Args:
+        folder: such as `<run>/faults/step_00000123`.
+
+    Returns:
+        The fault, and the micro-batches of each data-parallel rank, in order. Where context-parallel ranks shared the
+        tokens, batches are whole again (`context` is None): `PackedBatch.shard` divides them anew.
+
+    Raises:
+        FileNotFoundError: no fault was kept there, or files of it are missing.
+    """
+    folder = Path(folder)
+    facts, files = folder / "fault.json", sorted(folder.glob("data_*_context_*.safetensors"))
+    if not facts.is_file() or not files:
+        raise FileNotFoundError(
+            f"{folder} has no fault.json with its batches; give a folder of a run's faults/, such as "
+            "runs/quickstart/faults/step_00000123"
+        )
+    shards: dict[int, list[dict[str, Tensor]]] = {}
+    for path in files:
+        shards.setdefault(int(path.stem.split("_")[1]), []).append(load_file(path))
+    fault = Fault(**json.loads(facts.read_text(encoding="utf-8")))
+    return fault, {rank: _whole_batches(parts, folder) for rank, parts in shards.items()}
+
+
+def _whole_batches(shards: list[dict[str, Tensor]], folder: Path) -> list[PackedBatch]:
+    """Join the context-parallel ranks' tokens of each micro-batch."""
+    batches = []
+    for index in range(len({name.split(".")[0] for name in shards[0]})):
+        parts = [
+            {name.split(".")[1]: part for name, part in shard.items() if name.split(".")[0] == str(index)}
+            for shard in shards
+        ]
+        cu_seqlens = parts[0]["cu_seqlens"]
+        places = torch.cat([part.get("token_index", torch.arange(part["tokens"].numel())) for part in parts])
+        if len(places) != int(cu_seqlens[-1]):
+            raise FileNotFoundError(
+                f"{folder} has {len(places)} of {int(cu_seqlens[-1])} tokens: a context-parallel rank's file is "
+                "missing; copy all of them"
+            )
+        order = places.argsort()
+        tokens, labels, loss_mask, position_ids = (
+            torch.cat([part[name] for part in parts], dim=1)[:, order] for name in _TENSORS[:4]
+        )
+        ids = [int(number) for number in parts[0]["sample_ids"]]
+        batches.append(PackedBatch(tokens, labels, loss_mask, position_ids, cu_seqlens, ids))
+    return batches

@@ -1,0 +1,159 @@
+"""Signs of trouble in a run that still trains: hangs, slow processes, routers that no longer choose."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import logging
+import socket
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+# mean selected chunks per token, own chunk included, up to which nothing but the own chunk counts as selected
+_ONLY_THE_OWN = 1.01
+_EVERYTHING = 0.999
+
+
+class Watchdog:
+    """Ends this process when it makes no progress, with the stacks of all its threads on standard error.
+
+    The timer is Python's own faulthandler, which needs no Python to run: it works while a collective, a kernel or a
+    file system holds the process. The exit code is 1, a fault, so that the scheduler starts the run again.
+
+    Args:
+        minutes: longest time between two beats; 0 switches it off.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds = 60 * minutes
+        # a lost file under a memory map, or a crash within a library, also shows where
+        faulthandler.enable(file=2)
+
+    def beat(self) -> None:
+        """Progress was made: start waiting anew."""
+        if self.seconds:
+            faulthandler.dump_traceback_later(self.seconds, exit=True, file=2)
+
+    def stop(self) -> None:
+        """Nothing is to be expected any more."""
+        faulthandler.cancel_dump_traceback_later()
+
+
+class BusyTime:
+    """Time that this process spends waiting for data and in forward passes: what it does before it meets the others.
+
+    On a GPU, forward passes are timed by events, which are read when the step has waited for the device anyway.
+    With ZeRO 3, tensor or context parallelism forward passes meet others too, and a slow process shows in theirs.
+
+    Args:
+        device: what this process computes on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.hosts: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(self.hosts, socket.gethostname())
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Count the time within, by the clock."""
+        begin = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - begin
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Count the time within, by the device."""
+        if self.device.type != "cuda":
+            with self.reading():
+                yield
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        yield
+        end.record()
+        self._events.append((begin, end))
+
+    def end_of_step(self) -> None:
+        """Read the events; the device has passed them."""
+        self._seconds += sum(begin.elapsed_time(end) for begin, end in self._events) / 1e3
+        self._events.clear()
+
+    def slowest(self) -> tuple[int, float]:
+        """Give the process that was busiest since the last call, and its time over the median; collective."""
+        times = torch.zeros(dist.get_world_size(), dtype=torch.float64)
+        times[dist.get_rank()] = self._seconds
+        dist.all_reduce(times)
+        self._seconds = 0.0
+        seconds = times.tolist()
+        rank = max(range(len(seconds)), key=seconds.__getitem__)
+        # the lower of two in the middle: of two processes, the faster one is what to compare with
+        return rank, seconds[rank] / max(statistics.median_low(seconds), 1e-9)
+
+    def warn_of(self, rank: int, over_median: float, limit: float) -> None:
+        """Name a process that is slower than `limit` times the median."""
+        if over_median > limit:
+            logger.warning(
+                "rank %d on %s takes %.2f times the median to read data and compute; look at its GPU clocks and disks",
+                rank,
+                self.hosts[rank],
+                over_median,
+            )
+
+
+class CollapseAlarm:
+    """Warns of layers whose router selects only each token's own chunk, or every chunk, step after step.
+
+    Args:
+        steps: how many in a row make an alarm.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._since: dict[int, int] = {}
+
+    def update(self, step: int, densities: Sequence[float | None], selected: Sequence[float | None]) -> None:
+        """Look at a step's routing.
+
+        Args:
+            step: its number.
+            densities: selected over available chunks, a mean for each layer; None without a router.
+            selected: chunks that a token selects, its own included, likewise.
+        """
+        for layer, (density, chunks) in enumerate(zip(densities, selected, strict=True)):
+            state = _collapse(density, chunks)
+            if state is None or density is None or chunks is None:
+                if self._since.pop(layer, 0) >= self.steps:
+                    logger.warning("step %d: layer %d's router chooses again", step, layer)
+                continue
+            self._since[layer] = self._since.get(layer, 0) + 1
+            if self._since[layer] == self.steps:
+                logger.warning(
+                    "step %d: layer %d's router has selected %s for %d steps (density %.4f, %.3f chunks per token)",
+                    step,
+                    layer,
+                    state,
+                    self.steps,
+                    density,
+                    chunks,
+                )
+
+    @property
+    def alarms(self) -> int:
+        """Layers whose router has collapsed."""
+        return sum(count >= self.steps for count in self._since.values())
+
+
+def _collapse(density: float | None, chunks: float | None) -> str | None:
+    # both at their bounds: there is one chunk only, and nothing to choose
+    if density is None or chunks is None or (density >= _EVERYTHING) == (chunks <= _ONLY_THE_OWN):
+        return None
+    return "every chunk" if density >= _EVERYTHING else "only the own chunk"

@@ -1,0 +1,75 @@
+"""Sequences and their caches for tests of decoding."""
+
+import torch
+import torch.nn.functional as F
+
+from dash_megatron.ops import DashCache, dash_decode
+from tests.ops.kernels_under_test import CUDA, DEVICE
+
+ROUTER = {"scaling_factor": 3.0, "sigma": 2.0, "estimate_diagonal": True, "alpha": 1.5}
+C = 64 if CUDA else 16
+BORDERS = (1, C - 1, C, C + 1, 2 * C, 2 * C + 1, 7 * C + 3)
+
+
+class Sequences:
+    """Random q, k, v of every sequence, and one summary query; what the shape does not say is small."""
+
+    def __init__(self, lengths, Hq=4, Hkv=2, D=128 if CUDA else 16, dtype=torch.float32, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def noise(*shape):
+            return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+        self.lengths, self.shape = lengths, (Hkv, D)
+        self.q, self.k, self.v = ([noise(n, H, D) for n in lengths] for H in (Hq, Hkv, Hkv))
+        self.w = noise(Hkv, D)
+
+    def cache(self, page_size=None, chunk_size=C, room=0, dtype=None):
+        """An empty cache, contiguous or with pages in no order."""
+        dtype, longest = dtype or self.w.dtype, max(self.lengths) + room
+        if page_size is None:
+            return DashCache.contiguous(
+                len(self.lengths), longest, *self.shape, chunk_size=chunk_size, dtype=dtype, device=DEVICE
+            )
+        max_pages = -(-longest // page_size)
+        pages = torch.randperm(len(self.lengths) * max_pages, generator=torch.Generator().manual_seed(0))
+        table = pages.int().view(len(self.lengths), max_pages).to(DEVICE)
+        return DashCache.paged(
+            pages.numel(), table, *self.shape, page_size=page_size, chunk_size=chunk_size, dtype=dtype
+        )
+
+    def prefill(self, cache, start, end, backend="triton"):
+        """Add tokens start[b] up to end[b] of every sequence b."""
+        k, v = (
+            torch.cat([x[i:j] for x, i, j in zip(xs, start, end, strict=True)]).to(cache.k.dtype)
+            for xs in (self.k, self.v)
+        )
+        counts = torch.tensor([j - i for i, j in zip(start, end, strict=True)])
+        cu_seqlens = F.pad(counts.cumsum(0), (1, 0)).int().to(DEVICE)
+        cache.prefill(k, v, self.w.to(k.dtype), cu_seqlens, backend=backend)
+
+    def at(self, tokens, dtype=None):
+        """q, k and v [B, heads, D] of one token of each sequence."""
+        return tuple(
+            torch.stack([x[t] for x, t in zip(xs, tokens, strict=True)]).to(dtype or self.w.dtype)
+            for xs in (self.q, self.k, self.v)
+        )
+
+    def fill(self, cache, backend="triton"):
+        """All tokens, the last one appended; returns its query."""
+        last = [n - 1 for n in self.lengths]
+        if any(last):
+            self.prefill(cache, [0] * len(last), last, backend)
+        q, k, v = self.at(last, cache.k.dtype)
+        cache.append(k, v, self.w.to(k.dtype), backend=backend)
+        return q
+
+    def expected(self, chunk_size=C, **router):
+        """The float64 reference of decoding: output, and number of chunks selected."""
+        cache = self.cache(chunk_size=chunk_size, dtype=torch.float64)
+        q = self.fill(cache, "reference")
+        return dash_decode(q, cache, **{**ROUTER, **router}, backend="reference", return_selected=True)
+
+
+def relative_error(x, expected):
+    return ((x.double() - expected.double()).norm() / expected.double().norm()).item()

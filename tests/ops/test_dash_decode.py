@@ -1,0 +1,313 @@
+"""Decoding against the training forward: on CPU tensors under Triton's interpreter, on a GPU at real sizes."""
+
+import pytest
+import torch
+
+from benchmarks import decode as benchmark
+from dash_megatron.ops import DashCache, dash_attention, dash_decode
+from dash_megatron.ops.decode_reference import decode_reference
+from tests.ops.decode_sequences import BORDERS, ROUTER, C, Sequences, relative_error
+from tests.ops.kernels_under_test import CUDA, TOLERANCE, import_kernels
+
+decode, decode_cache = import_kernels("decode", "decode_cache")
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+LENGTHS = (*BORDERS, 300 * C + 5, 513 * C) if CUDA else BORDERS
+
+
+def _decode(sequences, cache, **router):
+    q = sequences.fill(cache)
+    return dash_decode(q, cache, **{**ROUTER, **router}, backend="triton", return_selected=True)
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """`launch(name=value)` changes how kernels are launched."""
+    plan = decode.plan_decode
+
+    def change(**changes):
+        monkeypatch.setattr(decode, "plan_decode", lambda *args: plan(*args)._replace(**changes))
+
+    return change
+
+
+FORMS = {
+    "short, whole": {"short": True, "splits": 1},
+    "short": {"short": True, "splits": 3},
+    "long": {"short": False, "splits": 3},
+    "long, one split": {"short": False, "splits": 1},
+    "long, a split a chunk": {"short": False, "splits": 9},
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "page_size"), [(form, None) for form in FORMS] + [("short", 2 * C), ("long", 2 * C)]
+)
+def test_sequences_of_different_lengths_equal_the_reference(form, page_size, launch):
+    short = FORMS[form]["short"]
+    sequences = Sequences(BORDERS if short else LENGTHS)
+    expected, expected_selected = sequences.expected()
+    launch(**FORMS[form])
+    out, selected = _decode(sequences, sequences.cache(page_size))
+    for x, y in zip(out, expected, strict=True):
+        assert relative_error(x, y) < TOLERANCE[torch.float32][0]
+    # among hundreds of chunks one may lie within float32's rounding of the threshold
+    assert torch.equal(selected[: len(BORDERS)], expected_selected[: len(BORDERS)])
+
+
+@pytest.mark.parametrize("router", [{}, {"estimate_diagonal": False}, {"alpha": 1.7}], ids=str)
+def test_the_reference_of_decoding_is_the_last_row_of_the_training_forward(router):
+    sequences = Sequences(BORDERS)
+    out, selected = sequences.expected(**router)
+    for b, (q, k, v) in enumerate(zip(sequences.q, sequences.k, sequences.v, strict=True)):
+        row, routing = dash_attention(
+            *(x[None].double() for x in (q, k, v)), sequences.w.double(), C, **{**ROUTER, **router},
+            backend="reference", return_routing=True,
+        )  # fmt: skip
+        assert relative_error(out[b], row[0, -1]) < 1e-12
+        assert torch.equal(selected[b], routing.chunks_selected[0, -1])
+
+
+# chunk size, length, length on a GPU, shape
+SHAPES = {
+    "one head a group": (16, 50, 3000, {"Hq": 2}),
+    "three heads a group": (16, 50, 3000, {"Hq": 6}),
+    "sixteen heads a group": (16, 70, 30000, {"Hq": 16, "Hkv": 1}),
+    "thirty-two heads a group": (16, 50, 3000, {"Hq": 32, "Hkv": 1}),
+    "head dim 64": (16, 50, 20000, {"D": 64}),
+    "head dim 80": (16, 50, 20000, {"D": 80}),
+    "head dim 96": (16, 50, 20000, {"D": 96}),
+    "head dim 256": (32, 70, 20000, {"D": 256}),
+    "chunks of 64": (64, 200, 20000, {}),
+    "chunks of 128": (128, 400, 20000, {}),
+}
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("short", [True, False], ids=["short", "long"])
+def test_every_shape_and_dtype_is_near_the_reference(name, dtype, short, launch):
+    chunk_size, length, real_length, shape = SHAPES[name]
+    if (
+        dtype != torch.float32
+        and not CUDA
+        and name not in ("three heads a group", "head dim 80", "chunks of 64")
+    ):
+        pytest.skip("needs a CUDA GPU: too slow for the interpreter")
+    longest = min(real_length, 60 * chunk_size) if short else real_length
+    sequences = Sequences((longest if CUDA else length, chunk_size + 1), dtype=dtype, **shape)
+    launch(short=short)
+    cache = sequences.cache(chunk_size=chunk_size)
+    out, _ = _decode(sequences, cache, scaling_factor=1.0)
+    # of the same summaries: their rounding may put a chunk on the other side of the threshold
+    tensors = (
+        x.double()
+        for x in (sequences.at([n - 1 for n in sequences.lengths])[0], cache.k, cache.v, cache.summary)
+    )
+    expected, _ = decode_reference(*tensors, cache.lengths, None, chunk_size, 1.0, *list(ROUTER.values())[1:])
+    assert out.dtype == dtype
+    assert relative_error(out, expected) < TOLERANCE[dtype][0]
+
+
+METHODS = {
+    "sigma 1": {"sigma": 1.0},
+    "flat prior": {"sigma": 1e6},
+    "prior not centred": {"estimate_diagonal": False},
+    "alpha 1.2": {"alpha": 1.2},
+    "alpha 1.7, prior not centred": {"alpha": 1.7, "estimate_diagonal": False},
+    "alpha 2": {"alpha": 2.0},
+    "everything selected": {"scaling_factor": 0.01},
+    "nearly nothing selected": {"scaling_factor": 50.0},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("form", ["short, whole", "short", "long"])
+def test_every_form_of_the_method_equals_the_reference(name, form, launch):
+    sequences = Sequences((60 * C + 1 if CUDA else 100, C + 1))
+    expected, expected_selected = sequences.expected(**METHODS[name])
+    launch(**FORMS[form])
+    out, selected = _decode(sequences, sequences.cache(), **METHODS[name])
+    assert relative_error(out, expected) < TOLERANCE[torch.float32][0]
+    if not CUDA:
+        assert torch.equal(selected, expected_selected)
+
+
+@pytest.mark.parametrize("form", ["short", "long"])
+def test_pages_give_the_bits_of_the_contiguous_layout(form, launch):
+    launch(**FORMS[form])
+    sequences = Sequences((100 if not CUDA else 100 * C, C, 3 * C + 1), dtype=torch.bfloat16)
+    expected = _decode(sequences, sequences.cache())
+    for page_size in (C, 4 * C):
+        assert all(
+            torch.equal(*pair)
+            for pair in zip(_decode(sequences, sequences.cache(page_size)), expected, strict=True)
+        )
+
+
+@pytest.mark.parametrize("scaling_factor", [1.0, 30.0], ids=["many selected", "few selected"])
+def test_many_blocks_of_scores_and_words_of_bits_equal_the_reference(scaling_factor, launch):
+    sequences = Sequences((2100 * C + 7 if CUDA else 150 * 16 + 7, 40 * C), Hq=3, Hkv=1)
+    expected, _ = sequences.expected(scaling_factor=scaling_factor)
+    launch(short=False, splits=4, block_chunks=32, block_scores=64)
+    out, _ = _decode(sequences, sequences.cache(), scaling_factor=scaling_factor)
+    assert relative_error(out, expected) < TOLERANCE[torch.float32][0]
+
+
+@pytest.mark.parametrize("page_size", [None, C], ids=["contiguous", "paged"])
+def test_prefill_then_decode_equals_the_whole_forward(page_size):
+    N, prompt = (20 * C + 9, 18 * C - 5) if CUDA else (4 * C + 2, 3 * C - 2)
+    sequences = Sequences((N,))
+    cache = sequences.cache(page_size)
+    settings = {**ROUTER, "backend": "triton"}
+    q, k, v = (x[0][None] for x in (sequences.q, sequences.k, sequences.v))
+    expected = dash_attention(q, k, v, sequences.w, C, **settings)
+    sequences.prefill(cache, [0], [prompt])
+    out = [dash_attention(*(x[:, :prompt] for x in (q, k, v)), sequences.w, C, **settings)]
+    for t in range(prompt, N):
+        q_t, k_t, v_t = sequences.at([t])
+        cache.append(k_t, v_t, sequences.w, backend="triton")
+        out.append(dash_decode(q_t, cache, **settings)[:, None])
+    torch.testing.assert_close(torch.cat(out, dim=1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_shorter_sequence_left_behind_does_not_leak():
+    long, short = Sequences((5 * C + 3, 4 * C)), Sequences((2 * C + 2, C), seed=1)
+    cache, fresh = long.cache(), short.cache(room=4 * C)
+    long.fill(cache)
+    for x in (cache.k, cache.v, cache.summary):
+        x.fill_(float("nan"))
+    cache.lengths.zero_()
+    assert torch.equal(_decode(short, cache)[0], _decode(short, fresh)[0])
+
+
+@pytest.mark.parametrize(
+    ("backend", "form"),
+    [("reference", "short"), *(("triton", form) for form in ("short, whole", "short", "long"))],
+)
+def test_an_empty_sequence_has_zero_output_and_no_chunks(backend, form, launch):
+    launch(**FORMS[form])
+    sequences = Sequences((C + 1, 1))
+    cache = sequences.cache()
+    sequences.prefill(cache, [0, 0], [C + 1, 0], backend)
+    q, _, _ = sequences.at([C, 0])
+    out, selected = dash_decode(q, cache, backend=backend, return_selected=True)
+    assert out[0].isfinite().all()
+    assert out[0].any()
+    assert not out[1].any()
+    assert selected.tolist() == [[2, 2], [0, 0]]
+
+
+@pytest.mark.parametrize("form", ["short, whole", "short", "long"])
+def test_a_sequence_longer_than_its_cache_has_nan_output_on_a_gpu_and_leaves_others_alone(form, launch):
+    launch(**FORMS[form])
+    sequences = Sequences((C, 5))
+    cache = sequences.cache()
+    q = sequences.fill(cache)
+    expected = dash_decode(q, cache, backend="triton")
+    # on CPU, append refuses; the kernel itself does not know
+    arguments = (cache.k, cache.v, cache.summary, cache.lengths, cache._arrived, None, None, None, C)
+    before = cache.k.clone()
+    decode_cache.cache_write(cache.k[:, 0] + 1, cache.v[:, 0], sequences.w, *arguments)
+    cache.lengths[1] = 5
+    assert cache.lengths.tolist() == [C + 1, 5]
+    assert torch.equal(cache.k[0], before[0])
+    out = dash_decode(q, cache, backend="triton")
+    assert out[0].isnan().all()
+    assert torch.equal(out[1], expected[1])
+    with pytest.raises(ValueError, match=rf"lengths\[0\]={C + 1} must be at most the cache's capacity {C}"):
+        cache.check()
+
+
+def test_keys_and_values_may_be_views_of_one_allocation():
+    sequences = Sequences((5 * C + 3, 2 * C))
+    expected, _ = _decode(sequences, sequences.cache(2 * C))
+    like = sequences.cache(2 * C)
+    both = torch.stack([like.k, like.v], dim=1)
+    cache = DashCache(both[:, 0], both[:, 1], like.summary, like.lengths, C, like.page_table)
+    out, _ = _decode(sequences, cache)
+    assert torch.equal(out, expected)
+
+
+def test_the_ops_pass_torchs_own_checks():
+    sequences = Sequences((C + 1, C), dtype=torch.bfloat16)
+    cache = sequences.cache(C)
+    q = sequences.fill(cache)
+    tensors = (cache.k, cache.v, cache.summary, cache.lengths)
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(
+        decode.decode, (q, *tensors, cache.page_table, C, 1.0, 2.0, True, 1.5), test_utils=utils
+    )
+    cache.lengths.zero_()
+    for x in tensors[:3]:
+        x.zero_()  # the check compares what was mutated, and NaN is not equal to itself
+    _, k, v = sequences.at([0, 0])
+    arguments = (k, v, sequences.w, *tensors, cache._arrived, cache.page_table, None, None, C)
+    torch.library.opcheck(decode_cache.cache_write, arguments, test_utils=utils)
+
+
+def test_torch_compile_gives_the_eager_bits():
+    sequences = Sequences((C + 5,))
+    eager, compiled = sequences.cache(), sequences.cache()
+    steps = []
+    for cache, wrap in ((eager, lambda f: f), (compiled, torch.compile(backend="aot_eager", fullgraph=True))):
+        sequences.prefill(cache, [0], [C - 1])
+
+        def step(q, k, v, cache=cache):
+            cache.append(k, v, sequences.w, backend="triton")
+            return dash_decode(q, cache, **ROUTER, backend="triton")
+
+        step = wrap(step)
+        steps.append([step(*sequences.at([t])) for t in range(C - 1, C + 2)])
+    assert all(torch.equal(x, y) for x, y in zip(*steps, strict=True))
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU: captures a CUDA graph")
+@pytest.mark.parametrize("capacity", [4096, 65536], ids=["short", "long"])
+def test_a_cuda_graph_follows_sequences_as_they_grow_and_change(capacity):
+    sequences = Sequences((capacity - 3 * C, 5 * C - 2, 1), Hq=32, dtype=torch.bfloat16)
+    cache = sequences.cache(2 * C, room=3 * C)
+    q, k, v = (x.clone() for x in sequences.at([0, 0, 0]))
+
+    def step():
+        cache.append(k, v, sequences.w, backend="triton")
+        return dash_decode(q, cache, scaling_factor=1.0, backend="triton", return_selected=True)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, selected = step()
+    for lengths in ([n - 1 for n in sequences.lengths], [C - 2, 4 * C, 0], [2 * C, 0, 0]):
+        cache.lengths.zero_()
+        sequences.prefill(cache, [0] * 3, lengths)
+        for x in (q, k, v):
+            x.normal_()
+        for _ in range(4):
+            cache_lengths = cache.lengths.clone()
+            graph.replay()
+            assert torch.equal(cache.lengths, cache_lengths + 1)
+            expected, expected_selected = dash_decode(
+                q, cache, scaling_factor=1.0, backend="triton", return_selected=True
+            )
+            assert torch.equal(out, expected)
+            assert torch.equal(selected, expected_selected)
+        reference = dash_decode(q, cache, scaling_factor=1.0, backend="reference")
+        assert relative_error(out, reference) < TOLERANCE[torch.bfloat16][0]
+
+
+def test_benchmark_inputs_are_full_caches_whose_density_topics_dial():
+    densities = []
+    for topics in (2, 8):
+        case = benchmark.Case("", batch=2, tokens=64 * 16, topics=topics, heads=4, head_dim=32, chunk_size=16)
+        layers = benchmark.make_layers(case, 2, "cpu")
+        assert len(layers) == 2
+        for cache, q in layers:
+            assert cache.capacity == case.tokens
+            assert cache.lengths.tolist() == [case.tokens] * 2
+            out, selected = dash_decode(q, cache, sigma=1.0, return_selected=True)
+            assert out.isfinite().all()
+            densities.append(benchmark.density(case, selected))
+        assert not torch.equal(layers[0][0].k, layers[1][0].k)
+    assert min(densities[:2]) > max(densities[2:])

@@ -1,0 +1,62 @@
+"""A corpus and a model small enough to train in a moment, for tests and for `python -m tests.chaos`."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+WORDS = [
+    "def",
+    "return",
+    "self",
+    "value",
+    "index",
+    "for",
+    "in",
+    "range",
+    "list",
+    "print",
+    "import",
+    "class",
+    "error",
+    "token",
+    "chunk",
+    "query",
+    "key",
+]
+
+
+def make_tiny_data(folder: Path) -> Path:
+    """Fill a folder with tokenizer.model and train/valid .bin/.idx of 1500 random documents, a few to 300 tokens long."""
+    from data_tools import tokenize_corpus, train_tokenizer
+
+    generator = random.Random(0)
+    documents = folder / "documents"
+    documents.mkdir(parents=True)
+    for number in range(1500):
+        length = generator.choice([1, 4, 10, 60])
+        text = " ".join(generator.choice(WORDS) + str(generator.randrange(10)) for _ in range(length))
+        (documents / f"{number:04d}.txt").write_text(text)
+    tokenizer = str(folder / "tokenizer.model")
+    assert not train_tokenizer.main(["--input", str(documents), "--vocab-size", "320", "--output", tokenizer])
+    tokenize = ["--input", str(documents), "--tokenizer", tokenizer, "--output", str(folder)]
+    assert not tokenize_corpus.main([*tokenize, "--valid-fraction", "0.1", "--workers", "1"])
+    return folder
+
+
+def tiny_tree(data: Path, run_dir: Path) -> dict[str, Any]:
+    """A run of a 2-layer model on such data, as nested dictionaries to change and check."""
+    return {
+        "run_dir": str(run_dir),
+        "model": {"layers": 2, "hidden_size": 64, "heads": 4, "kv_heads": 2, "ffn_hidden_size": 96},
+        "attention": {"chunk_size": 16},
+        "data": {
+            "tokenizer": str(data / "tokenizer.model"),
+            "train": [str(data / "train")],
+            "valid": [str(data / "valid")],
+            "seq_length": 128,
+            "num_workers": 0,
+        },
+        "optimizer": {"lr": 1e-2},
+        "training": {"steps": 4, "global_batch": 4, "micro_batch": 1, "precision": "fp32"},
+        "logging": {"every": 1, "tensorboard": False},
+    }

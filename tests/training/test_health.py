@@ -1,0 +1,88 @@
+"""Hangs, slow processes, collapsed routers and full disks are noticed, and named."""
+
+import errno
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dash_megatron.exit_codes import ExitCode
+from dash_megatron.training.health import CollapseAlarm
+from dash_megatron.training.metrics import MetricsWriter, read_metrics
+from tests.training.fault_workers import train_with_a_slow_rank
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_process_without_progress_shows_its_stacks_and_ends() -> None:
+    code = (
+        "import time\n"
+        "from dash_megatron.training.health import Watchdog\n"
+        "def wait_for_a_lost_peer(): time.sleep(60)\n"
+        "watchdog = Watchdog(minutes=1 / 60)\n"
+        "for _ in range(4): watchdog.beat(); time.sleep(0.5)\n"
+        "print('alive', flush=True)\n"
+        "wait_for_a_lost_peer()\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=50, cwd=ROOT
+    )
+    assert result.stdout == "alive\n"
+    assert "Timeout (0:00:01)!" in result.stderr
+    assert "in wait_for_a_lost_peer" in result.stderr
+    assert result.returncode not in [int(known) for known in ExitCode]
+
+
+def test_a_slow_process_is_named_with_its_time(
+    tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    run_processes(2, train_with_a_slow_rank, tiny_config, 1, 0.3)
+    lines = read_metrics(tiny_config["run_dir"])[1:]
+    assert [line["slowest_rank"] for line in lines] == [1, 1, 1]
+    assert all(line["slowest_over_median"] > 1.5 for line in lines)
+    assert "rank 1 on " in (tmp_path / "rank_0.log").read_text()
+
+
+@pytest.fixture
+def package_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The package's log, which a trainer in this process may have taken away from the root logger."""
+    monkeypatch.setattr(logging.getLogger("dash_megatron"), "propagate", True)
+    return caplog
+
+
+def test_a_router_at_its_floor_or_ceiling_raises_one_alarm_until_it_chooses_again(package_log: Any) -> None:
+    alarm = CollapseAlarm(steps=3)
+    # floor; ceiling; free; one chunk only, where both are the same; no router
+    collapsed = ([0.13, 0.9995, 0.5, 1.0, None], [1.0, 8.0, 4.0, 1.0, None])
+    for step in range(1, 6):
+        assert alarm.alarms == (0 if step < 4 else 2)
+        alarm.update(step, *collapsed)
+    texts = [record.getMessage() for record in package_log.records]
+    assert len(texts) == 2
+    assert "step 3: layer 0's router has selected only the own chunk for 3 steps" in texts[0]
+    assert "step 3: layer 1's router has selected every chunk for 3 steps" in texts[1]
+    alarm.update(6, [0.5, 0.9995, 0.5, 1.0, None], [4.0, 8.0, 4.0, 1.0, None])
+    assert alarm.alarms == 1
+    assert "step 6: layer 0's router chooses again" in package_log.records[-1].getMessage()
+
+
+def test_a_disk_that_was_full_for_a_moment_leaves_whole_lines(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package_log: Any
+) -> None:
+    writer = MetricsWriter(tmp_path, tensorboard=False, resumed_step=0)
+    append, failures = writer._append, [True, False]
+
+    def half_a_line(line: bytes) -> None:
+        if failures and failures.pop(0):
+            append(line[:5])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(line)
+
+    monkeypatch.setattr(writer, "_append", half_a_line)
+    for step in (1, 2):
+        writer.write({"step": step, "loss": 2.0})  # type: ignore[typeddict-item]
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 2.0}\n'
+    assert "disk full" in package_log.records[0].getMessage()
