@@ -15,8 +15,8 @@ SUBSET = [
     (3, "killed in a load"),
     (4, "killed, newest checkpoint damaged"),
     (5, "disk full for a while"),
-    (6, "signal"),
-    (7, "data file corrupted"),
+    (15, "signal"),
+    (26, "data file corrupted"),
 ]
 
 
