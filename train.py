@@ -25,22 +25,25 @@ def main() -> int:
         trainer = Trainer(config)
         trainer.start()
     except (ValueError, FileNotFoundError, PermissionError) as error:
-        return stop_for_good(ExitCode.CONFIG_ERROR, f"error: {error}")
+        return leave(ExitCode.CONFIG_ERROR, f"error: {error}")
     try:
         code = trainer.train()
     except Halted as error:
-        return stop_for_good(ExitCode.HALTED, f"halted: {error}")
+        return leave(ExitCode.HALTED, f"halted: {error}")
+    if code == ExitCode.REQUEUE:
+        leave(code)
     destroy_process_groups()
     return code
 
 
-def stop_for_good(code: ExitCode, reason: str) -> ExitCode:
-    """Tell people why the run must not be started again, and the batch script, which may not see this process's code."""
-    print(reason, file=sys.stderr)
-    if path := os.environ.get("DASH_STOP_FILE"):
+def leave(code: ExitCode, reason: str = "stopped as asked, and saved") -> ExitCode:
+    """Tell people why this process ends before the run does, and the batch script, which may not see its exit code."""
+    if code != ExitCode.REQUEUE:
+        print(reason, file=sys.stderr)
+    if path := os.environ.get("DASH_EXIT_FILE"):
         # where even this cannot be written, the exit code still tells
         with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
-            file.write(f"{reason}\n")
+            file.write(f"{int(code)}\t{' '.join(reason.splitlines())}\n")
     return code
 
 

@@ -18,6 +18,10 @@ from typing import Any
 
 import yaml
 
+# states of jobs that will not run again; for some minutes the queue still shows them
+ENDED = frozenset(
+    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()  # noqa: SIM905
+)
 HEADER = ("run", "job", "state", "step", "loss", "tokens/s", "left", "last checkpoint", "restarts")
 
 
@@ -54,8 +58,8 @@ def read_events(run: Path) -> list[Event]:
 
 
 def read_queue() -> dict[str, tuple[str, str]]:
-    """State and reason of every job in SLURM's queue; empty where there is no SLURM."""
-    rows = _rows("squeue", "--noheader", "--array", "--format=%i|%T|%r")
+    """State and reason of every job that SLURM's queue shows; empty where there is no SLURM."""
+    rows = _rows("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r")
     return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
 
 
@@ -126,18 +130,19 @@ def seconds_left(metrics: dict[str, Any], total: int | None) -> float | None:
 
 
 def describe_state(events: list[Event], queue: dict[str, tuple[str, str]]) -> tuple[str, str, str]:
-    """Job, its state, and why: of the queue where it is there, else what the run's script last wrote."""
-    for job in dict.fromkeys(event.job for event in reversed(events)):
-        if job in queue:
-            state, reason = queue[job]
-            return job, state, reason if state == "PENDING" else ""
+    """Job, its state, and why: of the queue while it is waiting or running, else what the run's script last wrote."""
     if not events:
         return "-", "-", ""
+    for job in dict.fromkeys(event.job for event in reversed(events)):
+        state, reason = queue.get(job, ("COMPLETED", ""))
+        if state not in ENDED:
+            return job, state, reason if state == "PENDING" else ""
     last = events[-1]
     if last.name in ("done", "stopped"):
         return last.job, last.name.upper(), last.detail if last.name == "stopped" else ""
     # it was queued or running when somebody last wrote
-    return last.job, state_in_accounting(last.job) or "GONE", ""
+    state = queue[last.job][0] if last.job in queue else state_in_accounting(last.job)
+    return last.job, state or "GONE", ""
 
 
 def row_of(run: Path, queue: dict[str, tuple[str, str]]) -> tuple[list[str], str]:

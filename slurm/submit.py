@@ -161,7 +161,10 @@ def _array(name: str, words: list[str]) -> str:
 
 
 def _preparation(job: Job, site: Site) -> list[str]:
-    lines = [f"module load {shlex.quote(module)}" for module in site.modules]
+    lines = []
+    if site.modules:
+        lines.append("type module &> /dev/null || source /etc/profile")
+        lines += [f"module load {shlex.quote(module)} || return" for module in site.modules]
     if not job.gpus_per_node:
         lines.append("export CUDA_VISIBLE_DEVICES=")
     lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]

@@ -10,12 +10,13 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "squeue", "setpriv")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "squeue")
 NODES = ("node1", "node2")
 
 # Times are the smallest that SLURM keeps to on a loaded machine: a dead node is noticed after SlurmdTimeout, a requeued
@@ -65,7 +66,7 @@ def _search_path() -> str:
 
 
 class Cluster:
-    """Daemons that end with this process, however it ends.
+    """Daemons and jobs that end with this process, however it ends.
 
     Args:
         folder: where they keep everything; its path is short, as it becomes a socket's.
@@ -83,6 +84,10 @@ class Cluster:
         self.environment |= {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _search_path()}
         self._cpus = cpus
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        # waits for the end of this process: its standard input closes then
+        self._reaper = subprocess.Popen(
+            [sys.executable, __file__, str(folder)], stdin=subprocess.PIPE, start_new_session=True
+        )
 
     def start(self, attempts: int = 5) -> None:
         """Start all daemons; again with other ports where another program took one meanwhile."""
@@ -100,23 +105,20 @@ class Cluster:
         raise RuntimeError(f"slurm did not start in {attempts} attempts\n{self.logs()}")
 
     def stop(self) -> None:
-        """End all jobs and daemons."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.run("scancel", "--full", "--signal=KILL", f"--user={os.getuid()}", check=False)
+        """Kill all jobs and daemons, and remove the folder."""
+        self._reaper.communicate(timeout=60)
         for name in list(self._daemons):
             self._end(name)
-        self._kill_processes_of(lambda environment: f"SLURM_CONF={self.folder}/" in environment)
-        self._kill_processes_of_spool("")
 
     def start_node(self, node: str) -> None:
         """Start a node's slurmd."""
-        self._daemon("slurmd", "-D", "-N", node, name=node)
+        # all that runs there can be told by this variable
+        self._daemon("slurmd", "-D", "-N", node, name=node, SLURMD_NODENAME=node)
 
     def crash_node(self, node: str) -> None:
         """Kill (-9) a node's slurmd and all its processes, as a power cut would."""
         self._end(node)
-        self._kill_processes_of_spool(node)
-        self._kill_processes_of(lambda environment: f"\0SLURMD_NODENAME={node}\0" in environment)
+        _kill_all(f"SLURM_CONF={self.folder}/slurm.conf", f"SLURMD_NODENAME={node}")
 
     def run(self, *command: str, check: bool = True) -> str:
         """Run a SLURM command; its standard output."""
@@ -171,13 +173,15 @@ class Cluster:
         (self.folder / "state").mkdir()
         (self.folder / "slurm.conf").write_text(text)
 
-    def _daemon(self, program: str, *arguments: str, name: str | None = None) -> None:
+    def _daemon(self, program: str, *arguments: str, name: str | None = None, **variables: str) -> None:
         output: IO[bytes] = (self.folder / f"{name or program}.output.log").open("ab")
-        # setpriv: a daemon does not outlive this process, even if that is killed
-        command = ["setpriv", "--pdeathsig", "KILL", program, *arguments]
         with output:
             self._daemons[name or program] = subprocess.Popen(
-                command, env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                [program, *arguments],
+                env=self.environment | variables,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
             )
 
     def _someone_died(self) -> bool:
@@ -188,26 +192,6 @@ class Cluster:
         if daemon is not None:
             daemon.kill()
             daemon.wait(timeout=30)
-
-    def _kill_processes_of_spool(self, node: str) -> None:
-        """Kill the slurmstepd of a node ("" means all nodes), which outlive their slurmd and rename themselves."""
-        for pid in _processes():
-            try:
-                maps = os.readlink(f"/proc/{pid}/cwd")
-                name = Path(f"/proc/{pid}/comm").read_text()
-            except OSError:
-                continue
-            if name.startswith("slurmstepd") and maps.startswith(f"{self.folder}/spool.{node}"):
-                _kill(pid)
-
-    def _kill_processes_of(self, ours: Callable[[str], bool]) -> None:
-        for pid in _processes():
-            try:
-                environment = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if pid != os.getpid() and ours(f"\0{environment}"):
-                _kill(pid)
 
 
 def wait_until(
@@ -222,13 +206,22 @@ def wait_until(
     return True
 
 
-def _processes() -> list[int]:
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+def _kill_all(*variables: str) -> bool:
+    """Kill (-9) all processes that have these NAME=value in their environment, but this one; False where none has.
 
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+    A slurmstepd is killed before its tasks, of whose death it would tell.
+    """
+    found = []
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with contextlib.suppress(OSError):
+            environment = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+            command = Path(f"/proc/{pid}/comm").read_text()
+            if pid != os.getpid() and set(variables) <= set(environment):
+                found.append((not command.startswith("slurmstepd"), pid))
+    for _, pid in sorted(found):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return bool(found)
 
 
 def _free_ports(count: int) -> list[int]:
@@ -237,3 +230,9 @@ def _free_ports(count: int) -> list[int]:
     for listener in listeners:
         listener.close()
     return ports
+
+
+if __name__ == "__main__":
+    sys.stdin.read()
+    wait_until(lambda: not _kill_all(f"SLURM_CONF={sys.argv[1]}/slurm.conf"), 30)
+    shutil.rmtree(sys.argv[1], ignore_errors=True)

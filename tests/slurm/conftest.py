@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,7 +36,6 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.stop()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass
@@ -65,7 +63,7 @@ class Study:
         site = {
             "cpus_per_process": 1,
             # SLURM looks at clocks twice a minute: it warns 45 to 75 seconds after the start of 2 minutes
-            "warning_seconds": 75,
+            "warning_seconds": 45,
             "scratch": str(self.folder / "scratch"),
             # both nodes are this machine, and no name server knows their names
             "environment": {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": 1},
@@ -109,6 +107,11 @@ class Study:
     def names(self, name: str) -> list[str]:
         """What happened to a run, in order."""
         return [event for event, _ in self.events(name)]
+
+    def newest_checkpoint(self, name: str) -> int:
+        """Step of the newest published checkpoint of a run; fails where there is none."""
+        folders = (self.folder / "runs" / name / "checkpoints").glob("step_" + "[0-9]" * 8)
+        return max(int(folder.name.removeprefix("step_")) for folder in folders)
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         """Whole lines of a run's metrics.jsonl."""

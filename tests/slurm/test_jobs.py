@@ -31,7 +31,15 @@ def limited(study: Study) -> str:
 
 
 @pytest.fixture(scope="session")
-def whole(study: Study, limited: str) -> list[dict[str, Any]]:
+def overrun(study: Study) -> str:
+    """A job that does not hear the warning and runs into its limit; only its second start trains."""
+    deaf = 'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then trap "" USR1; sleep 1000; else exec "$@"; fi'
+    site = study.write_site("overrun", container=["sh", "-c", deaf, "deaf"], warning_seconds=1)
+    return study.submit(site, "--config", study.write_config("overrun"), time="1", nodes=1)
+
+
+@pytest.fixture(scope="session")
+def whole(study: Study, limited: str, overrun: str) -> list[dict[str, Any]]:
     """Metrics of a run over both nodes that nothing interrupts."""
     study.submit(study.write_site("whole"), "--config", study.write_config("whole"))
     study.wait_for_end("whole")
@@ -72,27 +80,32 @@ def test_a_job_that_fails_without_progress_is_not_started_for_ever(study: Study,
     assert wait_until(lambda: study.cluster.job(job)["JobState"] == "FAILED", SECONDS)
 
 
-def test_a_study_is_an_array_whose_tasks_are_requeued_one_by_one(study: Study, limited: str) -> None:
-    rates = {"low": 1e-3, "high": 1e-2}
+def test_a_study_is_an_array_whose_tasks_are_requeued_and_cancelled_one_by_one(
+    study: Study, limited: str
+) -> None:
+    rates = {"low": 1e-3, "cancelled": 1e-2, "high": 1e-2}
     configs = [study.write_config(name, optimizer={"lr": rate}) for name, rate in rates.items()]
     site = study.write_site("array", step_seconds=1)
     job = study.submit(site, "--array", *configs, "training.steps=25", nodes=1)
     study.wait_for_step("high", 3)
+    study.wait_for_step("cancelled", 3)
     # the last task: its job id is also that of the whole array
-    study.cluster.run("scancel", "--signal=USR1", f"{job}_1")
-    for name in rates:
+    study.cluster.run("scancel", "--signal=USR1", f"{job}_2")
+    study.cluster.run("scancel", f"{job}_1")
+    for name in ("low", "high"):
         study.wait_for_end(name)
         assert study.metrics(name)[-1]["step"] == 25
         assert study.metrics(name)[0]["lr"] == pytest.approx(rates[name], rel=0.01)
     assert study.names("low") == ["submitted", "started", "done"]
     assert study.names("high") == ["submitted", "started", "requeued", "started", "done"]
+    assert study.names("cancelled") == ["submitted", "started", "ended"]
+    assert study.metrics("cancelled")[-1]["step"] == study.newest_checkpoint("cancelled")
 
-    status = study.call("status.py").stdout.splitlines()
-    (line,) = [line.split() for line in status if line.startswith("runs/high ")]
-    assert line[1:4] == [f"{job}_1", "DONE", "25/25"]
-    assert line[-1] == "1"
-    (line,) = [line.split() for line in status if line.startswith("runs/limited ")]
-    assert line[2] in ("RUNNING", "PENDING", "DONE")
+    lines = {line[0]: line for line in map(str.split, study.call("status.py").stdout.splitlines())}
+    assert lines["runs/high"][1:4] == [f"{job}_2", "DONE", "25/25"]
+    assert lines["runs/high"][-1] == "1"
+    assert lines["runs/cancelled"][2] == "CANCELLED"
+    assert lines["runs/limited"][2] in ("RUNNING", "PENDING", "DONE")
 
 
 def test_a_requeued_job_saves_and_goes_on_bit_for_bit(study: Study, whole: list[dict[str, Any]]) -> None:
@@ -126,18 +139,39 @@ def test_a_job_at_its_time_limit_saves_and_goes_on_bit_for_bit(
     assert exact(study, "limited") == whole
 
 
-def test_a_job_survives_the_death_of_a_node_and_goes_on_bit_for_bit(
+def test_a_job_that_missed_the_warning_is_queued_again_at_its_time_limit(study: Study, overrun: str) -> None:
+    study.wait_for_end("overrun")
+    assert study.names("overrun") == ["submitted", "started", "requeued", "started", "done"]
+    assert "the time limit came before the run had saved" in study.events("overrun")[2][1]
+
+
+def test_jobs_survive_the_death_of_a_node_and_go_on_bit_for_bit(
     study: Study, cluster: Cluster, whole: list[dict[str, Any]]
 ) -> None:
-    study.wait_for_end("limited")  # it is on that node too
-    job = study.submit(study.write_site("crash", step_seconds=1), "--config", study.write_config("crash"))
+    for name in ("limited", "overrun"):
+        study.wait_for_end(name)  # they are on that node too
+    jobs = [
+        study.submit(study.write_site("crash", step_seconds=1), "--config", study.write_config("crash")),
+        # whose batch script dies, so that only SLURM itself can queue it again
+        study.submit(
+            study.write_site("alone", step_seconds=1, sbatch=["--nodelist=node2"]),
+            "--config",
+            study.write_config("alone"),
+            nodes=1,
+        ),
+    ]
     study.wait_for_step("crash", 7)
+    study.wait_for_step("alone", 7)
     cluster.crash_node("node2")
-    assert wait_until(lambda: cluster.job(job)["JobState"] == "PENDING", SECONDS), cluster.logs()
+    for job in jobs:
+        assert wait_until(lambda job=job: cluster.job(job)["JobState"] == "PENDING", SECONDS), cluster.logs()
     assert wait_until(lambda: "down" in str(cluster.states()), SECONDS), cluster.states()
     cluster.start_node("node2")
-    study.wait_for_end("crash")
-    assert study.names("crash")[-2:] == ["started", "done"]
-    assert int(cluster.job(job)["Restarts"]) >= 1
-    assert "resuming after step" in study.log("crash", "*.[1-9]/rank_00000.log")
+    for name, job in zip(("crash", "alone"), jobs, strict=True):
+        study.wait_for_end(name)
+        assert study.names(name)[-2:] == ["started", "done"]
+        assert int(cluster.job(job)["Restarts"]) >= 1
+        assert "resuming after step" in study.log(name, "*.[1-9]/rank_00000.log")
+        assert study.metrics(name)[-1]["step"] == STEPS
+    assert study.names("alone") == ["submitted", "started", "started", "done"]
     assert exact(study, "crash") == whole
