@@ -21,6 +21,15 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+# what pydantic would say of Python, said of YAML
+_RULES = {
+    "tuple_type": "must be a list, such as [first, second]",
+    "dict_type": "must be lines of NAME: value",
+    "model_type": "a site file must be lines of key: value",
+    "string_type": "must be text; put it in quotes",
+}
+
+
 class Site(BaseModel):
     """What belongs to a cluster; the comments of `slurm/site.yaml` explain the keys."""
 
@@ -87,5 +96,6 @@ def load_site(path: Path) -> Site:
             if problem["type"] == "extra_forbidden":
                 lines.append(f"{path}: {key} is not a known key; known are {', '.join(Site.model_fields)}")
             else:
-                lines.append(f"{path}: {key}={problem['input']!r}: {problem['msg']}")
+                rule = _RULES.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
+                lines.append(f"{path}: {key}={problem['input']!r}: {rule}; slurm/site.yaml shows every key")
         raise ValueError("\n".join(lines)) from None

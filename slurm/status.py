@@ -141,8 +141,8 @@ def describe_state(events: list[Event], queue: dict[str, tuple[str, str]]) -> tu
     if last.name in ("done", "stopped"):
         return last.job, last.name.upper(), last.detail if last.name == "stopped" else ""
     # it was queued or running when somebody last wrote
-    state = queue[last.job][0] if last.job in queue else state_in_accounting(last.job)
-    return last.job, state or "GONE", ""
+    ended = queue[last.job][0] if last.job in queue else state_in_accounting(last.job)
+    return last.job, ended or "GONE", ""
 
 
 def row_of(run: Path, queue: dict[str, tuple[str, str]]) -> tuple[list[str], str]:

@@ -266,8 +266,16 @@ def _what_to_submit(options: argparse.Namespace) -> tuple[Job, list[Run], Site]:
             "there is one process for each GPU"
         )
     per_node = gpus or options.processes_per_node or 1
-    if options.nodes < 1 or gpus < 0 or per_node < 1:
-        raise ValueError("--nodes and --processes-per-node must be positive, --gpus-per-node at least 0")
+    for option, number, least in (
+        ("--nodes", options.nodes, 1),
+        ("--gpus-per-node", gpus, 0),
+        ("--processes-per-node", per_node, 1),
+        ("--at-once", options.at_once or 1, 1),
+    ):
+        if number < least:
+            raise ValueError(f"{option} {number} must be at least {least}; ask for {least} or more")
+    if options.at_once and not options.array:
+        raise ValueError(f"--at-once {options.at_once} must go with --array; leave it out")
     site = load_site(Path(options.site))
     # `--array a.yaml b.yaml key=value`: what has a = and is no file is an override
     paths = (
@@ -290,7 +298,9 @@ def _what_to_submit(options: argparse.Namespace) -> tuple[Job, list[Run], Site]:
         ("--time", options.time),
     ):
         if re.fullmatch(r"[\w.,:?+@=()-]+", text) is None:
-            raise ValueError(f"{option} {text!r} must be one word without special signs")
+            raise ValueError(
+                f"{option} {text!r} must be one word of letters, digits and _ . , : ? + @ = ( ) -; take out the others"
+            )
     at_once = options.at_once if len(runs) > 1 else None
     return Job(name, options.nodes, per_node, gpus, options.time, options.dependency, at_once), runs, site
 

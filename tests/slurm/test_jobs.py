@@ -31,19 +31,34 @@ def limited(study: Study) -> str:
 
 
 @pytest.fixture(scope="session")
-def overrun(study: Study) -> str:
-    """A job that does not hear the warning and runs into its limit; only its second start trains."""
+def jobs(study: Study, limited: str) -> dict[str, str]:
+    """Ids of jobs that need nothing from the tests: most of their time they wait for SLURM to act."""
+    # does not hear the warning; only its second start trains
     deaf = 'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then trap "" USR1; sleep 1000; else exec "$@"; fi'
-    site = study.write_site("overrun", container=["sh", "-c", deaf, "deaf"], warning_seconds=1)
-    return study.submit(site, "--config", study.write_config("overrun"), time="1", nodes=1)
+    overrun = study.write_site("overrun", container=["sh", "-c", deaf, "deaf"], warning_seconds=1)
+    failing = study.write_site("failing", container=["sh", "-c", "exit 9", "#"], restarts=1)
+    # that the tokenizer has more is known on reading it
+    wrong = study.write_config("wrong", model={"vocab_size": 64})
+    return {
+        "overrun": study.submit(overrun, "--config", study.write_config("overrun"), time="1", nodes=1),
+        "failing": study.submit(failing, "--config", study.write_config("failing"), nodes=1),
+        "whole": study.submit(study.write_site("whole"), "--config", study.write_config("whole")),
+        "wrong": study.submit(study.write_site("wrong"), "--config", wrong),
+    }
 
 
 @pytest.fixture(scope="session")
-def whole(study: Study, limited: str, overrun: str) -> list[dict[str, Any]]:
+def whole(study: Study, jobs: dict[str, str]) -> list[dict[str, Any]]:
     """Metrics of a run over both nodes that nothing interrupts."""
-    study.submit(study.write_site("whole"), "--config", study.write_config("whole"))
     study.wait_for_end("whole")
     return exact(study, "whole")
+
+
+@pytest.fixture(scope="session")
+def requeued(study: Study, whole: list[dict[str, Any]]) -> str:
+    """A job over both nodes, slow enough to be interrupted."""
+    site = study.write_site("requeued", step_seconds=1)
+    return study.submit(site, "--config", study.write_config("requeued"))
 
 
 def test_a_job_trains_over_both_nodes_to_its_end(study: Study, whole: list[dict[str, Any]]) -> None:
@@ -57,36 +72,32 @@ def test_a_job_trains_over_both_nodes_to_its_end(study: Study, whole: list[dict[
     assert (study.folder / "scratch" / f"triton-{os.getuid()}").is_dir()
 
 
-def test_a_config_error_at_run_time_fails_once_and_says_why(study: Study, limited: str) -> None:
-    config = study.write_config(
-        "wrong", model={"vocab_size": 64}
-    )  # that the tokenizer has more is known on reading it
-    job = study.submit(study.write_site("wrong"), "--config", config)
+def test_a_config_error_at_run_time_fails_once_and_says_why(study: Study, jobs: dict[str, str]) -> None:
     study.wait_for_end("wrong")
     assert study.names("wrong") == ["submitted", "started", "stopped"]
     assert "model.vocab_size=64 must be at least 320" in study.events("wrong")[-1][1]
     assert "model.vocab_size=64 must be at least 320" in study.log("wrong", "job_*.log")
-    assert wait_until(lambda: study.cluster.job(job)["JobState"] == "FAILED", SECONDS)
-    assert study.cluster.job(job)["Restarts"] == "0"
+    assert wait_until(lambda: study.cluster.job(jobs["wrong"])["JobState"] == "FAILED", SECONDS)
+    assert study.cluster.job(jobs["wrong"])["Restarts"] == "0"
 
 
-def test_a_job_that_fails_without_progress_is_not_started_for_ever(study: Study, limited: str) -> None:
-    site = study.write_site("failing", container=["sh", "-c", "exit 9", "#"], restarts=1)
-    job = study.submit(site, "--config", study.write_config("failing"), nodes=1)
+def test_a_job_that_fails_without_progress_is_not_started_for_ever(
+    study: Study, jobs: dict[str, str]
+) -> None:
     study.wait_for_end("failing")
     assert study.names("failing") == ["submitted", "started", "requeued", "started", "stopped"]
     assert "exit code 9" in study.events("failing")[-1][1]
     assert "started again 1 times without a newer checkpoint" in study.events("failing")[-1][1]
-    assert wait_until(lambda: study.cluster.job(job)["JobState"] == "FAILED", SECONDS)
+    assert wait_until(lambda: study.cluster.job(jobs["failing"])["JobState"] == "FAILED", SECONDS)
 
 
 def test_a_study_is_an_array_whose_tasks_are_requeued_and_cancelled_one_by_one(
-    study: Study, limited: str
+    study: Study, requeued: str
 ) -> None:
     rates = {"low": 1e-3, "cancelled": 1e-2, "high": 1e-2}
     configs = [study.write_config(name, optimizer={"lr": rate}) for name, rate in rates.items()]
     site = study.write_site("array", step_seconds=1)
-    job = study.submit(site, "--array", *configs, "training.steps=25", nodes=1)
+    job = study.submit(site, "--array", *configs, "training.steps=12", nodes=1)
     study.wait_for_step("high", 3)
     study.wait_for_step("cancelled", 3)
     # the last task: its job id is also that of the whole array
@@ -94,7 +105,7 @@ def test_a_study_is_an_array_whose_tasks_are_requeued_and_cancelled_one_by_one(
     study.cluster.run("scancel", f"{job}_1")
     for name in ("low", "high"):
         study.wait_for_end(name)
-        assert study.metrics(name)[-1]["step"] == 25
+        assert study.metrics(name)[-1]["step"] == 12
         assert study.metrics(name)[0]["lr"] == pytest.approx(rates[name], rel=0.01)
     assert study.names("low") == ["submitted", "started", "done"]
     assert study.names("high") == ["submitted", "started", "requeued", "started", "done"]
@@ -102,22 +113,21 @@ def test_a_study_is_an_array_whose_tasks_are_requeued_and_cancelled_one_by_one(
     assert study.metrics("cancelled")[-1]["step"] == study.newest_checkpoint("cancelled")
 
     lines = {line[0]: line for line in map(str.split, study.call("status.py").stdout.splitlines())}
-    assert lines["runs/high"][1:4] == [f"{job}_2", "DONE", "25/25"]
+    assert lines["runs/high"][1:4] == [f"{job}_2", "DONE", "12/12"]
     assert lines["runs/high"][-1] == "1"
     assert lines["runs/cancelled"][2] == "CANCELLED"
     assert lines["runs/limited"][2] in ("RUNNING", "PENDING", "DONE")
 
 
-def test_a_requeued_job_saves_and_goes_on_bit_for_bit(study: Study, whole: list[dict[str, Any]]) -> None:
-    job = study.submit(
-        study.write_site("requeued", step_seconds=1), "--config", study.write_config("requeued")
-    )
+def test_a_requeued_job_saves_and_goes_on_bit_for_bit(
+    study: Study, requeued: str, whole: list[dict[str, Any]]
+) -> None:
     study.wait_for_step("requeued", 7)
     refused = study.call("submit.py", "--config", study.folder / "configs" / "requeued.yaml", "--nodes", 1,
                          "--gpus-per-node", 0, "--time", 10)  # fmt: skip
     assert refused.returncode == 2
-    assert f"is that of job {job}" in refused.stderr
-    study.cluster.run("scontrol", "requeue", job)
+    assert f"is that of job {requeued}" in refused.stderr
+    study.cluster.run("scontrol", "requeue", requeued)
     study.wait_for_end("requeued")
     assert study.names("requeued") == ["submitted", "started", "ended", "started", "done"]
     # on SIGTERM it saved the step it was in, rather than losing those since the last regular checkpoint
@@ -139,18 +149,20 @@ def test_a_job_at_its_time_limit_saves_and_goes_on_bit_for_bit(
     assert exact(study, "limited") == whole
 
 
-def test_a_job_that_missed_the_warning_is_queued_again_at_its_time_limit(study: Study, overrun: str) -> None:
+def test_a_job_that_missed_the_warning_is_queued_again_at_its_time_limit(
+    study: Study, jobs: dict[str, str]
+) -> None:
     study.wait_for_end("overrun")
     assert study.names("overrun") == ["submitted", "started", "requeued", "started", "done"]
     assert "the time limit came before the run had saved" in study.events("overrun")[2][1]
 
 
 def test_jobs_survive_the_death_of_a_node_and_go_on_bit_for_bit(
-    study: Study, cluster: Cluster, whole: list[dict[str, Any]]
+    study: Study, cluster: Cluster, limited: str, whole: list[dict[str, Any]]
 ) -> None:
     for name in ("limited", "overrun"):
         study.wait_for_end(name)  # they are on that node too
-    jobs = [
+    both = [
         study.submit(study.write_site("crash", step_seconds=1), "--config", study.write_config("crash")),
         # whose batch script dies, so that only SLURM itself can queue it again
         study.submit(
@@ -163,11 +175,11 @@ def test_jobs_survive_the_death_of_a_node_and_go_on_bit_for_bit(
     study.wait_for_step("crash", 7)
     study.wait_for_step("alone", 7)
     cluster.crash_node("node2")
-    for job in jobs:
+    for job in both:
         assert wait_until(lambda job=job: cluster.job(job)["JobState"] == "PENDING", SECONDS), cluster.logs()
     assert wait_until(lambda: "down" in str(cluster.states()), SECONDS), cluster.states()
     cluster.start_node("node2")
-    for name, job in zip(("crash", "alone"), jobs, strict=True):
+    for name, job in zip(("crash", "alone"), both, strict=True):
         study.wait_for_end(name)
         assert study.names(name)[-2:] == ["started", "done"]
         assert int(cluster.job(job)["Restarts"]) >= 1
