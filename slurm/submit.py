@@ -265,12 +265,12 @@ def _what_to_submit(options: argparse.Namespace) -> tuple[Job, list[Run], Site]:
             f"--processes-per-node {options.processes_per_node} must be left out with --gpus-per-node {gpus}: "
             "there is one process for each GPU"
         )
-    per_node = gpus or options.processes_per_node or 1
+    per_node = gpus or (1 if options.processes_per_node is None else options.processes_per_node)
     for option, number, least in (
         ("--nodes", options.nodes, 1),
         ("--gpus-per-node", gpus, 0),
         ("--processes-per-node", per_node, 1),
-        ("--at-once", options.at_once or 1, 1),
+        ("--at-once", 1 if options.at_once is None else options.at_once, 1),
     ):
         if number < least:
             raise ValueError(f"{option} {number} must be at least {least}; ask for {least} or more")
@@ -295,7 +295,6 @@ def _what_to_submit(options: argparse.Namespace) -> tuple[Job, list[Run], Site]:
     for option, text in (
         ("--job-name", name),
         ("--dependency", options.dependency or "none"),
-        ("--time", options.time),
     ):
         if re.fullmatch(r"[\w.,:?+@=()-]+", text) is None:
             raise ValueError(

@@ -18,6 +18,8 @@ import yaml
 from tests.slurm.cluster import Cluster, missing_programs, wait_until
 
 ROOT = Path(__file__).parents[2]
+# its files are commands, which import each other as such
+sys.path.insert(0, str(ROOT / "slurm"))
 # of a loaded machine: a start takes 10 seconds on two idle cores
 SECONDS = 240.0
 FREE_PORT = "import socket; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1])"
