@@ -9,7 +9,6 @@ import pytest
 import status  # of slurm/, see conftest.py
 import yaml
 
-
 EVENTS = [("submitted", "0", "x.sbatch"), ("started", "0", "on a"), ("requeued", "0", "saved"), ("started", "1", "on a")]  # fmt: skip
 
 
