@@ -1,11 +1,12 @@
 # Two commands for a fresh machine with Python >= 3.11, gcc and a package index:
-#   make quickstart   corpus -> tokenizer -> training -> checkpoint -> text and a picture
+#   make quickstart   corpus -> tokenizer -> training -> checkpoint -> text, a picture and a Hugging Face folder
 #   make test         the whole test suite
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 DATA := $(RUN)/data
+PROMPT := def read_lines(path):
 
 NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 ifeq ($(NUM_GPUS),0)
@@ -51,9 +52,13 @@ quickstart: $(DATA)/train.idx.json
 	@echo "== 4. training: DashAttention in every layer, $(PROCESSES) processes, ZeRO 1"
 	$(BIN)/torchrun --nproc-per-node $(PROCESSES) train.py --config configs/quickstart.yaml
 	@echo "== 5. the model continues a prompt"
-	$(BIN)/python -m dash_megatron sample $(RUN) --prompt "def read_lines(path):" --max-new-tokens 100
+	$(BIN)/python -m dash_megatron sample $(RUN) --prompt "$(PROMPT)" --max-new-tokens 100
 	@echo "== 6. losses and per-layer density"
 	$(BIN)/python -m dash_megatron study plot-run $(RUN)
+	@echo "== 7. export to $(RUN)/hf, and a text from there through transformers alone"
+	rm -rf $(RUN)/hf
+	$(BIN)/python -m dash_megatron convert to-hf $(RUN) $(RUN)/hf --dtype float32
+	$(BIN)/python examples/generate.py $(RUN)/hf --prompt "$(PROMPT)"
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal

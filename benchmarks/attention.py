@@ -245,8 +245,8 @@ class Stages:
         return 2.0 * blocks * self.sizes.tile_rows * self.sizes.chunk_size * self.sizes.head_dim
 
 
-def time_ours(case: Case) -> tuple[dict[str, float], int]:
-    """Milliseconds of whole calls, and bytes a forward and backward takes beyond inputs, output and gradients."""
+def time_ours(case: Case) -> tuple[dict[str, float], int, dict[str, float]]:
+    """Milliseconds of whole calls, bytes a forward and backward takes beyond inputs, output and gradients, and `spread`."""
     leaves, upstream = make_inputs(case, case.tokens)
 
     def forward() -> Tensor:
@@ -272,12 +272,22 @@ def time_ours(case: Case) -> tuple[dict[str, float], int]:
         "forward and backward": milliseconds(both),
         "forward and backward, deterministic": milliseconds(lambda: both(True)),
     }
-    return total, extra
+    return total, extra, spread(both)
+
+
+def spread(both: Callable[[], tuple[Tensor, ...]], runs: int = 5) -> dict[str, float]:
+    """Largest relative difference of the output and the gradients between runs on the same inputs: what atomics do."""
+    first, worst = both(), dict.fromkeys(("out", "dq", "dk", "dv", "dw"), 0.0)
+    for _ in range(runs - 1):
+        for name, x, again in zip(worst, first, both(), strict=True):
+            difference = ((again.float() - x.float()).norm() / x.float().norm()).item()
+            worst[name] = max(worst[name], difference)
+    return worst
 
 
 def time_case(case: Case, dense: dict[str, tuple[float, float]]) -> dict[str, object]:
     """All figures of one case, in milliseconds, TFLOP/s and bytes."""
-    total, extra = time_ours(case)
+    total, extra, differences = time_ours(case)
     stages = Stages(case)
     names = (*Stages.FORWARD, *Stages.BACKWARD)
     stages.run(*names)
@@ -304,6 +314,7 @@ def time_case(case: Case, dense: dict[str, tuple[float, float]]) -> dict[str, ob
         "stages": times,
         "tflops": {name: work / times[name] / 1e9 for name, work in rates.items()},
         "extra_memory_bytes": extra,
+        "spread": differences,
         "dense": dense,
         "speedup": {},
         "fraction_of_ideal": {},

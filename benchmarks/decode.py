@@ -28,6 +28,7 @@ ALLOWED_ERROR = 1e-2
 SELECTED_BYTES, USUAL_DENSITY = 100e6, 0.06
 MIN_LAYERS, MAX_LAYERS = 2, 128
 REPLAYS = 30
+SWEPT_SPLITS = (3, 7, 15, 23, 31, 47, 63, 127)
 ROUTER = {"scaling_factor": 1.0, "sigma": 1.0, "estimate_diagonal": True, "alpha": 1.5}
 
 
@@ -234,10 +235,10 @@ def sweep(layers: list[tuple[DashCache, Tensor]]) -> dict[str, float]:
     plan = decode.plan_decode
     usual = plan(q, cache.k.shape[2], cache.capacity // cache.chunk_size, cache.chunk_size)
     changes: list[dict[str, int | bool]] = [{}, {"dependent": not usual.dependent}]
-    changes += [{"splits": max(1, int(usual.splits * factor))} for factor in (0.25, 0.5, 1.5, 2)]
-    changes += [{"stages": s} for s in (2, 3, 4)] + [{"warps": w} for w in (2, 4, 8)]
-    changes += [{"block_chunks": s} for s in (32, 64, 128)] + [{"keys": usual.keys // 2}]
-    changes += [{"block_scores": s} for s in (512, 1024, 2048, 4096)]
+    changes += [{"splits": s} for s in SWEPT_SPLITS] + [
+        {"splits": s, "dependent": False} for s in SWEPT_SPLITS
+    ]
+    changes += [{"block_scores": s} for s in (1024, 2048, 4096)]
     if cache.capacity <= 32768:
         changes += [{"short": not usual.short}, {"short": not usual.short, "warps": 8}]
     times: dict[str, float] = {}

@@ -73,7 +73,7 @@ def _measure(
     engine = Engine(model, config, world_size=1)
     batch = _random_batch(config, vocab_size).to(device)
     if density is not None:
-        _dial(engine, batch, density, config.attention.scaling_factor)
+        _dial(engine, batch, density)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = _time_steps(engine, batch, options.steps, device)
@@ -108,22 +108,22 @@ def _random_batch(config: Config, vocab_size: int) -> PackedBatch:
 
 
 @torch.no_grad()
-def _dial(engine: Engine, batch: PackedBatch, density: float, start: float, rounds: int = 16) -> None:
+def _dial(engine: Engine, batch: PackedBatch, density: float, rounds: int = 16) -> None:
     """Search every layer's scaling factor by bisection of its logarithm; more scaling selects less."""
     layers = {
         module.layer_number - 1: module
         for module in engine.module.modules()
         if isinstance(module, DashCoreAttention)
     }
-    low, high = dict.fromkeys(layers, start * 2.0**-4), dict.fromkeys(layers, start * 2.0**24)
+    low = {index: module.scaling_factor * 2.0**-4 for index, module in layers.items()}
+    high = {index: module.scaling_factor * 2.0**24 for index, module in layers.items()}
     for _ in range(rounds):
         for index, module in layers.items():
-            middle = (low[index] * high[index]) ** 0.5
-            module.attention = module.attention.model_copy(update={"scaling_factor": middle})
+            module.scaling_factor = (low[index] * high[index]) ** 0.5
         engine.model(batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens)
         for index, means in routing_means(engine.module).items():
             side = low if means.density > density else high
-            side[index] = layers[index].attention.scaling_factor
+            side[index] = layers[index].scaling_factor
 
 
 def _time_steps(engine: Engine, batch: PackedBatch, steps: int, device: torch.device) -> float:

@@ -108,11 +108,18 @@ def _from_hf(options: argparse.Namespace) -> None:
     from dash_megatron.hf.folder import MODEL_SECTIONS
     from dash_megatron.hf.importing import import_folder
 
-    import_folder(options.source, options.output)
+    tokenizer = import_folder(options.source, options.output).tokenizer
     print(
         f"{options.output}: start a run with training.init_from={options.output} and the sections in "
         f"{options.output}/{MODEL_SECTIONS}"
     )
+    if tokenizer is None:
+        print(
+            "no tokenizer was found that training takes (tokenizer.model, or tokenizer.json with tokenizer_config.json): "
+            "data.tokenizer must be the one that the model was trained with"
+        )
+    else:
+        print(f"tokenize with, and set, data.tokenizer={tokenizer}")
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -10,13 +10,10 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    """Base of every section: immutable, typed, and closed to keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+from dash_megatron.config_rope import RopeScaling
+from dash_megatron.config_section import Section
 
 
 class ModelConfig(Section):
@@ -39,6 +36,9 @@ class ModelConfig(Section):
     `parallel.tensor`."""
     rope_theta: float = Field(default=10_000.0, gt=0)
     """Base period of the rotary position embedding."""
+    rope_scaling: RopeScaling | None = None
+    """Stretches the rotary position embedding, as the weights that a run starts from were trained with; null does not.
+    Its fields are below."""
     qk_norm: bool = False
     """RMSNorm on every query and key head before RoPE."""
     tie_embeddings: bool = False
@@ -68,6 +68,13 @@ class ModelConfig(Section):
             )
         if self.channels_per_head % 2:
             raise ValueError(f"model.head_dim={self.channels_per_head} must be even: RoPE rotates pairs")
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self.rope_scaling, name, None)
+            if factors is not None and len(factors) != self.channels_per_head // 2:
+                raise ValueError(
+                    f"model.rope_scaling.{name} has {len(factors)} numbers and must have model.head_dim / 2 = "
+                    f"{self.channels_per_head // 2}, one for each pair of channels"
+                )
         return self
 
 
@@ -78,8 +85,9 @@ class AttentionConfig(Section):
     """`dash` is DashAttention; `full` trains the dense twin of the same config."""
     chunk_size: Literal[16, 32, 64, 128] = 64
     """Tokens summarised into one routing key."""
-    scaling_factor: float = Field(default=1.0, gt=0)
-    """Multiplies routing scores before entmax; larger values select fewer chunks."""
+    scaling_factor: float | tuple[float, ...] = 1.0
+    """Multiplies routing scores before entmax, above 0; larger values select fewer chunks. A list has one for each
+    layer."""
     sigma: float = Field(default=2.0, gt=0)
     """Flattens the router's prior on the softmax; 2 is the flattest whose router gradient is bounded."""
     estimate_diagonal: bool = True
@@ -91,12 +99,24 @@ class AttentionConfig(Section):
     backend: Literal["auto", "reference", "triton"] = "auto"
     """DashAttention implementation: Triton kernels on CUDA where present (`auto`), pure torch, or Triton."""
 
+    def layer_scaling_factor(self, layer: int) -> float:
+        """`scaling_factor` of a layer, counted from 0."""
+        return self.scaling_factor[layer] if isinstance(self.scaling_factor, tuple) else self.scaling_factor
+
+    @model_validator(mode="after")
+    def _check(self) -> AttentionConfig:
+        factors = self.scaling_factor if isinstance(self.scaling_factor, tuple) else (self.scaling_factor,)
+        if not all(0 < factor < math.inf for factor in factors):
+            raise ValueError(f"attention.scaling_factor={self.scaling_factor} must be above 0, such as 1.0")
+        return self
+
 
 class DataConfig(Section):
     """What the model reads."""
 
     tokenizer: str | None = None
-    """Path of the sentencepiece model the data was tokenized with."""
+    """Path of what the data was tokenized with: a sentencepiece BPE model, as `data_tools.train_tokenizer` or Llama 2
+    has, or a Hugging Face `tokenizer.json` beside its `tokenizer_config.json`, as Llama 3 and Qwen have."""
     train: tuple[str, ...] = ()
     """Training blend: prefixes of `.bin/.idx` pairs, each optionally preceded by its weight and a space
     (`"0.7 data/web"`); without weights, data sets are mixed in proportion to their tokens."""
@@ -283,6 +303,12 @@ class Config(Section):
             raise ValueError(
                 f"attention.full_layers={list(self.attention.full_layers)} names layer {wrong[0]}, but "
                 f"model.layers={self.model.layers}: layers are counted from 0 to {self.model.layers - 1}"
+            )
+        factors = self.attention.scaling_factor
+        if isinstance(factors, tuple) and len(factors) != self.model.layers:
+            raise ValueError(
+                f"attention.scaling_factor lists {len(factors)} numbers and must list model.layers={self.model.layers}, "
+                "or be one number for all layers"
             )
 
     def _check_schedule(self) -> None:

@@ -75,7 +75,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _explain(problem: dict[str, Any]) -> str:
     """One line for one pydantic problem."""
-    path = [str(part) for part in problem["loc"]]
+    # where a value may be of several types, pydantic adds the type it tried
+    path = [str(part) for part in problem["loc"] if part not in ("float", "tuple[float, ...]")]
     key, value = ".".join(path), problem.get("input")
     if problem["type"] == "extra_forbidden":
         return f"{key}={value!r} is not a known key{_suggestion(path)}; see docs/configuration.md"
@@ -100,8 +101,8 @@ def _known_keys() -> list[str]:
     keys = []
     for name, field in Config.model_fields.items():
         keys.append(name)
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
+        section = _section_of(field)
+        if section is not None:
             keys += [f"{name}.{leaf}" for leaf in section.model_fields]
     return keys
 
@@ -117,23 +118,30 @@ def render_reference() -> str:
         f"`run_dir` (text, required): {Config.model_fields['run_dir'].description}",
     ]
     for name, field in Config.model_fields.items():
-        section = field.annotation
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
-            continue
-        lines += [
-            "",
-            f"## {name}",
-            "",
-            (section.__doc__ or "").strip(),
-            "",
-            "| key | type | default | meaning |",
-        ]
-        lines.append("| --- | --- | --- | --- |")
-        for leaf, inner in section.model_fields.items():
-            default = "required" if inner.is_required() else f"`{_default_text(inner)}`"
-            meaning = " ".join((inner.description or "").split())
-            lines.append(f"| `{leaf}` | {_type_text(inner)} | {default} | {meaning} |")
+        lines += _render_section(name, _section_of(field))
     return "\n".join(lines) + "\n"
+
+
+def _section_of(field: Any) -> type[BaseModel] | None:
+    """The section that a field holds, which may also be null; None for a value."""
+    for kind in typing.get_args(field.annotation) or (field.annotation,):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _render_section(name: str, section: type[BaseModel] | None) -> list[str]:
+    if section is None:
+        return []
+    lines = ["", f"## {name}", "", (section.__doc__ or "").strip(), ""]
+    lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+    inner_sections: list[str] = []
+    for leaf, inner in section.model_fields.items():
+        default = "required" if inner.is_required() else f"`{_default_text(inner)}`"
+        meaning = " ".join((inner.description or "").split())
+        lines.append(f"| `{leaf}` | {_type_text(inner)} | {default} | {meaning} |")
+        inner_sections += _render_section(f"{name}.{leaf}", _section_of(inner))
+    return lines + inner_sections
 
 
 def _default_text(field: Any) -> str:
@@ -145,6 +153,9 @@ def _default_text(field: Any) -> str:
 
 def _type_text(field: Any) -> str:
     annotation = field.annotation
+    section = _section_of(field)
+    if section is not None:
+        return "section or null" if type(None) in typing.get_args(annotation) else "section"
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(f"`{choice}`" for choice in typing.get_args(annotation))
     text = getattr(annotation, "__name__", "") if isinstance(annotation, type) else ""

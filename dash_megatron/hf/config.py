@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import LlamaConfig
 
 from dash_megatron.config import AttentionConfig, Config, ModelConfig
+from dash_megatron.config_rope import RopeScaling
 from dash_megatron.hf.names import is_full
 
 MODEL_FILE = "modeling_dash.py"
@@ -21,11 +22,12 @@ def llama_config(config: Config, vocab_size: int, dtype: torch.dtype, end_token:
         "auto_map": {"AutoModelForCausalLM": f"{MODEL_FILE.removesuffix('.py')}.DashForCausalLM"},
         "qk_norm": model.qk_norm,
         "chunk_size": attention.chunk_size,
-        "scaling_factor": attention.scaling_factor,
+        # nothing where layers differ: a reader of this key alone must not take one layer's for all
+        "scaling_factor": None if isinstance(attention.scaling_factor, tuple) else attention.scaling_factor,
         "sigma": attention.sigma,
         "estimate_diagonal": attention.estimate_diagonal,
         "alpha": attention.alpha,
-        "layer_scaling_factors": [attention.scaling_factor] * model.layers,
+        "layer_scaling_factors": [attention.layer_scaling_factor(layer) for layer in range(model.layers)],
         "full_attention_layers": [layer for layer in range(model.layers) if is_full(attention, layer)],
     }
     return LlamaConfig(
@@ -41,7 +43,7 @@ def llama_config(config: Config, vocab_size: int, dtype: torch.dtype, end_token:
         max_position_embeddings=config.data.seq_length,
         initializer_range=min(model.init_std, 1.0),
         rms_norm_eps=model.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        rope_parameters={"rope_type": "default", **_scaling_tree(model), "rope_theta": model.rope_theta},
         tie_word_embeddings=model.tie_embeddings,
         # a document starts where the one before it ended
         bos_token_id=end_token,
@@ -49,6 +51,12 @@ def llama_config(config: Config, vocab_size: int, dtype: torch.dtype, end_token:
         pad_token_id=end_token,
         **ours,
     )
+
+
+def _scaling_tree(model: ModelConfig) -> dict[str, Any]:
+    if model.rope_scaling is None:
+        return {}
+    return model.rope_scaling.model_dump(mode="json", exclude_none=True)
 
 
 def sections_of(tree: dict[str, Any], names: set[str]) -> tuple[ModelConfig, AttentionConfig]:
@@ -61,7 +69,7 @@ def sections_of(tree: dict[str, Any], names: set[str]) -> tuple[ModelConfig, Att
     Raises:
         ValueError: the model does something that ours does not.
     """
-    theta = _rope_theta(tree)
+    theta, scaling = _rope(tree)
     _check_shape(tree)
     layers = int(_need(tree, "num_hidden_layers"))
     heads = int(_need(tree, "num_attention_heads"))
@@ -74,6 +82,7 @@ def sections_of(tree: dict[str, Any], names: set[str]) -> tuple[ModelConfig, Att
         ffn_hidden_size=_need(tree, "intermediate_size"),
         vocab_size=_need(tree, "vocab_size"),
         rope_theta=theta,
+        rope_scaling=scaling,
         qk_norm="model.layers.0.self_attn.q_norm.weight" in names,
         tie_embeddings=tree.get("tie_word_embeddings", False),
         norm_eps=tree.get("rms_norm_eps", 1e-6),
@@ -86,17 +95,13 @@ def sections_of(tree: dict[str, Any], names: set[str]) -> tuple[ModelConfig, Att
 
 def _attention(tree: dict[str, Any], layers: int) -> AttentionConfig:
     full = tree.get("full_attention_layers") or []
-    factors = set(tree.get("layer_scaling_factors") or [tree.get("scaling_factor", 1.0)])
-    if len(factors) > 1:
-        raise ValueError(
-            f"config.json: layer_scaling_factors={tree['layer_scaling_factors']} must all be equal: a run has one "
-            "attention.scaling_factor"
-        )
+    factors = tree.get("layer_scaling_factors") or [_need(tree, "scaling_factor")] * layers
+    alike = len(set(factors)) == 1
     everywhere = len(set(full)) == layers
     return AttentionConfig(
         kind="full" if everywhere else "dash",
         chunk_size=tree["chunk_size"],
-        scaling_factor=factors.pop(),
+        scaling_factor=factors[0] if alike else tuple(factors),
         sigma=_need(tree, "sigma"),
         estimate_diagonal=_need(tree, "estimate_diagonal"),
         alpha=tree.get("alpha", 1.5),
@@ -110,23 +115,36 @@ def _need(tree: dict[str, Any], key: str) -> Any:
     return tree[key]
 
 
-def _rope_theta(tree: dict[str, Any]) -> float:
-    """Base of RoPE; transformers 5 writes `rope_parameters`, earlier ones `rope_theta` and `rope_scaling`."""
-    rope = tree.get("rope_parameters") or {}
-    scaling = tree.get("rope_scaling") or {}
-    for name, entry in (("rope_parameters", rope), ("rope_scaling", scaling)):
-        kind = entry.get("rope_type", entry.get("type", "default"))
-        if kind != "default":
-            raise ValueError(
-                f"config.json: {name}={entry} scales RoPE ({kind}), but training rotates by model.rope_theta alone; "
-                "start from a model without scaling (such as the release before its context was extended)"
-            )
-    partial = rope.get("partial_rotary_factor", tree.get("partial_rotary_factor")) or 1.0
+def _rope(tree: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of RoPE; transformers 5 writes `rope_parameters`, earlier ones `rope_theta` and `rope_scaling`."""
+    name = "rope_parameters" if tree.get("rope_parameters") else "rope_scaling"
+    rope = {key: value for key, value in (tree.get(name) or {}).items() if value is not None}
+    theta = float(rope.pop("rope_theta", None) or tree.get("rope_theta") or 10_000.0)
+    partial = rope.pop("partial_rotary_factor", None) or tree.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise ValueError(
             f"config.json: partial_rotary_factor={partial} must be 1: training rotates whole heads"
         )
-    return float(rope.get("rope_theta") or tree.get("rope_theta") or 10_000.0)
+    older = rope.pop("type", "default")
+    kind = rope.pop("rope_type", older)
+    if kind == "default":
+        return theta, None
+    known = get_args(RopeScaling.model_fields["rope_type"].annotation)
+    if kind not in known:
+        raise ValueError(
+            f"config.json: {name} has rope_type={kind}, but training knows {list(known)} only; start from a model that "
+            "is scaled otherwise, such as the release before its context was extended"
+        )
+    if kind != "linear":
+        # what transformers takes where the file leaves it open, before a run has a length of its own
+        longest = tree.get("max_position_embeddings")
+        original = tree.get("original_max_position_embeddings") or rope.get(
+            "original_max_position_embeddings", longest
+        )
+        rope["original_max_position_embeddings"] = original
+        if kind == "longrope" and "factor" not in rope and longest and original:
+            rope["factor"] = longest / original
+    return theta, RopeScaling(rope_type=kind, **rope)
 
 
 def _check_shape(tree: dict[str, Any]) -> None:

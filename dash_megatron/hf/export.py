@@ -19,7 +19,7 @@ from dash_megatron.hf.card import model_card
 from dash_megatron.hf.config import MODEL_FILE, llama_config
 from dash_megatron.hf.folder import take, write_pieces
 from dash_megatron.hf.names import pieces, to_hugging_face
-from dash_megatron.hf.tokenizer import build_tokenizer
+from dash_megatron.hf.tokenizer import export_tokenizer
 from dash_megatron.training.checkpoint import open_weights
 from dash_megatron.training.metrics import read_metrics
 
@@ -68,12 +68,18 @@ def _write(
     folder: Path, config: Config, step: int, weights: Mapping[str, Tensor], dtype: torch.dtype
 ) -> probe.Report:
     source = Path(str(config.data.tokenizer))
-    build_tokenizer(source).save_pretrained(folder)
-    shutil.copyfile(source, folder / "tokenizer.model")
-    end = Tokenizer(source).eod
+    tokenizer = Tokenizer(source)
+    end = tokenizer.eod
     vocab_size = len(weights["embedding.word_embeddings.weight"])
     llama_config(config, vocab_size, dtype, end).save_pretrained(folder)
-    GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end).save_pretrained(folder)
+    export_tokenizer(source, folder)
+    GenerationConfig(
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+        # rows that only pad the table are never drawn
+        suppress_tokens=list(range(tokenizer.vocab_size, vocab_size)) or None,
+    ).save_pretrained(folder)
     shutil.copyfile(modeling_dash.__file__, folder / MODEL_FILE)
     parts = pieces(config.model, config.attention, vocab_size)
     expected = {name for piece in parts for name in piece.ours}
@@ -83,8 +89,9 @@ def _write(
     write_pieces(
         folder,
         parts,
-        lambda piece: to_hugging_face(take(weights, piece.ours, "the checkpoint"), piece, config.model),
-        dtype,
+        lambda piece: to_hugging_face(
+            take(weights, piece.ours, "the checkpoint", dtype), piece, config.model
+        ),
     )
     logger.info("comparing the export with the training model")
     report = probe.compare(folder, weights, config, dtype)

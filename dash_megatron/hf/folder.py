@@ -22,30 +22,35 @@ def write_pieces(
     folder: Path,
     parts: list[Piece],
     tensors_of: Callable[[Piece], dict[str, Tensor]],
-    dtype: torch.dtype | None,
 ) -> None:
     """Write every piece to a file of its own, then the index; one piece at a time is in memory.
 
     Args:
         tensors_of: makes a piece's tensors.
-        dtype: to round to; None keeps each tensor's.
     """
     weight_map: dict[str, str] = {}
     total = 0
     for number, piece in enumerate(parts, 1):
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors_of(piece).items()}
+        tensors = tensors_of(piece)
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        del tensors  # before the next ones are made
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def take(
-    weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], source: str
+    weights: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    source: str,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Read some tensors, which must be there and have the given shapes.
+
+    Args:
+        dtype: to round to, one tensor after the other; None keeps each tensor's.
 
     Raises:
         ValueError: one is missing or of another shape; the message names it.
@@ -54,11 +59,12 @@ def take(
     for name, shape in shapes.items():
         if name not in weights:
             raise ValueError(f"{source} has no tensor {name}, which must have shape {list(shape)}")
-        tensors[name] = weights[name]
-        if tuple(tensors[name].shape) != tuple(shape):
+        tensor = weights[name]
+        if tuple(tensor.shape) != tuple(shape):
             raise ValueError(
-                f"{source}: tensor {name} has shape {list(tensors[name].shape)} and must have {list(shape)}"
+                f"{source}: tensor {name} has shape {list(tensor.shape)} and must have {list(shape)}"
             )
+        tensors[name] = tensor.to(dtype or tensor.dtype)
     return tensors
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -18,18 +18,25 @@ from dash_megatron.config import AttentionConfig, ModelConfig
 from dash_megatron.hf.config import multipliers, sections_of
 from dash_megatron.hf.folder import MODEL_SECTIONS, FolderWeights, take, write_pieces
 from dash_megatron.hf.names import Piece, from_hugging_face, pieces
+from dash_megatron.hf.tokenizer import import_tokenizer
 
 
-def import_folder(source: str | Path, output: str | Path) -> dict[str, Any]:
+class Imported(NamedTuple):
+    """What was made."""
+
+    sections: dict[str, Any]
+    """Of a run config: the content of `model.yaml`."""
+    tokenizer: Path | None
+    """For `data.tokenizer`; None where the source has none that training takes."""
+
+
+def import_folder(source: str | Path, output: str | Path) -> Imported:
     """Write the weights of a Hugging Face folder under the training model's names; on CPU, a layer at a time.
 
     Args:
         source: folder with config.json and safetensors: one of `export_run`, or a dense Llama-shaped model.
         output: the folder to make; may not exist. It holds safetensors, `model.yaml` with the sections that a run
-            config repeats, and the tokenizer's sentencepiece model where `source` has one.
-
-    Returns:
-        The sections in `model.yaml`.
+            config repeats, and the tokenizer where `source` has one.
 
     Raises:
         FileNotFoundError: `source` lacks a file.
@@ -55,15 +62,14 @@ def import_folder(source: str | Path, output: str | Path) -> dict[str, Any]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        write_pieces(partial, parts, lambda piece: _convert(weights, piece, model, factors, source), None)
+        write_pieces(partial, parts, lambda piece: _convert(weights, piece, model, factors, source))
         sections = _write_sections(partial, model, attention)
-        if (source / "tokenizer.model").is_file():
-            shutil.copyfile(source / "tokenizer.model", partial / "tokenizer.model")
+        tokenizer = import_tokenizer(source, partial)
         os.rename(partial, output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return sections
+    return Imported(sections, None if tokenizer is None else output / tokenizer)
 
 
 def _sections(tree: dict[str, Any], names: set[str], source: Path) -> tuple[ModelConfig, AttentionConfig]:
@@ -71,8 +77,8 @@ def _sections(tree: dict[str, Any], names: set[str], source: Path) -> tuple[Mode
         return sections_of(tree, names)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise ValueError(f"{source / 'config.json'}: {where}: {problem['msg']}") from error
+        where = "".join(f"{part}: " for part in problem["loc"])
+        raise ValueError(f"{source / 'config.json'}: {where}{problem['msg']}") from error
 
 
 def _check_names(weights: Mapping[str, Tensor], parts: list[Piece], source: Path) -> None:

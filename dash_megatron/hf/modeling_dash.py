@@ -1,7 +1,7 @@
 """A Llama-shaped decoder with DashAttention (arXiv 2605.18753), for transformers.
 
 This file travels in the folder of exported weights and needs torch and transformers only. Where the package
-dash_megatron can be imported, prompts on CUDA go through its kernels.
+dash_megatron can be imported, DashAttention on CUDA goes through its kernels, with a cache of its own.
 
 Letters: B batch, H key/value heads, G query heads per key/value head, T queries (the last T of S columns),
 S cached columns, c chunks, C tokens per chunk, D head dim. Rows may start with padding: chunks are counted from each
@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, LlamaConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 # Scores alive at once, in elements: prompts are attended block by block to stay below.
 MAX_BLOCK_SCORES = 2**24
@@ -165,16 +166,14 @@ def dash_attention(
     return torch.cat(outputs, dim=3), torch.cat(selections, dim=2)
 
 
-class DashCacheLayer(DynamicLayer):
-    """Keys and values that grow, and the summaries of their chunks that every row has filled."""
+class _Summaries:
+    """What DashAttention keeps beside keys and values: the summaries of the chunks that every row has filled."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.summary: Tensor | None = None
-        """[B, H, c, D], float32 or float64."""
-        self.start: Tensor | None = None
-        """Column of each row's first token, int64 [B]."""
-        self.latest_start = 0
+    summary: Tensor | None = None
+    """[B, H, c, D], float32 or float64."""
+    start: Tensor | None = None
+    """Column of each row's first token, int64 [B]."""
+    latest_start = 0
 
     def _each_row(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.summary is not None:
@@ -184,8 +183,18 @@ class DashCacheLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Let rows continue other rows."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
         self._each_row(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()  # type: ignore[misc]
+        self.summary = self.start = None
+        self.latest_start = 0
+
+
+class DashDynamicLayer(_Summaries, DynamicLayer):
+    """Keys and values that grow, with summaries."""
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
@@ -202,31 +211,55 @@ class DashCacheLayer(DynamicLayer):
         super().crop(*args, **kwargs)
         self.summary = None
 
+
+class DashStaticLayer(_Summaries, StaticLayer):
+    """Keys and values in their places of a table of fixed size, with summaries."""
+
+    is_compileable = False  # shapes follow the columns filled
+    filled = 0
+    """`cumulative_length`, where nobody waits for a device to know it."""
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write columns, and give all that are filled."""
+        keys, values = super().update(*args, **kwargs)
+        self.filled += args[0].shape[2]
+        return keys[:, :, : self.filled], values[:, :, : self.filled]
+
+    def get_seq_length(self) -> int:
+        """Columns filled."""
+        return self.filled
+
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.summary = self.start = None
-        self.latest_start = 0
+        self.filled = 0
 
 
-def dash_layer(cache: Cache, index: int) -> DashCacheLayer:
-    """The cache of one layer, which a plain dynamic cache first learns to keep summaries.
+_LAYERS: dict[type, type] = {DynamicLayer: DashDynamicLayer, StaticLayer: DashStaticLayer}
+
+
+def dash_layer(cache: Cache, index: int) -> Any:
+    """The cache of one layer, which a plain dynamic or static cache first learns to keep summaries.
+
+    Where the package's kernels filled it, it is theirs, with an `as_plain`.
 
     Raises:
         ValueError: the cache is of a kind that keeps its columns otherwise.
     """
     while len(cache.layers) <= index:
-        cache.layers.append(DashCacheLayer())
-    layer = cache.layers[index]
-    if isinstance(layer, DashCacheLayer):
+        cache.layers.append(DashDynamicLayer())
+    layer: Any = cache.layers[index]
+    if isinstance(layer, DashDynamicLayer | DashStaticLayer) or hasattr(layer, "as_plain"):
         return layer
-    if type(layer) is not DynamicLayer:
+    if type(layer) not in _LAYERS:
         raise ValueError(
-            f"the cache's layers are {type(layer).__name__}, but DashAttention keeps chunk summaries beside a dynamic "
-            "cache only; leave out cache_implementation, or pass use_cache=False"
+            f"the cache's layers are {type(layer).__name__}, but DashAttention keeps chunk summaries beside a dynamic or "
+            "static cache only; leave out cache_implementation, or pass use_cache=False"
         )
-    ours = DashCacheLayer()
+    ours: Any = object.__new__(_LAYERS[type(layer)])
     ours.__dict__.update(layer.__dict__)
+    if isinstance(ours, DashStaticLayer):
+        ours.filled = int(layer.get_seq_length())
     cache.layers[index] = ours
     return ours
 
@@ -259,13 +292,13 @@ class DashMLP(nn.Module):
 
 
 @functools.cache
-def _kernels() -> Callable[..., Tensor] | None:
-    """The package's attention, where it can be imported."""
+def _kernels() -> Callable[..., Tensor | None] | None:
+    """The package's attention to a prompt or a cache, where it can be imported."""
     try:
-        from dash_megatron.ops import dash_attention as fast
+        from dash_megatron.hf.fast_cache import attend
     except ImportError:
         return None
-    return fast
+    return attend
 
 
 class DashSelfAttention(nn.Module):
@@ -296,6 +329,8 @@ class DashSelfAttention(nn.Module):
                 config.estimate_diagonal,
                 getattr(config, "alpha", 1.5),
             )
+        self.backend = "auto"
+        """"auto": the package's kernels on CUDA; "torch": this file alone; else the package's backend of that name."""
         self.keep_selection = False
         self.selection: Tensor | None = None
         """Chunks that each query of the last forward pass attended to, bool [B, H, T, c], if `keep_selection`."""
@@ -311,9 +346,13 @@ class DashSelfAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (_rotate(each, cos[:, None], sin[:, None]) for each in (q, k))
-        layer = None
+        layer: Any = None if cache is None else dash_layer(cache, self.index)
+        out = self._attend_with_kernels(q, k, v, start, latest_start, cache)
+        if out is not None:
+            return self.o_proj(out.transpose(1, 2).flatten(2))
         if cache is not None:
-            layer = dash_layer(cache, self.index)
+            if hasattr(layer, "as_plain"):
+                layer = cache.layers[self.index] = layer.as_plain(start)
             k, v = cache.update(k, v, self.index)
         if self.is_full:
             out = self._attend_fully(q, k, v, start, latest_start)
@@ -321,24 +360,41 @@ class DashSelfAttention(nn.Module):
             out = self._attend_by_chunks(q, k, v, start, latest_start, layer)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
+    def _attend_with_kernels(
+        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, latest_start: int, cache: Cache | None
+    ) -> Tensor | None:
+        """All [B, heads, T, D], the new columns; None where this file attends, and fills the cache, by itself."""
+        kernels = _kernels()
+        if kernels is None or self.is_full or self.keep_selection:
+            return None
+        indexer_q = self.indexer_q.view(self.kv_heads, self.head_dim)
+        places = (start, latest_start, cache, self.index, self.backend)
+        return kernels(q, k, v, indexer_q, *places, **self.router._asdict())
+
     def _attend_fully(self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, latest_start: int) -> Tensor:
         """All [B, heads, columns, D]."""
         T, S = q.shape[2], k.shape[2]
-        plain = T == S and latest_start == 0
+        plain = latest_start == 0 and T in (1, S)
         mask = None if plain else _visible(S, range(S - T, S), start)[:, None]
+        if T == 1:
+            # the heads of a group as queries read keys once
+            rows = q.unflatten(1, (k.shape[1], -1))[:, :, :, 0]
+            return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).flatten(1, 2)[:, :, None]
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, enable_gqa=grouped)
 
     def _attend_by_chunks(
-        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, latest_start: int, layer: DashCacheLayer | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start: Tensor,
+        latest_start: int,
+        layer: DashDynamicLayer | DashStaticLayer | None,
     ) -> Tensor:
         """All [B, heads, columns, D]."""
         router, S = self.router, k.shape[2]
         indexer_q = self.indexer_q.view(self.kv_heads, self.head_dim)
-        fast = _kernels() if q.is_cuda and q.shape[2] == S and latest_start == 0 else None
-        if fast is not None and not self.keep_selection:
-            rows = (each.transpose(1, 2) for each in (q, k, v))
-            return fast(*rows, indexer_q, **router._asdict()).transpose(1, 2)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         with torch.autocast(q.device.type, enabled=False):
             wide_k = k.to(wide)
@@ -393,17 +449,28 @@ class DashPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.indexer_q)  # a summary starts as the mean key
 
 
+def rotary_frequencies(config: LlamaConfig) -> tuple[Tensor, float]:
+    """Radians per position of each pair of channels, float32 [D / 2] on CPU, and the factor on cosines and sines.
+
+    longrope takes its long factors where `max_position_embeddings` exceeds the original positions, at every position,
+    so that keys in a cache stay valid when a text grows past them.
+    """
+    rope: Any = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    # transformers builds models on the meta device, where there are no numbers
+    with torch.device("cpu"):
+        if kind == "default":
+            D = config.head_dim or config.hidden_size // config.num_attention_heads
+            return rope["rope_theta"] ** -(torch.arange(0, D, 2, dtype=torch.float32) / D), 1.0
+        return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=config.max_position_embeddings)
+
+
 class DashModel(DashPreTrainedModel):
     """Embedding, layers and the last norm."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
-        rope: Any = config.rope_parameters
-        if rope.get("rope_type", "default") != "default":
-            raise ValueError(
-                f"rope_parameters={rope} must have rope_type 'default', all that this model knows"
-            )
-        self.theta = rope["rope_theta"]
+        self.frequencies, self.attention_factor = rotary_frequencies(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DashDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = DashRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -411,11 +478,12 @@ class DashModel(DashPreTrainedModel):
 
     def rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B, T, D] of angles in float32, as in training."""
-        D = self.config.head_dim or self.config.hidden_size // self.config.num_attention_heads
-        exponents = torch.arange(0, D, 2, dtype=torch.float32, device=position_ids.device) / D
-        angles = position_ids.float()[..., None] * self.theta**-exponents
+        if self.frequencies.device != position_ids.device:
+            self.frequencies = self.frequencies.to(position_ids.device)
+        angles = position_ids.float()[..., None] * self.frequencies
         angles = torch.cat([angles, angles], -1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
+        return cos.to(dtype), sin.to(dtype)
 
     def forward(
         self,
@@ -433,14 +501,14 @@ class DashModel(DashPreTrainedModel):
             input_ids: int64 [B, T]; or `inputs_embeds` [B, T, hidden_size].
             attention_mask: [B, S], 0 for padding, which stands before or after a row's tokens.
             position_ids: [B, T]; None counts from each row's first token.
-            past_key_values: dynamic cache of the S - T columns before.
+            past_key_values: dynamic or static cache of the S - T columns before.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         cache = past_key_values
-        past = cache.get_seq_length() if cache is not None else 0
+        past = int(cache.get_seq_length()) if cache is not None else 0
         start, latest_start = _row_starts(attention_mask, cache, x)
         if position_ids is None:
             column_T = torch.arange(past, past + x.shape[1], device=x.device)
@@ -454,14 +522,16 @@ class DashModel(DashPreTrainedModel):
 def _row_starts(mask: Tensor | None, cache: Cache | None, x: Tensor) -> tuple[Tensor, int]:
     """Column of each row's first token, int64 [B], and the latest of them; a cache remembers both.
 
+    Once a cache has tokens, masks on other devices than CPU are not looked at: the host would wait at every token.
+
     Raises:
         ValueError: the mask is not of shape [B, S], has padding between tokens, or moved a row's first token.
     """
     layer = dash_layer(cache, 0) if cache is not None else None
     known = layer.start if layer is not None and layer.get_seq_length() > 0 else None
+    if layer is not None and known is not None and (mask is None or x.device.type != "cpu"):
+        return known, layer.latest_start
     if mask is None:
-        if layer is not None and known is not None:
-            return known, layer.latest_start
         start, latest = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device), 0
     else:
         if mask.ndim != 2:
@@ -492,6 +562,15 @@ class DashForCausalLM(DashPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None, **ignored: Any) -> Tensor | None:
+        """For a static cache `generate` would write the mask out for all columns; ours says where rows start."""
+        return attention_mask
+
+    def _valid_auto_compile_criteria(self, *ignored: Any) -> bool:
+        # generate would compile for a static cache, but shapes follow the columns filled
+        return False
 
     def forward(
         self,

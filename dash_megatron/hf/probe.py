@@ -1,6 +1,6 @@
 """Whether exported weights compute what the training model computes: the same logits, by the same chunks.
 
-Both models run layer by layer in float64, so that rounding decides nothing and one layer at a time is in memory.
+Both models run in float64, so that rounding decides nothing, and one matrix at a time is in memory.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from transformers import LlamaConfig
 
 from dash_megatron.config import Config, ParallelConfig
 from dash_megatron.hf.modeling_dash import DashForCausalLM
-from dash_megatron.layers import DashCoreAttention, DashGPTModel, build_model
+from dash_megatron.layers import DashCoreAttention, build_model
 from dash_megatron.ops import sharded_reference
 from dash_megatron.ops.sharded import QueryChunks
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
@@ -28,7 +29,19 @@ TOLERANCE = 1e-4
 # Root mean square of what rounding weights to bfloat16 may change, over that of the logits' deviation from their mean.
 BF16_TOLERANCE = 0.05
 # Rows of the output projection widened at once.
-_ROWS = 2**14
+_ROWS = 2**12
+
+
+@dataclass(frozen=True)
+class _StoredRows:
+    """Rows of a tensor in a file, opened for each slice: what stays open stays in memory."""
+
+    path: Path
+    name: str
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_slice(self.name)[rows]
 
 
 class Result(NamedTuple):
@@ -36,15 +49,23 @@ class Result(NamedTuple):
 
     hidden: Tensor
     """float64 [N, hidden_size], after the last norm."""
-    head: Tensor
-    """Output projection [vocabulary, hidden_size] in the weights' dtype."""
+    head: Callable[[], Any]
+    """Opens the output projection, [vocabulary, hidden_size]; slices of it are tensors."""
+    dtype: torch.dtype
+    """To which the projection is rounded."""
     selected: list[Tensor | None]
     """Of every layer, the chunks each token attends to, bool [Hkv, N, c]; None: full attention."""
 
-    def logits(self) -> Iterator[Tensor]:
-        """Logits float64 [N, rows] of a few rows of the vocabulary after the other: all would fill the memory."""
-        for rows in self.head.split(_ROWS):
-            yield self.hidden @ rows.double().T
+    def logits(self, vocab_size: int, head: Any = None) -> Iterator[Tensor]:
+        """Logits float64 [N, rows] of a few rows of the vocabulary after the other: all would fill the memory.
+
+        Args:
+            vocab_size: rows of the projection.
+            head: the projection, where it is open already.
+        """
+        head = self.head() if head is None else head
+        for first in range(0, vocab_size, _ROWS):
+            yield self.hidden @ head[first : first + _ROWS].to(self.dtype).double().T
 
 
 class Report(NamedTuple):
@@ -83,7 +104,7 @@ def compare(folder: Path, weights: Mapping[str, Tensor], config: Config, dtype: 
             raise ValueError(
                 f"layer {layer} of the export selects other chunks than the training model{where}"
             )
-    pairs = zip(ours.logits(), theirs.logits(), strict=True)
+    pairs = zip(ours.logits(vocab_size), theirs.logits(vocab_size), strict=True)
     difference = max(float((one - other).abs().max()) for one, other in pairs)
     if not difference <= TOLERANCE:
         raise ValueError(
@@ -91,8 +112,7 @@ def compare(folder: Path, weights: Mapping[str, Tensor], config: Config, dtype: 
         )
     rounding = 0.0
     if dtype != torch.float32:
-        del theirs
-        rounding = _relative_change(run_training(weights, config, tokens, torch.float32), ours)
+        rounding = _relative_change(run_training(weights, config, tokens, torch.float32), ours, vocab_size)
         if not rounding <= BF16_TOLERANCE:
             raise ValueError(
                 f"rounding weights to {dtype} changes logits by {rounding:.1%}, above {BF16_TOLERANCE:.0%}; use "
@@ -101,27 +121,56 @@ def compare(folder: Path, weights: Mapping[str, Tensor], config: Config, dtype: 
     return Report(num_tokens, difference, rounding)
 
 
-def _relative_change(exact: Result, rounded: Result) -> float:
+def _relative_change(exact: Result, rounded: Result, vocab_size: int) -> float:
     """Root mean square of the change of logits over that of their deviation from each token's mean."""
     change = 0.0
     total_N, square_N = torch.zeros(2, len(exact.hidden), dtype=torch.float64)
-    for one, other in zip(exact.logits(), rounded.logits(), strict=True):
+    head = exact.head()
+    pairs = zip(exact.logits(vocab_size, head), rounded.logits(vocab_size, head), strict=True)
+    for one, other in pairs:
         change += float((one - other).square().sum())
         total_N += one.sum(-1)
         square_N += one.square().sum(-1)
-    spread = float((square_N - total_N.square() / len(exact.head)).sum())
+    spread = float((square_N - total_N.square() / vocab_size).sum())
     return (change / spread) ** 0.5
 
 
 @contextmanager
-def _loaded(module: torch.nn.Module, state: dict[str, Tensor]) -> Iterator[torch.nn.Module]:
-    """Give a module of shapes only its weights, in float64, and take them away again."""
-    module.to_empty(device="cpu").double()
-    module.load_state_dict(state)
+def _weights_of(
+    module: torch.nn.Module, name: str, read: Callable[[str], Tensor]
+) -> Iterator[torch.nn.Module]:
+    """Give every part of a module of shapes only its own weights, in float64, while that part runs.
+
+    Args:
+        name: of the module in its model.
+        read: a weight by its name in the model.
+
+    Raises:
+        ValueError: a weight has another shape than the module's.
+    """
+    handles = []
+    for prefix, part in module.named_modules(prefix=name):
+        shapes = dict(part.named_parameters(recurse=False))
+        names = {own: f"{prefix}.{own}" for own in shapes}
+
+        def load(
+            part: torch.nn.Module, _: Any, names: dict[str, str] = names, shapes: dict[str, Any] = shapes
+        ) -> None:
+            for own, full in names.items():
+                tensor = read(full)
+                if tensor.shape != shapes[own].shape:
+                    raise ValueError(f"{full} has shape {list(tensor.shape)}, not {list(shapes[own].shape)}")
+                part._parameters[own] = torch.nn.Parameter(tensor.double(), requires_grad=False)
+
+        def drop(part: torch.nn.Module, *_: Any, shapes: dict[str, Any] = shapes) -> None:
+            part._parameters.update(shapes)
+
+        handles += [part.register_forward_pre_hook(load), part.register_forward_hook(drop)]
     try:
         yield module.eval()
     finally:
-        module.to("meta")
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
@@ -132,7 +181,10 @@ def run_exported(folder: Path, tokens: Tensor) -> Result:
         model: Any = DashForCausalLM(config)
     files = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
 
+    unread = set(files)
+
     def read(name: str) -> Tensor:
+        unread.discard(name)
         with safe_open(folder / files[name], framework="pt") as file:
             return file.get_tensor(name)
 
@@ -141,17 +193,18 @@ def run_exported(folder: Path, tokens: Tensor) -> Result:
     start = torch.zeros(1, dtype=torch.int64)
     selected: list[Tensor | None] = []
     for index, layer in enumerate(model.model.layers):
-        prefix = f"model.layers.{index}."
-        state = {name.removeprefix(prefix): read(name) for name in files if name.startswith(prefix)}
         layer.self_attn.keep_selection = True
-        with _loaded(layer, state):
+        with _weights_of(layer, f"model.layers.{index}", read):
             x = layer(x, cos, sin, start, 0, None)
         selection = layer.self_attn.selection
         selected.append(None if selection is None else selection[0])
-    with _loaded(model.model.norm, {"weight": read("model.norm.weight")}) as norm:
+    with _weights_of(model.model.norm, "model.norm", read) as norm:
         x = norm(x)
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    return Result(x[0], read(head), selected)
+    if extra := sorted(unread - {head}):
+        raise ValueError(f"the exported model does not read {extra[0]}, which the export has")
+
+    return Result(x[0], lambda: _StoredRows(folder / files[head], head), torch.float64, selected)
 
 
 @torch.no_grad()
@@ -163,43 +216,44 @@ def run_training(weights: Mapping[str, Tensor], config: Config, tokens: Tensor, 
     def read(name: str) -> Tensor:
         return weights[name].to(dtype)
 
-    table = read("embedding.word_embeddings.weight")
+    table = weights["embedding.word_embeddings.weight"]
+    vocab_size, x = len(table), table[tokens].to(dtype).double()[:, None]
+    del table
     init_process_groups(Launch(rank=0, world_size=1, local_rank=0), config.parallel)
     try:
-        model = build_model(config, len(table), "meta").eval()
-        x = table[tokens].double()[:, None]
-        del table
+        model = build_model(config, vocab_size, "meta").eval()
         rotary = model.rotary(torch.arange(len(tokens))[None])
         selected = []
         for index, layer in enumerate(model.decoder.layers):
-            x, selection = _training_layer(layer, index, x, rotary, model, read)
+            x, selection = _training_layer(layer, index, x, rotary, read)
             selected.append(selection)
-        with _loaded(
-            model.decoder.final_layernorm, {"weight": read("decoder.final_layernorm.weight")}
-        ) as norm:
+        with _weights_of(model.decoder.final_layernorm, "decoder.final_layernorm", read) as norm:
             x = norm(x)
     finally:
         destroy_process_groups()
     head = "embedding.word_embeddings" if config.model.tie_embeddings else "output_layer"
-    return Result(x[:, 0], read(f"{head}.weight"), selected)
+    return Result(x[:, 0], lambda: weights[f"{head}.weight"], dtype, selected)
 
 
 def _training_layer(
-    layer: Any, index: int, x: Tensor, rotary: Tensor, model: DashGPTModel, read: Callable[[str], Tensor]
+    layer: Any, index: int, x: Tensor, rotary: Tensor, read: Callable[[str], Tensor]
 ) -> tuple[Tensor, Tensor | None]:
     """One layer on x [N, 1, hidden_size]: its output and the chunks selected."""
-    prefix = f"decoder.layers.{index}."
-    state = {name: read(prefix + name) for name, _ in layer.named_parameters()}
     core = layer.self_attention.core_attention
-    seen: list[Tensor] = []
-    hook = core.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[:2]))
+    selections: list[Tensor] = []
+
+    def keep(core: torch.nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        if isinstance(core, DashCoreAttention):
+            selections.append(_selection(core, *inputs[:2]))
+
+    # before the summary query is taken away again
+    hook = core.register_forward_hook(keep)
     try:
-        with _loaded(layer, state):
+        with _weights_of(layer, f"decoder.layers.{index}", read):
             x, _ = layer(hidden_states=x, attention_mask=None, rotary_pos_emb=rotary)
-            selection = _selection(core, *seen) if isinstance(core, DashCoreAttention) else None
     finally:
         hook.remove()
-    return x, selection
+    return x, selections[0] if selections else None
 
 
 def _selection(core: DashCoreAttention, query: Tensor, key: Tensor) -> Tensor:
@@ -213,7 +267,7 @@ def _selection(core: DashCoreAttention, query: Tensor, key: Tensor) -> Tensor:
     end = (start + attention.chunk_size).clamp_max(num_tokens)
     chunks = QueryChunks(start, end, number, torch.zeros_like(number), len(number), len(number) ** 2)
     router = sharded_reference.Router(
-        attention.scaling_factor, attention.sigma, attention.estimate_diagonal, attention.alpha
+        core.scaling_factor, attention.sigma, attention.estimate_diagonal, attention.alpha
     )
     summary = sharded_reference.summarize(key[:, 0], core.summary_query, start, end, attention.chunk_size)
     routed = sharded_reference.route(query[:, 0], summary, chunks, router, attention.chunk_size)

@@ -1,16 +1,17 @@
-"""A transformers tokenizer that encodes as the sentencepiece model of a run does."""
+"""The tokenizer of a run as transformers loads it, and that of a folder as a run reads it."""
 
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dash_megatron.data.tokenizer import SPACE_SYMBOL
+from dash_megatron.data.sentencepiece_model import SPACE_SYMBOL
 from dash_megatron.data.tokenizer import Tokenizer as OurTokenizer
 
 # generated code, whose names no type checker sees
@@ -22,6 +23,56 @@ _TEXTS = (
     "1234567890 3.14", "</s><s><unk> <0x41> \u2581 \u2581\u2581x", "\u4f60\u597d \U0001f600\U0001f468\u200d\U0001f469", "\x00\x07\x7f",
     "def f(self, value):\n    return [value[i] for i in range(10)]\n",
 )  # fmt: skip
+
+
+# what lies beside a tokenizer.json
+_BESIDE_JSON = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja",
+)  # fmt: skip
+
+
+def export_tokenizer(source: Path, folder: Path) -> None:
+    """Write the tokenizer of a run into a folder that has its config.json already.
+
+    Args:
+        source: a sentencepiece model, of which a fast tokenizer is made, or a tokenizer.json, which is copied with the
+            files beside it.
+
+    Raises:
+        ValueError: the result does not encode as in training.
+    """
+    if source.suffix != ".json":
+        build_tokenizer(source).save_pretrained(folder)
+        shutil.copyfile(source, folder / "tokenizer.model")
+        return
+    _copy_json(source, folder)
+    check_tokenizer(AutoTokenizer.from_pretrained(folder), OurTokenizer(source))
+
+
+def import_tokenizer(source: Path, folder: Path) -> str | None:
+    """Copy what data can be tokenized with, and give the name of the file to name in `data.tokenizer`.
+
+    None where the source has no tokenizer, or one that training refuses.
+    """
+    for name in ("tokenizer.model", "tokenizer.json"):
+        try:
+            OurTokenizer(source / name)
+        except (FileNotFoundError, ValueError):
+            continue
+        if name == "tokenizer.json":
+            _copy_json(source / name, folder)
+        else:
+            shutil.copyfile(source / name, folder / name)
+        return name
+    return None
+
+
+def _copy_json(source: Path, folder: Path) -> None:
+    shutil.copyfile(source, folder / "tokenizer.json")
+    for name in _BESIDE_JSON:
+        if (source.parent / name).is_file():
+            shutil.copyfile(source.parent / name, folder / name)
 
 
 def build_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
@@ -65,7 +116,11 @@ def _wrap(proto: Any, ours: OurTokenizer) -> PreTrainedTokenizerFast:
         fuse_unk=False,
     )
     tokenizer = Tokenizer(model)
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    steps: list[Any] = [decoders.ByteFallback(), decoders.Fuse()]
+    if ours.has_prefix:
+        tokenizer.normalizer = normalizers.Prepend(" ")
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in control])
     names = {index: text for text, index in vocabulary.items()}
     end = names[ours.eod]
@@ -92,14 +147,14 @@ def _merges(scores: dict[str, float], vocabulary: dict[str, int]) -> list[tuple[
     return [(left, right) for *_, left, right in sorted(ranked)]
 
 
-def check_tokenizer(fast: PreTrainedTokenizerFast, ours: OurTokenizer) -> None:
+def check_tokenizer(fast: PreTrainedTokenizerBase, ours: OurTokenizer) -> None:
     """Compare on texts that tend to differ, and on random ones made of the vocabulary's pieces and of characters.
 
     Raises:
-        ValueError: a text is encoded otherwise, or does not come back.
+        ValueError: a text is encoded or decoded otherwise, or the end of sequence is another.
     """
     generator = random.Random(0)
-    pieces = [ours.decode([index]) for index in range(ours.vocab_size)]
+    pieces = [" ", *(ours.decode([index]) for index in range(ours.vocab_size))]
     texts = list(_TEXTS)
     for _ in range(200):
         texts.append("".join(generator.choices(pieces, k=generator.randrange(1, 60))))
@@ -107,11 +162,19 @@ def check_tokenizer(fast: PreTrainedTokenizerFast, ours: OurTokenizer) -> None:
             "".join(chr(generator.choice([32, 32, 97, 10, 0xE9, 0x4E2D, 0x1F600])) for _ in range(40))
         )
     for text in texts:
-        expected, found = ours.encode(text), fast.encode(text)
+        expected = ours.encode(text)
+        found = fast.encode(text, add_special_tokens=False, split_special_tokens=True)
         if found != expected:
             raise ValueError(
-                f"the exported tokenizer encodes {text!r} as {found}, but {ours.path} as {expected}; its model cannot "
-                "be written as merges"
+                f"the exported tokenizer encodes {text!r} as {found}, but {ours.path} as {expected}: transformers does "
+                "not read the model as training does"
             )
-        if fast.decode(found) != text:
-            raise ValueError(f"the exported tokenizer turns {text!r} into {fast.decode(found)!r}")
+        shown = fast.decode(found, skip_special_tokens=True)
+        if shown != ours.decode(expected):
+            raise ValueError(
+                f"the exported tokenizer decodes {text!r} as {shown!r}, but {ours.path} as {ours.decode(expected)!r}"
+            )
+    if fast.eos_token_id != ours.eod:
+        raise ValueError(
+            f"the exported tokenizer ends texts with {fast.eos_token_id}, but {ours.path} with {ours.eod}"
+        )

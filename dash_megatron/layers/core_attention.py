@@ -75,6 +75,7 @@ class _CoreAttention(MegatronModule):
             )
         self.layer_number = layer_number
         self.attention = attention
+        self.scaling_factor = attention.layer_scaling_factor(layer_number - 1)
         self.recompute = recompute
         self.tensor_parallel_size = pg_collection.tp.size() if pg_collection is not None else 1
         self.context_comm = context_comm
@@ -151,7 +152,7 @@ class DashCoreAttention(_CoreAttention):
             v,
             summary_query,
             chunk_size=attention.chunk_size,
-            scaling_factor=attention.scaling_factor,
+            scaling_factor=self.scaling_factor,
             sigma=attention.sigma,
             estimate_diagonal=attention.estimate_diagonal,
             alpha=attention.alpha,
@@ -176,7 +177,7 @@ class DashCoreAttention(_CoreAttention):
             q, k, v = (move_rows(x, layout.there, layout.back, group) for x in (q, k, v))
         functions = stages(attention.backend, q)
         router = functions.Router(
-            attention.scaling_factor, attention.sigma, attention.estimate_diagonal, attention.alpha
+            self.scaling_factor, attention.sigma, attention.estimate_diagonal, attention.alpha
         )
         side = DashSide(functions, router, attention.chunk_size, layout, group)
         out, selected = sharded_dash_attention(q, k, v, self.summary_query, side, self.context_comm)

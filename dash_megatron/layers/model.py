@@ -26,6 +26,7 @@ from dash_megatron.layers.core_attention import (
     RoutingMeans,
 )
 from dash_megatron.layers.norm import RMSNorm
+from dash_megatron.layers.rotary import PackedRotaryEmbedding, attention_factor
 from dash_megatron.layers.sharding import mark_splits, shard, split_of, whole_shape
 from dash_megatron.parallel.context import ContextShard
 
@@ -33,32 +34,12 @@ from dash_megatron.parallel.context import ContextShard
 MAX_LOGITS = 2**28
 
 
-class PackedRotaryEmbedding(torch.nn.Module):
-    """RoPE angles by position, so that positions may restart at every packed document.
-
-    Angles are computed in float32 from integer positions; the frequencies are no state and no parameter.
-    """
-
-    def __init__(self, head_dim: int, theta: float) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        self.theta = theta
-
-    def forward(self, position_ids: Tensor) -> Tensor:
-        """position_ids [B, N] int64 -> angles [N, B, 1, head_dim] float32, halves equal (not interleaved)."""
-        exponents = (
-            torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=position_ids.device) / self.head_dim
-        )
-        angles = position_ids.t().float()[:, :, None] * self.theta**-exponents
-        return torch.cat([angles, angles], dim=-1)[:, :, None, :]
-
-
 class DashGPTModel(GPTModel):
     """Megatron-core's `GPTModel` on packed documents, on any device."""
 
-    def __init__(self, *args: Any, rope_theta: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, rotary: PackedRotaryEmbedding, **kwargs: Any) -> None:
         super().__init__(*args, position_embedding_type="none", **kwargs)
-        self.rotary = PackedRotaryEmbedding(self.config.kv_channels, rope_theta)
+        self.rotary = rotary
 
     def _preprocess(self, *args: Any, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
         # Megatron's own rotary embedding needs CUDA and one position per row index; ours reads position_ids
@@ -148,7 +129,7 @@ class RecomputedTransformerLayer(TransformerLayer):
 
 def _transformer_config(config: Config) -> TransformerConfig:
     model = config.model
-    return TransformerConfig(
+    transformer = TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.heads,
@@ -176,6 +157,11 @@ def _transformer_config(config: Config) -> TransformerConfig:
         perform_initialization=False,
         init_method_std=model.init_std,
     )
+    # Megatron multiplies cosines and sines by (1 + 0.1 mscale log factor) / (1 + 0.1 mscale_all_dim log factor)
+    transformer.yarn_rotary_scaling_factor = math.e  # type: ignore[attr-defined]
+    transformer.yarn_mscale = 10 * (attention_factor(model.rope_scaling) - 1)  # type: ignore[attr-defined]
+    transformer.yarn_mscale_all_dim = 0.0  # type: ignore[attr-defined]
+    return transformer
 
 
 def _block_spec(config: Config) -> TransformerBlockSubmodules:
@@ -220,7 +206,12 @@ def build_model(config: Config, vocab_size: int, device: torch.device | str = "c
             vocab_size=vocab_size,
             max_sequence_length=config.data.seq_length,
             share_embeddings_and_output_weights=config.model.tie_embeddings,
-            rope_theta=config.model.rope_theta,
+            rotary=PackedRotaryEmbedding(
+                config.model.channels_per_head,
+                config.model.rope_theta,
+                config.model.rope_scaling,
+                config.data.seq_length,
+            ),
         )
     mark_splits(model)
     return model

@@ -60,7 +60,8 @@ def sample_from_run(
         new = generate(model.eval(), ids, min(max_new_tokens, room), temperature, tokenizer, generator)
     finally:
         destroy_process_groups()
-    return tokenizer.decode(new)
+    # decoded with what stands before them: alone, the first might lose a space
+    return tokenizer.decode([*ids, *new])[len(tokenizer.decode(ids)) :]
 
 
 @torch.no_grad()

@@ -57,6 +57,24 @@ def test_configs_cannot_be_changed(path: Path) -> None:
         ("attention.kind=sparse", "attention.kind='sparse'"),
         ("attention.sigma=.inf", "attention.sigma"),
         ("attention.full_layers=[4]", "names layer 4, but model.layers=4: layers are counted from 0 to 3"),
+        (
+            "attention.scaling_factor=[1.0, 2.0]",
+            "attention.scaling_factor lists 2 numbers and must list model.layers=4",
+        ),
+        ("attention.scaling_factor=0", "attention.scaling_factor=0.0 must be above 0"),
+        ("attention.scaling_factor=[1, 1, -1, 1]", "must be above 0"),
+        ("attention.scaling_factor=big", "attention.scaling_factor='big'"),
+        ("model.rope_scaling={rope_type: dynamic}", "model.rope_scaling.rope_type='dynamic'"),
+        ("model.rope_scaling={rope_type: linear}", "model.rope_scaling: rope_type=linear needs ['factor']"),
+        (
+            "model.rope_scaling={rope_type: linear, factor: 2, truncate: true}",
+            "rope_type=linear does not use ['truncate']; remove",
+        ),
+        (
+            "model.rope_scaling={rope_type: longrope, original_max_position_embeddings: 9, factor: 2, "
+            "short_factor: [1.0], long_factor: [1.0]}",
+            "model.rope_scaling.short_factor has 1 numbers and must have model.head_dim / 2 = 8",
+        ),
         ("schedule.warmup_steps=101", "schedule.warmup_steps=101 + schedule.decay_steps=0 = 101"),
         ("evaluation.every=5", "evaluation.every=5 needs data.valid, which is empty"),
         ("optimizer.betas=[0.9,1.0]", "optimizer.betas=(0.9, 1.0) must both lie in [0, 1)"),

@@ -5,7 +5,7 @@ import random
 import pytest
 import sentencepiece
 
-from dash_megatron.data import tokenizer as tokenizer_module
+from dash_megatron.data import sentencepiece_model as tokenizer_module
 from dash_megatron.data.tokenizer import Tokenizer
 
 AWKWARD = [
@@ -91,13 +91,12 @@ def test_an_id_outside_the_vocabulary_cannot_be_decoded(tokenizer):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"add_dummy_prefix": True}, "must keep text as it is"),
         ({"remove_extra_whitespaces": True}, "must keep text as it is"),
         ({"normalization_rule_name": "nmt_nfkc"}, "must keep text as it is"),
         ({"byte_fallback": False}, "256 byte pieces"),
         ({"eos_id": -1}, "end-of-sequence"),
     ],
-    ids=["dummy prefix", "trimmed spaces", "normalized", "no bytes", "no eod"],
+    ids=["trimmed spaces", "normalized", "no bytes", "no eod"],
 )
 def test_a_model_that_would_change_text_is_refused(tmp_path, changes, message):
     settings = {

@@ -23,15 +23,26 @@ from dash_megatron.parallel import Launch, destroy_process_groups, init_process_
 from dash_megatron.training import checkpoint_files as files
 
 VOCAB_SIZE = 320
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 8.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 # what the shape of a model may be: changes to `tiny_config`
 MODELS: dict[str, dict[str, Any]] = {
     "dash": {},
     "mixed": {
-        "model": {"qk_norm": True, "tie_embeddings": True, "layers": 3, "head_dim": 24},
-        "attention": {"full_layers": [1], "alpha": 1.3, "scaling_factor": 30.0},
+        "model": {"qk_norm": True, "tie_embeddings": True, "layers": 3, "head_dim": 24, "rope_scaling": YARN},
+        "attention": {"full_layers": [1], "alpha": 1.3, "scaling_factor": [20.0, 1.0, 30.0]},
     },
     "full": {"attention": {"kind": "full"}},
-    "plain_prior": {"attention": {"estimate_diagonal": False, "alpha": 2.0}, "model": {"kv_heads": 4}},
+    "plain_prior": {
+        "attention": {"estimate_diagonal": False, "alpha": 2.0},
+        "model": {"kv_heads": 4, "rope_scaling": LLAMA3},
+    },
 }
 
 
@@ -63,7 +74,7 @@ def write_run(tiny_config: dict[str, Any], tmp_path: Path) -> Callable[..., tupl
 
     def write(name: str, **changes: Any) -> tuple[Config, dict[str, Tensor]]:
         tree = {**tiny_config, "run_dir": str(tmp_path / f"run_{name}")}
-        for section in ("model", "attention"):
+        for section in ("model", "attention", "data"):
             tree[section] = {"scaling_factor": 3.0} if section == "attention" else {}
             tree[section] |= tiny_config[section] | MODELS[name].get(section, {}) | changes.get(section, {})
         config = config_from_dict(tree)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -43,7 +44,10 @@ def test_every_layout_exports_its_weights(
         tensors = read_folder(tmp_path / "out" / name)
         _, _, weights = open_weights(tmp_path / name)
         assert torch.equal(tensors["model.embed_tokens.weight"], weights["embedding.word_embeddings.weight"])
-    assert "| loss |" in (tmp_path / "out" / "zero1" / "README.md").read_text()
+    card = (tmp_path / "out" / "zero1" / "README.md").read_text()
+    assert "| loss |" in card
+    settings = card.partition("```yaml\n")[2].partition("```")[0]
+    assert yaml.safe_load(settings)["optimizer"]["lr"] == tiny_config["optimizer"]["lr"]
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
@@ -69,8 +73,8 @@ def test_routers_choose_in_the_probe_and_both_models_choose_alike(
     theirs = probe.run_exported(tmp_path / "out", tokens[0])
     wide = {key: value.double() for key, value in weights.items()}
     expected = training_logits(config, wide, tokens[:1])[0]
-    torch.testing.assert_close(torch.cat([*ours.logits()], 1), expected, atol=1e-9, rtol=0)
-    torch.testing.assert_close(torch.cat([*theirs.logits()], 1), expected, atol=1e-9, rtol=0)
+    torch.testing.assert_close(torch.cat([*ours.logits(320)], 1), expected, atol=1e-9, rtol=0)
+    torch.testing.assert_close(torch.cat([*theirs.logits(320)], 1), expected, atol=1e-9, rtol=0)
     for layer, (one, other) in enumerate(zip(ours.selected, theirs.selected, strict=True)):
         if names.is_full(config.attention, layer):
             assert one is None

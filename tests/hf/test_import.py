@@ -64,7 +64,7 @@ def test_a_run_comes_back_bit_for_bit(
     monkeypatch.setattr("dash_megatron.hf.probe.BF16_TOLERANCE", 10.0)  # large random weights, sharp routers
     config, weights = write_run(name)
     export_run(config.run_dir, tmp_path / "hf", dtype=dtype)
-    sections = import_folder(tmp_path / "hf", tmp_path / "back")
+    sections = import_folder(tmp_path / "hf", tmp_path / "back").sections
     found = FolderWeights(tmp_path / "back")
     assert found.keys() == weights.keys()
     for key, value in weights.items():
@@ -111,7 +111,7 @@ def test_scaled_embeddings_branches_and_logits_are_folded_into_the_weights(tmp_p
     tree = json.loads((tmp_path / "hf" / "config.json").read_text())
     tree |= {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(tree))
-    sections = import_folder(tmp_path / "hf", tmp_path / "start")
+    sections = import_folder(tmp_path / "hf", tmp_path / "start").sections
     assert not sections["model"]["tie_embeddings"]
     before, after = FolderWeights(tmp_path / "hf"), FolderWeights(tmp_path / "start")
     table = before["model.embed_tokens.weight"]
@@ -184,19 +184,29 @@ def test_a_damaged_file_and_a_wrong_index_are_errors(write_run: Callable[..., An
         import_folder(folder, tmp_path / "start")
 
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "scaled rope": ({"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}, r"scales RoPE \(llama3\)"),
+    "scaled rope": (
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        "rope_type=dynamic, but training knows",
+    ),
     "scaled rope, older name": (
-        {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        r"scales RoPE \(linear\)",
+        {"rope_parameters": None, "rope_scaling": {"type": "proportional"}},
+        "rope_type=proportional, but training knows",
+    ),
+    "scaled rope, a field missing": (
+        {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+        r"needs \['high_freq_factor', 'low_freq_factor'\]",
+    ),
+    "scaled rope, a field too many": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "beta_fast": 32}},
+        r"does not use \['beta_fast'\]",
+    ),
+    "part of a head": (
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor=0.5 must be 1",
     ),
     "activation": ({"hidden_act": "gelu"}, "hidden_act=gelu must be silu"),
     "bias": ({"attention_bias": True}, "attention_bias=true"),
-    "routers that differ": (
-        {"chunk_size": 16, "sigma": 2.0, "estimate_diagonal": True, "layer_scaling_factors": [1.0, 2.0]},
-        "must all be equal",
-    ),
     "nothing": ({"hidden_size": None}, "no hidden_size"),
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from dash_megatron.hf.export import export_run
 from dash_megatron.hf.modeling_dash import entmax
@@ -83,6 +83,55 @@ def test_pieces_of_a_prompt_through_the_cache_give_its_logits(
 
 @pytest.mark.parametrize("name", ["dash", "mixed"])
 @torch.no_grad()
+def test_a_static_cache_and_a_prompt_in_pieces_generate_what_a_dynamic_cache_does(
+    name: str, exported: Callable[..., Any], tokens: Tensor
+) -> None:
+    model, *_ = exported(name)
+    mask = torch.ones_like(tokens)
+    mask[1, :21] = 0  # starts inside a chunk
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "attention_mask": mask[:, :70]}
+    expected = model.generate(tokens[:, :70], **options)
+    static = {"cache_implementation": "static", **options}
+    assert torch.equal(model.generate(tokens[:, :70], **static), expected)
+    assert torch.equal(model.generate(tokens[:, :70], prefill_chunk_size=24, **options), expected)
+    assert torch.equal(model.generate(tokens[:, :70], prefill_chunk_size=24, **static), expected)
+
+
+@torch.no_grad()
+def test_a_static_cache_keeps_its_place_in_memory_and_can_be_reset(
+    exported: Callable[..., Any], tokens: Tensor
+) -> None:
+    model, *_ = exported("dash")
+    cache = StaticCache(config=model.config, max_cache_len=256)
+    expected, places = model(tokens).logits, set()
+    for _ in range(2):
+        parts = [
+            model(part, past_key_values=cache).logits for part in tokens.split([3, 61, 1, 1, 134], dim=1)
+        ]
+        torch.testing.assert_close(torch.cat(parts, 1), expected, atol=TOLERANCE, rtol=0)
+        places.add(cache.layers[0].keys.data_ptr())
+        cache.reset()
+    assert len(places) == 1
+
+
+@torch.no_grad()
+def test_sampling_draws_the_same_with_every_cache_and_without(
+    exported: Callable[..., Any], tokens: Tensor
+) -> None:
+    model, *_ = exported("dash")
+    options = {"max_new_tokens": 40, "do_sample": True, "temperature": 3.0, "top_k": 50, "eos_token_id": None}
+    texts = []
+    kinds: list[dict[str, Any]] = [{}, {"use_cache": False}, {"cache_implementation": "static"}, {}]
+    for seed, kind in zip((1, 1, 1, 2), kinds, strict=True):
+        torch.manual_seed(seed)
+        texts.append(model.generate(tokens[:, :70], **options, **kind))
+    assert torch.equal(texts[0], texts[1])
+    assert torch.equal(texts[0], texts[2])
+    assert not torch.equal(texts[0], texts[3])
+
+
+@pytest.mark.parametrize("name", ["dash", "mixed"])
+@torch.no_grad()
 def test_left_padding_changes_neither_logits_nor_what_is_generated(
     name: str, exported: Callable[..., Any], tokens: Tensor
 ) -> None:
@@ -106,8 +155,9 @@ def test_left_padding_changes_neither_logits_nor_what_is_generated(
 def test_beams_carry_their_summaries_along(exported: Callable[..., Any], tokens: Tensor) -> None:
     model, *_ = exported("dash")
     options = {"max_new_tokens": 30, "do_sample": False, "num_beams": 3, "eos_token_id": None}
-    cached = model.generate(tokens[:, :40], **options)
-    assert torch.equal(cached, model.generate(tokens[:, :40], use_cache=False, **options))
+    without = model.generate(tokens[:, :40], use_cache=False, **options)
+    assert torch.equal(model.generate(tokens[:, :40], **options), without)
+    assert torch.equal(model.generate(tokens[:, :40], cache_implementation="static", **options), without)
 
 
 @torch.no_grad()
@@ -120,14 +170,17 @@ def test_a_cropped_cache_goes_on_from_where_it_was_cut(exported: Callable[..., A
     torch.testing.assert_close(logits, model(other).logits[:, 75:], atol=TOLERANCE, rtol=0)
 
 
-def test_masks_with_holes_and_static_caches_are_errors(exported: Callable[..., Any], tokens: Tensor) -> None:
+def test_masks_with_holes_and_caches_of_other_kinds_are_errors(
+    exported: Callable[..., Any], tokens: Tensor
+) -> None:
     model, *_ = exported("dash")
     mask = torch.ones_like(tokens)
     mask[0, 5] = 0
     with pytest.raises(ValueError, match="no padding between them"):
         model(tokens, attention_mask=mask)
-    with pytest.raises(ValueError, match="dynamic"):
-        model.generate(tokens, max_new_tokens=2, cache_implementation="static")
+    model.config.sliding_window, model.config.layer_types = 8, ["sliding_attention"] * 2
+    with pytest.raises(ValueError, match="beside a dynamic or static cache only"):
+        model(tokens, past_key_values=StaticCache(config=model.config, max_cache_len=256))
 
 
 @pytest.mark.parametrize("alpha", [1.1, 1.5, 1.7, 2.0])

@@ -231,3 +231,53 @@ def test_cuda_gives_the_losses_and_gradients_of_the_cpu(kind: str, dtype: torch.
     found = torch.autograd.grad(cuda_loss, list(model.parameters()))
     for (name, _), one, other in zip(model.named_parameters(), gradients, found, strict=True):
         assert (other.cpu().float() - one).norm() <= tolerance * one.norm(), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_cuda_graph_of_training_steps_learns_as_eager_steps_do() -> None:
+    """Forward, backward and update are captured on one batch and replayed on others, with other documents."""
+    config = config_of(model={"head_dim": 64})
+    steps = [(lengths, *(tokens_of(512, seed=s + 10 * i) for s in (0, 1)))
+             for i, lengths in enumerate([(37, 1, 400, 74), (512 - 3, 1, 1, 1), (128, 128, 128, 128)])]  # fmt: skip
+
+    def inputs_of(
+        lengths: tuple[int, ...], tokens: torch.Tensor, targets: torch.Tensor
+    ) -> list[torch.Tensor]:
+        return [x.cuda() for x in (tokens, positions_of(*lengths), targets, cu_seqlens_of(*lengths))]
+
+    def train(graph: bool) -> list[torch.Tensor]:
+        model = model_of(config).to("cuda", torch.bfloat16)
+        parameters = list(model.parameters())
+        static = inputs_of(*steps[0])
+
+        def step() -> torch.Tensor:
+            loss = model(*static).float().mean()
+            with torch.no_grad():
+                torch._foreach_add_(parameters, torch.autograd.grad(loss, parameters), alpha=-0.5)
+            return loss.detach()
+
+        weights = [x.detach().clone() for x in parameters]
+        with torch.cuda.stream(torch.cuda.Stream()):
+            step()  # compiles, and lets libraries make what they keep
+        torch.cuda.synchronize()
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, weights)
+        replayed = torch.cuda.CUDAGraph()
+        if graph:
+            with torch.cuda.graph(replayed):
+                loss = step()
+        losses = []
+        for values in steps * 4:
+            torch._foreach_copy_(static, inputs_of(*values))
+            if graph:
+                replayed.replay()
+            else:
+                loss = step()
+            losses.append(loss.clone())
+        return losses
+
+    eager, captured = train(graph=False), train(graph=True)
+    assert eager[-1] < eager[0]
+    for one, other in zip(eager, captured, strict=True):
+        # sums through atomics differ in their order
+        assert other.item() == pytest.approx(one.item(), rel=1e-2)

@@ -192,6 +192,14 @@ def test_packed_documents_equal_the_reference(lengths, Hq):
     _check(leaves, upstream, cu_seqlens=_cu_seqlens(*lengths), same_selection=not CUDA)
 
 
+def test_very_many_short_documents_equal_the_reference():
+    lengths = torch.randint(
+        1, 40, (3000 if CUDA else 12,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
+    leaves, upstream = _inputs(sum(lengths))
+    _check(leaves, upstream, cu_seqlens=_cu_seqlens(*lengths), same_selection=not CUDA)
+
+
 def test_documents_do_not_see_each_other():
     lengths = (37, 5, 32)
     leaves, upstream = _inputs(sum(lengths))

@@ -27,9 +27,10 @@ class Sequence:
     """Random inputs of a packed sequence, its chunks, and which of them each of two ranks holds."""
 
     def __init__(
-        self, G=4, Hkv=2, D=16, C=16, dtype=torch.float32, scaling_factor=2.0, lengths=LENGTHS, **method
-    ):
-        lengths = [x * (20 if CUDA else 1) for x in lengths]
+        self, G=4, Hkv=2, D=16, C=16, dtype=torch.float32, scaling_factor=2.0, lengths=LENGTHS,
+        times=20 if CUDA else 1, **method
+    ):  # fmt: skip
+        lengths = [x * times for x in lengths]
         generator = torch.Generator().manual_seed(0)
 
         def noise(*shape):
@@ -294,7 +295,9 @@ def test_summary_gradients_are_the_same_bits_in_every_run_if_asked(alpha):
     q, qs = x.q[x.rows(numbers)], x.queries(numbers)
     summary = torch.randn(2, x.num_chunks, 16, generator=generator).to(DEVICE)
     routed = sharded.route(q, summary, qs, x.router, x.C)
+    # per probability: the logarithm's own slope is unbounded near the threshold, where rounding decides
     d_prior = torch.randn(routed.list_log_prior.shape, generator=generator).to(DEVICE)
+    d_prior = d_prior * routed.list_log_prior.exp()
     arguments = (routed, d_prior, q, summary, qs, x.router, x.C)
     dq, d_summary = sharded.route_backward(*arguments)
     torch.use_deterministic_algorithms(True)
@@ -303,12 +306,11 @@ def test_summary_gradients_are_the_same_bits_in_every_run_if_asked(alpha):
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(run[1], runs[0][1]) and torch.equal(run[0], dq) for run in runs)
-    # where its products are rounded in the other order, r jumps for alpha below 1.5 at the threshold
     assert _relative_error(runs[0][1], d_summary.double()) < 1e-3
 
 
 def test_a_window_without_keys_gives_nothing():
-    x = Sequence(G=2)
+    x = Sequence(G=2, times=1)
     numbers = x.ranks[0]
     rows, qs = x.rows(numbers), x.queries(numbers)
     summary = torch.randn(2, x.num_chunks, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)

@@ -83,8 +83,18 @@ def test_every_exchange_serves_the_kernels_of_ranks_that_share_a_gpu(
     dtype: torch.dtype, run_processes: Any, tmp_path: Path
 ) -> None:
     documents = {"one": (0, 4096), "packed": (0, 1000, 1001, 2048, 3333, 4096)}
+    # with a sharper router and bfloat16, chunks that rounding moves over the threshold alone exceed the limit
+    factor = 3.0 if dtype == torch.float32 else 1.0
     cases = {
-        f"{comm}_{name}": Case(bounds, comm=comm, heads=(16, 4), backend="triton", dtype=dtype, device="cuda")
+        f"{comm}_{name}": Case(
+            bounds,
+            comm=comm,
+            scaling_factor=factor,
+            heads=(16, 4),
+            backend="triton",
+            dtype=dtype,
+            device="cuda",
+        )
         for comm, (name, bounds) in itertools.product(("all_gather", "p2p", "sparse"), documents.items())
     }
     run_processes(4, attend_together, cases, str(tmp_path), cuda=True)

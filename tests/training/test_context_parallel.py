@@ -9,11 +9,13 @@ import torch
 
 from dash_megatron.training.metrics import read_metrics
 from tests.training.test_global_batch import assert_same_step, relative_error, with_changes
-from tests.training.workers import one_step, steps_with_an_idle_rank, train_all
+from tests.training.workers import one_step, one_step_on_one_gpu, steps_with_an_idle_rank, train_all
 
 STEPS = 10
 # float32, sums in another order
 TOLERANCE = 1e-5
+# the kernels' products of float32 on tensor cores, and atomics
+KERNEL_TOLERANCE = 1e-4
 
 DOCUMENTS = {"packed": True, "long": False}
 EXCHANGES = {"dash": ["all_gather", "a2a", "p2p", "sparse"], "full": ["all_gather", "a2a", "p2p"]}
@@ -92,6 +94,35 @@ def test_loss_gradients_and_weights_are_those_of_one_process(
         assert copies[0]
         for parameter in copies[0]:
             assert all(torch.equal(copies[0][parameter], other[parameter]) for other in copies), parameter
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("layout", ["context-4", "context-2-tensor-2"])
+def test_ranks_that_share_a_gpu_train_as_one_with_the_kernels(
+    layout: str, tree: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    tree = with_changes(tree, attention={"scaling_factor": 1.0}, data={"num_workers": 0})
+    trees = {d: documents_of(tree, d, "dash") for d in DOCUMENTS}
+    run_processes(1, one_step_on_one_gpu, list(trees.items()), str(tmp_path), None, STEPS, cuda=True)
+    expected = {d: torch.load(tmp_path / f"{d}.pt", map_location="cpu") for d in DOCUMENTS}
+    context, tensor, _ = LAYOUTS[layout]
+    cases = {n: c for n, c in covering_cases(layout).items() if c[0] == "dash"}
+    sections = {
+        n: {
+            "parallel": {"context": context, "tensor": tensor, "sequence": tensor > 1, "context_comm": comm},
+            "zero": {"stage": stage},
+        }
+        for n, (_, comm, _, stage) in cases.items()
+    }
+    several = [(n, with_changes(trees[cases[n][2]], **sections[n])) for n in cases]
+    run_processes(context * tensor, one_step_on_one_gpu, several, str(tmp_path), None, STEPS, cuda=True)
+    for name, (_, _, documents, _) in cases.items():
+        found, one = torch.load(tmp_path / f"{name}.pt", map_location="cpu"), expected[documents]
+        errors = [relative_error(found["gradients"][p], g) for p, g in one["gradients"].items()]
+        errors += [relative_error(found["weights"][p], w) for p, w in one["weights"].items()]
+        print(f"{layout} {name}: loss {found['loss'] / one['loss'] - 1:.1e}, largest error {max(errors):.1e}")
+        assert_same_step(found, one, KERNEL_TOLERANCE)
+        assert max(errors) <= KERNEL_TOLERANCE, name
 
 
 def test_recomputation_leaves_gradients_alone(

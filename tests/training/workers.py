@@ -92,6 +92,20 @@ def one_step(
     destroy_process_groups()
 
 
+def one_step_on_one_gpu(*arguments: Any) -> None:
+    """`one_step` of processes that all compute on the first GPU, which NCCL refuses: everything goes over gloo."""
+    from dash_megatron.parallel import groups
+
+    os.environ["LOCAL_RANK"] = "0"
+    init = torch.distributed.init_process_group
+
+    def init_with_gloo(backend: str, **settings: Any) -> None:
+        init("gloo", **settings)
+
+    groups.dist.init_process_group = init_with_gloo
+    one_step(*arguments)
+
+
 def _measured_steps(trainer: Any, steps: int) -> dict[str, Any]:
     """Loss, gradient norm and every gradient of the first step, and the weights before it and after the last."""
     engine, calls, gradients = trainer.engine, 0, {}

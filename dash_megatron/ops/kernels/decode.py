@@ -21,11 +21,13 @@ from dash_megatron.ops.kernels.route import Router
 
 # Up to this many bytes of summaries, the programs of the attention route for themselves.
 SHORT_BYTES = 64 * 1024
-# Programs of the attention a multiprocessor: of long caches so many that keys are always on their way, of short ones fewer,
-# since each routes for itself.
-LONG_PROGRAMS, SHORT_PROGRAMS = 2, 1
-# A long cache has at least this many splits: sequences of a batch may differ in length.
-LEAST_LONG_SPLITS = 4
+# At most this many programs of the attention a multiprocessor, and so many of a sequence and head: with more, what a program
+# does before its first key outweighs its keys, and the sum of the splits takes longer.
+PROGRAMS, MOST_PARTS = 2, 32
+# A long cache has at least this many: sequences of a batch may differ in length.
+LEAST_LONG_PARTS = 8
+# With more sequences and heads than this, kernels fill the GPU, and the next one only gets in the way when launched early.
+MOST_DEPENDENT_ROWS = 16
 
 
 class Launch(NamedTuple):
@@ -59,8 +61,10 @@ def plan_decode(q: Tensor, num_kv_heads: int, max_chunks: int, chunk_size: int) 
     rows = B * num_kv_heads
     summary_bytes = max(16, next_power_of_two(max_chunks)) * row_bytes
     short = summary_bytes <= SHORT_BYTES
-    programs = multiprocessors * (SHORT_PROGRAMS if short else LONG_PROGRAMS)
-    splits = min(max_chunks, max(1 if short else LEAST_LONG_SPLITS, triton.cdiv(programs, rows)))
+    # a power of two, one of them for the own chunk
+    parts = 1 << (max(1, PROGRAMS * multiprocessors // rows).bit_length() - 1)
+    parts = max(1 if short else LEAST_LONG_PARTS, min(parts, MOST_PARTS))
+    splits = max(1, min(max_chunks, parts - 1))
     block = 128
     while block > 32 and (
         rows * triton.cdiv(max_chunks, block) < multiprocessors or block * row_bytes > 32768
@@ -76,7 +80,9 @@ def plan_decode(q: Tensor, num_kv_heads: int, max_chunks: int, chunk_size: int) 
         # two programs share a multiprocessor
         stages=_stages(3, 16 * row_bytes, 2 * keys * row_bytes, shared_bytes // 2 - 8 * 1024),
         warps=8 if short and summary_bytes > SHORT_BYTES // 2 else 4,
-        dependent=q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9,
+        dependent=rows <= MOST_DEPENDENT_ROWS
+        and q.is_cuda
+        and torch.cuda.get_device_capability(q.device)[0] >= 9,
     )
 
 

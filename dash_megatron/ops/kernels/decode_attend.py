@@ -268,8 +268,9 @@ def decode_sum_kernel(
         b_part_lse = tl.load(p_lse + o_p, mask=o_p <= splits, other=float("-inf"))
         b_weight = tl.exp2(b_part_lse - tl.where(o_p < splits, shift, 0.0) - top)
         p_part = part + ((i_bh * (splits + 1) + o_p) * G + i_row % G)[:, None] * D + o_d[None, :]
-        b_part = tl.load(p_part, mask=(b_weight > 0)[:, None] & (o_d < D)[None, :], other=0.0)
-        b_acc += tl.sum(b_part * b_weight[:, None], 0)
+        # loads do not wait for weights: what has none was not written
+        b_part = tl.load(p_part, mask=(o_p <= splits)[:, None] & (o_d < D)[None, :], other=0.0)
+        b_acc += tl.sum(tl.where((b_weight > 0)[:, None], b_part * b_weight[:, None], 0.0), 0)
         b_total += b_weight
     total = tl.sum(b_total, 0)
     # an empty sequence attends to nothing

@@ -1,0 +1,317 @@
+"""Time generation of one text by a whole model on one GPU, DashAttention against full: `python -m benchmarks.generate`.
+
+The model has the shape of a config and random weights, made on the GPU. Both kinds of attention run on the same weights.
+
+- Decoding: the cache is filled, not computed, as `benchmarks/decode.py` makes inputs (keys around topics, a topic a chunk),
+  since full attention would take minutes for a prompt of 512K tokens. Queries are the model's own, and know nothing of
+  the topics: every layer's scaling factor is searched by bisection until random tokens at the end of the context select
+  the density asked for. Steps are timed twice: as `model.generate` takes them, and as one CUDA graph of the whole model,
+  from the token to the next one's choice, which is how an engine serves. The graph's tokens are random too.
+- Full attention decodes with whatever of torch's is fastest on the same cache, which is tried first.
+- Prefill: a prompt of random tokens, computed at once into a cache. Scaling factors are searched layer by layer in a
+  forward pass before, on queries spread over the prompt. Full attention takes cuDNN or flash. Longer prompts than
+  `--prefill` names are left out: full attention alone would take two minutes at 512K.
+
+Every case is written to `--output` when it is done. One that fails, as for want of memory, is reported, and the others go on.
+Without a GPU, `--tiny` walks through everything with the reference.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import DynamicCache, StaticCache
+
+from benchmarks.decode import dense_attentions, graph_microseconds
+from benchmarks.dialing import SPARE_TOKENS, attentions, dial_decoding, dial_prefill, random_tokens, replaced
+from dash_megatron.config_loading import load_config
+from dash_megatron.hf.config import llama_config
+from dash_megatron.hf.fast_cache import fast_layer
+from dash_megatron.hf.modeling_dash import DashForCausalLM, DashSelfAttention, dash_layer
+from dash_megatron.ops.fingerprint import implementation_fingerprint
+
+KINDS = ("dash", "full")
+TOPICS = 10
+# Tokens of a prompt that is computed before one is timed.
+WARM_TOKENS = 32768
+TINY = [
+    "parallel.context=1",
+    "model.layers=2", "model.hidden_size=64", "model.heads=8", "model.kv_heads=2", "model.ffn_hidden_size=96",
+    "model.vocab_size=320", "attention.chunk_size=16",
+]  # fmt: skip
+
+
+def build_model(options: argparse.Namespace, device: torch.device) -> DashForCausalLM:
+    """The config's model with random weights, bfloat16 on a GPU."""
+    config = load_config(options.config, [*(TINY if options.tiny else []), *options.overrides])
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shape = llama_config(config, config.model.vocab_size or options.vocab_size, dtype, end_token=0)
+    shape.max_position_embeddings = max(*options.contexts, *options.prefill, 1) + SPARE_TOKENS
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            model = DashForCausalLM(shape)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for attention in attentions(model):
+        attention.backend = "auto" if device.type == "cuda" else "reference"
+    return model.eval().requires_grad_(False)
+
+
+def use(model: DashForCausalLM, kind: str) -> None:
+    """Let all layers attend fully, or none."""
+    for attention in attentions(model):
+        attention.is_full = kind == "full"
+
+
+def fill(model: DashForCausalLM, cache: StaticCache, kind: str, context: int) -> None:
+    """Put `context` keys and values into every layer, around a topic a chunk."""
+    device = model.device
+    start = torch.zeros(1, dtype=torch.int64, device=device)
+    for index, attention in enumerate(attentions(model)):
+        C, H, D = attention.router.chunk_size, attention.kv_heads, attention.head_dim
+        topic_HtD = torch.randn(H, TOPICS, D, dtype=model.dtype, device=device)
+        which_c = torch.randint(TOPICS, (context // C,), device=device)
+        k, v = (torch.randn(1, H, context, D, dtype=model.dtype, device=device) for _ in range(2))
+        k.view(H, context // C, C, D).add_(topic_HtD[:, which_c, None])
+        dash_layer(cache, index)
+        if kind == "full":
+            cache.update(k, v, index)
+        else:
+            places = (attention.indexer_q.view(H, D), start, 0, attention.backend)
+            fast_layer(cache, index, C, *places).write(k, v, *places)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call."""
+    wait(device)
+    begin = time.perf_counter()
+    call()
+    wait(device)
+    return time.perf_counter() - begin
+
+
+def fastest_full(cache: StaticCache, q: Tensor) -> tuple[str, Callable[..., Tensor]]:
+    """The way of torch's to attend fully with q [1, Hq, D] that is fastest on the cache's first layers, and its name."""
+    times: dict[str, float] = {}
+    ways = dense_attentions()
+    for name, attend in ways.items():
+        calls = [
+            lambda layer=layer, attend=attend: attend(
+                q, *(x[:, :, : layer.filled].transpose(1, 2) for x in (layer.keys, layer.values))
+            )
+            for layer in cache.layers[:4]
+        ]
+        try:
+            times[name] = graph_microseconds(calls)
+        except RuntimeError as error:
+            print(f"    {name} does not run: {str(error).splitlines()[0]}", flush=True)
+            torch.cuda.synchronize()
+    print("    " + ", ".join(f"{name} {x:.0f} us" for name, x in times.items()), flush=True)
+    best = min(times, key=lambda name: times[name])
+    return best, ways[best]
+
+
+def time_steps(model: DashForCausalLM, cache: StaticCache, position: int, graph: bool) -> float:
+    """Seconds of one step from a random token to the choice of the next, by replays of a CUDA graph where `graph`."""
+    token = random_tokens(model, 1, 1)
+    places = torch.full((1, 1), position, device=model.device)
+
+    def step() -> Tensor:
+        places.add_(1)
+        return model(token, position_ids=places, past_key_values=cache).logits.argmax(-1)
+
+    def before() -> None:
+        token.random_(model.vocab_size)
+
+    step()
+    wait(model.device)
+    if graph:
+        return graph_microseconds([step], before) / 1e6
+    times = []
+    for _ in range(5):
+        before()
+        times.append(seconds_of(step, model.device))
+    return statistics.median(times)
+
+
+def decode_case(
+    model: DashForCausalLM, kind: str, context: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Figures of decoding after `context` tokens."""
+    cuda = model.device.type == "cuda"
+    cache = StaticCache(config=model.config, max_cache_len=context + SPARE_TOKENS)
+    fill(model, cache, kind, context)
+    way, override = "", nullcontext()
+    if kind == "dash":
+        density = dial_decoding(model, cache, context, options.density)
+    else:
+        density = 1.0
+        if cuda:
+            q = torch.randn(1, model.config.num_attention_heads, attentions(model)[0].head_dim, device="cuda")
+            way, attend = fastest_full(cache, q.to(model.dtype))
+
+            def fully(_: DashSelfAttention) -> Callable[..., Tensor]:
+                return lambda q, k, v, *_: attend(q[:, :, 0], k.transpose(1, 2), v.transpose(1, 2))[
+                    :, :, None
+                ]
+
+            override = replaced(model, "_attend_fully", fully)
+    with override:
+        settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "past_key_values": cache}
+
+        def generate(tokens: int) -> None:
+            # all but the last token are in the cache
+            prompt = random_tokens(model, 1, cache.get_seq_length() + 1)
+            mask = torch.ones_like(prompt)
+            model.generate(prompt, attention_mask=mask, max_new_tokens=tokens, **settings)
+
+        generate(2)
+        seconds = seconds_of(lambda: generate(options.tokens), model.device)
+        step = time_steps(model, cache, cache.get_seq_length() - 1, graph=cuda)
+    return {
+        "density": density,
+        "attention": way,
+        "generate_tokens_per_second": options.tokens / seconds,
+        "step_milliseconds": step * 1e3,
+        "tokens_per_second": 1 / step,
+    }
+
+
+def prefill_case(
+    model: DashForCausalLM, kind: str, context: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Figures of a prompt of `context` tokens."""
+    prompt = random_tokens(model, 1, context)
+    density = dial_prefill(model, prompt, options.density) if kind == "dash" else 1.0
+    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+
+    def run() -> None:
+        model(prompt, past_key_values=DynamicCache(), logits_to_keep=1)
+
+    with sdpa_kernel(backends, set_priority=True):
+        model(prompt[:, :WARM_TOKENS], use_cache=False, logits_to_keep=1)
+        seconds = seconds_of(run, model.device)
+    return {"density": density, "prefill_seconds": seconds, "prefill_tokens_per_second": context / seconds}
+
+
+CASES = {"decode": decode_case, "prefill": prefill_case}
+
+
+def run_case(
+    model: DashForCausalLM, what: str, kind: str, context: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """One case's figures, or why it has none."""
+    cuda = model.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    use(model, kind)
+    begin = time.perf_counter()
+    result: dict[str, Any] = {"what": what, "kind": kind, "context": context}
+    try:
+        result |= CASES[what](model, kind, context, options)
+    except Exception as error:  # what has been measured before must not be lost
+        result["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    gc.collect()
+    if cuda:
+        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.empty_cache()
+    print(f"  {result}, took {time.perf_counter() - begin:.1f} s", flush=True)
+    return result
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+    """One row a case, with the ratio to full attention where both ran."""
+    figures = {"decode": "tokens_per_second", "prefill": "prefill_tokens_per_second"}
+    by_key = {(x["what"], x["kind"], x["context"]): x for x in results}
+    print(f"\n{'':8}{'context':>8} {'attention':>9} {'density':>8} {'tokens/s':>10} {'to full':>8} ", end="")
+    print(f"{'ms/step':>8} {'generate':>9} {'seconds':>8} {'memory':>9}")
+    for x in results:
+        head = f"{x['what']:8}{x['context']:>8} {x['kind']:>9}"
+        if "failed" in x:
+            print(f"{head}  {x['failed']}")
+            continue
+        speed = x[figures[x["what"]]]
+        full = by_key.get((x["what"], "full", x["context"]), {}).get(figures[x["what"]])
+        ratio = f"{speed / full:.2f}x" if full else "-"
+        cells = [
+            (x.get("step_milliseconds"), 8, ".2f"),
+            (x.get("generate_tokens_per_second"), 9, ".1f"),
+            (x.get("prefill_seconds"), 8, ".2f"),
+        ]
+        text = " ".join(
+            f"{'-' if value is None else format(value, form):>{width}}" for value, width, form in cells
+        )
+        print(
+            f"{head} {x['density']:>8.1%} {speed:>10,.1f} {ratio:>8} {text} {x.get('peak_gib', 0):>5.1f} GiB"
+        )
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/8b_128k.yaml")
+    parser.add_argument(
+        "--contexts", type=int, nargs="*", help="tokens in the cache; default 32K, 128K, 512K"
+    )
+    parser.add_argument("--prefill", type=int, nargs="*", help="tokens of prompts; default 32K and 128K")
+    parser.add_argument("--density", type=float, default=0.1, help="of DashAttention")
+    parser.add_argument("--tokens", type=int, default=32, help="that generate is timed on, up to 128")
+    parser.add_argument("--vocab-size", type=int, default=32768, help="where the config has none")
+    parser.add_argument("--limit", type=float, default=150, help="seconds after which no case is begun")
+    parser.add_argument("--output", default="generate.json", help="file to write")
+    parser.add_argument("--tiny", action="store_true", help="two narrow layers, short contexts, any device")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_args(arguments)
+    if options.contexts is None:
+        options.contexts = [256, 1024] if options.tiny else [32768, 131072, 524288]
+    if options.prefill is None:
+        options.prefill = [256] if options.tiny else [32768, 131072]
+    if not 1 <= options.tokens <= 128:
+        parser.error(f"--tokens {options.tokens} must be from 1 to 128")
+    return options
+
+
+@torch.no_grad()
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    """Run from the command line."""
+    options, begin = parse(arguments), time.perf_counter()
+    cuda = torch.cuda.is_available()
+    model = build_model(options, torch.device("cuda" if cuda else "cpu"))
+    header = {
+        "gpu": torch.cuda.get_device_name() if cuda else "none",
+        "torch": torch.__version__,
+        "config": options.config,
+        "implementation": implementation_fingerprint(),
+        "parameters": model.num_parameters(),
+    }
+    print(f"{header}, made in {time.perf_counter() - begin:.1f} s", flush=True)
+    cases = [("decode", context) for context in options.contexts]
+    cases += [("prefill", context) for context in options.prefill]
+    results: list[dict[str, Any]] = []
+    for what, context in cases:
+        for kind in KINDS:
+            late = time.perf_counter() - begin > options.limit
+            skipped = {"what": what, "kind": kind, "context": context, "failed": "not begun: out of time"}
+            results.append(skipped if late else run_case(model, what, kind, context, options))
+            Path(options.output).write_text(json.dumps({**header, "results": results}, indent=1) + "\n")
+    print_table(results)
+    return results
+
+
+if __name__ == "__main__":
+    main()

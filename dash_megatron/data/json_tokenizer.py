@@ -1,0 +1,110 @@
+"""Hugging Face's tokenizer.json as the tokenizer of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+# Texts that a tokenizer with unknown characters, lower case or trimmed spaces would change.
+_PROBES = (
+    "a",
+    "Two  spaces x ",
+    "x\t\n\n y\r\n",
+    "\u00e9",
+    "\uff21\ufb01\u00b2",
+    "\u4f60 \U0001f600",
+    "x\x00",
+)
+
+
+class JsonTokenizer:
+    """A tokenizer.json, as transformers uses it without special tokens. Their names inside a text are text.
+
+    Args:
+        path: the file. `tokenizer_config.json` or `special_tokens_map.json` beside it name the end of sequence.
+
+    Raises:
+        ValueError: a file is damaged, names no end of sequence, or the tokenizer changes more of a text than the
+            composition of its characters (Unicode's NFC).
+    """
+
+    has_prefix = False
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        content = path.read_bytes()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(
+                f"data.tokenizer={path} must be a tokenizer.json of Hugging Face, but cannot be read: {error}"
+            ) from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        end = self._name_of("eos_token")
+        if end is None:
+            raise ValueError(
+                f"data.tokenizer={path} needs the name of its end of sequence, which ends each document: eos_token in "
+                "tokenizer_config.json beside it; copy that file from where the tokenizer came from"
+            )
+        # the same file with another end of sequence makes other data
+        self.fingerprint = hashlib.sha256(content + b"\0" + end.encode()).hexdigest()
+        self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.eod = self._id_of(end)
+        begin = self._name_of("bos_token")
+        self.bos = -1 if begin is None else self._id_of(begin)
+        self._check_texts()
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """As `Tokenizer.encode`."""
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", "replace")
+        else:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        """The UTF-8 of the text that ids of the vocabulary stand for, with U+FFFD for parts of characters."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True).encode()
+
+    def _name_of(self, role: str) -> str | None:
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            file = self.path.parent / name
+            if not file.is_file():
+                continue
+            try:
+                token: Any = json.loads(file.read_text(encoding="utf-8")).get(role)
+            except ValueError as error:
+                raise ValueError(f"{file}, beside data.tokenizer, is not valid JSON: {error}") from error
+            if token is not None:
+                return token["content"] if isinstance(token, dict) else token
+        return None
+
+    def _id_of(self, name: str) -> int:
+        token_id = self._tokenizer.token_to_id(name)
+        if token_id is None:
+            raise ValueError(
+                f"data.tokenizer={self.path} has no token {name}, which the file beside it names; take both from one place"
+            )
+        return token_id
+
+    def _check_texts(self) -> None:
+        for probe in _PROBES:
+            restored = self.decode_bytes(self.encode(probe)).decode()
+            if restored != unicodedata.normalize("NFC", probe):
+                raise ValueError(
+                    f"data.tokenizer={self.path} must keep text as it is, but turns {probe!r} into {restored!r}; use one "
+                    "that falls back to bytes, such as byte-level BPE"
+                )
+        name = self._tokenizer.id_to_token(self.eod)
+        if self.eod in self.encode(f"a{name}a"):
+            raise ValueError(
+                f"data.tokenizer={self.path} must mark {name} as special, so that its name in a text does not end the "
+                'document; set "special": true in its added_tokens'
+            )

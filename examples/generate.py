@@ -1,0 +1,30 @@
+"""Continue a text with an exported model. Needs torch, transformers and safetensors, nothing of this repository.
+
+python examples/generate.py runs/quickstart/hf --prompt "def read_lines(path):"
+"""
+
+import argparse
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("folder", help="folder of `python -m dash_megatron convert to-hf`")
+parser.add_argument("--prompt", required=True)
+parser.add_argument("--max-new-tokens", type=int, default=100)
+parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token")
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument(
+    "--device", default="cpu", help="cuda uses the kernels of dash_megatron where it is installed"
+)
+options = parser.parse_args()
+
+tokenizer = AutoTokenizer.from_pretrained(options.folder)
+model = AutoModelForCausalLM.from_pretrained(options.folder, trust_remote_code=True).to(options.device)
+inputs = tokenizer(options.prompt, return_tensors="pt", add_special_tokens=False).to(options.device)
+drawn = (
+    {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
+)
+torch.manual_seed(options.seed)
+output = model.generate(**inputs, max_new_tokens=options.max_new_tokens, **drawn)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
