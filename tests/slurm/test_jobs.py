@@ -35,7 +35,9 @@ def jobs(study: Study, limited: str) -> dict[str, str]:
     """Ids of jobs that need nothing from the tests: most of their time they wait for SLURM to act."""
     # does not hear the warning; only its second start trains
     deaf = 'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then trap "" USR1; sleep 1000; else exec "$@"; fi'
-    overrun = study.write_site("overrun", container=["sh", "-c", deaf, "deaf"], warning_seconds=1)
+    overrun = study.write_site(
+        "overrun", container=["sh", "-c", deaf, "deaf"], warning_seconds=1, sbatch=["--nodelist=node1"]
+    )
     failing = study.write_site("failing", container=["sh", "-c", "exit 9", "#"], restarts=1)
     # that the tokenizer has more is known on reading it
     wrong = study.write_config("wrong", model={"vocab_size": 64})
@@ -149,19 +151,10 @@ def test_a_job_at_its_time_limit_saves_and_goes_on_bit_for_bit(
     assert exact(study, "limited") == whole
 
 
-def test_a_job_that_missed_the_warning_is_queued_again_at_its_time_limit(
-    study: Study, jobs: dict[str, str]
-) -> None:
-    study.wait_for_end("overrun")
-    assert study.names("overrun") == ["submitted", "started", "requeued", "started", "done"]
-    assert "the time limit came before the run had saved" in study.events("overrun")[2][1]
-
-
 def test_jobs_survive_the_death_of_a_node_and_go_on_bit_for_bit(
     study: Study, cluster: Cluster, limited: str, whole: list[dict[str, Any]]
 ) -> None:
-    for name in ("limited", "overrun"):
-        study.wait_for_end(name)  # they are on that node too
+    study.wait_for_end("limited")  # it is on that node too
     both = [
         study.submit(study.write_site("crash", step_seconds=1), "--config", study.write_config("crash")),
         # whose batch script dies, so that only SLURM itself can queue it again
@@ -187,3 +180,11 @@ def test_jobs_survive_the_death_of_a_node_and_go_on_bit_for_bit(
         assert study.metrics(name)[-1]["step"] == STEPS
     assert study.names("alone") == ["submitted", "started", "started", "done"]
     assert exact(study, "crash") == whole
+
+
+def test_a_job_that_missed_the_warning_is_queued_again_at_its_time_limit(
+    study: Study, jobs: dict[str, str]
+) -> None:
+    study.wait_for_end("overrun")
+    assert study.names("overrun") == ["submitted", "started", "requeued", "started", "done"]
+    assert "the time limit came before the run had saved" in study.events("overrun")[2][1]
