@@ -1,6 +1,8 @@
 """Train a model: `python train.py --config configs/quickstart.yaml [section.key=value ...]`, alone or under a launcher."""
 
 import argparse
+import contextlib
+import os
 import sys
 
 from dash_megatron.config_loading import load_config
@@ -23,14 +25,25 @@ def main() -> int:
         trainer = Trainer(config)
         trainer.start()
     except (ValueError, FileNotFoundError, PermissionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ExitCode.CONFIG_ERROR
+        return leave(ExitCode.CONFIG_ERROR, f"error: {error}")
     try:
         code = trainer.train()
     except Halted as error:
-        print(f"halted: {error}", file=sys.stderr)
-        return ExitCode.HALTED
+        return leave(ExitCode.HALTED, f"halted: {error}")
+    if code == ExitCode.REQUEUE:
+        leave(code)
     destroy_process_groups()
+    return code
+
+
+def leave(code: ExitCode, reason: str = "stopped as asked, and saved") -> ExitCode:
+    """Tell people why this process ends before the run does, and the batch script, which may not see its exit code."""
+    if code != ExitCode.REQUEUE:
+        print(reason, file=sys.stderr)
+    if path := os.environ.get("DASH_EXIT_FILE"):
+        # where even this cannot be written, the exit code still tells
+        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
+            file.write(f"{int(code)}\t{' '.join(reason.splitlines())}\n")
     return code
 
 

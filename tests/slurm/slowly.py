@@ -1,0 +1,30 @@
+"""Words before `python train.py ...`, as a container's are: train, with a pause after each step of a job's first start.
+
+Steps of the small model are too short to be interrupted on purpose. What a step computes stays as it is.
+"""
+
+import os
+import runpy
+import sys
+import time
+
+
+def main() -> None:
+    """Run the script that follows the Python on the command line."""
+    del sys.argv[:2]
+    sys.path.insert(0, os.path.dirname(sys.argv[0]))
+    if "SLURM_RESTART_COUNT" not in os.environ:
+        from dash_megatron.training.trainer import Trainer
+
+        step, seconds = Trainer.train_step, float(os.environ["STEP_SECONDS"])
+
+        def slow_step(trainer: Trainer) -> object:
+            time.sleep(seconds)
+            return step(trainer)
+
+        Trainer.train_step = slow_step  # type: ignore[method-assign, assignment]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Jobs on a real SLURM of two nodes: what ends, what goes on by itself, and what does not start again."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.conftest import SECONDS, Study
+from tests.training.test_resume import EXACT
+
+STEPS = 40
+# SLURM knows minutes, starts a requeued job seconds later, and machines may be slow
+pytestmark = pytest.mark.timeout(900)
+
+
+def exact(study: Study, name: str) -> list[dict[str, Any]]:
+    return [{key: line[key] for key in EXACT} for line in study.metrics(name)]
+
+
+@pytest.fixture(scope="session")
+def limited(study: Study) -> str:
+    """A job that has begun to train, and needs longer than its time limit: others are tested while it runs into that."""
+    job = study.submit(
+        study.write_site("limited", step_seconds=3), "--config", study.write_config("limited"), time="2"
+    )
+    study.wait_for_step("limited", 1)
+    return job
+
+
+@pytest.fixture(scope="session")
+def jobs(study: Study, limited: str) -> dict[str, str]:
+    """Ids of jobs that need nothing from the tests: most of their time they wait for SLURM to act."""
+    # does not hear the warning; only its second start trains
+    deaf = 'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then trap "" USR1; sleep 1000; else exec "$@"; fi'
+    overrun = study.write_site(
+        "overrun", container=["sh", "-c", deaf, "deaf"], warning_seconds=1, sbatch=["--nodelist=node1"]
+    )
+    failing = study.write_site("failing", container=["sh", "-c", "exit 9", "#"], restarts=1)
+    # that the tokenizer has more is known on reading it
+    wrong = study.write_config("wrong", model={"vocab_size": 64})
+    return {
+        "overrun": study.submit(overrun, "--config", study.write_config("overrun"), time="1", nodes=1),
+        "failing": study.submit(failing, "--config", study.write_config("failing"), nodes=1),
+        "whole": study.submit(study.write_site("whole"), "--config", study.write_config("whole")),
+        "wrong": study.submit(study.write_site("wrong"), "--config", wrong),
+    }
+
+
+@pytest.fixture(scope="session")
+def whole(study: Study, jobs: dict[str, str]) -> list[dict[str, Any]]:
+    """Metrics of a run over both nodes that nothing interrupts."""
+    study.wait_for_end("whole")
+    return exact(study, "whole")
+
+
+@pytest.fixture(scope="session")
+def requeued(study: Study, whole: list[dict[str, Any]]) -> str:
+    """A job over both nodes, slow enough to be interrupted."""
+    site = study.write_site("requeued", step_seconds=1)
+    return study.submit(site, "--config", study.write_config("requeued"))
+
+
+def test_a_job_trains_over_both_nodes_to_its_end(study: Study, whole: list[dict[str, Any]]) -> None:
+    assert study.names("whole") == ["submitted", "started", "done"], study.log("whole", "**/*")
+    assert [line["step"] for line in whole] == list(range(1, STEPS + 1))
+    assert "2 process(es) on cpu: 2 data" in study.log("whole", "*.0/rank_00000.log")
+    assert "node[1-2]" in study.events("whole")[1][1]
+    run = study.folder / "runs" / "whole"
+    assert len(list(run.glob("logs/*.0/rank_0000[01].log"))) == 2
+    assert len(list(run.glob("slurm/*.sbatch"))) == len(list(run.glob("slurm/*.yaml"))) == 1
+    assert (study.folder / "scratch" / f"triton-{os.getuid()}").is_dir()
+
+
+def test_a_config_error_at_run_time_fails_once_and_says_why(study: Study, jobs: dict[str, str]) -> None:
+    study.wait_for_end("wrong")
+    assert study.names("wrong") == ["submitted", "started", "stopped"]
+    assert "model.vocab_size=64 must be at least 320" in study.events("wrong")[-1][1]
+    assert "model.vocab_size=64 must be at least 320" in study.log("wrong", "job_*.log")
+    assert wait_until(lambda: study.cluster.job(jobs["wrong"])["JobState"] == "FAILED", SECONDS)
+    assert study.cluster.job(jobs["wrong"])["Restarts"] == "0"
+
+
+def test_a_job_that_fails_without_progress_is_not_started_for_ever(
+    study: Study, jobs: dict[str, str]
+) -> None:
+    study.wait_for_end("failing")
+    assert study.names("failing") == ["submitted", "started", "requeued", "started", "stopped"]
+    assert "exit code 9" in study.events("failing")[-1][1]
+    assert "started again 1 times without a newer checkpoint" in study.events("failing")[-1][1]
+    assert wait_until(lambda: study.cluster.job(jobs["failing"])["JobState"] == "FAILED", SECONDS)
+
+
+def test_a_study_is_an_array_whose_tasks_are_requeued_and_cancelled_one_by_one(
+    study: Study, requeued: str
+) -> None:
+    rates = {"low": 1e-3, "cancelled": 1e-2, "high": 1e-2}
+    configs = [study.write_config(name, optimizer={"lr": rate}) for name, rate in rates.items()]
+    site = study.write_site("array", step_seconds=1)
+    job = study.submit(site, "--array", *configs, "training.steps=12", nodes=1)
+    study.wait_for_step("high", 3)
+    study.wait_for_step("cancelled", 3)
+    # the last task: its job id is also that of the whole array
+    study.cluster.run("scancel", "--signal=USR1", f"{job}_2")
+    study.cluster.run("scancel", f"{job}_1")
+    for name in ("low", "high"):
+        study.wait_for_end(name)
+        assert study.metrics(name)[-1]["step"] == 12
+        assert study.metrics(name)[0]["lr"] == pytest.approx(rates[name], rel=0.01)
+    assert study.names("low") == ["submitted", "started", "done"]
+    assert study.names("high") == ["submitted", "started", "requeued", "started", "done"]
+    assert study.names("cancelled") == ["submitted", "started", "ended"]
+    assert study.metrics("cancelled")[-1]["step"] == study.newest_checkpoint("cancelled")
+
+    lines = {line[0]: line for line in map(str.split, study.call("status.py").stdout.splitlines())}
+    assert lines["runs/high"][1:4] == [f"{job}_2", "DONE", "12/12"]
+    assert lines["runs/high"][-1] == "1"
+    assert lines["runs/cancelled"][2] == "CANCELLED"
+    assert lines["runs/limited"][2] in ("RUNNING", "PENDING", "DONE")
+
+
+def test_a_requeued_job_saves_and_goes_on_bit_for_bit(
+    study: Study, requeued: str, whole: list[dict[str, Any]]
+) -> None:
+    study.wait_for_step("requeued", 7)
+    refused = study.call("submit.py", "--config", study.folder / "configs" / "requeued.yaml", "--nodes", 1,
+                         "--gpus-per-node", 0, "--time", 10)  # fmt: skip
+    assert refused.returncode == 2
+    assert f"is that of job {requeued}" in refused.stderr
+    study.cluster.run("scontrol", "requeue", requeued)
+    study.wait_for_end("requeued")
+    assert study.names("requeued") == ["submitted", "started", "ended", "started", "done"]
+    # on SIGTERM it saved the step it was in, rather than losing those since the last regular checkpoint
+    step = int(study.events("requeued")[3][1].rpartition(" ")[2])
+    assert step >= 7
+    assert f"resuming after step {step}" in study.log("requeued", "*.1/rank_00000.log")
+    assert exact(study, "requeued") == whole
+
+
+def test_a_job_at_its_time_limit_saves_and_goes_on_bit_for_bit(
+    study: Study, limited: str, whole: list[dict[str, Any]]
+) -> None:
+    study.wait_for_end("limited")
+    assert study.names("limited") == ["submitted", "started", "requeued", "started", "done"]
+    assert "stopped as asked, and saved" in study.events("limited")[2][1]
+    assert "SIGUSR1: finishing the step" in study.log("limited", "*.0/rank_00000.log")
+    assert "resuming after step" in study.log("limited", "*.1/rank_00000.log")
+    assert study.cluster.job(limited)["Restarts"] == "1"
+    assert exact(study, "limited") == whole
+
+
+def test_jobs_survive_the_death_of_a_node_and_go_on_bit_for_bit(
+    study: Study, cluster: Cluster, limited: str, whole: list[dict[str, Any]]
+) -> None:
+    study.wait_for_end("limited")  # it is on that node too
+    both = [
+        study.submit(study.write_site("crash", step_seconds=1), "--config", study.write_config("crash")),
+        # whose batch script dies, so that only SLURM itself can queue it again
+        study.submit(
+            study.write_site("alone", step_seconds=1, sbatch=["--nodelist=node2"]),
+            "--config",
+            study.write_config("alone"),
+            nodes=1,
+        ),
+    ]
+    study.wait_for_step("crash", 7)
+    study.wait_for_step("alone", 7)
+    cluster.crash_node("node2")
+    for job in both:
+        assert wait_until(lambda job=job: cluster.job(job)["JobState"] == "PENDING", SECONDS), cluster.logs()
+    assert wait_until(lambda: "down" in str(cluster.states()), SECONDS), cluster.states()
+    cluster.start_node("node2")
+    for name, job in zip(("crash", "alone"), both, strict=True):
+        study.wait_for_end(name)
+        assert study.names(name)[-2:] == ["started", "done"]
+        assert int(cluster.job(job)["Restarts"]) >= 1
+        assert "resuming after step" in study.log(name, "*.[1-9]/rank_00000.log")
+        assert study.metrics(name)[-1]["step"] == STEPS
+    assert study.names("alone") == ["submitted", "started", "started", "done"]
+    assert exact(study, "crash") == whole
+
+
+def test_a_job_that_missed_the_warning_is_queued_again_at_its_time_limit(
+    study: Study, jobs: dict[str, str]
+) -> None:
+    study.wait_for_end("overrun")
+    assert study.names("overrun") == ["submitted", "started", "requeued", "started", "done"]
+    assert "the time limit came before the run had saved" in study.events("overrun")[2][1]

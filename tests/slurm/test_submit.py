@@ -1,0 +1,287 @@
+"""What submit.py writes and refuses, and what its script does with each way for processes to end; without SLURM."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import submit  # of slurm/, see conftest.py
+import yaml
+
+import train
+from dash_megatron.exit_codes import ExitCode
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ["--config", str(ROOT / "configs/8b_16k.yaml")]
+SIZE = ["--nodes", "4", "--gpus-per-node", "8"]
+TIME = ["--time", "24:00:00"]
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The script that would be submitted; it must be free of syntax errors."""
+    assert submit.main([*arguments, "--dry-run"]) == 0, capsys.readouterr().err
+    script = capsys.readouterr().out
+    done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+    return script
+
+
+def options_of(script: str) -> list[str]:
+    return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
+
+
+def site_file(tmp_path: Path, **keys: Any) -> list[str]:
+    path = tmp_path / "site.yaml"
+    path.write_text(yaml.safe_dump(keys))
+    return ["--site", str(path)]
+
+
+def config_of(folder: Path, name: str) -> str:
+    path = folder / f"{name}.yaml"
+    tree = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
+    path.write_text(yaml.safe_dump({**tree, "run_dir": str(folder / name)}))
+    return str(path)
+
+
+def test_a_dry_run_prints_the_script_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = ["--job-name", "big", "--dependency", "afterok:12"]
+    script = dry_run(capsys, *CONFIG, *SIZE, *TIME, *words, f"run_dir={run}", "optimizer.lr=1e-3")
+    assert not run.exists()
+    expected = {
+        "--job-name=big",
+        "--nodes=4",
+        "--ntasks-per-node=8",
+        "--gpus-per-node=8",
+        "--time=24:00:00",
+        "--signal=USR1@300",
+        "--requeue",
+        "--open-mode=append",
+        "--export=NONE",
+        "--dependency=afterok:12",
+        f"--output={run}/logs/job_%j.log",
+    }
+    assert expected <= set(options_of(script))
+    assert "array" not in " ".join(options_of(script))
+    assert f"RUN_DIRS=({run})" in script
+    assert "srun --export=ALL --kill-on-bad-exit=1 --distribution=block" in script
+    assert "rank_%5t.log" in script
+
+
+def test_several_configs_make_a_job_array(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    study = [config_of(tmp_path, name) for name in ("low", "high", "higher")]
+    script = dry_run(
+        capsys, "--array", *study, "--at-once", "2", "--nodes", "1", "--gpus-per-node", "0", *TIME
+    )
+    assert "--array=0-2%2" in options_of(script)
+    assert f"RUN_DIRS=({' '.join(str(tmp_path / name) for name in ('low', 'high', 'higher'))})" in script
+    assert f"--job-name={tmp_path.name}" in options_of(script)
+    assert not [option for option in options_of(script) if "gpus" in option]
+
+
+def test_the_site_file_reaches_the_script(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    site = site_file(
+        tmp_path,
+        sbatch=["--partition=gpu"],
+        gpus="--gres=gpu:h100:{gpus}",
+        cpus_per_process=12,
+        warning_seconds=600,
+        modules=["cuda/12"],
+        environment={"NCCL_SOCKET_IFNAME": "ib0", "NCCL_IB_TIMEOUT": 22},
+        setup="ulimit -l unlimited\nexport WHERE=$(hostname)",
+        container=["apptainer", "exec", "--nv", "/images/my dash.sif"],
+        python="/opt/bin/python",
+        srun=["--mpi=pmix"],
+        scratch="/local/$USER",
+        restarts=7,
+    )
+    script = dry_run(capsys, *CONFIG, *SIZE, *TIME, *site, f"run_dir={tmp_path / 'run'}")
+    assert {"--partition=gpu", "--gres=gpu:h100:8", "--cpus-per-task=12", "--signal=USR1@600"} <= set(
+        options_of(script)
+    )
+    for line in (
+        "MAX_RESTARTS=7",
+        "SCRATCH='/local/$USER'",
+        f"TRAIN=(apptainer exec --nv '/images/my dash.sif' /opt/bin/python {ROOT / 'train.py'})",
+        "SRUN_OPTIONS=(--cpus-per-task=12 --mpi=pmix)",
+        "    module load cuda/12 || return",
+        "    export NCCL_SOCKET_IFNAME=ib0",
+        "    export NCCL_IB_TIMEOUT=22",
+        "    export WHERE=$(hostname)",
+    ):
+        assert line in script.splitlines()
+
+
+def test_the_hand_editable_script_ends_like_the_submitted_one(capsys: pytest.CaptureFixture[str]) -> None:
+    by_hand = (ROOT / "slurm/pretrain.sbatch").read_text()
+    subprocess.run(["bash", "-n"], input=by_hand, text=True, check=True, timeout=30)
+    script = dry_run(capsys, *CONFIG, *SIZE, *TIME)
+    mark = "# ==== the job"
+    assert script.partition(mark)[2] == by_hand.partition(mark)[2] != ""
+    # what comes before is the same options, but for where the log goes
+    names = {option.split("=")[0] for option in options_of(script)} - {"--chdir"}
+    assert names == {option.split("=")[0] for option in options_of(by_hand)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nodes", "0", "--gpus-per-node", "8", *TIME], "--nodes 0 must be at least 1"),
+        (["--nodes", "1", "--gpus-per-node", "-1", *TIME], "--gpus-per-node -1 must be at least 0"),
+        (
+            ["--nodes", "1", "--gpus-per-node", "0", "--processes-per-node", "0", *TIME],
+            "--processes-per-node 0 must be at least 1",
+        ),
+        ([*SIZE, *TIME, "--processes-per-node", "4"], "--processes-per-node 4 must be left out with"),
+        ([*SIZE, *TIME, "--at-once", "2"], "--at-once 2 must go with --array"),
+        ([*SIZE, "--time", "a day"], "--time a day must be minutes, hours:minutes:seconds or days-hours"),
+        ([*SIZE, "--time", "5"], "--time 5 must be longer than warning_seconds=300"),
+        ([*SIZE, *TIME, "--job-name", "my run"], "--job-name 'my run' must be one word"),
+        ([*SIZE, *TIME, "--dependency", "afterok:1\n#SBATCH"], "must be one word"),
+        ([*SIZE, *TIME, "run_dir=runs/a b"], "run_dir=runs/a b"),
+        ([*SIZE, *TIME, "run_dir=runs/%j"], "choose another"),
+        ([*SIZE, *TIME, "training.micro_batch=7"], "training.global_batch"),
+        ([*SIZE, *TIME, "optimizer.rate=1"], "optimizer.rate"),
+        ([*SIZE, *TIME, "--site", "/no/such.yaml"], "--site /no/such.yaml cannot be read"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_field_value_and_rule(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit.main([*CONFIG, *arguments, "--dry-run"]) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ")
+    assert message in output.err
+    assert output.out == ""
+
+
+def test_configs_of_an_array_that_share_a_folder_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = config_of(tmp_path, "low")
+    words = ["--array", config, config, "--nodes", "1", "--gpus-per-node", "0", *TIME, "--dry-run"]
+    assert submit.main(words) == 2
+    assert f"run_dir={tmp_path / 'low'} is that of several configs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"moduls": ["cuda"]}, "moduls is not a known key; known are sbatch"),
+        ({"modules": "cuda"}, "modules='cuda': must be a list, such as"),
+        ({"warning_seconds": 0}, "warning_seconds=0: Input should be greater than 0"),
+        ({"restarts": -1}, "restarts=-1: Input should be greater than or equal to 0"),
+        ({"sbatch": ["-p gpu"]}, "'-p gpu' must be a long option without spaces, such as --partition=gpu"),
+        ({"sbatch": ["--time=3"]}, "'--time=3' must not be set here: submit.py sets --time"),
+        ({"gpus": "--gres=gpu:8"}, "must be an option with {gpus} in it"),
+        ({"environment": {"A-B": "1"}}, "must be names of variables"),
+        (
+            {"environment": {"NCCL_DEBUG": True}},
+            "environment.NCCL_DEBUG=True: must be text; put it in quotes",
+        ),
+    ],
+    ids=str,
+)
+def test_mistakes_in_a_site_file_are_named(
+    keys: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert submit.main([*CONFIG, *SIZE, *TIME, *site_file(tmp_path, **keys), "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_sbatch_the_script_is_kept_and_said_to_be(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run = tmp_path / "run"
+    assert submit.main([*CONFIG, *SIZE, *TIME, f"run_dir={run}"]) == 2
+    (script,) = (run / "slurm").glob("*.sbatch")
+    assert f"there is no sbatch on this machine; {script} is written" in capsys.readouterr().err
+    (config,) = (run / "slurm").glob("*.yaml")
+    assert yaml.safe_load(config.read_text())["run_dir"] == str(run)
+    assert f"CONFIGS=({config})" in script.read_text()
+
+
+@pytest.fixture
+def play(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """`play(code, said)` runs a job's script with an srun that ends like that; gives code, last event and requeues."""
+    run, programs = tmp_path / "run", tmp_path / "bin"
+    programs.mkdir()
+    for name, lines in {
+        "srun": 'printf "%b" "$SAID" >> "$DASH_EXIT_FILE"\nexit "$CODE"',
+        "squeue": "",
+        "scontrol": f'if [ "$1" = requeue ]; then echo "$2" >> {tmp_path}/requeued; else echo node1; fi',
+    }.items():
+        (programs / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (programs / name).chmod(0o755)
+    script = dry_run(capsys, *CONFIG, *SIZE, *TIME, *site_file(tmp_path, restarts=2), f"run_dir={run}")
+
+    def play(code: int, said: str = "", restart: int = 0) -> tuple[int, list[str], int]:
+        environment = {
+            **os.environ,
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "5",
+            "SLURM_JOB_NODELIST": "node1",
+            "SLURM_RESTART_COUNT": str(restart),
+            "CODE": str(code),
+            "SAID": said,
+        }
+        done = subprocess.run(["bash"], input=script, env=environment, text=True, cwd=tmp_path, timeout=60)
+        event = (run / "slurm/events.tsv").read_text().splitlines()[-1].split("\t")
+        requeued = tmp_path / "requeued"
+        return done.returncode, event[3:], len(requeued.read_text().split()) if requeued.exists() else 0
+
+    return play
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "expected", "event", "reason", "requeues"),
+    [
+        (0, "", 0, "done", "newest checkpoint", 0),
+        (2, "", 2, "stopped", "exit code 2", 0),
+        (3, "3\\thalted: too many\\n", 3, "stopped", "halted: too many", 0),
+        (75, "75\\tsaved\\n", 0, "requeued", "stopped as asked, and saved", 1),
+        # the first to leave made srun kill the others, whose codes are higher
+        (143, "75\\tsaved\\n", 0, "requeued", "stopped as asked, and saved", 1),
+        (137, "2\\terror: wrong\\n2\\terror: wrong\\n", 2, "stopped", "error: wrong", 0),
+        (143, "3\\thalted: too many\\n75\\tsaved\\n", 3, "stopped", "halted: too many", 0),
+        (1, "", 0, "requeued", "a process failed with exit code 1", 1),
+        (134, "", 0, "requeued", "a process failed with exit code 134", 1),
+    ],
+)
+def test_how_processes_end_decides_whether_the_job_is_queued_again(
+    play: Any, code: int, said: str, expected: int, event: str, reason: str, requeues: int
+) -> None:
+    returned, (name, detail), times = play(code, said)
+    assert (returned, name, times) == (expected, event, requeues)
+    assert reason in detail
+    assert detail.count("error: wrong") <= 1
+
+
+def test_faults_are_forgiven_with_every_newer_checkpoint_and_no_more_often_than_the_site_says(
+    play: Any, tmp_path: Path
+) -> None:
+    assert [play(1, restart=restart)[1][0] for restart in range(3)] == ["requeued", "requeued", "stopped"]
+    (tmp_path / "run/checkpoints/step_00000008").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/step_00000009.partial").mkdir()
+    assert [play(1, restart=restart)[1][0] for restart in range(3, 6)] == ["requeued", "requeued", "stopped"]
+    code, (_, detail), _ = play(1, restart=6)
+    assert code == 1
+    assert "started again 2 times without a newer checkpoint" in detail
+
+
+def test_a_process_tells_the_batch_script_why_it_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DASH_EXIT_FILE", str(tmp_path / "exit"))
+    assert train.leave(ExitCode.CONFIG_ERROR, "error: a\nb") == ExitCode.CONFIG_ERROR
+    assert train.leave(ExitCode.REQUEUE) == ExitCode.REQUEUE
+    assert (tmp_path / "exit").read_text() == "2\terror: a b\n75\tstopped as asked, and saved\n"
+    assert capsys.readouterr().err == "error: a\nb\n"
+    monkeypatch.setenv("DASH_EXIT_FILE", str(tmp_path / "no" / "folder"))
+    assert train.leave(ExitCode.HALTED, "halted") == ExitCode.HALTED
