@@ -22,7 +22,7 @@ endif
 # two single-threaded processes are what two cores can run
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint docs env
+.PHONY: quickstart test lint docs env chaos tensorboard
 
 env: $(VENV)/.installed
 
@@ -62,6 +62,14 @@ quickstart: $(DATA)/train.idx.json
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# faults of all kinds, each of which a run must survive as if it had not happened: about an hour on two cores
+chaos: $(VENV)/.installed
+	$(BIN)/python -m tests.chaos --faults 210
+
+# on this machine only: TensorBoard has no passwords
+tensorboard: $(VENV)/.installed
+	$(BIN)/tensorboard --host 127.0.0.1 --logdir runs
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
