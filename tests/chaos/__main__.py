@@ -23,7 +23,7 @@ from tests.tiny import make_tiny_data, tiny_tree
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run, report."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("--faults", type=int, default=210, help="how many (default: %(default)s)")
+    parser.add_argument("--faults", type=int, default=240, help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first (default: %(default)s)")
     parser.add_argument("--kind", choices=list(KINDS), help="this kind only")
     parser.add_argument("--output", type=Path, help="also write outcomes as JSON lines")

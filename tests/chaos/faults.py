@@ -64,6 +64,11 @@ class Fault:
         """What to do, and where."""
         return KINDS[self.kind]
 
+    @property
+    def ends_a_start(self) -> bool:
+        """Whether the run has to be started again, if the fault comes in time. Disks may be full when no save is left."""
+        return self.family[0] != "disk" and self.family != ("delay", "short")
+
 
 def draw(seed: int, kind: str | None = None) -> Fault:
     """The fault of a seed."""
