@@ -49,10 +49,14 @@ def main() -> None:
     launch = read_launch({})
     device = init_process_groups(launch, config.parallel)
     cases = [("full", None), *(("dash", density) for density in options.densities)]
-    results = [_measure(_case(config, kind), kind, density, options, device) for kind, density in cases]
-    _print_table(config, results, device)
-    if options.json is not None:
-        options.json.write_text(json.dumps({"config": options.config, "results": results}, indent=1) + "\n")
+    _print_header(config, device)
+    results: list[dict[str, Any]] = []
+    for kind, density in cases:
+        results.append(_measure(_case(config, kind), kind, density, options, device))
+        _print_row(results, device)
+        if options.json is not None:
+            written = {"config": options.config, "results": results}
+            options.json.write_text(json.dumps(written, indent=1) + "\n")
     destroy_process_groups()
 
 
@@ -153,24 +157,32 @@ def _hand_values_through(model: torch.nn.Module) -> None:
             module._attend = lambda q, k, v, packed: v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
 
 
-def _print_table(config: Config, results: list[dict[str, Any]], device: torch.device) -> None:
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    peak = peak_flops(name)
+def _print_header(config: Config, device: torch.device) -> None:
     training = config.training
     print(
         f"{config.run_dir}: {config.data.seq_length} tokens x {training.micro_batch}, {training.precision}, "
-        f"recompute {training.recompute}, ZeRO {config.zero.stage}, {name}, torch {torch.__version__}"
+        f"recompute {training.recompute}, ZeRO {config.zero.stage}, {_name(device)}, torch {torch.__version__}"
     )
     print(
-        f"{'attention':>10} {'density':>8} {'s/step':>8} {'tokens/s':>9} {'memory':>9} {'attention':>10} {'MFU':>6} {'speed-up':>9}"
+        f"{'attention':>10} {'density':>8} {'s/step':>8} {'tokens/s':>9} {'memory':>9} {'attention':>10} {'MFU':>6} {'speed-up':>9}",
+        flush=True,
     )
-    for row in results:
-        utilization = f"{row['model_tflops_per_second'] * 1e12 / peak:.0%}" if peak else "-"
-        print(
-            f"{row['kind']:>10} {row['density']:>8.1%} {row['seconds']:>8.3f} {row['tokens_per_second']:>9,.0f} "
-            f"{row['peak_memory_gib']:>5.1f} GiB {row['attention_share']:>10.0%} {utilization:>6} "
-            f"{results[0]['seconds'] / row['seconds']:>8.2f}x"
-        )
+
+
+def _print_row(results: list[dict[str, Any]], device: torch.device) -> None:
+    """The newest result; the first is what others are compared with."""
+    row, peak = results[-1], peak_flops(_name(device))
+    utilization = f"{row['model_tflops_per_second'] * 1e12 / peak:.0%}" if peak else "-"
+    print(
+        f"{row['kind']:>10} {row['density']:>8.1%} {row['seconds']:>8.3f} {row['tokens_per_second']:>9,.0f} "
+        f"{row['peak_memory_gib']:>5.1f} GiB {row['attention_share']:>10.0%} {utilization:>6} "
+        f"{results[0]['seconds'] / row['seconds']:>8.2f}x",
+        flush=True,
+    )
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
 
 
 if __name__ == "__main__":
