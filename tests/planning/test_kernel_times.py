@@ -40,11 +40,11 @@ def test_fitted_dense_times_are_within_15_percent_of_the_measured_ones(tokens: i
 
 
 def test_a_group_size_between_the_fitted_ones_is_predicted() -> None:
-    # 64K, 32/4, 11.2%: 11.45 ms and 45.87 ms, not among the fitted rows; its lists are those of 32/8
+    # 64K, 32/4, 11.2%: 11.21 ms and 44.41 ms, not among the fitted rows; its lists are those of 32/8
     work = replace(GROUP_CASES[0].work, kv_heads=4)
     time = dash_seconds(work)
-    assert 1e3 * time.forward == pytest.approx(11.45, rel=0.1)
-    assert 1e3 * (time.forward + time.backward) == pytest.approx(45.87, rel=0.1)
+    assert 1e3 * time.forward == pytest.approx(11.21, rel=0.1)
+    assert 1e3 * (time.forward + time.backward) == pytest.approx(44.41, rel=0.1)
 
 
 def test_the_numbers_held_here_are_those_of_the_page() -> None:
@@ -58,7 +58,7 @@ def test_the_numbers_held_here_are_those_of_the_page() -> None:
             or line.startswith(f"{name}, {case.density:.1%} |")
         )
         cells = [cell.strip() for cell in one.split("|")]
-        assert (float(cells[4]), float(cells[8])) == (case.forward, case.total)
+        assert (float(cells[5]), float(cells[10])) == (case.forward, case.total)
         cells = [cell.strip() for cell in by_stage.split("|")][2:8]
         assert [float(cell.split()[0]) for cell in cells] == [getattr(case, stage) for stage in STAGES]
         assert cells[1].endswith(f"({case.attend_tflops:.0f})")
