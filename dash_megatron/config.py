@@ -7,6 +7,7 @@ Reading YAML and overrides lives in `config_loading.py`.
 
 from __future__ import annotations
 
+import bisect
 import math
 from typing import Any, Literal
 
@@ -88,6 +89,10 @@ class AttentionConfig(Section):
     scaling_factor: float | tuple[float, ...] = 1.0
     """Multiplies routing scores before entmax, above 0; larger values select fewer chunks. A list has one for each
     layer."""
+    target_density: float | tuple[float, ...] | dict[int, float | tuple[float, ...]] | None = None
+    """Share of the available chunks to be selected, above 0 and up to 1: each layer's scaling factor is moved, from
+    `scaling_factor` on, until its router selects that much. A list has one for each layer. A schedule, such as
+    `{0: 1.0, 2000: 0.25}`, says from which step on, with straight lines between, and starts dense for a warm-up."""
     sigma: float = Field(default=2.0, gt=0)
     """Flattens the router's prior on the softmax; 2 is the flattest whose router gradient is bounded."""
     estimate_diagonal: bool = True
@@ -103,12 +108,56 @@ class AttentionConfig(Section):
         """`scaling_factor` of a layer, counted from 0."""
         return self.scaling_factor[layer] if isinstance(self.scaling_factor, tuple) else self.scaling_factor
 
+    def target_density_at(self, step: int, layer: int) -> float | None:
+        """`target_density` of a layer, counted from 0, after some steps."""
+        if not isinstance(self.target_density, dict):
+            return _of_layer(self.target_density, layer)
+        steps = sorted(self.target_density)
+        after = bisect.bisect_right(steps, step)
+        before = steps[max(0, after - 1)]
+        first = _of_layer(self.target_density[before], layer)
+        if first is None or after in (0, len(steps)):
+            return first
+        second = _of_layer(self.target_density[steps[after]], layer)
+        assert second is not None
+        return first + (second - first) * (step - before) / (steps[after] - before)
+
+    @property
+    def target_density_lists(self) -> list[tuple[float, ...]]:
+        """All lists of targets by layer."""
+        target = self.target_density
+        values = target.values() if isinstance(target, dict) else [target]
+        return [value for value in values if isinstance(value, tuple)]
+
+    def _check_target(self) -> None:
+        target = self.target_density
+        values: list[Any] = list(target.values()) if isinstance(target, dict) else [target]
+        numbers = [x for value in values for x in (value if isinstance(value, tuple) else (value,))]
+        if isinstance(target, dict) and (not target or min(target) < 0):
+            raise ValueError(
+                f"attention.target_density={target} must name steps from 0 on, such as {{0: 1.0, 2000: 0.25}}"
+            )
+        if target is not None and not all(0 < number <= 1 for number in numbers):
+            raise ValueError(
+                f"attention.target_density={target} must be above 0 and at most 1, such as 0.25; null leaves densities alone"
+            )
+        if target is not None and self.kind != "dash":
+            raise ValueError(
+                f"attention.target_density={target} needs a router: set attention.kind=dash, or "
+                "attention.target_density=null"
+            )
+
     @model_validator(mode="after")
     def _check(self) -> AttentionConfig:
+        self._check_target()
         factors = self.scaling_factor if isinstance(self.scaling_factor, tuple) else (self.scaling_factor,)
         if not all(0 < factor < math.inf for factor in factors):
             raise ValueError(f"attention.scaling_factor={self.scaling_factor} must be above 0, such as 1.0")
         return self
+
+
+def _of_layer(value: float | tuple[float, ...] | None, layer: int) -> float | None:
+    return value[layer] if isinstance(value, tuple) else value
 
 
 class DataConfig(Section):
@@ -310,6 +359,13 @@ class Config(Section):
                 f"attention.scaling_factor lists {len(factors)} numbers and must list model.layers={self.model.layers}, "
                 "or be one number for all layers"
             )
+
+        for targets in self.attention.target_density_lists:
+            if len(targets) != self.model.layers:
+                raise ValueError(
+                    f"attention.target_density lists {len(targets)} numbers and must list model.layers={self.model.layers}, "
+                    "or be one number for all layers"
+                )
 
     def _check_schedule(self) -> None:
         warmup, decay, steps = self.schedule.warmup_steps, self.schedule.decay_steps or 0, self.training.steps

@@ -4,6 +4,7 @@ from dash_megatron.layers.core_attention import DashCoreAttention, FullCoreAtten
 from dash_megatron.layers.model import (
     DashGPTModel,
     build_model,
+    dash_layers,
     init_weights,
     routing_means,
     take_context_bytes,
@@ -15,6 +16,7 @@ __all__ = [
     "FullCoreAttention",
     "RoutingMeans",
     "build_model",
+    "dash_layers",
     "init_weights",
     "routing_means",
     "take_context_bytes",

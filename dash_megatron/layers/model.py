@@ -244,13 +244,14 @@ def init_weights(model: DashGPTModel, seed: int, std: float) -> None:
             parameter.copy_(shard(whole, split, group.rank(), group.size()))
 
 
+def dash_layers(model: torch.nn.Module) -> dict[int, DashCoreAttention]:
+    """Core attentions with a router by layer, counted from 0."""
+    return {m.layer_number - 1: m for m in model.modules() if isinstance(m, DashCoreAttention)}
+
+
 def routing_means(model: torch.nn.Module) -> dict[int, RoutingMeans]:
     """Routing of the last forward pass by layer, counted from 0; layers with full attention have none."""
-    return {
-        module.layer_number - 1: module.routing
-        for module in model.modules()
-        if isinstance(module, DashCoreAttention) and module.routing is not None
-    }
+    return {layer: core.routing for layer, core in dash_layers(model).items() if core.routing is not None}
 
 
 def take_context_bytes(model: torch.nn.Module) -> dict[int, tuple[int, int]]:

@@ -25,6 +25,7 @@ from dash_megatron.parallel import tensor_group
 from dash_megatron.retry import retry
 from dash_megatron.training import checkpoint_files as files
 from dash_megatron.training.checkpoint_files import CheckpointWeights, StoredState
+from dash_megatron.training.density import moved_factors
 from dash_megatron.training.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -351,7 +352,11 @@ def open_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, 
         raise ValueError(f"{folder} is damaged: {problem}; name an earlier step")
     stored = StoredState(folder)
     config = config_from_dict({**stored.facts["config"], "run_dir": str(run_dir)})
-    return config, step, CheckpointWeights(stored)
+    # what the weights were trained with last
+    attention = moved_factors(
+        config.attention, config.model.layers, stored.facts["trainer"].get("density", {})
+    )
+    return config.model_copy(update={"attention": attention}), step, CheckpointWeights(stored)
 
 
 def load_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, int, dict[str, Tensor]]:

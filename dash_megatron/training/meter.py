@@ -142,8 +142,10 @@ class Meter:
         skipped: int,
         alarms: int,
         slowest: tuple[int, float],
+        factors: list[float | None],
     ) -> StepMetrics:
-        """Metrics of a step, with rates of the last lap; `slowest` is a rank and its time over the median."""
+        """Metrics of a step, with rates of the last lap; `slowest` is a rank and its time over the median, `factors` are
+        those of the next step by layer."""
         density, selected = totals.per_layer(0), totals.per_layer(1)
         routed = [value for value in density if value is not None]
         by_layer = {layer: value for layer, value in enumerate(selected) if value is not None}
@@ -168,6 +170,7 @@ class Meter:
             density=sum(routed) / len(routed) if routed else None,
             density_per_layer=density,
             chunks_selected_per_layer=selected,
+            scaling_factor_per_layer=factors,
             context_imbalance=totals.context_imbalance,
             context_bytes_forward_per_layer=totals.context_bytes(0),
             context_bytes_backward_per_layer=totals.context_bytes(1),

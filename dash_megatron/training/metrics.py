@@ -44,6 +44,8 @@ class StepMetrics(TypedDict):
     """Selected over causally available chunks."""
     chunks_selected_per_layer: list[float | None]
     """Selected chunks per token, its own chunk included."""
+    scaling_factor_per_layer: list[float | None]
+    """That the next step routes with; `attention.target_density` moves it."""
     context_imbalance: float
     """Selected chunks of a context-parallel process, most over mean; 1 where nobody shares a sequence."""
     context_bytes_forward_per_layer: list[float]

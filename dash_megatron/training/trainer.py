@@ -17,11 +17,12 @@ from dash_megatron.data.batches import BatchSource, PackedBatch
 from dash_megatron.data.blend import parse_blend, unigram_entropy
 from dash_megatron.data.dataset import build_dataset
 from dash_megatron.exit_codes import ExitCode
-from dash_megatron.layers import build_model, init_weights
+from dash_megatron.layers import build_model, dash_layers, init_weights
 from dash_megatron.ops.fingerprint import implementation_fingerprint
 from dash_megatron.parallel import context_rank, data_rank, init_process_groups, read_launch, tensor_group
 from dash_megatron.retry import make_writable_folder
 from dash_megatron.training.checkpoint import Checkpointer, finished_steps, write_config
+from dash_megatron.training.density import DensityController
 from dash_megatron.training.engine import Engine
 from dash_megatron.training.faults import Fault, Guard, fault_folder, write_fault
 from dash_megatron.training.flops import parameter_count
@@ -94,6 +95,7 @@ class Trainer:
         self.watchdog = Watchdog(hang_minutes)
         self.busy = BusyTime(self.device)
         self.collapse = CollapseAlarm(config.faults.collapse_steps)
+        self.density = DensityController(config.attention, dash_layers(model))
 
     def run(self) -> ExitCode:
         """Train from the newest checkpoint, or from scratch, to the last step, or until a signal asks to stop.
@@ -145,13 +147,19 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the run beside weights, optimizer and random state; the same on every process."""
-        return {"step": self.step, "data": self.train_source.state_dict(), "faults": self.guard.state_dict()}
+        return {
+            "step": self.step,
+            "data": self.train_source.state_dict(),
+            "faults": self.guard.state_dict(),
+            "density": self.density.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the place in the run that `state_dict` described."""
         self.step = state["step"]
         self.train_source.load_state_dict(state["data"])
         self.guard.load_state_dict(state["faults"])
+        self.density.load_state_dict(state.get("density", {}))
 
     def start_reporting(self) -> None:
         """Write the resolved config, say what is about to run, and start the clock."""
@@ -207,6 +215,7 @@ class Trainer:
         fault = fault or self.guard.judge_gradient(self.step, first_sample, totals.loss, norm)
         self.meter.count_step()
         self.busy.end_of_step()
+        self.density.update(self.step, totals.per_layer(0))
         self.collapse.update(self.step, totals.per_layer(0), totals.per_layer(1))
         self.stopping = agree(self.signals.requested, fault is not None)
         self.rolled_back = fault is not None and self.handle(replace(fault, grad_norm=norm), batches)
@@ -287,7 +296,10 @@ class Trainer:
             self.busy.warn_of(*slowest, self.config.faults.straggler_ratio)
             skipped = self.guard.skipped(self.train_source.consumed_samples)
             norm, alarms = self.engine.grad_norm(), self.collapse.alarms
-            metrics = self.meter.measure(self.step, totals, lr, norm, valid_loss, skipped, alarms, slowest)
+            factors = self.density.factors(self.config.model.layers)
+            metrics = self.meter.measure(
+                self.step, totals, lr, norm, valid_loss, skipped, alarms, slowest, factors
+            )
             self.writer.write(metrics)
             print(console_line(metrics, last, (last - self.step) * self.meter.seconds_per_step), flush=True)
 

@@ -1,0 +1,85 @@
+"""Density on demand: every layer's scaling factor is moved until its router selects the share of chunks asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dash_megatron.config import AttentionConfig
+from dash_megatron.layers import DashCoreAttention
+
+# Share of a step's measurement in the running mean of a layer's density: batches differ by several points.
+_WEIGHT = 0.1
+# How far the logarithm of a factor moves per step and unit of error. The log-odds of density fall by about one for each unit of
+# the logarithm, so that with the mean above the loop is damped, settles within about 100 steps, and is slow beside the
+# optimizer.
+_GAIN = 0.05
+# The most that one step moves it, and how far from 1 factors may go: a target can be out of reach.
+_MOST_PER_STEP, _MOST_IN_ALL = 0.1, math.log(1e6)
+# Densities of 0 and 1 have no log-odds.
+_LEAST = 1e-3
+
+
+class DensityController:
+    """Moves scaling factors towards `attention.target_density`; without a target it does nothing.
+
+    An integral controller on the log-odds of a running mean of the measured density. Every process computes the same factors
+    from the same measurements.
+
+    Args:
+        attention: of the config.
+        layers: core attentions with a router by layer, counted from 0; their `scaling_factor` is what moves.
+    """
+
+    def __init__(self, attention: AttentionConfig, layers: Mapping[int, DashCoreAttention]) -> None:
+        self._attention = attention
+        self._cores = layers
+        self._means: dict[int, float] = {}
+
+    def update(self, step: int, densities: Sequence[float | None]) -> None:
+        """Take in a step's measurement and set the factors of the next.
+
+        Args:
+            step: number of finished steps.
+            densities: selected over available chunks, the mean over all processes for each layer; None without a router.
+        """
+        for layer, core in self._cores.items():
+            density, target = densities[layer], self._attention.target_density_at(step, layer)
+            if density is None or not math.isfinite(density) or target is None:
+                continue
+            mean = self._means.get(layer, density)
+            self._means[layer] = mean = mean + _WEIGHT * (density - mean)
+            move = _GAIN * (_log_odds(mean) - _log_odds(target))
+            logarithm = math.log(core.scaling_factor) + max(-_MOST_PER_STEP, min(_MOST_PER_STEP, move))
+            core.scaling_factor = math.exp(max(-_MOST_IN_ALL, min(_MOST_IN_ALL, logarithm)))
+
+    def factors(self, layers: int) -> list[float | None]:
+        """The factor of each layer; None without a router."""
+        return [self._cores[i].scaling_factor if i in self._cores else None for i in range(layers)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes on in a later start; empty without a target."""
+        if self._attention.target_density is None:
+            return {}
+        factors = {str(layer): core.scaling_factor for layer, core in self._cores.items()}
+        return {"factors": factors, "means": {str(layer): mean for layer, mean in self._means.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there. Where a target was given up, factors stay where it had moved them."""
+        for layer, core in self._cores.items():
+            core.scaling_factor = state.get("factors", {}).get(str(layer), core.scaling_factor)
+        self._means = {int(layer): mean for layer, mean in state.get("means", {}).items()}
+
+
+def moved_factors(attention: AttentionConfig, layers: int, state: Mapping[str, Any]) -> AttentionConfig:
+    """The config with the factors of a `DensityController`'s state in place of those that the run began with."""
+    if not state.get("factors"):
+        return attention
+    factors = [state["factors"].get(str(i), attention.layer_scaling_factor(i)) for i in range(layers)]
+    return attention.model_copy(update={"scaling_factor": tuple(factors)})
+
+
+def _log_odds(density: float) -> float:
+    density = max(_LEAST, min(1 - _LEAST, density))
+    return math.log(density / (1 - density))
