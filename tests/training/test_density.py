@@ -1,5 +1,6 @@
 """Routers select the share of chunks that was asked for, and go on doing so in a later start."""
 
+import json
 import math
 import random
 from pathlib import Path
@@ -48,6 +49,9 @@ def test_a_schedule_is_followed_with_straight_lines_between_its_steps() -> None:
     expected = {0: (1.0, 1.0), 500: (0.6, 0.6), 1000: (0.2, 0.2), 1500: (0.3, 0.15), 9000: (0.4, 0.1)}
     for step, targets in expected.items():
         assert [attention.target_density_at(step, i) for i in (0, 1)] == pytest.approx(targets)
+    # as config.yaml and checkpoints keep it
+    stored = json.loads(json.dumps(attention.model_dump(mode="json")))
+    assert AttentionConfig(**stored) == attention
     history, _, _ = simulate({0: 0.8, 400: 0.8, 1200: 0.2}, 1600, slopes=(1.0,))
     assert [history[step][0] for step in (399, 799, 1599)] == pytest.approx([0.8, 0.5, 0.2], abs=0.05)
 
