@@ -154,8 +154,10 @@ class ExportedModel(LanguageModel):
         model = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=True, local_files_only=True, dtype="auto"
         )
-        # as a run: half precision is for GPUs
-        self._model: Any = (model if self.device.type == "cuda" else model.float()).to(self.device).eval()
+        self._model: Any = model.eval()
+        if self.device.type == "cpu":
+            self._model.float()  # as a run: half precision is for GPUs
+        self._model.to(self.device)
         self.trained_length = int(model.config.max_position_embeddings)
         self.data = []
 
