@@ -77,18 +77,25 @@ def run_job(job: Job, path: Path) -> tuple[list[dict[str, Any]], int]:
     """
     known = {(line["index"], line["depth"]): line for line in _read(path) if line["key"] == job.key}
     items = job.items()
-    todo = [item for item in items if item not in known]
+    computed = 0
     with open(path, "a", encoding="utf-8") as file:
-        for batch in _batches(todo, max(1, job.settings.batch_tokens // job.length)):
-            for (index, depth), result in zip(batch, job.compute(batch), strict=True):
-                line = {"key": job.key, "length": job.length, "index": index, "depth": depth, **result}
-                known[(index, depth)] = line
-                file.write(json.dumps(line) + "\n")
+        for batch in _batches(items, max(1, job.settings.batch_tokens // job.length)):
+            if all(item in known for item in batch):
+                continue
+            # all of a batch again: other company would change the last bits
+            for item, result in zip(batch, job.compute(batch), strict=True):
+                if item in known:
+                    continue
+                index, depth = item
+                known[item] = {"key": job.key, "length": job.length, "index": index, "depth": depth, **result}
+                file.write(json.dumps(known[item]) + "\n")
+                computed += 1
             file.flush()
-    return [known[item] for item in items], len(todo)
+    return [known[item] for item in items], computed
 
 
 def _batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    """The same ones whatever is known already."""
     for first in range(0, len(items), size):
         yield list(items[first : first + size])
 
