@@ -1,4 +1,4 @@
-"""The front door: `python -m dash_megatron plan | doctor | sample | convert | study ...`."""
+"""The front door: `python -m dash_megatron plan | doctor | sample | evaluate | convert | study ...`."""
 
 import argparse
 import sys
@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--step", type=int, help="checkpoint of this step instead of the newest")
     sample.set_defaults(run=_sample)
 
+    _add_evaluate(tools)
     convert = tools.add_parser("convert", help="to and from Hugging Face folders")
     directions = convert.add_subparsers(required=True, metavar="DIRECTION")
     to_hf = directions.add_parser("to-hf", help="export a run's checkpoint for transformers")
@@ -86,6 +87,48 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_evaluate(tools: Any) -> None:
+    text = "perplexity by position, needles, RULER families, recall and copy, on a run or an exported model"
+    evaluate = tools.add_parser("evaluate", help=text, description=text, epilog="see docs/evaluation.md")
+    evaluate.add_argument("source", metavar="SOURCE", help="a run's folder, or an exported one")
+    evaluate.add_argument("--step", type=int, help="checkpoint of this step instead of the newest")
+    evaluate.add_argument("--tasks", type=_names, metavar="NAME,...", help="default: all")
+    evaluate.add_argument(
+        "--lengths", type=_integers, metavar="TOKENS,...", help="default: 1/4, 1/2 and all of training's"
+    )
+    evaluate.add_argument("--depths", type=int, default=5, help="places of the needle; default: 5")
+    evaluate.add_argument(
+        "--samples", type=int, default=20, help="of each task, length and depth; default: 20"
+    )
+    evaluate.add_argument(
+        "--score",
+        default="answer",
+        help="answer (default): one pass over prompt and answer; generate: greedy continuations",
+    )
+    evaluate.add_argument("--text", metavar="FILE", help="local text to score and to hide needles in")
+    evaluate.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="PREFIX",
+        help="the same from PREFIX.bin and .idx, may be repeated; default: the run's validation data",
+    )
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--batch-tokens", type=int, default=32768, help="most tokens of a batch")
+    evaluate.add_argument(
+        "--output", metavar="DIR", help="default: RUN/evaluation/step_... or SOURCE.evaluation"
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
 def _add_doctor(tools: Any) -> None:
     text = "examine the machines, data and layout of a run, under the launcher that train.py will have"
     doctor = tools.add_parser(
@@ -121,6 +164,23 @@ def _sample(options: argparse.Namespace) -> None:
         step=options.step,
     )
     print(options.prompt + text)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from dash_megatron.evaluation.command import evaluate_command
+    from dash_megatron.evaluation.jobs import FAMILIES, Settings
+
+    settings = Settings(
+        tasks=options.tasks or FAMILIES,
+        lengths=options.lengths or (),
+        depths=options.depths,
+        samples=options.samples,
+        score=options.score,
+        seed=options.seed,
+        batch_tokens=options.batch_tokens,
+    )
+    places = {"step": options.step, "text": options.text, "data": options.data, "output": options.output}
+    print(evaluate_command(options.source, settings, **places))
 
 
 def _to_hf(options: argparse.Namespace) -> None:

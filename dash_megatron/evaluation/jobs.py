@@ -1,0 +1,191 @@
+"""What is to be computed, one line of results for each item, and how an item is scored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dash_megatron.evaluation.models import LanguageModel
+from dash_megatron.evaluation.samples import Sample
+from dash_megatron.evaluation.tasks import TASKS
+from dash_megatron.evaluation.text import LocalText
+
+PERPLEXITY = "perplexity"
+FAMILIES = (PERPLEXITY, *TASKS)
+SCORES = ("answer", "generate")
+# raised whenever prompts or scores change, so that older results are not taken for new ones
+VERSION = 1
+# what a model may write beside the tokens of the answer
+EXTRA_TOKENS = 8
+FIRST_BUCKET = 64
+
+Item = tuple[int, float | None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to evaluate."""
+
+    tasks: tuple[str, ...] = FAMILIES
+    lengths: tuple[int, ...] = ()
+    """Tokens of prompt and answer; none: for the caller to choose."""
+    depths: int = 5
+    """Places of the needle of task `needle`, from the first line to the last."""
+    samples: int = 20
+    """Of each task and length, and for `needle` of each depth; windows of text for `perplexity`."""
+    score: str = "answer"
+    seed: int = 0
+    batch_tokens: int = 32768
+    """Most tokens of a batch; a row longer than that is a batch of its own."""
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.tasks if name not in FAMILIES]
+        if unknown or not self.tasks:
+            raise ValueError(f"--tasks {','.join(unknown)}: the known ones are {', '.join(FAMILIES)}")
+        if self.score not in SCORES:
+            raise ValueError(f"--score {self.score} must be one of {', '.join(SCORES)}")
+        if any(length < 2 for length in self.lengths):
+            raise ValueError(f"--lengths {list(self.lengths)}: each must be at least 2 tokens")
+        for name, least in (("depths", 2), ("samples", 1), ("batch_tokens", 1)):
+            if getattr(self, name) < least:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} {getattr(self, name)} must be at least {least}")
+
+
+class Job(ABC):
+    """One task at one length."""
+
+    def __init__(
+        self, task: str, length: int, settings: Settings, model: LanguageModel, text: LocalText
+    ) -> None:
+        self.task, self.length = task, length
+        self.settings, self.model, self.text = settings, model, text
+        facts = [VERSION, model.fingerprint, model.tokenizer.fingerprint, text.digest, text.num_tokens]
+        facts += [task, length, settings.seed, *self.key_facts()]
+        self.key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        """Of all that a result depends on, but for its item."""
+
+    def key_facts(self) -> list[Any]:
+        """What else results depend on."""
+        return []
+
+    @abstractmethod
+    def items(self) -> list[Item]:
+        """Index, and depth where it is given, of each line of results."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Find out whether items can be made at all; ValueError where not."""
+
+    @abstractmethod
+    def compute(self, items: list[Item]) -> list[dict[str, Any]]:
+        """Results of some items, in one batch."""
+
+
+class PerplexityJob(Job):
+    """Losses of windows of text, summed by bucket of positions."""
+
+    @cached_property
+    def _windows(self) -> list[np.ndarray]:
+        return self.text.windows(self.length, self.settings.samples, self.settings.seed)
+
+    def items(self) -> list[Item]:
+        """See `Job.items`; one for each window."""
+        return [(index, None) for index in range(len(self._windows))]
+
+    def prepare(self) -> None:
+        """See `Job.prepare`."""
+        _ = self._windows
+
+    def compute(self, items: list[Item]) -> list[dict[str, Any]]:
+        """See `Job.compute`."""
+        tokens = torch.from_numpy(np.stack([self._windows[index] for index, _ in items]))
+        losses = self.model.losses(tokens).double()
+        ends = buckets(self.length)
+        starts = [0, *ends[:-1]]
+        return [
+            {"nll_sums": [float(row[a:b].sum()) for a, b in zip(starts, ends, strict=True)]} for row in losses
+        ]
+
+
+def buckets(length: int) -> list[int]:
+    """Where buckets of positions end: at 64, then each twice as far, the last at `length`."""
+    ends = [FIRST_BUCKET]
+    while ends[-1] * 2 <= length:
+        ends.append(ends[-1] * 2)
+    return [end for end in ends if end < length] + [length]
+
+
+class TaskJob(Job):
+    """Samples of a task with known answers."""
+
+    def key_facts(self) -> list[Any]:
+        """See `Job.key_facts`."""
+        return [self.settings.score]
+
+    def items(self) -> list[Item]:
+        """See `Job.items`."""
+        depths: list[float | None] = [None]
+        if TASKS[self.task].by_depth:
+            last = self.settings.depths - 1
+            depths = [number / last for number in range(last + 1)]
+        return [(index, depth) for depth in depths for index in range(self.settings.samples)]
+
+    def sample(self, item: Item) -> Sample:
+        """Make an item's sample, which no other item or setting decides about."""
+        index, depth = item
+        seed = f"{self.settings.seed}:{self.task}:{self.length}:{depth}:{index}"
+        return TASKS[self.task].sample(seed, self.length, depth, self.text, self.model.tokenizer)
+
+    def prepare(self) -> None:
+        """See `Job.prepare`."""
+        self.sample(self.items()[0])
+
+    def compute(self, items: list[Item]) -> list[dict[str, Any]]:
+        """See `Job.compute`."""
+        samples = [self.sample(item) for item in items]
+        score = _score_generated if self.settings.score == "generate" else _score_answers
+        results = score(self.model, samples)
+        for result, sample in zip(results, samples, strict=True):
+            result.update(tokens=len(sample.ids), place=sample.depth)
+        return results
+
+
+def _score_answers(model: LanguageModel, samples: list[Sample]) -> list[dict[str, Any]]:
+    """One pass over prompts with their answers: share of answers all of whose tokens are the likeliest ones."""
+    found = model.answers([sample.ids for sample in samples], [sample.prompt_tokens for sample in samples])
+    return [_score_answer(sample, *pair) for sample, pair in zip(samples, found, strict=True)]
+
+
+def _score_answer(sample: Sample, losses: Tensor, likeliest: Tensor) -> dict[str, Any]:
+    right = likeliest == torch.tensor(sample.ids[sample.prompt_tokens :])
+    parts = [slice(a - sample.prompt_tokens, b - sample.prompt_tokens) for a, b in sample.spans]
+    return {
+        "score": sum(bool(right[part].all()) for part in parts) / len(parts),
+        "nll": float(torch.cat([losses[part] for part in parts]).double().mean()),
+    }
+
+
+def _score_generated(model: LanguageModel, samples: list[Sample]) -> list[dict[str, Any]]:
+    """Share of answers that stand in what the model writes, in any order; of tokens in place, for answers without text."""
+    prompts = [sample.ids[: sample.prompt_tokens] for sample in samples]
+    longest = max(len(sample.ids) - sample.prompt_tokens for sample in samples)
+    results = []
+    for sample, tokens in zip(samples, model.greedy(prompts, longest + EXTRA_TOKENS), strict=True):
+        wanted = sample.ids[sample.prompt_tokens :]
+        tokens = tokens[: len(wanted) + EXTRA_TOKENS]  # whatever its batch
+        text = model.tokenizer.decode(tokens)
+        if sample.texts:
+            hits = [answer in text for answer in sample.texts]
+        else:
+            hits = [place < len(tokens) and tokens[place] == token for place, token in enumerate(wanted)]
+        results.append({"score": sum(hits) / len(hits), "text": text})
+    return results

@@ -1,0 +1,101 @@
+"""Pictures of results: perplexity by position, the needle's heat map, scores by length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # a file, never a window
+import matplotlib.pyplot as plt
+
+from dash_megatron.evaluation.jobs import PERPLEXITY
+
+
+def draw(results: dict[str, Any], output: Path) -> list[Path]:
+    """Draw what `evaluate` gave back, a picture for each kind of result that it has.
+
+    Returns:
+        The PNGs' paths, in folder `output`.
+    """
+    tasks = results["tasks"]
+    drawn = []
+    if PERPLEXITY in tasks:
+        drawn.append(_save(_perplexity(tasks[PERPLEXITY]), results, output / "perplexity.png"))
+    if "needle" in tasks:
+        drawn.append(_save(_needle(tasks["needle"]), results, output / "needle.png"))
+    scored = {name: by_length for name, by_length in tasks.items() if name != PERPLEXITY}
+    if scored:
+        figure = _scores(scored, results["model"]["trained_length"])
+        drawn.append(_save(figure, results, output / "tasks.png"))
+    return drawn
+
+
+def _save(figure: Any, results: dict[str, Any], path: Path) -> Path:
+    figure.suptitle(results["model"]["name"])
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _perplexity(by_length: dict[str, Any]) -> Any:
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for length, summary in by_length.items():
+        ends = [bucket["to"] for bucket in summary["buckets"]]
+        axis.plot(
+            ends,
+            [bucket["nll"] for bucket in summary["buckets"]],
+            marker="o",
+            ms=4,
+            label=f"{length} tokens: {summary['nll']:.3f} (perplexity {summary['perplexity']:.4g})",
+        )
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("end of the bucket of positions (tokens)")
+    axis.set_ylabel("loss (nats per token)")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def _needle(by_length: dict[str, Any]) -> Any:
+    depths = list(next(iter(by_length.values()))["depths"])
+    grid = [[summary["depths"][depth]["score"] for summary in by_length.values()] for depth in depths]
+    size = (2.5 + 0.9 * len(by_length), 2 + 0.45 * len(depths))
+    figure, axis = plt.subplots(figsize=(max(5, size[0]), max(3.5, size[1])), layout="constrained")
+    image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axis.set_xticks(range(len(by_length)), list(by_length))
+    axis.set_yticks(range(len(depths)), [f"{100 * float(depth):.0f}" for depth in depths])
+    axis.set_xlabel("length (tokens)")
+    axis.set_ylabel("depth of the needle (%)")
+    if len(by_length) * len(depths) <= 200:
+        for y, row in enumerate(grid):
+            for x, score in enumerate(row):
+                axis.text(x, y, f"{score:.2f}", ha="center", va="center", fontsize=8)
+    figure.colorbar(image, label="score")
+    return figure
+
+
+def _scores(tasks: dict[str, Any], trained_length: int) -> Any:
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    colors = plt.get_cmap("tab10")
+    for number, (name, by_length) in enumerate(tasks.items()):
+        axis.errorbar(
+            [int(length) for length in by_length],
+            [summary["score"] for summary in by_length.values()],
+            yerr=[summary.get("standard_error", 0.0) for summary in by_length.values()],
+            marker="osv^D<>ph*"[number % 10],
+            ms=5,
+            lw=1,
+            capsize=3,
+            color=colors(number % 10),
+            label=name,
+        )
+    axis.axvline(trained_length, color="gray", ls="--", lw=1, label="length of training")
+    axis.set_xscale("log", base=2)
+    axis.set_ylim(-0.05, 1.05)
+    axis.set_xlabel("length (tokens)")
+    axis.set_ylabel("score, with its standard error")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper")
+    return figure

@@ -1,0 +1,164 @@
+"""Compute what is missing, a line of results at a time, and sum it up."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dash_megatron.evaluation.jobs import PERPLEXITY, Item, Job, PerplexityJob, Settings, TaskJob, buckets
+from dash_megatron.evaluation.models import LanguageModel
+from dash_megatron.evaluation.text import LocalText
+
+RESULTS = "results.json"
+
+
+def evaluate(
+    model: LanguageModel,
+    text: LocalText,
+    settings: Settings,
+    output: Path,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Evaluate a model; what an earlier call left in `output` is not computed again.
+
+    Args:
+        output: folder for `<task>.jsonl`, with a line for each item, and `results.json`; made where it is missing.
+        report: called with a line of text for each task and length.
+
+    Returns:
+        What `results.json` has.
+
+    Raises:
+        ValueError: a sample cannot be made, in which case nothing was computed.
+    """
+    jobs = [
+        (PerplexityJob if task == PERPLEXITY else TaskJob)(task, length, settings, model, text)
+        for task in settings.tasks
+        for length in settings.lengths
+    ]
+    for job in jobs:
+        job.prepare()
+    output.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {
+        "model": {
+            "name": model.name,
+            "fingerprint": model.fingerprint,
+            "trained_length": model.trained_length,
+            "device": model.device.type,
+        },
+        "text": text.name,
+        "score": settings.score,
+        "seed": settings.seed,
+        "tasks": {task: {} for task in settings.tasks},
+    }
+    for job in jobs:
+        begin = time.perf_counter()
+        lines, computed = run_job(job, output / f"{job.task}.jsonl")
+        summary = _sum_up_losses(job, lines) if job.task == PERPLEXITY else _sum_up_scores(lines)
+        results["tasks"][job.task][str(job.length)] = summary
+        seconds = time.perf_counter() - begin
+        report(
+            f"{job.task:20} {job.length:8}  {_headline(summary)}  ({computed} of {len(lines)} computed, {seconds:.1f} s)"
+        )
+    _write(output / RESULTS, results)
+    return results
+
+
+def run_job(job: Job, path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Compute the items of a job that `path` does not have yet, and append them.
+
+    Returns:
+        The lines of all items, in the order of `Job.items`, and how many of them are new.
+    """
+    known = {(line["index"], line["depth"]): line for line in _read(path) if line["key"] == job.key}
+    items = job.items()
+    computed = 0
+    with open(path, "a", encoding="utf-8") as file:
+        for batch in _batches(items, max(1, job.settings.batch_tokens // job.length)):
+            if all(item in known for item in batch):
+                continue
+            # all of a batch again: other company would change the last bits
+            for item, result in zip(batch, job.compute(batch), strict=True):
+                if item in known:
+                    continue
+                index, depth = item
+                known[item] = {"key": job.key, "length": job.length, "index": index, "depth": depth, **result}
+                file.write(json.dumps(known[item]) + "\n")
+                computed += 1
+            file.flush()
+    return [known[item] for item in items], computed
+
+
+def _batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    """The same ones whatever is known already."""
+    for first in range(0, len(items), size):
+        yield list(items[first : first + size])
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Lines of results; the last one, if a process was killed over it, is cut off."""
+    if not path.is_file():
+        return []
+    whole, end, _ = path.read_bytes().rpartition(b"\n")
+    size = len(whole) + len(end)
+    if size != path.stat().st_size:
+        os.truncate(path, size)
+    lines = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is damaged ({error}); remove the line") from error
+    return lines
+
+
+def _sum_up_losses(job: Job, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    ends = buckets(job.length)
+    found = []
+    for number, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        nll = sum(line["nll_sums"][number] for line in lines) / (len(lines) * (end - start))
+        found.append({"from": start, "to": end, "nll": nll, "perplexity": _exp(nll)})
+    nll = sum(sum(line["nll_sums"]) for line in lines) / (len(lines) * job.length)
+    return {"windows": len(lines), "nll": nll, "perplexity": _exp(nll), "buckets": found}
+
+
+def _exp(nll: float) -> float:
+    return math.exp(min(nll, 700.0))
+
+
+def _sum_up_scores(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    summary = _mean(lines)
+    depths = sorted({line["depth"] for line in lines if line["depth"] is not None})
+    if depths:
+        summary["depths"] = {
+            f"{depth:.3f}": _mean([line for line in lines if line["depth"] == depth]) for depth in depths
+        }
+    return summary
+
+
+def _mean(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    scores = [line["score"] for line in lines]
+    mean = sum(scores) / len(scores)
+    found = {"samples": len(lines), "score": mean}
+    if len(scores) > 1:
+        spread = sum((score - mean) ** 2 for score in scores) / (len(scores) - 1)
+        found["standard_error"] = math.sqrt(spread / len(scores))
+    if "nll" in lines[0]:
+        found["nll"] = sum(line["nll"] for line in lines) / len(lines)
+    return found
+
+
+def _headline(summary: dict[str, Any]) -> str:
+    nll = f"loss {summary['nll']:.3f}" if "nll" in summary else ""
+    return f"score {summary['score']:.3f}  {nll}" if "score" in summary else nll
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

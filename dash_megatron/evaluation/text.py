@@ -1,0 +1,140 @@
+"""The local text that is scored and that needles are hidden in: a text file, or documents of `.bin/.idx` pairs."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dash_megatron.data.dataset import check_data
+from dash_megatron.data.index_file import read_lengths
+from dash_megatron.data.tokenizer import Tokenizer
+
+# Lines longer than so many words are broken: needles stand between lines.
+_LINE_WORDS = 40
+
+
+class LocalText:
+    """Documents as tokens, and their beginning as lines of text.
+
+    Args:
+        documents: int [tokens] each.
+        tokenizer: what made them.
+        num_tokens: how many tokens the lines are to have, at least; all, where there are fewer.
+        digest: says which text it is.
+        name: for messages.
+    """
+
+    def __init__(
+        self, documents: Sequence[np.ndarray], tokenizer: Tokenizer, num_tokens: int, digest: str, name: str
+    ) -> None:
+        self.documents = documents
+        self.tokenizer = tokenizer
+        self.num_tokens = num_tokens
+        self.digest = digest
+        self.name = name
+
+    @classmethod
+    def from_file(cls, path: str | Path, tokenizer: Tokenizer, num_tokens: int) -> LocalText:
+        """Read a text file as one document.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is empty.
+        """
+        data = Path(path).read_bytes()
+        ids = np.array(tokenizer.encode(data), dtype=np.int64)
+        if not ids.size:
+            raise ValueError(f"--text {path} is empty; give a file with text")
+        return cls([ids], tokenizer, num_tokens, hashlib.sha256(data).hexdigest(), str(path))
+
+    @classmethod
+    def from_data(cls, prefixes: Sequence[str], tokenizer: Tokenizer, num_tokens: int) -> LocalText:
+        """Open tokenized data.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the data is damaged, empty, or of another tokenizer; see `check_data`.
+        """
+        documents: list[np.ndarray] = []
+        digest = hashlib.sha256()
+        for prefix in prefixes:
+            sidecar = check_data(prefix, tokenizer, seq_length=1)
+            documents += _read_documents(prefix)
+            digest.update((sidecar.idx_digest + sidecar.bin_digest).encode())
+        return cls(documents, tokenizer, num_tokens, digest.hexdigest(), ", ".join(prefixes))
+
+    @functools.cached_property
+    def _head(self) -> list[np.ndarray]:
+        total, head = 0, []
+        for document in self.documents:
+            head.append(document[: self.num_tokens - total])
+            total += len(head[-1])
+            if total >= self.num_tokens:
+                break
+        return head
+
+    @functools.cached_property
+    def lines(self) -> list[str]:
+        """Lines with something in them, none of them long."""
+        return [
+            line
+            for ids in self._head
+            for line in _break(self.tokenizer.decode([int(token) for token in ids]))
+        ]
+
+    @functools.cached_property
+    def vocabulary(self) -> list[int]:
+        """The token ids of the lines, each once, without the end of document."""
+        ids = np.unique(np.concatenate(self._head))
+        return [int(token) for token in ids if token != self.tokenizer.eod]
+
+    def windows(self, length: int, count: int, seed: int) -> list[np.ndarray]:
+        """Draw different stretches of `length + 1` tokens, int64, none across two documents.
+
+        Args:
+            count: how many; fewer where there are fewer.
+
+        Raises:
+            ValueError: no document is that long.
+        """
+        places = [
+            (number, start)
+            for number, document in enumerate(self.documents)
+            for start in range(0, len(document) - length, length)
+        ]
+        if not places:
+            longest = max(len(document) for document in self.documents)
+            raise ValueError(
+                f"task perplexity: --lengths {length} needs documents of {length + 1} tokens, and the longest of "
+                f"{self.name} has {longest}; give a longer --text, smaller lengths, or other --tasks"
+            )
+        random.Random(seed).shuffle(places)
+        return [
+            np.asarray(self.documents[number][start : start + length + 1], dtype=np.int64)
+            for number, start in places[:count]
+        ]
+
+
+def _read_documents(prefix: str) -> list[np.ndarray]:
+    lengths, dtype, _ = read_lengths(prefix)
+    tokens = np.memmap(f"{prefix}.bin", dtype=dtype, mode="r")
+    ends = np.cumsum(lengths, dtype=np.int64)
+    return [tokens[end - length : end] for end, length in zip(ends, lengths, strict=True) if length]
+
+
+def _break(text: str) -> Iterator[str]:
+    for line in text.splitlines():
+        pieces = line.split(" ")
+        if not line.strip():
+            continue
+        if len(pieces) <= _LINE_WORDS:
+            yield line
+        else:
+            for first in range(0, len(pieces), _LINE_WORDS):
+                yield " ".join(itertools.islice(pieces, first, first + _LINE_WORDS))

@@ -1,0 +1,194 @@
+"""Evaluation: tasks that can be solved, results that stay, and the same numbers for both kinds of model."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dash_megatron.__main__ import main
+from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.evaluation.samples import Sample
+from dash_megatron.evaluation.tasks import COMMON_WORDS, CUE_TOKENS, FREQUENT_WORDS, TASKS
+from dash_megatron.evaluation.text import LocalText
+from dash_megatron.hf.export import export_run
+from tests.hf.conftest import write_run  # noqa: F401
+
+LENGTH = 1400
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_data: Path) -> Tokenizer:
+    return Tokenizer(tiny_data / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def text(tiny_data: Path, tokenizer: Tokenizer) -> LocalText:
+    return LocalText.from_data([str(tiny_data / "train")], tokenizer, 8 * LENGTH)
+
+
+def solve(name: str, sample: Sample, prompt: str) -> list[str]:
+    """Answer from the prompt alone."""
+    if name.startswith(("needle", "niah")):
+        found = re.findall(r"The number of (\w+) is (\d+)\.", prompt)
+        asked = re.findall(r"\w+", prompt.rpartition("In the text above, ")[2].partition(" of ")[2])
+        return [number for word in asked for key, number in found if key == word]
+    if name == "variable_tracking":
+        value = re.findall(r"\d{7}", prompt)[-1]
+        known = {value}
+        order = []
+        for target, source in re.findall(r"VAR (\w+) = (\w+)", prompt):
+            if source in known:
+                known.add(target)
+                order.append(target)
+        return order
+    if name == "associative_recall":
+        lines = prompt.split("\n")
+        return [dict(line.split(": ") for line in lines[:-1])[lines[-1].rstrip(":")]]
+    listed = prompt.split("\n\n")[1].split()
+    ranked = [word for word, _ in Counter(listed).most_common()]
+    if name == "frequent_words":
+        return ranked[:FREQUENT_WORDS]
+    return sorted(ranked[:COMMON_WORDS], key=listed.index)
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "copy"])
+def test_who_reads_the_prompt_finds_the_answer(name: str, text: LocalText, tokenizer: Tokenizer) -> None:
+    depth = 0.5 if TASKS[name].by_depth else None
+    sample = TASKS[name].sample("3", LENGTH, depth, text, tokenizer)
+    assert 0.85 * LENGTH < len(sample.ids) <= LENGTH
+    prompt = tokenizer.decode(sample.ids[: sample.prompt_tokens])
+    assert solve(name, sample, prompt.rstrip()) == sample.texts
+    spans = [tokenizer.decode(sample.ids[a:b]).strip(" ,") for a, b in sample.spans]
+    assert spans == sample.texts
+    again = TASKS[name].sample("3", LENGTH, depth, text, tokenizer)
+    assert again == sample
+    assert TASKS[name].sample("4", LENGTH, depth, text, tokenizer).ids != sample.ids
+
+
+def test_a_copy_repeats_what_followed_its_cue(text: LocalText, tokenizer: Tokenizer) -> None:
+    sample = TASKS["copy"].sample("3", 300, None, text, tokenizer)
+    assert len(sample.ids) == 300
+    ids, first = sample.ids, sample.prompt_tokens
+    cue = ids[first - CUE_TOKENS : first]
+    places = [n for n in range(first - CUE_TOKENS) if ids[n : n + CUE_TOKENS] == cue]
+    assert len(places) == 1
+    begin = places[0] + CUE_TOKENS
+    assert ids[begin : begin + 300 - first] == ids[first:]
+    assert sample == TASKS["copy"].sample("3", 300, None, text, tokenizer)
+
+
+@pytest.mark.parametrize("depth", [0.0, 1.0])
+def test_a_needle_stands_at_its_depth(depth: float, text: LocalText, tokenizer: Tokenizer) -> None:
+    sample = TASKS["needle"].sample("3", LENGTH, depth, text, tokenizer)
+    lines = tokenizer.decode(sample.ids).strip().split("\n")
+    place = next(n for n, line in enumerate(lines) if line.startswith("The number of"))
+    assert place == (2 if depth == 0 else len(lines) - 3)
+
+
+def evaluate(source: Path, output: Path, *arguments: str) -> dict[str, Any]:
+    assert main(["evaluate", str(source), "--output", str(output), *arguments]) == 0
+    return json.loads((output / "results.json").read_text())
+
+
+@pytest.mark.parametrize("score", ["answer", "generate"])
+def test_a_run_and_its_export_get_the_same_numbers(
+    score: str,
+    write_run: Callable[..., Any],  # noqa: F811
+    tiny_data: Path,
+    tmp_path: Path,
+) -> None:
+    config, _ = write_run("dash")
+    export_run(config.run_dir, tmp_path / "out", dtype="float32")
+    tasks = ("perplexity", "needle", "copy")
+    # needles need the longer length alone, which documents do not have
+    words = tmp_path / "words.txt"
+    words.write_text("".join(path.read_text() + "\n" for path in sorted(tiny_data.glob("documents/01*.txt"))))
+    arguments = ["--tasks", ",".join(tasks), "--lengths", "640", "--samples", "2", "--depths", "2"]
+    arguments += ["--score", score, "--text", str(words)]
+    ours = evaluate(Path(config.run_dir), tmp_path / "ours", *arguments)
+    theirs = evaluate(tmp_path / "out", tmp_path / "theirs", *arguments)
+    assert ours["model"]["fingerprint"] != theirs["model"]["fingerprint"]
+    for task in tasks:
+        lines = [
+            [json.loads(line) for line in (tmp_path / side / f"{task}.jsonl").read_text().splitlines()]
+            for side in ("ours", "theirs")
+        ]
+        assert len(lines[0]) == len(lines[1]) > 0
+        for one, other in zip(*lines, strict=True):
+            assert one.pop("key") != other.pop("key")
+            for name in ("nll", "nll_sums"):
+                if name in one:
+                    assert np.allclose(one.pop(name), other.pop(name), rtol=1e-4)
+            assert one == other
+    assert {path.name for path in (tmp_path / "ours").glob("*.png")} == {
+        "perplexity.png",
+        "needle.png",
+        "tasks.png",
+    }
+    assert all(path.stat().st_size > 5000 for path in (tmp_path / "ours").glob("*.png"))
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(
+    write_run: Callable[..., Any],  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, _ = write_run("dash")
+    arguments = ["--tasks", "perplexity,copy", "--lengths", "100", "--samples", "3"]
+    whole = evaluate(Path(config.run_dir), tmp_path / "out", *arguments)
+    # a kill in the middle of the third line
+    path = tmp_path / "out" / "copy.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2]) + lines[2][:20])
+    (tmp_path / "out" / "results.json").unlink()
+    capsys.readouterr()
+    assert evaluate(Path(config.run_dir), tmp_path / "out", *arguments) == whole
+    printed = capsys.readouterr().out
+    assert "(0 of 3 computed" in printed
+    assert "(1 of 3 computed" in printed
+    assert path.read_text().splitlines(keepends=True) == lines
+    evaluate(Path(config.run_dir), tmp_path / "out", *arguments, "--seed", "1")
+    assert len(path.read_text().splitlines()) == 6  # of other settings, beside the old ones
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "niah,copy"], "--tasks niah: the known ones are perplexity, needle"),
+        (["--score", "best"], "--score best must be one of answer, generate"),
+        (["--lengths", "5000", "--tasks", "perplexity"], "needs documents of 5001 tokens, and the longest"),
+        (["--lengths", "60", "--tasks", "needle"], "task needle: --lengths 60 must be at least"),
+        (["--lengths", "60", "--tasks", "copy"], "task copy: --lengths 60 must be at least 80"),
+        (["--lengths", "9000000", "--tasks", "niah_single"], "needs more text"),
+        (["--samples", "0"], "--samples 0 must be at least 1"),
+        (["--step", "7"], "no checkpoint of step 7"),
+    ],
+)
+def test_what_cannot_work_is_told(
+    arguments: list[str],
+    message: str,
+    write_run: Callable[..., Any],  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, _ = write_run("dash")
+    assert main(["evaluate", config.run_dir, "--output", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_lm_eval_reads_an_export(write_run: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+    lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    from lm_eval.models.huggingface import HFLM
+
+    config, _ = write_run("dash")
+    export_run(config.run_dir, tmp_path / "out", dtype="float32")
+    model = HFLM(pretrained=str(tmp_path / "out"), trust_remote_code=True, device="cpu", dtype="float32")
+    request = lm_eval.api.instance.Instance("loglikelihood", {}, ("def1 self2", " value3"), 0)
+    ((loss, _),) = model.loglikelihood([request])
+    assert loss < 0
