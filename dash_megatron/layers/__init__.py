@@ -1,5 +1,6 @@
 """Megatron-core glue: core attention modules, layer specs and the GPT model."""
 
+from dash_megatron.layers.baselines import InfLLMv2CoreAttention, NSACoreAttention
 from dash_megatron.layers.core_attention import DashCoreAttention, FullCoreAttention, RoutingMeans
 from dash_megatron.layers.model import (
     DashGPTModel,
@@ -13,6 +14,8 @@ __all__ = [
     "DashCoreAttention",
     "DashGPTModel",
     "FullCoreAttention",
+    "InfLLMv2CoreAttention",
+    "NSACoreAttention",
     "RoutingMeans",
     "build_model",
     "init_weights",

@@ -8,6 +8,7 @@ a selection, C tokens per chunk, D head dim.
 Selection is plain torch on every device, since scores against pooled keys are 1 / stride of those against keys.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -123,13 +124,15 @@ def make_grid(batch: int, num_tokens: int, chunk_size: int, cu_seqlens: Tensor |
     bounds = [row * num_tokens for row in range(batch + 1)] if cu_seqlens is None else cu_seqlens.tolist()
     firsts: list[int] = []
     rows: list[Tensor] = []
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in itertools.pairwise(bounds):
         first = len(firsts)
         rows.append(torch.arange(end - begin) + first * chunk_size)
         firsts += [first] * -(-(end - begin) // chunk_size)
     row_N = torch.cat(rows)
     whole = len(row_N) == len(firsts) * chunk_size
-    return Grid(chunk_size, None if whole else row_N.to(device), torch.tensor(firsts, device=device), tuple(firsts))
+    return Grid(
+        chunk_size, None if whole else row_N.to(device), torch.tensor(firsts, device=device), tuple(firsts)
+    )
 
 
 def visible_kernels(grid: Grid, block: Block, selection: Selection) -> Tensor:
@@ -161,7 +164,10 @@ def chunk_scores(p_HTJ: Tensor, grid: Grid, selection: Selection, reduce: str) -
 
     The sum is that of Native Sparse Attention: a pooled key counts once for each of its strides inside the chunk.
     """
-    per_chunk, parts = grid.chunk_size // selection.kernel_stride, selection.kernel_size // selection.kernel_stride
+    per_chunk, parts = (
+        grid.chunk_size // selection.kernel_stride,
+        selection.kernel_size // selection.kernel_stride,
+    )
     window = F.pad(p_HTJ, (parts - 1, 0)).unfold(-1, per_chunk + parts - 1, per_chunk)
     if reduce == "max":
         return window.amax(-1)
@@ -292,7 +298,9 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, cu_seqlens: 
     for name, x in (("k", k), ("v", v)):
         expected = [q.shape[0], q.shape[1], k.shape[2], q.shape[3]]
         if list(x.shape) != expected:
-            raise ValueError(f"{name}.shape={list(x.shape)} must be {expected} beside q {list(q.shape)}; reshape {name}")
+            raise ValueError(
+                f"{name}.shape={list(x.shape)} must be {expected} beside q {list(q.shape)}; reshape {name}"
+            )
     if q.shape[2] % k.shape[2]:
         raise ValueError(
             f"q.shape={list(q.shape)} has {q.shape[2]} heads, which must be a multiple of the {k.shape[2]} heads of k; "

@@ -64,18 +64,27 @@ def _compressed_block(
 
 
 def _compressed_branch(
-    q: Tensor, k: Tensor, v: Tensor, weights: tuple[Compression, Compression], grid: Grid, selection: Selection
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: tuple[Compression, Compression],
+    grid: Grid,
+    selection: Selection,
 ) -> tuple[Tensor, Tensor]:
     """Output [S, Hq, D] in q's dtype and the chunks chosen [S, H, K], block by block over queries."""
     C, per_chunk = grid.chunk_size, grid.chunk_size // selection.kernel_stride
     q_wide, k, v = wide(q, k, v)
     q_SHGD = q_wide.mul(q.shape[-1] ** -0.5).unflatten(1, (k.shape[1], -1))
     k_JHD, v_JHD = (
-        compress(x, Compression(*wide(*learned)), selection) for x, learned in zip((k, v), weights, strict=True)
+        compress(x, Compression(*wide(*learned)), selection)
+        for x, learned in zip((k, v), weights, strict=True)
     )
     outputs, choices = [], []
     for block in grid.blocks(q.shape[1] * len(k_JHD)):
-        rows, seen = slice(block.start * C, block.end * C), slice(block.first * per_chunk, block.end * per_chunk)
+        rows, seen = (
+            slice(block.start * C, block.end * C),
+            slice(block.first * per_chunk, block.end * per_chunk),
+        )
         out, chosen = in_pieces(
             _compressed_block, q.shape[1] * grid.num_rows * len(k_JHD), q_SHGD[rows], k_JHD[seen], v_JHD[seen],
             grid, block, selection,
@@ -186,13 +195,17 @@ def nsa_attention(
     grid = make_grid(B, N, chunk_size, cu_seqlens, q.device)
     # autocast would run the matrix products in half precision behind our back
     with torch.autocast(q.device.type, enabled=False):
-        rows = [grid.spread(x.flatten(0, 1)) for x in (q, k, v)]
-        compressed, chosen = _compressed_branch(*rows, (compress_k, compress_v), grid, selection)
+        rows_q, rows_k, rows_v = rows = [grid.spread(x.flatten(0, 1)) for x in (q, k, v)]
+        compressed, chosen = _compressed_branch(
+            rows_q, rows_k, rows_v, (compress_k, compress_v), grid, selection
+        )
         recent = _recent_chunks(grid, k.shape[2], window // chunk_size)
         outputs = [compressed, attend(*rows, chosen, grid), attend(*rows, recent, grid)]
         parts = [wide(grid.gather(out).view(q.shape))[0] for out in outputs]
         gated = zip(parts, gates.unbind(-1), strict=True)
-        out = sum((part * gate.to(part.dtype)[..., None] for part, gate in gated), torch.zeros_like(parts[0])).to(q.dtype)
+        out = sum(
+            (part * gate.to(part.dtype)[..., None] for part, gate in gated), torch.zeros_like(parts[0])
+        ).to(q.dtype)
     if not return_routing:
         return out
     selected = grid.gather(_count_either(chosen, recent, grid)).view(B, N, -1)
@@ -210,7 +223,9 @@ def _check_own(
 ) -> None:
     """What only this attention takes."""
     if isinstance(window, bool) or not isinstance(window, int) or window < 0 or window % chunk_size:
-        raise ValueError(f"window={window!r} must be a multiple of chunk_size={chunk_size}, as an int; try {chunk_size}")
+        raise ValueError(
+            f"window={window!r} must be a multiple of chunk_size={chunk_size}, as an int; try {chunk_size}"
+        )
     H, D = k.shape[2:]
     named = {"gates": (gates, [*q.shape[:3], 3])}
     for which, weights in zip("kv", compressions, strict=True):

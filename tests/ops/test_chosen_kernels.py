@@ -25,7 +25,15 @@ def kernels_imported_here(monkeypatch):
 
 def inputs(N, Hq, Hkv, D, dtype, B=1):
     generator = torch.Generator().manual_seed(0)
-    shapes = [(B, N, Hq, D), (B, N, Hkv, D), (B, N, Hkv, D), (B, N, Hq, 3), (Hkv, 8, D), (Hkv, D, D), (Hkv, D, D)]
+    shapes = [
+        (B, N, Hq, D),
+        (B, N, Hkv, D),
+        (B, N, Hkv, D),
+        (B, N, Hq, 3),
+        (Hkv, 8, D),
+        (Hkv, D, D),
+        (Hkv, D, D),
+    ]
     shapes += shapes[4:]
     return [torch.randn(*s, generator=generator).to(DEVICE, dtype).requires_grad_() for s in shapes]
 

@@ -44,7 +44,9 @@ def inputs(N, B=1, dtype=torch.float64, seed=0):
 def weights(selection=SELECTION, dtype=torch.float64, seed=1):
     generator = torch.Generator().manual_seed(seed)
     shapes = [(KV_HEADS, selection.kernel_size, D), (KV_HEADS, D, D), (KV_HEADS, D, D)] * 2
-    return [torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+    return [
+        torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes
+    ]
 
 
 def attend(kind, tokens, learned, selection=SELECTION, **options):

@@ -18,8 +18,12 @@ def chunks_by_hand(q_GD, k_ND, i, C, selection, pooled_of, reduce):
         # tokens that a kernel shares with the chunk, in strides
         shared = [max(0, min(s + size, (c + 1) * C) - max(s, c * C)) / stride for s in starts]
         parts = [(p, n) for p, n in zip(weights.detach().sum(0).tolist(), shared, strict=True) if n > 0]
-        scores.append(max((p for p, _ in parts), default=0) if reduce == "max" else sum(p * n for p, n in parts))
-    always = set(range(min(selection.initial_blocks, own))) | set(range(max(0, own - selection.local_blocks + 1), own + 1))
+        scores.append(
+            max((p for p, _ in parts), default=0) if reduce == "max" else sum(p * n for p, n in parts)
+        )
+    always = set(range(min(selection.initial_blocks, own))) | set(
+        range(max(0, own - selection.local_blocks + 1), own + 1)
+    )
     others = sorted(set(range(own)) - always, key=lambda c: -scores[c])
     return always | set(others[: selection.top_k]), starts, weights
 
@@ -67,7 +71,9 @@ def nsa_by_hand(q, k, v, gates, compress_k, compress_v, C, selection, window):
             )
             compressed = torch.zeros_like(group)
             if starts:
-                values = [compressed_by_hand(v[s : s + selection.kernel_size, h], compress_v, h) for s in starts]
+                values = [
+                    compressed_by_hand(v[s : s + selection.kernel_size, h], compress_v, h) for s in starts
+                ]
                 compressed = weights @ torch.stack(values)
             recent = set(range(max(0, i // C - window // C), i // C + 1))
             chosen = softmax_over_tokens(group, k[:, h], v[:, h], tokens_of(chunks, i, C))

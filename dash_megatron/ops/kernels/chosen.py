@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dash_megatron.ops.blocks import Block, Grid, allowed_chunks
+from dash_megatron.ops.blocks import Grid, allowed_chunks
 from dash_megatron.ops.kernels.attend import attend
 from dash_megatron.ops.kernels.backward_kv import backward_kv
 from dash_megatron.ops.kernels.backward_q import backward_q
