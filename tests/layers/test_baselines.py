@@ -15,7 +15,8 @@ from dash_megatron.planning.step_time import Routing, effective_routing
 from dash_megatron.training.flops import parameter_count, training_flops_per_token
 from dash_megatron.training.metrics import read_metrics
 from tests.layers.test_gpt_model import VOCABULARY, config_of, cu_seqlens_of, positions_of, tokens_of
-from tests.training.workers import train_all
+from tests.training.test_global_batch import relative_error
+from tests.training.workers import one_step, train_all
 
 KINDS = pytest.mark.parametrize("kind", ["infllmv2", "nsa"])
 CHOICE = {"kernel_size": 8, "kernel_stride": 4, "top_k": 1, "initial_blocks": 1, "local_blocks": 1}
@@ -158,3 +159,27 @@ def test_small_runs_learn_resume_and_are_not_exported(
         with pytest.raises(ValueError, match=f"attention.kind={kind}, a baseline"):
             export_run(tree["run_dir"], tmp_path / "exported")
         assert not (tmp_path / "exported").exists()
+
+
+def test_tensor_parallel_processes_under_zero_train_as_one_process(
+    tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    tiny_config["attention"] = attention_of("nsa")
+    # Adam's own normalisation would hide a gradient of the wrong size
+    tiny_config["optimizer"] = {"lr": 0.03, "eps": 2e-3, "grad_clip": 0.1}
+    run_processes(1, one_step, [("one", tiny_config)], str(tmp_path), None, 3)
+    shared = [
+        (f"two_{stage}", {**tiny_config, "parallel": {"tensor": 2, "sequence": True}, "zero": {"stage": stage}})
+        for stage in (1, 3)
+    ]
+    run_processes(2, one_step, shared, str(tmp_path), None, 3)
+    one = torch.load(tmp_path / "one.pt")
+    for name, _ in shared:
+        found = torch.load(tmp_path / f"{name}.pt")
+        assert found["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert found["norm"] == pytest.approx(one["norm"], rel=1e-5)
+        assert found["density"] == pytest.approx(one["density"], rel=1e-5)
+        assert found["weights"].keys() == one["weights"].keys()
+        for parameter, weight in one["weights"].items():
+            assert (weight - one["first_weights"][parameter]).norm() > 0, parameter
+            assert relative_error(found["weights"][parameter], weight) <= 1e-4, parameter
