@@ -169,7 +169,10 @@ def test_tensor_parallel_processes_under_zero_train_as_one_process(
     tiny_config["optimizer"] = {"lr": 0.03, "eps": 2e-3, "grad_clip": 0.1}
     run_processes(1, one_step, [("one", tiny_config)], str(tmp_path), None, 3)
     shared = [
-        (f"two_{stage}", {**tiny_config, "parallel": {"tensor": 2, "sequence": True}, "zero": {"stage": stage}})
+        (
+            f"two_{stage}",
+            {**tiny_config, "parallel": {"tensor": 2, "sequence": True}, "zero": {"stage": stage}},
+        )
         for stage in (1, 3)
     ]
     run_processes(2, one_step, shared, str(tmp_path), None, 3)
