@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from dash_megatron.config_baselines import InfLLMv2Config, NSAConfig, check_baseline
 from dash_megatron.config_rope import RopeScaling
 from dash_megatron.config_section import Section
 
@@ -82,8 +83,9 @@ class ModelConfig(Section):
 class AttentionConfig(Section):
     """Which core attention runs in which layer, and the constants of DashAttention (arXiv 2605.18753)."""
 
-    kind: Literal["dash", "full"] = "dash"
-    """`dash` is DashAttention; `full` trains the dense twin of the same config."""
+    kind: Literal["dash", "full", "infllmv2", "nsa"] = "dash"
+    """`dash` is DashAttention; `full` trains the dense twin of the same config, `infllmv2` and `nsa` twins that attend to
+    a fixed number of chunks. These two run without context parallelism and have no Hugging Face export."""
     chunk_size: Literal[16, 32, 64, 128] = 64
     """Tokens summarised into one routing key."""
     scaling_factor: float | tuple[float, ...] = 1.0
@@ -100,9 +102,13 @@ class AttentionConfig(Section):
     alpha: float = Field(default=1.5, gt=1, le=2)
     """Entmax exponent: near 1 is close to softmax (dense), 2 is sparsemax; 1.5 is the fast path."""
     full_layers: tuple[int, ...] = ()
-    """Layers, counted from 0, that use full attention although `kind` is `dash`."""
+    """Layers, counted from 0, that use full attention although `kind` is another."""
     backend: Literal["auto", "reference", "triton"] = "auto"
-    """DashAttention implementation: Triton kernels on CUDA where present (`auto`), pure torch, or Triton."""
+    """Implementation of sparse attention: Triton kernels on CUDA where present (`auto`), pure torch, or Triton."""
+    infllmv2: InfLLMv2Config = Field(default_factory=InfLLMv2Config)
+    """What `kind: infllmv2` chooses. Its fields are below."""
+    nsa: NSAConfig = Field(default_factory=NSAConfig)
+    """What `kind: nsa` chooses. Its fields are below."""
 
     def layer_scaling_factor(self, layer: int) -> float:
         """`scaling_factor` of a layer, counted from 0."""
@@ -153,6 +159,8 @@ class AttentionConfig(Section):
         factors = self.scaling_factor if isinstance(self.scaling_factor, tuple) else (self.scaling_factor,)
         if not all(0 < factor < math.inf for factor in factors):
             raise ValueError(f"attention.scaling_factor={self.scaling_factor} must be above 0, such as 1.0")
+        if self.kind in ("infllmv2", "nsa"):
+            check_baseline(self.kind, self.nsa if self.kind == "nsa" else self.infllmv2, self.chunk_size)
         return self
 
 
@@ -411,6 +419,11 @@ class Config(Section):
 
     def _check_context(self) -> None:
         parallel, attention = self.parallel, self.attention
+        if parallel.context > 1 and attention.kind in ("infllmv2", "nsa"):
+            raise ValueError(
+                f"parallel.context={parallel.context} must be 1 with attention.kind={attention.kind}, which chooses among "
+                "all keys of a sequence on one process; use parallel.tensor, or attention.kind=dash or full"
+            )
         unit = 2 * parallel.context * attention.chunk_size
         if parallel.context > 1 and self.data.seq_length % unit:
             raise ValueError(

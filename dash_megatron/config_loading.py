@@ -146,6 +146,8 @@ def _render_section(name: str, section: type[BaseModel] | None) -> list[str]:
 
 def _default_text(field: Any) -> str:
     value = field.default_factory() if field.default is PydanticUndefined else field.default
+    if isinstance(value, BaseModel):
+        value = {}  # every key of the section at its default
     if isinstance(value, tuple):
         value = list(value)
     return yaml.safe_dump(value, default_flow_style=True).split("\n")[0]

@@ -39,7 +39,7 @@ def interpreted() -> bool:
 def uses_kernels(config: Config, device: torch.device) -> bool:
     """Whether a run on `device` computes DashAttention with the Triton kernels."""
     attention = config.attention
-    if attention.kind == "full" or attention.backend == "reference":
+    if attention.kind != "dash" or attention.backend == "reference":
         return False
     return device.type == "cuda" or (attention.backend == "triton" and interpreted())
 
@@ -49,6 +49,8 @@ def check_kernels(session: Session) -> Finding:
     config, on_gpu = session.config, session.device.type == "cuda"
     if config.attention.kind == "full":
         return Finding("skipped", {}, "attention.kind=full runs torch's own kernels")
+    if config.attention.kind != "dash":
+        return Finding("skipped", {}, f"attention.kind={config.attention.kind} does not run DashAttention")
     if config.attention.backend == "reference":
         return Finding("skipped", {}, "attention.backend=reference runs no kernel")
     if not on_gpu and not interpreted():

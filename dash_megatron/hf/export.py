@@ -52,6 +52,11 @@ def export_run(
     if output.exists():
         raise ValueError(f"{output} exists already; remove it or choose another folder")
     config, step, weights = open_weights(run_dir, step)
+    if config.attention.kind in ("infllmv2", "nsa"):
+        raise ValueError(
+            f"{run_dir} has attention.kind={config.attention.kind}, a baseline that no Hugging Face model file computes; "
+            "only runs of attention.kind=dash and full are exported"
+        )
     partial = output.parent / f".{output.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -1,5 +1,6 @@
 """Megatron-core glue: core attention modules, layer specs and the GPT model."""
 
+from dash_megatron.layers.baselines import InfLLMv2CoreAttention, NSACoreAttention
 from dash_megatron.layers.core_attention import DashCoreAttention, FullCoreAttention, RoutingMeans
 from dash_megatron.layers.model import (
     DashGPTModel,
@@ -14,6 +15,8 @@ __all__ = [
     "DashCoreAttention",
     "DashGPTModel",
     "FullCoreAttention",
+    "InfLLMv2CoreAttention",
+    "NSACoreAttention",
     "RoutingMeans",
     "build_model",
     "dash_layers",

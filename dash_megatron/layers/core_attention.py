@@ -47,8 +47,8 @@ class RoutingMeans(NamedTuple):
     """Float32 scalar: selected chunks per token, the token's own chunk included."""
 
 
-class _CoreAttention(MegatronModule):
-    """What both kinds share: the arguments of Megatron's builder, recomputation and the layout of tensors."""
+class CoreAttention(MegatronModule):
+    """What all kinds share: the arguments of Megatron's builder, recomputation and the layout of tensors."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class _CoreAttention(MegatronModule):
         raise NotImplementedError
 
 
-class DashCoreAttention(_CoreAttention):
+class DashCoreAttention(CoreAttention):
     """DashAttention (arXiv 2605.18753) as Megatron core attention.
 
     Owns the summary query, [kv heads of this rank, D], zero at initialisation, so that a chunk's summary starts as
@@ -200,7 +200,7 @@ def _shard_means(selected: Tensor, layout: ChunkLayout, num_rows: int) -> Routin
     )
 
 
-class FullCoreAttention(_CoreAttention):
+class FullCoreAttention(CoreAttention):
     """Causal softmax attention through torch: cuDNN or flash attention on CUDA, the CPU kernel elsewhere."""
 
     def _attend_here(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:

@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dash_megatron.config import Config
+from dash_megatron.layers.baselines import ZEROS, InfLLMv2CoreAttention, NSACoreAttention
 from dash_megatron.layers.core_attention import (
+    CoreAttention,
     DashCoreAttention,
     FullCoreAttention,
     PackedDocuments,
@@ -30,6 +32,12 @@ from dash_megatron.layers.rotary import PackedRotaryEmbedding, attention_factor
 from dash_megatron.layers.sharding import mark_splits, shard, split_of, whole_shape
 from dash_megatron.parallel.context import ContextShard
 
+CORE_ATTENTION: dict[str, type[CoreAttention]] = {
+    "dash": DashCoreAttention,
+    "full": FullCoreAttention,
+    "infllmv2": InfLLMv2CoreAttention,
+    "nsa": NSACoreAttention,
+}
 # Most logits alive at once, in elements (1 GiB in float32): longer sequences are scored piece by piece.
 MAX_LOGITS = 2**28
 
@@ -176,9 +184,9 @@ def _block_spec(config: Config) -> TransformerBlockSubmodules:
         attention = spec.submodules.self_attention.submodules
         if config.model.qk_norm:
             attention.q_layernorm = attention.k_layernorm = head_norm
-        full = config.attention.kind == "full" or index in config.attention.full_layers
+        kind = "full" if index in config.attention.full_layers else config.attention.kind
         attention.core_attention = functools.partial(
-            FullCoreAttention if full else DashCoreAttention,
+            CORE_ATTENTION[kind],
             attention=config.attention,
             context_comm=config.parallel.context_comm,
             recompute=config.training.recompute == "attention",
@@ -219,7 +227,7 @@ def build_model(config: Config, vocab_size: int, device: torch.device | str = "c
 
 @torch.no_grad()
 def init_weights(model: DashGPTModel, seed: int, std: float) -> None:
-    """Fill every weight: norms 1, summary queries 0, matrices normal.
+    """Fill every weight: norms 1, summary queries 0, the baselines' `ZEROS` too, matrices normal.
 
     Each parameter draws from a generator seeded by `seed` and its own name, so that a weight depends neither on the
     other weights nor on the process that holds it: it draws the whole weight and keeps its tensor-parallel rank's shard.
@@ -228,7 +236,7 @@ def init_weights(model: DashGPTModel, seed: int, std: float) -> None:
     group = model.pg_collection.tp
     residual_std = std / math.sqrt(2 * model.config.num_layers)
     for name, parameter in model.named_parameters():
-        if name.endswith("summary_query"):
+        if name.endswith(("summary_query", *ZEROS)):
             parameter.zero_()
         elif parameter.dim() == 1:
             parameter.fill_(1.0)
@@ -251,7 +259,12 @@ def dash_layers(model: torch.nn.Module) -> dict[int, DashCoreAttention]:
 
 def routing_means(model: torch.nn.Module) -> dict[int, RoutingMeans]:
     """Routing of the last forward pass by layer, counted from 0; layers with full attention have none."""
-    return {layer: core.routing for layer, core in dash_layers(model).items() if core.routing is not None}
+    return {
+        module.layer_number - 1: module.routing
+        for module in model.modules()
+        if isinstance(module, DashCoreAttention | InfLLMv2CoreAttention | NSACoreAttention)
+        and module.routing is not None
+    }
 
 
 def take_context_bytes(model: torch.nn.Module) -> dict[int, tuple[int, int]]:
@@ -259,5 +272,5 @@ def take_context_bytes(model: torch.nn.Module) -> dict[int, tuple[int, int]]:
     return {
         module.layer_number - 1: module.context_group.take_bytes()
         for module in model.modules()
-        if isinstance(module, DashCoreAttention | FullCoreAttention) and module.context_group is not None
+        if isinstance(module, CoreAttention) and module.context_group is not None
     }

@@ -11,7 +11,7 @@ from dash_megatron.config import Config
 from dash_megatron.config_loading import load_config
 from dash_megatron.planning.layout import Hardware, Layout, with_layout
 from dash_megatron.planning.search import search, vocabulary
-from dash_megatron.planning.step_time import Routing, StepEstimate, estimate_step
+from dash_megatron.planning.step_time import Routing, StepEstimate, effective_routing, estimate_step
 
 COLUMNS = (
     "tensor",
@@ -88,6 +88,7 @@ def plan(
     if top < 1:
         raise ValueError(f"top={top} must be at least 1")
     config = load_config(path, overrides)
+    routing = effective_routing(config, routing)
     found = search(config, gpus, routing, hardware)
     own: StepEstimate | None = None
     problem = ""

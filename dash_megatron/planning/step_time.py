@@ -6,6 +6,7 @@ ZeRO-3's, which DeepSpeed overlaps by default. Every other transfer is waited fo
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from dash_megatron.config import Config
@@ -219,6 +220,21 @@ def _zero_sent(
     return _Sent(sent, group.ring_seconds(sent, hardware, calls), group.network_share(all_to_all=False))
 
 
+def effective_routing(config: Config, routing: Routing) -> Routing:
+    """The routing given, with the density that `attention.kind` fixes if it does; NSA's window counts as chosen."""
+    attention = config.attention
+    if attention.kind not in ("infllmv2", "nsa"):
+        return routing
+    chosen = attention.nsa if attention.kind == "nsa" else attention.infllmv2
+    most = chosen.initial_blocks + chosen.local_blocks + chosen.top_k
+    if attention.kind == "nsa":
+        most += attention.nsa.window // attention.chunk_size + 1
+    chunks = -(-config.data.seq_length // attention.chunk_size)
+    selected = sum(min(most, own) for own in range(1, chunks + 1))
+    density = 2 * selected / (chunks * (chunks + 1))
+    return dataclasses.replace(routing, density=density, peak_density=density)
+
+
 def estimate_step(
     config: Config,
     layout: Layout,
@@ -238,7 +254,7 @@ def estimate_step(
     Returns:
         The estimate. Memory is that of the run's peak density.
     """
-    routing, hardware = routing or Routing(), hardware or Hardware()
+    routing, hardware = effective_routing(config, routing or Routing()), hardware or Hardware()
     batches = config.training.global_batch // (config.training.micro_batch * layout.data)
     of = groups(layout, hardware)
     parameters = rank_parameters(config, layout, vocab_size)

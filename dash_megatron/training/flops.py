@@ -27,12 +27,43 @@ def parameter_count(config: Config, vocab_size: int) -> int:
     norms = model.hidden_size * (2 * model.layers + 1)
     if model.qk_norm:
         norms += 2 * model.channels_per_head * model.layers
-    dash_layers = (
-        0 if config.attention.kind == "full" else model.layers - len(set(config.attention.full_layers))
-    )
-    summaries = dash_layers * model.kv_heads * model.channels_per_head
+    sparse_layers = model.layers - len(set(config.attention.full_layers))
+    core = sparse_layers * core_attention_parameters(config)
     embedding = 0 if model.tie_embeddings else model.hidden_size * vocab_size
-    return matmul_parameters(config, vocab_size) + embedding + norms + summaries
+    return matmul_parameters(config, vocab_size) + embedding + norms + core
+
+
+def core_attention_parameters(config: Config) -> int:
+    """Weights of one layer's core attention of `attention.kind`: summary queries, or what compresses and gates."""
+    model, kind = config.model, config.attention.kind
+    D = model.channels_per_head
+    if kind == "dash":
+        return model.kv_heads * D
+    if kind == "nsa":
+        return 2 * model.kv_heads * _compression_parameters(config) + 3 * model.heads * (D + 1)
+    return 0
+
+
+def _compression_parameters(config: Config) -> int:
+    """Weights that compress the keys, or values, of one kv head."""
+    D = config.model.channels_per_head
+    return D * (config.attention.nsa.kernel_size + 2 * D)
+
+
+def _choice_flops(config: Config, context: float) -> float:
+    """Operations of one layer for one token, apart from attention to the chunks counted as selected."""
+    model, attention = config.model, config.attention
+    width, chunk = model.heads * model.channels_per_head, attention.chunk_size
+    if attention.kind == "infllmv2":
+        return 2 * width * context / attention.infllmv2.kernel_stride  # forward only
+    if attention.kind == "nsa":
+        stride = attention.nsa.kernel_stride
+        compression = 6 * 2 * model.kv_heads * _compression_parameters(config) / stride
+        # attention to pooled keys, and once more to the chunks that are both always on and in the window
+        both = min(attention.nsa.local_blocks, attention.nsa.window // chunk + 1)
+        return compression + 12 * width * (context / stride + min(context, (both - 0.5) * chunk))
+    # one summary per available chunk is scored
+    return 6 * width * context / chunk
 
 
 def training_flops_per_token(
@@ -55,7 +86,7 @@ def training_flops_per_token(
         if selected is None:
             total += 12 * width * context
         else:
-            # on average a token sees half of its own chunk; routing scores one summary per available chunk
+            # on average a token sees half of its own chunk
             attended = min(context, (selected - 0.5) * chunk)
-            total += 12 * width * attended + 6 * width * context / chunk
+            total += 12 * width * attended + _choice_flops(config, context)
     return total

@@ -216,7 +216,8 @@ class Trainer:
         self.meter.count_step()
         self.busy.end_of_step()
         self.density.update(self.step, totals.per_layer(0))
-        self.collapse.update(self.step, totals.per_layer(0), totals.per_layer(1))
+        if self.config.attention.kind == "dash":  # no other choice is learned
+            self.collapse.update(self.step, totals.per_layer(0), totals.per_layer(1))
         self.stopping = agree(self.signals.requested, fault is not None)
         self.rolled_back = fault is not None and self.handle(replace(fault, grad_norm=norm), batches)
         return totals, lr

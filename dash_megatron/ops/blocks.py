@@ -1,0 +1,311 @@
+"""What the top-k baselines share: scores of chunks from pooled keys, a fixed choice of chunks, attention to them.
+
+Everything stands on a grid of whole chunks: batch rows and packed documents one after another, each padded to whole
+chunks, so that a row of the grid tells chunk and place, and a document is an interval of chunks. Letters: S rows of the
+grid, T rows of one query block, H key/value heads, G query heads per key/value head, c chunks, J pooled keys, K slots of
+a selection, C tokens per chunk, D head dim.
+
+Selection is plain torch on every device, since scores against pooled keys are 1 / stride of those against keys.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dash_megatron.ops.attention import (
+    CHUNK_SIZES,
+    DTYPES,
+    TRITON_CHUNK_SIZES,
+    _check_cu_seqlens,
+    _resolve_backend,
+)
+from dash_megatron.ops.reference import wide
+
+# Scores alive at once, in elements: fewer skip more of the causal triangle, more keep a GPU busy.
+MAX_BLOCK_SCORES = {"cpu": 2**22, "cuda": 2**27}
+# Scores kept for the backward, in elements of all blocks together: above, every block is recomputed in the backward.
+MAX_KEPT_SCORES = 2**25
+# Finite, so that a row that sees nothing has no NaN in its gradient.
+HIDDEN = -1e30
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which chunks a token attends to; the names are those of the config, whose docstrings say what they mean."""
+
+    kernel_size: int = 32
+    kernel_stride: int = 16
+    top_k: int = 16
+    initial_blocks: int = 1
+    local_blocks: int = 2
+
+    def check(self, chunk_size: int) -> None:
+        """Refuse what makes no sense with a chunk size.
+
+        Raises:
+            ValueError: naming field, value, rule and remedy.
+        """
+        bounds = {"kernel_size": 1, "kernel_stride": 1, "top_k": 0, "initial_blocks": 0, "local_blocks": 1}
+        for name, least in bounds.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r} must be an int of at least {least}; try {max(least, 1)}")
+        if chunk_size % self.kernel_stride:
+            raise ValueError(
+                f"kernel_stride={self.kernel_stride} must divide chunk_size={chunk_size}, so that pooled keys start alike "
+                f"in every chunk; try {max(1, chunk_size // 4)}"
+            )
+        if self.kernel_size % self.kernel_stride or self.kernel_size > chunk_size:
+            raise ValueError(
+                f"kernel_size={self.kernel_size} must be a multiple of kernel_stride={self.kernel_stride} and at most "
+                f"chunk_size={chunk_size}; try {min(chunk_size, 2 * self.kernel_stride)}"
+            )
+
+    @property
+    def slots(self) -> int:
+        """Past chunks a token selects at most."""
+        return self.initial_blocks + self.local_blocks - 1 + self.top_k
+
+
+class Block(NamedTuple):
+    """Chunks start <= c < end, whose rows are queries, and the first chunk that any of them may see."""
+
+    first: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where tokens lie on the grid."""
+
+    chunk_size: int
+    row_N: Tensor | None
+    """int64: the row of every token; None: the rows are the tokens."""
+    first_c: Tensor
+    """int64: the first chunk of each chunk's document."""
+    firsts: tuple[int, ...]
+    """The same on the host."""
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.firsts)
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_chunks * self.chunk_size
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[N, ...] as [S, ...]; rows without a token are zero."""
+        if self.row_N is None:
+            return x
+        return x.new_zeros(self.num_rows, *x.shape[1:]).index_copy(0, self.row_N, x)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[S, ...] as [N, ...]."""
+        return x if self.row_N is None else x.index_select(0, self.row_N)
+
+    def blocks(self, scores_per_row: int) -> Iterator[Block]:
+        """Cut the chunks into query blocks with as many scores as may be alive, at least a chunk each."""
+        room = MAX_BLOCK_SCORES["cuda" if self.first_c.is_cuda else "cpu"]
+        size = max(1, room // max(1, scores_per_row * self.chunk_size))
+        for start in range(0, self.num_chunks, size):
+            yield Block(self.firsts[start], start, min(start + size, self.num_chunks))
+
+
+def make_grid(batch: int, num_tokens: int, chunk_size: int, cu_seqlens: Tensor | None, device: Any) -> Grid:
+    """The grid of `batch` rows of `num_tokens` tokens, or of packed documents; waits for the device if packed."""
+    bounds = [row * num_tokens for row in range(batch + 1)] if cu_seqlens is None else cu_seqlens.tolist()
+    firsts: list[int] = []
+    rows: list[Tensor] = []
+    for begin, end in itertools.pairwise(bounds):
+        first = len(firsts)
+        rows.append(torch.arange(end - begin) + first * chunk_size)
+        firsts += [first] * -(-(end - begin) // chunk_size)
+    row_N = torch.cat(rows)
+    whole = len(row_N) == len(firsts) * chunk_size
+    return Grid(
+        chunk_size, None if whole else row_N.to(device), torch.tensor(firsts, device=device), tuple(firsts)
+    )
+
+
+def visible_kernels(grid: Grid, block: Block, selection: Selection) -> Tensor:
+    """Bool [T, J]: whether a pooled key of the chunks first <= c < end lies in a row's document and past."""
+    C, device = grid.chunk_size, grid.first_c.device
+    row_T = torch.arange(block.start * C, block.end * C, device=device)
+    start_J = torch.arange(block.first * C, block.end * C, selection.kernel_stride, device=device)
+    document_T = grid.first_c[block.start : block.end].repeat_interleave(C) * C
+    return (start_J >= document_T[:, None]) & (start_J + selection.kernel_size <= row_T[:, None] + 1)
+
+
+def mean_pool(x_SHD: Tensor, selection: Selection) -> Tensor:
+    """Means [J, H, D] over overlapping kernels, one begins every stride; those beyond the end must not be used."""
+    S, H, D = x_SHD.shape
+    part_JHD = x_SHD.reshape(S // selection.kernel_stride, selection.kernel_stride, H, D).mean(1)
+    parts = selection.kernel_size // selection.kernel_stride
+    padded = F.pad(part_JHD, (0, 0, 0, 0, 0, parts - 1))
+    return padded.unfold(0, parts, 1).mean(-1)
+
+
+def kernel_weights(q_THGD: Tensor, pooled_JHD: Tensor, visible_TJ: Tensor) -> Tensor:
+    """Softmax [H, G, T, J] over the visible pooled keys; zero in rows that see none. `q` comes divided by sqrt(D)."""
+    scores = torch.einsum("thgd,jhd->hgtj", q_THGD, pooled_JHD).masked_fill(~visible_TJ, HIDDEN)
+    return scores.softmax(-1) * visible_TJ
+
+
+def chunk_scores(p_HTJ: Tensor, grid: Grid, selection: Selection, reduce: str) -> Tensor:
+    """Score [H, T, c] of every chunk from those of the pooled keys that overlap it: their maximum, or their sum.
+
+    The sum is that of Native Sparse Attention: a pooled key counts once for each of its strides inside the chunk.
+    """
+    per_chunk, parts = (
+        grid.chunk_size // selection.kernel_stride,
+        selection.kernel_size // selection.kernel_stride,
+    )
+    window = F.pad(p_HTJ, (parts - 1, 0)).unfold(-1, per_chunk + parts - 1, per_chunk)
+    if reduce == "max":
+        return window.amax(-1)
+    place = torch.arange(1, per_chunk + parts, device=p_HTJ.device)
+    overlap = torch.minimum(place, place.flip(0)).clamp_max(min(parts, per_chunk))
+    return window @ overlap.to(p_HTJ.dtype)
+
+
+def choose(scores_HTc: Tensor, grid: Grid, block: Block, selection: Selection) -> Tensor:
+    """Past chunks that every row selects: int64 [T, H, K] of global numbers, -1 in slots without one.
+
+    The first chunks of the document and those just before the own one always, and of the rest the best.
+    """
+    C, device = grid.chunk_size, scores_HTc.device
+    own_T = torch.arange(block.start, block.end, device=device).repeat_interleave(C)
+    first_T = grid.first_c[own_T]
+    local_T = torch.maximum(own_T - selection.local_blocks + 1, first_T)
+    initial = first_T[:, None] + torch.arange(selection.initial_blocks, device=device)
+    initial = initial.masked_fill(initial >= local_T[:, None], -1)
+    local = own_T[:, None] - 1 - torch.arange(selection.local_blocks - 1, device=device)
+    local = local.masked_fill(local < local_T[:, None], -1)
+    fixed = torch.cat([initial, local], dim=1)
+
+    chunk_c = torch.arange(block.first, block.end, device=device)
+    free_Tc = (chunk_c >= first_T[:, None] + selection.initial_blocks) & (chunk_c < local_T[:, None])
+    # a pooled key that overlaps two chunks makes ties: stable, so that the earlier one wins in every run
+    score, place = scores_HTc.masked_fill(~free_Tc, -torch.inf).sort(dim=-1, descending=True, stable=True)
+    best = (place + block.first).masked_fill(score == -torch.inf, -1)[..., : selection.top_k]
+    H, T, _ = scores_HTc.shape
+    best = F.pad(best, (0, selection.top_k - best.shape[-1]), value=-1).transpose(0, 1)
+    return torch.cat([fixed[:, None].expand(T, H, -1), best], dim=-1)
+
+
+def allowed_chunks(chosen_THK: Tensor, block: Block) -> Tensor:
+    """Bool [H, T, c] of the chunks first <= c < end: chosen."""
+    T, H, _ = chosen_THK.shape
+    num = block.end - block.first
+    # slots without a chunk mark one that is cut off
+    place = torch.where(chosen_THK < 0, num, chosen_THK - block.first)
+    marked = torch.zeros(T, H, num + 1, dtype=torch.bool, device=chosen_THK.device).scatter_(-1, place, True)
+    return marked[..., :num].transpose(0, 1)
+
+
+def _attend_block(
+    q_THGD: Tensor, k_UHD: Tensor, v_UHD: Tensor, chosen_THK: Tensor, grid: Grid, block: Block
+) -> Tensor:
+    """[T, H, G, D]; k and v are the U rows of the chunks first <= c < end."""
+    C, device = grid.chunk_size, q_THGD.device
+    row_T = torch.arange(block.start * C, block.end * C, device=device)
+    row_U = torch.arange(block.first * C, block.end * C, device=device)
+    own_TU = (row_U // C == row_T[:, None] // C) & (row_U <= row_T[:, None])
+    seen_HTU = allowed_chunks(chosen_THK, block).repeat_interleave(C, dim=-1) | own_TU
+    scores = torch.einsum("thgd,uhd->hgtu", q_THGD, k_UHD).masked_fill(~seen_HTU[:, None], -torch.inf)
+    return torch.einsum("hgtu,uhd->thgd", scores.softmax(-1), v_UHD)
+
+
+def attend_chosen_reference(q: Tensor, k: Tensor, v: Tensor, chosen_SHK: Tensor, grid: Grid) -> Tensor:
+    """Softmax attention of every row to the chunks chosen and, causally, to its own: [S, Hq, D] of q's shape.
+
+    Differentiable; works block by block over queries, and recomputes blocks in the backward where their scores would
+    be too many to keep.
+
+    Args:
+        q: [S, Hq, D] on the grid.
+        k, v: [S, Hkv, D].
+        chosen_SHK: past chunks of each row and head, -1 for none.
+        grid: where the rows are.
+    """
+    C, dtype = grid.chunk_size, q.dtype
+    q, k, v = wide(q, k, v)
+    q_SHGD = q.mul(q.shape[-1] ** -0.5).unflatten(1, (k.shape[1], -1))
+    outputs = []
+    for block in grid.blocks(q.shape[1] * grid.num_rows):
+        rows, seen = slice(block.start * C, block.end * C), slice(block.first * C, block.end * C)
+        outputs.append(
+            in_pieces(
+                _attend_block, q.shape[1] * grid.num_rows**2, q_SHGD[rows], k[seen], v[seen], chosen_SHK[rows], grid, block
+            )
+        )  # fmt: skip
+    return torch.cat(outputs).flatten(1, 2).to(dtype)
+
+
+def in_pieces(function: Callable[..., Any], all_scores: int, *args: Any) -> Any:
+    """Call a block's function, so that the backward runs it again if the scores of all blocks are too many to keep."""
+    if torch.is_grad_enabled() and all_scores > MAX_KEPT_SCORES:
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return function(*args)
+
+
+def attention_to_chosen(backend: str, q: Tensor, chunk_size: int) -> Callable[..., Tensor]:
+    """`attend_chosen_reference`, or the kernels of the same arguments.
+
+    Raises:
+        ValueError: the backend cannot run here.
+    """
+    if _resolve_backend(backend, q)[0] == "reference":
+        return attend_chosen_reference
+    if chunk_size not in TRITON_CHUNK_SIZES:
+        raise ValueError(
+            f"chunk_size={chunk_size} must be one of {list(TRITON_CHUNK_SIZES)} for the Triton backend; "
+            "try 64, or pass backend='reference'"
+        )
+    from dash_megatron.ops.kernels.chosen import attend_chosen_triton
+
+    return attend_chosen_triton
+
+
+def count_selected(chosen_SHK: Tensor) -> Tensor:
+    """int32 [S, H]: chunks attended to, the own one included."""
+    return ((chosen_SHK >= 0).sum(-1) + 1).int()
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -> None:
+    """Refuse what no baseline takes.
+
+    Raises:
+        ValueError: naming the argument, its value, the rule and the remedy.
+    """
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        if not isinstance(x, Tensor) or x.ndim != 4 or x.numel() == 0:
+            seen = f"{name}.shape={list(x.shape)}" if isinstance(x, Tensor) else f"{name}={x!r}"
+            raise ValueError(f"{seen} must be a tensor [B, N, heads, D] that is not empty; reshape {name}")
+        if x.dtype not in DTYPES or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} is {x.dtype} on {x.device} and must be of one type with q, {q.dtype} on {q.device}, one of "
+                f"{[str(d) for d in DTYPES]}; cast or move {name}"
+            )
+    for name, x in (("k", k), ("v", v)):
+        expected = [q.shape[0], q.shape[1], k.shape[2], q.shape[3]]
+        if list(x.shape) != expected:
+            raise ValueError(
+                f"{name}.shape={list(x.shape)} must be {expected} beside q {list(q.shape)}; reshape {name}"
+            )
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"q.shape={list(q.shape)} has {q.shape[2]} heads, which must be a multiple of the {k.shape[2]} heads of k; "
+            f"try {max(1, q.shape[2] // k.shape[2]) * k.shape[2]}"
+        )
+    if isinstance(chunk_size, bool) or chunk_size not in CHUNK_SIZES:
+        raise ValueError(f"chunk_size={chunk_size!r} must be a power of two from 1 to 128, as an int; try 64")
+    _check_cu_seqlens(cu_seqlens, q)

@@ -1,0 +1,237 @@
+"""Native Sparse Attention (NSA, arXiv 2502.11089), a top-k baseline: compressed, chosen and recent keys, with gates.
+
+Two things differ from the paper, so that the baseline fits where every other attention stands and twins keep their sizes:
+the branches share keys and values, and the window is made of whole chunks. How keys are compressed is said at `compress`.
+"""
+
+from typing import Literal, NamedTuple, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dash_megatron.ops.attention import Routing, _density
+from dash_megatron.ops.blocks import (
+    Block,
+    Grid,
+    Selection,
+    attention_to_chosen,
+    check_tensors,
+    choose,
+    chunk_scores,
+    in_pieces,
+    kernel_weights,
+    make_grid,
+    visible_kernels,
+)
+from dash_megatron.ops.reference import wide
+
+
+class Compression(NamedTuple):
+    """Weights that compress the keys, or the values, of a kernel; all zero means their mean. l tokens make a kernel."""
+
+    pool: Tensor
+    """[Hkv, l, D]: what the place in the kernel adds to the weight of a token, in units of the mean's."""
+    mlp_in: Tensor
+    """[Hkv, D, D]."""
+    mlp_out: Tensor
+    """[Hkv, D, D]."""
+
+
+def compress(x_SHD: Tensor, weights: Compression, selection: Selection) -> Tensor:
+    """Compressed keys or values [J, H, D], one begins every stride; those beyond the end must not be used.
+
+    A weighted mean, whose weights are learned for every place and channel, plus a two-layer perceptron of it. The
+    paper's perceptron reads all tokens of a kernel with a position embedding: l times the weights, which would make the
+    twin a larger model.
+    """
+    size, stride = selection.kernel_size, selection.kernel_stride
+    padded = F.pad(x_SHD, (0, 0, 0, 0, 0, size - stride))
+    mean = torch.einsum("jhdl,hld->jhd", padded.unfold(0, size, stride), (1 + weights.pool) / size)
+    inner = F.silu(torch.einsum("jhd,hde->jhe", mean, weights.mlp_in))
+    return mean + torch.einsum("jhe,hed->jhd", inner, weights.mlp_out)
+
+
+def _compressed_block(
+    q_THGD: Tensor, k_JHD: Tensor, v_JHD: Tensor, grid: Grid, block: Block, selection: Selection
+) -> tuple[Tensor, Tensor]:
+    """Output [T, H, G, D] of the compressed branch, and the chunks [T, H, K] that its weights choose."""
+    weights = kernel_weights(q_THGD, k_JHD, visible_kernels(grid, block, selection))
+    out = torch.einsum("hgtj,jhd->thgd", weights, v_JHD)
+    with torch.no_grad():
+        scores = chunk_scores(weights.sum(1), grid, selection, "sum")
+        return out, choose(scores, grid, block, selection)
+
+
+def _compressed_branch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: tuple[Compression, Compression],
+    grid: Grid,
+    selection: Selection,
+) -> tuple[Tensor, Tensor]:
+    """Output [S, Hq, D] in q's dtype and the chunks chosen [S, H, K], block by block over queries."""
+    C, per_chunk = grid.chunk_size, grid.chunk_size // selection.kernel_stride
+    q_wide, k, v = wide(q, k, v)
+    q_SHGD = q_wide.mul(q.shape[-1] ** -0.5).unflatten(1, (k.shape[1], -1))
+    k_JHD, v_JHD = (
+        compress(x, Compression(*wide(*learned)), selection)
+        for x, learned in zip((k, v), weights, strict=True)
+    )
+    outputs, choices = [], []
+    for block in grid.blocks(q.shape[1] * len(k_JHD)):
+        rows, seen = (
+            slice(block.start * C, block.end * C),
+            slice(block.first * per_chunk, block.end * per_chunk),
+        )
+        out, chosen = in_pieces(
+            _compressed_block, q.shape[1] * grid.num_rows * len(k_JHD), q_SHGD[rows], k_JHD[seen], v_JHD[seen],
+            grid, block, selection,
+        )  # fmt: skip
+        outputs.append(out)
+        choices.append(chosen)
+    return torch.cat(outputs).flatten(1, 2).to(q.dtype), torch.cat(choices)
+
+
+def _recent_chunks(grid: Grid, num_heads: int, num_recent: int) -> Tensor:
+    """The chunks before its own that every row's window holds: int64 [S, H, num_recent], -1 where the document begins."""
+    own_c = torch.arange(grid.num_chunks, device=grid.first_c.device)
+    recent = own_c[:, None] - 1 - torch.arange(num_recent, device=own_c.device)
+    recent = recent.masked_fill(recent < grid.first_c[:, None], -1)
+    return recent.repeat_interleave(grid.chunk_size, dim=0)[:, None].expand(-1, num_heads, -1)
+
+
+def _count_either(chosen_SHK: Tensor, recent_SHW: Tensor, grid: Grid) -> Tensor:
+    """int32 [S, H]: chunks that were chosen, or are in the window, or the own one."""
+    num_recent = (recent_SHW >= 0).sum(-1)
+    own_S = torch.arange(grid.num_rows, device=chosen_SHK.device) // grid.chunk_size
+    before_SH = own_S[:, None] - num_recent
+    chosen_before = (chosen_SHK >= 0) & (chosen_SHK < before_SH[..., None])
+    return (1 + num_recent + chosen_before.sum(-1)).int()
+
+
+@overload
+def nsa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    compress_k: Compression,
+    compress_v: Compression,
+    selection: Selection = ...,
+    window: int = ...,
+    chunk_size: int = ...,
+    cu_seqlens: Tensor | None = ...,
+    backend: str = ...,
+    return_routing: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def nsa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    compress_k: Compression,
+    compress_v: Compression,
+    selection: Selection = ...,
+    window: int = ...,
+    chunk_size: int = ...,
+    cu_seqlens: Tensor | None = ...,
+    backend: str = ...,
+    *,
+    return_routing: Literal[True],
+) -> tuple[Tensor, Routing]: ...
+
+
+def nsa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    compress_k: Compression,
+    compress_v: Compression,
+    selection: Selection = Selection(),  # noqa: B008 - frozen
+    window: int = 512,
+    chunk_size: int = 64,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+    return_routing: bool = False,
+) -> Tensor | tuple[Tensor, Routing]:
+    """Native Sparse Attention (arXiv 2502.11089): a gated sum of three causal attentions.
+
+    The first attends to compressed keys and values of overlapping kernels, those that lie wholly in the token's past.
+    Its weights, summed over the heads of a group and over the kernels that overlap a chunk, score the chunks. The second
+    attends to a token's own chunk, the `local_blocks - 1` before it, the first `initial_blocks` of its document, and the
+    `top_k` best of the others; the choice passes no gradient on. The third attends to the token's own chunk and the
+    `window` tokens before it. A token whose past has no whole kernel gets 0 from the first.
+
+    Args:
+        q: queries after RoPE, [B, N, Hq, D]; float16, bfloat16, float32 or float64.
+        k: keys after RoPE, [B, N, Hkv, D], q's dtype; Hkv divides Hq.
+        v: values, [B, N, Hkv, D], q's dtype.
+        gates: factors of the three, [B, N, Hq, 3].
+        compress_k, compress_v: how keys and values are compressed.
+        selection: kernels and numbers of chunks.
+        window: past tokens of the third, a multiple of `chunk_size`.
+        chunk_size: tokens per chunk, a power of two up to 128 (16 or more for Triton).
+        cu_seqlens: boundaries of packed documents, int32 [documents + 1], then B == 1; they are read by the host.
+        backend: of the second and the third, as in `dash_attention`.
+        return_routing: also return how many chunks the second or the third attends to.
+
+    Returns:
+        Output [B, N, Hq, D] in q's dtype, accumulated in float32 or better; with `return_routing`, also a `Routing`.
+
+    Raises:
+        ValueError: an argument is wrong; the message names it, its value, the rule and the remedy.
+    """
+    check_tensors(q, k, v, chunk_size, cu_seqlens)
+    selection.check(chunk_size)
+    _check_own(q, k, gates, (compress_k, compress_v), selection, window, chunk_size)
+    attend = attention_to_chosen(backend, q, chunk_size)
+    B, N, _, _ = q.shape
+    grid = make_grid(B, N, chunk_size, cu_seqlens, q.device)
+    # autocast would run the matrix products in half precision behind our back
+    with torch.autocast(q.device.type, enabled=False):
+        rows_q, rows_k, rows_v = rows = [grid.spread(x.flatten(0, 1)) for x in (q, k, v)]
+        compressed, chosen = _compressed_branch(
+            rows_q, rows_k, rows_v, (compress_k, compress_v), grid, selection
+        )
+        recent = _recent_chunks(grid, k.shape[2], window // chunk_size)
+        outputs = [compressed, attend(*rows, chosen, grid), attend(*rows, recent, grid)]
+        parts = [wide(grid.gather(out).view(q.shape))[0] for out in outputs]
+        gated = zip(parts, gates.unbind(-1), strict=True)
+        out = sum(
+            (part * gate.to(part.dtype)[..., None] for part, gate in gated), torch.zeros_like(parts[0])
+        ).to(q.dtype)
+    if not return_routing:
+        return out
+    selected = grid.gather(_count_either(chosen, recent, grid)).view(B, N, -1)
+    return out, Routing(chunks_selected=selected, density=_density(selected, chunk_size, cu_seqlens))
+
+
+def _check_own(
+    q: Tensor,
+    k: Tensor,
+    gates: Tensor,
+    compressions: tuple[Compression, Compression],
+    selection: Selection,
+    window: int,
+    chunk_size: int,
+) -> None:
+    """What only this attention takes."""
+    if isinstance(window, bool) or not isinstance(window, int) or window < 0 or window % chunk_size:
+        raise ValueError(
+            f"window={window!r} must be a multiple of chunk_size={chunk_size}, as an int; try {chunk_size}"
+        )
+    H, D = k.shape[2:]
+    named = {"gates": (gates, [*q.shape[:3], 3])}
+    for which, weights in zip("kv", compressions, strict=True):
+        named[f"compress_{which}.pool"] = weights.pool, [H, selection.kernel_size, D]
+        named[f"compress_{which}.mlp_in"] = weights.mlp_in, [H, D, D]
+        named[f"compress_{which}.mlp_out"] = weights.mlp_out, [H, D, D]
+    for name, (x, shape) in named.items():
+        if list(x.shape) != shape:
+            raise ValueError(f"{name}.shape={list(x.shape)} must be {shape}; reshape {name}")
