@@ -101,7 +101,9 @@ def test_a_run_reaches_its_target_and_resumes_bit_identically(
     halves = run_of(tiny_config, tmp_path / "halves", **sections)
     run_processes(1, train_all, [(whole, None), (halves, 52), (halves, None)])
     expected, found = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "halves")
-    assert expected[0]["density_per_layer"] != pytest.approx([0.75, 0.75], abs=0.05), "there is something to do"
+    assert expected[0]["density_per_layer"] != pytest.approx([0.75, 0.75], abs=0.05), (
+        "there is something to do"
+    )
     for layer in (0, 1):
         last = [line["density_per_layer"][layer] for line in expected[-30:]]
         assert sum(last) / len(last) == pytest.approx(0.75, abs=0.02)
