@@ -38,7 +38,9 @@ def collect(study: Study) -> list[dict[str, Any]]:
         if metrics:
             rows.append(_row(run, metrics))
     if not rows:
-        raise StudyError(f"no run of the study has logged a step in {study.output}/runs; `study submit` it first")
+        raise StudyError(
+            f"no run of the study has logged a step in {study.output}/runs; `study submit` it first"
+        )
     return rows
 
 
@@ -68,7 +70,9 @@ def _measured_flops(run: StudyRun, metrics: list[StepMetrics], vocab_size: int) 
     """FLOPs of all tokens; those between two logged steps count at the density of the later one."""
     total, before = 0.0, 0
     for line in metrics:
-        chunks = {layer: value for layer, value in enumerate(line["chunks_selected_per_layer"]) if value is not None}
+        chunks = {
+            layer: value for layer, value in enumerate(line["chunks_selected_per_layer"]) if value is not None
+        }
         each = training_flops_per_token(run.config, vocab_size, run.context, chunks)
         total += each * (line["tokens"] - before)
         before = line["tokens"]
@@ -83,7 +87,10 @@ def write_table(study: Study, rows: list[dict[str, Any]]) -> tuple[Path, Path]:
     writer.writeheader()
     for row in rows:
         writer.writerow(
-            {key: json.dumps(value) if isinstance(value, (dict, list)) else value for key, value in row.items()}
+            {
+                key: json.dumps(value) if isinstance(value, (dict, list)) else value
+                for key, value in row.items()
+            }
         )
     paths = folder / "results.json", folder / "results.csv"
     for path, content in zip(paths, (json.dumps(rows, indent=2) + "\n", text.getvalue()), strict=True):
@@ -107,7 +114,9 @@ def compared(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
     """
     finished = [row for row in rows if row["finished"]]
     if not finished:
-        raise StudyError(f"none of the {len(rows)} runs with metrics is finished; wait, or `study submit` again")
+        raise StudyError(
+            f"none of the {len(rows)} runs with metrics is finished; wait, or `study submit` again"
+        )
     # either everywhere or nowhere: training loss is measured on other text
     key = "valid_loss" if all(row["valid_loss"] is not None for row in finished) else "loss"
     name = "validation loss" if key == "valid_loss" else "training loss, mean of the last tenth"

@@ -73,7 +73,10 @@ def mean_context(train: tuple[str, ...], seq_length: int, pack_documents: bool) 
     except (OSError, ValueError):
         parts = []
     if not parts:
-        return whole, "half of data.seq_length: data.train cannot be read, so a sequence counts as one document"
+        return (
+            whole,
+            "half of data.seq_length: data.train cannot be read, so a sequence counts as one document",
+        )
     weighted = all(not isinstance(part, str) for part in blend)
     weights = np.array([weight if weighted else lengths.sum() for weight, lengths in parts], dtype=np.float64)
     contexts = [mean_piece_context(np.asarray(lengths), seq_length) for _, lengths in parts]
@@ -103,9 +106,7 @@ def estimate_cost(
         ValueError: with `assume.utilization: null`, the layout breaks a rule on `assume.gpus` GPUs.
     """
     tokens = config.training.steps * config.training.global_batch * config.data.seq_length
-    flops, dense_flops = (
-        tokens * value for value in flops_per_token(config, vocab_size, context, density)
-    )
+    flops, dense_flops = (tokens * value for value in flops_per_token(config, vocab_size, context, density))
     if assume.utilization is None:
         hours, dense_hours = (_modelled_hours(config, vocab_size, value, assume) for value in (density, None))
     else:

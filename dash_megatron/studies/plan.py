@@ -26,7 +26,11 @@ def plan_study(path: str | Path, as_json: bool = False) -> str:
     study = load_study(path)
     runs = expand(study)
     if as_json:
-        document = {"study": str(path), "assume": study.assume.model_dump(), "runs": [as_row(run) for run in runs]}
+        document = {
+            "study": str(path),
+            "assume": study.assume.model_dump(),
+            "runs": [as_row(run) for run in runs],
+        }
         return json.dumps(document, indent=2)
     return "\n".join([*table([cells(run, study) for run in runs], _COLUMNS), "", *assumptions(study, runs)])
 
@@ -62,7 +66,11 @@ def headings() -> Sequence[str]:
 
 def cells(run: StudyRun, study: Study) -> list[str]:
     """One line of the table."""
-    twins = run.twin_of[0] + (f" and {len(run.twin_of) - 1} more" if len(run.twin_of) > 1 else "") if run.twin_of else ""
+    twins = (
+        run.twin_of[0] + (f" and {len(run.twin_of) - 1} more" if len(run.twin_of) > 1 else "")
+        if run.twin_of
+        else ""
+    )
     return [
         run.name,
         human(run.parameters),

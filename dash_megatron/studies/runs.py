@@ -124,9 +124,7 @@ def _add(runs: list[StudyRun], run: StudyRun, twin_of: str | None = None) -> Non
                 f"{json.dumps(run.settings)} give one config; take one of them out"
             )
         if other.name == run.name:
-            raise StudyError(
-                f"two different runs would be called {run.name}; give the points a `name` each"
-            )
+            raise StudyError(f"two different runs would be called {run.name}; give the points a `name` each")
     runs.append(replace(run, twin_of=[twin_of] if twin_of else []))
 
 
@@ -185,7 +183,9 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            raise StudyError(f"{key}={value!r}: {section} is a value, not a section; see docs/configuration.md")
+            raise StudyError(
+                f"{key}={value!r}: {section} is a value, not a section; see docs/configuration.md"
+            )
     node[leaf] = value
 
 

@@ -98,7 +98,13 @@ def check_same(run: StudyRun) -> None:
 def _result_keys(config: Config) -> dict[str, Any]:
     """Settings by dotted key, but those that a run may change when it is started again."""
     sections = ("model", "attention", "data", "optimizer", "schedule", "training")
-    free = {"data.num_workers", "data.cache_dir", "training.micro_batch", "training.recompute", "attention.backend"}
+    free = {
+        "data.num_workers",
+        "data.cache_dir",
+        "training.micro_batch",
+        "training.recompute",
+        "attention.backend",
+    }
     tree = config.model_dump(mode="json", include=set(sections))
     flat = {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
     return {key: value for key, value in flat.items() if key not in free}
@@ -130,7 +136,9 @@ def _write_config(study: Study, run: StudyRun) -> Path:
 def _script(name: str) -> str:
     path = ROOT / name
     if not path.is_file():
-        raise StudyError(f"{path} does not exist; run from an editable install of the repository (`make env`)")
+        raise StudyError(
+            f"{path} does not exist; run from an editable install of the repository (`make env`)"
+        )
     return str(path)
 
 
@@ -143,7 +151,14 @@ def _submit_array(configs: list[Path], arguments: Sequence[str]) -> int:
 def _train_command(processes: int) -> list[str]:
     if processes == 1:
         return [sys.executable, _script("train.py")]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
     return [*launcher, _script("train.py")]
 
 
