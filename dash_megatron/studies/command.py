@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ def add_study(tools: Any) -> None:
     submit.add_argument(
         "--restarts", type=int, default=2, help="starts of a run after faults, here; default: 2"
     )
-    submit.add_argument("--slurm", action="store_true", help="through slurm/submit.py, as one array")
     submit.add_argument(
-        "slurm_arguments",
-        nargs="*",
-        metavar="-- ARGUMENTS",
-        help="of slurm/submit.py, such as -- --nodes 1 ...",
+        "--slurm",
+        type=shlex.split,
+        metavar="ARGUMENTS",
+        help="one array through slurm/submit.py, with its arguments as one word: "
+        '--slurm="--nodes 1 --gpus-per-node 8 --time 12:00:00"',
     )
 
     collect = _add(commands, "collect", "results of all runs as a table, JSON and CSV", _collect)
@@ -58,12 +59,7 @@ def _plan(options: argparse.Namespace) -> None:
 def _submit(options: argparse.Namespace) -> int:
     from dash_megatron.studies.submit import submit_study
 
-    if options.slurm_arguments and not options.slurm:
-        raise ValueError(
-            f"arguments {options.slurm_arguments} are for slurm/submit.py; add --slurm, or leave them out"
-        )
-    slurm = options.slurm_arguments if options.slurm else None
-    return submit_study(options.study, options.processes, options.restarts, slurm)
+    return submit_study(options.study, options.processes, options.restarts, options.slurm)
 
 
 def _collect(options: argparse.Namespace) -> None:
