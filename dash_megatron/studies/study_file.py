@@ -118,9 +118,9 @@ class Study(Section):
         for key, values in self.grid.items():
             if not values:
                 raise ValueError(f"grid.{key} is empty, so that there would be no runs; give values")
-            place = next((where for where, settings in self._settings()[1:] if key in settings), None)
-            if place and place != "grid":
-                raise ValueError(f"{key} stands in grid and in {place}; leave it in one of them")
+            for number, point in enumerate(self.points):
+                if key in point:
+                    raise ValueError(f"{key} stands in grid and in points[{number}]; leave it in one of them")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)} has one twice; take it out")
         return self
