@@ -48,14 +48,14 @@ def fit_parametric(parameters: Array, tokens: Array, loss: Array, draws: int = 2
         ValueError: too few runs, sizes or token counts, or tokens that go with parameters everywhere.
     """
     columns = (np.asarray(parameters, float), np.asarray(tokens, float))
-    problem = _not_enough(*columns)
-    if problem:
+    if len(columns[0]) < MIN_RUNS:
+        raise ValueError(
+            f"{len(columns[0])} runs are too few for a fit of 5 values; {MIN_RUNS} or more are needed"
+        )
+    if problem := _not_separable(*columns):
         raise ValueError(problem)
     names = ("E", "A", "a", "B", "b")
-    fit = _fit(
-        columns, np.asarray(loss, float), names, draws, seed, lambda *xs: _not_enough(*xs, resampled=True)
-    )
-    return fit
+    return _fit(columns, np.asarray(loss, float), names, draws, seed, _not_separable)
 
 
 def fit_compute(flops: Array, loss: Array, draws: int = 200, seed: int = 0) -> Fit:
@@ -88,9 +88,8 @@ def frontier(flops: Array, loss: Array) -> list[int]:
     return best
 
 
-def _not_enough(parameters: Array, tokens: Array, resampled: bool = False) -> str | None:
-    if len(parameters) < MIN_RUNS and not resampled:
-        return f"{len(parameters)} runs are too few for a fit of 5 values; {MIN_RUNS} or more are needed"
+def _not_separable(parameters: Array, tokens: Array) -> str | None:
+    """Why the effects of two columns could not be told apart, or None; also asked of every bootstrap draw."""
     for name, values in (("parameter counts", parameters), ("token counts", tokens)):
         if len(np.unique(values)) < 3:
             return f"{len(np.unique(values))} distinct {name}; 3 or more are needed for an exponent"
@@ -115,7 +114,7 @@ def _fit(
     logs = np.stack([np.log(column / scale) for column, scale in zip(columns, scales, strict=True)])
     best = min((_refine(logs, loss, start) for start in _starts(logs, loss)), key=lambda result: result[1])[0]
     generator = np.random.default_rng(seed)
-    samples = []
+    samples: list[dict[str, float]] = []
     for _ in range(10 * draws):
         if len(samples) == draws:
             break

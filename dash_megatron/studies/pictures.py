@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from dash_megatron.studies.collect import compared
+from dash_megatron.studies.fit import frontier
 from dash_megatron.studies.runs import expand
 from dash_megatron.studies.study_file import Study
 from dash_megatron.training.metrics import read_metrics
@@ -87,22 +88,28 @@ def _loss_compute(rows: list[dict[str, Any]], quality: str, fits: dict[str, Any]
 
 def _pareto(rows: list[dict[str, Any]], quality: str, path: Path) -> str:
     figure, axis = _figure("density (% of available chunks selected)", f"{quality} (nats)")
-    sizes = sorted({(row["parameters"], row["size"]) for row in rows})
+    # twins of one size differ by the router's few parameters
+    sizes = list(dict.fromkeys(row["size"] for row in sorted(rows, key=lambda row: row["parameters"])))
     for variant, (color, marker) in _styles(rows).items():
         own = [row for row in rows if row["variant"] == variant]
         density = [100.0 if row["density"] is None else 100 * row["density"] for row in own]
         area = [
-            30 + 60 * sizes.index((row["parameters"], row["size"])) / max(1, len(sizes) - 1) for row in own
+            30 + 60 * sizes.index(row["size"]) / max(1, len(sizes) - 1) for row in own
         ]
         axis.scatter(
             density, [row["quality"] for row in own], s=area, color=color, marker=marker, label=variant
         )
+    for size in sizes:
+        same = [row for row in rows if row["size"] == size]
+        points = [(100.0 if row["density"] is None else 100 * row["density"], row["quality"]) for row in same]
+        best = frontier(np.array([point[0] for point in points]), np.array([point[1] for point in points]))
+        axis.plot(*zip(*[points[index] for index in best], strict=True), color="gray", lw=0.8, zorder=0)
     axis.set_xlim(0, 105)
     axis.legend()
     _save(figure, path)
     return (
         f"{quality[0].upper()}{quality[1:]} against density, mean over layers that select; larger marks are larger models, "
-        "and full attention stands at 100%."
+        "full attention stands at 100%, and lines join the runs of a size that no other beats at its density or less."
     )
 
 
