@@ -93,9 +93,7 @@ def _pareto(rows: list[dict[str, Any]], quality: str, path: Path) -> str:
     for variant, (color, marker) in _styles(rows).items():
         own = [row for row in rows if row["variant"] == variant]
         density = [100.0 if row["density"] is None else 100 * row["density"] for row in own]
-        area = [
-            30 + 60 * sizes.index(row["size"]) / max(1, len(sizes) - 1) for row in own
-        ]
+        area = [30 + 60 * sizes.index(row["size"]) / max(1, len(sizes) - 1) for row in own]
         axis.scatter(
             density, [row["quality"] for row in own], s=area, color=color, marker=marker, label=variant
         )
