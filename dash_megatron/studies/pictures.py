@@ -97,8 +97,8 @@ def _pareto(rows: list[dict[str, Any]], quality: str, path: Path) -> str:
         axis.scatter(
             density, [row["quality"] for row in own], s=area, color=color, marker=marker, label=variant
         )
-    for size in sizes:
-        same = [row for row in rows if row["size"] == size]
+    for equal in dict.fromkeys((row["size"], row["tokens"]) for row in rows):
+        same = [row for row in rows if (row["size"], row["tokens"]) == equal]
         points = [(100.0 if row["density"] is None else 100 * row["density"], row["quality"]) for row in same]
         best = frontier(np.array([point[0] for point in points]), np.array([point[1] for point in points]))
         axis.plot(*zip(*[points[index] for index in best], strict=True), color="gray", lw=0.8, zorder=0)
@@ -107,7 +107,7 @@ def _pareto(rows: list[dict[str, Any]], quality: str, path: Path) -> str:
     _save(figure, path)
     return (
         f"{quality[0].upper()}{quality[1:]} against density, mean over layers that select; larger marks are larger models, "
-        "full attention stands at 100%, and lines join the runs of a size that no other beats at its density or less."
+        "full attention stands at 100%, and lines join, at equal size and tokens, the runs that no other beats at its density or less."
     )
 
 
