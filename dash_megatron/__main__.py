@@ -4,6 +4,8 @@ import argparse
 import sys
 from typing import Any
 
+from dash_megatron.studies.command import add_study
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one tool; 2 where an argument or a file is wrong, 1 where the tool found a fault."""
@@ -79,11 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan)
 
     _add_doctor(tools)
-    study = tools.add_parser("study", help="look at runs").add_subparsers(required=True, metavar="COMMAND")
-    plot = study.add_parser("plot-run", help="draw losses and per-layer density of one run")
-    plot.add_argument("run_dir", metavar="RUN_DIR")
-    plot.add_argument("--output", help="PNG to write; default: RUN_DIR/training.png")
-    plot.set_defaults(run=_plot_run)
+    add_study(tools)
     return parser
 
 
@@ -249,12 +247,6 @@ def _replay(options: argparse.Namespace) -> int:
     from dash_megatron.doctor.replay import replay_step
 
     return replay_step(options.run_dir, options.step)
-
-
-def _plot_run(options: argparse.Namespace) -> None:
-    from dash_megatron.studies.plot_run import plot_run
-
-    print(plot_run(options.run_dir, options.output))
 
 
 if __name__ == "__main__":

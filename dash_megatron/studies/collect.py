@@ -1,0 +1,123 @@
+"""`study collect`: what all runs of a study came to, in one table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from dash_megatron.studies.plan import as_row
+from dash_megatron.studies.runs import StudyRun, expand, vocabulary_rows
+from dash_megatron.studies.study_file import Study, StudyError
+from dash_megatron.training.flops import training_flops_per_token
+from dash_megatron.training.metrics import StepMetrics, read_metrics
+
+MEASURED = ("finished", "step", "loss", "valid_loss", "density", "tokens_per_second", "flops", "skipped")
+
+
+def collect(study: Study) -> list[dict[str, Any]]:
+    """A row for every run that has logged a step: what the plan knows, and what was measured.
+
+    `loss` is the mean training loss of the last tenth of the steps, `valid_loss` the last validation's, `density` the mean
+    over the last tenth, `tokens_per_second` the median. `flops` are those of the tokens read, attention counted at the
+    density of each logged step; `dense_flops` those of the same tokens with full attention.
+
+    Raises:
+        ValueError: a wrong study, damaged metrics, or no run that has logged a step.
+    """
+    rows = []
+    for run in expand(study):
+        try:
+            metrics = read_metrics(run.folder)
+        except FileNotFoundError:
+            continue
+        if metrics:
+            rows.append(_row(run, metrics))
+    if not rows:
+        raise StudyError(
+            f"no run of the study has logged a step in {study.output}/runs; `study submit` it first"
+        )
+    return rows
+
+
+def _row(run: StudyRun, metrics: list[StepMetrics]) -> dict[str, Any]:
+    last = metrics[-1]
+    tail = [line for line in metrics if line["step"] > 0.9 * last["step"]]
+    densities = [line["density"] for line in tail if line["density"] is not None]
+    validated = [line["valid_loss"] for line in metrics if line["valid_loss"] is not None]
+    vocab_size = vocabulary_rows(run.config)
+    dense = training_flops_per_token(run.config, vocab_size, run.context)
+    return {
+        **as_row(run),
+        "finished": last["step"] >= run.config.training.steps,
+        "step": last["step"],
+        "tokens": last["tokens"],
+        "loss": fmean(line["loss"] for line in tail),
+        "valid_loss": validated[-1] if validated else None,
+        "density": fmean(densities) if densities else None,
+        "tokens_per_second": median(line["tokens_per_second"] for line in metrics),
+        "dense_flops": dense * last["tokens"],
+        "flops": _measured_flops(run, metrics, vocab_size),
+        "skipped": last["skipped"],
+    }
+
+
+def _measured_flops(run: StudyRun, metrics: list[StepMetrics], vocab_size: int) -> float:
+    """FLOPs of all tokens; those between two logged steps count at the density of the later one."""
+    total, before = 0.0, 0
+    for line in metrics:
+        chunks = {
+            layer: value for layer, value in enumerate(line["chunks_selected_per_layer"]) if value is not None
+        }
+        each = training_flops_per_token(run.config, vocab_size, run.context, chunks)
+        total += each * (line["tokens"] - before)
+        before = line["tokens"]
+    return total
+
+
+def write_table(study: Study, rows: list[dict[str, Any]]) -> tuple[Path, Path]:
+    """Write `<output>/results.json` and `results.csv`, each whole or not at all."""
+    folder = Path(study.output)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    for row in rows:
+        writer.writerow(
+            {
+                key: json.dumps(value) if isinstance(value, (dict, list)) else value
+                for key, value in row.items()
+            }
+        )
+    paths = folder / "results.json", folder / "results.csv"
+    for path, content in zip(paths, (json.dumps(rows, indent=2) + "\n", text.getvalue()), strict=True):
+        write_whole(path, content)
+    return paths
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, or leave what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8", newline="")
+    os.replace(temporary, path)
+
+
+def compared(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """Finished rows with `quality`, the loss that they are compared by, and its name.
+
+    Raises:
+        ValueError: none is finished.
+    """
+    finished = [row for row in rows if row["finished"]]
+    if not finished:
+        raise StudyError(
+            f"none of the {len(rows)} runs with metrics is finished; wait, or `study submit` again"
+        )
+    # either everywhere or nowhere: training loss is measured on other text
+    key = "valid_loss" if all(row["valid_loss"] is not None for row in finished) else "loss"
+    name = "validation loss" if key == "valid_loss" else "training loss, mean of the last tenth"
+    return [{**row, "quality": row[key]} for row in finished], name

@@ -1,0 +1,129 @@
+"""`python -m dash_megatron study ...`: arguments, and what each command prints. docs/studies.md shows them at work."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+
+def add_study(tools: Any) -> None:
+    """Add `study` and its commands to the front door's subparsers."""
+    commands = tools.add_parser("study", help="plan, train and compare many runs; draw one").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    plan = _add(commands, "plan", "every run with its size, length, FLOPs and cost", _plan)
+    plan.add_argument("--json", action="store_true", help="print JSON")
+
+    submit = _add(commands, "submit", "train what is not finished, here or as a SLURM array", _submit)
+    submit.add_argument("--processes", type=int, default=1, help="of each run, here; default: 1")
+    submit.add_argument(
+        "--restarts", type=int, default=2, help="starts of a run after faults, here; default: 2"
+    )
+    submit.add_argument(
+        "--slurm",
+        type=shlex.split,
+        metavar="ARGUMENTS",
+        help="one array through slurm/submit.py, with its arguments as one word: "
+        '--slurm="--nodes 1 --gpus-per-node 8 --time 12:00:00"',
+    )
+
+    collect = _add(commands, "collect", "results of all runs as a table, JSON and CSV", _collect)
+    collect.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    _add(commands, "fit", "loss against parameters, tokens and compute, with intervals", _fit)
+    _add(commands, "plot", "pictures of the study", _plot)
+    report = _add(commands, "report", "one HTML page with everything", _report)
+    report.add_argument("--output", help="page to write; default: <output>/report.html")
+
+    plot_run = commands.add_parser("plot-run", help="draw losses and per-layer density of one run")
+    plot_run.add_argument("run_dir", metavar="RUN_DIR")
+    plot_run.add_argument("--output", help="PNG to write; default: RUN_DIR/training.png")
+    plot_run.set_defaults(run=_plot_run)
+
+
+def _add(commands: Any, name: str, text: str, run: Any) -> Any:
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("study", metavar="STUDY", help="YAML file, see docs/studies.md")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from dash_megatron.studies.plan import plan_study
+
+    print(plan_study(options.study, options.json))
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from dash_megatron.studies.submit import submit_study
+
+    return submit_study(options.study, options.processes, options.restarts, options.slurm)
+
+
+def _collect(options: argparse.Namespace) -> None:
+    from dash_megatron.planning.command import table
+    from dash_megatron.studies.collect import collect, write_table
+    from dash_megatron.studies.page import results_table
+    from dash_megatron.studies.study_file import load_study
+
+    study = load_study(options.study)
+    rows = collect(study)
+    paths = write_table(study, rows)
+    columns, lines = results_table(rows)
+    print(
+        json.dumps(rows, indent=2)
+        if options.json
+        else "\n".join([*table(lines, columns), "", *map(str, paths)])
+    )
+
+
+def _fit(options: argparse.Namespace) -> None:
+    from dash_megatron.studies.fit import render_fits
+
+    _, _, fits, path = _fitted(options.study)
+    print("\n".join([*render_fits(fits), str(path)]))
+    if not any("values" in fit for fits_of in fits["variants"].values() for fit in fits_of.values()):
+        raise ValueError("no variant has the runs that a fit needs; the lines above say what is missing")
+
+
+def _fitted(path: str) -> tuple[Any, list[dict[str, Any]], dict[str, Any], Path]:
+    from dash_megatron.studies.collect import collect, write_table, write_whole
+    from dash_megatron.studies.fit import fit_study
+    from dash_megatron.studies.study_file import load_study
+
+    study = load_study(path)
+    rows = collect(study)
+    write_table(study, rows)
+    fits = fit_study(rows)
+    output = Path(study.output) / "fits.json"
+    write_whole(output, json.dumps(fits, indent=2) + "\n")
+    return study, rows, fits, output
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from dash_megatron.studies.pictures import draw_study
+
+    study, rows, fits, _ = _fitted(options.study)
+    folder = Path(study.output) / "plots"
+    for name, text in draw_study(study, rows, fits, folder).items():
+        print(f"{folder / name}: {text}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from dash_megatron.studies.collect import write_whole
+    from dash_megatron.studies.page import render_page
+    from dash_megatron.studies.pictures import draw_study
+
+    study, rows, fits, _ = _fitted(options.study)
+    pictures = draw_study(study, rows, fits, Path(study.output) / "plots")
+    path = Path(options.output) if options.output else Path(study.output) / "report.html"
+    write_whole(path, render_page(study, options.study, rows, fits, pictures))
+    print(path)
+
+
+def _plot_run(options: argparse.Namespace) -> None:
+    from dash_megatron.studies.plot_run import plot_run
+
+    print(plot_run(options.run_dir, options.output))

@@ -1,0 +1,127 @@
+"""What a run costs: parameters, FLOPs, GPU-hours, and the context that its tokens see."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from dash_megatron.config import Config
+from dash_megatron.data.blend import parse_blend
+from dash_megatron.data.index_file import read_lengths
+from dash_megatron.studies.study_file import Assumptions
+from dash_megatron.training.flops import peak_flops, training_flops_per_token
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one run; FLOPs are of forward and backward, recomputation not counted."""
+
+    flops: float
+    """At the assumed density."""
+    dense_flops: float
+    """As if every layer were full attention."""
+    gpu_hours: float
+    dense_gpu_hours: float
+    price: float
+
+    @property
+    def saving(self) -> float:
+        """Share of the dense run's GPU-hours that this one does not need."""
+        return 1 - self.gpu_hours / self.dense_gpu_hours
+
+
+def mean_piece_context(lengths: np.ndarray, seq_length: int) -> float:
+    """Mean number of tokens that a token of packed documents may attend to, itself included.
+
+    Documents are laid out behind one another and cut every `seq_length` tokens, at any place in them alike. A
+    document of l tokens then has pieces whose squares add up to l^2 (1 - l / 3L) on average, L^2 (l/L - 1/3) if it
+    is longer than L = seq_length; tokens of a piece of p see (p + 1) / 2 on average.
+
+    Args:
+        lengths: int [documents], tokens.
+        seq_length: tokens of a sequence.
+    """
+    longest = float(seq_length)
+    whole = lengths.astype(np.float64)
+    squares = np.where(
+        whole <= longest, whole**2 * (1 - whole / (3 * longest)), longest * whole - longest**2 / 3
+    )
+    return float((squares.sum() / whole.sum() + 1) / 2)
+
+
+@functools.lru_cache
+def mean_context(train: tuple[str, ...], seq_length: int, pack_documents: bool) -> tuple[float, str]:
+    """Mean number of tokens that a token of training data may attend to, and where the number is from.
+
+    Args:
+        train, seq_length, pack_documents: as in the config's `data` section.
+    """
+    whole = (seq_length + 1) / 2
+    if not pack_documents:
+        return whole, "half of data.seq_length: documents attend across each other"
+    blend = parse_blend(train)
+    try:
+        parts = [
+            (
+                1.0 if isinstance(part, str) else part[0],
+                read_lengths(part if isinstance(part, str) else part[1])[0],
+            )
+            for part in blend
+        ]
+    except (OSError, ValueError):
+        parts = []
+    if not parts:
+        return (
+            whole,
+            "half of data.seq_length: data.train cannot be read, so a sequence counts as one document",
+        )
+    weighted = all(not isinstance(part, str) for part in blend)
+    weights = np.array([weight if weighted else lengths.sum() for weight, lengths in parts], dtype=np.float64)
+    contexts = [mean_piece_context(np.asarray(lengths), seq_length) for _, lengths in parts]
+    return float(weights @ contexts / weights.sum()), "from the lengths of the documents"
+
+
+def flops_per_token(
+    config: Config, vocab_size: int, context: float, density: float | None
+) -> tuple[float, float]:
+    """Training FLOPs of a token at a density and as if dense; None: every layer is full attention."""
+    dense = training_flops_per_token(config, vocab_size, context)
+    if density is None or config.attention.kind == "full":
+        return dense, dense
+    # a token's chunks lie in [1, available]: its own one is always selected
+    available = (context - 0.5) / config.attention.chunk_size + 0.5
+    selected = max(1.0, density * max(1.0, available))
+    layers = [layer for layer in range(config.model.layers) if layer not in config.attention.full_layers]
+    return training_flops_per_token(config, vocab_size, context, dict.fromkeys(layers, selected)), dense
+
+
+def estimate_cost(
+    config: Config, vocab_size: int, context: float, density: float, assume: Assumptions
+) -> Cost:
+    """FLOPs, hours and price of all `training.steps` of a config.
+
+    Raises:
+        ValueError: with `assume.utilization: null`, the layout breaks a rule on `assume.gpus` GPUs.
+    """
+    tokens = config.training.steps * config.training.global_batch * config.data.seq_length
+    flops, dense_flops = (tokens * value for value in flops_per_token(config, vocab_size, context, density))
+    if assume.utilization is None:
+        hours, dense_hours = (_modelled_hours(config, vocab_size, value, assume) for value in (density, None))
+    else:
+        rate = assume.utilization * float(peak_flops(assume.gpu) or 0) * 3600
+        hours, dense_hours = flops / rate, dense_flops / rate
+    return Cost(flops, dense_flops, hours, dense_hours, hours * assume.price)
+
+
+def _modelled_hours(config: Config, vocab_size: int, density: float | None, assume: Assumptions) -> float:
+    from dash_megatron.planning.command import estimate_configured
+    from dash_megatron.planning.step_time import Routing
+
+    tree = config.model_dump()
+    tree["model"]["vocab_size"] = vocab_size
+    if density is None:
+        tree["attention"] = {"kind": "full"}
+    step = estimate_configured(Config.model_validate(tree), assume.gpus, Routing(density=density or 1.0))
+    return step.seconds * config.training.steps * assume.gpus / 3600

@@ -1,0 +1,118 @@
+"""`study report`: a study on one HTML page that loads nothing."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from dash_megatron.studies.fit import render_fits
+from dash_megatron.studies.plan import assumptions, cells, headings, human
+from dash_megatron.studies.runs import expand
+from dash_megatron.studies.study_file import Study
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; max-width: 72rem; padding: 1rem; }
+h1, h2 { line-height: 1.2; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; padding: .3rem 0; color: #444; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } figcaption { color: #444; }
+pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; font-size: .85rem; }
+"""
+
+
+def render_page(
+    study: Study,
+    source: str | Path,
+    rows: list[dict[str, Any]],
+    fits: dict[str, Any],
+    pictures: dict[str, str],
+) -> str:
+    """HTML of a report, images included.
+
+    Args:
+        study: the study; `source` is its YAML file, which the page quotes.
+        rows, fits: as `collect` and `fit_study` give them.
+        pictures: PNG files in `<output>/plots` with a sentence each.
+    """
+    runs = expand(study)
+    title = f"Study {Path(source).stem}"
+    finished = sum(row["finished"] for row in rows)
+    figures = [_figure(Path(study.output) / "plots" / name, text) for name, text in pictures.items()]
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f"<p>{finished} of {len(runs)} runs are finished. Runs are compared by {escape(fits['quality'])}.</p>",
+        "<h2>Results</h2>",
+        _table("Each run that has logged a step; FLOPs at the measured density.", *results_table(rows)),
+        "<h2>Pictures</h2>",
+        *figures,
+        "<h2>Fits</h2>",
+        f"<pre>{escape(chr(10).join(render_fits(fits)))}</pre>",
+        "<h2>Plan</h2>",
+        _table("What was planned, at the assumed density.", headings(), [cells(run, study) for run in runs]),
+        *[f"<p>{escape(line)}.</p>" for line in assumptions(study, runs)],
+        "<h2>The study</h2>",
+        f"<pre>{escape(Path(source).read_text(encoding='utf-8'))}</pre>",
+    ]
+    # no script, and nothing from elsewhere, even if a name in the study were to ask for it
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(parts)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def results_table(rows: Iterable[dict[str, Any]]) -> tuple[Sequence[str], list[list[str]]]:
+    """Columns and lines of what was measured, as text."""
+    columns = (
+        "run", "parameters", "tokens", "training loss", "validation loss", "density", "FLOPs", "dense FLOPs", "tokens/s", "finished",
+    )  # fmt: skip
+    lines = [
+        [
+            row["run"],
+            human(row["parameters"]),
+            human(row["tokens"]),
+            f"{row['loss']:.4f}",
+            "-" if row["valid_loss"] is None else f"{row['valid_loss']:.4f}",
+            "full" if row["density"] is None else f"{row['density']:.1%}",
+            f"{row['flops']:.2e}",
+            f"{row['dense_flops']:.2e}",
+            f"{row['tokens_per_second']:,.0f}",
+            "yes" if row["finished"] else f"step {row['step']}",
+        ]
+        for row in rows
+    ]
+    return columns, lines
+
+
+def _table(caption: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
+    body = "\n".join(
+        "<tr>"
+        + f'<th scope="row">{escape(line[0])}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in line[1:])
+        + "</tr>"
+        for line in lines
+    )
+    # a keyboard can scroll only what it can focus
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table><caption>{escape(caption)}'
+        f"</caption><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
+    )
+
+
+def _figure(path: Path, text: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return (
+        f'<figure><img alt="{escape(text)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{escape(text)}</figcaption></figure>"
+    )

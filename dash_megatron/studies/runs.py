@@ -1,0 +1,294 @@
+"""The runs of a study: every point, grid combination, budget, seed and twin, as a config with a name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dash_megatron.config import Config
+from dash_megatron.config_loading import config_from_dict
+from dash_megatron.studies.cost import Cost, estimate_cost, flops_per_token, mean_context
+from dash_megatron.studies.study_file import Study, StudyError
+from dash_megatron.training.flops import parameter_count
+
+_DENSITY = "assume.density"
+# tokenizers are read once a process: sizes by path
+_SIZES: dict[str, int] = {}
+_PLAIN = re.compile(r"[^\w.+-]+")
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run of a study."""
+
+    name: str
+    """Its folder in the study's `runs`."""
+    config: Config
+    settings: dict[str, Any]
+    """What sets it apart, as `section.key: value`."""
+    variant: str
+    """What it is called among runs of other sizes, budgets and seeds: its kind and settings outside `model`."""
+    size: str
+    """Its settings in `model`, or its point's name."""
+    parameters: int
+    tokens: int
+    density: float
+    """Assumed; 1 for full attention."""
+    context: float
+    cost: Cost
+    twin_of: list[str] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        """Its `run_dir`."""
+        return Path(self.config.run_dir)
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    settings: dict[str, Any]
+    budget: tuple[str, float] | None
+    seed: int | None
+    point: str | None
+    tokens: float | None = None
+    """Of a twin: those of the run it is twin of."""
+
+
+def expand(study: Study) -> list[StudyRun]:
+    """Every run, twins behind the run they belong to.
+
+    Raises:
+        ValueError: a config that breaks a rule, two runs that are the same, or a budget too small for one step.
+    """
+    base = _base(study)
+    runs: list[StudyRun] = []
+    for recipe in _recipes(study):
+        run = _make(study, base, recipe)
+        _add(runs, run)
+        for twin in study.twins:
+            settings = {"attention.kind": twin} if isinstance(twin, str) else dict(twin)
+            kept = dict(recipe.settings)
+            if settings.get("attention.kind") == "full":
+                kept = {
+                    key: value
+                    for key, value in kept.items()
+                    if not key.startswith("attention.") and key != _DENSITY
+                }
+            # by dense FLOPs and by parameters, twins read the same tokens
+            own_budget = study.budgets.flops and study.budgets.flops_counted == "assumed"
+            made = replace(
+                recipe, settings={**kept, **settings}, tokens=None if own_budget else float(run.tokens)
+            )
+            _add(runs, _make(study, base, made), twin_of=run.name)
+    return runs
+
+
+def _base(study: Study) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(Path(study.base).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StudyError(f"base={study.base} cannot be read: {error.strerror}; give a YAML config") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StudyError(f"base={study.base} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise StudyError(f"base={study.base} must hold sections (model:, data:, ...)")
+    return tree
+
+
+def _recipes(study: Study) -> Iterator[_Recipe]:
+    keys = list(study.grid)
+    for point in study.points or ({},):
+        settings = {key: value for key, value in point.items() if key != "name"}
+        for values in product(*study.grid.values()):
+            mixed = {**settings, **dict(zip(keys, values, strict=True))}
+            for budget, seed in product(study.budgets.entries(), study.seeds or (None,)):
+                yield _Recipe(mixed, budget, seed, point.get("name"))
+
+
+def _add(runs: list[StudyRun], run: StudyRun, twin_of: str | None = None) -> None:
+    """Append a run; a dense twin that is there already gets one more run that it is twin of."""
+    for other in runs:
+        if _identity(other.config) == _identity(run.config):
+            if twin_of and other.config.attention.kind == "full":
+                other.twin_of.append(twin_of)
+                return
+            raise StudyError(
+                f"runs {other.name} and {run.name} are the same: {json.dumps(other.settings)} and "
+                f"{json.dumps(run.settings)} give one config; take one of them out"
+            )
+        if other.name == run.name:
+            raise StudyError(f"two different runs would be called {run.name}; give the points a `name` each")
+    runs.append(replace(run, twin_of=[twin_of] if twin_of else []))
+
+
+def _identity(config: Config) -> str:
+    return config.model_copy(update={"run_dir": ""}).model_dump_json()
+
+
+def _make(study: Study, base: dict[str, Any], recipe: _Recipe) -> StudyRun:
+    tree = json.loads(json.dumps(base))
+    settings = {key: value for key, value in recipe.settings.items() if key != _DENSITY}
+    if settings.get("attention.kind") == "full":
+        # what the base says of selecting is nothing to a dense run
+        tree["attention"] = {}
+        settings |= {"attention.kind": "full"}
+    overrides = {
+        key: value
+        for key, value in study.overrides.items()
+        if settings.get("attention.kind") != "full" or not key.startswith("attention.")
+    }
+    for key, value in {**overrides, **settings}.items():
+        if key != _DENSITY:
+            _set(tree, key, value)
+    if recipe.seed is not None:
+        _set(tree, "training.seed", recipe.seed)
+    tree["run_dir"] = "unnamed"
+    warmup_of_base = tree.get("schedule", {}).get("warmup_steps", 0)
+    if study.warmup is not None or recipe.budget:
+        # rules between steps and warm-up are checked once the budget has said how many steps there are
+        tree.setdefault("schedule", {})["warmup_steps"] = 0
+    if recipe.budget:
+        _set(tree, "training.steps", 10**9)
+    config = config_from_dict(tree)
+    density = _density(study, recipe, config)
+    facts = _facts(config)
+    context = study.assume.context or facts.context
+    variant, size = _labels(config, recipe)
+    name = _name(variant, size, recipe, config, bool(study.seeds))
+    steps = _steps(study, recipe, config, facts, context, density, name)
+    _set(tree, "training.steps", steps)
+    warmup = warmup_of_base if study.warmup is None else round(study.warmup * steps)
+    tree.setdefault("schedule", {})["warmup_steps"] = warmup
+    tree["run_dir"] = str(Path(study.output) / "runs" / name)
+    try:
+        config = config_from_dict(tree)
+        cost = estimate_cost(config, facts.vocab_size, context, density, study.assume)
+    except ValueError as error:
+        raise StudyError(f"run {name}: {error}") from error
+    tokens = steps * config.training.global_batch * config.data.seq_length
+    own = {**recipe.settings, **({} if recipe.seed is None else {"training.seed": recipe.seed})}
+    return StudyRun(name, config, own, variant, size, facts.parameters, tokens, density, context, cost)
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, leaf = key.split(".")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise StudyError(
+                f"{key}={value!r}: {section} is a value, not a section; see docs/configuration.md"
+            )
+    node[leaf] = value
+
+
+@dataclass(frozen=True)
+class _Facts:
+    vocab_size: int
+    parameters: int
+    context: float
+
+
+def _facts(config: Config) -> _Facts:
+    vocab_size, data = vocabulary_rows(config), config.data
+    context, _ = mean_context(data.train, data.seq_length, data.pack_documents)
+    return _Facts(vocab_size, parameter_count(config, vocab_size), context)
+
+
+def vocabulary_rows(config: Config) -> int:
+    """Rows of the embedding table, from the config or its tokenizer.
+
+    Raises:
+        ValueError, FileNotFoundError: neither tells.
+    """
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    from dash_megatron.training.setup import padded_vocabulary
+
+    return padded_vocabulary(config, _tokenizer_size(config))
+
+
+def _tokenizer_size(config: Config) -> int:
+    from dash_megatron.training.setup import load_tokenizer
+
+    path = str(config.data.tokenizer)
+    if path not in _SIZES:
+        _SIZES[path] = load_tokenizer(config).vocab_size
+    return _SIZES[path]
+
+
+def _density(study: Study, recipe: _Recipe, config: Config) -> float:
+    if config.attention.kind == "full":
+        return 1.0
+    value = {**study.overrides, **recipe.settings}.get(_DENSITY, study.assume.density)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise StudyError(f"{_DENSITY}={value!r} must lie in (0, 1], such as 0.25")
+    return float(value)
+
+
+def _labels(config: Config, recipe: _Recipe) -> tuple[str, str]:
+    """Variant and size, for people."""
+    outside = {
+        key: value
+        for key, value in recipe.settings.items()
+        if not key.startswith("model.") and key not in (_DENSITY, "attention.kind")
+    }
+    inside = {key: value for key, value in recipe.settings.items() if key.startswith("model.")}
+    size = recipe.point if recipe.point and inside else _words(inside)
+    label = " ".join(part for part in (config.attention.kind, _words(outside)) if part)
+    if recipe.point and not inside:
+        label = f"{recipe.point} ({config.attention.kind})"
+    return label, size
+
+
+def _words(settings: dict[str, Any]) -> str:
+    return " ".join(f"{key.split('.')[-1]}={_short(value)}" for key, value in settings.items())
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value).strip('"').replace(" ", "")
+
+
+def _name(variant: str, size: str, recipe: _Recipe, config: Config, seeded: bool) -> str:
+    parts = [size, variant]
+    if recipe.budget:
+        kind, amount = recipe.budget
+        unit = {"tokens_per_parameter": "tpp", "tokens": "tok", "flops": "flop"}[kind]
+        parts.append(f"{amount:g}{unit}")
+    if seeded:
+        parts.append(f"seed{config.training.seed}")
+    return "_".join(_PLAIN.sub("-", part).strip("-") for part in parts if part)
+
+
+def _steps(
+    study: Study, recipe: _Recipe, config: Config, facts: _Facts, context: float, density: float, name: str
+) -> int:
+    """Optimizer steps of a budget, to the nearest."""
+    if recipe.budget is None:
+        return config.training.steps
+    kind, amount = recipe.budget
+    if recipe.tokens is not None:
+        tokens = recipe.tokens
+    elif kind == "tokens_per_parameter":
+        tokens = amount * facts.parameters
+    elif kind == "tokens":
+        tokens = amount
+    else:
+        sparse, dense = flops_per_token(config, facts.vocab_size, context, density)
+        tokens = amount / (dense if study.budgets.flops_counted == "dense" else sparse)
+    per_step = config.training.global_batch * config.data.seq_length
+    steps = round(tokens / per_step)
+    if steps < 1:
+        raise StudyError(
+            f"run {name}: budgets.{kind}={amount:g} is {tokens:,.0f} tokens and a step reads {per_step:,} "
+            f"(training.global_batch={config.training.global_batch} x data.seq_length={config.data.seq_length}), which "
+            "gives no step; raise the budget or lower the batch"
+        )
+    return steps

@@ -1,0 +1,246 @@
+"""`study submit`: train the runs of a study, here one after the other, or as an array of SLURM jobs."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dash_megatron.config import Config
+from dash_megatron.config_loading import config_from_dict
+from dash_megatron.exit_codes import ExitCode
+from dash_megatron.studies.runs import StudyRun, expand
+from dash_megatron.studies.study_file import Study, StudyError, load_study
+
+ROOT = Path(__file__).resolve().parents[2]
+_NOT_AGAIN = {ExitCode.CONFIG_ERROR: "its config or machine is wrong", ExitCode.HALTED: "it halted itself"}
+
+
+def is_finished(run: StudyRun) -> bool:
+    """Whether a run's last checkpoint is published: a run saves after its last step, whatever the config says."""
+    return (run.folder / "checkpoints" / f"step_{run.config.training.steps:08d}").is_dir()
+
+
+def submit_study(
+    path: str | Path,
+    processes: int = 1,
+    restarts: int = 2,
+    slurm: Sequence[str] | None = None,
+    train: Sequence[str] | None = None,
+) -> int:
+    """Train what is not finished.
+
+    Args:
+        path: the study.
+        processes: of each run on this machine; more than one start under torchrun.
+        restarts: starts of a run after faults, as `train.py`'s exit code tells them from errors.
+        slurm: arguments for `slurm/submit.py`, which gets all runs as one array; None: on this machine.
+        train: command that trains instead of this repository's `train.py`.
+
+    Returns:
+        0: all finished or submitted; 1: a run failed for good, the others went on; 75: asked to stop, and saved.
+
+    Raises:
+        ValueError: a wrong study, a run's folder that holds another run, or a submission already at work.
+    """
+    if processes < 1 or restarts < 0:
+        raise StudyError(f"--processes {processes} must be at least 1, --restarts {restarts} at least 0")
+    study = load_study(path)
+    runs = expand(study)
+    for run in runs:
+        check_same(run)
+        if slurm is None:
+            run.config.accumulation_steps(processes)
+    waiting = [run for run in runs if not is_finished(run)]
+    print(f"{path}: {len(runs) - len(waiting)} of {len(runs)} runs are finished", flush=True)
+    if not waiting:
+        return 0
+    with _only_one(study):
+        configs = [_write_config(study, run) for run in waiting]
+        if slurm is not None:
+            return _submit_array(configs, slurm)
+        command = list(train or _train_command(processes))
+        return _Local(command, restarts).run_all(list(zip(waiting, configs, strict=True)))
+
+
+def check_same(run: StudyRun) -> None:
+    """Refuse a folder in which another config was trained.
+
+    Raises:
+        ValueError: `config.yaml` there differs in what decides the result.
+    """
+    path = run.folder / "config.yaml"
+    if not path.is_file():
+        return
+    try:
+        old = config_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise StudyError(f"{path} cannot be read ({error}); move {run.folder} away") from error
+    for key, value in _result_keys(run.config).items():
+        before = _result_keys(old)[key]
+        if before != value:
+            raise StudyError(
+                f"{run.folder} was trained with {key}={before}, and the study now says {value}; restore the study, "
+                "choose another `output`, or move that folder away"
+            )
+
+
+def _result_keys(config: Config) -> dict[str, Any]:
+    """Settings by dotted key, but those that a run may change when it is started again."""
+    sections = ("model", "attention", "data", "optimizer", "schedule", "training")
+    free = {
+        "data.num_workers",
+        "data.cache_dir",
+        "training.micro_batch",
+        "training.recompute",
+        "attention.backend",
+    }
+    tree = config.model_dump(mode="json", include=set(sections))
+    flat = {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
+    return {key: value for key, value in flat.items() if key not in free}
+
+
+@contextlib.contextmanager
+def _only_one(study: Study) -> Iterator[None]:
+    folder = Path(study.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "submit.lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StudyError(
+                f"another `study submit` is at work on output={study.output}; wait for it"
+            ) from error
+        yield
+
+
+def _write_config(study: Study, run: StudyRun) -> Path:
+    path = Path(study.output) / "configs" / f"{run.name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
+    os.replace(temporary, path)
+    return path
+
+
+def _script(name: str) -> str:
+    path = ROOT / name
+    if not path.is_file():
+        raise StudyError(
+            f"{path} does not exist; run from an editable install of the repository (`make env`)"
+        )
+    return str(path)
+
+
+def _submit_array(configs: list[Path], arguments: Sequence[str]) -> int:
+    """One array of all configs; `slurm/submit.py` prints the job, or says what is wrong, and gives the code."""
+    command = [sys.executable, _script("slurm/submit.py"), *arguments, "--array", *map(str, configs)]
+    return subprocess.run(command, timeout=900).returncode
+
+
+def _train_command(processes: int) -> list[str]:
+    if processes == 1:
+        return [sys.executable, _script("train.py")]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
+    return [*launcher, _script("train.py")]
+
+
+class _Local:
+    """Runs one after the other; what each prints goes to `<run_dir>/study.log`."""
+
+    def __init__(self, command: list[str], restarts: int) -> None:
+        self.command, self.restarts = command, restarts
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stop: int | None = None
+
+    def run_all(self, runs: list[tuple[StudyRun, Path]]) -> int:
+        """Train each; 0, 1 or 75 as `submit_study` says."""
+        orders = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before = {number: signal.signal(number, self._pass_on) for number in orders}
+        failed: list[str] = []
+        try:
+            for number, (run, config) in enumerate(runs, 1):
+                print(f"[{number}/{len(runs)}] {run.name}: {run.config.training.steps} steps", flush=True)
+                started = time.monotonic()
+                problem = self._train(run, config)
+                if self._stop is not None:
+                    print("stopped as asked; `study submit` goes on from here", flush=True)
+                    return int(ExitCode.REQUEUE)
+                if problem:
+                    failed.append(run.name)
+                    print(f"  failed: {problem}; see {run.folder}/study.log", flush=True)
+                else:
+                    print(f"  finished in {time.monotonic() - started:.0f} s", flush=True)
+        finally:
+            for order, handler in before.items():
+                signal.signal(order, handler)
+        if failed:
+            print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}", flush=True)
+        return 1 if failed else 0
+
+    def _train(self, run: StudyRun, config: Path) -> str | None:
+        """What went wrong; None: the run is finished, or everything stops."""
+        for attempt in range(self.restarts + 1):
+            code = self._start(run, config)
+            if self._stop is not None:
+                return None
+            if code == ExitCode.REQUEUE:  # somebody asked that process alone
+                self._stop = signal.SIGTERM
+                return None
+            if code == ExitCode.DONE:
+                return None if is_finished(run) else "train.py ended well without its last checkpoint"
+            if code in _NOT_AGAIN:
+                return f"exit code {code}: {_NOT_AGAIN[ExitCode(code)]}"
+            if attempt < self.restarts:
+                print(f"  exit code {code}: started again", flush=True)
+        return f"exit code {code} in each of {self.restarts + 1} starts"
+
+    def _start(self, run: StudyRun, config: Path) -> int:
+        """Train until the process ends; its exit code, under torchrun that of `train.py`."""
+        run.folder.mkdir(parents=True, exist_ok=True)
+        tell = run.folder / "study.exit"
+        tell.unlink(missing_ok=True)
+        command = [*self.command, "--config", str(config)]
+        with open(run.folder / "study.log", "ab") as log:
+            log.write(f"$ {shlex.join(command)}\n".encode())
+            log.flush()
+            # a session of its own: Ctrl-C reaches it through `_pass_on`, once
+            self._process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env={**os.environ, "DASH_EXIT_FILE": str(tell)},
+            )
+            if self._stop is not None:  # between two runs
+                self._process.send_signal(self._stop)
+            code = self._process.wait()
+            self._process = None
+        if code and tell.is_file():
+            # torchrun gives 1 for everything
+            codes = [int(line.split("\t")[0]) for line in tell.read_text().splitlines() if line[:1].isdigit()]
+            return max(codes, default=code) if ExitCode.REQUEUE not in codes else int(ExitCode.REQUEUE)
+        return code
+
+    def _pass_on(self, number: int, frame: object) -> None:
+        self._stop = number
+        if self._process is not None:
+            self._process.send_signal(number)

@@ -1,0 +1,397 @@
+"""Studies: what their YAML expands to, what it costs, how runs are trained, and what is made of their metrics."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from dash_megatron.__main__ import main
+from dash_megatron.studies import submit as submit_module
+from dash_megatron.studies.collect import collect
+from dash_megatron.studies.cost import mean_piece_context
+from dash_megatron.studies.fit import fit_compute, fit_parametric, frontier
+from dash_megatron.studies.runs import StudyRun, expand
+from dash_megatron.studies.study_file import load_study
+
+BASE = {
+    "run_dir": "runs/unused",
+    "model": {
+        "layers": 2, "hidden_size": 64, "heads": 4, "kv_heads": 2, "ffn_hidden_size": 96, "vocab_size": 320,
+    },
+    "attention": {"chunk_size": 16},
+    "data": {"seq_length": 128},
+    "training": {"steps": 10, "global_batch": 4},
+    "checkpoint": {"every": 5},
+}  # fmt: skip
+SIZES = [{"name": f"h{width}", "model.hidden_size": width} for width in (32, 64, 128, 256)]
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write_study(tmp_path: Path) -> Write:
+    def write(**keys: Any) -> Path:
+        (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
+        tree = {"base": str(tmp_path / "base.yaml"), "output": str(tmp_path / "out"), **keys}
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(tree))
+        return tmp_path / "study.yaml"
+
+    return write
+
+
+def runs_of(path: Path) -> list[StudyRun]:
+    return expand(load_study(path))
+
+
+def finish(run: StudyRun, loss: float, density: float | None) -> None:
+    """Leave what a finished run would."""
+    layers = run.config.model.layers
+    per_layer = [density] * layers
+    available = (run.context - 0.5) / 16 + 0.5
+    lines = [
+        {
+            "step": step,
+            "tokens": step * run.tokens // run.config.training.steps,
+            "loss": loss + 1 / step,
+            "valid_loss": loss,
+            "density": density,
+            "density_per_layer": per_layer,
+            "chunks_selected_per_layer": [None if d is None else d * available for d in per_layer],
+            "tokens_per_second": 1000.0,
+            "skipped": 0,
+        }
+        for step in np.linspace(1, run.config.training.steps, 10, dtype=int).tolist()
+    ]
+    checkpoint = run.folder / "checkpoints" / f"step_{run.config.training.steps:08d}"
+    checkpoint.mkdir(parents=True)
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def law(parameters: Any, tokens: Any) -> Any:
+    return 1.7 + 400 * parameters**-0.34 + 410 * tokens**-0.28
+
+
+def test_points_grids_budgets_seeds_and_twins_multiply(write_study: Write) -> None:
+    path = write_study(
+        points=SIZES[:2],
+        grid={"attention.scaling_factor": [1, 2]},
+        budgets={"tokens": [5120, 10240]},
+        seeds=[1, 2],
+        twins=["full"],
+    )
+    runs = runs_of(path)
+    dash = [run for run in runs if run.config.attention.kind == "dash"]
+    full = [run for run in runs if run.config.attention.kind == "full"]
+    assert len(dash) == 2 * 2 * 2 * 2
+    assert len({run.name for run in runs}) == len(runs)
+    # the scaling factor is nothing to full attention: one twin for both
+    assert len(full) == 2 * 2 * 2
+    assert {len(run.twin_of) for run in full} == {2}
+    assert {run.config.training.steps for run in runs} == {10, 20}
+    assert {run.config.training.seed for run in runs} == {1, 2}
+
+
+def test_tokens_per_parameter_give_twins_the_same_tokens(write_study: Write) -> None:
+    dash, full = runs_of(write_study(budgets={"tokens_per_parameter": [0.5]}, twins=["full"]))
+    assert dash.tokens == full.tokens
+    assert dash.parameters > full.parameters
+    assert abs(dash.tokens / dash.parameters - 0.5) < 512 / dash.parameters
+    assert full.cost.saving == 0 < dash.cost.saving < 1
+
+
+def test_flops_counted_at_the_density_give_the_sparse_run_more_tokens(write_study: Write) -> None:
+    keys = {"overrides": {"data.seq_length": 4096}, "twins": ["full"], "assume": {"density": 0.1}}
+    dash, full = runs_of(write_study(**keys, budgets={"flops": [1e12], "flops_counted": "assumed"}))
+    assert dash.tokens > full.tokens
+    assert dash.cost.flops == pytest.approx(1e12, rel=0.1)
+    assert full.cost.flops == pytest.approx(1e12, rel=0.1)
+    dash, full = runs_of(write_study(**keys, budgets={"flops": [1e12]}))
+    assert dash.tokens == full.tokens
+
+
+def test_hours_and_price_follow_from_flops_and_utilization(
+    write_study: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assume = {"utilization": 0.5, "gpu": "A100", "price": 2.0}
+    path = write_study(assume=assume, twins=["full"])
+    dash, _ = runs_of(path)
+    assert dash.cost.gpu_hours == pytest.approx(dash.cost.flops / (0.5 * 312e12 * 3600))
+    assert dash.cost.price == pytest.approx(2 * dash.cost.gpu_hours)
+    assert main(["study", "plan", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"][1]["twin_of"] == [dash.name]
+    modelled, _ = runs_of(write_study(assume={**assume, "utilization": None}, twins=["full"]))
+    assert modelled.cost.gpu_hours != dash.cost.gpu_hours > 0
+
+
+def test_mean_context_of_packed_documents_is_that_of_documents_laid_out() -> None:
+    lengths = np.random.default_rng(0).integers(1, 300, size=20_000)
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    document = document[: len(document) // 100 * 100].reshape(-1, 100)
+    seen = (document[:, None, :] == document[:, :, None]) & np.tri(100, dtype=bool)
+    assert mean_piece_context(lengths, 100) == pytest.approx(seen.sum() / document.size, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"budget": {}}, "budget is not a known key; the keys are base, output"),
+        ({"grid": {"optimizer.lrr": [1]}}, "optimizer.lrr=1 is not a known key; did you mean optimizer.lr?"),
+        ({"grid": {"optimizer.lr": []}}, "grid.optimizer.lr is empty"),
+        ({"grid": {"optimizer.lr": [1e-3, 1e-3]}}, "are the same"),
+        ({"points": [{"name": "a"}, {"name": "b"}]}, "are the same"),
+        ({"budgets": {"tokens": [100]}}, "gives no step; raise the budget"),
+        ({"budgets": {"tokens": [100], "flops": [1]}}, "may have one of them"),
+        ({"budgets": {"tokens": [-1]}}, "must be above 0"),
+        ({"overrides": {"run_dir": "x"}}, "overrides sets run_dir, which a study sets by `output`"),
+        ({"seeds": [1, 1]}, "has one twice"),
+        ({"assume": {"gpu": "H9"}}, "assume.gpu=H9 is not known"),
+        ({"grid": {"assume.density": [2]}}, "assume.density=2 must lie in (0, 1]"),
+        ({"base": "nowhere.yaml"}, "base=nowhere.yaml cannot be read"),
+        ({"overrides": {"schedule.warmup_steps": 50}}, "schedule.warmup_steps=50"),
+    ],
+    ids=lambda value: value[:24] if isinstance(value, str) else "",
+)
+def test_a_wrong_study_is_told_with_field_rule_and_remedy(
+    keys: dict[str, Any], message: str, write_study: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["study", "plan", str(write_study(**keys))]) == 2
+    assert message in capsys.readouterr().err
+
+
+# a stand-in for train.py: the loss of a step is nothing to how a study starts runs
+TRAINER = """
+import os, pathlib, sys, yaml
+config = yaml.safe_load(open(sys.argv[2]))
+run = pathlib.Path(config["run_dir"])
+(run / "starts").open("a").write("x")
+code = (CODES).get(config["model"]["hidden_size"], 0)
+if code == 1 and (run / "starts").read_text() == "xx":
+    code = 0
+if code == 0:
+    (run / "checkpoints" / f"step_{config['training']['steps']:08d}").mkdir(parents=True)
+sys.exit(code)
+"""
+
+
+def trainer(tmp_path: Path, codes: dict[int, int]) -> list[str]:
+    script = tmp_path / "fake_train.py"
+    script.write_text(TRAINER.replace("CODES", repr(codes)))
+    return [sys.executable, str(script)]
+
+
+def starts(path: Path) -> dict[str, int]:
+    return {run.size: len((run.folder / "starts").read_text()) for run in runs_of(path) if (run.folder / "starts").exists()}  # fmt: skip
+
+
+def test_submit_restarts_faults_not_errors_and_skips_what_is_finished(
+    write_study: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(points=SIZES)
+    command = trainer(tmp_path, {64: 2, 128: 1})
+    assert submit_module.submit_study(path, train=command) == 1
+    assert starts(path) == {"h32": 1, "h64": 1, "h128": 2, "h256": 1}
+    assert "its config or machine is wrong" in capsys.readouterr().out
+    assert submit_module.submit_study(path, train=trainer(tmp_path, {})) == 0
+    assert starts(path) == {"h32": 1, "h64": 2, "h128": 2, "h256": 1}
+
+
+def test_submit_ends_where_a_run_was_asked_to_stop(write_study: Write, tmp_path: Path) -> None:
+    path = write_study(points=SIZES)
+    assert submit_module.submit_study(path, train=trainer(tmp_path, {64: 75})) == 75
+    assert starts(path) == {"h32": 1, "h64": 1}
+
+
+def test_a_folder_of_another_config_is_refused(write_study: Write, tmp_path: Path) -> None:
+    path = write_study()
+    run = runs_of(path)[0]
+    run.folder.mkdir(parents=True)
+    tree = run.config.model_dump(mode="json")
+    tree["optimizer"]["lr"] = 0.5
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ValueError, match=r"was trained with optimizer\.lr=0\.5"):
+        submit_module.submit_study(path, train=trainer(tmp_path, {}))
+
+
+def test_slurm_gets_one_array_of_the_runs_that_are_not_finished(
+    write_study: Write, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(points=SIZES)
+    finish(runs_of(path)[1], 3.0, 0.5)
+    words = "--nodes 1 --gpus-per-node 4 --time 1:00:00 --dry-run"
+    assert main(["study", "submit", str(path), f"--slurm={words}"]) == 0
+    script = capfd.readouterr().out
+    assert "#SBATCH --array=0-2" in script
+    assert "h256_dash" in script
+    assert "h64_dash" not in script
+
+
+def test_a_study_trains_here_and_its_results_are_collected(
+    tiny_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(tiny_config))
+    tree = {
+        "base": str(tmp_path / "base.yaml"),
+        "output": str(tmp_path / "out"),
+        "budgets": {"tokens": [1024]},
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    assert main(["study", "submit", str(path)]) == 0
+    assert main(["study", "submit", str(path)]) == 0
+    assert "1 of 1 runs are finished" in capsys.readouterr().out
+    row = collect(load_study(path))[0]
+    assert (row["finished"], row["step"], row["tokens"]) == (True, 2, 1024)
+    assert 0 < row["density"] <= 1
+    assert 0 < row["flops"] <= row["dense_flops"]
+
+
+def test_the_law_that_made_the_losses_is_found_within_its_intervals() -> None:
+    sizes, ratios = np.meshgrid(np.geomspace(1e7, 1e9, 5), [5, 20, 80])
+    parameters, tokens = sizes.ravel(), (sizes * ratios).ravel()
+    noise = np.exp(np.random.default_rng(1).normal(0, 1e-3, parameters.shape))
+    fit = fit_parametric(parameters, tokens, law(parameters, tokens) * noise, draws=60)
+    assert fit.values["a"] == pytest.approx(0.34, abs=0.05)
+    assert fit.values["b"] == pytest.approx(0.28, abs=0.05)
+    for name, truth in {"E": 1.7, "a": 0.34, "b": 0.28, "optimal": 0.28 / 0.62}.items():
+        low, high = fit.intervals[name]
+        assert low < truth < high, name
+        assert high - low < 1.0
+    exact = fit_parametric(parameters, tokens, law(parameters, tokens), draws=4)
+    expected = {"E": 1.7, "A": 400, "a": 0.34, "B": 410, "b": 0.28, "optimal": 0.28 / 0.62}
+    assert exact.values == pytest.approx(expected, rel=0.02)
+
+
+def test_one_failed_run_does_not_move_the_exponents() -> None:
+    sizes, ratios = np.meshgrid(np.geomspace(1e7, 1e9, 6), [5, 20, 80])
+    parameters, tokens = sizes.ravel(), (sizes * ratios).ravel()
+    loss = law(parameters, tokens)
+    loss[4] *= 1.2
+    assert fit_parametric(parameters, tokens, loss, draws=2).values["a"] == pytest.approx(0.34, abs=0.03)
+
+
+def test_loss_against_compute_is_fitted_to_the_frontier() -> None:
+    flops = np.geomspace(1e17, 1e21, 9)
+    loss = 1.5 + 900 * flops**-0.15
+    worse = np.concatenate([loss, loss + 0.3])
+    assert frontier(np.tile(flops, 2), worse) == list(range(9))
+    fit = fit_compute(np.tile(flops, 2), worse, draws=20)
+    assert (fit.values["E"], fit.values["c"]) == (pytest.approx(1.5, rel=0.01), pytest.approx(0.15, rel=0.01))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "tokens", "message"),
+    [
+        (np.geomspace(1e6, 1e7, 4), np.array([1e7, 2e7, 3e7, 4e7]), "4 runs are too few"),
+        (np.tile([1e6, 2e6], 4), np.geomspace(1e7, 1e8, 8), "2 distinct parameter counts"),
+        (np.geomspace(1e6, 1e8, 8), 20 * np.geomspace(1e6, 1e8, 8), "tokens go with parameters in every run"),
+    ],
+    ids=["runs", "sizes", "one-ratio"],
+)
+def test_a_fit_that_the_runs_cannot_carry_is_refused(parameters: Any, tokens: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit_parametric(parameters, tokens, law(parameters, tokens))
+
+
+# tells in the title how wide pictures came out, and what the page asked the network for or was forbidden to
+PROBE = """<script>
+const asked = [];
+addEventListener('securitypolicyviolation', event => asked.push(event.blockedURI));
+addEventListener('load', () => {
+  asked.push(...performance.getEntriesByType('resource').map(entry => entry.name));
+  const widths = [...document.images].map(image => image.naturalWidth);
+  document.title = JSON.stringify({asked, widths});
+});
+</script>"""
+
+
+@pytest.fixture
+def finished_study(write_study: Write) -> Path:
+    path = write_study(points=SIZES, twins=["full"], budgets={"tokens": [51200, 102400, 204800]})
+    for run in runs_of(path):
+        dense = run.config.attention.kind == "full"
+        finish(run, law(run.parameters, run.tokens), None if dense else 0.4)
+    return path
+
+
+def test_flops_of_a_run_are_those_of_its_measured_density(finished_study: Path) -> None:
+    run = runs_of(finished_study)[0]
+    row = collect(load_study(finished_study))[0]
+    expected = run.cost.flops + (run.cost.dense_flops - run.cost.flops) * (0.4 - 0.25) / (1 - 0.25)
+    assert row["flops"] == pytest.approx(expected, rel=0.02)
+    assert row["dense_flops"] == pytest.approx(run.cost.dense_flops)
+
+
+def test_fit_plot_and_report_of_a_study_whose_runs_follow_a_law(
+    finished_study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("collect", "fit", "plot", "report"):
+        assert main(["study", command, str(finished_study)]) == 0, capsys.readouterr().err
+    out = finished_study.parent / "out"
+    fits = json.loads((out / "fits.json").read_text())["variants"]
+    assert set(fits) == {"dash", "full"}
+    assert fits["dash"]["parameters and tokens"]["values"]["a"] == pytest.approx(0.34, abs=0.02)
+    assert len((out / "results.csv").read_text().splitlines()) == 1 + 24
+    page = (out / "report.html").read_text()
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    pngs = sorted(path.name for path in (out / "plots").glob("*.png"))
+    assert pngs == ["density.png", "loss_compute.png", "pareto.png", "throughput.png"]
+    assert {base64.b64decode(image) for image in images} == {
+        (out / "plots" / name).read_bytes() for name in pngs
+    }
+    assert "http" not in page.replace("http-equiv", "")
+    assert page.count('alt="') == len(images) == 4
+
+
+def test_the_page_shows_all_its_pictures_in_a_browser_and_asks_for_nothing_else(
+    finished_study: Path, tmp_path: Path
+) -> None:
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
+    assert main(["study", "report", str(finished_study)]) == 0
+    page = finished_study.parent / "out" / "report.html"
+    text = page.read_text()
+    # a reader in the page needs a script, which the page itself forbids
+    probe = tmp_path / "probe.html"
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert f'content="{policy}">' in text
+    probe.write_text(
+        text.replace(f'content="{policy}">', f"content=\"{policy}; script-src 'unsafe-inline'\">{PROBE}")
+    )
+    common = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    common += ["--disable-background-networking", "--disable-component-update", "--no-first-run"]
+    common += ["--host-resolver-rules=MAP * ~NOTFOUND"]
+
+    def browse(*words: str) -> str:
+        return subprocess.run(
+            [*common, *words], capture_output=True, text=True, timeout=120, check=True
+        ).stdout
+
+    title = re.findall(r"<title>(\{.*?)</title>", browse("--dump-dom", probe.as_uri()))[0]
+    seen = json.loads(html.unescape(title))
+    assert seen["asked"] == []
+    assert len(seen["widths"]) == 4
+    assert min(seen["widths"]) > 600
+    shot = tmp_path / "page.png"
+    browse(f"--screenshot={shot}", "--window-size=1200,3000", page.as_uri())
+    with Image.open(shot) as image:
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 50
