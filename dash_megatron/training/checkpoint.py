@@ -354,7 +354,7 @@ def open_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, 
     config = config_from_dict({**stored.facts["config"], "run_dir": str(run_dir)})
     # what the weights were trained with last
     attention = moved_factors(
-        config.attention, config.model.layers, stored.facts["trainer"].get("density", {})
+        config.attention, config.model.layers, stored.facts.get("trainer", {}).get("density", {})
     )
     return config.model_copy(update={"attention": attention}), step, CheckpointWeights(stored)
 
