@@ -2,6 +2,7 @@
 
 python -m data_tools.make_corpus --output data/corpus --stdlib
 python -m data_tools.make_corpus --output data/corpus --input books/ crawl.jsonl.zst --text-key content
+python -m data_tools.make_corpus --output data/corpus --input sources/ --join-folders
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_tools.atomic import TEMPORARY_SUFFIX, atomic_write, remove_files, sync_and_rename
-from data_tools.readers import UNFINISHED, BadLineCounter, Document, find_inputs, read_inputs
+from data_tools.readers import UNFINISHED, BadLineCounter, Document, find_inputs, read_folders, read_inputs
 
 MANIFEST = "manifest.json"
 SHARD_NAME = "corpus-{:05d}.jsonl"
@@ -127,6 +128,7 @@ def make_corpus(
     stdlib: bool = False,
     inputs: Sequence[str] = (),
     text_key: str = "text",
+    join_folders: bool = False,
     shard_mb: float = 64.0,
     max_mb: float | None = None,
     max_bad_lines: int = 0,
@@ -154,7 +156,8 @@ def make_corpus(
 
     bad_lines = BadLineCounter(max_bad_lines)
     sources: list[tuple[str, Iterator[Document]]] = [("stdlib", stdlib_documents())] if stdlib else []
-    sources += [(entry, read_inputs([entry], text_key, bad_lines)) for entry in dict.fromkeys(inputs)]
+    read = read_folders if join_folders else read_inputs
+    sources += [(entry, read([entry], text_key, bad_lines)) for entry in dict.fromkeys(inputs)]
     writer = ShardWriter(output, int(shard_mb * 1e6))
     counts: dict[str, dict[str, int]] = {}
     num_bytes = 0
@@ -218,6 +221,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--text-key", default="text", help="key or column that holds the text (default: text)"
     )
+    parser.add_argument(
+        "--join-folders",
+        action="store_true",
+        help="make one document of the text files that lie in the same folder, for long contexts over sources",
+    )
     parser.add_argument("--shard-mb", type=float, default=64.0, help="size of a shard (default: 64)")
     parser.add_argument("--max-mb", type=float, help="stop after this much text (default: take all)")
     parser.add_argument("--max-bad-lines", type=int, default=0, help="bad lines to tolerate (default: 0)")
@@ -228,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stdlib=options.stdlib,
             inputs=options.input,
             text_key=options.text_key,
+            join_folders=options.join_folders,
             shard_mb=options.shard_mb,
             max_mb=options.max_mb,
             max_bad_lines=options.max_bad_lines,

@@ -208,6 +208,27 @@ def read_inputs(
                 yield item
 
 
+def read_folders(
+    inputs: Sequence[str | os.PathLike[str]], text_key: str, bad_lines: BadLineCounter
+) -> Iterator[Document]:
+    """As `read_inputs`, but the text files that lie in the same folder are one document, each under its name."""
+    folders: dict[Path, list[Path]] = {}
+    for path in map(Path, find_inputs(inputs)):
+        if kind_of(path.name) == "text":
+            folders.setdefault(path.parent, []).append(path)
+        else:
+            yield from read_inputs([path], text_key, bad_lines)
+    for folder, paths in folders.items():
+        # a bad file costs itself, not its folder
+        files = [
+            (path.name, document.text)
+            for path in paths
+            for document in read_inputs([path], text_key, bad_lines)
+        ]
+        if files:
+            yield Document("\n".join(f"{name}\n\n{text}" for name, text in files), str(folder))
+
+
 def parse_line(line: bytes, text_key: str) -> tuple[str, str]:
     """Take the text out of a JSON line; returns (text, "") or ("", why not)."""
     try:

@@ -133,3 +133,23 @@ def test_an_empty_or_missing_input_is_an_error(tmp_path, capsys):
     ]:
         assert main(["--output", str(tmp_path / "out"), *arguments]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_files_of_one_folder_can_be_one_document(tmp_path, write_input, texts):
+    sources = tmp_path / "sources"
+    (sources / "inner").mkdir(parents=True)
+    for name, text in {
+        "b.py": "b = 1\n",
+        "a.md": "# A\n",
+        "inner/c.py": "c = 2\n",
+        "z.py": "z = 3\n",
+    }.items():
+        (sources / name).write_text(text)
+    (sources / "inner" / "latin.py").write_bytes(b"# caf\xe9")
+    write_input(sources / "more.jsonl", texts[:2])
+    options = ["--join-folders", "--max-bad-lines", "1", "--output", str(tmp_path / "out")]
+    assert main(["--input", str(sources), *options]) == 0
+    documents = {Path(line["source"]).name: line["text"] for line in read_corpus(tmp_path / "out")}
+    assert documents["sources"] == "a.md\n\n# A\n\nb.py\n\nb = 1\n\nz.py\n\nz = 3\n"
+    assert documents["inner"] == "c.py\n\nc = 2\n"
+    assert len(documents) == 4
