@@ -86,6 +86,9 @@ def _enumerate(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
+_HIDDEN = "Numbers are hidden in the text below. Remember them.\n\n"
+
+
 def _scatter(
     generator: random.Random, needles: Sequence[str], lines: Sequence[str], depth: float | None
 ) -> str:
@@ -115,16 +118,29 @@ def _needles(
     generator.shuffle(pairs)
     if depth is None and keys == asked == values == 1:
         depth = generator.random()
-    body = _scatter(generator, [f"The number of {name} is {secret}." for name, secret in pairs], lines, depth)
+    body = _scatter(generator, [_needle(*pair) for pair in pairs], lines, depth)
     wanted = generator.sample(names, asked)
     # in the order of the question, then of the text
     answers = [secret for name in wanted for other, secret in pairs if other == name]
-    noun, verb = ("number", "is") if len(answers) == 1 else ("numbers", "are")
-    text = (
-        f"Numbers are hidden in the text below. Remember them.\n\n{body}\n\n"
-        f"In the text above, the {noun} of {_enumerate(wanted)} {verb}"
-    )
-    return Prompt(text, answers, depth=depth)
+    return Prompt(f"{_HIDDEN}{body}\n\n{_question(wanted, len(answers))}", answers, depth=depth)
+
+
+def needles_with_questions(generator: random.Random, lines: Sequence[str], count: int) -> str:
+    """Training text of the needle tasks: `count` numbers hidden in lines of text, then each asked for, with its answer."""
+    pairs = list(zip(words(generator, count), numbers(generator, count), strict=True))
+    body = _scatter(generator, [_needle(*pair) for pair in pairs], lines, None)
+    generator.shuffle(pairs)
+    asked = "\n".join(f"{_question([name], 1)} {secret}" for name, secret in pairs)
+    return f"{_HIDDEN}{body}\n\n{asked}\n"
+
+
+def _needle(name: str, secret: str) -> str:
+    return f"The number of {name} is {secret}."
+
+
+def _question(wanted: Sequence[str], num_answers: int) -> str:
+    noun, verb = ("number", "is") if num_answers == 1 else ("numbers", "are")
+    return f"In the text above, the {noun} of {_enumerate(wanted)} {verb}"
 
 
 def _variables(generator: random.Random, size: int, lines: Sequence[str], depth: float | None) -> Prompt:
@@ -178,11 +194,23 @@ def _frequent(generator: random.Random, size: int, lines: Sequence[str], depth: 
 
 def _recall(generator: random.Random, size: int, lines: Sequence[str], depth: float | None) -> Prompt:
     """`size` pairs and nothing else; one is asked for by its first half."""
+    names, values, body = _pairs(generator, size)
+    asked = generator.randrange(size)
+    return Prompt(f"{body}\n{names[asked]}:", [values[asked]], depth=asked / max(1, size - 1))
+
+
+def _pairs(generator: random.Random, size: int) -> tuple[list[str], list[str], str]:
+    """Names, their numbers, and a list of both."""
     names = words(generator, size)
     values = [str(generator.randrange(1000, 10000)) for _ in names]
-    asked = generator.randrange(size)
-    body = "\n".join(f"{name}: {value}" for name, value in zip(names, values, strict=True))
-    return Prompt(f"{body}\n{names[asked]}:", [values[asked]], depth=asked / max(1, size - 1))
+    return names, values, "\n".join(f"{name}: {value}" for name, value in zip(names, values, strict=True))
+
+
+def pairs_with_questions(generator: random.Random, size: int, questions: int) -> str:
+    """Training text of `associative_recall`: `size` pairs, then some of them again."""
+    names, values, body = _pairs(generator, size)
+    asked = generator.sample(range(size), min(size, questions))
+    return "\n".join([body, *(f"{names[index]}: {values[index]}" for index in asked)]) + "\n"
 
 
 def _copy(generator: random.Random, length: int, text: LocalText) -> Sample:

@@ -85,7 +85,7 @@ class LocalText:
         return [
             line
             for ids in self._head
-            for line in _break(self.tokenizer.decode([int(token) for token in ids]))
+            for line in break_lines(self.tokenizer.decode([int(token) for token in ids]))
         ]
 
     @functools.cached_property
@@ -128,7 +128,8 @@ def _read_documents(prefix: str) -> list[np.ndarray]:
     return [tokens[end - length : end] for end, length in zip(ends, lengths, strict=True) if length]
 
 
-def _break(text: str) -> Iterator[str]:
+def break_lines(text: str) -> Iterator[str]:
+    """Lines with something in them; long ones in pieces."""
     for line in text.splitlines():
         pieces = line.split(" ")
         if not line.strip():

@@ -1,0 +1,172 @@
+"""Make documents that can be learned from only by looking far back: needles in text, and lists of pairs to recall.
+
+python -m data_tools.make_retrieval --text data/corpus --tokenizer data/tokenizer.model --lengths 4096 16384 --tokens 5e7 \\
+    --output data/retrieval.jsonl
+
+They are worded as the tasks `needle`, `niah_...` and `associative_recall` of `python -m dash_megatron evaluate`, but ask
+several questions each, and none has the names or numbers of an evaluation's sample.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.evaluation.tasks import needles_with_questions, pairs_with_questions
+from dash_megatron.evaluation.text import break_lines
+from data_tools.atomic import atomic_write
+from data_tools.readers import BadLineCounter, read_inputs
+
+QUESTIONS = 32
+MOST_NEEDLES = 8
+# Text whose tokens are counted, to know how many bytes a token has.
+SAMPLE_BYTES = 1 << 20
+
+
+def _filler(text: Sequence[str], text_key: str, max_mb: float) -> list[str]:
+    """Lines of the inputs, from the first document on."""
+    lines: list[str] = []
+    room = max_mb * 1e6
+    for document in read_inputs(text, text_key, BadLineCounter(0)):
+        for line in break_lines(document.text):
+            room -= len(line)
+            lines.append(line)
+        if room < 0:
+            break
+    if not lines:
+        raise ValueError(f"--text {' '.join(text)} must hold at least one line of text; give another input")
+    return lines
+
+
+def _needles(generator: random.Random, length: int, lines: list[str], tokens_per_byte: float) -> str:
+    begin, size, room = generator.randrange(len(lines)), 0, length / tokens_per_byte
+    filler = itertools.chain(itertools.islice(lines, begin, None), itertools.cycle(lines))
+    taken = []
+    while size < room:
+        taken.append(next(filler))
+        size += len(taken[-1].encode()) + 1
+    return needles_with_questions(generator, taken, generator.randint(1, MOST_NEEDLES))
+
+
+def _pairs(generator: random.Random, length: int, tokens_per_pair: float) -> str:
+    lines = max(2, round(length / tokens_per_pair))
+    questions = min(QUESTIONS, lines // 4)
+    return pairs_with_questions(generator, lines - questions, questions)
+
+
+def documents(
+    lines: list[str], count: Callable[[str], int], lengths: tuple[int, int], seed: int
+) -> Iterator[tuple[str, int]]:
+    """Documents without end, of needles and of pairs in turn, and about how many tokens each has.
+
+    Args:
+        lines: filler between needles.
+        count: tokens of a text.
+        lengths: shortest and longest document in tokens; logarithms are drawn evenly.
+        seed: a document depends on it, on `lines` and on its own number.
+    """
+    sample = "\n".join(lines)[:SAMPLE_BYTES]
+    tokens_per_byte = count(sample) / len(sample.encode())
+    tokens_per_pair = count(pairs_with_questions(random.Random(f"{seed}:size"), 256, 0)) / 256
+    for number in itertools.count():
+        generator = random.Random(f"retrieval:{seed}:{number}")
+        length = round(math.exp(generator.uniform(*map(math.log, lengths))))
+        if number % 2:
+            yield _pairs(generator, length, tokens_per_pair), length
+        else:
+            yield _needles(generator, length, lines, tokens_per_byte), length
+
+
+def make_retrieval(
+    output: Path,
+    text: Sequence[str],
+    tokenizer_path: str,
+    lengths: tuple[int, int],
+    tokens: float,
+    *,
+    seed: int = 0,
+    text_key: str = "text",
+    max_mb: float = 64.0,
+) -> int:
+    """Write the documents as JSONL and give their number; arguments as on the command line.
+
+    Raises:
+        FileNotFoundError, ValueError: an input or argument is wrong; then nothing is written.
+    """
+    if not 64 <= lengths[0] <= lengths[1]:
+        raise ValueError(
+            f"--lengths {lengths[0]} {lengths[1]} must rise from at least 64; such as 4096 16384"
+        )
+    if not 0 < tokens < math.inf:
+        raise ValueError(f"--tokens {tokens} must be above 0, such as 5e7")
+    if output.suffix != ".jsonl":
+        raise ValueError(f"--output {output} must end in .jsonl; rename it")
+    tokenizer = Tokenizer(tokenizer_path)
+    lines = _filler(text, text_key, max_mb)
+    made = number = 0
+    progress = tqdm(total=int(tokens), unit="tok", unit_scale=True, desc="retrieval", mininterval=1.0)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with progress, atomic_write(output) as file:
+        for document, length in documents(lines, lambda x: len(tokenizer.encode(x)), lengths, seed):
+            if made >= tokens:
+                break
+            file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+            made, number = made + length, number + 1
+            progress.update(length)
+    return number
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.make_retrieval", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument(
+        "--text", nargs="+", required=True, metavar="PATH", help="filler: as make_corpus --input"
+    )
+    parser.add_argument("--tokenizer", required=True, help="to tell lengths in tokens")
+    parser.add_argument(
+        "--lengths",
+        nargs=2,
+        type=int,
+        default=(4096, 16384),
+        metavar=("SHORTEST", "LONGEST"),
+        help="in tokens",
+    )
+    parser.add_argument("--tokens", type=float, required=True, help="about how many to make")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--text-key", default="text", help="key or column that holds the text (default: text)"
+    )
+    parser.add_argument("--max-mb", type=float, default=64.0, help="of filler to read (default: 64)")
+    options = parser.parse_args(arguments)
+    try:
+        number = make_retrieval(
+            options.output,
+            options.text,
+            options.tokenizer,
+            tuple(options.lengths),
+            options.tokens,
+            seed=options.seed,
+            text_key=options.text_key,
+            max_mb=options.max_mb,
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(
+        f"{options.output}: {number} documents of about {options.lengths[0]} to {options.lengths[1]} tokens"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

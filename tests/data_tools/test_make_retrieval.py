@@ -1,0 +1,74 @@
+import json
+import re
+
+import pytest
+
+from dash_megatron.data.tokenizer import Tokenizer
+from data_tools.make_retrieval import main
+
+
+@pytest.fixture
+def arguments(tmp_path, tokenizer_path, texts):
+    (tmp_path / "text.txt").write_text("\n".join(texts))
+    return [
+        "--text", str(tmp_path / "text.txt"), "--tokenizer", str(tokenizer_path), "--lengths", "500", "2000",
+        "--tokens", "20000",
+    ]  # fmt: skip
+
+
+def _documents(path):
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+def test_documents_have_about_the_lengths_asked_for_and_every_answer_stands_before_its_question(
+    tmp_path, arguments, tokenizer_path, capsys
+):
+    output = tmp_path / "made" / "retrieval.jsonl"
+    assert main([*arguments, "--output", str(output)]) == 0
+    documents = _documents(output)
+    assert f"{len(documents)} documents" in capsys.readouterr().out
+    tokenizer = Tokenizer(tokenizer_path)
+    lengths = [len(tokenizer.encode(text)) for text in documents]
+    assert 0.7 * 20000 < sum(lengths) < 1.5 * 20000
+    assert min(lengths) > 350
+    assert max(lengths) < 3000
+    assert max(lengths) > 1.5 * min(lengths)
+    for text in documents[::2]:
+        questions = re.findall(r"In the text above, the number of (\w+) is (\d{7})\n", text)
+        assert 1 <= len(questions) <= 8
+        for name, secret in questions:
+            assert text.index(f"The number of {name} is {secret}.") < text.index("In the text above")
+    for text in documents[1::2]:
+        lines = text.splitlines()
+        questions = min(32, len(lines) // 4)
+        pairs, asked = lines[:-questions], lines[-questions:]
+        assert len(set(pairs)) == len(pairs)
+        assert set(asked) < set(pairs)
+
+
+def test_a_seed_gives_the_same_documents_each_time_and_another_seed_others(tmp_path, arguments):
+    outputs = [tmp_path / f"{name}.jsonl" for name in "abc"]
+    for output, seed in zip(outputs, ("1", "1", "2"), strict=True):
+        assert main([*arguments, "--seed", seed, "--output", str(output)]) == 0
+    a, b, c = map(_documents, outputs)
+    assert a == b
+    assert not set(a) & set(c)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--lengths", "2000", "500"], "--lengths 2000 500 must rise"),
+        (["--tokens", "0"], "--tokens 0.0 must be above 0"),
+        (["--text", "nowhere.txt"], "nowhere.txt does not exist"),
+        (["--output", "made.txt"], "must end in .jsonl"),
+    ],
+)
+def test_wrong_arguments_are_named_and_nothing_is_written(
+    tmp_path, arguments, change, message, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    assert main([*arguments, "--output", "made.jsonl", *change]) == 1
+    assert message in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) == before
