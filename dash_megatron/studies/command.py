@@ -23,6 +23,13 @@ def add_study(tools: Any) -> None:
         "--restarts", type=int, default=2, help="starts of a run after faults, here; default: 2"
     )
     submit.add_argument(
+        "--only",
+        nargs="+",
+        default=(),
+        metavar="PATTERN",
+        help="names of runs, such as 'dash_25*'; trained in this order; default: all",
+    )
+    submit.add_argument(
         "--slurm",
         type=shlex.split,
         metavar="ARGUMENTS",
@@ -59,7 +66,7 @@ def _plan(options: argparse.Namespace) -> None:
 def _submit(options: argparse.Namespace) -> int:
     from dash_megatron.studies.submit import submit_study
 
-    return submit_study(options.study, options.processes, options.restarts, options.slurm)
+    return submit_study(options.study, options.processes, options.restarts, options.slurm, only=options.only)
 
 
 def _collect(options: argparse.Namespace) -> None:

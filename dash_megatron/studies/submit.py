@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import fnmatch
 import os
 import shlex
 import signal
@@ -37,6 +38,7 @@ def submit_study(
     restarts: int = 2,
     slurm: Sequence[str] | None = None,
     train: Sequence[str] | None = None,
+    only: Sequence[str] = (),
 ) -> int:
     """Train what is not finished.
 
@@ -46,6 +48,7 @@ def submit_study(
         restarts: starts of a run after faults, as `train.py`'s exit code tells them from errors.
         slurm: arguments for `slurm/submit.py`, which gets all runs as one array; None: on this machine.
         train: command that trains instead of this repository's `train.py`.
+        only: patterns of names, such as `dash_25*`, in the order in which their runs are trained; none: all runs.
 
     Returns:
         0: all finished or submitted; 1: a run failed for good, the others went on; 75: asked to stop, and saved.
@@ -56,7 +59,7 @@ def submit_study(
     if processes < 1 or restarts < 0:
         raise StudyError(f"--processes {processes} must be at least 1, --restarts {restarts} at least 0")
     study = load_study(path)
-    runs = expand(study)
+    runs = _chosen(expand(study), only)
     for run in runs:
         check_same(run)
         if slurm is None:
@@ -71,6 +74,18 @@ def submit_study(
             return _submit_array(configs, slurm)
         command = list(train or _train_command(processes))
         return _Local(command, restarts).run_all(list(zip(waiting, configs, strict=True)))
+
+
+def _chosen(runs: list[StudyRun], only: Sequence[str]) -> list[StudyRun]:
+    chosen: dict[str, StudyRun] = {}
+    for pattern in only:
+        found = {run.name: run for run in runs if fnmatch.fnmatchcase(run.name, pattern)}
+        if not found:
+            raise StudyError(
+                f"--only {pattern} fits no run; `study plan` lists them: {', '.join(run.name for run in runs)}"
+            )
+        chosen |= {name: run for name, run in found.items() if name not in chosen}
+    return list(chosen.values()) if only else runs
 
 
 def check_same(run: StudyRun) -> None:

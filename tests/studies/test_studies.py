@@ -213,6 +213,17 @@ def test_submit_ends_where_a_run_was_asked_to_stop(write_study: Write, tmp_path:
     assert starts(path) == {"h32": 1, "h64": 1}
 
 
+def test_submit_trains_only_what_is_asked_for_in_that_order(
+    write_study: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, command = write_study(points=SIZES), trainer(tmp_path, {})
+    assert submit_module.submit_study(path, train=command, only=["h256*", "h[36]*"]) == 0
+    assert [line.split()[1].split("_")[0] for line in capsys.readouterr().out.splitlines() if line[0] == "["] == ["h256", "h32", "h64"]  # fmt: skip
+    assert starts(path) == {"h32": 1, "h64": 1, "h256": 1}
+    with pytest.raises(ValueError, match=r"--only h999 fits no run.*h32"):
+        submit_module.submit_study(path, train=command, only=["h999"])
+
+
 def test_a_folder_of_another_config_is_refused(write_study: Write, tmp_path: Path) -> None:
     path = write_study()
     run = runs_of(path)[0]
