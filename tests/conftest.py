@@ -6,6 +6,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def tiny_config(tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
 def _entry(
     function: Callable[..., None], environment: dict[str, str], arguments: tuple[Any, ...], log: str
 ) -> None:
+    os.environ.clear()  # of the fork server, which may have been started under another test
     os.environ.update(environment)
     with open(log, "w", buffering=1) as file:
         sys.stdout = sys.stderr = file
@@ -40,6 +42,18 @@ def _entry(
         except BaseException:
             traceback.print_exc()
             os._exit(1)
+
+
+def _context(cuda: bool) -> multiprocessing.context.BaseContext:
+    """Starts processes that have not used CUDA; without it, by forking one that has imported what takes seconds."""
+    if cuda:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dash_megatron.training.trainer", "torch.distributed"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        forkserver.ensure_running()
+    return context
 
 
 @pytest.fixture
@@ -55,8 +69,8 @@ def run_processes(tmp_path: Path) -> Callable[..., None]:
     ) -> None:
         from torch.distributed import TCPStore
 
-        context = multiprocessing.get_context("spawn")
-        common = {"WORLD_SIZE": str(count)}
+        context = _context(cuda)
+        common = {**os.environ, "WORLD_SIZE": str(count)}
         if not cuda:
             # several processes cannot share a GPU over NCCL: these tests are of gloo, on any machine
             common["CUDA_VISIBLE_DEVICES"] = ""
