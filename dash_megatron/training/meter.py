@@ -163,6 +163,7 @@ class Meter:
             lr=lr,
             grad_norm=grad_norm,
             tokens=step * self.tokens_per_step,
+            context_length=self.config.data.context_length_at(step - 1),
             tokens_per_second=rate,
             model_tflops_per_second=model_flops / 1e12,
             dense_equivalent_tflops_per_second=dense_flops / 1e12,

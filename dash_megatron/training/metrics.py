@@ -30,6 +30,8 @@ class StepMetrics(TypedDict):
     """Before clipping."""
     tokens: int
     """Tokens read since the start of the run."""
+    context_length: int
+    """Most tokens of context in the step, as `data.seq_length_curriculum` says."""
     tokens_per_second: float
     """Mean since the last logged step, all processes together, validation and saving left out."""
     model_tflops_per_second: float

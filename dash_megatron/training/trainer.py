@@ -157,7 +157,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the place in the run that `state_dict` described."""
         self.step = state["step"]
-        self.train_source.load_state_dict(state["data"])
+        self.train_source.load_state_dict({"steps": self.step, **state["data"]})
         self.guard.load_state_dict(state["faults"])
         self.density.load_state_dict(state.get("density", {}))
 
@@ -352,6 +352,7 @@ class Trainer:
             context_rank=context_rank(),
             context_size=config.parallel.context,
             chunk_size=config.attention.chunk_size if config.attention.kind == "dash" else None,
+            max_context=config.data.context_length_at if split == "train" else None,
         )
 
     def _introduction(self) -> str:
