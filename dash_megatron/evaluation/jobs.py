@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dash_megatron.evaluation.buckets import buckets
 from dash_megatron.evaluation.models import LanguageModel
 from dash_megatron.evaluation.samples import Sample
 from dash_megatron.evaluation.tasks import TASKS
@@ -25,7 +26,6 @@ SCORES = ("answer", "generate")
 VERSION = 1
 # what a model may write beside the tokens of the answer
 EXTRA_TOKENS = 8
-FIRST_BUCKET = 64
 
 Item = tuple[int, float | None]
 
@@ -114,14 +114,6 @@ class PerplexityJob(Job):
         return [
             {"nll_sums": [float(row[a:b].sum()) for a, b in zip(starts, ends, strict=True)]} for row in losses
         ]
-
-
-def buckets(length: int) -> list[int]:
-    """Where buckets of positions end: at 64, then each twice as far, the last at `length`."""
-    ends = [FIRST_BUCKET]
-    while ends[-1] * 2 <= length:
-        ends.append(ends[-1] * 2)
-    return [end for end in ends if end < length] + [length]
 
 
 class TaskJob(Job):

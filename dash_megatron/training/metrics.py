@@ -6,6 +6,7 @@ import datetime
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -14,6 +15,10 @@ from torch.utils.tensorboard import SummaryWriter
 from dash_megatron.retry import explain, retry
 
 logger = logging.getLogger(__name__)
+
+
+PositionLoss = TypedDict("PositionLoss", {"from": int, "to": int, "loss": float})
+"""Mean loss of the targets whose tokens stand at positions [from, to) of their document."""
 
 
 class StepMetrics(TypedDict):
@@ -25,6 +30,8 @@ class StepMetrics(TypedDict):
     """Mean cross entropy of the step's target tokens, in nats."""
     valid_loss: float | None
     """The same on the validation samples, at steps that validate."""
+    valid_loss_by_position: list[PositionLoss] | None
+    """Its parts, in order; without positions that no document of the samples has."""
     lr: float
     grad_norm: float
     """Before clipping."""
@@ -112,21 +119,27 @@ class MetricsWriter:
     def _write_board(self, metrics: StepMetrics) -> None:
         if self._board is not None:
             for name, value in metrics.items():
-                if isinstance(value, list):
-                    for layer, part in enumerate(value):
-                        self._scalar(f"{name}/layer_{layer:02d}", part, metrics["step"])
-                elif name != "step":
-                    self._scalar(f"train/{name}", value, metrics["step"])
+                for tag, number in _scalars(name, value):
+                    if number is not None and name != "step":
+                        self._board.add_scalar(tag, number, metrics["step"])
             self._board.flush()
-
-    def _scalar(self, name: str, value: Any, step: int) -> None:
-        if value is not None and self._board is not None:
-            self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Finish TensorBoard's file; `metrics.jsonl` is complete after every step."""
         if self._board is not None:
             self._board.close()
+
+
+def _scalars(name: str, value: Any) -> Iterator[tuple[str, float | None]]:
+    """A metric's curves in TensorBoard, and their points."""
+    if not isinstance(value, list):
+        yield f"train/{name}", value
+        return
+    for layer, part in enumerate(value):
+        if isinstance(part, dict):
+            yield f"{name}/{part['from']:06d}_to_{part['to']:06d}", part["loss"]
+        else:
+            yield f"{name}/layer_{layer:02d}", part
 
 
 def _replace(path: Path, text: str) -> None:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from dash_megatron.config import Config
@@ -43,6 +42,7 @@ from dash_megatron.training.setup import (
     set_up_logging,
 )
 from dash_megatron.training.stop import Halted, StopSignals, agree
+from dash_megatron.training.validation import Validation, Validator
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Trainer:
         fingerprint = implementation_fingerprint()
         check_same_implementation(fingerprint)
         self.train_source = self._source("train", config.training.steps * config.training.global_batch)
-        self.valid_source = self._source("valid", config.evaluation.samples) if config.data.valid else None
+        valid_source = self._source("valid", config.evaluation.samples) if config.data.valid else None
         model = build_model(config, self.vocab_size, self.device)
         init_weights(model, config.training.seed, config.model.init_std)
         if config.training.init_from and not finished_steps(config.run_dir):
@@ -93,6 +93,7 @@ class Trainer:
         self.step = 0
         self.guard = Guard(config.faults, config.training.global_batch)
         self.watchdog = Watchdog(hang_minutes)
+        self.validator = Validator(config, self.engine, valid_source, self.device, self.watchdog.beat)
         self.busy = BusyTime(self.device)
         self.collapse = CollapseAlarm(config.faults.collapse_steps)
         self.density = DensityController(config.attention, dash_layers(model))
@@ -127,8 +128,7 @@ class Trainer:
             totals, lr = self.train_step()
             if self.rolled_back:
                 continue
-            valid_loss = self.maybe_validate()
-            self.maybe_log(totals, lr, valid_loss)
+            self.maybe_log(totals, lr, self.maybe_validate())
             self.watchdog.beat()
             self.maybe_save()
         self.watchdog.stop()
@@ -267,29 +267,16 @@ class Trainer:
         logger.warning("back from step %d to the checkpoint of step %d", bad, self.step)
         return True
 
-    @torch.no_grad()
-    def maybe_validate(self) -> float | None:
-        """Mean loss over the validation samples, at steps that validate; collective."""
-        every, source = self.config.evaluation.every, self.valid_source
-        if source is None or not every or (self.step % every and self.step != self.config.training.steps):
-            return None
+    def maybe_validate(self) -> Validation:
+        """Validate at steps that are to; collective."""
         with self.meter.paused():
-            self.engine.module.eval()
-            source.load_state_dict({"consumed_samples": 0})
-            sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-            one = torch.ones((), device=self.device)
-            for batch in source:
-                self.watchdog.beat()
-                loss = share_of_global_mean(self.engine.model, batch.to(self.device), one)
-                sums += torch.stack([loss.double(), batch.loss_mask.sum().to(self.device).double()])
-            dist.all_reduce(sums)  # copies on tensor-parallel ranks are in both sums, and cancel
-            return (sums[0] / sums[1].clamp_min(1)).item()
+            return self.validator.run(self.step)
 
-    def maybe_log(self, totals: StepTotals, lr: float, valid_loss: float | None) -> None:
+    def maybe_log(self, totals: StepTotals, lr: float, valid: Validation) -> None:
         """Report the first and last step, every `logging.every` steps, and validations; rank 0."""
         last = self.config.training.steps
         due = self.step in (1, last) or self.step % self.config.logging.every == 0
-        if not due and valid_loss is None:
+        if not due and valid == Validation():
             return
         self.meter.lap()
         slowest = self.busy.slowest()
@@ -299,7 +286,7 @@ class Trainer:
             norm, alarms = self.engine.grad_norm(), self.collapse.alarms
             factors = self.density.factors(self.config.model.layers)
             metrics = self.meter.measure(
-                self.step, totals, lr, norm, valid_loss, skipped, alarms, slowest, factors
+                self.step, totals, lr, norm, valid, skipped, alarms, slowest, factors
             )
             self.writer.write(metrics)
             print(console_line(metrics, last, (last - self.step) * self.meter.seconds_per_step), flush=True)

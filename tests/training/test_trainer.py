@@ -54,6 +54,7 @@ def test_train_runs_alone_and_leaves_config_metrics_tensorboard_and_a_checkpoint
     assert first.keys() == StepMetrics.__annotations__.keys()
     assert first["valid_loss"] is None
     assert second["valid_loss"] is not None
+    assert [(part["from"], part["to"]) for part in second["valid_loss_by_position"]] == [(0, 64), (64, 128)]
     assert second["tokens"] == 2 * 4 * 128
     assert len(second["density_per_layer"]) == len(second["chunks_selected_per_layer"]) == 2
     assert second["model_tflops_per_second"] > 0
