@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from dash_megatron.config_baselines import InfLLMv2Config, NSAConfig, check_baseline
 from dash_megatron.config_curriculum import check_curriculum, context_length_at
+from dash_megatron.config_evaluation import EvaluationConfig, check_evaluation
 from dash_megatron.config_rope import RopeScaling
 from dash_megatron.config_section import Section
 
@@ -304,15 +305,6 @@ class LoggingConfig(Section):
     """Write `<run_dir>/tensorboard`."""
 
 
-class EvaluationConfig(Section):
-    """Validation during training."""
-
-    every: int = Field(default=0, ge=0)
-    """Steps between validations; 0 = never. A run that validates also does so after the last step."""
-    samples: int = Field(default=64, gt=0)
-    """Validation sequences per validation, always the same ones."""
-
-
 class FaultsConfig(Section):
     """What a run does when something goes wrong. Updates that are left out change nothing but the place in the data and
     the learning rate's; their batches are kept in `<run_dir>/faults`."""
@@ -397,11 +389,7 @@ class Config(Section):
         if self.data.seq_length_curriculum is not None:
             chunk = 1 if self.attention.kind == "full" else self.attention.chunk_size
             check_curriculum(self.data.seq_length_curriculum, self.data.seq_length, steps, chunk)
-        if self.evaluation.every and not self.data.valid:
-            raise ValueError(
-                f"evaluation.every={self.evaluation.every} needs data.valid, which is empty; "
-                "name a validation set or set evaluation.every=0"
-            )
+        check_evaluation(self.evaluation, self.data.valid, self.data.seq_length)
 
     def _check_parallel(self) -> None:
         parallel, model = self.parallel, self.model

@@ -162,6 +162,7 @@ class Meter:
             loss=totals.loss,
             valid_loss=valid.loss,
             valid_loss_by_position=valid.by_position,
+            tasks=valid.tasks,
             lr=lr,
             grad_norm=grad_norm,
             tokens=step * self.tokens_per_step,

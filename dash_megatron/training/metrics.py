@@ -21,6 +21,15 @@ PositionLoss = TypedDict("PositionLoss", {"from": int, "to": int, "loss": float}
 """Mean loss of the targets whose tokens stand at positions [from, to) of their document."""
 
 
+class TaskScore(TypedDict):
+    """Means over the samples of a task."""
+
+    score: float
+    """Share of the answers that are the likeliest ones."""
+    nll: float
+    """Loss per token of the answers, nats."""
+
+
 class StepMetrics(TypedDict):
     """One logged step, as `metrics.jsonl` holds it; per-layer lists have null for layers without a router."""
 
@@ -32,6 +41,8 @@ class StepMetrics(TypedDict):
     """The same on the validation samples, at steps that validate."""
     valid_loss_by_position: list[PositionLoss] | None
     """Its parts, in order; without positions that no document of the samples has."""
+    tasks: dict[str, dict[str, TaskScore]] | None
+    """By name and length, at steps that score `evaluation.tasks`."""
     lr: float
     grad_norm: float
     """Before clipping."""
@@ -132,6 +143,12 @@ class MetricsWriter:
 
 def _scalars(name: str, value: Any) -> Iterator[tuple[str, float | None]]:
     """A metric's curves in TensorBoard, and their points."""
+    if isinstance(value, dict):
+        for task, lengths in value.items():
+            for length, means in lengths.items():
+                yield f"{name}/{task}/{length}", means["score"]
+                yield f"{name}_nll/{task}/{length}", means["nll"]
+        return
     if not isinstance(value, list):
         yield f"train/{name}", value
         return

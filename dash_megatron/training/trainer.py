@@ -6,15 +6,13 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from dash_megatron.config import Config
-from dash_megatron.data.batches import BatchSource, PackedBatch
-from dash_megatron.data.blend import parse_blend, unigram_entropy
-from dash_megatron.data.dataset import build_dataset
+from dash_megatron.data.batches import PackedBatch
+from dash_megatron.data.blend import unigram_entropy
 from dash_megatron.exit_codes import ExitCode
 from dash_megatron.layers import build_model, dash_layers, init_weights
 from dash_megatron.ops.fingerprint import implementation_fingerprint
@@ -41,6 +39,7 @@ from dash_megatron.training.setup import (
     seed_everything,
     set_up_logging,
 )
+from dash_megatron.training.sources import batch_source, open_rows
 from dash_megatron.training.stop import Halted, StopSignals, agree
 from dash_megatron.training.validation import Validation, Validator
 
@@ -80,8 +79,16 @@ class Trainer:
         set_up_logging(self.is_main)
         fingerprint = implementation_fingerprint()
         check_same_implementation(fingerprint)
-        self.train_source = self._source("train", config.training.steps * config.training.global_batch)
-        valid_source = self._source("valid", config.evaluation.samples) if config.data.valid else None
+        num_samples = config.training.steps * config.training.global_batch
+        self.train_source = batch_source(
+            config,
+            open_rows(config, "train", num_samples, self.tokenizer),
+            self.tokenizer.eod,
+            self.device,
+            num_workers=config.data.num_workers,
+            max_context=config.data.context_length_at,
+        )
+        self.validator = Validator(config, self.tokenizer, self.device)
         model = build_model(config, self.vocab_size, self.device)
         init_weights(model, config.training.seed, config.model.init_std)
         if config.training.init_from and not finished_steps(config.run_dir):
@@ -93,7 +100,6 @@ class Trainer:
         self.step = 0
         self.guard = Guard(config.faults, config.training.global_batch)
         self.watchdog = Watchdog(hang_minutes)
-        self.validator = Validator(config, self.engine, valid_source, self.device, self.watchdog.beat)
         self.busy = BusyTime(self.device)
         self.collapse = CollapseAlarm(config.faults.collapse_steps)
         self.density = DensityController(config.attention, dash_layers(model))
@@ -268,9 +274,9 @@ class Trainer:
         return True
 
     def maybe_validate(self) -> Validation:
-        """Validate at steps that are to; collective."""
+        """Validate, and score tasks, at steps that are to; collective."""
         with self.meter.paused():
-            return self.validator.run(self.step)
+            return self.validator.run(self.engine, self.step, self.watchdog.beat)
 
     def maybe_log(self, totals: StepTotals, lr: float, valid: Validation) -> None:
         """Report the first and last step, every `logging.every` steps, and validations; rank 0."""
@@ -312,35 +318,6 @@ class Trainer:
             self.checkpointer.save(self.step, self.state_dict(), row, loss)
             if self.finished:
                 self.checkpointer.finish()
-
-    def _source(self, split: str, num_samples: int) -> BatchSource:
-        config = self.config
-        entries = config.data.train if split == "train" else config.data.valid
-        dataset = build_dataset(
-            parse_blend(entries),
-            seq_length=config.data.seq_length,
-            num_samples=num_samples,
-            seed=config.training.seed,
-            tokenizer=self.tokenizer,
-            cache_dir=config.data.cache_dir or Path(config.run_dir) / "index_cache",
-            split_name=split,
-        )
-        return BatchSource(
-            dataset,
-            global_batch=config.training.global_batch,
-            micro_batch=config.training.micro_batch,
-            eod=self.tokenizer.eod,
-            pack_documents=config.data.pack_documents,
-            data_parallel_rank=data_rank(),
-            data_parallel_size=self.data_parallel_size,
-            num_workers=config.data.num_workers if split == "train" else 0,
-            pad_last=split == "valid",
-            pin_memory=self.device.type == "cuda",
-            context_rank=context_rank(),
-            context_size=config.parallel.context,
-            chunk_size=config.attention.chunk_size if config.attention.kind == "dash" else None,
-            max_context=config.data.context_length_at if split == "train" else None,
-        )
 
     def _introduction(self) -> str:
         config, training, parallel = self.config, self.config.training, self.config.parallel

@@ -1,4 +1,4 @@
-"""Validation during training: the mean loss over the same samples each time, also by position in the document."""
+"""Evaluation during training: the mean loss over the same samples each time, also by position, and scores of tasks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import torch.distributed as dist
 
 from dash_megatron.config import Config
 from dash_megatron.data.batches import BatchSource
+from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.evaluation.buckets import buckets
 from dash_megatron.training.engine import Engine
-from dash_megatron.training.metrics import PositionLoss
+from dash_megatron.training.metrics import PositionLoss, TaskScore
+from dash_megatron.training.sources import batch_source, open_rows
+from dash_megatron.training.task_scores import TaskScorer
 
 
 class Validation(NamedTuple):
@@ -22,40 +25,49 @@ class Validation(NamedTuple):
     """Mean over the targets of the validation samples, nats."""
     by_position: list[PositionLoss] | None = None
     """The same by position in the document, without positions that no document has."""
+    tasks: dict[str, dict[str, TaskScore]] | None = None
+    """Scores of tasks, by name and length."""
 
 
 class Validator:
-    """Validates at the steps that `evaluation` names, on all processes together.
+    """Validates and scores tasks at the steps that `evaluation` names, on all processes together.
 
     Args:
         config: the run.
-        engine: the model.
-        source: validation samples, all of them with any number of processes; None: there are none.
+        tokenizer: of the run.
         device: what this process computes on.
-        beat: called before every batch.
+
+    Raises:
+        ValueError, FileNotFoundError: the validation data cannot be used, or a task has no sample of a length.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        engine: Engine,
-        source: BatchSource | None,
-        device: torch.device,
-        beat: Callable[[], None],
-    ) -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer, device: torch.device) -> None:
         self.config = config
-        self.engine = engine
-        self.source = source
         self.device = device
-        self.beat = beat
+        self._source: BatchSource | None = None
+        self._tasks: TaskScorer | None = None
+        if config.data.valid:
+            rows = open_rows(config, "valid", config.evaluation.samples, tokenizer)
+            self._source = batch_source(config, rows, tokenizer.eod, device, pad_last=True)
+        if config.evaluation.tasks_every:
+            self._tasks = TaskScorer(config, tokenizer, device)
 
-    @torch.no_grad()
-    def run(self, step: int) -> Validation:
-        """Do what is due after a step; collective."""
-        if self.source is None or not self._due(step, self.config.evaluation.every):
-            return Validation()
-        self.engine.module.eval()
-        return validate(self.engine.model, self.source, self.config.data.seq_length, self.device, self.beat)
+    def run(self, engine: Engine, step: int, beat: Callable[[], None]) -> Validation:
+        """Do what is due after a step; collective.
+
+        Args:
+            engine: the model, left in evaluation mode by what is done.
+            step: finished optimizer steps.
+            beat: called before every batch.
+        """
+        found = Validation()
+        if self._source is not None and self._due(step, self.config.evaluation.every):
+            engine.module.eval()
+            found = validate(engine.model, self._source, self.config.data.seq_length, self.device, beat)
+        if self._tasks is not None and self._due(step, self.config.evaluation.tasks_every):
+            engine.module.eval()
+            found = found._replace(tasks=self._tasks.score(engine, beat))
+        return found
 
     def _due(self, step: int, every: int) -> bool:
         return bool(every) and (step % every == 0 or step == self.config.training.steps)

@@ -89,6 +89,16 @@ def test_configs_cannot_be_changed(path: Path) -> None:
         ("data.seq_length_curriculum={0: 128, 9: 64}", "must end with data.seq_length=128"),
         ("data.seq_length_curriculum={0: 64, 100: 128}", "at step 100, but training.steps=100"),
         ("data.seq_length_curriculum={first: 64}", "data.seq_length_curriculum.first"),
+        (
+            "evaluation.tasks=[copy, niah]",
+            "evaluation.tasks=['copy', 'niah'] names niah; the known ones are needle, ",
+        ),
+        ("evaluation.tasks_every=5", "evaluation.tasks_every=5 needs evaluation.tasks, which is empty"),
+        (
+            "evaluation={tasks: [copy], tasks_every: 5}",
+            "evaluation.tasks_every=5 needs data.valid, which is empty; name a validation set or set evaluation.tasks_every=0",
+        ),
+        ("evaluation.task_lengths=[128, 129]", "129 must be at least 2 and at most data.seq_length=128"),
         ("optimizer.betas=[0.9,1.0]", "optimizer.betas=(0.9, 1.0) must both lie in [0, 1)"),
         ("zero.options={stage: 2}", "zero.options={'stage': 2} must not set ['stage']"),
         ("zero.stage=4", "zero.stage=4"),
