@@ -14,6 +14,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from dash_megatron.config_baselines import InfLLMv2Config, NSAConfig, check_baseline
+from dash_megatron.config_curriculum import check_curriculum, context_length_at
+from dash_megatron.config_evaluation import EvaluationConfig, check_evaluation
 from dash_megatron.config_rope import RopeScaling
 from dash_megatron.config_section import Section
 
@@ -181,6 +183,11 @@ class DataConfig(Section):
     """Validation blend, in the form of `train`; empty means no validation."""
     seq_length: int = Field(gt=1)
     """Tokens in one training sequence."""
+    seq_length_curriculum: dict[int, int] | None = None
+    """Most tokens of context by the step from which on it holds, such as `{0: 2048, 1000: 8192, 4000: 16384}`; the last one
+    is `seq_length`. Rows keep `seq_length` tokens, in the same order, with the same targets: they are cut at multiples of
+    the length, as if documents ended there, but for the loss, which still asks the last token before a cut for the one
+    after it. Validation always has whole rows."""
     pack_documents: bool = True
     """Keep documents packed into one sequence apart: no attention across, positions restart at each.
     False attends across them."""
@@ -188,6 +195,10 @@ class DataConfig(Section):
     """Background threads per process that read batches ahead; 0 reads in the training thread."""
     cache_dir: str | None = None
     """Where sample-order indices are kept; null means `<run_dir>/index_cache`."""
+
+    def context_length_at(self, step: int) -> int:
+        """Most tokens of context of the step after `step` finished ones."""
+        return context_length_at(self.seq_length_curriculum, self.seq_length, step)
 
 
 class ParallelConfig(Section):
@@ -294,15 +305,6 @@ class LoggingConfig(Section):
     """Write `<run_dir>/tensorboard`."""
 
 
-class EvaluationConfig(Section):
-    """Validation during training."""
-
-    every: int = Field(default=0, ge=0)
-    """Steps between validations; 0 = never. A run that validates also does so after the last step."""
-    samples: int = Field(default=64, gt=0)
-    """Validation sequences per validation, always the same ones."""
-
-
 class FaultsConfig(Section):
     """What a run does when something goes wrong. Updates that are left out change nothing but the place in the data and
     the learning rate's; their batches are kept in `<run_dir>/faults`."""
@@ -384,11 +386,10 @@ class Config(Section):
                 f"schedule.warmup_steps={warmup} + schedule.decay_steps={decay} = {warmup + decay} must not "
                 f"exceed training.steps={steps}; shorten them or train longer"
             )
-        if self.evaluation.every and not self.data.valid:
-            raise ValueError(
-                f"evaluation.every={self.evaluation.every} needs data.valid, which is empty; "
-                "name a validation set or set evaluation.every=0"
-            )
+        if self.data.seq_length_curriculum is not None:
+            chunk = 1 if self.attention.kind == "full" else self.attention.chunk_size
+            check_curriculum(self.data.seq_length_curriculum, self.data.seq_length, steps, chunk)
+        check_evaluation(self.evaluation, self.data.valid, self.data.seq_length)
 
     def _check_parallel(self) -> None:
         parallel, model = self.parallel, self.model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
@@ -83,6 +83,7 @@ def pack_samples(
     eod: int,
     pack_documents: bool = True,
     sample_ids: Sequence[int] | None = None,
+    max_context: int | None = None,
 ) -> PackedBatch:
     """Put rows behind one another and mark where documents start.
 
@@ -94,6 +95,9 @@ def pack_samples(
             next document.
         sample_ids: dataset index of each row; -1 marks a padding row, which counts in no loss. Default: 0, 1,
             and so on.
+        max_context: also start a document at every multiple of it within a row. The loss does not stop there: a
+            token before such a cut is still asked for the one after it, which it can tell from what it sees, so
+            that targets are the same at every length. None: rows are not cut.
 
     Returns:
         A PackedBatch with T = len(rows) * seq_length. An eod in last place leaves no empty document behind.
@@ -121,7 +125,7 @@ def pack_samples(
     starts_BN = torch.zeros_like(loss_mask_BN)
     if pack_documents:
         starts_BN[:, 1:] = tokens_BN[:, :-1] == eod
-    starts_BN[:, 0] = True
+    starts_BN[:, :: max_context or seq_length] = True
     starts = starts_BN.flatten().nonzero().flatten()
     num_tokens = num_rows * seq_length
     ends = torch.cat([starts[1:], starts.new_tensor([num_tokens])])
@@ -141,8 +145,8 @@ class BatchSource:
 
     The global batch of a step is samples [consumed, consumed + global_batch) of the dataset, however it is
     divided: rank r of R takes rows [(m * R + r) * micro_batch, ...) of it in its micro-batch m.
-    `consumed_samples` is therefore the whole state, and a run may resume with another number of ranks,
-    micro-batch size or global batch.
+    `consumed_samples` and the number of steps that read them are therefore the whole state, and a run may resume
+    with another number of ranks, micro-batch size or global batch.
 
     Args:
         dataset: rows in the order in which they are to be seen, as `build_dataset` gives it.
@@ -156,6 +160,7 @@ class BatchSource:
             sees every row once with any number of ranks. Otherwise those rows are left out.
         pin_memory: hand out batches in page-locked memory.
         context_rank, context_size, chunk_size: hand out this rank's share of every batch, see `PackedBatch.shard`.
+        max_context: most tokens of context by the number of steps before, see `pack_samples`; None: whole rows.
 
     Raises:
         ValueError: an argument breaks a rule, or the dataset has no further global batch.
@@ -177,6 +182,7 @@ class BatchSource:
         context_rank: int = 0,
         context_size: int = 1,
         chunk_size: int | None = None,
+        max_context: Callable[[int], int] | None = None,
     ) -> None:
         _check_split(global_batch, micro_batch, data_parallel_rank, data_parallel_size, num_workers)
         self.dataset = dataset
@@ -190,8 +196,9 @@ class BatchSource:
         self.pad_last = pad_last
         self.pin_memory = pin_memory
         self.share = (context_rank, context_size, chunk_size)
+        self.max_context = max_context
         self.accumulation_steps = global_batch // (micro_batch * data_parallel_size)
-        self.consumed_samples = 0
+        self.consumed_samples = self.steps = 0
         self._micro_step = 0
         # Threads, not a DataLoader's processes: to read is to copy out of mapped files, which threads do
         # well, while processes are forked with CUDA and NCCL in them, and the death of one raises wherever
@@ -216,10 +223,11 @@ class BatchSource:
         if self.num_workers:
             batch = self._read_ahead()
         else:
-            batch = self._load(self._sample_ids(self.consumed_samples, self._micro_step))
+            batch = self._load(self._sample_ids(self.consumed_samples, self._micro_step), self.steps)
         self._micro_step += 1
         if self._micro_step == self.accumulation_steps:
             self._micro_step = 0
+            self.steps += 1
             self.consumed_samples += self.global_batch
         return batch
 
@@ -228,22 +236,29 @@ class BatchSource:
         while self.remaining_steps:
             yield self.next_batch()
 
-    def pack(self, rows: Sequence[Mapping[str, Tensor]], sample_ids: Sequence[int]) -> PackedBatch:
+    def pack(
+        self, rows: Sequence[Mapping[str, Tensor]], sample_ids: Sequence[int], max_context: int | None = None
+    ) -> PackedBatch:
         """Make a micro-batch of given rows, and take this rank's share of it; see `pack_samples`."""
-        return pack_samples(rows, self.eod, self.pack_documents, sample_ids).shard(*self.share)
+        batch = pack_samples(rows, self.eod, self.pack_documents, sample_ids, max_context)
+        return batch.shard(*self.share)
 
     def state_dict(self) -> dict[str, int]:
-        """Give the position: samples of finished global batches; one under way counts as not begun."""
-        return {"consumed_samples": self.consumed_samples}
+        """Give the position: samples and number of finished global batches; one under way counts as not begun."""
+        return {"consumed_samples": self.consumed_samples, "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go to the first sample the saved run had not consumed, whatever its ranks and batch sizes."""
+        """Go to the first sample the saved run had not consumed, whatever its ranks and batch sizes.
+
+        A state that does not say how many steps it took is taken for one of steps of this global batch.
+        """
         consumed = state["consumed_samples"]
         if not isinstance(consumed, int) or consumed < 0:
             raise ValueError(
                 f"consumed_samples={consumed!r} must be a whole number >= 0; the checkpoint is damaged"
             )
         self.consumed_samples = consumed
+        self.steps = state.get("steps", consumed // self.global_batch)
         self._micro_step = 0
         self._ahead.clear()
 
@@ -252,9 +267,10 @@ class BatchSource:
         num_rows = len(self.dataset)
         return [index if index < num_rows else -1 for index in range(first, first + self.micro_batch)]
 
-    def _load(self, sample_ids: list[int]) -> PackedBatch:
+    def _load(self, sample_ids: list[int], step: int) -> PackedBatch:
+        max_context = None if self.max_context is None else self.max_context(step)
         # a padding row has to have some tokens: the first sample's, masked
-        batch = self.pack([self.dataset[max(index, 0)] for index in sample_ids], sample_ids)
+        batch = self.pack([self.dataset[max(index, 0)] for index in sample_ids], sample_ids, max_context)
         return batch.pin_memory() if self.pin_memory else batch
 
     def _read_ahead(self) -> PackedBatch:
@@ -264,11 +280,12 @@ class BatchSource:
         end = first + self.remaining_steps * self.global_batch
         while len(self._ahead) < 2 * self.num_workers:
             number = self._micro_step + len(self._ahead)
-            consumed = first + number // self.accumulation_steps * self.global_batch
+            steps, micro_step = divmod(number, self.accumulation_steps)
+            consumed = first + steps * self.global_batch
             if consumed >= end:
                 break
-            ids = self._sample_ids(consumed, number % self.accumulation_steps)
-            self._ahead.append(self._threads.submit(self._load, ids))
+            ids = self._sample_ids(consumed, micro_step)
+            self._ahead.append(self._threads.submit(self._load, ids, self.steps + steps))
         try:
             return self._ahead.popleft().result()
         except BaseException:

@@ -45,6 +45,8 @@ def scaled_down(config: Config, **sections: dict[str, Any]) -> Config:
     if isinstance(factors, tuple):
         tree["attention"]["scaling_factor"] = [min(factors), max(factors)]
     tree["attention"]["target_density"] = None  # a list or a schedule is of the run's layers and steps
+    tree["data"]["seq_length_curriculum"] = None
+    tree["evaluation"] |= {"tasks_every": 0, "task_lengths": []}
     tree["training"]["init_from"] = None
     for name, changes in sections.items():
         tree[name] |= changes

@@ -11,10 +11,7 @@ from dash_megatron.evaluation.jobs import Settings
 from dash_megatron.evaluation.models import LanguageModel, open_model
 from dash_megatron.evaluation.pictures import draw
 from dash_megatron.evaluation.runner import RESULTS, evaluate
-from dash_megatron.evaluation.text import LocalText
-
-# tokens of text to hide needles in, at least: enough for many different stretches
-MIN_TEXT_TOKENS = 1 << 18
+from dash_megatron.evaluation.text import LocalText, tokens_for_lines
 
 
 def evaluate_command(
@@ -57,8 +54,7 @@ def evaluate_command(
 
 
 def _open_text(model: LanguageModel, longest: int, text: str | None, data: Sequence[str]) -> LocalText:
-    # in powers of two, so that not every longest length makes other samples of the shorter ones
-    num_tokens = max(MIN_TEXT_TOKENS, 1 << (4 * longest - 1).bit_length())
+    num_tokens = tokens_for_lines(longest)
     if text is not None:
         return LocalText.from_file(text, model.tokenizer, num_tokens)
     prefixes = list(data) or model.data

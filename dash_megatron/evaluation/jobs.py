@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dash_megatron.evaluation.buckets import buckets
+from dash_megatron.evaluation.items import DEPTHS, SEED, Item, make_sample, task_items
 from dash_megatron.evaluation.models import LanguageModel
 from dash_megatron.evaluation.samples import Sample
 from dash_megatron.evaluation.tasks import TASKS
@@ -25,9 +27,6 @@ SCORES = ("answer", "generate")
 VERSION = 1
 # what a model may write beside the tokens of the answer
 EXTRA_TOKENS = 8
-FIRST_BUCKET = 64
-
-Item = tuple[int, float | None]
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,12 @@ class Settings:
     tasks: tuple[str, ...] = FAMILIES
     lengths: tuple[int, ...] = ()
     """Tokens of prompt and answer; none: for the caller to choose."""
-    depths: int = 5
+    depths: int = DEPTHS
     """Places of the needle of task `needle`, from the first line to the last."""
     samples: int = 20
     """Of each task and length, and for `needle` of each depth; windows of text for `perplexity`."""
     score: str = "answer"
-    seed: int = 0
+    seed: int = SEED
     batch_tokens: int = 32768
     """Most tokens of a batch; a row longer than that is a batch of its own."""
 
@@ -116,14 +115,6 @@ class PerplexityJob(Job):
         ]
 
 
-def buckets(length: int) -> list[int]:
-    """Where buckets of positions end: at 64, then each twice as far, the last at `length`."""
-    ends = [FIRST_BUCKET]
-    while ends[-1] * 2 <= length:
-        ends.append(ends[-1] * 2)
-    return [end for end in ends if end < length] + [length]
-
-
 class TaskJob(Job):
     """Samples of a task with known answers."""
 
@@ -133,17 +124,11 @@ class TaskJob(Job):
 
     def items(self) -> list[Item]:
         """See `Job.items`."""
-        depths: list[float | None] = [None]
-        if TASKS[self.task].by_depth:
-            last = self.settings.depths - 1
-            depths = [number / last for number in range(last + 1)]
-        return [(index, depth) for depth in depths for index in range(self.settings.samples)]
+        return task_items(self.task, self.settings.samples, self.settings.depths)
 
     def sample(self, item: Item) -> Sample:
-        """Make an item's sample, which no other item or setting decides about."""
-        index, depth = item
-        seed = f"{self.settings.seed}:{self.task}:{self.length}:{depth}:{index}"
-        return TASKS[self.task].sample(seed, self.length, depth, self.text, self.model.tokenizer)
+        """See `make_sample`."""
+        return make_sample(self.task, self.length, item, self.text, self.model.tokenizer, self.settings.seed)
 
     def prepare(self) -> None:
         """See `Job.prepare`."""

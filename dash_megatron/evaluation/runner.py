@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dash_megatron.evaluation.jobs import PERPLEXITY, Item, Job, PerplexityJob, Settings, TaskJob, buckets
+from dash_megatron.evaluation.buckets import buckets
+from dash_megatron.evaluation.items import Item
+from dash_megatron.evaluation.jobs import PERPLEXITY, Job, PerplexityJob, Settings, TaskJob
 from dash_megatron.evaluation.models import LanguageModel
 from dash_megatron.evaluation.text import LocalText
 

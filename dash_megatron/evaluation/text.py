@@ -15,8 +15,18 @@ from dash_megatron.data.dataset import check_data
 from dash_megatron.data.index_file import read_lengths
 from dash_megatron.data.tokenizer import Tokenizer
 
+# tokens of text to hide needles in, at least: enough for many different stretches
+MIN_TEXT_TOKENS = 1 << 18
 # Lines longer than so many words are broken: needles stand between lines.
 _LINE_WORDS = 40
+
+
+def tokens_for_lines(longest: int) -> int:
+    """How many tokens of text samples of up to `longest` tokens are made from.
+
+    In powers of two, so that not every longest length makes other samples of the shorter ones.
+    """
+    return max(MIN_TEXT_TOKENS, 1 << (4 * longest - 1).bit_length())
 
 
 class LocalText:

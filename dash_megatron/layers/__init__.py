@@ -7,6 +7,7 @@ from dash_megatron.layers.model import (
     build_model,
     dash_layers,
     init_weights,
+    judging,
     routing_means,
     take_context_bytes,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "build_model",
     "dash_layers",
     "init_weights",
+    "judging",
     "routing_means",
     "take_context_bytes",
 ]

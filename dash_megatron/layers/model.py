@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -27,6 +29,7 @@ from dash_megatron.layers.core_attention import (
     PackedDocuments,
     RoutingMeans,
 )
+from dash_megatron.layers.likeliest import is_likeliest
 from dash_megatron.layers.norm import RMSNorm
 from dash_megatron.layers.rotary import PackedRotaryEmbedding, attention_factor
 from dash_megatron.layers.sharding import mark_splits, shard, split_of, whole_shape
@@ -44,6 +47,9 @@ MAX_LOGITS = 2**28
 
 class DashGPTModel(GPTModel):
     """Megatron-core's `GPTModel` on packed documents, on any device."""
+
+    words: int | None = None
+    """While labels are judged, rows of the embedding table that are words; see `judging`."""
 
     def __init__(self, *args: Any, rotary: PackedRotaryEmbedding, **kwargs: Any) -> None:
         super().__init__(*args, position_embedding_type="none", **kwargs)
@@ -66,15 +72,23 @@ class DashGPTModel(GPTModel):
         batch, local_tokens = hidden_states.shape[1], hidden_states.shape[0]
         # logits of 128K tokens and 128K words would fill the largest GPU
         tokens_at_once = max(1, MAX_LOGITS * ranks // (batch * self.vocab_size * shares))
-        if local_tokens <= tokens_at_once:
+        words = self.words
+        if local_tokens <= tokens_at_once and words is None:
             return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
         weight = (
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         )
 
         def score(hidden: Tensor, target_BSN: Tensor) -> Tensor:
-            logits = self.output_layer(hidden, weight=weight)[0]
-            return self.compute_language_model_loss(target_BSN.flatten(1), logits).view_as(target_BSN)
+            logits, target_BN = self.output_layer(hidden, weight=weight)[0], target_BSN.flatten(1)
+            # before the loss, which is computed in the logits' own memory
+            right_BN = (
+                None if words is None else is_likeliest(logits, target_BN, words, self.pg_collection.tp)
+            )
+            found = self.compute_language_model_loss(target_BN, logits)
+            if right_BN is not None:
+                found = torch.stack([found, right_BN], dim=-1)
+            return found.unflatten(1, target_BSN.shape[1:])
 
         labels_BSN = labels.view(batch, shares, local_tokens)
         pieces = zip(
@@ -84,7 +98,7 @@ class DashGPTModel(GPTModel):
         losses = [
             checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces
         ]
-        return torch.cat(losses, dim=2).flatten(1)
+        return torch.cat(losses, dim=2).flatten(1, 2)
 
     def forward(  # type: ignore[override]
         self,
@@ -105,7 +119,8 @@ class DashGPTModel(GPTModel):
                 the whole sequence.
 
         Returns:
-            Cross entropy in nats, float32 [B, N], or logits [B, N, vocabulary] where labels is None.
+            Cross entropy in nats, float32 [B, N], or logits [B, N, vocabulary] where labels is None. Within `judging`,
+            float32 [B, N, 2]: cross entropy, and 1 or 0 for labels that are the likeliest word or not.
         """
         packed = None
         if cu_seqlens is not None:
@@ -121,6 +136,17 @@ class DashGPTModel(GPTModel):
                 context=context,
             )
         return super().forward(tokens, position_ids, None, labels=labels, packed_seq_params=packed)
+
+
+@contextlib.contextmanager
+def judging(model: torch.nn.Module, words: int) -> Iterator[None]:
+    """Let a `DashGPTModel` also say of each label whether it is the likeliest of the first `words` rows of its table."""
+    judge = cast(DashGPTModel, model)
+    judge.words = words
+    try:
+        yield
+    finally:
+        judge.words = None
 
 
 class RecomputedTransformerLayer(TransformerLayer):

@@ -16,6 +16,7 @@ from dash_megatron.layers import routing_means, take_context_bytes
 from dash_megatron.parallel import context_parallel_group, tensor_group
 from dash_megatron.training.flops import peak_flops, training_flops_per_token
 from dash_megatron.training.metrics import StepMetrics
+from dash_megatron.training.validation import Validation
 
 
 class StepTotals:
@@ -138,7 +139,7 @@ class Meter:
         totals: StepTotals,
         lr: float,
         grad_norm: float,
-        valid_loss: float | None,
+        valid: Validation,
         skipped: int,
         alarms: int,
         slowest: tuple[int, float],
@@ -159,10 +160,13 @@ class Meter:
         return StepMetrics(
             step=step,
             loss=totals.loss,
-            valid_loss=valid_loss,
+            valid_loss=valid.loss,
+            valid_loss_by_position=valid.by_position,
+            tasks=valid.tasks,
             lr=lr,
             grad_norm=grad_norm,
             tokens=step * self.tokens_per_step,
+            context_length=self.config.data.context_length_at(step - 1),
             tokens_per_second=rate,
             model_tflops_per_second=model_flops / 1e12,
             dense_equivalent_tflops_per_second=dense_flops / 1e12,

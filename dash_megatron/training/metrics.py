@@ -6,6 +6,7 @@ import datetime
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -14,6 +15,19 @@ from torch.utils.tensorboard import SummaryWriter
 from dash_megatron.retry import explain, retry
 
 logger = logging.getLogger(__name__)
+
+
+PositionLoss = TypedDict("PositionLoss", {"from": int, "to": int, "loss": float})
+"""Mean loss of the targets whose tokens stand at positions [from, to) of their document."""
+
+
+class TaskScore(TypedDict):
+    """Means over the samples of a task."""
+
+    score: float
+    """Share of the answers that are the likeliest ones."""
+    nll: float
+    """Loss per token of the answers, nats."""
 
 
 class StepMetrics(TypedDict):
@@ -25,11 +39,17 @@ class StepMetrics(TypedDict):
     """Mean cross entropy of the step's target tokens, in nats."""
     valid_loss: float | None
     """The same on the validation samples, at steps that validate."""
+    valid_loss_by_position: list[PositionLoss] | None
+    """Its parts, in order; without positions that no document of the samples has."""
+    tasks: dict[str, dict[str, TaskScore]] | None
+    """By name and length, at steps that score `evaluation.tasks`."""
     lr: float
     grad_norm: float
     """Before clipping."""
     tokens: int
     """Tokens read since the start of the run."""
+    context_length: int
+    """Most tokens of context in the step, as `data.seq_length_curriculum` says."""
     tokens_per_second: float
     """Mean since the last logged step, all processes together, validation and saving left out."""
     model_tflops_per_second: float
@@ -110,21 +130,33 @@ class MetricsWriter:
     def _write_board(self, metrics: StepMetrics) -> None:
         if self._board is not None:
             for name, value in metrics.items():
-                if isinstance(value, list):
-                    for layer, part in enumerate(value):
-                        self._scalar(f"{name}/layer_{layer:02d}", part, metrics["step"])
-                elif name != "step":
-                    self._scalar(f"train/{name}", value, metrics["step"])
+                for tag, number in _scalars(name, value):
+                    if number is not None and name != "step":
+                        self._board.add_scalar(tag, number, metrics["step"])
             self._board.flush()
-
-    def _scalar(self, name: str, value: Any, step: int) -> None:
-        if value is not None and self._board is not None:
-            self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Finish TensorBoard's file; `metrics.jsonl` is complete after every step."""
         if self._board is not None:
             self._board.close()
+
+
+def _scalars(name: str, value: Any) -> Iterator[tuple[str, float | None]]:
+    """A metric's curves in TensorBoard, and their points."""
+    if isinstance(value, dict):
+        for task, lengths in value.items():
+            for length, means in lengths.items():
+                yield f"{name}/{task}/{length}", means["score"]
+                yield f"{name}_nll/{task}/{length}", means["nll"]
+        return
+    if not isinstance(value, list):
+        yield f"train/{name}", value
+        return
+    for layer, part in enumerate(value):
+        if isinstance(part, dict):
+            yield f"{name}/{part['from']:06d}_to_{part['to']:06d}", part["loss"]
+        else:
+            yield f"{name}/layer_{layer:02d}", part
 
 
 def _replace(path: Path, text: str) -> None:

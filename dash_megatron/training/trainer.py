@@ -6,16 +6,13 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from dash_megatron.config import Config
-from dash_megatron.data.batches import BatchSource, PackedBatch
-from dash_megatron.data.blend import parse_blend, unigram_entropy
-from dash_megatron.data.dataset import build_dataset
+from dash_megatron.data.batches import PackedBatch
+from dash_megatron.data.blend import unigram_entropy
 from dash_megatron.exit_codes import ExitCode
 from dash_megatron.layers import build_model, dash_layers, init_weights
 from dash_megatron.ops.fingerprint import implementation_fingerprint
@@ -42,7 +39,9 @@ from dash_megatron.training.setup import (
     seed_everything,
     set_up_logging,
 )
+from dash_megatron.training.sources import batch_source, open_rows
 from dash_megatron.training.stop import Halted, StopSignals, agree
+from dash_megatron.training.validation import Validation, Validator
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +79,16 @@ class Trainer:
         set_up_logging(self.is_main)
         fingerprint = implementation_fingerprint()
         check_same_implementation(fingerprint)
-        self.train_source = self._source("train", config.training.steps * config.training.global_batch)
-        self.valid_source = self._source("valid", config.evaluation.samples) if config.data.valid else None
+        num_samples = config.training.steps * config.training.global_batch
+        self.train_source = batch_source(
+            config,
+            open_rows(config, "train", num_samples, self.tokenizer),
+            self.tokenizer.eod,
+            self.device,
+            num_workers=config.data.num_workers,
+            max_context=config.data.context_length_at,
+        )
+        self.validator = Validator(config, self.tokenizer, self.device)
         model = build_model(config, self.vocab_size, self.device)
         init_weights(model, config.training.seed, config.model.init_std)
         if config.training.init_from and not finished_steps(config.run_dir):
@@ -127,8 +134,7 @@ class Trainer:
             totals, lr = self.train_step()
             if self.rolled_back:
                 continue
-            valid_loss = self.maybe_validate()
-            self.maybe_log(totals, lr, valid_loss)
+            self.maybe_log(totals, lr, self.maybe_validate())
             self.watchdog.beat()
             self.maybe_save()
         self.watchdog.stop()
@@ -157,7 +163,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the place in the run that `state_dict` described."""
         self.step = state["step"]
-        self.train_source.load_state_dict(state["data"])
+        self.train_source.load_state_dict({"steps": self.step, **state["data"]})
         self.guard.load_state_dict(state["faults"])
         self.density.load_state_dict(state.get("density", {}))
 
@@ -267,29 +273,16 @@ class Trainer:
         logger.warning("back from step %d to the checkpoint of step %d", bad, self.step)
         return True
 
-    @torch.no_grad()
-    def maybe_validate(self) -> float | None:
-        """Mean loss over the validation samples, at steps that validate; collective."""
-        every, source = self.config.evaluation.every, self.valid_source
-        if source is None or not every or (self.step % every and self.step != self.config.training.steps):
-            return None
+    def maybe_validate(self) -> Validation:
+        """Validate, and score tasks, at steps that are to; collective."""
         with self.meter.paused():
-            self.engine.module.eval()
-            source.load_state_dict({"consumed_samples": 0})
-            sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-            one = torch.ones((), device=self.device)
-            for batch in source:
-                self.watchdog.beat()
-                loss = share_of_global_mean(self.engine.model, batch.to(self.device), one)
-                sums += torch.stack([loss.double(), batch.loss_mask.sum().to(self.device).double()])
-            dist.all_reduce(sums)  # copies on tensor-parallel ranks are in both sums, and cancel
-            return (sums[0] / sums[1].clamp_min(1)).item()
+            return self.validator.run(self.engine, self.step, self.watchdog.beat)
 
-    def maybe_log(self, totals: StepTotals, lr: float, valid_loss: float | None) -> None:
+    def maybe_log(self, totals: StepTotals, lr: float, valid: Validation) -> None:
         """Report the first and last step, every `logging.every` steps, and validations; rank 0."""
         last = self.config.training.steps
         due = self.step in (1, last) or self.step % self.config.logging.every == 0
-        if not due and valid_loss is None:
+        if not due and valid == Validation():
             return
         self.meter.lap()
         slowest = self.busy.slowest()
@@ -299,7 +292,7 @@ class Trainer:
             norm, alarms = self.engine.grad_norm(), self.collapse.alarms
             factors = self.density.factors(self.config.model.layers)
             metrics = self.meter.measure(
-                self.step, totals, lr, norm, valid_loss, skipped, alarms, slowest, factors
+                self.step, totals, lr, norm, valid, skipped, alarms, slowest, factors
             )
             self.writer.write(metrics)
             print(console_line(metrics, last, (last - self.step) * self.meter.seconds_per_step), flush=True)
@@ -325,34 +318,6 @@ class Trainer:
             self.checkpointer.save(self.step, self.state_dict(), row, loss)
             if self.finished:
                 self.checkpointer.finish()
-
-    def _source(self, split: str, num_samples: int) -> BatchSource:
-        config = self.config
-        entries = config.data.train if split == "train" else config.data.valid
-        dataset = build_dataset(
-            parse_blend(entries),
-            seq_length=config.data.seq_length,
-            num_samples=num_samples,
-            seed=config.training.seed,
-            tokenizer=self.tokenizer,
-            cache_dir=config.data.cache_dir or Path(config.run_dir) / "index_cache",
-            split_name=split,
-        )
-        return BatchSource(
-            dataset,
-            global_batch=config.training.global_batch,
-            micro_batch=config.training.micro_batch,
-            eod=self.tokenizer.eod,
-            pack_documents=config.data.pack_documents,
-            data_parallel_rank=data_rank(),
-            data_parallel_size=self.data_parallel_size,
-            num_workers=config.data.num_workers if split == "train" else 0,
-            pad_last=split == "valid",
-            pin_memory=self.device.type == "cuda",
-            context_rank=context_rank(),
-            context_size=config.parallel.context,
-            chunk_size=config.attention.chunk_size if config.attention.kind == "dash" else None,
-        )
 
     def _introduction(self) -> str:
         config, training, parallel = self.config, self.config.training, self.config.parallel

@@ -77,6 +77,28 @@ def test_configs_cannot_be_changed(path: Path) -> None:
         ),
         ("schedule.warmup_steps=101", "schedule.warmup_steps=101 + schedule.decay_steps=0 = 101"),
         ("evaluation.every=5", "evaluation.every=5 needs data.valid, which is empty"),
+        ("data.seq_length_curriculum={10: 128}", "must say which length the run begins with, at step 0"),
+        ("data.seq_length_curriculum={}", "must say which length the run begins with, at step 0"),
+        ("data.seq_length_curriculum={0: 48, 9: 128}", "48 must divide data.seq_length=128"),
+        ("data.seq_length_curriculum={0: 256, 9: 128}", "256 must divide data.seq_length=128"),
+        ("data.seq_length_curriculum={0: 0, 9: 128}", "0 must divide data.seq_length=128"),
+        (
+            "data.seq_length_curriculum={0: 32, 9: 128}",
+            "32 must be a multiple of attention.chunk_size=64, so that no cut shortens a chunk, such as {0: 64, 10: 128}",
+        ),
+        ("data.seq_length_curriculum={0: 128, 9: 64}", "must end with data.seq_length=128"),
+        ("data.seq_length_curriculum={0: 64, 100: 128}", "at step 100, but training.steps=100"),
+        ("data.seq_length_curriculum={first: 64}", "data.seq_length_curriculum.first"),
+        (
+            "evaluation.tasks=[copy, niah]",
+            "evaluation.tasks=['copy', 'niah'] names niah; the known ones are needle, ",
+        ),
+        ("evaluation.tasks_every=5", "evaluation.tasks_every=5 needs evaluation.tasks, which is empty"),
+        (
+            "evaluation={tasks: [copy], tasks_every: 5}",
+            "evaluation.tasks_every=5 needs data.valid, which is empty; name a validation set or set evaluation.tasks_every=0",
+        ),
+        ("evaluation.task_lengths=[128, 129]", "129 must be at least 2 and at most data.seq_length=128"),
         ("optimizer.betas=[0.9,1.0]", "optimizer.betas=(0.9, 1.0) must both lie in [0, 1)"),
         ("zero.options={stage: 2}", "zero.options={'stage': 2} must not set ['stage']"),
         ("zero.stage=4", "zero.stage=4"),
@@ -161,8 +183,23 @@ def test_global_batch_is_split_over_processes_and_the_message_states_the_arithme
         config.accumulation_steps(3)
 
 
+def test_lengths_hold_from_their_step_on(path: Path) -> None:
+    data = load_config(path, ["data.seq_length_curriculum={7: 128, 0: 64}"]).data
+    assert [data.context_length_at(step) for step in (0, 6, 7, 99)] == [64, 64, 128, 128]
+    assert load_config(path).data.context_length_at(0) == 128
+    # full attention has no chunks
+    load_config(path, ["data.seq_length_curriculum={0: 2, 9: 128}", "attention.kind=full"])
+
+
 def test_the_resolved_config_reads_back_as_itself(path: Path, tmp_path: Path) -> None:
-    config = load_config(path, ["attention.full_layers=[1]", "zero.options={overlap_comm: false}"])
+    config = load_config(
+        path,
+        [
+            "attention.full_layers=[1]",
+            "zero.options={overlap_comm: false}",
+            "data.seq_length_curriculum={0: 64, 9: 128}",
+        ],
+    )
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert load_config(resolved) == config

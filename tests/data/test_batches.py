@@ -28,12 +28,13 @@ class Numbers:
         return row(text)
 
 
-def naive(texts: list[list[int]], pack_documents: bool):
+def naive(texts: list[list[int]], pack_documents: bool, max_context: int | None = None):
     """Walk over the tokens one by one."""
     positions, mask, starts, total = [], [], [], 0
     for text in texts:
         for place in range(len(text) - 1):
-            if place == 0 or (pack_documents and text[place - 1] == EOD):
+            cut = max_context is not None and place % max_context == 0
+            if place == 0 or cut or (pack_documents and text[place - 1] == EOD):
                 starts.append(total)
             positions.append(total - starts[-1])
             mask.append(text[place] != EOD)
@@ -55,6 +56,22 @@ def test_packing_equals_a_walk_over_the_tokens(pack_documents):
             assert batch.loss_mask.tolist() == [mask]
             assert batch.cu_seqlens.tolist() == cu_seqlens
             assert num_target_tokens(batch) == sum(mask)
+
+
+@pytest.mark.parametrize("pack_documents", [True, False], ids=["packed", "rows alone"])
+def test_a_shorter_context_cuts_every_row_and_changes_neither_tokens_nor_targets(pack_documents):
+    generator = torch.Generator().manual_seed(0)
+    for max_context in (2, 4, 12):
+        texts = torch.randint(0, 6, (3, 13), generator=generator).tolist()
+        rows = [row(text) for text in texts]
+        batch = pack_samples(rows, EOD, pack_documents, max_context=max_context)
+        whole = pack_samples(rows, EOD, pack_documents)
+        positions, _, cu_seqlens = naive(texts, pack_documents, max_context)
+        assert batch.position_ids.tolist() == [positions]
+        assert max(positions) < max_context
+        assert batch.cu_seqlens.tolist() == cu_seqlens
+        for name in ("tokens", "labels", "loss_mask"):
+            assert torch.equal(getattr(batch, name), getattr(whole, name)), name
 
 
 def test_packed_tensors_have_the_promised_types():
@@ -117,7 +134,7 @@ def read_step(dataset, consumed, global_batch, ranks, micro_batch, **settings):
         )
         source.load_state_dict({"consumed_samples": consumed})
         batches = [source.next_batch() for _ in range(source.accumulation_steps)]
-        assert source.state_dict() == {"consumed_samples": consumed + global_batch}
+        assert source.state_dict()["consumed_samples"] == consumed + global_batch
         steps.append(batches)
     return steps
 
@@ -163,7 +180,7 @@ def test_a_global_batch_that_is_under_way_counts_as_not_begun():
     source = BatchSource(Numbers(100), global_batch=4, micro_batch=1, eod=EOD)
     for _ in range(6):
         source.next_batch()
-    assert source.state_dict() == {"consumed_samples": 4}
+    assert source.state_dict() == {"consumed_samples": 4, "steps": 1}
 
 
 @pytest.mark.parametrize("start", [0, 6])
@@ -183,6 +200,37 @@ def test_workers_read_what_the_trainer_would_read(start):
     random_state = torch.random.get_rng_state()
     assert read(2) == read(0)
     assert torch.equal(torch.random.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_the_length_of_a_step_depends_on_the_step_alone(num_workers):
+    def read(state, micro_batch=2, global_batch=4):
+        source = BatchSource(
+            Numbers(100, seq_length=8),
+            global_batch=global_batch,
+            micro_batch=micro_batch,
+            eod=0,  # there is none: only cuts make documents
+            num_workers=num_workers,
+            max_context={0: 2, 1: 2, 2: 4, 3: 8, 4: 8}.__getitem__,
+        )
+        source.load_state_dict(state)
+        longest = []
+        while source.steps < 5:
+            step, batch = source.steps, source.next_batch()
+            longest.append((step, int(batch.cu_seqlens.diff().max())))
+        return sorted(set(longest)), source.state_dict()
+
+    assert read({"consumed_samples": 0}) == (
+        [(0, 2), (1, 2), (2, 4), (3, 8), (4, 8)],
+        {"consumed_samples": 20, "steps": 5},
+    )
+    later = [(2, 4), (3, 8), (4, 8)]
+    assert read({"consumed_samples": 8}, micro_batch=1)[0] == later
+    # two steps of 4 samples, then steps of 6
+    assert read({"consumed_samples": 8, "steps": 2}, global_batch=6) == (
+        later,
+        {"consumed_samples": 26, "steps": 5},
+    )
 
 
 def test_an_error_in_a_worker_reaches_the_trainer():

@@ -24,6 +24,7 @@ from dash_megatron.doctor.parity import check_parity
 from dash_megatron.doctor.resume import check_resume, compare_starts, small_run
 from dash_megatron.doctor.runner import Check, Finding, merge_largest, run_checks
 from dash_megatron.doctor.session import Session
+from dash_megatron.doctor.small import tiny
 from dash_megatron.layers import DashCoreAttention, FullCoreAttention
 from dash_megatron.parallel import destroy_process_groups
 from tests.ops.kernels_under_test import import_kernels
@@ -248,8 +249,12 @@ def test_the_small_run_of_a_large_config_keeps_layout_heads_and_sequences(config
         training={"steps": 5000, "global_batch": 512, "micro_batch": 2, "precision": "bf16"},
         attention={"full_layers": [0, 8], "scaling_factor": [2.0, 4.0, 3.0, 1.0] * 8},
         zero={"stage": 2},
+        data={"valid": ["/valid"], "seq_length_curriculum": {0: 64, 4000: config.data.seq_length}},
+        evaluation={"every": 100, "tasks": ["copy"], "tasks_every": 100, "task_lengths": [100]},
     )
     small = small_run(large, 16, Path("/x"))
+    assert (small.evaluation.every, small.evaluation.tasks_every) == (0, 0)
+    assert tiny(large).data.seq_length_curriculum is None
     for name in ("parallel", "zero", "optimizer"):
         assert getattr(small, name) == getattr(large, name)
     assert (small.model.heads, small.model.kv_heads, small.model.channels_per_head) == (32, 8, 128)

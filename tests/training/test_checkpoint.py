@@ -65,7 +65,7 @@ def test_a_checkpoint_holds_what_its_manifest_says_and_no_pickles(run: dict[str,
     assert {Path(name).suffix for name in files} == {".safetensors", ".json"}
     facts = json.loads((folder / "checkpoint.json").read_text())
     assert facts["step"] == facts["adam_steps"] == 4
-    assert facts["trainer"]["data"] == {"consumed_samples": 16}
+    assert facts["trainer"]["data"] == {"consumed_samples": 16, "steps": 4}
     assert facts["about"].keys() == {"commit", "implementation", "device"}
     assert config_from_dict(facts["config"]) == config_from_dict(run)
     assert (folder_of(run) / "latest").read_text() == "step_00000004\n"

@@ -37,7 +37,22 @@ def test_tensorboard_gets_scalars_of_steps_and_layers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     writer = MetricsWriter(tmp_path, tensorboard=True, resumed_step=0)
-    writer.write(line_of(1))
+    writer.write(
+        line_of(1)
+        | {
+            "valid_loss_by_position": [{"from": 0, "to": 64, "loss": 2.5}],
+            "tasks": {"copy": {"128": {"score": 0.25, "nll": 3.5}}},
+        }
+    )
     writer.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert set(events.Tags()["scalars"]) == {"train/loss", "density_per_layer/layer_00"}
+    by_position = "valid_loss_by_position/000000_to_000064"
+    assert set(events.Tags()["scalars"]) == {
+        "train/loss",
+        "density_per_layer/layer_00",
+        by_position,
+        "tasks/copy/128",
+        "tasks_nll/copy/128",
+    }
+    assert [event.value for event in events.Scalars("tasks/copy/128")] == [0.25]
+    assert [(event.step, event.value) for event in events.Scalars(by_position)] == [(1, 2.5)]

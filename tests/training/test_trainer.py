@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ def test_train_runs_alone_and_leaves_config_metrics_tensorboard_and_a_checkpoint
     config_file: str, tiny_config: dict[str, Any]
 ) -> None:
     overrides = ["training.steps=3", "logging.tensorboard=true", "evaluation.every=2", "evaluation.samples=3"]
+    overrides += ["evaluation.tasks=[copy]", "evaluation.tasks_every=3", "evaluation.task_samples=2"]
     result = start(["--config", config_file, *overrides])
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if line.startswith("step ")]
@@ -50,10 +52,13 @@ def test_train_runs_alone_and_leaves_config_metrics_tensorboard_and_a_checkpoint
         lines[1],
     )
     run = Path(tiny_config["run_dir"])
-    first, second, _ = read_metrics(run)
+    first, second, third = read_metrics(run)
     assert first.keys() == StepMetrics.__annotations__.keys()
     assert first["valid_loss"] is None
     assert second["valid_loss"] is not None
+    assert [(part["from"], part["to"]) for part in second["valid_loss_by_position"]] == [(0, 64), (64, 128)]
+    assert second["tasks"] is None
+    assert third["tasks"] == {"copy": {"128": {"score": ANY, "nll": pytest.approx(5.8, abs=1.0)}}}
     assert second["tokens"] == 2 * 4 * 128
     assert len(second["density_per_layer"]) == len(second["chunks_selected_per_layer"]) == 2
     assert second["model_tflops_per_second"] > 0

@@ -125,7 +125,8 @@ def _measured_steps(trainer: Any, steps: int) -> dict[str, Any]:
     result["density"] = totals.per_layer(0)
     for _ in range(steps - 1):
         trainer.train_step()
-    result["validation"] = trainer.maybe_validate()
+    validation = trainer.maybe_validate()
+    result["validation"] = [validation.loss, *(part["loss"] for part in validation.by_position or [])]
     return {**result, "first_weights": first, "weights": engine.full_weights()}
 
 

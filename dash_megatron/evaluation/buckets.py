@@ -1,0 +1,11 @@
+"""Buckets of positions that losses are averaged over."""
+
+FIRST_BUCKET = 64
+
+
+def buckets(length: int) -> list[int]:
+    """Where buckets of positions end: at 64, then each twice as far, the last at `length`."""
+    ends = [FIRST_BUCKET]
+    while ends[-1] * 2 <= length:
+        ends.append(ends[-1] * 2)
+    return [end for end in ends if end < length] + [length]

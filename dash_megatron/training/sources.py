@@ -1,0 +1,58 @@
+"""Where a process's batches come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dash_megatron.config import Config
+from dash_megatron.data.batches import BatchSource, RowDataset
+from dash_megatron.data.blend import parse_blend
+from dash_megatron.data.dataset import TokenRows, build_dataset
+from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.parallel import context_rank, data_rank
+
+
+def open_rows(config: Config, split: str, num_samples: int, tokenizer: Tokenizer) -> TokenRows:
+    """Rows of `data.train` or `data.valid`; collective. Raises as `build_dataset`."""
+    return build_dataset(
+        parse_blend(config.data.train if split == "train" else config.data.valid),
+        seq_length=config.data.seq_length,
+        num_samples=num_samples,
+        seed=config.training.seed,
+        tokenizer=tokenizer,
+        cache_dir=config.data.cache_dir or Path(config.run_dir) / "index_cache",
+        split_name=split,
+    )
+
+
+def batch_source(
+    config: Config, rows: RowDataset, eod: int, device: torch.device, **settings: Any
+) -> BatchSource:
+    """This process's share of some rows.
+
+    Args:
+        config: the run.
+        rows: of `data.seq_length` tokens.
+        eod: the token that ends a document.
+        device: what this process computes on.
+        settings: of `BatchSource`, in place of those of training.
+    """
+    return BatchSource(
+        rows,
+        **{
+            "global_batch": config.training.global_batch,
+            "micro_batch": config.training.micro_batch,
+            "eod": eod,
+            "pack_documents": config.data.pack_documents,
+            "data_parallel_rank": data_rank(),
+            "data_parallel_size": config.data_parallel_size(torch.distributed.get_world_size()),
+            "pin_memory": device.type == "cuda",
+            "context_rank": context_rank(),
+            "context_size": config.parallel.context,
+            "chunk_size": config.attention.chunk_size if config.attention.kind == "dash" else None,
+            **settings,
+        },
+    )

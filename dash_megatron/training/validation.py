@@ -1,0 +1,118 @@
+"""Evaluation during training: the mean loss over the same samples each time, also by position, and scores of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from dash_megatron.config import Config
+from dash_megatron.data.batches import BatchSource
+from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.evaluation.buckets import buckets
+from dash_megatron.training.engine import Engine
+from dash_megatron.training.metrics import PositionLoss, TaskScore
+from dash_megatron.training.sources import batch_source, open_rows
+from dash_megatron.training.task_scores import TaskScorer
+
+
+class Validation(NamedTuple):
+    """What a step found out about the model; None where it did not look."""
+
+    loss: float | None = None
+    """Mean over the targets of the validation samples, nats."""
+    by_position: list[PositionLoss] | None = None
+    """The same by position in the document, without positions that no document has."""
+    tasks: dict[str, dict[str, TaskScore]] | None = None
+    """Scores of tasks, by name and length."""
+
+
+class Validator:
+    """Validates and scores tasks at the steps that `evaluation` names, on all processes together.
+
+    Args:
+        config: the run.
+        tokenizer: of the run.
+        device: what this process computes on.
+
+    Raises:
+        ValueError, FileNotFoundError: the validation data cannot be used, or a task has no sample of a length.
+    """
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self._source: BatchSource | None = None
+        self._tasks: TaskScorer | None = None
+        if config.data.valid:
+            rows = open_rows(config, "valid", config.evaluation.samples, tokenizer)
+            self._source = batch_source(config, rows, tokenizer.eod, device, pad_last=True)
+        if config.evaluation.tasks_every:
+            self._tasks = TaskScorer(config, tokenizer, device)
+
+    def run(self, engine: Engine, step: int, beat: Callable[[], None]) -> Validation:
+        """Do what is due after a step; collective.
+
+        Args:
+            engine: the model, left in evaluation mode by what is done.
+            step: finished optimizer steps.
+            beat: called before every batch.
+        """
+        found = Validation()
+        if self._source is not None and self._due(step, self.config.evaluation.every):
+            engine.module.eval()
+            found = validate(engine.model, self._source, self.config.data.seq_length, self.device, beat)
+        if self._tasks is not None and self._due(step, self.config.evaluation.tasks_every):
+            engine.module.eval()
+            found = found._replace(tasks=self._tasks.score(engine, beat))
+        return found
+
+    def _due(self, step: int, every: int) -> bool:
+        return bool(every) and (step % every == 0 or step == self.config.training.steps)
+
+
+@torch.no_grad()
+def validate(
+    model: torch.nn.Module,
+    source: BatchSource,
+    seq_length: int,
+    device: torch.device,
+    beat: Callable[[], None] = lambda: None,
+) -> Validation:
+    """Average the loss over all of a source's samples, from the first on; collective.
+
+    Args:
+        model: gives the losses of a `PackedBatch`'s tokens, as `DashGPTModel` does.
+        source: this process's share of the samples.
+        seq_length: tokens of a row.
+        device: what this process computes on.
+        beat: called before every batch.
+    """
+    ends = buckets(seq_length)
+    ends_K = torch.tensor(ends, device=device)
+    numbers_K1 = torch.arange(len(ends), device=device)[:, None]
+    # losses and targets of each bucket
+    sums_2K = torch.zeros(2, len(ends), dtype=torch.float64, device=device)
+    source.load_state_dict({"consumed_samples": 0})
+    for batch in source:
+        beat()
+        batch = batch.to(device)
+        loss_BN = model(batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens, batch.context)
+        bucket_BN = torch.bucketize(batch.position_ids, ends_K, right=True)
+        inside_KN = (bucket_BN == numbers_K1) & batch.loss_mask
+        sums_2K[0] += torch.where(inside_KN, loss_BN, 0.0).sum(1, dtype=torch.float64)
+        sums_2K[1] += inside_KN.sum(1)
+    # of tokens that several processes have copies of, losses and targets are in the sums as often, and that cancels
+    dist.all_reduce(sums_2K)
+    losses, targets = sums_2K.tolist()
+    starts = [0, *ends[:-1]]
+    return Validation(
+        sum(losses) / max(1.0, sum(targets)),
+        [
+            {"from": start, "to": end, "loss": loss / count}
+            for start, end, loss, count in zip(starts, ends, losses, targets, strict=True)
+            if count
+        ],
+    )
