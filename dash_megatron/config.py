@@ -91,6 +91,13 @@ class AttentionConfig(Section):
     scaling_factor: float | tuple[float, ...] = 1.0
     """Multiplies routing scores before entmax, above 0; larger values select fewer chunks. A list has one for each
     layer."""
+    length_scaling: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Above 0, routing scores of a token with n past chunks are also multiplied by `1 + length_scaling * ln(n)`, as
+    adaptive-scalable entmax does (arXiv 2506.16640): without, entmax spreads over more chunks as documents grow. Try 0.1
+    to 0.5 where a model is to select as sharply at lengths beyond those it trains on."""
+    learned_scaling: bool = False
+    """Learn a factor on the routing scores for each kv head of each layer, beginning at 1; it multiplies
+    `scaling_factor`. Try it where the heads of a layer differ in density, or no single factor suits them."""
     target_density: float | tuple[float, ...] | dict[int, float | tuple[float, ...]] | None = None
     """Share of the available chunks to be selected, above 0 and up to 1: each layer's scaling factor is moved, from
     `scaling_factor` on, until its router selects that much. A list has one for each layer. A schedule, such as

@@ -311,12 +311,13 @@ def test_torch_compile_and_checkpointing_give_the_eager_bits():
         assert all(torch.equal(x, y) for x, y in zip(grads, expected, strict=True))
 
 
-@pytest.mark.parametrize("bounded", [True, False], ids=["bounded", "counted"])
-def test_the_op_passes_torchs_own_checks(bounded, monkeypatch):
+@pytest.mark.parametrize(("bounded", "learned"), [(True, False), (False, False), (True, True)])
+def test_the_op_passes_torchs_own_checks(bounded, learned, monkeypatch):
     if not bounded:
         monkeypatch.setattr(geometry, "MAX_BOUNDED_BYTES", 0)
     leaves, _ = _inputs(40)
-    arguments = (*leaves, None, 16, 3.0, 2.0, True, 1.5, True)
+    scaling = torch.tensor([1.0, 2.0], device=DEVICE, requires_grad=True) if learned else None
+    arguments = (*leaves, scaling, None, 16, 3.0, 2.0, True, 1.5, 0.5 if learned else 0.0, True)
     torch.library.opcheck(
         dash._forward, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
     )

@@ -152,7 +152,7 @@ def _router_block(
 @triton.jit
 def _router_bwd_kernel(
     q, summary, tau, dq, d_summary, mean_dp, list_chunk, list_log_prior, d_prior, list_offset, list_count,
-    chunk_start, chunk_end, stride_qn, stride_qh, scale, gradient_scale, exponent, inv_sigma,
+    chunk_start, chunk_end, factor, d_log_factor, stride_qn, stride_qh, scale, gradient_scale, exponent, inv_sigma,
     num_chunks, num_summaries,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     T: tl.constexpr, TILES_PER_CHUNK: tl.constexpr, BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr,
@@ -161,9 +161,13 @@ def _router_bwd_kernel(
     tiles_per_head = num_chunks * TILES_PER_CHUNK
     i_h = tl.program_id(0) // tiles_per_head
     i_tile = tiles_per_head - 1 - tl.program_id(0) % tiles_per_head
-    _own, start, end = tile_place(i_tile, chunk_start, chunk_end, TILES_PER_CHUNK, T)
+    i_c, start, end = tile_place(i_tile, chunk_start, chunk_end, TILES_PER_CHUNK, T)
     if start >= end:
         return
+    if factor is not None:
+        row_factor = tl.load(factor + i_h * num_chunks + i_c)
+        scale *= row_factor
+        gradient_scale *= row_factor
     p_tile = i_h.to(tl.int64) * tiles_per_head + i_tile
     offset, count = tl.load(list_offset + p_tile), tl.load(list_count + p_tile)
     o_r, o_d = tl.arange(0, T * GP), tl.arange(0, BLOCK_D)
@@ -205,6 +209,9 @@ def _router_bwd_kernel(
             b_d_summary = tl.dot(tl.trans(b_dz), b_q.to(GRADIENT), input_precision="ieee")
             p_ds = d_summary + o_c.to(tl.int64)[:, None] * D + o_d[None, :]
             tl.atomic_add(p_ds, b_d_summary, mask=m_e[:, None] & (o_d < D)[None, :], sem="relaxed")
+    if d_log_factor is not None:
+        # scores are proportional to queries and to the factor alike
+        tl.store(d_log_factor + p_tile, tl.sum(tl.sum(b_dq * b_q.to(tl.float32), 1), 0))
     b_dq += tl.load(dq + o_rd, mask=m_rd, other=0.0).to(tl.float32)
     tl.store(dq + o_rd, b_dq.to(dq.dtype.element_ty), mask=m_rd)
 
@@ -239,19 +246,22 @@ def backward_q(
 
 def backward_router(
     q: Tensor, summary: Tensor, tau: Tensor, dq: Tensor, d_prior: Tensor, lists: Lists, chunks: Tensor,
-    sizes: Sizes, router: Router, config: Config, deterministic: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Add the router's part to `dq` in place.
+    sizes: Sizes, router: Router, config: Config, deterministic: bool, factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Add the router's part to `dq` in place; `factor` is that of `route`.
 
     Returns:
         Gradient of the summaries, float32 [Hkv, chunks, D], summed with atomics; all zero if `deterministic`, for the
-        pass over the transposed lists to fill. And the mean of dp that the entmax gradient subtracts, [tokens, Hq].
+        pass over the transposed lists to fill. The mean of dp that the entmax gradient subtracts, [tokens, Hq]. And the
+        gradient of the logarithm of a head's factor, float32 [Hkv], if there is a factor.
     """
     d_summary = torch.zeros(summary.shape, dtype=torch.float32, device=q.device)
     mean_dp = torch.empty_like(tau)
+    # tiles without rows write nothing
+    d_log = None if factor is None else torch.zeros(sizes.num_kv_heads, sizes.tiles_per_head, device=q.device)
     _router_bwd_kernel[(sizes.num_tiles,)](
         q, summary, tau, dq, d_summary, mean_dp, lists.chunk, lists.log_prior, d_prior, lists.offset, lists.counts,
-        chunks[0], chunks[1], q.stride(0), q.stride(1), router.score_scale(sizes.head_dim),
+        chunks[0], chunks[1], factor, d_log, q.stride(0), q.stride(1), router.score_scale(sizes.head_dim),
         router.scaling_factor * sizes.head_dim**-0.5, router.exponent, router.inv_sigma, sizes.num_chunks,
         summary.shape[1],
         HKV=sizes.num_kv_heads, G=sizes.group, GP=sizes.padded_group, D=sizes.head_dim, BLOCK_D=sizes.block_d,
@@ -261,4 +271,4 @@ def backward_router(
         GRADIENT=tl.float32 if q.dtype == torch.float32 else tl.bfloat16,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return d_summary, mean_dp
+    return d_summary, mean_dp, None if d_log is None else d_log.sum(1)
