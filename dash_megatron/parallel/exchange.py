@@ -249,7 +249,14 @@ def _return_summaries(d_summary: Tensor, num_chunks: int, s: DashSide) -> Tensor
 class _ShardedDash(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, w: Tensor, head_scaling: Tensor | None, side: DashSide, exchange: Any
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        w: Tensor,
+        head_scaling: Tensor | None,
+        side: DashSide,
+        exchange: Any,
     ) -> tuple[Tensor, Tensor]:
         stages, chunks, C = side.stages, side.chunks.queries, side.chunk_size
         with side.group.counting("forward"):
@@ -304,7 +311,9 @@ def sharded_dash_attention(
     Returns:
         Output [n, Hq, D] in q's dtype, and the number of chunks selected, the own one included, int32 [n, Hkv].
     """
-    return _ShardedDash.apply(q, k.contiguous(), v.contiguous(), w, head_scaling, side, EXCHANGES[exchange](side))
+    return _ShardedDash.apply(
+        q, k.contiguous(), v.contiguous(), w, head_scaling, side, EXCHANGES[exchange](side)
+    )
 
 
 class _ShardedFull(torch.autograd.Function):

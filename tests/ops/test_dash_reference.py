@@ -39,7 +39,9 @@ def _cu_seqlens(*lengths):
 
 
 def _run(leaves, upstream, **settings):
-    out, routing = dash_attention(*leaves, return_routing=True, **_settings(**settings))
+    settings = _settings(**settings)
+    out, routing = dash_attention(*leaves, return_routing=True, **settings)
+    leaves = [*leaves, *_learned(settings["scaling_factor"])]
     return out.detach(), torch.autograd.grad(out, leaves, upstream), routing.chunks_selected
 
 
@@ -52,7 +54,7 @@ def _package_entmax(z, alpha):
     return package.entmax15(z) if alpha == 1.5 else package.entmax_bisect(z, alpha=alpha, n_iter=100)
 
 
-def _attend_by_loops(q, k, v, w, C, scaling_factor, sigma, estimate_diagonal, alpha):
+def _attend_by_loops(q, k, v, w, C, scaling_factor, sigma, estimate_diagonal, alpha, length_scaling):
     """One document, one key/value head, one token and chunk at a time: q [N, G, D], k and v [N, D], w [D]."""
     N, G, D = q.shape
     outputs, counts = [], []
@@ -62,7 +64,8 @@ def _attend_by_loops(q, k, v, w, C, scaling_factor, sigma, estimate_diagonal, al
         if own > 0:
             chunks = [k[c * C : (c + 1) * C] for c in range(own)]
             summaries = torch.stack([(x @ w / math.sqrt(D)).softmax(0) @ x for x in chunks])
-            z = [scaling_factor * summaries @ q[i, g] / math.sqrt(D) for g in range(G)]
+            factor = scaling_factor * (1 + length_scaling * math.log(own))
+            z = [factor * summaries @ q[i, g] / math.sqrt(D) for g in range(G)]
             p = sum(_package_entmax(z_g, alpha) for z_g in z) / G
             past = [c for c in range(own) if p[c] > 0]
             log_p = [p[c].log() for c in past]
@@ -89,12 +92,14 @@ def _oracle(
     estimate_diagonal=True,
     alpha=1.5,
     cu_seqlens=None,
+    length_scaling=0.0,
 ):
     """Output, gradients and chunk counts of the loops, in float64."""
     leaves = [x.detach().double().requires_grad_() for x in leaves]
     q, k, v, w = leaves
     (B, N, Hq, _), Hkv = q.shape, k.shape[2]
     ends = [0, N] if cu_seqlens is None else cu_seqlens.tolist()
+    factors = scaling_factor if isinstance(scaling_factor, torch.Tensor) else [scaling_factor] * Hkv
     out, counts = torch.zeros_like(q), torch.zeros(B, N, Hkv)
     for b in range(B):
         for h in range(Hkv):
@@ -102,10 +107,19 @@ def _oracle(
             for document in map(slice, ends[:-1], ends[1:]):
                 out[b, document, heads], counts[b, document, h] = _attend_by_loops(
                     q[b, document, heads], k[b, document, h], v[b, document, h], w[h],
-                    chunk_size, scaling_factor, sigma, estimate_diagonal, alpha,
+                    chunk_size, factors[h], sigma, estimate_diagonal, alpha, length_scaling,
                 )  # fmt: skip
+    leaves += _learned(scaling_factor)
     grads = torch.autograd.grad(out, leaves, upstream.double(), allow_unused=True, materialize_grads=True)
     return out.detach(), grads, counts
+
+
+def _learned(scaling_factor):
+    return [scaling_factor] if isinstance(scaling_factor, torch.Tensor) else []
+
+
+def _factors(*values):
+    return torch.tensor(values, dtype=torch.float64, requires_grad=True)
 
 
 CASES = {
@@ -119,6 +133,12 @@ CASES = {
     "prior not centred": ({}, {"estimate_diagonal": False}),
     "alpha 1.3": ({}, {"alpha": 1.3}),
     "alpha 2": ({}, {"alpha": 2.0}),
+    "length-aware": ({}, {"length_scaling": 0.7, "scaling_factor": 2.0}),
+    "length-aware, a factor a head, packed": (
+        {"N": 40},
+        {"cu_seqlens": _cu_seqlens(17, 23), "length_scaling": 0.7, "scaling_factor": _factors(5.0, 1.5)},
+    ),
+    "a factor a head": ({"B": 2}, {"scaling_factor": _factors(2.0, 9.0)}),
     "shorter than a chunk": ({"N": 3}, {}),
     "chunks of one token": ({"N": 12}, {"chunk_size": 1}),
     "packed": ({"N": 40}, {"cu_seqlens": _cu_seqlens(9, 1, 16, 3, 11)}),
@@ -168,7 +188,7 @@ def test_autocast_does_not_lower_the_precision():
     assert torch.equal(inside, dash_attention(*leaves, **_settings()))
 
 
-@pytest.mark.parametrize("wrt", ["q", "k", "v", "summary_query"])
+@pytest.mark.parametrize("wrt", ["q", "k", "v", "summary_query", "scaling_factor"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -177,8 +197,9 @@ def test_autocast_does_not_lower_the_precision():
         {"alpha": 1.3},
         {"alpha": 2.0, "estimate_diagonal": False},
         {"cu_seqlens": _cu_seqlens(8, 1, 4)},
+        {"length_scaling": 0.7},
     ],
-    ids=["centred", "not-centred", "alpha-1.3", "alpha-2", "packed"],
+    ids=["centred", "not-centred", "alpha-1.3", "alpha-2", "packed", "length-aware"],
 )
 def test_gradient_of_every_input_passes_gradcheck(settings, wrt, monkeypatch):
     leaves, _ = _inputs(N=13, D=3, seed=3)
@@ -192,13 +213,14 @@ def test_gradient_of_every_input_passes_gradcheck(settings, wrt, monkeypatch):
         return means[0]
 
     monkeypatch.setattr(reference, "_mean_log_p", frozen_mean)
-    at = ["q", "k", "v", "summary_query"].index(wrt)
-    fixed = [x.detach() for x in leaves]
+    names = ["q", "k", "v", "summary_query", "scaling_factor"]
+    leaves.append(_factors(6.0, 4.0))
+    inputs = {name: x.detach() for name, x in zip(names, leaves, strict=True)}
 
     def attend(x):
-        return dash_attention(*fixed[:at], x, *fixed[at + 1 :], **_settings(**settings))
+        return dash_attention(**_settings(**{**inputs, **settings, wrt: x}))
 
-    assert torch.autograd.gradcheck(attend, leaves[at])
+    assert torch.autograd.gradcheck(attend, leaves[names.index(wrt)])
 
 
 def test_the_router_learns_through_the_prior_and_a_flat_prior_teaches_it_nothing():

@@ -39,9 +39,7 @@ def _prepare(q: Tensor, k: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -
     return launches, measure(q, k, chunk_size, documents, launches.tile_rows)
 
 
-def _factors(
-    router: Router, sizes: Sizes, chunks: Tensor, head_scaling: Tensor | None
-) -> Tensor | None:
+def _factors(router: Router, sizes: Sizes, chunks: Tensor, head_scaling: Tensor | None) -> Tensor | None:
     past = torch.arange(sizes.num_chunks, device=chunks.device) - chunks[2]
     return router.factors(past, sizes.num_kv_heads, head_scaling)
 
@@ -154,8 +152,9 @@ def _backward(
         launches.queries,
     )  # fmt: skip
     d_summary, mean_dp, d_log_factor = backward_router(
-        rows_q, summary, tau, dq, d_prior, lists, chunks, sizes, router, launches.router, deterministic, factor
-    )
+        rows_q, summary, tau, dq, d_prior, lists, chunks, sizes, router, launches.router, deterministic, factor,
+        head_scaling is not None,
+    )  # fmt: skip
     transposed = transpose(lists, chunks, sizes)
     division = divide(transposed, chunks, sizes, min(launches.parts, sizes.least_work))
     dk, dv, dw = backward_kv(

@@ -260,7 +260,7 @@ def route_backward(
     factor = router.factors(_past(queries), len(summary), head_scaling)
     d_summary, mean_dp, d_log_factor = backward_router(
         q, summary, routed.tau, dq, d_prior, routed.lists, chunks, sizes, router, launches.router, deterministic,
-        factor,
+        factor, head_scaling is not None,
     )  # fmt: skip
     if deterministic:
         transposed = transpose(routed.lists, chunks, sizes, (0, summary.shape[1]))
