@@ -92,9 +92,10 @@ class AttentionConfig(Section):
     """Multiplies routing scores before entmax, above 0; larger values select fewer chunks. A list has one for each
     layer."""
     length_scaling: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Above 0, routing scores of a token with n past chunks are also multiplied by `1 + length_scaling * ln(n)`, as
-    adaptive-scalable entmax does (arXiv 2506.16640): without, entmax spreads over more chunks as documents grow. Try 0.1
-    to 0.5 where a model is to select as sharply at lengths beyond those it trains on."""
+    """Above 0, routing scores of a token with n past chunks are also multiplied by `1 + length_scaling * ln(n)`: of
+    adaptive-scalable entmax (arXiv 2506.16640) the growth with length, which works against selecting more and more
+    chunks as documents grow. Try it where density rises at late positions, or beyond the lengths trained on; at 1000
+    chunks, 0.1 makes a factor of 1.7."""
     learned_scaling: bool = False
     """Learn a factor on the routing scores for each kv head of each layer, beginning at 1; it multiplies
     `scaling_factor`. Try it where the heads of a layer differ in density, or no single factor suits them."""

@@ -288,7 +288,8 @@ def dash_attention(
         backend: "reference" (any device), "triton" (CUDA), or "auto": Triton on CUDA if importable, else the reference.
         return_routing: also return what the router chose.
         length_scaling: where it is above 0, the scores of a token with n past chunks are multiplied by
-            1 + length_scaling * ln(n) too, as adaptive-scalable entmax does (arXiv 2506.16640).
+            1 + length_scaling * ln(n) too: the growth with length of adaptive-scalable entmax (Vasylenko et al.,
+            "Long-Context Generalization with Sparse Attention", arXiv 2506.16640).
 
     Returns:
         Output [B, N, Hq, D] in q's dtype, accumulated in float32 or better; with `return_routing`, also a `Routing`.

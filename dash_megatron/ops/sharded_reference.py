@@ -134,7 +134,7 @@ def route_backward(
     with torch.enable_grad():
         given = (q, summary) if head_scaling is None else (q, summary, head_scaling)
         q, summary, *heads = leaves = [x.detach().requires_grad_() for x in wide(*given)]
-        bias, _ = _route(q, summary, chunk, first, _with_heads(router, *heads or [None]))
+        bias, _ = _route(q, summary, chunk, first, _with_heads(router, heads[0] if heads else None))
         dq, d_summary, *d_heads = torch.autograd.grad(bias, leaves, d_prior)
     return dq, d_summary, d_heads[0] if d_heads else None
 

@@ -163,7 +163,7 @@ def _backward(
     )  # fmt: skip
     # an op returns tensors only
     d_scaling = q.new_empty(0)
-    if head_scaling is not None:
+    if head_scaling is not None and d_log_factor is not None:
         d_scaling = (d_log_factor / head_scaling).to(head_scaling.dtype)
     return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), dw.to(w.dtype), d_scaling
 
