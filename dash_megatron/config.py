@@ -232,7 +232,7 @@ class OptimizerConfig(Section):
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled weight decay of matrices; norms and summary queries are not decayed."""
+    """Decoupled weight decay of matrices; norms, summary queries and learned factors are not decayed."""
     grad_clip: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 means no clipping."""
 

@@ -106,7 +106,9 @@ def test_summary_query_starts_at_zero_and_is_sharded_by_kv_head() -> None:
 
 def test_learned_scaling_starts_at_one_is_sharded_by_kv_head_and_multiplies_the_layers_factor() -> None:
     config = config_of(attention={"learned_scaling": True, "scaling_factor": 3.0, "length_scaling": 0.5})
-    module = model_of(config).decoder.layers[1].self_attention.core_attention
+    model = model_of(config)
+    assert sum(p.numel() for p in model.parameters()) == parameter_count(config, VOCABULARY)
+    module = model.decoder.layers[1].self_attention.core_attention
     log = module.log_scaling
     assert (log.tensor_model_parallel, log.partition_dim) == (True, 0)
     assert log.tolist() == [0, 0]
