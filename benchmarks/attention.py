@@ -210,7 +210,7 @@ class Stages:
         )  # fmt: skip
 
     def backward_router(self) -> None:
-        self.d_summary, self.mean_dp = backward_router(
+        self.d_summary, self.mean_dp, _ = backward_router(
             self.q, self.summary, self.tau, self.dq, self.d_prior, self.lists, self.chunks, self.sizes,
             self.router_settings, self.plan.router, self.deterministic,
         )  # fmt: skip

@@ -80,8 +80,8 @@ def dial_decoding(model: DashForCausalLM, cache: StaticCache, context: int, targ
         def attend(q: Tensor, *_: Any) -> Tensor:
             store, q_nHD = cache.layers[attention.index].store, q[:, :, 0]
             densities.append(dial(attention, q_nHD, store, lengths, target))
-            _, *router = attention.router
-            out = dash_decode(q_nHD, share(store, lengths), *router, backend=attention.backend)
+            router = {key: x for key, x in attention.router._asdict().items() if key != "chunk_size"}
+            out = dash_decode(q_nHD, share(store, lengths), **router, backend=attention.backend)
             return out[:, :, None]
 
         return attend

@@ -93,6 +93,14 @@ class AttentionConfig(Section):
     scaling_factor: float | tuple[float, ...] = 1.0
     """Multiplies routing scores before entmax, above 0; larger values select fewer chunks. A list has one for each
     layer."""
+    length_scaling: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Above 0, routing scores of a token with n past chunks are also multiplied by `1 + length_scaling * ln(n)`: of
+    adaptive-scalable entmax (arXiv 2506.16640) the growth with length, which works against selecting more and more
+    chunks as documents grow. Try it where density rises at late positions, or beyond the lengths trained on; at 1000
+    chunks, 0.1 makes a factor of 1.7."""
+    learned_scaling: bool = False
+    """Learn a factor on the routing scores for each kv head of each layer, beginning at 1; it multiplies
+    `scaling_factor`. Try it where the heads of a layer differ in density, or no single factor suits them."""
     target_density: float | tuple[float, ...] | dict[int, float | tuple[float, ...]] | None = None
     """Share of the available chunks to be selected, above 0 and up to 1: each layer's scaling factor is moved, from
     `scaling_factor` on, until its router selects that much. A list has one for each layer. A schedule, such as
@@ -235,7 +243,7 @@ class OptimizerConfig(Section):
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled weight decay of matrices; norms and summary queries are not decayed."""
+    """Decoupled weight decay of matrices; norms, summary queries and learned factors are not decayed."""
     grad_clip: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 means no clipping."""
 

@@ -140,6 +140,7 @@ def _run(config: Config, inputs: Inputs, backend: str) -> tuple[Tensor, tuple[Te
         cu_seqlens=inputs.cu_seqlens,
         backend=backend,
         return_routing=True,
+        length_scaling=settings.length_scaling,
     )
     gradients = torch.autograd.grad(
         out, inputs.leaves, inputs.d_out, allow_unused=True, materialize_grads=True

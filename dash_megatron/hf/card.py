@@ -24,6 +24,8 @@ def model_card(
     ignored = "the summary queries (`indexer_q`)" + (
         " and `q_norm`, `k_norm`" if config.model.qk_norm else ""
     )
+    if config.attention.learned_scaling:
+        ignored += " and the factors on routing scores (`indexer_log_scaling`)"
     shown = {
         key: value
         for key, value in metrics.items()

@@ -27,6 +27,8 @@ def llama_config(config: Config, vocab_size: int, dtype: torch.dtype, end_token:
         "sigma": attention.sigma,
         "estimate_diagonal": attention.estimate_diagonal,
         "alpha": attention.alpha,
+        "length_scaling": attention.length_scaling,
+        "learned_scaling": attention.learned_scaling,
         "layer_scaling_factors": [attention.layer_scaling_factor(layer) for layer in range(model.layers)],
         "full_attention_layers": [layer for layer in range(model.layers) if is_full(attention, layer)],
     }
@@ -102,6 +104,8 @@ def _attention(tree: dict[str, Any], layers: int) -> AttentionConfig:
         kind="full" if everywhere else "dash",
         chunk_size=tree["chunk_size"],
         scaling_factor=factors[0] if alike else tuple(factors),
+        length_scaling=tree.get("length_scaling") or 0.0,
+        learned_scaling=tree.get("learned_scaling") or False,
         sigma=_need(tree, "sigma"),
         estimate_diagonal=_need(tree, "estimate_diagonal"),
         alpha=tree.get("alpha", 1.5),

@@ -32,10 +32,13 @@ class Router(NamedTuple):
     """Constants of one layer's attention."""
 
     chunk_size: int
-    scaling_factor: float
+    scaling_factor: float | Tensor
+    """A tensor has one for each key/value head, [H]."""
     sigma: float
     estimate_diagonal: bool
     alpha: float
+    length_scaling: float = 0.0
+    """Scores of a query with n past chunks are multiplied by 1 + length_scaling * ln(n) too (arXiv 2506.16640)."""
 
 
 def entmax(z: Tensor, alpha: float) -> Tensor:
@@ -109,7 +112,13 @@ def log_prior(q: Tensor, summary: Tensor, chunk: Tensor, router: Router) -> Tens
     number_c = torch.arange(summary.shape[2], device=q.device)
     past_BTc = number_c < chunk[..., None]
     own_BTc = number_c == chunk[..., None]
-    z_BHGTc = router.scaling_factor * (q @ summary[:, :, None].mT)
+    factor = router.scaling_factor
+    if isinstance(factor, Tensor):
+        factor = factor.to(q.dtype)[:, None, None, None]
+    if router.length_scaling:
+        length_BT = chunk.clamp_min(1).to(q.dtype).log()
+        factor = factor * (1 + router.length_scaling * length_BT)[:, None, None, :, None]
+    z_BHGTc = factor * (q @ summary[:, :, None].mT)
     p_BHTc = entmax(z_BHGTc.masked_fill(~past_BTc[:, None, None], -math.inf), router.alpha).mean(2)
     selected = p_BHTc > 0
     log_p = torch.where(selected, p_BHTc, 1).log()
@@ -328,7 +337,11 @@ class DashSelfAttention(nn.Module):
                 config.sigma,
                 config.estimate_diagonal,
                 getattr(config, "alpha", 1.5),
+                getattr(config, "length_scaling", 0.0),
             )
+            self.indexer_log_scaling: nn.Parameter | None = None
+            if getattr(config, "learned_scaling", False):
+                self.indexer_log_scaling = nn.Parameter(torch.zeros(self.kv_heads))
         self.backend = "auto"
         """"auto": the package's kernels on CUDA; "torch": this file alone; else the package's backend of that name."""
         self.keep_selection = False
@@ -369,7 +382,15 @@ class DashSelfAttention(nn.Module):
             return None
         indexer_q = self.indexer_q.view(self.kv_heads, self.head_dim)
         places = (start, latest_start, cache, self.index, self.backend)
-        return kernels(q, k, v, indexer_q, *places, **self.router._asdict())
+        return kernels(q, k, v, indexer_q, *places, **self._router()._asdict())
+
+    def _router(self) -> Router:
+        if self.indexer_log_scaling is None:
+            return self.router
+        log = self.indexer_log_scaling
+        # in half precision, neighbouring factors would be a percent apart
+        factor = self.router.scaling_factor * (log if log.dtype == torch.float64 else log.float()).exp()
+        return self.router._replace(scaling_factor=factor)
 
     def _attend_fully(self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, latest_start: int) -> Tensor:
         """All [B, heads, columns, D]."""
@@ -393,7 +414,7 @@ class DashSelfAttention(nn.Module):
         layer: DashDynamicLayer | DashStaticLayer | None,
     ) -> Tensor:
         """All [B, heads, columns, D]."""
-        router, S = self.router, k.shape[2]
+        router, S = self._router(), k.shape[2]
         indexer_q = self.indexer_q.view(self.kv_heads, self.head_dim)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         with torch.autocast(q.device.type, enabled=False):
@@ -447,6 +468,8 @@ class DashPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, DashSelfAttention) and not module.is_full:
             nn.init.zeros_(module.indexer_q)  # a summary starts as the mean key
+            if module.indexer_log_scaling is not None:
+                nn.init.zeros_(module.indexer_log_scaling)
 
 
 def rotary_frequencies(config: LlamaConfig) -> tuple[Tensor, float]:

@@ -67,6 +67,9 @@ def _layer(model: ModelConfig, attention: AttentionConfig, index: int) -> Piece:
     if not is_full(attention, index):
         ours["self_attention.core_attention.summary_query"] = (model.kv_heads, D)
         theirs["self_attn.indexer_q"] = (kv,)
+        if attention.learned_scaling:
+            ours["self_attention.core_attention.log_scaling"] = (model.kv_heads,)
+            theirs["self_attn.indexer_log_scaling"] = (model.kv_heads,)
     return Piece(
         {f"decoder.layers.{index}.{name}": shape for name, shape in ours.items()},
         {f"model.layers.{index}.{name}": shape for name, shape in theirs.items()},
@@ -82,6 +85,7 @@ _SAME = {
     "input_layernorm.weight": "input_layernorm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
     "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "self_attention.core_attention.log_scaling": "self_attn.indexer_log_scaling",
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dash_megatron.config import AttentionConfig
 from dash_megatron.ops import dash_attention
+from dash_megatron.ops.reference import wide
 from dash_megatron.ops.sharded import stages
 from dash_megatron.parallel.context import ChunkLayout, ContextShard
 from dash_megatron.parallel.context_group import ContextGroup, heads_for_rows, move_rows, rows_for_heads
@@ -128,7 +129,8 @@ class DashCoreAttention(CoreAttention):
     """DashAttention (arXiv 2605.18753) as Megatron core attention.
 
     Owns the summary query, [kv heads of this rank, D], zero at initialisation, so that a chunk's summary starts as
-    its mean key. It is marked as sharded by kv head over the tensor-parallel group.
+    its mean key; with `attention.learned_scaling` also the logarithm of a factor on routing scores, [kv heads of this
+    rank], zero too. Both are marked as sharded by kv head over the tensor-parallel group.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
@@ -138,27 +140,39 @@ class DashCoreAttention(CoreAttention):
             torch.zeros(kv_heads, config.kv_channels, dtype=config.params_dtype)
         )
         set_tensor_model_parallel_attributes(self.summary_query, True, 0, 1)
+        self.log_scaling: torch.nn.Parameter | None = None
+        if self.attention.learned_scaling:
+            self.log_scaling = torch.nn.Parameter(torch.zeros(kv_heads, dtype=config.params_dtype))
+            set_tensor_model_parallel_attributes(self.log_scaling, True, 0, 1)
         self.routing: RoutingMeans | None = None
 
+    def head_scaling(self) -> Tensor | None:
+        """The learned factor of each kv head of this rank, at least float32, which multiplies `scaling_factor`."""
+        # in half precision, neighbouring factors would be a percent apart
+        return None if self.log_scaling is None else wide(self.log_scaling)[0].exp()
+
     def _attend_here(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
-        attention, summary_query = self.attention, self.summary_query
+        attention, summary_query, head_scaling = self.attention, self.summary_query, self.head_scaling()
         if k.shape[2] < len(summary_query):
             # the heads that this context rank was given
             assert self.context_group is not None
-            summary_query = summary_query.split(k.shape[2])[self.context_group.rank]
+            rank = self.context_group.rank
+            summary_query = summary_query.split(k.shape[2])[rank]
+            head_scaling = None if head_scaling is None else head_scaling.split(k.shape[2])[rank]
         out, routing = dash_attention(
             q,
             k,
             v,
             summary_query,
             chunk_size=attention.chunk_size,
-            scaling_factor=self.scaling_factor,
+            scaling_factor=self.scaling_factor * (1.0 if head_scaling is None else head_scaling),
             sigma=attention.sigma,
             estimate_diagonal=attention.estimate_diagonal,
             alpha=attention.alpha,
             cu_seqlens=None if packed is None else packed.cu_seqlens_q,
             backend=attention.backend,
             return_routing=True,
+            length_scaling=attention.length_scaling,
         )
         self.routing = RoutingMeans(
             density=routing.density.detach().float(),
@@ -177,10 +191,13 @@ class DashCoreAttention(CoreAttention):
             q, k, v = (move_rows(x, layout.there, layout.back, group) for x in (q, k, v))
         functions = stages(attention.backend, q)
         router = functions.Router(
-            self.scaling_factor, attention.sigma, attention.estimate_diagonal, attention.alpha
-        )
+            self.scaling_factor, attention.sigma, attention.estimate_diagonal, attention.alpha,
+            attention.length_scaling,
+        )  # fmt: skip
         side = DashSide(functions, router, attention.chunk_size, layout, group)
-        out, selected = sharded_dash_attention(q, k, v, self.summary_query, side, self.context_comm)
+        out, selected = sharded_dash_attention(
+            q, k, v, self.summary_query, side, self.context_comm, self.head_scaling()
+        )
         self.routing = _shard_means(selected, layout, shard.rows)
         if layout.there is not None and layout.back is not None:
             out = move_rows(out, layout.back, layout.there, group)

@@ -253,7 +253,7 @@ def build_model(config: Config, vocab_size: int, device: torch.device | str = "c
 
 @torch.no_grad()
 def init_weights(model: DashGPTModel, seed: int, std: float) -> None:
-    """Fill every weight: norms 1, summary queries 0, the baselines' `ZEROS` too, matrices normal.
+    """Fill every weight: norms 1, summary queries and logarithms of scaling 0, the baselines' `ZEROS` too, matrices normal.
 
     Each parameter draws from a generator seeded by `seed` and its own name, so that a weight depends neither on the
     other weights nor on the process that holds it: it draws the whole weight and keeps its tensor-parallel rank's shard.
@@ -262,7 +262,7 @@ def init_weights(model: DashGPTModel, seed: int, std: float) -> None:
     group = model.pg_collection.tp
     residual_std = std / math.sqrt(2 * model.config.num_layers)
     for name, parameter in model.named_parameters():
-        if name.endswith(("summary_query", *ZEROS)):
+        if name.endswith(("summary_query", "log_scaling", *ZEROS)):
             parameter.zero_()
         elif parameter.dim() == 1:
             parameter.fill_(1.0)

@@ -94,6 +94,28 @@ def _check_positive(name: str, value: float, advice: str) -> None:
         raise ValueError(f"{name}={value!r} must be a finite Python number above 0, not a tensor; {advice}")
 
 
+def _check_scaling(scaling_factor: float | Tensor, num_kv_heads: int, device: torch.device) -> None:
+    if not isinstance(scaling_factor, Tensor):
+        _check_positive("scaling_factor", scaling_factor, "try 1.0")
+        return
+    x = scaling_factor
+    if list(x.shape) != [num_kv_heads] or not x.is_floating_point() or x.device != device:
+        raise ValueError(
+            f"scaling_factor={x.dtype} {list(x.shape)} on {x.device} must be a number, or a floating tensor [Hkv] = "
+            f"[{num_kv_heads}] on {device}; reshape or move it"
+        )
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((x > 0).all()):
+        raise ValueError(
+            f"scaling_factor={x.tolist()} must be above 0 for every head; learn its logarithm, for example"
+        )
+
+
+def _check_length_scaling(value: float) -> None:
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or not 0 <= value < math.inf:
+        raise ValueError(f"length_scaling={value!r} must be a finite Python number of at least 0; try 0.0")
+
+
 def _check_flag(name: str, value: bool) -> None:
     if value is not True and value is not False:
         raise ValueError(f"{name}={value!r} must be True or False; pass a bool")
@@ -193,13 +215,14 @@ def dash_attention(
     v: Tensor,
     summary_query: Tensor,
     chunk_size: int = ...,
-    scaling_factor: float = ...,
+    scaling_factor: float | Tensor = ...,
     sigma: float = ...,
     estimate_diagonal: bool = ...,
     alpha: float = ...,
     cu_seqlens: Tensor | None = ...,
     backend: str = ...,
     return_routing: Literal[False] = ...,
+    length_scaling: float = ...,
 ) -> Tensor: ...
 
 
@@ -210,7 +233,7 @@ def dash_attention(
     v: Tensor,
     summary_query: Tensor,
     chunk_size: int = ...,
-    scaling_factor: float = ...,
+    scaling_factor: float | Tensor = ...,
     sigma: float = ...,
     estimate_diagonal: bool = ...,
     alpha: float = ...,
@@ -218,6 +241,7 @@ def dash_attention(
     backend: str = ...,
     *,
     return_routing: Literal[True],
+    length_scaling: float = ...,
 ) -> tuple[Tensor, Routing]: ...
 
 
@@ -227,13 +251,14 @@ def dash_attention(
     v: Tensor,
     summary_query: Tensor,
     chunk_size: int = 64,
-    scaling_factor: float = 1.0,
+    scaling_factor: float | Tensor = 1.0,
     sigma: float = 2.0,
     estimate_diagonal: bool = True,
     alpha: float = 1.5,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
     return_routing: bool = False,
+    length_scaling: float = 0.0,
 ) -> Tensor | tuple[Tensor, Routing]:
     """Causal attention to the chunks that a differentiable, adaptive router selects (arXiv 2605.18753).
 
@@ -252,7 +277,8 @@ def dash_attention(
         summary_query: [Hkv, D], the learned query that summarizes a chunk's keys; zero gives their mean. q's dtype,
             or float32 beside half precision.
         chunk_size: tokens per chunk, a power of two up to 128 (16 or more for Triton).
-        scaling_factor: factor on the routing scores, above 0: larger routes more sparsely.
+        scaling_factor: factor on the routing scores, above 0: larger routes more sparsely. A tensor [Hkv], of any
+            floating dtype, has one for each key/value head, and gets a gradient. Its values are checked on CPU only.
         sigma: temperature of the prior, above 0; the router's gradient is bounded up to 2 and vanishes as it grows.
         estimate_diagonal: centre the log prior of past chunks around that of the own chunk; otherwise use it as it is,
             and sigma not at all.
@@ -261,6 +287,9 @@ def dash_attention(
             Values are checked on CPU only, since reading them would stall a GPU.
         backend: "reference" (any device), "triton" (CUDA), or "auto": Triton on CUDA if importable, else the reference.
         return_routing: also return what the router chose.
+        length_scaling: where it is above 0, the scores of a token with n past chunks are multiplied by
+            1 + length_scaling * ln(n) too: the growth with length of adaptive-scalable entmax (Vasylenko et al.,
+            "Long-Context Generalization with Sparse Attention", arXiv 2506.16640).
 
     Returns:
         Output [B, N, Hq, D] in q's dtype, accumulated in float32 or better; with `return_routing`, also a `Routing`.
@@ -271,7 +300,8 @@ def dash_attention(
     _check_tensors(q, k, v, summary_query)
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size not in CHUNK_SIZES:
         raise ValueError(f"chunk_size={chunk_size!r} must be a power of two from 1 to 128, as an int; try 64")
-    _check_positive("scaling_factor", scaling_factor, "try 1.0")
+    _check_scaling(scaling_factor, k.shape[2], q.device)
+    _check_length_scaling(length_scaling)
     _check_positive("sigma", sigma, "try 2.0, or 1e6 for a flat prior")
     _check_flag("estimate_diagonal", estimate_diagonal)
     check_alpha(alpha)
@@ -294,6 +324,7 @@ def dash_attention(
         estimate_diagonal=estimate_diagonal,
         alpha=alpha,
         cu_seqlens=cu_seqlens,
+        length_scaling=length_scaling,
     )
     if not return_routing:
         return out

@@ -5,7 +5,14 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from dash_megatron.ops.attention import TRITON_CHUNK_SIZES, _check_flag, _check_positive, _resolve_backend
+from dash_megatron.ops.attention import (
+    TRITON_CHUNK_SIZES,
+    _check_flag,
+    _check_length_scaling,
+    _check_positive,
+    _check_scaling,
+    _resolve_backend,
+)
 from dash_megatron.ops.cache import DashCache
 from dash_megatron.ops.entmax import check_alpha
 
@@ -32,12 +39,13 @@ def _check(q: Tensor, cache: DashCache) -> None:
 def dash_decode(
     q: Tensor,
     cache: DashCache,
-    scaling_factor: float = ...,
+    scaling_factor: float | Tensor = ...,
     sigma: float = ...,
     estimate_diagonal: bool = ...,
     alpha: float = ...,
     backend: str = ...,
     return_selected: Literal[False] = ...,
+    length_scaling: float = ...,
 ) -> Tensor: ...
 
 
@@ -45,13 +53,14 @@ def dash_decode(
 def dash_decode(
     q: Tensor,
     cache: DashCache,
-    scaling_factor: float = ...,
+    scaling_factor: float | Tensor = ...,
     sigma: float = ...,
     estimate_diagonal: bool = ...,
     alpha: float = ...,
     backend: str = ...,
     *,
     return_selected: Literal[True],
+    length_scaling: float = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -59,12 +68,13 @@ def dash_decode(
 def dash_decode(
     q: Tensor,
     cache: DashCache,
-    scaling_factor: float = 1.0,
+    scaling_factor: float | Tensor = 1.0,
     sigma: float = 2.0,
     estimate_diagonal: bool = True,
     alpha: float = 1.5,
     backend: str = "auto",
     return_selected: bool = False,
+    length_scaling: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """What `dash_attention` gives for the last token of every sequence in a cache, which has that token already.
 
@@ -77,6 +87,7 @@ def dash_decode(
         cache: keys, values and summaries; its `chunk_size` is the model's.
         scaling_factor, sigma, estimate_diagonal, alpha, backend: as in `dash_attention`.
         return_selected: also return how many chunks each sequence attends to.
+        length_scaling: as in `dash_attention`.
 
     Returns:
         Output [B, Hq, D] in q's dtype, accumulated in float32 or better: zero for an empty sequence, NaN (on a GPU) for one
@@ -86,15 +97,14 @@ def dash_decode(
         ValueError: an argument is wrong; the message names it, its value, the rule and the remedy.
     """
     _check(q, cache)
-    _check_positive("scaling_factor", scaling_factor, "try 1.0")
+    _check_scaling(scaling_factor, cache.k.shape[2], q.device)
+    _check_length_scaling(length_scaling)
     _check_positive("sigma", sigma, "try 2.0, or 1e6 for a flat prior")
     _check_flag("estimate_diagonal", estimate_diagonal)
     check_alpha(alpha)
     _check_flag("return_selected", return_selected)
-    arguments = (
-        q, cache.k, cache.v, cache.summary, cache.lengths, cache.page_table, cache.chunk_size,
-        float(scaling_factor), float(sigma), estimate_diagonal, float(alpha),
-    )  # fmt: skip
+    tensors = q, cache.k, cache.v, cache.summary, cache.lengths, cache.page_table
+    numbers = float(sigma), estimate_diagonal, float(alpha), float(length_scaling)
     if _resolve_backend(backend, q)[0] == "triton":
         if cache.chunk_size not in TRITON_CHUNK_SIZES:
             raise ValueError(
@@ -102,10 +112,11 @@ def dash_decode(
                 "make the cache with 64, or pass backend='reference'"
             )
         from dash_megatron.ops.kernels.decode import decode
+        from dash_megatron.ops.kernels.route import split_scaling
 
-        out, selected = decode(*arguments)
+        out, selected = decode(*tensors, *split_scaling(scaling_factor), cache.chunk_size, *numbers)
     else:
         from dash_megatron.ops.decode_reference import decode_reference
 
-        out, selected = decode_reference(*arguments)
+        out, selected = decode_reference(*tensors, cache.chunk_size, scaling_factor, *numbers)
     return (out, selected) if return_selected else out

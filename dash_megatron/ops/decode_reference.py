@@ -68,10 +68,11 @@ def decode_reference(
     lengths: Tensor,
     page_table: Tensor | None,
     chunk_size: int,
-    scaling_factor: float,
+    scaling_factor: float | Tensor,
     sigma: float,
     estimate_diagonal: bool,
     alpha: float,
+    length_scaling: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the last token of every sequence, by the code of the training reference.
 
@@ -82,7 +83,7 @@ def decode_reference(
         int32 [B, Hkv].
     """
     (B, Hq, D), Hkv, C = q.shape, k.shape[2], chunk_size
-    router = _Router(scaling_factor, sigma, estimate_diagonal, alpha)
+    router = _Router(scaling_factor, sigma, estimate_diagonal, alpha, length_scaling)
     out = torch.zeros_like(q)
     selected = torch.zeros(B, Hkv, dtype=torch.int32, device=q.device)
     for b, length in enumerate(lengths.tolist()):

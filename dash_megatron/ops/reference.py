@@ -60,10 +60,29 @@ class _Block(NamedTuple):
 
 
 class _Router(NamedTuple):
-    scaling_factor: float
+    scaling_factor: float | Tensor
+    """A tensor has one for each key/value head, [H]."""
     sigma: float
     estimate_diagonal: bool
     alpha: float
+    length_scaling: float = 0.0
+
+
+def score_factors(router: _Router, past_T: Tensor, num_kv_heads: int, dtype: torch.dtype) -> float | Tensor:
+    """What the products of queries and summaries are multiplied by: a number, or [H, T].
+
+    Args:
+        router: its numbers.
+        past_T: how many chunks of its document lie before each query's own.
+        num_kv_heads: H.
+        dtype: of a tensor.
+    """
+    heads = router.scaling_factor
+    if not isinstance(heads, Tensor):
+        if router.length_scaling == 0:
+            return heads
+        heads = torch.full((num_kv_heads,), heads, dtype=dtype, device=past_T.device)
+    return heads.to(dtype)[:, None] * (1 + router.length_scaling * past_T.clamp_min(1).to(dtype).log())
 
 
 def document_positions(num_tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
@@ -161,7 +180,10 @@ def _attend_block(
 
     # the G heads of a group stand as rows of one matrix, so K and V are never repeated
     rows_BHRD = q_BHGTD.reshape(B, H, G * T, D)
-    z_BHGTc = (router.scaling_factor * (rows_BHRD @ summary_BHcD.mT)).view(B, H, G, T, num_chunks)
+    factor = score_factors(router, block.chunk_T - block.first_chunk_T, H, q_BHGTD.dtype)
+    if isinstance(factor, Tensor):
+        factor = factor.repeat(1, G)[..., None]
+    z_BHGTc = (factor * (rows_BHRD @ summary_BHcD.mT)).view(B, H, G, T, num_chunks)
     p_BHGTc = entmax(z_BHGTc.masked_fill(~past_Tc, -math.inf), router.alpha)
     bias_BHTc, num_selected_BHT = _log_prior(p_BHGTc.mean(2), own_Tc, router)
 
@@ -239,22 +261,23 @@ def dash_attention_reference(
     summary_query: Tensor,
     *,
     chunk_size: int,
-    scaling_factor: float,
+    scaling_factor: float | Tensor,
     sigma: float,
     estimate_diagonal: bool,
     alpha: float,
     cu_seqlens: Tensor | None,
+    length_scaling: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attend to the chunks an entmax router selects, with its log probabilities as a prior (arXiv 2605.18753).
 
-    Differentiable in all four tensors. Works block by block over queries; where the scores of all blocks would be too
+    Differentiable in all tensors. Works block by block over queries; where the scores of all blocks would be too
     many to keep, each block is recomputed in the backward. Arguments are those of `dash_attention`, which checks them.
 
     Args:
         q: queries after RoPE [B, N, Hq, D]; computed in float64 if float64, otherwise in float32.
         k, v: keys after RoPE, and values [B, N, Hkv, D].
         summary_query: [Hkv, D].
-        chunk_size, scaling_factor, sigma, estimate_diagonal, alpha: as in `dash_attention`; plain numbers, not tensors.
+        chunk_size, scaling_factor, sigma, estimate_diagonal, alpha, length_scaling: as in `dash_attention`.
         cu_seqlens: [documents + 1] (then B == 1), or None for one document per batch row.
 
     Returns:
@@ -262,7 +285,7 @@ def dash_attention_reference(
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     grid = _make_grid(q.shape[1], chunk_size, cu_seqlens, q.device)
-    router = _Router(scaling_factor, sigma, estimate_diagonal, alpha)
+    router = _Router(scaling_factor, sigma, estimate_diagonal, alpha, length_scaling)
     # autocast would run the matrix products in half precision behind our back
     with torch.autocast(q.device.type, enabled=False):
         out, chunks_selected = _attend(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dash_megatron.ops.entmax import entmax
-from dash_megatron.ops.reference import LOG2_E, MAX_BLOCK_SCORES, _log_prior, _Router, wide
+from dash_megatron.ops.reference import LOG2_E, MAX_BLOCK_SCORES, _log_prior, _Router, score_factors, wide
 from dash_megatron.ops.sharded import KeyBuffer, QueryChunks
 
 Router = _Router
@@ -81,7 +81,10 @@ def _route(q: Tensor, summary: Tensor, chunk: Tensor, first: Tensor, router: Rou
     """Log prior [H, n, c] and number of chunks selected [H, n]."""
     (n, Hq, D), (H, c, _) = q.shape, summary.shape
     rows_HRD = q.view(n, H, Hq // H, D).permute(1, 2, 0, 3).reshape(H, -1, D)
-    z_HGnc = (rows_HRD @ summary.mT).view(H, -1, n, c) * (router.scaling_factor * D**-0.5)
+    factor = score_factors(router, chunk - first, H, q.dtype) * D**-0.5
+    if isinstance(factor, Tensor):
+        factor = factor[:, None, :, None]
+    z_HGnc = (rows_HRD @ summary.mT).view(H, -1, n, c) * factor
     number_c = torch.arange(c, device=q.device)
     past_nc = (number_c >= first[:, None]) & (number_c < chunk[:, None])
     p_HGnc = entmax(z_HGnc.masked_fill(~past_nc, -math.inf), router.alpha)
@@ -99,9 +102,18 @@ def _places(queries: QueryChunks, num_rows: int) -> tuple[Tensor, Tensor, Tensor
     return chunk, torch.arange(num_rows, device=chunk.device) - start, first
 
 
-def route(q: Tensor, summary: Tensor, queries: QueryChunks, router: Router, chunk_size: int) -> Routed:
-    """Choose chunks for q [n, Hq, D] among all summaries [H, c, D]."""
+def _with_heads(router: Router, head_scaling: Tensor | None) -> Router:
+    if head_scaling is None:
+        return router
+    return router._replace(scaling_factor=router.scaling_factor * head_scaling)
+
+
+def route(
+    q: Tensor, summary: Tensor, queries: QueryChunks, router: Router, chunk_size: int, head_scaling: Tensor | None = None
+) -> Routed:  # fmt: skip
+    """Choose chunks for q [n, Hq, D] among all summaries [H, c, D]; `head_scaling` [H] multiplies the router's factor."""
     chunk, slot, first = _places(queries, len(q))
+    router = _with_heads(router, head_scaling)
     q, summary = wide(q, summary)
     bias, selected = _route(q, summary, chunk, first, router)
     return Routed(bias, chunk, slot, selected.mT.contiguous())
@@ -114,15 +126,17 @@ def listed(routed: Routed, num_chunks: int) -> Tensor:
 
 
 def route_backward(
-    routed: Routed, d_prior: Tensor, q: Tensor, summary: Tensor, queries: QueryChunks, router: Router, chunk_size: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of q [n, Hq, D] and of the summaries [H, c, D] from that of the log priors."""
+    routed: Routed, d_prior: Tensor, q: Tensor, summary: Tensor, queries: QueryChunks, router: Router, chunk_size: int,
+    head_scaling: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of q [n, Hq, D], of the summaries [H, c, D], and of `head_scaling` [H] from that of the log priors."""
     chunk, _, first = _places(queries, len(q))
     with torch.enable_grad():
-        q, summary = (x.detach().requires_grad_() for x in wide(q, summary))
-        bias, _ = _route(q, summary, chunk, first, router)
-        dq, d_summary = torch.autograd.grad(bias, (q, summary), d_prior)
-    return dq, d_summary
+        given = (q, summary) if head_scaling is None else (q, summary, head_scaling)
+        q, summary, *heads = leaves = [x.detach().requires_grad_() for x in wide(*given)]
+        bias, _ = _route(q, summary, chunk, first, _with_heads(router, heads[0] if heads else None))
+        dq, d_summary, *d_heads = torch.autograd.grad(bias, leaves, d_prior)
+    return dq, d_summary, d_heads[0] if d_heads else None
 
 
 def _blocks(

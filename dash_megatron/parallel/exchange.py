@@ -249,7 +249,14 @@ def _return_summaries(d_summary: Tensor, num_chunks: int, s: DashSide) -> Tensor
 class _ShardedDash(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, w: Tensor, side: DashSide, exchange: Any
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        w: Tensor,
+        head_scaling: Tensor | None,
+        side: DashSide,
+        exchange: Any,
     ) -> tuple[Tensor, Tensor]:
         stages, chunks, C = side.stages, side.chunks.queries, side.chunk_size
         with side.group.counting("forward"):
@@ -257,18 +264,18 @@ class _ShardedDash(torch.autograd.Function):
             # behind the summaries, which the router waits for
             exchange.start(k, v)
             summary = _all_summaries(pending, side)
-            routed = stages.route(q, summary, chunks, side.router, C)
+            routed = stages.route(q, summary, chunks, side.router, C, head_scaling)
             out, lse = exchange.attend(Queries(q, routed), k, v)
         out = out.to(q.dtype)
         # nothing of size stays on ctx itself, where activation checkpointing would not find it
-        ctx.save_for_backward(q, k, v, w, out, lse, summary, *routed)
+        ctx.save_for_backward(q, k, v, w, head_scaling, out, lse, summary, *routed)
         ctx.side, ctx.exchange, ctx.routed_type = side, exchange, type(routed)
         ctx.mark_non_differentiable(routed.selected)
         return out, routed.selected
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, _: Any) -> Any:
-        q, k, v, w, out, lse, summary, *routed = ctx.saved_tensors
+        q, k, v, w, head_scaling, out, lse, summary, *routed = ctx.saved_tensors
         routed = ctx.routed_type(*routed)
         side, d_out = ctx.side, d_out.contiguous()
         stages, chunks, C = side.stages, side.chunks.queries, side.chunk_size
@@ -276,16 +283,20 @@ class _ShardedDash(torch.autograd.Function):
             d_prior = stages.new_d_prior(routed)
             queries = Queries(q, routed, d_out, out, lse, d_prior)
             dq, dk, dv = ctx.exchange.attend_backward(queries, k, v)
-            dq_router, d_summary = stages.route_backward(routed, d_prior, q, summary, chunks, side.router, C)
+            dq_router, d_summary, d_scaling = stages.route_backward(
+                routed, d_prior, q, summary, chunks, side.router, C, head_scaling
+            )
             d_own = _return_summaries(d_summary, len(chunks.start), side)
             dk_summary, dw = stages.summarize_backward(d_own, k, w, chunks.start, chunks.end, C)
         gradients = dq + dq_router, dk + dk_summary, dv, dw
-        return *(g.to(x.dtype) for g, x in zip(gradients, (q, k, v, w), strict=True)), None, None
+        if head_scaling is not None:
+            d_scaling = d_scaling.to(head_scaling.dtype)
+        return *(g.to(x.dtype) for g, x in zip(gradients, (q, k, v, w), strict=True)), d_scaling, None, None
 
 
 def sharded_dash_attention(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor, side: DashSide, exchange: str
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, side: DashSide, exchange: str, head_scaling: Tensor | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """DashAttention of this rank's aligned rows, differentiable; collective.
 
     Args:
@@ -294,11 +305,15 @@ def sharded_dash_attention(
         w: summary query [Hkv, D]; its gradient is this rank's part.
         side: see `DashSide`.
         exchange: "all_gather", "p2p" or "sparse".
+        head_scaling: multiplies the router's scaling factor, for each key/value head [Hkv]; its gradient is this rank's
+            part.
 
     Returns:
         Output [n, Hq, D] in q's dtype, and the number of chunks selected, the own one included, int32 [n, Hkv].
     """
-    return _ShardedDash.apply(q, k.contiguous(), v.contiguous(), w, side, EXCHANGES[exchange](side))
+    return _ShardedDash.apply(
+        q, k.contiguous(), v.contiguous(), w, head_scaling, side, EXCHANGES[exchange](side)
+    )
 
 
 class _ShardedFull(torch.autograd.Function):

@@ -226,7 +226,7 @@ def _full_gradient(parameter: torch.nn.Parameter) -> Tensor:
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms and summary queries do not."""
+    """Matrices decay; norms, summary queries and learned factors do not."""
     decayed: list[Tensor] = []
     kept: list[Tensor] = []
     for name, parameter in model.named_parameters():

@@ -34,11 +34,11 @@ def parameter_count(config: Config, vocab_size: int) -> int:
 
 
 def core_attention_parameters(config: Config) -> int:
-    """Weights of one layer's core attention of `attention.kind`: summary queries, or what compresses and gates."""
+    """Weights of one layer's core attention of `attention.kind`: summary queries and factors, or what compresses and gates."""
     model, kind = config.model, config.attention.kind
     D = model.channels_per_head
     if kind == "dash":
-        return model.kv_heads * D
+        return model.kv_heads * (D + config.attention.learned_scaling)
     if kind == "nsa":
         return 2 * model.kv_heads * _compression_parameters(config) + 3 * model.heads * (D + 1)
     return 0

@@ -48,8 +48,8 @@ def load_initial_weights(model: DashGPTModel, folder: str | Path, config: ModelC
         )
     fresh = 0
     for name, parameter in parameters.items():
-        if name.endswith("summary_query") and name not in weights:
-            fresh += 1
+        if name.endswith(("summary_query", "log_scaling")) and name not in weights:
+            fresh += name.endswith("summary_query")
             continue
         split = split_of(parameter)
         shape = tuple(whole_shape(parameter.shape, split, group.size()))

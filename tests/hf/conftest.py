@@ -36,7 +36,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "dash": {},
     "mixed": {
         "model": {"qk_norm": True, "tie_embeddings": True, "layers": 3, "head_dim": 24, "rope_scaling": YARN},
-        "attention": {"full_layers": [1], "alpha": 1.3, "scaling_factor": [20.0, 1.0, 30.0]},
+        "attention": {
+            "full_layers": [1],
+            "alpha": 1.3,
+            "scaling_factor": [20.0, 1.0, 30.0],
+            "length_scaling": 0.3,
+            "learned_scaling": True,
+        },
     },
     "full": {"attention": {"kind": "full"}},
     "plain_prior": {

@@ -139,6 +139,7 @@ SPLIT_QKV = names._split_qkv
 WRONG: dict[str, tuple[str, str, str]] = {
     "heads in another order": ("dash", "heads", "other chunks"),
     "another router": ("dash", "layer_scaling_factors", "other chunks"),
+    "another length scaling": ("mixed", "length_scaling", "other chunks"),
     "another prior": ("dash", "sigma", "of the export"),
     "another norm": ("full", "rms_norm_eps", "logits of the export differ"),
 }

@@ -28,7 +28,8 @@ def _model(dtype: torch.dtype = torch.float64, **changes: Any) -> DashForCausalL
     model = DashForCausalLM(LlamaConfig(**(shape | router | changes)))
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
-        if parameter.dim() > 1 or parameter.shape[0] == 32:
+        # matrices, summary queries and factors of routing scores
+        if parameter.dim() > 1 or parameter.shape[0] in (2, 32):
             parameter.data = torch.randn(parameter.shape, generator=generator, dtype=dtype) * 0.3
     return model.to(dtype).eval().requires_grad_(False)
 
@@ -80,7 +81,8 @@ def test_greedy_text_in_float32_is_that_of_the_model_file_alone(
     both: Callable[..., Any], tokens: Tensor
 ) -> None:
     prompt = tokens[:, :70]
-    ours, expected = both(_model(torch.float32), prompt, attention_mask=_left_padding(prompt, 21))
+    scaling = {"length_scaling": 0.5, "learned_scaling": True}
+    ours, expected = both(_model(torch.float32, **scaling), prompt, attention_mask=_left_padding(prompt, 21))
     assert torch.equal(ours, expected)
 
 
@@ -210,7 +212,7 @@ def test_kernels_generate_what_the_model_file_alone_does(
 ) -> None:
     if not CUDA:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    shape = {"num_attention_heads": 8, "head_dim": 16}
+    shape = {"num_attention_heads": 8, "head_dim": 16, "length_scaling": 0.5, "learned_scaling": True}
     model = _model(torch.float32, num_hidden_layers=1, **shape).to(DEVICE)
     prompt = tokens[:, :34].to(DEVICE)
     options = GREEDY | {"attention_mask": _left_padding(prompt, 5), "max_new_tokens": 3}

@@ -104,6 +104,27 @@ def test_summary_query_starts_at_zero_and_is_sharded_by_kv_head() -> None:
     assert (query.tensor_model_parallel, query.partition_dim) == (True, 0)
 
 
+def test_learned_scaling_starts_at_one_is_sharded_by_kv_head_and_multiplies_the_layers_factor() -> None:
+    config = config_of(attention={"learned_scaling": True, "scaling_factor": 3.0, "length_scaling": 0.5})
+    model = model_of(config)
+    assert sum(p.numel() for p in model.parameters()) == parameter_count(config, VOCABULARY)
+    module = model.decoder.layers[1].self_attention.core_attention
+    log = module.log_scaling
+    assert (log.tensor_model_parallel, log.partition_dim) == (True, 0)
+    assert log.tolist() == [0, 0]
+    assert (
+        build_model(config_of(), VOCABULARY).decoder.layers[1].self_attention.core_attention.log_scaling
+        is None
+    )
+    with torch.no_grad():
+        log.copy_(torch.tensor([0.5, -1.0]))
+    q, k, v = torch.randn(90, 1, 4, 16), torch.randn(90, 1, 2, 16), torch.randn(90, 1, 2, 16)
+    expected = dash_attention(
+        *(x.transpose(0, 1) for x in (q, k, v)), module.summary_query, 16, 3 * log.exp(), length_scaling=0.5
+    )
+    assert torch.equal(module(q, k, v, None), expected.transpose(0, 1).flatten(2))
+
+
 def test_core_attention_is_the_public_op_with_the_configured_constants() -> None:
     constants = {
         "chunk_size": 16,

@@ -88,6 +88,16 @@ WRONG = [
         for x in (0, -1.0, math.inf, math.nan, "1", None, True, torch.tensor(1.0))
     ),
     *(("estimate_diagonal", {"estimate_diagonal": x}) for x in (1, None, "yes")),
+    *(
+        ("scaling_factor", {"scaling_factor": x})
+        for x in (
+            torch.ones(3),
+            torch.ones(2, dtype=torch.int64),
+            torch.tensor([1.0, 0.0]),
+            torch.ones(2, device="meta"),
+        )
+    ),
+    *(("length_scaling", {"length_scaling": x}) for x in (-0.1, math.inf, math.nan, "1", None, True)),
     *(("alpha", {"alpha": x}) for x in (1.0, 2.5, math.nan, None)),
     ("cu_seqlens", {"cu_seqlens": [0, 8]}),
     ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 8])}),

@@ -7,7 +7,7 @@ from benchmarks import decode as benchmark
 from dash_megatron.ops import DashCache, dash_attention, dash_decode
 from dash_megatron.ops.decode_reference import decode_reference
 from tests.ops.decode_sequences import BORDERS, ROUTER, C, Sequences, relative_error
-from tests.ops.kernels_under_test import CUDA, TOLERANCE, import_kernels
+from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels
 
 decode, decode_cache = import_kernels("decode", "decode_cache")
 
@@ -56,7 +56,10 @@ def test_sequences_of_different_lengths_equal_the_reference(form, page_size, lau
     assert torch.equal(selected[: len(BORDERS)], expected_selected[: len(BORDERS)])
 
 
-@pytest.mark.parametrize("router", [{}, {"estimate_diagonal": False}, {"alpha": 1.7}], ids=str)
+SCALED = {"length_scaling": 0.7, "scaling_factor": torch.tensor([1.0, 4.0], device=DEVICE)}
+
+
+@pytest.mark.parametrize("router", [{}, {"estimate_diagonal": False}, {"alpha": 1.7}, SCALED], ids=str)
 def test_the_reference_of_decoding_is_the_last_row_of_the_training_forward(router):
     sequences = Sequences(BORDERS)
     out, selected = sequences.expected(**router)
@@ -119,6 +122,8 @@ METHODS = {
     "alpha 2": {"alpha": 2.0},
     "everything selected": {"scaling_factor": 0.01},
     "nearly nothing selected": {"scaling_factor": 50.0},
+    "length-aware": {"length_scaling": 0.7},
+    "length-aware, a factor a head": SCALED,
 }
 
 
@@ -160,7 +165,7 @@ def test_prefill_then_decode_equals_the_whole_forward(page_size):
     N, prompt = (20 * C + 9, 18 * C - 5) if CUDA else (4 * C + 2, 3 * C - 2)
     sequences = Sequences((N,))
     cache = sequences.cache(page_size)
-    settings = {**ROUTER, "backend": "triton"}
+    settings = {**ROUTER, **SCALED, "backend": "triton"}
     q, k, v = (x[0][None] for x in (sequences.q, sequences.k, sequences.v))
     expected = dash_attention(q, k, v, sequences.w, C, **settings)
     sequences.prefill(cache, [0], [prompt])
@@ -237,7 +242,7 @@ def test_the_ops_pass_torchs_own_checks():
     tensors = (cache.k, cache.v, cache.summary, cache.lengths)
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
-        decode.decode, (q, *tensors, cache.page_table, C, 1.0, 2.0, True, 1.5), test_utils=utils
+        decode.decode, (q, *tensors, cache.page_table, None, 1.0, C, 2.0, True, 1.5, 0.0), test_utils=utils
     )
     cache.lengths.zero_()
     for x in tensors[:3]:

@@ -53,8 +53,9 @@ def _inputs(N, B=1, Hq=4, Hkv=2, D=16, C=16, dtype=torch.float32, structured=Fal
 
 
 def _run(attend, leaves, upstream, **settings):
-    """Output, gradients and chunk counts."""
+    """Output, gradients, also that of factors for each head, and chunk counts."""
     out, selected = attend(*leaves, **{**SETTINGS, **settings})
+    leaves = [*leaves, *(x for x in settings.values() if isinstance(x, torch.Tensor) and x.requires_grad)]
     grads = torch.autograd.grad(out, leaves, upstream, allow_unused=True, materialize_grads=True)
     return out.detach(), grads, selected
 
@@ -69,6 +70,8 @@ def _check(leaves, upstream, same_selection=True, **settings):
     doubles = [x.detach().double().requires_grad_() for x in leaves]
     out, grads, selected = _run(dash.dash_attention_triton, leaves, upstream, **settings)
     settings.pop("deterministic", None)
+    if isinstance(settings.get("scaling_factor"), torch.Tensor):
+        settings["scaling_factor"] = settings["scaling_factor"].detach().double().requires_grad_()
     expected_out, expected_grads, expected_selected = _run(
         dash_attention_reference, doubles, upstream.double(), **settings
     )
@@ -78,8 +81,8 @@ def _check(leaves, upstream, same_selection=True, **settings):
     # What is zero by its nature is rounding here: the query gradient of a lone token, or the summary query's under a flat
     # prior, which besides is unbounded near the threshold. So errors are relative to something at least.
     floor = 1e-3 * upstream.double().norm().item()
-    for name, x, grad, expected in zip("qkvw", leaves, grads, expected_grads, strict=True):
-        assert grad.dtype == x.dtype
+    for name, grad, expected in zip("qkvws"[: len(grads)], grads, expected_grads, strict=True):
+        assert grad.dtype == (torch.float32 if name == "s" else leaves["qkvw".index(name)].dtype)
         assert _relative_error(grad, expected, floor) <= allowed_grad, name
     assert selected.dtype == torch.int32
     if same_selection:
@@ -153,6 +156,10 @@ def test_half_precision_output_and_gradients_are_near_the_reference(name, dtype)
     _check(leaves, upstream, chunk_size=shape.get("C", 16), scaling_factor=1.0, same_selection=False)
 
 
+def _factors(*values):
+    return torch.tensor(values, device=DEVICE, requires_grad=True)
+
+
 METHODS = {
     "sigma 1": {"sigma": 1.0},
     "flat prior": {"sigma": 1e6},
@@ -162,10 +169,18 @@ METHODS = {
     "alpha 2": {"alpha": 2.0, "estimate_diagonal": False},
     "everything selected": {"scaling_factor": 0.01},
     "nearly nothing selected": {"scaling_factor": 50.0},
+    "length-aware": {"length_scaling": 0.7},
+    "a factor a head": {"scaling_factor": _factors(2.0, 6.0)},
+    "length-aware, a factor a head, packed": {
+        "length_scaling": 0.7,
+        "scaling_factor": _factors(2.0, 6.0),
+        "alpha": 1.7,
+        "cu_seqlens": _cu_seqlens(*((300, 1, 602, 100) if CUDA else (17, 1, 32))),
+    },
 }
 
 
-DETERMINISTIC = ["sigma 1", "prior not centred", "alpha 1.7"]
+DETERMINISTIC = ["sigma 1", "prior not centred", "alpha 1.7", *list(METHODS)[-3:]]
 
 
 @pytest.mark.parametrize(
@@ -311,15 +326,25 @@ def test_torch_compile_and_checkpointing_give_the_eager_bits():
         assert all(torch.equal(x, y) for x, y in zip(grads, expected, strict=True))
 
 
-@pytest.mark.parametrize("bounded", [True, False], ids=["bounded", "counted"])
-def test_the_op_passes_torchs_own_checks(bounded, monkeypatch):
+@pytest.mark.parametrize(("bounded", "learned"), [(True, False), (False, False), (True, True)])
+def test_the_op_passes_torchs_own_checks(bounded, learned, monkeypatch):
     if not bounded:
         monkeypatch.setattr(geometry, "MAX_BOUNDED_BYTES", 0)
     leaves, _ = _inputs(40)
-    arguments = (*leaves, None, 16, 3.0, 2.0, True, 1.5, True)
+    scaling = torch.tensor([1.0, 2.0], device=DEVICE, requires_grad=True) if learned else None
+    arguments = (*leaves, scaling, None, 16, 3.0, 2.0, True, 1.5, 0.5 if learned else 0.0, True)
     torch.library.opcheck(
         dash._forward, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
     )
+
+
+def test_no_length_scaling_gives_the_bits_of_a_plain_factor():
+    leaves, upstream = _inputs(50)
+    plain = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True)
+    for same in ({"length_scaling": 0.0}, {"scaling_factor": _factors(3.0, 3.0)}, {"length_scaling": 1e-30}):
+        other = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True, **same)
+        assert torch.equal(plain[0], other[0])
+        assert all(torch.equal(x, y) for x, y in zip(plain[1], other[1][:4], strict=True))
 
 
 def test_other_dtypes_and_too_many_heads_are_refused():

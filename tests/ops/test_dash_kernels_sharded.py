@@ -28,7 +28,7 @@ class Sequence:
 
     def __init__(
         self, G=4, Hkv=2, D=16, C=16, dtype=torch.float32, scaling_factor=2.0, lengths=LENGTHS,
-        times=20 if CUDA else 1, **method
+        times=20 if CUDA else 1, head_scaling=None, **method
     ):  # fmt: skip
         lengths = [x * times for x in lengths]
         generator = torch.Generator().manual_seed(0)
@@ -43,6 +43,7 @@ class Sequence:
         self.method = {"sigma": 2.0, "estimate_diagonal": True, "alpha": 1.5} | method
         self.method["scaling_factor"] = scaling_factor
         self.router = sharded.Router(**self.method)
+        self.head_scaling = None if head_scaling is None else torch.tensor(head_scaling, device=DEVICE)
         self.bounds, self.chunks = [0], []
         for length in lengths:
             start, first = self.bounds[-1], len(self.chunks)
@@ -78,11 +79,15 @@ class Sequence:
         """Output, gradients and chunk counts of the reference in float64."""
         leaves = [x[None].double().requires_grad_() for x in (self.q, self.k, self.v)]
         leaves.append(self.w.double().requires_grad_())
+        method = dict(self.method)
+        heads = [] if self.head_scaling is None else [self.head_scaling.double().requires_grad_()]
+        for x in heads:
+            method["scaling_factor"] = method["scaling_factor"] * x
         out, selected = dash_attention_reference(
-            *leaves, chunk_size=self.C, cu_seqlens=_int(self.bounds), **self.method
+            *leaves, chunk_size=self.C, cu_seqlens=_int(self.bounds), **method
         )
-        grads = torch.autograd.grad(out, leaves, self.d_out[None].double())
-        return out.detach()[0], [*(x[0] for x in grads[:3]), grads[3]], selected[0]
+        grads = torch.autograd.grad(out, [*leaves, *heads], self.d_out[None].double())
+        return out.detach()[0], [*(x[0] for x in grads[:3]), *grads[3:]], selected[0]
 
 
 def _buffer(x, held, first, last, gap=3):
@@ -159,7 +164,7 @@ def _merge(parts):
 
 
 def _run(x, layout):
-    """Output, gradients of q, k, v and w, and chunk counts of both ranks together; all float32."""
+    """Output, gradients of q, k, v, w and factors, and chunk counts of both ranks together; all float32."""
     C, Hkv, D = x.C, x.k.shape[1], x.q.shape[2]
     spans = [(x.rows(numbers), x.queries(numbers)) for numbers in x.ranks]
     summaries = [sharded.summarize(x.k[rows], x.w, qs.start, qs.end, C) for rows, qs in spans]
@@ -170,10 +175,10 @@ def _run(x, layout):
 
     out, dq, dk, dv, dw = (torch.zeros_like(y, dtype=torch.float32) for y in (x.q, x.q, x.k, x.v, x.w))
     selected = torch.zeros(*x.k.shape[:2], dtype=torch.int32, device=DEVICE)
-    d_summary = 0
+    d_summary, d_heads = 0, []
     for numbers, (rows, qs) in zip(x.ranks, spans, strict=True):
         q = x.q[rows]
-        routed = sharded.route(q, summary, qs, x.router, C)
+        routed = sharded.route(q, summary, qs, x.router, C, x.head_scaling)
         selected[rows] = routed.selected
         common = (routed, qs)
         buffers = layout(x, numbers, sharded.listed(routed, x.num_chunks))
@@ -192,7 +197,10 @@ def _run(x, layout):
                     total[:, h].index_add_(0, tokens, part[buffer_rows, h])
                     part[buffer_rows, h] = 0
                 assert torch.equal(part, torch.zeros_like(part)), "rows of no chunk have no gradient"
-        router_dq, part = sharded.route_backward(routed, d_prior, q, summary, qs, x.router, C)
+        router_dq, part, d_head = sharded.route_backward(
+            routed, d_prior, q, summary, qs, x.router, C, x.head_scaling
+        )
+        d_heads.append(d_head)
         dq[rows] += router_dq
         d_summary = d_summary + part
     for numbers, (rows, qs) in zip(x.ranks, spans, strict=True):
@@ -201,7 +209,7 @@ def _run(x, layout):
         part, part_dw = sharded.summarize_backward(local, x.k[rows], x.w, qs.start, qs.end, C)
         dk[rows] += part
         dw += part_dw
-    return out, [dq, dk, dv, dw], selected
+    return out, [dq, dk, dv, dw, *([] if x.head_scaling is None else [sum(d_heads)])], selected
 
 
 def _relative_error(x, expected):
@@ -213,7 +221,7 @@ def _check(x, layout, same_selection=True):
     expected_out, expected_grads, expected_selected = x.expected()
     allowed_out, allowed_grad = TOLERANCE[x.dtype]
     assert _relative_error(out, expected_out) <= allowed_out
-    for name, grad, expected in zip("qkvw", grads, expected_grads, strict=True):
+    for name, grad, expected in zip("qkvws"[: len(grads)], grads, expected_grads, strict=True):
         assert _relative_error(grad, expected) <= allowed_grad, name
     # at thousands of tokens some chunk lies within float32's rounding of the threshold
     if same_selection and not CUDA:
@@ -226,6 +234,8 @@ CASES = {
     "one head, alpha 1.3, prior not centred": {"G": 1, "alpha": 1.3, "estimate_diagonal": False},
     "four heads, alpha 1.3": {"G": 4, "alpha": 1.3},
     "four heads, prior not centred": {"G": 4, "estimate_diagonal": False},
+    "length-aware": {"G": 2, "length_scaling": 0.7},
+    "length-aware, a factor a head": {"G": 2, "length_scaling": 0.7, "head_scaling": [0.7, 2.0]},
 }
 
 
@@ -238,6 +248,8 @@ CASES = {
         ("one head, alpha 1.3, prior not centred", "windows"),
         ("four heads, alpha 1.3", "compact"),
         ("four heads, prior not centred", "compact windows"),
+        ("length-aware", "one buffer"),
+        ("length-aware, a factor a head", "windows"),
     ],
 )
 def test_two_ranks_give_the_output_and_gradients_of_one(case, layout):
@@ -288,9 +300,9 @@ def test_lists_that_are_counted_first_give_the_same_bits(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(bounded, counted, strict=True))
 
 
-@pytest.mark.parametrize("alpha", [1.5, 1.3])
-def test_summary_gradients_are_the_same_bits_in_every_run_if_asked(alpha):
-    x, generator = Sequence(G=3, alpha=alpha), torch.Generator().manual_seed(1)
+@pytest.mark.parametrize("method", [{"alpha": 1.5}, {"alpha": 1.3}, {"length_scaling": 0.7}], ids=str)
+def test_summary_gradients_are_the_same_bits_in_every_run_if_asked(method):
+    x, generator = Sequence(G=3, **method), torch.Generator().manual_seed(1)
     numbers = x.ranks[0]
     q, qs = x.q[x.rows(numbers)], x.queries(numbers)
     summary = torch.randn(2, x.num_chunks, 16, generator=generator).to(DEVICE)
@@ -299,7 +311,7 @@ def test_summary_gradients_are_the_same_bits_in_every_run_if_asked(alpha):
     d_prior = torch.randn(routed.list_log_prior.shape, generator=generator).to(DEVICE)
     d_prior = d_prior * routed.list_log_prior.exp()
     arguments = (routed, d_prior, q, summary, qs, x.router, x.C)
-    dq, d_summary = sharded.route_backward(*arguments)
+    dq, d_summary, _ = sharded.route_backward(*arguments)
     torch.use_deterministic_algorithms(True)
     try:
         runs = [sharded.route_backward(*arguments) for _ in range(5 if CUDA else 2)]

@@ -6,12 +6,12 @@ import sys
 import time
 from pathlib import Path
 
-import entmax as package
 import pytest
 import torch
 import torch.nn.functional as F
 
 from dash_megatron.ops import Routing, dash_attention, reference
+from tests.ops.dash_by_hand import learned, oracle
 
 # (absolute, relative) differences allowed, by the dtype of the inputs.
 TOLERANCE = {
@@ -39,7 +39,9 @@ def _cu_seqlens(*lengths):
 
 
 def _run(leaves, upstream, **settings):
-    out, routing = dash_attention(*leaves, return_routing=True, **_settings(**settings))
+    settings = _settings(**settings)
+    out, routing = dash_attention(*leaves, return_routing=True, **settings)
+    leaves = [*leaves, *learned(settings["scaling_factor"])]
     return out.detach(), torch.autograd.grad(out, leaves, upstream), routing.chunks_selected
 
 
@@ -48,64 +50,8 @@ def _assert_close(actual, expected, dtype):
     torch.testing.assert_close(actual, expected, atol=atol, rtol=rtol, check_dtype=False)
 
 
-def _package_entmax(z, alpha):
-    return package.entmax15(z) if alpha == 1.5 else package.entmax_bisect(z, alpha=alpha, n_iter=100)
-
-
-def _attend_by_loops(q, k, v, w, C, scaling_factor, sigma, estimate_diagonal, alpha):
-    """One document, one key/value head, one token and chunk at a time: q [N, G, D], k and v [N, D], w [D]."""
-    N, G, D = q.shape
-    outputs, counts = [], []
-    for i in range(N):
-        own = i // C
-        chosen, prior = [own], [torch.zeros((), dtype=q.dtype)]
-        if own > 0:
-            chunks = [k[c * C : (c + 1) * C] for c in range(own)]
-            summaries = torch.stack([(x @ w / math.sqrt(D)).softmax(0) @ x for x in chunks])
-            z = [scaling_factor * summaries @ q[i, g] / math.sqrt(D) for g in range(G)]
-            p = sum(_package_entmax(z_g, alpha) for z_g in z) / G
-            past = [c for c in range(own) if p[c] > 0]
-            log_p = [p[c].log() for c in past]
-            if estimate_diagonal:
-                mean = sum(x.detach() for x in log_p) / len(past)
-                log_p = [(x - mean) / sigma for x in log_p]
-            chosen, prior = chosen + past, prior + log_p
-        scores, values = [], []
-        for c, b in zip(chosen, prior, strict=True):
-            seen = slice(c * C, min((c + 1) * C, i + 1))
-            scores.append(q[i] @ k[seen].T / math.sqrt(D) + b)
-            values.append(v[seen])
-        outputs.append(torch.cat(scores, dim=1).softmax(1) @ torch.cat(values))
-        counts.append(len(chosen))
-    return torch.stack(outputs), torch.tensor(counts)
-
-
-def _oracle(
-    leaves,
-    upstream,
-    chunk_size=4,
-    scaling_factor=6.0,
-    sigma=2.0,
-    estimate_diagonal=True,
-    alpha=1.5,
-    cu_seqlens=None,
-):
-    """Output, gradients and chunk counts of the loops, in float64."""
-    leaves = [x.detach().double().requires_grad_() for x in leaves]
-    q, k, v, w = leaves
-    (B, N, Hq, _), Hkv = q.shape, k.shape[2]
-    ends = [0, N] if cu_seqlens is None else cu_seqlens.tolist()
-    out, counts = torch.zeros_like(q), torch.zeros(B, N, Hkv)
-    for b in range(B):
-        for h in range(Hkv):
-            heads = slice(h * Hq // Hkv, (h + 1) * Hq // Hkv)
-            for document in map(slice, ends[:-1], ends[1:]):
-                out[b, document, heads], counts[b, document, h] = _attend_by_loops(
-                    q[b, document, heads], k[b, document, h], v[b, document, h], w[h],
-                    chunk_size, scaling_factor, sigma, estimate_diagonal, alpha,
-                )  # fmt: skip
-    grads = torch.autograd.grad(out, leaves, upstream.double(), allow_unused=True, materialize_grads=True)
-    return out.detach(), grads, counts
+def _factors(*values):
+    return torch.tensor(values, dtype=torch.float64, requires_grad=True)
 
 
 CASES = {
@@ -119,6 +65,12 @@ CASES = {
     "prior not centred": ({}, {"estimate_diagonal": False}),
     "alpha 1.3": ({}, {"alpha": 1.3}),
     "alpha 2": ({}, {"alpha": 2.0}),
+    "length-aware": ({}, {"length_scaling": 0.7, "scaling_factor": 2.0}),
+    "length-aware, a factor a head, packed": (
+        {"N": 40},
+        {"cu_seqlens": _cu_seqlens(17, 23), "length_scaling": 0.7, "scaling_factor": _factors(5.0, 1.5)},
+    ),
+    "a factor a head": ({"B": 2}, {"scaling_factor": _factors(2.0, 9.0)}),
     "shorter than a chunk": ({"N": 3}, {}),
     "chunks of one token": ({"N": 12}, {"chunk_size": 1}),
     "packed": ({"N": 40}, {"cu_seqlens": _cu_seqlens(9, 1, 16, 3, 11)}),
@@ -131,7 +83,7 @@ CASES = {
 def test_output_gradients_and_selection_equal_loops_over_tokens_and_chunks(shape, settings):
     leaves, upstream = _inputs(**shape)
     out, grads, counts = _run(leaves, upstream, **settings)
-    expected_out, expected_grads, expected_counts = _oracle(leaves, upstream, **settings)
+    expected_out, expected_grads, expected_counts = oracle(leaves, upstream, **settings)
     assert torch.equal(counts, expected_counts.int())
     _assert_close(out, expected_out, torch.float64)
     for grad, expected in zip(grads, expected_grads, strict=True):
@@ -141,7 +93,7 @@ def test_output_gradients_and_selection_equal_loops_over_tokens_and_chunks(shape
 def test_float32_gives_the_float64_output_and_gradients():
     leaves, upstream = _inputs(B=2, N=61, dtype=torch.float32)
     out, grads, _ = _run(leaves, upstream)
-    expected_out, expected_grads, _ = _oracle(leaves, upstream)
+    expected_out, expected_grads, _ = oracle(leaves, upstream)
     for actual, expected in zip([out, *grads], [expected_out, *expected_grads], strict=True):
         assert actual.dtype == torch.float32
         _assert_close(actual, expected, torch.float32)
@@ -154,7 +106,7 @@ def test_half_precision_is_computed_in_float32_and_returned_in_half(dtype, summa
     if summary_dtype != "same":
         leaves[3] = leaves[3].detach().to(summary_dtype).requires_grad_()
     out, grads, counts = _run(leaves, upstream)
-    expected_out, _, expected_counts = _oracle(leaves, upstream)
+    expected_out, _, expected_counts = oracle(leaves, upstream)
     assert out.dtype == dtype
     assert [g.dtype for g in grads] == [x.dtype for x in leaves]
     assert torch.equal(counts, expected_counts.int())
@@ -168,7 +120,7 @@ def test_autocast_does_not_lower_the_precision():
     assert torch.equal(inside, dash_attention(*leaves, **_settings()))
 
 
-@pytest.mark.parametrize("wrt", ["q", "k", "v", "summary_query"])
+@pytest.mark.parametrize("wrt", ["q", "k", "v", "summary_query", "scaling_factor"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -177,8 +129,9 @@ def test_autocast_does_not_lower_the_precision():
         {"alpha": 1.3},
         {"alpha": 2.0, "estimate_diagonal": False},
         {"cu_seqlens": _cu_seqlens(8, 1, 4)},
+        {"length_scaling": 0.7},
     ],
-    ids=["centred", "not-centred", "alpha-1.3", "alpha-2", "packed"],
+    ids=["centred", "not-centred", "alpha-1.3", "alpha-2", "packed", "length-aware"],
 )
 def test_gradient_of_every_input_passes_gradcheck(settings, wrt, monkeypatch):
     leaves, _ = _inputs(N=13, D=3, seed=3)
@@ -192,13 +145,14 @@ def test_gradient_of_every_input_passes_gradcheck(settings, wrt, monkeypatch):
         return means[0]
 
     monkeypatch.setattr(reference, "_mean_log_p", frozen_mean)
-    at = ["q", "k", "v", "summary_query"].index(wrt)
-    fixed = [x.detach() for x in leaves]
+    names = ["q", "k", "v", "summary_query", "scaling_factor"]
+    leaves.append(_factors(6.0, 4.0))
+    inputs = {name: x.detach() for name, x in zip(names, leaves, strict=True)}
 
     def attend(x):
-        return dash_attention(*fixed[:at], x, *fixed[at + 1 :], **_settings(**settings))
+        return dash_attention(**_settings(**{**inputs, **settings, wrt: x}))
 
-    assert torch.autograd.gradcheck(attend, leaves[at])
+    assert torch.autograd.gradcheck(attend, leaves[names.index(wrt)])
 
 
 def test_the_router_learns_through_the_prior_and_a_flat_prior_teaches_it_nothing():

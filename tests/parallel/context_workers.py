@@ -31,6 +31,9 @@ class Case(NamedTuple):
     scaling_factor: float = 3.0
     alpha: float = 1.5
     estimate_diagonal: bool = True
+    length_scaling: float = 0.0
+    learned_scaling: bool = False
+    """Every key/value head has a factor of its own."""
     heads: tuple[int, int] = (8, 4)
     """Query and key/value heads."""
     changed_token: int | None = None
@@ -53,6 +56,7 @@ class Case(NamedTuple):
             "sigma": 2.0,
             "estimate_diagonal": self.estimate_diagonal,
             "alpha": self.alpha,
+            "length_scaling": self.length_scaling,
         }
 
 
@@ -82,14 +86,24 @@ def inputs_of(case: Case) -> list[torch.Tensor]:
     return [x.to(case.device, case.dtype) for x in (q, k, v, w, d_out)]
 
 
+def head_scaling_of(case: Case) -> list[torch.Tensor]:
+    """The factor of every key/value head, float64 [Hkv], a leaf; nothing if they are not learned."""
+    heads = case.heads[1]
+    factors = torch.linspace(0.5, 1.5, heads, dtype=torch.float64, device=case.device)
+    return [factors.requires_grad_()] if case.learned_scaling else []
+
+
 def attend_alone(case: Case) -> list[torch.Tensor]:
-    """Output and gradients of q, k, v and the summary query (zero for full attention), in float64."""
+    """Output and gradients of q, k, v, the summary query (zero for full attention) and factors, in float64."""
     q, k, v, w, d_out = (x.double() for x in inputs_of(case))
-    leaves = [x.requires_grad_() for x in (q, k, v, w)]
+    leaves = [*(x.requires_grad_() for x in (q, k, v, w)), *head_scaling_of(case)]
     q, k, v = (x[None] for x in (q, k, v))
     if case.kind == "dash":
         cu_seqlens = case.cu_seqlens.to(case.device)
-        out = dash_attention(q, k, v, w, cu_seqlens=cu_seqlens, backend="reference", **case.settings)
+        settings = case.settings
+        for factors in leaves[4:]:
+            settings["scaling_factor"] *= factors
+        out = dash_attention(q, k, v, w, cu_seqlens=cu_seqlens, backend="reference", **settings)
     else:
         documents = []
         for start, end in itertools.pairwise(case.bounds):
@@ -124,7 +138,7 @@ def _attend_rank(case: Case, group: ContextGroup) -> tuple[list[torch.Tensor], d
     chunk_size = CHUNK if case.kind == "dash" else None
     shard = shard_sequence(case.cu_seqlens, group.rank, group.size, chunk_size).to(case.device)
     *rows, w = [x[shard.token].clone() for x in whole[:3]] + [whole[3].clone()]
-    leaves = [x.requires_grad_() for x in (*rows, w)]
+    leaves = [*(x.requires_grad_() for x in (*rows, w)), *head_scaling_of(case)]
     if case.comm == "a2a":
         out = _attend_heads(case, leaves, group)
     elif case.kind == "full":
@@ -140,7 +154,7 @@ def _attend_rank(case: Case, group: ContextGroup) -> tuple[list[torch.Tensor], d
     for local, leaf in zip((out.detach(), *gradients), (out, *leaves), strict=True):
         local = torch.zeros_like(leaf) if local is None else local
         total = torch.zeros(case.bounds[-1], *local.shape[1:], dtype=local.dtype)
-        if leaf is w:
+        if any(leaf is whole_leaf for whole_leaf in leaves[3:]):
             total = local.cpu()
         else:
             total[shard.token.cpu()] = local.cpu()
@@ -153,8 +167,11 @@ def _attend_heads(case: Case, leaves: list[torch.Tensor], group: ContextGroup) -
     q, k, v = (heads_for_rows(x, group) for x in leaves[:3])
     w = leaves[3].split(k.shape[1])[group.rank]
     if case.kind == "dash":
+        settings = case.settings
+        for factors in leaves[4:]:
+            settings["scaling_factor"] *= factors.split(k.shape[1])[group.rank]
         out = dash_attention(
-            q[None], k[None], v[None], w, cu_seqlens=case.cu_seqlens, backend=case.backend, **case.settings
+            q[None], k[None], v[None], w, cu_seqlens=case.cu_seqlens, backend=case.backend, **settings
         )[0]
     else:
         parts = []
@@ -168,11 +185,13 @@ def _attend_heads(case: Case, leaves: list[torch.Tensor], group: ContextGroup) -
 
 
 def _attend_chunks(case: Case, leaves: list[torch.Tensor], shard: Any, group: ContextGroup) -> torch.Tensor:
-    *rows, w = leaves
+    rows, w = leaves[:3], leaves[3]
     if shard.chunks.there is not None:
         rows = [move_rows(x, shard.chunks.there, shard.chunks.back, group) for x in rows]
     functions = stages(case.backend, rows[0])
-    router = functions.Router(case.scaling_factor, 2.0, case.estimate_diagonal, case.alpha)
+    router = functions.Router(
+        case.scaling_factor, 2.0, case.estimate_diagonal, case.alpha, case.length_scaling
+    )
     side = DashSide(functions, router, CHUNK, shard.chunks, group)
-    out, _ = sharded_dash_attention(*rows, w, side, case.comm)
+    out, _ = sharded_dash_attention(*rows, w, side, case.comm, *leaves[4:])
     return out if shard.chunks.there is None else move_rows(out, shard.chunks.back, shard.chunks.there, group)

@@ -24,7 +24,7 @@ DOCUMENTS = {
     "packed": (0, 37, 38, 96, 229, 384),
     "many": (*range(0, 300, 7), 384),
 }
-NAMES = ("output", "dq", "dk", "dv", "d summary query")
+NAMES = ("output", "dq", "dk", "dv", "d summary query", "d scaling")
 # float64: sums in another order
 TOLERANCE = 1e-12
 
@@ -61,19 +61,30 @@ def test_every_exchange_gives_the_output_and_gradients_of_one_process(
         cases[f"other_prior_{comm}"] = Case(
             DOCUMENTS["packed"], comm=comm, heads=(12, 12), alpha=1.3, estimate_diagonal=False
         )
+        cases[f"scaled_{comm}"] = Case(
+            DOCUMENTS["packed"], comm=comm, heads=(12, 12), length_scaling=0.7, learned_scaling=True
+        )
     for name, (found, _) in together(cases, size, run_processes, tmp_path).items():
-        for what, x, expected in zip(NAMES, found, attend_alone(cases[name]), strict=True):
+        for what, x, expected in zip(NAMES[: len(found)], found, attend_alone(cases[name]), strict=True):
             assert error(x, expected) <= TOLERANCE, (name, what)
 
 
 def test_every_exchange_serves_the_triton_kernels(run_processes: Any, tmp_path: Path) -> None:
     bounds = (0, 37, 38, 128, 192)
     cases = {
-        comm: Case(bounds, comm=comm, heads=(4, 2), backend="triton", dtype=torch.float32)
+        comm: Case(
+            bounds,
+            comm=comm,
+            heads=(4, 2),
+            backend="triton",
+            dtype=torch.float32,
+            # with the first exchange only
+            learned_scaling=comm == "all_gather",
+        )
         for comm in ("all_gather", "p2p", "sparse")
     }
     for name, (found, _) in together(cases, 2, run_processes, tmp_path).items():
-        for what, x, expected in zip(NAMES, found, attend_alone(cases[name]), strict=True):
+        for what, x, expected in zip(NAMES[: len(found)], found, attend_alone(cases[name]), strict=True):
             assert error(x, expected) <= 1e-5, (name, what)
 
 
@@ -101,7 +112,7 @@ def test_every_exchange_serves_the_kernels_of_ranks_that_share_a_gpu(
     for name, case in cases.items():
         expected = [x.cpu() for x in attend_alone(case)]
         limits = (2e-4, 2e-3) if dtype == torch.float32 else (1e-2, 4e-2)
-        for what, x, y in zip(NAMES, torch.load(tmp_path / f"{name}.pt"), expected, strict=True):
+        for what, x, y in zip(NAMES[:5], torch.load(tmp_path / f"{name}.pt"), expected, strict=True):
             assert error(x.double(), y) <= limits[what != "output"], (name, what)
 
 

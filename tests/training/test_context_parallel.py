@@ -45,7 +45,10 @@ def tree(tiny_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def documents_of(tree: dict[str, Any], documents: str, kind: str) -> dict[str, Any]:
-    return with_changes(tree, data={"pack_documents": DOCUMENTS[documents]}, attention={"kind": kind})
+    attention: dict[str, Any] = {"kind": kind}
+    if documents == "packed":
+        attention |= {"length_scaling": 0.5, "learned_scaling": True}
+    return with_changes(tree, data={"pack_documents": DOCUMENTS[documents]}, attention=attention)
 
 
 @pytest.fixture

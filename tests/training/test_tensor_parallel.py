@@ -35,7 +35,7 @@ def tree(tiny_config: dict[str, Any]) -> dict[str, Any]:
     """
     return with_changes(
         tiny_config,
-        attention={"scaling_factor": 10.0},
+        attention={"scaling_factor": 10.0, "length_scaling": 0.2, "learned_scaling": True},
         optimizer={"lr": 0.03, "eps": 2e-3, "grad_clip": 0.1},
         training={"steps": STEPS},
         evaluation={"every": STEPS, "samples": 5},
@@ -125,7 +125,8 @@ def test_recomputation_and_scoring_in_pieces_leave_gradients_alone(
 def test_bf16_gradients_and_their_norm_are_those_of_one_process(
     tree: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
-    tree = with_changes(tree, training={"precision": "bf16"})
+    # a sharper router magnifies rounding, by which chunks pass the threshold
+    tree = with_changes(tree, training={"precision": "bf16"}, attention={"length_scaling": 0.0})
     expected = references(tree, run_processes, tmp_path, steps=1)["untied"]
     cases = [
         (f"{stage}_{sequence}", tensor_parallel(tree, stage, sequence, model=MODELS["untied"]))

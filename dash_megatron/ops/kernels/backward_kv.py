@@ -25,10 +25,14 @@ HOPPER_KEYS = 64
 
 @triton.jit
 def _summary_gradient(
-    b_q, b_summary, b_log, p_tau, p_mean_dp, p_d_prior, m_n, score_scale, gradient_scale, exponent, inv_sigma,
+    b_q, b_summary, b_log, p_tau, p_mean_dp, p_d_prior, p_factor, m_n, score_scale, gradient_scale, exponent, inv_sigma,
     G: tl.constexpr, ALPHA_15: tl.constexpr,
 ):  # fmt: skip
     """What rows `b_q` [ROWS, D], of which `m_n` list the chunk, add to its summary's gradient [D]."""
+    if p_factor is not None:
+        b_factor = tl.load(p_factor, mask=m_n, other=1.0)
+        score_scale *= b_factor
+        gradient_scale *= b_factor
     b_dp = prior_to_probability(tl.load(p_d_prior, mask=m_n, other=0.0), b_log, inv_sigma, 1.0 / G)
     b_tau = tl.load(p_tau, mask=m_n, other=float("inf"))
     b_q = b_q.to(tl.float32)
@@ -59,7 +63,7 @@ def _place_sums(
 
 @triton.jit
 def _dkv_kernel(
-    q, k, v, d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, list_log_prior, d_prior,
+    q, k, v, d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, list_log_prior, d_prior, factor,
     row_place, row_entry, row_offset, row_work, part_bound, part_row, dk_sum, dv_sum, ds_sum,
     key_start, key_end, query_start, query_end, stride_table,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,
@@ -140,8 +144,9 @@ def _dkv_kernel(
             if SUMMARY:
                 b_ds += _summary_gradient(
                     b_q, b_summary, b_log, tau + i_head + o_head, mean_dp + i_head + o_head,
-                    d_prior + p_list * T + i_r // GP + o_rn, m_n & listed, score_scale, gradient_scale, exponent,
-                    inv_sigma, G, ALPHA_15,
+                    d_prior + p_list * T + i_r // GP + o_rn,
+                    None if factor is None else factor + i_n * HKV + i_h + o_rn * HKV,
+                    m_n & listed, score_scale, gradient_scale, exponent, inv_sigma, G, ALPHA_15,
                 )  # fmt: skip
         i_slot, p_row, m_row = _place_sums(
             i_p, i_row, i_h, here == begin, stop >= end, o_c, o_k, m_k, HKV, C, DIRECT
@@ -214,6 +219,16 @@ class Summaries(NamedTuple):
     mean_dp: Tensor
     summary: Tensor
     d_prior: Tensor
+    factor: Tensor | None
+    """Of `token_factors`."""
+
+
+def token_factors(factor: Tensor | None, start: Tensor, num_tokens: int) -> Tensor | None:
+    """Factors [Hkv, chunks] on routing scores, of the tokens: [tokens, Hkv]; `start` is every chunk's first token."""
+    if factor is None:
+        return None
+    token = torch.arange(num_tokens, dtype=start.dtype, device=start.device)
+    return factor.mT[torch.searchsorted(start, token, right=True) - 1].contiguous()
 
 
 def _sum_parts(
@@ -228,9 +243,9 @@ def _sum_parts(
     queries of the same chunk, equal if absent.
     """
     D, T = sizes.head_dim, sizes.tile_tokens
-    tau, mean_dp, summary, d_prior = summaries or (None,) * 4
+    tau, mean_dp, summary, d_prior, factor = summaries or (None,) * 5
     _dkv_kernel[(len(division.row), sizes.chunk_size // config.keys)](
-        q, k, v, d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, log_prior, d_prior,
+        q, k, v, d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, log_prior, d_prior, factor,
         *transposed, *division, *sums, ds_sum, *keys, *queries, keys.stride(1),
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         D**-0.5 * LOG2_E, D**-0.5, router.score_scale(D), router.scaling_factor * D**-0.5,
@@ -261,11 +276,12 @@ def backward_kv(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, tau: Tensor,
     mean_log: Tensor, mean_dp: Tensor, summary: Tensor, d_summary: Tensor, d_prior: Tensor, lists: Lists,
     transposed: Transposed, division: Division, chunks: Tensor, sizes: Sizes, router: Router, config: Config,
-    deterministic: bool,
+    deterministic: bool, factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of k and v, [tokens, Hkv, D] in their dtype, and of w, float32 [Hkv, D].
 
-    With `deterministic` the gradient of the summaries is summed here, in order, instead of taken from `d_summary`.
+    With `deterministic` the gradient of the summaries is summed here, in order, instead of taken from `d_summary`; only
+    then `factor`, that of `route`, matters.
     """
     C, D, Hkv, nc = sizes.chunk_size, sizes.head_dim, sizes.num_kv_heads, sizes.num_chunks
     slots = 2 * len(division.row) + len(division.work) - 1
@@ -288,9 +304,13 @@ def backward_kv(
             chunks, sizes, router, config,
         )  # fmt: skip
     else:
+        summaries = None
+        if deterministic:
+            factor = token_factors(factor, chunks[0], len(q))
+            summaries = Summaries(tau, mean_dp, summary, d_prior, factor)
         _sum_parts(
             q, k, v, d_out, centred_lse, delta, mean_log, lists.log_prior, transposed, division, places, places, sums,
-            ds_sum, Summaries(tau, mean_dp, summary, d_prior) if deterministic else None, sizes, router, config, False,
+            ds_sum, summaries, sizes, router, config, False,
         )  # fmt: skip
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -322,7 +342,7 @@ def backward_kv_alone(
 
 @triton.jit
 def _d_summary_kernel(
-    q, tau, mean_dp, summary, list_log_prior, d_prior, row_place, row_entry, row_offset, d_summary,
+    q, tau, mean_dp, summary, list_log_prior, d_prior, factor, row_place, row_entry, row_offset, d_summary,
     stride_qn, stride_qh, score_scale, gradient_scale, exponent, inv_sigma, num_chunks,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     T: tl.constexpr, ALPHA_15: tl.constexpr,
@@ -343,21 +363,25 @@ def _d_summary_kernel(
         o_list, o_head = entry * T + o_r // GP, o_n * (HKV * G) + o_g
         b_log = tl.load(list_log_prior + o_list, mask=m_n, other=float("-inf"))
         b_ds += _summary_gradient(
-            b_q, b_summary, b_log, tau + o_head, mean_dp + o_head, d_prior + o_list, m_n, score_scale,
-            gradient_scale, exponent, inv_sigma, G, ALPHA_15,
+            b_q, b_summary, b_log, tau + o_head, mean_dp + o_head, d_prior + o_list,
+            None if factor is None else factor + o_n * HKV + i_h,
+            m_n, score_scale, gradient_scale, exponent, inv_sigma, G, ALPHA_15,
         )  # fmt: skip
     tl.store(d_summary + i_row * D + o_d, b_ds, mask=m_d)
 
 
 def sum_d_summary(
     q: Tensor, tau: Tensor, mean_dp: Tensor, summary: Tensor, log_prior: Tensor, d_prior: Tensor,
-    transposed: Transposed, sizes: Sizes, router: Router,
+    transposed: Transposed, sizes: Sizes, router: Router, factor: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Gradient of the summaries, float32 [Hkv, chunks, D], summed in the order of the lists transposed over all chunks."""
+    """Gradient of the summaries, float32 [Hkv, chunks, D], summed in the order of the lists transposed over all chunks.
+
+    `factor` is that of `token_factors`.
+    """
     d_summary = torch.empty(summary.shape, dtype=torch.float32, device=q.device)
     Hkv, nc, D = summary.shape
     _d_summary_kernel[(Hkv * nc,)](
-        q, tau, mean_dp, summary, log_prior, d_prior, *transposed, d_summary, q.stride(0), q.stride(1),
+        q, tau, mean_dp, summary, log_prior, d_prior, factor, *transposed, d_summary, q.stride(0), q.stride(1),
         router.score_scale(D), router.scaling_factor * D**-0.5, router.exponent, router.inv_sigma, nc,
         HKV=Hkv, G=sizes.group, GP=sizes.padded_group, D=D, BLOCK_D=sizes.block_d, T=sizes.tile_tokens,
         ALPHA_15=router.alpha == 1.5, num_warps=4,

@@ -135,7 +135,7 @@ def _router_block(
     G: tl.constexpr, GP: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr,
 ):  # fmt: skip
-    """Chunks [BLOCK_S] of a block of list entries, and r and dp [ROWS, BLOCK_S] of the tile's rows."""
+    """Chunks [BLOCK_S] of a block of list entries, and scores x, r and dp [ROWS, BLOCK_S] of the tile's rows."""
     o_e = i_e + tl.arange(0, BLOCK_S)
     m_e = o_e < count
     o_c = tl.load(p_chunk + o_e, mask=m_e, other=0)
@@ -146,13 +146,13 @@ def _router_block(
     b_dp = prior_to_probability(b_db, b_log, inv_sigma, 1.0 / G)
     b_dp = tl.reshape(tl.broadcast_to(b_dp[:, None, :], (T, GP, BLOCK_S)), (T * GP, BLOCK_S))
     b_r = entmax_jacobian_root(b_x, b_tau[:, None], exponent, ALPHA_15)
-    return o_c, tl.where(m_e[None, :], b_r, 0.0), b_dp
+    return o_c, b_x, tl.where(m_e[None, :], b_r, 0.0), b_dp
 
 
 @triton.jit
 def _router_bwd_kernel(
     q, summary, tau, dq, d_summary, mean_dp, list_chunk, list_log_prior, d_prior, list_offset, list_count,
-    chunk_start, chunk_end, stride_qn, stride_qh, scale, gradient_scale, exponent, inv_sigma,
+    chunk_start, chunk_end, factor, d_log_factor, stride_qn, stride_qh, scale, gradient_scale, exponent, inv_sigma,
     num_chunks, num_summaries,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     T: tl.constexpr, TILES_PER_CHUNK: tl.constexpr, BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr,
@@ -161,9 +161,13 @@ def _router_bwd_kernel(
     tiles_per_head = num_chunks * TILES_PER_CHUNK
     i_h = tl.program_id(0) // tiles_per_head
     i_tile = tiles_per_head - 1 - tl.program_id(0) % tiles_per_head
-    _own, start, end = tile_place(i_tile, chunk_start, chunk_end, TILES_PER_CHUNK, T)
+    i_c, start, end = tile_place(i_tile, chunk_start, chunk_end, TILES_PER_CHUNK, T)
     if start >= end:
         return
+    if factor is not None:
+        row_factor = tl.load(factor + i_h * num_chunks + i_c)
+        scale *= row_factor
+        gradient_scale *= row_factor
     p_tile = i_h.to(tl.int64) * tiles_per_head + i_tile
     offset, count = tl.load(list_offset + p_tile), tl.load(list_count + p_tile)
     o_r, o_d = tl.arange(0, T * GP), tl.arange(0, BLOCK_D)
@@ -181,7 +185,7 @@ def _router_bwd_kernel(
 
     b_r_sum, b_dp_sum = tl.zeros([T * GP], tl.float32), tl.zeros([T * GP], tl.float32)
     for i_e in range(0, count, BLOCK_S):
-        o_c, b_r, b_dp = _router_block(
+        o_c, b_x, b_r, b_dp = _router_block(
             b_q, b_tau, summary, p_chunk, p_log, p_db, i_e, count, scale, exponent, inv_sigma,
             G, GP, T, D, BLOCK_D, BLOCK_S, ALPHA_15,
         )  # fmt: skip
@@ -191,13 +195,17 @@ def _router_bwd_kernel(
     tl.store(mean_dp + o_row, b_mean_dp, mask=m_row)
 
     o_rd = o_row[:, None] * D + o_d[None, :]
-    b_dq = tl.zeros([T * GP, BLOCK_D], tl.float32)
+    b_dq, b_dx = tl.zeros([T * GP, BLOCK_D], tl.float32), tl.zeros([T * GP], tl.float32)
     for i_e in range(0, count, BLOCK_S):
-        o_c, b_r, b_dp = _router_block(
+        o_c, b_x, b_r, b_dp = _router_block(
             b_q, b_tau, summary, p_chunk, p_log, p_db, i_e, count, scale, exponent, inv_sigma,
             G, GP, T, D, BLOCK_D, BLOCK_S, ALPHA_15,
         )  # fmt: skip
-        b_dz = (b_r * (b_dp - b_mean_dp[:, None]) * gradient_scale).to(GRADIENT)
+        b_dz = b_r * (b_dp - b_mean_dp[:, None])
+        if d_log_factor is not None:
+            # scores are proportional to the factor; x is exponent times smaller
+            b_dx += tl.sum(b_dz * b_x, 1)
+        b_dz = (b_dz * gradient_scale).to(GRADIENT)
         m_e = i_e + tl.arange(0, BLOCK_S) < count
         b_s = load_rows(summary, o_c, D, m_e, D, BLOCK_D).to(GRADIENT)
         b_dq = tl.dot(b_dz, b_s, b_dq, input_precision="ieee")
@@ -205,6 +213,8 @@ def _router_bwd_kernel(
             b_d_summary = tl.dot(tl.trans(b_dz), b_q.to(GRADIENT), input_precision="ieee")
             p_ds = d_summary + o_c.to(tl.int64)[:, None] * D + o_d[None, :]
             tl.atomic_add(p_ds, b_d_summary, mask=m_e[:, None] & (o_d < D)[None, :], sem="relaxed")
+    if d_log_factor is not None:
+        tl.store(d_log_factor + p_tile, tl.sum(b_dx, 0) * exponent)
     b_dq += tl.load(dq + o_rd, mask=m_rd, other=0.0).to(tl.float32)
     tl.store(dq + o_rd, b_dq.to(dq.dtype.element_ty), mask=m_rd)
 
@@ -239,19 +249,23 @@ def backward_q(
 
 def backward_router(
     q: Tensor, summary: Tensor, tau: Tensor, dq: Tensor, d_prior: Tensor, lists: Lists, chunks: Tensor,
-    sizes: Sizes, router: Router, config: Config, deterministic: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Add the router's part to `dq` in place.
+    sizes: Sizes, router: Router, config: Config, deterministic: bool, factor: Tensor | None = None,
+    learned: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Add the router's part to `dq` in place; `factor` is that of `route`.
 
     Returns:
         Gradient of the summaries, float32 [Hkv, chunks, D], summed with atomics; all zero if `deterministic`, for the
-        pass over the transposed lists to fill. And the mean of dp that the entmax gradient subtracts, [tokens, Hq].
+        pass over the transposed lists to fill. The mean of dp that the entmax gradient subtracts, [tokens, Hq]. And the
+        gradient of the logarithm of each head's factor, float32 [Hkv], if it is `learned`.
     """
     d_summary = torch.zeros(summary.shape, dtype=torch.float32, device=q.device)
     mean_dp = torch.empty_like(tau)
+    # tiles without rows write nothing
+    d_log = torch.zeros(sizes.num_kv_heads, sizes.tiles_per_head, device=q.device) if learned else None
     _router_bwd_kernel[(sizes.num_tiles,)](
         q, summary, tau, dq, d_summary, mean_dp, lists.chunk, lists.log_prior, d_prior, lists.offset, lists.counts,
-        chunks[0], chunks[1], q.stride(0), q.stride(1), router.score_scale(sizes.head_dim),
+        chunks[0], chunks[1], factor, d_log, q.stride(0), q.stride(1), router.score_scale(sizes.head_dim),
         router.scaling_factor * sizes.head_dim**-0.5, router.exponent, router.inv_sigma, sizes.num_chunks,
         summary.shape[1],
         HKV=sizes.num_kv_heads, G=sizes.group, GP=sizes.padded_group, D=sizes.head_dim, BLOCK_D=sizes.block_d,
@@ -261,4 +275,4 @@ def backward_router(
         GRADIENT=tl.float32 if q.dtype == torch.float32 else tl.bfloat16,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return d_summary, mean_dp
+    return d_summary, mean_dp, None if d_log is None else d_log.sum(1)

@@ -14,7 +14,7 @@ from dash_megatron.ops.kernels.backward_kv import backward_kv
 from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
 from dash_megatron.ops.kernels.configs import Plan, plan
 from dash_megatron.ops.kernels.geometry import Sizes, check_supported, layout, measure
-from dash_megatron.ops.kernels.route import Lists, Router, route
+from dash_megatron.ops.kernels.route import Lists, Router, route, split_scaling
 from dash_megatron.ops.kernels.summarize import summarize
 from dash_megatron.ops.kernels.transpose import divide, transpose
 
@@ -39,6 +39,11 @@ def _prepare(q: Tensor, k: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -
     return launches, measure(q, k, chunk_size, documents, launches.tile_rows)
 
 
+def _factors(router: Router, sizes: Sizes, chunks: Tensor, head_scaling: Tensor | None) -> Tensor | None:
+    past = torch.arange(sizes.num_chunks, device=chunks.device) - chunks[2]
+    return router.factors(past, sizes.num_kv_heads, head_scaling)
+
+
 def _one_row(x: Tensor) -> Tensor:
     """[B, N, H, D] as [B * N, H, D] with dense D, a view where strides allow."""
     x = x.flatten(0, 1)
@@ -56,20 +61,25 @@ def _forward(
     k: Tensor,
     v: Tensor,
     w: Tensor,
+    head_scaling: Tensor | None,
     cu_seqlens: Tensor | None,
     chunk_size: int,
     scaling_factor: float,
     sigma: float,
     estimate_diagonal: bool,
     alpha: float,
+    length_scaling: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     launches, sizes = _prepare(q, k, chunk_size, cu_seqlens)
-    router = Router(scaling_factor, sigma, estimate_diagonal, alpha)
+    router = Router(scaling_factor, sigma, estimate_diagonal, alpha, length_scaling)
     chunks, offsets = layout(sizes, q.shape[0], cu_seqlens, q.device)
     rows_q, rows_k, rows_v, w = _one_row(q), _dense_rows(k), _dense_rows(v), w.contiguous()
     summary = summarize(rows_k, w, chunks, sizes)
-    lists, tau, mean_log, selected = route(rows_q, summary, chunks, offsets, sizes, router, launches.route)
+    factor = _factors(router, sizes, chunks, head_scaling)
+    lists, tau, mean_log, selected = route(
+        rows_q, summary, chunks, offsets, sizes, router, launches.route, factor=factor
+    )
     out, lse = attend(rows_q, rows_k, rows_v, lists, mean_log, chunks, sizes, router, launches.attend)
     saved = Saved(lse, tau, mean_log, summary, *lists, chunks)
     return out.view(q.shape), selected.view(q.shape[0], q.shape[1], k.shape[2]), *saved
@@ -77,8 +87,9 @@ def _forward(
 
 @_forward.register_fake
 def _forward_fake(
-    q, k, v, w, cu_seqlens, chunk_size, scaling_factor, sigma, estimate_diagonal, alpha, deterministic
-):
+    q, k, v, w, head_scaling, cu_seqlens, chunk_size, scaling_factor, sigma, estimate_diagonal, alpha,
+    length_scaling, deterministic,
+):  # fmt: skip
     _, sizes = _prepare(q, k, chunk_size, cu_seqlens)
     B, N, Hq, D = q.shape
     Hkv, T = k.shape[2], sizes.tile_tokens
@@ -110,6 +121,7 @@ def _backward(
     k: Tensor,
     v: Tensor,
     w: Tensor,
+    head_scaling: Tensor | None,
     cu_seqlens: Tensor | None,
     out: Tensor,
     lse: Tensor,
@@ -126,10 +138,12 @@ def _backward(
     sigma: float,
     estimate_diagonal: bool,
     alpha: float,
+    length_scaling: float,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     launches, sizes = _prepare(q, k, chunk_size, cu_seqlens)
-    router = Router(scaling_factor, sigma, estimate_diagonal, alpha)
+    router = Router(scaling_factor, sigma, estimate_diagonal, alpha, length_scaling)
+    factor = _factors(router, sizes, chunks, head_scaling)
     lists = Lists(list_chunk, list_log_prior, list_offset, list_count)
     rows_q, rows_k, rows_v, rows_w = _one_row(q), _dense_rows(k), _dense_rows(v), w.contiguous()
     rows_out, rows_d_out = out.flatten(0, 1).contiguous(), d_out.flatten(0, 1).contiguous()
@@ -137,37 +151,44 @@ def _backward(
         rows_q, rows_k, rows_v, rows_out, rows_d_out, lse, lists, mean_log, chunks, sizes, router,
         launches.queries,
     )  # fmt: skip
-    d_summary, mean_dp = backward_router(
-        rows_q, summary, tau, dq, d_prior, lists, chunks, sizes, router, launches.router, deterministic
-    )
+    d_summary, mean_dp, d_log_factor = backward_router(
+        rows_q, summary, tau, dq, d_prior, lists, chunks, sizes, router, launches.router, deterministic, factor,
+        head_scaling is not None,
+    )  # fmt: skip
     transposed = transpose(lists, chunks, sizes)
     division = divide(transposed, chunks, sizes, min(launches.parts, sizes.least_work))
     dk, dv, dw = backward_kv(
         rows_q, rows_k, rows_v, rows_w, rows_d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, d_summary,
-        d_prior, lists, transposed, division, chunks, sizes, router, launches.keys, deterministic,
+        d_prior, lists, transposed, division, chunks, sizes, router, launches.keys, deterministic, factor,
     )  # fmt: skip
-    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), dw.to(w.dtype)
+    # an op returns tensors only
+    d_scaling = q.new_empty(0)
+    if head_scaling is not None and d_log_factor is not None:
+        d_scaling = (d_log_factor / head_scaling).to(head_scaling.dtype)
+    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), dw.to(w.dtype), d_scaling
 
 
 @_backward.register_fake
-def _backward_fake(d_out, q, k, v, w, *_):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), w.new_empty(w.shape)
+def _backward_fake(d_out, q, k, v, w, head_scaling, *_):
+    d_scaling = q.new_empty(0) if head_scaling is None else torch.empty_like(head_scaling)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), w.new_empty(w.shape), d_scaling
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, w, cu_seqlens, *ctx.settings = inputs
+    q, k, v, w, head_scaling, cu_seqlens, *ctx.settings = inputs
     out, selected, *saved = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(selected, *saved)
-    ctx.save_for_backward(q, k, v, w, cu_seqlens, out, *saved)
+    ctx.save_for_backward(q, k, v, w, head_scaling, cu_seqlens, out, *saved)
 
 
 def _autograd_backward(ctx, d_out, *_):
     num_settings = len(ctx.settings)
     if d_out is None:
-        return (None,) * (5 + num_settings)
-    gradients = _backward(d_out, *ctx.saved_tensors, *ctx.settings)
-    return *gradients, None, *(None,) * num_settings
+        return (None,) * (6 + num_settings)
+    saved = ctx.saved_tensors
+    *gradients, d_scaling = _backward(d_out, *saved, *ctx.settings)
+    return *gradients, None if saved[4] is None else d_scaling, None, *(None,) * num_settings
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -180,16 +201,17 @@ def dash_attention_triton(
     summary_query: Tensor,
     *,
     chunk_size: int,
-    scaling_factor: float,
+    scaling_factor: float | Tensor,
     sigma: float,
     estimate_diagonal: bool,
     alpha: float,
     cu_seqlens: Tensor | None,
+    length_scaling: float = 0.0,
     deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to the chunks an entmax router selects, with its log probabilities as a prior (arXiv 2605.18753).
 
-    Differentiable in all four tensors; usable under torch.compile, activation checkpointing and, for lengths whose
+    Differentiable in all tensors; usable under torch.compile, activation checkpointing and, for lengths whose
     lists are bounded, CUDA graphs (see `Sizes.lists_are_bounded`). Arguments are those of `dash_attention`, which
     checks them.
 
@@ -198,7 +220,7 @@ def dash_attention_triton(
         k, v: keys after RoPE, and values [B, N, Hkv, D].
         summary_query: [Hkv, D].
         chunk_size: 16, 32, 64 or 128.
-        scaling_factor, sigma, estimate_diagonal, alpha: as in `dash_attention`; plain numbers, not tensors.
+        scaling_factor, sigma, estimate_diagonal, alpha, length_scaling: as in `dash_attention`.
         cu_seqlens: [documents + 1] (then B == 1), or None for one document per batch row.
         deterministic: gradients are the same to the last bit in every run, at some cost in time; None asks
             `torch.are_deterministic_algorithms_enabled`.
@@ -209,8 +231,9 @@ def dash_attention_triton(
     check_supported(q, k.shape[2])
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
+    head_scaling, number = split_scaling(scaling_factor)
     out, selected, *_ = _forward(
-        q, k, v, summary_query, cu_seqlens, chunk_size, float(scaling_factor), float(sigma), estimate_diagonal,
-        float(alpha), deterministic,
+        q, k, v, summary_query, head_scaling, cu_seqlens, chunk_size, number, float(sigma), estimate_diagonal,
+        float(alpha), float(length_scaling), deterministic,
     )  # fmt: skip
     return out, selected

@@ -104,7 +104,7 @@ def _follow(launch: Launch) -> dict[str, bool]:
 
 def _route_long(
     q: Tensor, summary: Tensor, lengths: Tensor, page_table: Tensor | None, stride_table: int, max_chunks: int,
-    router: Router, launch: Launch, shapes: _Shapes,
+    head_scaling: Tensor | None, router: Router, launch: Launch, shapes: _Shapes,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Scores and thresholds, float32 [B, Hq, max_chunks] and [B, Hq], and bits of what is selected, int32 [B, Hq, words]."""
     B, Hq, D = q.shape
@@ -113,10 +113,11 @@ def _route_long(
     bits = torch.empty(B, Hq, triton.cdiv(max_chunks, 32), dtype=torch.int32, device=q.device)
     blocks = triton.cdiv(max_chunks, launch.block_chunks)
     decode_score_kernel[(blocks * B * shapes.HKV,)](
-        q, summary, lengths, page_table, x, q.stride(0), q.stride(1),
+        q, summary, lengths, page_table, head_scaling, x, q.stride(0), q.stride(1),
         summary.stride(0), summary.stride(1), summary.stride(2), stride_table,
         summary.shape[1], max_chunks, blocks, router.score_scale(D),
-        **shapes._asdict(), BLOCK_S=launch.block_chunks, PAGED=page_table is not None, DEPENDENT=launch.dependent,
+        **shapes._asdict(), BLOCK_S=launch.block_chunks, PAGED=page_table is not None,
+        LENGTH_SCALING=router.length_scaling, DEPENDENT=launch.dependent,
         num_warps=8 if shapes.BLOCK_D * q.element_size() > 512 else 4,
     )  # fmt: skip
     # third-order convergence: a move this small leaves an error below float32's own
@@ -131,7 +132,7 @@ def _route_long(
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, summary: Tensor, lengths: Tensor, page_table: Tensor | None, stride_table: int,
-    max_chunks: int, routed: tuple[Tensor | None, ...], router: Router, launch: Launch, shapes: _Shapes,
+    max_chunks: int, head_scaling: Tensor | None, routed: tuple[Tensor | None, ...], router: Router, launch: Launch, shapes: _Shapes,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [B, Hq, D] and number of chunks selected, int32 [B, Hkv], given what `_route_long` returns, if anything."""
     (B, Hq, D), Hkv, S = q.shape, shapes.HKV, launch.splits
@@ -149,7 +150,7 @@ def _attend(
     words = triton.cdiv(max_chunks, 32)
     alpha_15 = router.alpha == 1.5
     decode_attend_kernel[(B * Hkv * (1 if launch.whole else S + 1),)](
-        q, k, v, summary, lengths, page_table, *routed, chunk, place, log_prior, part, lse, stats, out, selected,
+        q, k, v, summary, lengths, page_table, head_scaling, *routed, chunk, place, log_prior, part, lse, stats, out, selected,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2),
         summary.stride(0), summary.stride(1), summary.stride(2), stride_table,
         summary.shape[1], max_chunks, words, S, D**-0.5 * LOG2_E, router.score_scale(D), router.exponent,
@@ -157,6 +158,7 @@ def _attend(
         **shapes._asdict(), KEYS=launch.keys, BLOCK_E=16, CHUNKS=max(16, next_power_of_two(max_chunks)),
         WORDS=next_power_of_two(words), PAGED=page_table is not None, ALPHA_15=alpha_15,
         CENTRE=router.estimate_diagonal, SHORT=launch.short, WHOLE=launch.whole, STAGES=launch.stages,
+        LENGTH_SCALING=router.length_scaling,
         DEPENDENT=launch.dependent, num_warps=launch.warps, **({} if launch.short else _follow(launch)),
     )  # fmt: skip
     if not launch.whole:
@@ -177,13 +179,17 @@ def decode(
     summary: Tensor,
     lengths: Tensor,
     page_table: Tensor | None,
-    chunk_size: int,
+    head_scaling: Tensor | None,
     scaling_factor: float,
+    chunk_size: int,
     sigma: float,
     estimate_diagonal: bool,
     alpha: float,
+    length_scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one token a sequence; arguments are those of `dash_decode` and the tensors of its `DashCache`.
+
+    `head_scaling` [Hkv], if given, multiplies `scaling_factor`.
 
     Returns:
         Output [B, Hq, D] in q's dtype, and the number of chunks selected, the own one included, int32 [B, Hkv].
@@ -195,16 +201,16 @@ def decode(
     max_chunks = summary.shape[1] * (1 if page_table is None else page_table.shape[1])
     stride_table = 0 if page_table is None else page_table.stride(0)
     shapes = _Shapes(Hkv, G, max(16, next_power_of_two(G)), D, next_power_of_two(D), chunk_size)
-    router = Router(scaling_factor, sigma, estimate_diagonal, alpha)
+    router = Router(scaling_factor, sigma, estimate_diagonal, alpha, length_scaling)
     launch = plan_decode(q, Hkv, max_chunks, chunk_size)
     routed: tuple[Tensor | None, ...] = (None, None, None)
     if not launch.short:
         routed = _route_long(
-            q, summary, lengths, page_table, stride_table, max_chunks, router, launch, shapes
+            q, summary, lengths, page_table, stride_table, max_chunks, head_scaling, router, launch, shapes
         )
     return _attend(
-        q, k, v, summary, lengths, page_table, stride_table, max_chunks, routed, router, launch, shapes
-    )
+        q, k, v, summary, lengths, page_table, stride_table, max_chunks, head_scaling, routed, router, launch, shapes,
+    )  # fmt: skip
 
 
 @decode.register_fake

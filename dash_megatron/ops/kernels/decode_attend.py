@@ -14,6 +14,7 @@ from dash_megatron.ops.kernels.decode_route import (
     enter,
     load_queries,
     probability,
+    scale_of,
     score_chunks,
     sequence_place,
     solve_rows,
@@ -166,13 +167,13 @@ def _attend_own(
 
 @triton.jit
 def decode_attend_kernel(
-    q, k, v, summary, lengths, page_table, x, tau, bits, list_chunk, list_place, list_log, part, lse, stats, out, selected,
+    q, k, v, summary, lengths, page_table, head_scaling, x, tau, bits, list_chunk, list_place, list_log, part, lse, stats, out, selected,
     stride_qb, stride_qh, stride_kp, stride_kn, stride_kh, stride_sp, stride_sc, stride_sh, stride_table,
     chunks_per_page, max_chunks, max_words, splits, scale, route_scale, exponent, tolerance, inv_sigma,
     HKV: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr,
     KEYS: tl.constexpr, BLOCK_E: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr, PAGED: tl.constexpr,
     ALPHA_15: tl.constexpr, CENTRE: tl.constexpr, SHORT: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    LENGTH_SCALING: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One split: output and log-sum-exp of its share; if WHOLE, the only program has everything and writes the output."""
     parts = splits if WHOLE else splits + 1
@@ -192,6 +193,7 @@ def decode_attend_kernel(
         list_place += i_bh.to(tl.int64) * max_chunks
         list_log += i_bh.to(tl.int64) * max_chunks
         if SHORT:
+            route_scale = scale_of(route_scale, head_scaling, i_h, past, LENGTH_SCALING)
             first, last, log_sum = _list_short(
                 b_q, summary, page_table, list_place, list_log, i_b, i_h, i_split, splits, past,
                 stride_sp, stride_sc, stride_sh, stride_table, chunks_per_page, route_scale, exponent, tolerance,

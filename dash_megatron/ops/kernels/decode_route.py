@@ -68,6 +68,16 @@ def score_chunks(
 
 
 @triton.jit
+def scale_of(scale, head_scaling, i_h, past, LENGTH_SCALING: tl.constexpr):
+    """What turns q.s into x for a head of a sequence with `past` whole past chunks; see `Router.factors`."""
+    if head_scaling is not None:
+        scale *= tl.load(head_scaling + i_h).to(tl.float32)
+    if LENGTH_SCALING != 0:
+        scale *= 1 + LENGTH_SCALING * tl.log(tl.maximum(past, 1).to(tl.float32))
+    return scale
+
+
+@triton.jit
 def probability(b_x, b_tau, exponent, ALPHA_15: tl.constexpr):
     b_u = tl.maximum(b_x - b_tau, 0.0)
     return b_u * b_u if ALPHA_15 else power(b_u, exponent)
@@ -127,10 +137,10 @@ def solve_rows(b_x, past, exponent, tolerance, ALPHA_15: tl.constexpr):
 
 @triton.jit
 def decode_score_kernel(
-    q, summary, lengths, page_table, x, stride_qb, stride_qh, stride_sp, stride_sc, stride_sh, stride_table,
+    q, summary, lengths, page_table, head_scaling, x, stride_qb, stride_qh, stride_sp, stride_sc, stride_sh, stride_table,
     chunks_per_page, max_chunks, blocks, scale,
     HKV: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr,
-    BLOCK_S: tl.constexpr, PAGED: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCK_S: tl.constexpr, PAGED: tl.constexpr, LENGTH_SCALING: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Scores float32 [B, Hq, max_chunks] of all whole past chunks, a block of chunks for the heads of a group a program."""
     enter(DEPENDENT)
@@ -143,6 +153,7 @@ def decode_score_kernel(
     m_c = o_c < past
     o_place = chunk_place(page_table, i_b, o_c, m_c, stride_table, chunks_per_page, PAGED)
     b_q = load_queries(q, i_b, i_h, stride_qb, stride_qh, G, D, BLOCK_D, ROWS)
+    scale = scale_of(scale, head_scaling, i_h, past, LENGTH_SCALING)
     b_x = score_chunks(
         b_q, summary, o_place, m_c, i_h, stride_sp, stride_sc, stride_sh, chunks_per_page, scale, D, BLOCK_D
     )

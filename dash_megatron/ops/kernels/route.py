@@ -22,6 +22,7 @@ class Router(NamedTuple):
     sigma: float
     estimate_diagonal: bool
     alpha: float
+    length_scaling: float = 0.0
 
     @property
     def exponent(self) -> float:
@@ -35,6 +36,26 @@ class Router(NamedTuple):
     def score_scale(self, head_dim: int) -> float:
         """What turns q.s into x."""
         return (self.alpha - 1) * self.scaling_factor * head_dim**-0.5
+
+    def factors(self, past: Tensor, num_kv_heads: int, head_scaling: Tensor | None) -> Tensor | None:
+        """What the scores of a chunk's queries are multiplied by besides, float32 [Hkv, chunks]; None for one everywhere.
+
+        Args:
+            past: how many chunks of its document lie before each chunk, [chunks].
+            num_kv_heads: Hkv.
+            head_scaling: a factor for each key/value head [Hkv], if there is one.
+        """
+        if head_scaling is None and self.length_scaling == 0:
+            return None
+        heads = past.new_ones(num_kv_heads) if head_scaling is None else head_scaling
+        return heads.float()[:, None] * (1 + self.length_scaling * past.clamp_min(1).float().log())
+
+
+def split_scaling(scaling_factor: float | Tensor) -> tuple[Tensor | None, float]:
+    """A factor for each key/value head [Hkv], if it is a tensor, and the number for all heads."""
+    if isinstance(scaling_factor, Tensor):
+        return scaling_factor, 1.0
+    return None, float(scaling_factor)
 
 
 class Lists(NamedTuple):
@@ -272,7 +293,7 @@ def _emit(
 @triton.jit
 def _route_kernel(
     q, summary, tau, list_chunk, list_log_prior, list_offset, list_count, mean_log, selected,
-    chunk_start, chunk_end, chunk_first, chunk_number, stride_qn, stride_qh, scale, exponent, tolerance,
+    chunk_start, chunk_end, chunk_first, chunk_number, factor, stride_qn, stride_qh, scale, exponent, tolerance,
     num_chunks, num_summaries,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     T: tl.constexpr, TILES_PER_CHUNK: tl.constexpr, BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr,
@@ -291,6 +312,8 @@ def _route_kernel(
     first, own = tl.load(chunk_first + i_c), i_c
     if chunk_number is not None:
         own = tl.load(chunk_number + i_c)
+    if factor is not None:
+        scale *= tl.load(factor + i_h * num_chunks + i_c)
     o_r, o_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     o_n, o_g = (start + o_r // GP).to(tl.int64), o_r % GP
     m_row = (o_n < end) & (o_g < G)
@@ -326,7 +349,7 @@ def _route_kernel(
 
 def route(
     q: Tensor, summary: Tensor, chunks: Tensor, offsets: Tensor, sizes: Sizes, router: Router, config: Config,
-    number: Tensor | None = None,
+    number: Tensor | None = None, factor: Tensor | None = None,
 ) -> tuple[Lists, Tensor, Tensor, Tensor]:  # fmt: skip
     """Solve and list.
 
@@ -335,6 +358,7 @@ def route(
         summary: [Hkv, chunks, D].
         chunks, offsets: from `layout`.
         number: which summary is a chunk's own, int32 [chunks]; None if chunks and summaries are numbered alike.
+        factor: of `Router.factors`, [Hkv, chunks].
 
     Returns:
         The lists; thresholds [tokens, Hq]; mean log2 probability [tokens, Hkv] of a token's past chunks (zero if the
@@ -351,7 +375,7 @@ def route(
     def launch(lists: Lists, SOLVE: bool, COUNT: bool, EMIT: bool) -> None:
         _route_kernel[(sizes.num_tiles,)](
             q, summary, tau, lists.chunk, lists.log_prior, lists.offset, lists.counts, mean_log, selected,
-            chunks[0], chunks[1], chunks[2], number, q.stride(0), q.stride(1),
+            chunks[0], chunks[1], chunks[2], number, factor, q.stride(0), q.stride(1),
             router.score_scale(sizes.head_dim), router.exponent, tolerance, sizes.num_chunks, summary.shape[1],
             HKV=Hkv, G=sizes.group, GP=sizes.padded_group, D=sizes.head_dim, BLOCK_D=sizes.block_d, T=T,
             TILES_PER_CHUNK=sizes.tiles_per_chunk, BLOCK_S=config.block, ALPHA_15=router.alpha == 1.5,

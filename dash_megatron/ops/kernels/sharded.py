@@ -14,7 +14,7 @@ from torch import Tensor
 from dash_megatron.ops.kernels import attend as attention
 from dash_megatron.ops.kernels import route as routing
 from dash_megatron.ops.kernels import summarize as summaries
-from dash_megatron.ops.kernels.backward_kv import backward_kv_alone, sum_d_summary
+from dash_megatron.ops.kernels.backward_kv import backward_kv_alone, sum_d_summary, token_factors
 from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
 from dash_megatron.ops.kernels.configs import Plan, plan
 from dash_megatron.ops.kernels.geometry import Sizes, check_supported, list_offsets, size_tiles
@@ -127,6 +127,11 @@ def _chunks(queries: QueryChunks) -> Tensor:
     return torch.stack([queries.start, queries.end, queries.first])
 
 
+def _past(queries: QueryChunks) -> Tensor:
+    """How many chunks of its document lie before each local chunk; 0 for an empty one."""
+    return torch.where(queries.end > queries.start, queries.number - queries.first, 0)
+
+
 def _in_window(queries: QueryChunks, keys: KeyBuffer) -> Tensor:
     """Bool [local chunks]: whether the window has the chunk itself."""
     return (queries.number >= keys.first) & (queries.number < keys.last) & (queries.end > queries.start)
@@ -196,7 +201,9 @@ def summarize_backward(
     )
 
 
-def route(q: Tensor, summary: Tensor, queries: QueryChunks, router: Router, chunk_size: int) -> Routed:
+def route(
+    q: Tensor, summary: Tensor, queries: QueryChunks, router: Router, chunk_size: int, head_scaling: Tensor | None = None
+) -> Routed:  # fmt: skip
     """Solve the entmax of every row and list the chunks that each query tile selected.
 
     Waits for the device only where lists are too long to be allocated for every chunk being selected.
@@ -207,12 +214,13 @@ def route(q: Tensor, summary: Tensor, queries: QueryChunks, router: Router, chun
         queries: where the chunks of q lie.
         router: the method's numbers.
         chunk_size: 16, 32, 64 or 128.
+        head_scaling: multiplies the router's scaling factor, for each key/value head [Hkv].
     """
     launches, sizes = _prepare(q, len(summary), queries, chunk_size)
-    past = torch.where(queries.end > queries.start, queries.number - queries.first, 0)
+    past = _past(queries)
     lists, *rest = routing.route(
         _rows(q), summary.contiguous(), _chunks(queries), list_offsets(sizes, past), sizes, router,
-        launches.route, queries.number.contiguous(),
+        launches.route, queries.number.contiguous(), router.factors(past, len(summary), head_scaling),
     )  # fmt: skip
     return Routed(*lists, *rest)
 
@@ -229,8 +237,9 @@ def listed(routed: Routed, num_chunks: int) -> Tensor:
 
 
 def route_backward(
-    routed: Routed, d_prior: Tensor, q: Tensor, summary: Tensor, queries: QueryChunks, router: Router, chunk_size: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    routed: Routed, d_prior: Tensor, q: Tensor, summary: Tensor, queries: QueryChunks, router: Router, chunk_size: int,
+    head_scaling: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients through the router, from that of the log priors.
 
     Under `torch.use_deterministic_algorithms` the gradient of the summaries is summed in order, at some cost in time,
@@ -238,25 +247,30 @@ def route_backward(
 
     Args:
         d_prior: of `new_d_prior`, filled by calls of `attend_backward` for all chunks.
-        routed, q, summary, queries, router, chunk_size: of `route`.
+        routed, q, summary, queries, router, chunk_size, head_scaling: of `route`.
 
     Returns:
         Float32 gradients of q through the router alone [n, Hq, D] and, from these rows, of the summaries
-        [Hkv, num_chunks, D].
+        [Hkv, num_chunks, D] and of `head_scaling`, if there is one.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
     launches, sizes = _prepare(q, len(summary), queries, chunk_size)
     q, summary, chunks = _rows(q), summary.contiguous(), _chunks(queries)
     dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    d_summary, mean_dp = backward_router(
+    factor = router.factors(_past(queries), len(summary), head_scaling)
+    d_summary, mean_dp, d_log_factor = backward_router(
         q, summary, routed.tau, dq, d_prior, routed.lists, chunks, sizes, router, launches.router, deterministic,
+        factor, head_scaling is not None,
     )  # fmt: skip
     if deterministic:
         transposed = transpose(routed.lists, chunks, sizes, (0, summary.shape[1]))
         d_summary = sum_d_summary(
-            q, routed.tau, mean_dp, summary, routed.list_log_prior, d_prior, transposed, sizes, router
-        )
-    return dq, d_summary
+            q, routed.tau, mean_dp, summary, routed.list_log_prior, d_prior, transposed, sizes, router,
+            token_factors(factor, queries.start, len(q)),
+        )  # fmt: skip
+    if head_scaling is None or d_log_factor is None:
+        return dq, d_summary, None
+    return dq, d_summary, d_log_factor / head_scaling
 
 
 def attend(
