@@ -304,16 +304,20 @@ def test_a_fit_that_the_runs_cannot_carry_is_refused(parameters: Any, tokens: An
         fit_parametric(parameters, tokens, law(parameters, tokens))
 
 
-# tells in the title how wide pictures came out, and what the page asked the network for or was forbidden to
+# tells in the title how wide pictures came out, what went wrong, and what the page asked the network for or was forbidden to
 PROBE = """<script>
-const asked = [];
+const asked = [], errors = [];
 addEventListener('securitypolicyviolation', event => asked.push(event.blockedURI));
+addEventListener('error', event => errors.push(event.message || event.target.outerHTML.slice(0, 80)), true);
 addEventListener('load', () => {
   asked.push(...performance.getEntriesByType('resource').map(entry => entry.name));
-  const widths = [...document.images].map(image => image.naturalWidth);
-  document.title = JSON.stringify({asked, widths});
+  const widths = [...document.images].map(image => image.complete ? image.naturalWidth : 0);
+  document.title = JSON.stringify({asked, errors, widths});
 });
 </script>"""
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+BLUE = (0, 0x72, 0xB2)
+"""Of the first variant in every picture; nothing else on the page is blue."""
 
 
 @pytest.fixture
@@ -354,44 +358,48 @@ def test_fit_plot_and_report_of_a_study_whose_runs_follow_a_law(
     assert page.count('alt="') == len(images) == 4
 
 
-def test_the_page_shows_all_its_pictures_in_a_browser_and_asks_for_nothing_else(
-    finished_study: Path, tmp_path: Path
-) -> None:
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+def browse(page: Path, folder: Path) -> tuple[str, str, Path]:
+    """Open a page in a headless browser: its DOM once loaded, the lines of its console, and a screenshot."""
+    names = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome", "chrome")
     browser = next(filter(None, map(shutil.which, names)), None)
     if browser is None:
         pytest.skip("no Chromium here (Debian: apt-get install chromium)")
-    assert main(["study", "report", str(finished_study)]) == 0
-    page = finished_study.parent / "out" / "report.html"
-    text = page.read_text()
-    # a reader in the page needs a script, which the page itself forbids
-    probe = tmp_path / "probe.html"
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    assert f'content="{policy}">' in text
-    probe.write_text(
-        text.replace(f'content="{policy}">', f"content=\"{policy}; script-src 'unsafe-inline'\">{PROBE}")
-    )
-    common = [
+    shot = folder / "page.png"
+    command = [
         browser,
         "--headless",
-        "--no-sandbox",
         "--disable-gpu",
-        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--user-data-dir={folder / 'profile'}",
+        "--no-first-run",
     ]
-    common += ["--disable-background-networking", "--disable-component-update", "--no-first-run"]
-    common += ["--host-resolver-rules=MAP * ~NOTFOUND"]
+    command += ["--no-sandbox"]  # which root, and containers without user namespaces, cannot have
+    command += [
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+    ]
+    command += ["--enable-logging=stderr", "--force-color-profile=srgb", "--window-size=1200,4000"]
+    command += [f"--screenshot={shot}", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+    return done.stdout, "".join(line for line in done.stderr.splitlines(True) if "CONSOLE" in line), shot
 
-    def browse(*words: str) -> str:
-        return subprocess.run(
-            [*common, *words], capture_output=True, text=True, timeout=120, check=True
-        ).stdout
 
-    title = re.findall(r"<title>(\{.*?)</title>", browse("--dump-dom", probe.as_uri()))[0]
-    seen = json.loads(html.unescape(title))
-    assert seen["asked"] == []
+def test_the_page_shows_all_its_pictures_in_a_browser_and_asks_for_nothing_else(
+    finished_study: Path, tmp_path: Path
+) -> None:
+    assert main(["study", "report", str(finished_study)]) == 0
+    text = (finished_study.parent / "out" / "report.html").read_text()
+    # a reader in the page needs a script, which the page itself forbids
+    assert text.count(f'content="{POLICY}">') == 1
+    probe = tmp_path / "probe.html"
+    probe.write_text(
+        text.replace(f'content="{POLICY}">', f"content=\"{POLICY}; script-src 'unsafe-inline'\">{PROBE}")
+    )
+    dom, console, shot = browse(probe, tmp_path)
+    seen = json.loads(html.unescape(re.findall(r"<title>(\{.*?)</title>", dom)[0]))
+    assert (seen["asked"], seen["errors"], console) == ([], [], "")
     assert len(seen["widths"]) == 4
     assert min(seen["widths"]) > 600
-    shot = tmp_path / "page.png"
-    browse(f"--screenshot={shot}", "--window-size=1200,3000", page.as_uri())
     with Image.open(shot) as image:
-        assert len(image.convert("RGB").getcolors(1 << 24)) > 50
+        counts = {color: count for count, color in image.convert("RGB").getcolors(1 << 24)}
+    assert counts.get(BLUE, 0) > 500
