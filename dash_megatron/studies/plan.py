@@ -111,7 +111,7 @@ def assumptions(study: Study, runs: Sequence[StudyRun]) -> list[str]:
     lines = [
         f"{len(runs)} runs: {_few_digits(hours)} GPU-hours, {price} at {assume.currency}{assume.price:g} an hour; "
         f"all of them dense: {_few_digits(dense)} GPU-hours",
-        f"assumed: {speed}; the densities of the table; FLOPs without recomputation; `saved` compares GPU-hours with "
+        f"assumed: {speed}; the densities of the table; FLOPs without recomputation; the column saved compares GPU-hours with "
         "the same run at full attention",
     ]
     whole = (assume.context, "as assume.context says")

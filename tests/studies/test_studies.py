@@ -20,9 +20,10 @@ from PIL import Image
 
 from dash_megatron.__main__ import main
 from dash_megatron.studies import submit as submit_module
-from dash_megatron.studies.collect import collect
+from dash_megatron.studies.collect import collect, dense_twins
 from dash_megatron.studies.cost import mean_piece_context
 from dash_megatron.studies.fit import fit_compute, fit_parametric, frontier
+from dash_megatron.studies.plan import as_row
 from dash_megatron.studies.runs import StudyRun, expand
 from dash_megatron.studies.study_file import load_study
 
@@ -109,6 +110,16 @@ def test_tokens_per_parameter_give_twins_the_same_tokens(write_study: Write) -> 
     assert dash.parameters > full.parameters
     assert abs(dash.tokens / dash.parameters - 0.5) < 512 / dash.parameters
     assert full.cost.saving == 0 < dash.cost.saving < 1
+
+
+def test_all_runs_of_a_twin_family_are_compared_with_its_dense_run(write_study: Write) -> None:
+    path = write_study(
+        points=SIZES[:2], grid={"attention.scaling_factor": [1, 2]}, twins=["full", {"attention.sigma": 1.0}]
+    )
+    rows = [as_row(run) for run in runs_of(path)]
+    twins = {run: twin["run"] for run, twin in dense_twins(rows).items()}
+    assert set(twins) == {row["run"] for row in rows if row["kind"] != "full"}
+    assert all(twin == f"{run.split('_')[0]}_full" for run, twin in twins.items()), twins
 
 
 def test_flops_counted_at_the_density_give_the_sparse_run_more_tokens(write_study: Write) -> None:
@@ -356,6 +367,8 @@ def test_fit_plot_and_report_of_a_study_whose_runs_follow_a_law(
     }
     assert "http" not in page.replace("http-equiv", "")
     assert page.count('alt="') == len(images) == 4
+    # the router's parameters make the sparse twin the larger one
+    assert re.search(r"<li>dash: -0\.00\d\d nats on average of 12, ", page)
 
 
 def browse(page: Path, folder: Path) -> tuple[str, str, Path]:
