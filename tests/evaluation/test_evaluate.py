@@ -196,7 +196,8 @@ def test_lm_eval_scores_local_tasks_on_an_export_as_transformers_does(
     folder = tmp_path / "out"
     export_run(config.run_dir, folder, dtype="float32")
     monkeypatch.chdir(ROOT)  # the tasks' data are named from there
-    monkeypatch.delenv("LOCAL_RANK", raising=False)  # left by the training model; accelerate would look for peers
+    # left by the training model; accelerate would look for peers
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     results = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": str(folder), "trust_remote_code": True, "dtype": "float32"},
