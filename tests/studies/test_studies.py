@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 
 from dash_megatron.__main__ import main
+from dash_megatron.planning.baseline_times import NOTE
 from dash_megatron.studies import submit as submit_module
 from dash_megatron.studies.collect import collect, dense_twins
 from dash_megatron.studies.cost import mean_piece_context
@@ -144,6 +145,11 @@ def test_hours_and_price_follow_from_flops_and_utilization(
     assert json.loads(capsys.readouterr().out)["runs"][1]["twin_of"] == [dash.name]
     modelled, _ = runs_of(write_study(assume={**assume, "utilization": None}, twins=["full"]))
     assert modelled.cost.gpu_hours != dash.cost.gpu_hours > 0
+    top_k = {"attention.kind": "infllmv2", "attention.infllmv2.kernel_size": 16}
+    for utilization in (None, 0.5):
+        path = write_study(assume={**assume, "utilization": utilization}, twins=[top_k])
+        assert main(["study", "plan", str(path)]) == 0
+        assert (NOTE in capsys.readouterr().out) == (utilization is None)
 
 
 def test_mean_context_of_packed_documents_is_that_of_documents_laid_out() -> None:
