@@ -60,7 +60,12 @@ quickstart: $(DATA)/train.idx.json
 	$(BIN)/python -m dash_megatron convert to-hf $(RUN) $(RUN)/hf --dtype float32
 	$(BIN)/python examples/generate.py $(RUN)/hf --prompt "$(PROMPT)"
 
-test: $(VENV)/.installed
+# what only tests need: exports are scored by lm-eval, which brings fifty packages
+$(VENV)/.tested: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation 'lm-eval[hf]'
+	@touch $@
+
+test: $(VENV)/.tested
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # faults of all kinds, each of which a run must survive as if it had not happened: about 20 minutes on two cores

@@ -9,6 +9,7 @@ from typing import Any
 
 from dash_megatron.config import Config
 from dash_megatron.config_loading import load_config
+from dash_megatron.planning.baseline_times import BASELINES, NOTE
 from dash_megatron.planning.layout import Hardware, Layout, with_layout
 from dash_megatron.planning.search import search, vocabulary
 from dash_megatron.planning.step_time import Routing, StepEstimate, effective_routing, estimate_step
@@ -112,6 +113,8 @@ def plan(
     lines += table([row(own)]) if own else [f"does not run on {gpus} GPUs: {problem}"]
     if own and own.memory.total > hardware.budget_bytes:
         lines.append(f"needs more than the {hardware.budget_bytes / 2**30:.0f} GiB that a plan may fill")
+    if config.attention.kind in BASELINES:
+        lines += ["", NOTE]
     lines += ["", "A model, not a measurement: docs/scaling.md says what it assumes."]
     return "\n".join(lines)
 

@@ -11,6 +11,13 @@ from dataclasses import dataclass
 
 from dash_megatron.config import Config
 from dash_megatron.parallel.traffic import PassBytes, context_exchange, tensor_parallel_layer, zero_step
+from dash_megatron.planning.baseline_times import (
+    BASELINES,
+    baseline_seconds,
+    selected_chunks,
+    share_of_pairs,
+    window_chunks,
+)
 from dash_megatron.planning.coverage import coverage_of_topics
 from dash_megatron.planning.kernel_times import AttentionSeconds, AttentionWork, dash_seconds, dense_seconds
 from dash_megatron.planning.layout import Group, Hardware, Layout, groups
@@ -109,7 +116,7 @@ def sent_coverage(config: Config, layout: Layout, routing: Routing) -> float:
     return coverage_of_topics(routing.density, routing.locality, tokens / routing.run_tokens)
 
 
-def _attention(config: Config, layout: Layout, routing: Routing) -> AttentionSeconds:
+def _attention(config: Config, layout: Layout, routing: Routing, hardware: Hardware) -> AttentionSeconds:
     """One micro-batch, all layers of one rank, without recomputation."""
     model, length = config.model, config.data.seq_length
     batch, context = config.training.micro_batch, layout.context
@@ -131,10 +138,14 @@ def _attention(config: Config, layout: Layout, routing: Routing) -> AttentionSec
     )
     dense_layers = model.layers if config.attention.kind == "full" else len(set(config.attention.full_layers))
     routed_layers = model.layers - dense_layers
-    dash, dense = dash_seconds(work), dense_seconds(work)
+    routed, dense = dash_seconds(work), dense_seconds(work)
+    if config.attention.kind in BASELINES:
+        routed = baseline_seconds(
+            work, config.attention, _chunks(config), routing.listed_over_selected, hardware.memory_bandwidth
+        )
     return AttentionSeconds(
-        routed_layers * dash.forward + dense_layers * dense.forward,
-        routed_layers * dash.backward + dense_layers * dense.backward,
+        routed_layers * routed.forward + dense_layers * dense.forward,
+        routed_layers * routed.backward + dense_layers * dense.backward,
     )
 
 
@@ -223,16 +234,15 @@ def _zero_sent(
 def effective_routing(config: Config, routing: Routing) -> Routing:
     """The routing given, with the density that `attention.kind` fixes if it does; NSA's window counts as chosen."""
     attention = config.attention
-    if attention.kind not in ("infllmv2", "nsa"):
+    if attention.kind not in BASELINES:
         return routing
-    chosen = attention.nsa if attention.kind == "nsa" else attention.infllmv2
-    most = chosen.initial_blocks + chosen.local_blocks + chosen.top_k
-    if attention.kind == "nsa":
-        most += attention.nsa.window // attention.chunk_size + 1
-    chunks = -(-config.data.seq_length // attention.chunk_size)
-    selected = sum(min(most, own) for own in range(1, chunks + 1))
-    density = 2 * selected / (chunks * (chunks + 1))
+    most = selected_chunks(attention) + (window_chunks(attention) if attention.kind == "nsa" else 0)
+    density = share_of_pairs(_chunks(config), most)
     return dataclasses.replace(routing, density=density, peak_density=density)
+
+
+def _chunks(config: Config) -> int:
+    return -(-config.data.seq_length // config.attention.chunk_size)
 
 
 def estimate_step(
@@ -260,7 +270,7 @@ def estimate_step(
     parameters = rank_parameters(config, layout, vocab_size)
 
     matmul = batches * _matmul_flops(config, layout, vocab_size) / hardware.matmul_flops
-    once = _attention(config, layout, routing)
+    once = _attention(config, layout, routing, hardware)
     again = 0.0 if layout.recompute == "none" else once.forward
     attention = batches * (once.forward + again + once.backward)
     if layout.context > 1:

@@ -121,3 +121,15 @@ def compared(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
     key = "valid_loss" if all(row["valid_loss"] is not None for row in finished) else "loss"
     name = "validation loss" if key == "valid_loss" else "training loss, mean of the last tenth"
     return [{**row, "quality": row[key]} for row in finished], name
+
+
+def dense_twins(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The row of its full-attention twin for every run that has one; runs of one twin family share it."""
+    dense = [row for row in rows if row["kind"] == "full"]
+    return {
+        row["run"]: twin
+        for row in rows
+        if row["kind"] != "full"
+        for twin in dense
+        if not {row["run"], *row["twin_of"]}.isdisjoint(twin["twin_of"])
+    }

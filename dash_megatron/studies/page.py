@@ -8,19 +8,21 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from dash_megatron.studies.collect import compared, dense_twins
 from dash_megatron.studies.fit import render_fits
 from dash_megatron.studies.plan import assumptions, cells, headings, human
 from dash_megatron.studies.runs import expand
 from dash_megatron.studies.study_file import Study
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; max-width: 72rem; padding: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; max-width: 78rem; padding: 1rem; }
 h1, h2 { line-height: 1.2; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .3rem 0; color: #444; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
+tbody th { font-weight: normal; } tbody tr:hover { background: #f4f4f4; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } figcaption { color: #444; }
 pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; font-size: .85rem; }
 """
@@ -47,6 +49,7 @@ def render_page(
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{finished} of {len(runs)} runs are finished. Runs are compared by {escape(fits['quality'])}.</p>",
+        *_against_dense(rows),
         "<h2>Results</h2>",
         _table("Each run that has logged a step; FLOPs at the measured density.", *results_table(rows)),
         "<h2>Pictures</h2>",
@@ -55,7 +58,7 @@ def render_page(
         f"<pre>{escape(chr(10).join(render_fits(fits)))}</pre>",
         "<h2>Plan</h2>",
         _table("What was planned, at the assumed density.", headings(), [cells(run, study) for run in runs]),
-        *[f"<p>{escape(line)}.</p>" for line in assumptions(study, runs)],
+        *[f"<p>{escape(line[0].upper() + line[1:])}.</p>" for line in assumptions(study, runs)],
         "<h2>The study</h2>",
         f"<pre>{escape(Path(source).read_text(encoding='utf-8'))}</pre>",
     ]
@@ -92,6 +95,43 @@ def results_table(rows: Iterable[dict[str, Any]]) -> tuple[Sequence[str], list[l
         for row in rows
     ]
     return columns, lines
+
+
+def _against_dense(rows: list[dict[str, Any]]) -> list[str]:
+    """What selecting costs in loss and saves in compute, for runs with a full-attention twin; nothing without twins."""
+    finished, quality = compared(rows)
+    twins = dense_twins(finished)
+    if not twins:
+        return []
+    columns = ("run", "tokens", "density", "loss", "dense twin's loss", "difference", "in %", "FLOPs saved")
+    lines, differences = [], dict[str, list[float]]()
+    for row in finished:
+        if row["run"] not in twins:
+            continue
+        twin = twins[row["run"]]
+        more = row["quality"] - twin["quality"]
+        differences.setdefault(row["variant"], []).append(more)
+        lines.append(
+            [
+                row["run"],
+                human(row["tokens"]),
+                "-" if row["density"] is None else f"{row['density']:.1%}",
+                f"{row['quality']:.4f}",
+                f"{twin['quality']:.4f}",
+                f"{more:+.4f}",
+                f"{more / twin['quality']:+.2%}",
+                f"{1 - row['flops'] / twin['flops']:.1%}",
+            ]
+        )
+    means = [
+        f"<li>{escape(variant)}: {sum(each) / len(each):+.4f} nats on average of {len(each)}, "
+        f"from {min(each):+.4f} to {max(each):+.4f}</li>"
+        for variant, each in differences.items()
+    ]
+    caption = (
+        f"Finished runs with a full-attention twin: {quality} in nats, and FLOPs at the measured density."
+    )
+    return ["<h2>Against full attention</h2>", "<ul>", *means, "</ul>", _table(caption, columns, lines)]
 
 
 def _table(caption: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib
@@ -11,8 +12,9 @@ matplotlib.use("Agg")  # a file, never a window
 import matplotlib.pyplot as plt
 import numpy as np
 
-from dash_megatron.studies.collect import compared
+from dash_megatron.studies.collect import compared, dense_twins
 from dash_megatron.studies.fit import frontier
+from dash_megatron.studies.plan import human
 from dash_megatron.studies.runs import expand
 from dash_megatron.studies.study_file import Study
 from dash_megatron.training.metrics import read_metrics
@@ -87,33 +89,48 @@ def _loss_compute(rows: list[dict[str, Any]], quality: str, fits: dict[str, Any]
 
 
 def _pareto(rows: list[dict[str, Any]], quality: str, path: Path) -> str:
-    figure, axis = _figure("density (% of available chunks selected)", f"{quality} (nats)")
+    twins = dense_twins(rows)
+    figure, axes = plt.subplots(1, 1 + bool(twins), figsize=(12 if twins else 8, 5), squeeze=False)
     # twins of one size differ by the router's few parameters
     sizes = list(dict.fromkeys(row["size"] for row in sorted(rows, key=lambda row: row["parameters"])))
+    density = {row["run"]: 100.0 if row["density"] is None else 100 * row["density"] for row in rows}
     for variant, (color, marker) in _styles(rows).items():
         own = [row for row in rows if row["variant"] == variant]
-        density = [100.0 if row["density"] is None else 100 * row["density"] for row in own]
-        area = [30 + 60 * sizes.index(row["size"]) / max(1, len(sizes) - 1) for row in own]
-        axis.scatter(
-            density, [row["quality"] for row in own], s=area, color=color, marker=marker, label=variant
-        )
+        for axis, reference in zip(axes[0], (None, twins), strict=False):
+            shown = [row for row in own if reference is None or row["run"] in reference]
+            axis.scatter(
+                [density[row["run"]] for row in shown],
+                [row["quality"] - (reference[row["run"]]["quality"] if reference else 0) for row in shown],
+                s=[30 + 60 * sizes.index(row["size"]) / max(1, len(sizes) - 1) for row in shown],
+                color=color,
+                marker=marker,
+                label=variant,
+            )
     for equal in dict.fromkeys((row["size"], row["tokens"]) for row in rows):
         same = [row for row in rows if (row["size"], row["tokens"]) == equal]
-        points = [(100.0 if row["density"] is None else 100 * row["density"], row["quality"]) for row in same]
+        points = [(density[row["run"]], row["quality"]) for row in same]
         best = frontier(np.array([point[0] for point in points]), np.array([point[1] for point in points]))
-        axis.plot(*zip(*[points[index] for index in best], strict=True), color="gray", lw=0.8, zorder=0)
-    axis.set_xlim(0, 105)
-    axis.legend()
+        axes[0][0].plot(*zip(*[points[index] for index in best], strict=True), color="gray", lw=0.8, zorder=0)
+    for axis, label in zip(axes[0], (quality, f"{quality} above the dense twin's"), strict=False):
+        axis.set_xlim(0, 105)
+        axis.set_xlabel("density (% of available chunks selected)")
+        axis.set_ylabel(f"{label} (nats)")
+        axis.grid(alpha=0.3)
+    if twins:
+        axes[0][1].axhline(0, color="gray", lw=1)
+    axes[0][0].legend()
     _save(figure, path)
-    return (
+    text = (
         f"{quality[0].upper()}{quality[1:]} against density, mean over layers that select; larger marks are larger models, "
         "full attention stands at 100%, and lines join, at equal size and tokens, the runs that no other beats at its density or less."
     )
+    return text + (" On the right, less that of the full-attention twin: below 0 is better." if twins else "")
 
 
 def _density_by_layer(study: Study, rows: list[dict[str, Any]], path: Path) -> str | None:
-    started = {row["run"] for row in rows if row["density"] is not None}
-    runs = [run for run in expand(study) if run.name in started][:_MAX_PANELS]
+    started = {row["run"]: row["tokens"] for row in rows if row["density"] is not None}
+    longest = sorted(started, key=started.__getitem__, reverse=True)[:_MAX_PANELS]
+    runs = [run for run in expand(study) if run.name in longest]
     if not runs:
         return None
     columns = min(3, len(runs))
@@ -145,26 +162,44 @@ def _density_by_layer(study: Study, rows: list[dict[str, Any]], path: Path) -> s
         axis.legend(fontsize=7)
     axes[0][0].set_ylabel("density (%)")
     _save(figure, path)
-    more = f"; the first {len(runs)} of {len(started)} runs" if len(started) > len(runs) else ""
+    more = (
+        f"; the {len(runs)} of {len(started)} runs that read most tokens" if len(started) > len(runs) else ""
+    )
     return f"Density of every layer over steps, from the first layer (dark) to the last (light){more}."
 
 
 def _throughput(rows: list[dict[str, Any]], path: Path) -> str:
-    figure, axis = _figure("tokens in a sequence", "tokens per second (median of logged steps)")
-    sizes = list(dict.fromkeys((row["parameters"], row["size"]) for row in rows))
+    lengths = sorted({row["seq_length"] for row in rows})
+    # one length alone would be a column of marks
+    column, across = ("seq_length", "size") if len(lengths) > 1 else ("parameters", "seq_length")
+    names = {"seq_length": "tokens in a sequence", "parameters": f"parameters, at {lengths[0]:,} tokens"}
+    figure, axis = _figure(names[column], "tokens per second (median of logged steps)")
     for variant, (color, marker) in _styles(rows).items():
         label: str | None = variant
-        for _, size in sizes:
-            own = [row for row in rows if row["variant"] == variant and row["size"] == size]
-            if own:
-                pairs = sorted((row["seq_length"], row["tokens_per_second"]) for row in own)
-                axis.plot(*zip(*pairs, strict=True), marker=marker, color=color, lw=1, label=label)
-                label = None
-    lengths = sorted({row["seq_length"] for row in rows})
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        own = [row for row in rows if row["variant"] == variant]
+        for group in dict.fromkeys(row[across] for row in own):
+            speeds: dict[int, list[float]] = {}
+            for row in own:
+                if row[across] == group:
+                    speeds.setdefault(row[column], []).append(row["tokens_per_second"])
+            points = [(at, median(each)) for at, each in sorted(speeds.items())]
+            axis.plot(*zip(*points, strict=True), marker=marker, color=color, lw=1, label=label)
+            label = None
+    if column == "seq_length":
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    else:
+        axis.set_xscale("log")
+        known = sorted(
+            {row["parameters"] for row in rows if row["kind"] == "full"}
+            or {row["parameters"] for row in rows}
+        )
+        axis.set_xticks(known, [human(number) for number in known])
     axis.minorticks_off()
+    axis.yaxis.set_major_formatter("{x:,.0f}")
     axis.set_ylim(bottom=0)
     axis.legend()
     _save(figure, path)
-    return "Speed of training against context length, one line a size of each variant."
+    if column == "seq_length":
+        return "Speed of training against context length, one line a size of each variant; medians of runs alike."
+    return "Speed of training against parameters, at the study's one context length; medians of runs alike."

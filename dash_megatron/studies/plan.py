@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dash_megatron.planning.baseline_times import BASELINES, NOTE
 from dash_megatron.planning.command import table
 from dash_megatron.studies.cost import mean_context
 from dash_megatron.studies.runs import StudyRun, expand
@@ -111,9 +112,11 @@ def assumptions(study: Study, runs: Sequence[StudyRun]) -> list[str]:
     lines = [
         f"{len(runs)} runs: {_few_digits(hours)} GPU-hours, {price} at {assume.currency}{assume.price:g} an hour; "
         f"all of them dense: {_few_digits(dense)} GPU-hours",
-        f"assumed: {speed}; the densities of the table; FLOPs without recomputation; `saved` compares GPU-hours with "
+        f"assumed: {speed}; the densities of the table; FLOPs without recomputation; the column saved compares GPU-hours with "
         "the same run at full attention",
     ]
+    if assume.utilization is None and any(run.config.attention.kind in BASELINES for run in runs):
+        lines.append(NOTE)
     whole = (assume.context, "as assume.context says")
     data = {
         run.config.data.seq_length: whole

@@ -15,15 +15,19 @@ from dash_megatron.layers.sharding import shard, split_of, whole_shape
 
 logger = logging.getLogger(__name__)
 
+_CORE = ".core_attention."
+"""In the names of weights that belong to `attention.kind`."""
+
 
 @torch.no_grad()
 def load_initial_weights(model: DashGPTModel, folder: str | Path, config: ModelConfig) -> None:
     """Fill a model with a folder's weights; every process reads the folder and keeps its tensor-parallel shard.
 
-    Summary queries that the folder lacks stay as they are: a dense model has none, and zero summarizes by the mean.
+    What the attention itself learns stays as it is where the folder lacks it, because a dense model has none of it: the
+    summary queries of DashAttention, of which zero summarizes by the mean, and the compression and gates of NSA.
 
     Args:
-        model: on any device, its weights not yet sharded by ZeRO.
+        model: on any device, its weights initialized and not yet sharded by ZeRO.
         folder: whole weights by the model's names, and the `model` section they belong to.
         config: the run's `model` section.
 
@@ -46,17 +50,23 @@ def load_initial_weights(model: DashGPTModel, folder: str | Path, config: ModelC
             f"training.init_from={folder} has tensor {extra[0]}, which this model does not have; "
             f"compare model and attention with {folder / MODEL_SECTIONS}"
         )
-    fresh = 0
+    fresh: dict[str, int] = {}
     for name, parameter in parameters.items():
-        if name.endswith(("summary_query", "log_scaling")) and name not in weights:
-            fresh += name.endswith("summary_query")
+        if _CORE in name and name not in weights:
+            kind = name.rpartition(".")[2]
+            fresh[kind] = fresh.get(kind, 0) + 1
             continue
         split = split_of(parameter)
         shape = tuple(whole_shape(parameter.shape, split, group.size()))
         whole = take(weights, {name: shape}, f"training.init_from={folder}")[name]
         parameter.copy_(shard(whole, split, group.rank(), group.size()))
     if fresh:
-        logger.info("%s has no summary queries for %d layers, which start at zero", folder, fresh)
+        logger.info(
+            "%s has no %s for %d layers: these weights start as they do in a new run",
+            folder,
+            ", ".join(sorted(fresh)),
+            max(fresh.values()),
+        )
 
 
 def _check_model(config: ModelConfig, saved: dict[str, object], folder: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dash_megatron.__main__ import main
 from dash_megatron.data.tokenizer import Tokenizer
@@ -16,9 +18,9 @@ from dash_megatron.evaluation.samples import Sample
 from dash_megatron.evaluation.tasks import COMMON_WORDS, CUE_TOKENS, FREQUENT_WORDS, TASKS
 from dash_megatron.evaluation.text import LocalText
 from dash_megatron.hf.export import export_run
-from tests.hf.conftest import write_run  # noqa: F401
 
 LENGTH = 1400
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def evaluate(source: Path, output: Path, *arguments: str) -> dict[str, Any]:
 @pytest.mark.parametrize("score", ["answer", "generate"])
 def test_a_run_and_its_export_get_the_same_numbers(
     score: str,
-    write_run: Callable[..., Any],  # noqa: F811
+    write_run: Callable[..., Any],
     tiny_data: Path,
     tmp_path: Path,
 ) -> None:
@@ -134,7 +136,7 @@ def test_a_run_and_its_export_get_the_same_numbers(
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(
-    write_run: Callable[..., Any],  # noqa: F811
+    write_run: Callable[..., Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -172,7 +174,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(
 def test_what_cannot_work_is_told(
     arguments: list[str],
     message: str,
-    write_run: Callable[..., Any],  # noqa: F811
+    write_run: Callable[..., Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -182,13 +184,52 @@ def test_what_cannot_work_is_told(
     assert not (tmp_path / "out").exists()
 
 
-def test_lm_eval_reads_an_export(write_run: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
-    lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed")
-    from lm_eval.models.huggingface import HFLM
+def test_lm_eval_scores_local_tasks_on_an_export_as_transformers_does(
+    write_run: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed (docs/evaluation.md)")
+    from lm_eval.tasks import TaskManager
 
     config, _ = write_run("dash")
-    export_run(config.run_dir, tmp_path / "out", dtype="float32")
-    model = HFLM(pretrained=str(tmp_path / "out"), trust_remote_code=True, device="cpu", dtype="float32")
-    request = lm_eval.api.instance.Instance("loglikelihood", {}, ("def1 self2", " value3"), 0)
-    ((loss, _),) = model.loglikelihood([request])
-    assert loss < 0
+    folder = tmp_path / "out"
+    export_run(config.run_dir, folder, dtype="float32")
+    monkeypatch.chdir(ROOT)  # the tasks' data are named from there
+    # left by the training model; accelerate would look for peers
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    results = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(folder), "trust_remote_code": True, "dtype": "float32"},
+        tasks=["local_completion", "local_needle"],
+        task_manager=TaskManager(include_path="examples/lm_eval", include_defaults=False),
+        batch_size=4,  # rows of a batch differ in length: they are padded, on the left to generate
+        device="cpu",
+        bootstrap_iters=0,
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    right = []
+    for sample in results["samples"]["local_completion"]:
+        document = sample["doc"]
+        losses = [
+            log_probability(model, tokenizer, document["prompt"], choice) for choice in document["choices"]
+        ]
+        assert [value for value, _ in sample["filtered_resps"]] == pytest.approx(losses, abs=1e-3)
+        right.append(losses.index(max(losses)) == document["answer"])
+    assert len(right) == 4
+    assert results["results"]["local_completion"]["acc,none"] == np.mean(right)
+    for sample in results["samples"]["local_needle"]:
+        row = tokenizer(sample["doc"]["prompt"], return_tensors="pt")
+        new = model.generate(**row, max_new_tokens=16, do_sample=False)[0, row["input_ids"].shape[1] :]
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        assert sample["resps"] == [[text.split("\n")[0]]]
+
+
+def log_probability(model: Any, tokenizer: Any, prompt: str, continuation: str) -> float:
+    """Of a continuation's tokens, behind a prompt alone in its batch."""
+    start, row = tokenizer(prompt)["input_ids"], tokenizer(prompt + continuation)["input_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([row])).logits[0].log_softmax(-1)
+    return sum(float(logits[at - 1, row[at]]) for at in range(len(start), len(row)))

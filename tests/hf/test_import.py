@@ -17,6 +17,8 @@ from dash_megatron.config_loading import config_from_dict
 from dash_megatron.hf.export import export_run
 from dash_megatron.hf.folder import INDEX, FolderWeights
 from dash_megatron.hf.importing import import_folder
+from dash_megatron.layers import init_weights
+from dash_megatron.layers.baselines import ZEROS
 from dash_megatron.training.initial import load_initial_weights
 from tests.hf.conftest import MODELS, training_model
 from tests.training.test_resume import run_of
@@ -102,6 +104,27 @@ def test_a_dense_model_computes_the_same_under_full_attention(
     dash = run_config(tiny_config, tmp_path / "start", chunk_size=32, learned_scaling=True)
     first_chunk = tokens[:, :32]
     torch.testing.assert_close(first_logits(dash, first_chunk), model(first_chunk).logits, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_dense_model_continues_with_native_sparse_attention_whose_own_weights_start_fresh(
+    tiny_config: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "start")
+    config = run_config(tiny_config, tmp_path / "start", kind="nsa", chunk_size=32, nsa={"window": 32})
+    with training_model(config) as model, caplog.at_level("INFO"):
+        init_weights(model, seed=1, std=0.02)
+        drawn = {name: value.clone() for name, value in model.named_parameters()}
+        load_initial_weights(model, config.training.init_from, config.model)
+        loaded = {name for name, value in model.named_parameters() if not torch.equal(value, drawn[name])}
+    given = FolderWeights(tmp_path / "start")
+    fresh = {name.rpartition(".")[2] for name in set(drawn) - set(given)}
+    assert fresh == {*ZEROS, "key_mlp_in", "value_mlp_in"}
+    # norms are 1 in both
+    assert loaded == {name for name in given if "norm" not in name}
+    assert "has no gate_bias, gate_weight, key_mlp_in" in caplog.text
+    assert "for 2 layers: these weights start as they do in a new run" in caplog.text
 
 
 @torch.no_grad()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import pytest
+import yaml
 
+from dash_megatron.__main__ import main
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.conftest import SECONDS, Study
 from tests.training.test_resume import EXACT
@@ -94,30 +97,47 @@ def test_a_job_that_fails_without_progress_is_not_started_for_ever(
 
 
 def test_a_study_is_an_array_whose_tasks_are_requeued_and_cancelled_one_by_one(
-    study: Study, requeued: str
+    study: Study, requeued: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    rates = {"low": 1e-3, "cancelled": 1e-2, "high": 1e-2}
-    configs = [study.write_config(name, optimizer={"lr": rate}) for name, rate in rates.items()]
-    site = study.write_site("array", step_seconds=1)
-    job = study.submit(site, "--array", *configs, "training.steps=12", nodes=1)
-    study.wait_for_step("high", 3)
-    study.wait_for_step("cancelled", 3)
+    rates = {"low": 1e-3, "cancelled": 5e-3, "high": 1e-2}
+    low, cancelled, high = names = [f"{point}-dash" for point in rates]
+    tree = {
+        "base": str(study.write_config("base")),
+        "output": str(study.folder),
+        "overrides": {"training.steps": 12},
+        "points": [{"name": point, "optimizer.lr": rate} for point, rate in rates.items()],
+    }
+    (study.folder / "study.yaml").write_text(yaml.safe_dump(tree))
+    machines = f"--site {study.write_site('array', step_seconds=1)} --nodes 1 --gpus-per-node 0 --time 10"
+    submit = ["study", "submit", str(study.folder / "study.yaml"), f"--slurm={machines}"]
+    monkeypatch.chdir(study.folder)
+    for name, value in study.cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(submit) == 0
+    job = re.findall(r"^job (\d+):", capfd.readouterr().out, re.MULTILINE)[0]
+    study.wait_for_step(high, 3)
+    study.wait_for_step(cancelled, 3)
     # the last task: its job id is also that of the whole array
     study.cluster.run("scancel", "--signal=USR1", f"{job}_2")
     study.cluster.run("scancel", f"{job}_1")
-    for name in ("low", "high"):
+    for name, rate in zip((low, high), (rates["low"], rates["high"]), strict=True):
         study.wait_for_end(name)
         assert study.metrics(name)[-1]["step"] == 12
-        assert study.metrics(name)[0]["lr"] == pytest.approx(rates[name], rel=0.01)
-    assert study.names("low") == ["submitted", "started", "done"]
-    assert study.names("high") == ["submitted", "started", "requeued", "started", "done"]
-    assert study.names("cancelled") == ["submitted", "started", "ended"]
-    assert study.metrics("cancelled")[-1]["step"] == study.newest_checkpoint("cancelled")
+        assert study.metrics(name)[0]["lr"] == pytest.approx(rate, rel=0.01)
+    assert study.names(low) == ["submitted", "started", "done"]
+    assert study.names(high) == ["submitted", "started", "requeued", "started", "done"]
+    assert study.names(cancelled) == ["submitted", "started", "ended"]
+    assert study.metrics(cancelled)[-1]["step"] == study.newest_checkpoint(cancelled)
+    # the next submission is of what is left
+    assert main([*submit[:-1], f"--slurm={machines} --dry-run"]) == 0
+    script = capfd.readouterr().out
+    assert "2 of 3 runs are finished" in script
+    assert [name in script for name in names] == [False, True, False]
 
     lines = {line[0]: line for line in map(str.split, study.call("status.py").stdout.splitlines())}
-    assert lines["runs/high"][1:4] == [f"{job}_2", "DONE", "12/12"]
-    assert lines["runs/high"][-1] == "1"
-    assert lines["runs/cancelled"][2] == "CANCELLED"
+    assert lines[f"runs/{high}"][1:4] == [f"{job}_2", "DONE", "12/12"]
+    assert lines[f"runs/{high}"][-1] == "1"
+    assert lines[f"runs/{cancelled}"][2] == "CANCELLED"
     assert lines["runs/limited"][2] in ("RUNNING", "PENDING", "DONE")
 
 

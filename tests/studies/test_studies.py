@@ -19,10 +19,12 @@ import yaml
 from PIL import Image
 
 from dash_megatron.__main__ import main
+from dash_megatron.planning.baseline_times import NOTE
 from dash_megatron.studies import submit as submit_module
-from dash_megatron.studies.collect import collect
+from dash_megatron.studies.collect import collect, dense_twins
 from dash_megatron.studies.cost import mean_piece_context
 from dash_megatron.studies.fit import fit_compute, fit_parametric, frontier
+from dash_megatron.studies.plan import as_row
 from dash_megatron.studies.runs import StudyRun, expand
 from dash_megatron.studies.study_file import load_study
 
@@ -111,6 +113,16 @@ def test_tokens_per_parameter_give_twins_the_same_tokens(write_study: Write) -> 
     assert full.cost.saving == 0 < dash.cost.saving < 1
 
 
+def test_all_runs_of_a_twin_family_are_compared_with_its_dense_run(write_study: Write) -> None:
+    path = write_study(
+        points=SIZES[:2], grid={"attention.scaling_factor": [1, 2]}, twins=["full", {"attention.sigma": 1.0}]
+    )
+    rows = [as_row(run) for run in runs_of(path)]
+    twins = {run: twin["run"] for run, twin in dense_twins(rows).items()}
+    assert set(twins) == {row["run"] for row in rows if row["kind"] != "full"}
+    assert all(twin == f"{run.split('_')[0]}_full" for run, twin in twins.items()), twins
+
+
 def test_flops_counted_at_the_density_give_the_sparse_run_more_tokens(write_study: Write) -> None:
     keys = {"overrides": {"data.seq_length": 4096}, "twins": ["full"], "assume": {"density": 0.1}}
     dash, full = runs_of(write_study(**keys, budgets={"flops": [1e12], "flops_counted": "assumed"}))
@@ -133,6 +145,11 @@ def test_hours_and_price_follow_from_flops_and_utilization(
     assert json.loads(capsys.readouterr().out)["runs"][1]["twin_of"] == [dash.name]
     modelled, _ = runs_of(write_study(assume={**assume, "utilization": None}, twins=["full"]))
     assert modelled.cost.gpu_hours != dash.cost.gpu_hours > 0
+    top_k = {"attention.kind": "infllmv2", "attention.infllmv2.kernel_size": 16}
+    for utilization in (None, 0.5):
+        path = write_study(assume={**assume, "utilization": utilization}, twins=[top_k])
+        assert main(["study", "plan", str(path)]) == 0
+        assert (NOTE in capsys.readouterr().out) == (utilization is None)
 
 
 def test_mean_context_of_packed_documents_is_that_of_documents_laid_out() -> None:
@@ -315,16 +332,20 @@ def test_a_fit_that_the_runs_cannot_carry_is_refused(parameters: Any, tokens: An
         fit_parametric(parameters, tokens, law(parameters, tokens))
 
 
-# tells in the title how wide pictures came out, and what the page asked the network for or was forbidden to
+# tells in the title how wide pictures came out, what went wrong, and what the page asked the network for or was forbidden to
 PROBE = """<script>
-const asked = [];
+const asked = [], errors = [];
 addEventListener('securitypolicyviolation', event => asked.push(event.blockedURI));
+addEventListener('error', event => errors.push(event.message || event.target.outerHTML.slice(0, 80)), true);
 addEventListener('load', () => {
   asked.push(...performance.getEntriesByType('resource').map(entry => entry.name));
-  const widths = [...document.images].map(image => image.naturalWidth);
-  document.title = JSON.stringify({asked, widths});
+  const widths = [...document.images].map(image => image.complete ? image.naturalWidth : 0);
+  document.title = JSON.stringify({asked, errors, widths});
 });
 </script>"""
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+BLUE = (0, 0x72, 0xB2)
+"""Of the first variant in every picture; nothing else on the page is blue."""
 
 
 @pytest.fixture
@@ -363,46 +384,52 @@ def test_fit_plot_and_report_of_a_study_whose_runs_follow_a_law(
     }
     assert "http" not in page.replace("http-equiv", "")
     assert page.count('alt="') == len(images) == 4
+    # the router's parameters make the sparse twin the larger one
+    assert re.search(r"<li>dash: -0\.00\d\d nats on average of 12, ", page)
+
+
+def browse(page: Path, folder: Path) -> tuple[str, str, Path]:
+    """Open a page in a headless browser: its DOM once loaded, the lines of its console, and a screenshot."""
+    names = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome", "chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
+    shot = folder / "page.png"
+    command = [
+        browser,
+        "--headless",
+        "--disable-gpu",
+        f"--user-data-dir={folder / 'profile'}",
+        "--no-first-run",
+    ]
+    command += ["--no-sandbox"]  # which root, and containers without user namespaces, cannot have
+    command += [
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+    ]
+    command += ["--enable-logging=stderr", "--force-color-profile=srgb", "--window-size=1200,4000"]
+    command += [f"--screenshot={shot}", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+    return done.stdout, "".join(line for line in done.stderr.splitlines(True) if "CONSOLE" in line), shot
 
 
 def test_the_page_shows_all_its_pictures_in_a_browser_and_asks_for_nothing_else(
     finished_study: Path, tmp_path: Path
 ) -> None:
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    browser = next(filter(None, map(shutil.which, names)), None)
-    if browser is None:
-        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
     assert main(["study", "report", str(finished_study)]) == 0
-    page = finished_study.parent / "out" / "report.html"
-    text = page.read_text()
+    text = (finished_study.parent / "out" / "report.html").read_text()
     # a reader in the page needs a script, which the page itself forbids
+    assert text.count(f'content="{POLICY}">') == 1
     probe = tmp_path / "probe.html"
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    assert f'content="{policy}">' in text
     probe.write_text(
-        text.replace(f'content="{policy}">', f"content=\"{policy}; script-src 'unsafe-inline'\">{PROBE}")
+        text.replace(f'content="{POLICY}">', f"content=\"{POLICY}; script-src 'unsafe-inline'\">{PROBE}")
     )
-    common = [
-        browser,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    common += ["--disable-background-networking", "--disable-component-update", "--no-first-run"]
-    common += ["--host-resolver-rules=MAP * ~NOTFOUND"]
-
-    def browse(*words: str) -> str:
-        return subprocess.run(
-            [*common, *words], capture_output=True, text=True, timeout=120, check=True
-        ).stdout
-
-    title = re.findall(r"<title>(\{.*?)</title>", browse("--dump-dom", probe.as_uri()))[0]
-    seen = json.loads(html.unescape(title))
-    assert seen["asked"] == []
+    dom, console, shot = browse(probe, tmp_path)
+    seen = json.loads(html.unescape(re.findall(r"<title>(\{.*?)</title>", dom)[0]))
+    assert (seen["asked"], seen["errors"], console) == ([], [], "")
     assert len(seen["widths"]) == 4
     assert min(seen["widths"]) > 600
-    shot = tmp_path / "page.png"
-    browse(f"--screenshot={shot}", "--window-size=1200,3000", page.as_uri())
     with Image.open(shot) as image:
-        assert len(image.convert("RGB").getcolors(1 << 24)) > 50
+        counts = {color: count for count, color in image.convert("RGB").getcolors(1 << 24)}
+    assert counts.get(BLUE, 0) > 500
