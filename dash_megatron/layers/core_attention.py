@@ -9,6 +9,7 @@ those of this tensor-parallel rank; under context parallelism N counts this rank
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dash_megatron.config import AttentionConfig
 from dash_megatron.ops import dash_attention
+from dash_megatron.ops.diagnostics import RouterSettings
 from dash_megatron.ops.sharded import stages
 from dash_megatron.parallel.context import ChunkLayout, ContextShard
 from dash_megatron.parallel.context_group import ContextGroup, heads_for_rows, move_rows, rows_for_heads
@@ -139,6 +141,20 @@ class DashCoreAttention(CoreAttention):
         )
         set_tensor_model_parallel_attributes(self.summary_query, True, 0, 1)
         self.routing: RoutingMeans | None = None
+        self.observer: Callable[[Tensor, Tensor, Tensor, Tensor | None], None] | None = None
+        """While set, every forward pass shows it queries and keys after RoPE, the summary query and `cu_seqlens`."""
+
+    @property
+    def router_settings(self) -> RouterSettings:
+        """What the next forward pass routes with."""
+        attention = self.attention
+        return RouterSettings(
+            attention.chunk_size,
+            self.scaling_factor,
+            attention.sigma,
+            attention.estimate_diagonal,
+            attention.alpha,
+        )
 
     def _attend_here(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
         attention, summary_query = self.attention, self.summary_query
@@ -146,17 +162,16 @@ class DashCoreAttention(CoreAttention):
             # the heads that this context rank was given
             assert self.context_group is not None
             summary_query = summary_query.split(k.shape[2])[self.context_group.rank]
+        cu_seqlens = None if packed is None else packed.cu_seqlens_q
+        if self.observer is not None:
+            self.observer(q, k, summary_query, cu_seqlens)
         out, routing = dash_attention(
             q,
             k,
             v,
             summary_query,
-            chunk_size=attention.chunk_size,
-            scaling_factor=self.scaling_factor,
-            sigma=attention.sigma,
-            estimate_diagonal=attention.estimate_diagonal,
-            alpha=attention.alpha,
-            cu_seqlens=None if packed is None else packed.cu_seqlens_q,
+            **self.router_settings._asdict(),
+            cu_seqlens=cu_seqlens,
             backend=attention.backend,
             return_routing=True,
         )

@@ -211,7 +211,9 @@ def _histogram(relative_Sc: Tensor, inside_Sc: Tensor) -> Tensor:
     return counts.scatter_add(1, bin_Sc, inside_Sc.float())
 
 
-def _blocks(grid: _Grid, token_S: Tensor, scores_per_chunk: int) -> Iterator[tuple[Tensor, _Places, int, int]]:
+def _blocks(
+    grid: _Grid, token_S: Tensor, scores_per_chunk: int
+) -> Iterator[tuple[Tensor, _Places, int, int]]:
     """Pieces of rising tokens: their tokens, places, first chunk needed, and one past the last."""
     rows = max(1, MAX_SCORES // (grid.num_chunks * scores_per_chunk))
     for part in token_S.split(rows):
@@ -256,7 +258,9 @@ def sample_routing(
             found = []
             for part, places, first, end in _blocks(grid, token_S, grid.num_slots * G):
                 q_SGD = q_NHGD[part, head].float() * D**-0.5
-                found.append(_measure(q_SGD, k_cWD[first:end], summary_cD[first:end], places, first, settings))
+                found.append(
+                    _measure(q_SGD, k_cWD[first:end], summary_cD[first:end], places, first, settings)
+                )
             values.append({name: torch.cat([part[name] for part, _ in found]) for name in MEASURES})
             total = weight_S @ torch.cat([counts for _, counts in found])
             weights.append(total / total.sum())

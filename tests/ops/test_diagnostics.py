@@ -37,7 +37,9 @@ def by_hand(q, k, w, settings, lengths):
     H, G = k.shape[2], q.shape[2] // k.shape[2]
     mass = out[0].view(-1, H, G, D).mean(2)
     values = {name: torch.full((H, len(chunk)), math.nan) for name in MEASURES}
-    starts = [start for start, length in zip(cu_seqlens.tolist(), lengths, strict=False) for _ in range(length)]
+    starts = [
+        start for start, length in zip(cu_seqlens.tolist(), lengths, strict=False) for _ in range(length)
+    ]
     for h in range(H):
         for i, start in enumerate(starts):
             own = int(chunk[i])
@@ -157,7 +159,9 @@ def test_a_map_shows_the_share_of_tokens_that_selected_each_chunk() -> None:
     coarse, per_cell = selection_map(q, k, w, SETTINGS, max_cells=4)
     assert per_cell == 2
     # 8 tokens and 2 chunks, all of them available
-    assert coarse[0, 3, 1].item() == pytest.approx((share[0, 6, 2:4].mean() * 4 + share[0, 7, 2:4].mean() * 2) / 6)
+    assert coarse[0, 3, 1].item() == pytest.approx(
+        (share[0, 6, 2:4].mean() * 4 + share[0, 7, 2:4].mean() * 2) / 6
+    )
     # 4 tokens with one chunk of their own, 4 with that and one more
     assert coarse[0, 0, 0].item() == pytest.approx((4 + 4 * share[0, 1, :2].sum()) / 12)
     few, _ = selection_map(q, k, w, SETTINGS, tokens_per_cell=2)
