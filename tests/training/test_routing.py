@@ -1,14 +1,19 @@
 """How routers choose, measured while a run trains, and drawn from its checkpoint."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from dash_megatron.__main__ import main
 from dash_megatron.config_loading import config_from_dict
 from dash_megatron.ops.diagnostics import MEASURES, RouterSettings
+from dash_megatron.studies import dispersion
 from dash_megatron.training.metrics import MetricsWriter, read_metrics
 from dash_megatron.training.routing import RoutingProbe
 from tests.training.test_global_batch import with_changes
@@ -59,6 +64,8 @@ def test_too_little_memory_to_measure_ends_no_run(
         raise torch.OutOfMemoryError("of 80 GiB")
 
     monkeypatch.setattr("dash_megatron.training.routing.sample_routing", fail)
+    # a trainer in this process may have taken the package's log away from the root logger
+    monkeypatch.setattr(logging.getLogger("dash_megatron"), "propagate", True)
     layer: Any = Layer()
     probe = RoutingProbe(1, {0: layer})
     for step in (1, 2):
@@ -94,7 +101,7 @@ def test_measuring_changes_no_training_and_needs_no_other_process(
     tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
     tree = with_changes(
-        tiny_config, attention={"scaling_factor": 20.0}, training={"steps": 2, "global_batch": 2}
+        tiny_config, attention={"scaling_factor": 500.0}, training={"steps": 2, "global_batch": 2}
     )
     layouts: dict[str, dict[str, Any]] = {
         "off": {"logging": {"routing_every": 0}},
@@ -124,7 +131,7 @@ def trained(tiny_config: dict[str, Any], run_processes: Any, run_dir: Path) -> l
     """Lines of a run of one sequence a step, whose tokens are all measured."""
     tree = with_changes(
         {**tiny_config, "run_dir": str(run_dir)},
-        attention={"scaling_factor": 20.0},
+        attention={"scaling_factor": 500.0},
         training={"steps": 4, "global_batch": 1, "recompute": "attention"},
         logging={"routing_every": 2, "tensorboard": True},
     )
@@ -133,7 +140,11 @@ def trained(tiny_config: dict[str, Any], run_processes: Any, run_dir: Path) -> l
 
 
 def test_a_run_keeps_its_routing_beside_its_metrics_and_study_routing_draws_it(
-    tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
+    tiny_config: dict[str, Any],
+    run_processes: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -152,3 +163,30 @@ def test_a_run_keeps_its_routing_beside_its_metrics_and_study_routing_draws_it(
     shares = lines[-1]["layers"][1]["heads"]["own_share"]
     assert scalar == pytest.approx(sum(shares) / 2, abs=1e-3)
     assert events.Scalars("train/loss")[-1].step == 4
+
+    assert (
+        main(["study", "routing", str(tmp_path), "--output", str(tmp_path / "drawn"), "--device", "cpu"]) == 0
+    )
+    report = json.loads((tmp_path / "drawn" / "routing.json").read_text())
+    assert (report["run"], report["tokens"]) == (f"{tmp_path.name} step 4", 128)
+    assert report["document_tokens"] > 128
+    shares = np.load(tmp_path / "drawn" / "selected_chunks.npz")
+    for index, layer in enumerate(report["layers"]):
+        # 8 chunks of 16 tokens, all of them measured: both say how many chunks are selected on average
+        mean = np.nansum(shares[f"layer_{index:02d}"].astype(float), axis=(1, 2)) / 8
+        assert layer["heads"]["chunks_selected"] == pytest.approx(mean, rel=2e-3)
+        assert sum(layer["weights"][0]) == pytest.approx(1, abs=1e-3)
+    for name in ("heads", "positions", "chunks", "threshold"):
+        with Image.open(tmp_path / "drawn" / f"{name}.png") as image:
+            assert image.width >= 600
+
+    monkeypatch.setattr(dispersion, "CHUNKS", (16, 64))  # of made-up inputs: thousands take seconds
+    assert main(["study", "dispersion", str(tmp_path), "--output", str(tmp_path / "drawn")]) == 0
+    report = json.loads((tmp_path / "drawn" / "dispersion.json").read_text())
+    assert report["inputs"].keys() == {"random", "needle", "topics", "run"}
+    of_run = report["inputs"]["run"]
+    assert of_run["chunks"] == [4]
+    assert of_run["curves"]["softmax"].keys() == {"1", "2"}
+
+    assert main(["study", "routing", str(tmp_path), "--length", "32"]) == 2
+    assert "must be at least 33" in capsys.readouterr().err
