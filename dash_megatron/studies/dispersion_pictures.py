@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 
 # colours that colour-blind people tell apart (Okabe and Ito); lines and marks tell groups apart
 _COLORS = {"softmax": "#000000", "1.5-entmax": "#0072B2", "2-entmax": "#D55E00"}
-_LINES = (("-", "o"), ("--", "s"), (":", "^"))
+_LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 _LABELS = {
     "effective_chunks": "effective chunks, exp(entropy)",
     "largest": "largest probability",
@@ -79,4 +79,4 @@ def _legend(figure: Any, styles: dict[int, tuple[str, str]]) -> None:
     lines = [plt.Line2D([], [], color=color, lw=2) for color in _COLORS.values()]
     lines += [plt.Line2D([], [], color="gray", ls=line, marker=mark, ms=4) for line, mark in styles.values()]
     labels = [*_COLORS, *(f"mean over {group} head{'s' * (group > 1)}" for group in styles)]
-    figure.legend(lines, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False)

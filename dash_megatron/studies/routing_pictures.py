@@ -155,7 +155,7 @@ def _chunks(report: dict[str, Any], shares: dict[int, np.ndarray]) -> Any:
         squeeze=False,
         sharex=True,
         sharey=True,
-        layout="constrained",
+        layout="compressed",
     )
     for axis in axes.flat[len(shares) :]:
         axis.set_visible(False)
@@ -243,4 +243,4 @@ def _near_bars(axis: Any, records: dict[int, Any]) -> None:
     axis.set_ylabel("near the threshold (%), mean of heads")
     axis.set_ylim(top=1.3 * max(axis.get_ylim()[1], 0.1))
     axis.grid(alpha=0.3, axis="y")
-    axis.legend(title="share of", ncols=3, fontsize=9, loc="upper center")
+    axis.legend(title="share of", ncols=3, fontsize=8, columnspacing=1, loc="upper center")
