@@ -79,4 +79,6 @@ def _legend(figure: Any, styles: dict[int, tuple[str, str]]) -> None:
     lines = [plt.Line2D([], [], color=color, lw=2) for color in _COLORS.values()]
     lines += [plt.Line2D([], [], color="gray", ls=line, marker=mark, ms=4) for line, mark in styles.values()]
     labels = [*_COLORS, *(f"mean over {group} head{'s' * (group > 1)}" for group in styles)]
-    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(
+        lines, labels, loc="outside lower center", ncols=len(labels) if len(labels) < 7 else 4, frameon=False
+    )

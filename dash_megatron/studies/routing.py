@@ -175,7 +175,9 @@ def study_routing(
     number = int(run.name.split()[-1])
     folder = Path(output) if output else Path(run_dir) / "routing" / f"step_{number:08d}"
     write_whole(folder / "routing.json", json.dumps(report) + "\n")
-    shares = {f"layer_{layer:02d}": found.share.half().numpy() for layer, found in maps.items()}
+    shares: dict[str, Any] = {
+        f"layer_{layer:02d}": found.share.half().numpy() for layer, found in maps.items()
+    }
     np.savez_compressed(folder / "selected_chunks.npz", **shares)
     from dash_megatron.studies.routing_pictures import draw_routing
 

@@ -145,7 +145,7 @@ def test_the_histogram_of_weights_counts_selected_chunks() -> None:
     torch.testing.assert_close(samples.weights[:, :below].sum(1), near, atol=1e-3, rtol=0)
 
 
-def test_a_map_shows_the_share_of_tokens_that_selected_each_chunk() -> None:
+def test_a_map_shows_the_share_of_tokens_that_selected_each_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, w = inputs(N=30)
     share, per_cell = selection_map(q, k, w, SETTINGS)
     assert (share.shape, per_cell) == ((2, 8, 8), 1)
@@ -166,3 +166,21 @@ def test_a_map_shows_the_share_of_tokens_that_selected_each_chunk() -> None:
     assert coarse[0, 0, 0].item() == pytest.approx((4 + 4 * share[0, 1, :2].sum()) / 12)
     few, _ = selection_map(q, k, w, SETTINGS, tokens_per_cell=2)
     assert (few.nan_to_num() * 2).eq((few.nan_to_num() * 2).round()).all()
+    monkeypatch.setattr(module, "MAX_SCORES", 100)
+    pieces, _ = selection_map(q, k, w, SETTINGS, max_cells=4)
+    assert torch.equal(pieces.nan_to_num(-1), coarse.nan_to_num(-1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_measures_the_same() -> None:
+    q, k, w = inputs(N=3000)
+    cu_seqlens = torch.tensor([0, 700, 3000], dtype=torch.int32)
+    expected = sample_routing(q, k, w, SETTINGS, cu_seqlens)
+    found = sample_routing(q.cuda(), k.cuda(), w.cuda(), SETTINGS, cu_seqlens.cuda())
+    assert torch.equal(found.token.cpu(), expected.token)
+    for name in ("density", "entropy", "own_share", "near_threshold_mass"):
+        torch.testing.assert_close(
+            found.head_means(name).cpu(), expected.head_means(name), atol=1e-3, rtol=1e-3
+        )
+    share, _ = selection_map(q.cuda(), k.cuda(), w.cuda(), SETTINGS)
+    assert (share.cpu() - selection_map(q, k, w, SETTINGS).share).nan_to_num().abs().mean() < 1e-3
