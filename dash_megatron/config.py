@@ -311,6 +311,9 @@ class LoggingConfig(Section):
     """Steps between logged lines."""
     tensorboard: bool = True
     """Write `<run_dir>/tensorboard`."""
+    routing_every: int = Field(default=0, ge=0)
+    """Steps between measurements of how each layer and kv head routes, into `<run_dir>/routing.jsonl` and TensorBoard;
+    0 = never. They are of rank 0's heads and of its first micro-batch."""
 
 
 class FaultsConfig(Section):
@@ -432,6 +435,12 @@ class Config(Section):
             raise ValueError(
                 f"parallel.context={parallel.context} must be 1 with attention.kind={attention.kind}, which chooses among "
                 "all keys of a sequence on one process; use parallel.tensor, or attention.kind=dash or full"
+            )
+        if parallel.context > 1 and self.logging.routing_every:
+            raise ValueError(
+                f"logging.routing_every={self.logging.routing_every} must be 0 with parallel.context={parallel.context}, "
+                "where no process has all keys of a sequence; set it to 0 and measure checkpoints, of any layout, with "
+                "`python -m dash_megatron study routing RUN_DIR`"
             )
         unit = 2 * parallel.context * attention.chunk_size
         if parallel.context > 1 and self.data.seq_length % unit:

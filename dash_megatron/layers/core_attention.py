@@ -9,6 +9,7 @@ those of this tensor-parallel rank; under context parallelism N counts this rank
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dash_megatron.config import AttentionConfig
 from dash_megatron.ops import dash_attention
+from dash_megatron.ops.diagnostics import RouterSettings
 from dash_megatron.ops.reference import wide
 from dash_megatron.ops.sharded import stages
 from dash_megatron.parallel.context import ChunkLayout, ContextShard
@@ -145,6 +147,21 @@ class DashCoreAttention(CoreAttention):
             self.log_scaling = torch.nn.Parameter(torch.zeros(kv_heads, dtype=config.params_dtype))
             set_tensor_model_parallel_attributes(self.log_scaling, True, 0, 1)
         self.routing: RoutingMeans | None = None
+        self.observer: Callable[[Tensor, Tensor, Tensor, Tensor | None], None] | None = None
+        """While set, every forward pass shows it queries and keys after RoPE, the summary query and `cu_seqlens`."""
+
+    @property
+    def router_settings(self) -> RouterSettings:
+        """What the next forward pass routes with."""
+        attention, head_scaling = self.attention, self.head_scaling()
+        return RouterSettings(
+            attention.chunk_size,
+            self.scaling_factor * (1.0 if head_scaling is None else head_scaling),
+            attention.sigma,
+            attention.estimate_diagonal,
+            attention.alpha,
+            attention.length_scaling,
+        )
 
     def head_scaling(self) -> Tensor | None:
         """The learned factor of each kv head of this rank, at least float32, which multiplies `scaling_factor`."""
@@ -152,27 +169,26 @@ class DashCoreAttention(CoreAttention):
         return None if self.log_scaling is None else wide(self.log_scaling)[0].exp()
 
     def _attend_here(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
-        attention, summary_query, head_scaling = self.attention, self.summary_query, self.head_scaling()
+        summary_query, settings = self.summary_query, self.router_settings
         if k.shape[2] < len(summary_query):
             # the heads that this context rank was given
             assert self.context_group is not None
             rank = self.context_group.rank
             summary_query = summary_query.split(k.shape[2])[rank]
-            head_scaling = None if head_scaling is None else head_scaling.split(k.shape[2])[rank]
+            if isinstance(settings.scaling_factor, Tensor):
+                settings = settings._replace(scaling_factor=settings.scaling_factor.split(k.shape[2])[rank])
+        cu_seqlens = None if packed is None else packed.cu_seqlens_q
+        if self.observer is not None:
+            self.observer(q, k, summary_query, cu_seqlens)
         out, routing = dash_attention(
             q,
             k,
             v,
             summary_query,
-            chunk_size=attention.chunk_size,
-            scaling_factor=self.scaling_factor * (1.0 if head_scaling is None else head_scaling),
-            sigma=attention.sigma,
-            estimate_diagonal=attention.estimate_diagonal,
-            alpha=attention.alpha,
-            cu_seqlens=None if packed is None else packed.cu_seqlens_q,
-            backend=attention.backend,
+            **settings._asdict(),
+            cu_seqlens=cu_seqlens,
+            backend=self.attention.backend,
             return_routing=True,
-            length_scaling=attention.length_scaling,
         )
         self.routing = RoutingMeans(
             density=routing.density.detach().float(),

@@ -48,6 +48,29 @@ def add_study(tools: Any) -> None:
     plot_run.add_argument("run_dir", metavar="RUN_DIR")
     plot_run.add_argument("--output", help="PNG to write; default: RUN_DIR/training.png")
     plot_run.set_defaults(run=_plot_run)
+    _add_routing(commands)
+
+
+def _add_routing(commands: Any) -> None:
+    text = "measure and draw how the routers of a checkpoint choose in one long document"
+    routing = commands.add_parser("routing", help=text, description=text)
+    routing.add_argument("run_dir", metavar="RUN_DIR")
+    routing.add_argument("--output", metavar="DIR", help="default: RUN_DIR/routing/step_...")
+    routing.set_defaults(run=_routing)
+    text = "how probability over chunks disperses as context grows: entmax against softmax"
+    dispersion = commands.add_parser("dispersion", help=text, description=text)
+    dispersion.add_argument(
+        "run_dir", metavar="RUN_DIR", nargs="?", help="also of this run's queries and summaries"
+    )
+    dispersion.add_argument("--output", metavar="DIR", default="dispersion", help="default: dispersion")
+    dispersion.add_argument("--seed", type=int, default=0)
+    dispersion.set_defaults(run=_dispersion)
+    for parser in (routing, dispersion):
+        parser.add_argument("--step", type=int, help="checkpoint of this step instead of the newest")
+        parser.add_argument(
+            "--length", type=int, help="most tokens of the document; default: data.seq_length"
+        )
+        parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
 
 
 def _add(commands: Any, name: str, text: str, run: Any) -> Any:
@@ -134,3 +157,17 @@ def _plot_run(options: argparse.Namespace) -> None:
     from dash_megatron.studies.plot_run import plot_run
 
     print(plot_run(options.run_dir, options.output))
+
+
+def _routing(options: argparse.Namespace) -> None:
+    from dash_megatron.studies.routing import study_routing
+
+    places = {"step": options.step, "length": options.length, "device": options.device}
+    print(*study_routing(options.run_dir, output=options.output, **places), sep="\n")
+
+
+def _dispersion(options: argparse.Namespace) -> None:
+    from dash_megatron.studies.dispersion import study_dispersion
+
+    places = {"step": options.step, "length": options.length, "device": options.device}
+    print(*study_dispersion(options.run_dir, output=options.output, seed=options.seed, **places), sep="\n")

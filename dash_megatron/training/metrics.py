@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import datetime
-import json
 import logging
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from dash_megatron.retry import explain, retry
+from dash_megatron.retry import explain
+from dash_megatron.training.json_lines import JsonLines, read_json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -92,17 +92,11 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: str | Path, tensorboard: bool, resumed_step: int) -> None:
-        path = Path(run_dir) / "metrics.jsonl"
-        kept = (
-            [line for line in read_metrics(run_dir) if line["step"] <= resumed_step] if path.exists() else []
-        )
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        retry(lambda: _replace(path, text), f"write {path}", path=path)
-        self._path, self._size = path, len(text.encode())
+        folder = Path(run_dir)
+        self._lines = JsonLines(folder / "metrics.jsonl", resumed_step)
+        self._routing = JsonLines(folder / "routing.jsonl", resumed_step)
         self._board = (
-            SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=resumed_step + 1)
-            if tensorboard
-            else None
+            SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1) if tensorboard else None
         )
 
     def write(self, metrics: StepMetrics) -> None:
@@ -111,32 +105,54 @@ class MetricsWriter:
         Raises:
             OSError: the disk has been full, or away, for minutes. What was written before is whole.
         """
-        line = (json.dumps(metrics) + "\n").encode()
-        retry(lambda: self._append(line), f"write {self._path}", path=self._path)
-        self._size += len(line)
+        self._lines.append(metrics)
+        self._on_board(lambda: self._write_scalars(metrics))
+
+    def write_routing(
+        self, line: Mapping[str, Any], histograms: Mapping[str, Tensor], scalars: Mapping[str, float]
+    ) -> None:
+        """Append one step's line to `routing.jsonl`, and values of its step to TensorBoard.
+
+        Args:
+            line: has `step`.
+            histograms: finite values, on CPU, for each tag.
+            scalars: for each tag; no tag may be in both.
+
+        Raises:
+            OSError: as in `write`.
+        """
+        self._routing.append(line)
+
+        def add() -> None:
+            assert self._board is not None
+            for tag, values in histograms.items():
+                self._board.add_histogram(tag, values.numpy(), line["step"])
+            for tag, value in scalars.items():
+                self._board.add_scalar(tag, value, line["step"])
+
+        self._on_board(add)
+
+    def _on_board(self, add: Callable[[], None]) -> None:
+        if self._board is None:
+            return
         try:
-            self._write_board(metrics)
+            add()
+            self._board.flush()
         except OSError as error:
-            # a copy of metrics.jsonl, for which no run is to end
-            logger.error("TensorBoard stops here: %s; metrics.jsonl goes on", explain(error, self._path))
+            # a copy of what the .jsonl files have, for which no run is to end
+            reason = explain(error, self._lines.path)
+            logger.error("TensorBoard stops here: %s; metrics.jsonl goes on", reason)
             self._board = None
 
-    def _append(self, line: bytes) -> None:
-        with open(self._path, "r+b") as file:
-            file.seek(self._size)
-            file.truncate()  # half a line of an attempt before
-            file.write(line)
-
-    def _write_board(self, metrics: StepMetrics) -> None:
-        if self._board is not None:
-            for name, value in metrics.items():
-                for tag, number in _scalars(name, value):
-                    if number is not None and name != "step":
-                        self._board.add_scalar(tag, number, metrics["step"])
-            self._board.flush()
+    def _write_scalars(self, metrics: StepMetrics) -> None:
+        assert self._board is not None
+        for name, value in metrics.items():
+            for tag, number in _scalars(name, value):
+                if number is not None and name != "step":
+                    self._board.add_scalar(tag, number, metrics["step"])
 
     def close(self) -> None:
-        """Finish TensorBoard's file; `metrics.jsonl` is complete after every step."""
+        """Finish TensorBoard's file; the `.jsonl` files are complete after every step."""
         if self._board is not None:
             self._board.close()
 
@@ -159,12 +175,6 @@ def _scalars(name: str, value: Any) -> Iterator[tuple[str, float | None]]:
             yield f"{name}/layer_{layer:02d}", part
 
 
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def read_metrics(run_dir: str | Path) -> list[StepMetrics]:
     """Read `metrics.jsonl`; a last line cut short by a kill is left out.
 
@@ -177,15 +187,7 @@ def read_metrics(run_dir: str | Path) -> list[StepMetrics]:
         raise FileNotFoundError(
             f"{path} does not exist; {run_dir} must be the folder of a run that has logged a step"
         )
-    lines = path.read_text(encoding="utf-8").splitlines()
-    metrics: list[StepMetrics] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            metrics.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}:{number} is not JSON ({error}); remove the damaged line") from error
-    return metrics
+    return read_json_lines(path)
 
 
 def console_line(metrics: StepMetrics, total_steps: int, seconds_left: float) -> str:

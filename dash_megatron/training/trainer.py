@@ -29,6 +29,7 @@ from dash_megatron.training.loss import global_target_tokens, share_of_global_me
 from dash_megatron.training.meter import Meter, StepTotals
 from dash_megatron.training.metrics import MetricsWriter, console_line, read_metrics
 from dash_megatron.training.probe import check_probe, probe_loss
+from dash_megatron.training.routing import RoutingProbe
 from dash_megatron.training.schedule import learning_rate
 from dash_megatron.training.setup import (
     check_same_implementation,
@@ -103,6 +104,7 @@ class Trainer:
         self.busy = BusyTime(self.device)
         self.collapse = CollapseAlarm(config.faults.collapse_steps)
         self.density = DensityController(config.attention, dash_layers(model))
+        self.routing = RoutingProbe(config.logging.routing_every if self.is_main else 0, dash_layers(model))
 
     def run(self) -> ExitCode:
         """Train from the newest checkpoint, or from scratch, to the last step, or until a signal asks to stop.
@@ -207,7 +209,7 @@ class Trainer:
         fault = None
         for index, batch in enumerate(batches):
             batch = batch.to(self.device, non_blocking=True)
-            with self.busy.computing():
+            with self.busy.computing(), self.routing.watching(self.step, index):
                 loss = share_of_global_mean(self.engine.model, batch, targets)
             self.engine.backward(loss)
             totals.add(loss, batch, self.engine.module)
@@ -279,7 +281,9 @@ class Trainer:
             return self.validator.run(self.engine, self.step, self.watchdog.beat)
 
     def maybe_log(self, totals: StepTotals, lr: float, valid: Validation) -> None:
-        """Report the first and last step, every `logging.every` steps, and validations; rank 0."""
+        """Report the first and last step, every `logging.every` steps, validations and routing; rank 0."""
+        if self.writer is not None:
+            self.routing.report(self.step, self.config.model.layers, self.writer)
         last = self.config.training.steps
         due = self.step in (1, last) or self.step % self.config.logging.every == 0
         if not due and valid == Validation():

@@ -73,7 +73,7 @@ def test_a_disk_that_was_full_for_a_moment_leaves_whole_lines(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package_log: Any
 ) -> None:
     writer = MetricsWriter(tmp_path, tensorboard=False, resumed_step=0)
-    append, failures = writer._append, [True, False]
+    append, failures = writer._lines._append, [True, False]
 
     def half_a_line(line: bytes) -> None:
         if failures and failures.pop(0):
@@ -81,7 +81,7 @@ def test_a_disk_that_was_full_for_a_moment_leaves_whole_lines(
             raise OSError(errno.ENOSPC, "No space left on device")
         append(line)
 
-    monkeypatch.setattr(writer, "_append", half_a_line)
+    monkeypatch.setattr(writer._lines, "_append", half_a_line)
     for step in (1, 2):
         writer.write({"step": step, "loss": 2.0})  # type: ignore[typeddict-item]
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 2.0}\n'

@@ -1,0 +1,334 @@
+"""What a DashAttention router does, measured at some of the queries: plain torch in float32, on any device, no gradient.
+
+Letters: N tokens, S sampled queries, H key/value heads, G query heads of one key/value head, c chunks, W slots per chunk,
+D head dim, K buckets of positions. Chunks are numbered through the whole packed sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dash_megatron.ops.entmax import entmax
+from dash_megatron.ops.reference import (
+    _Grid,
+    _log_prior,
+    _make_grid,
+    _Router,
+    _summarize,
+    _to_grid,
+    document_positions,
+)
+
+MEASURES = {
+    "density": "chunks selected over causally available ones, the own chunk included",
+    "chunks_selected": "chunks selected, the own chunk included",
+    "entropy": "entropy of the group mean of entmax over past chunks (nats)",
+    "effective_chunks": "exp(entropy): past chunks that a flat distribution of this entropy has",
+    "evenness": "entropy over its largest possible value, log(past chunks)",
+    "own_share": "share of the attention that stays in the own chunk",
+    "prior_spread": "standard deviation of the log prior over selected past chunks (nats)",
+    "near_threshold_chunks": "share of the selected past chunks that are near the threshold",
+    "near_threshold_mass": "share of the router's probability in chunks near the threshold",
+    "near_threshold_attention": "share of the attention in chunks near the threshold",
+}
+"""What is measured of every sampled query and key/value head. A selected past chunk is near the threshold where its
+probability is below `NEAR_THRESHOLD` of the mean over the query's selected past chunks: a small change of scores drops it,
+or brings such a chunk in. `near_threshold_attention` is what the output stands to lose by that."""
+NEAR_THRESHOLD = 0.1
+# Logarithms to base 10 of a selected chunk's probability over the mean of those selected: edges of a histogram's bins.
+WEIGHT_BINS = tuple(x / 10 for x in range(-40, 21))
+# Scores alive at once, in elements: more queries are measured block by block.
+MAX_SCORES = 2**24
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+class RouterSettings(NamedTuple):
+    """Of `dash_attention`."""
+
+    chunk_size: int
+    scaling_factor: float | Tensor
+    """A tensor [H] has one for each key/value head."""
+    sigma: float
+    estimate_diagonal: bool
+    alpha: float
+    length_scaling: float = 0.0
+
+    def of_head(self, head: int) -> RouterSettings:
+        """The same with one number for a head."""
+        factor = self.scaling_factor
+        return self._replace(scaling_factor=factor[head].float()) if isinstance(factor, Tensor) else self
+
+
+@dataclass(frozen=True)
+class RoutingSamples:
+    """What `sample_routing` measured."""
+
+    token: Tensor
+    """int64 [S]: the sampled queries, rising; numbered through all rows."""
+    bucket: Tensor
+    """int64 [S]: number of the bucket that the query's position is in."""
+    weight: Tensor
+    """float32 [S]: share of all tokens that the query stands for."""
+    edges: tuple[int, ...]
+    """Bucket i holds positions within the document from edges[i] to edges[i + 1] - 1: the first chunk, the second, the
+    next 2, the next 4, and so on."""
+    values: dict[str, Tensor]
+    """float32 [H, S] for each of `MEASURES`; NaN where a query has no past chunk (`evenness`: fewer than 2)."""
+    weights: Tensor
+    """float32 [H, bins]: share of the selected past chunks in each bin of `WEIGHT_BINS`, the outermost open."""
+
+    def head_means(self, name: str) -> Tensor:
+        """Mean over all tokens, estimated from the sampled ones: [H], NaN where nothing is known."""
+        return _mean(self.values[name], self.weight)
+
+    def bucket_means(self, name: str) -> Tensor:
+        """Mean over the tokens of each bucket: [H, K], NaN where a bucket has none."""
+        inside = [self.bucket == index for index in range(len(self.edges) - 1)]
+        return torch.stack([_mean(self.values[name][:, mask], self.weight[mask]) for mask in inside], dim=1)
+
+
+def _mean(values_HS: Tensor, weight_S: Tensor) -> Tensor:
+    known = values_HS.isfinite()
+    return torch.where(known, values_HS, 0) @ weight_S / (known.float() @ weight_S)
+
+
+def _spread(size: int, count: int, device: torch.device) -> Tensor:
+    """`count` of the numbers below `size`, evenly spread yet in no step with any power of two; rising."""
+    bound = torch.arange(count + 1, device=device) * size // count
+    turn = torch.arange(count, device=device, dtype=torch.float64) * _GOLDEN
+    return bound[:-1] + ((turn - turn.floor()) * bound.diff()).long()
+
+
+def _bucket_edges(num_tokens: int, chunk_size: int) -> tuple[int, ...]:
+    edges = [0, chunk_size]
+    while edges[-1] < num_tokens:
+        edges.append(2 * edges[-1])
+    return tuple(edges)
+
+
+def _choose(position_N: Tensor, edges: tuple[int, ...], count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, buckets and weights as `RoutingSamples` has them: as many of each bucket, or all that it has."""
+    inner = torch.tensor(edges[1:-1], device=position_N.device)
+    bucket_N = torch.bucketize(position_N, inner, right=True)
+    order_N = bucket_N.argsort(stable=True)
+    sizes = torch.bincount(bucket_N, minlength=len(edges) - 1).tolist()
+    quotas, left = [0] * len(sizes), count
+    smallest_first = sorted((size, index) for index, size in enumerate(sizes) if size)
+    for done, (size, index) in enumerate(smallest_first):
+        quotas[index] = min(size, max(1, left // (len(smallest_first) - done)))
+        left -= quotas[index]
+    tokens, weights, first = [], [], 0
+    for size, quota in zip(sizes, quotas, strict=True):
+        if quota:
+            tokens.append(order_N[first + _spread(size, quota, position_N.device)])
+            weights += [size / quota / len(position_N)] * quota
+        first += size
+    token_S, by_token = torch.cat(tokens).sort()
+    return token_S, bucket_N[token_S], torch.tensor(weights, device=token_S.device)[by_token]
+
+
+def _flatten(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor, _Grid]:
+    """Rows behind one another: queries [N, H, G, D], keys [N, H, D], positions [N] and the grid of chunks."""
+    B, N, Hq, D = q.shape
+    if cu_seqlens is None and B > 1:
+        cu_seqlens = torch.arange(0, (B + 1) * N, N, dtype=torch.int32, device=q.device)
+    Hkv = k.shape[2]
+    grid = _make_grid(B * N, chunk_size, cu_seqlens, q.device)
+    position_N = document_positions(B * N, cu_seqlens, q.device)
+    return q.reshape(B * N, Hkv, Hq // Hkv, D), k.reshape(B * N, Hkv, D), position_N, grid
+
+
+def _route(q_SGD: Tensor, summary_cD: Tensor, past_Sc: Tensor, settings: RouterSettings) -> Tensor:
+    """Group mean [S, c] of the entmax over past chunks; `q_SGD` comes divided by sqrt(D)."""
+    length_S = 1 + settings.length_scaling * past_Sc.sum(1).clamp_min(1).float().log()
+    z_SGc = (settings.scaling_factor * length_S)[:, None, None] * (q_SGD @ summary_cD.mT)
+    return entmax(z_SGc.masked_fill(~past_Sc[:, None], -math.inf), settings.alpha).mean(1)
+
+
+def _attention_by_chunk(q_SGD: Tensor, k_cWD: Tensor, bias_Sc: Tensor, hidden_ScW: Tensor) -> Tensor:
+    """Share [S, c] of each query's final attention, mean over the group, that chunks get."""
+    c, W, D = k_cWD.shape
+    scores_SGcW = (q_SGD @ k_cWD.reshape(c * W, D).mT).unflatten(-1, (c, W))
+    scores_SGcW = scores_SGcW.masked_fill(hidden_ScW[:, None], -math.inf)
+    return (scores_SGcW.logsumexp(-1) + bias_Sc[:, None]).softmax(-1).mean(1)
+
+
+class _Places(NamedTuple):
+    """Where the S queries of one block stand."""
+
+    chunk_S: Tensor
+    slot_S: Tensor
+    first_chunk_S: Tensor
+
+    def masks(self, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Which of the chunks from `first` to `end` are past, and which is the own: bool [S, c] each."""
+        chunk_c = torch.arange(first, end, device=self.chunk_S.device)
+        own_Sc = chunk_c == self.chunk_S[:, None]
+        return (chunk_c >= self.first_chunk_S[:, None]) & (chunk_c < self.chunk_S[:, None]), own_Sc
+
+
+def _measure(
+    q_SGD: Tensor, k_cWD: Tensor, summary_cD: Tensor, places: _Places, first: int, settings: RouterSettings
+) -> tuple[dict[str, Tensor], Tensor]:
+    """`MEASURES` [S] of one key/value head, given chunks from number `first` on, and counts [S, bins] of weights."""
+    past_Sc, own_Sc = places.masks(first, first + len(summary_cD))
+    p_Sc = _route(q_SGD, summary_cD, past_Sc, settings)
+    bias, selected = _log_prior(p_Sc[None, None], own_Sc, _Router(*settings[1:]))
+    bias_Sc, selected_S = bias[0, 0], selected[0, 0].float()
+    slot_W = torch.arange(k_cWD.shape[1], device=q_SGD.device)
+    hidden_ScW = own_Sc[..., None] & (slot_W > places.slot_S[:, None, None])
+    attention_Sc = _attention_by_chunk(q_SGD, k_cWD, bias_Sc, hidden_ScW)
+
+    inside_Sc, num_past_S, num_inside_S = p_Sc > 0, past_Sc.sum(1).float(), selected_S - 1
+    relative_Sc = p_Sc * num_inside_S[:, None]
+    near_Sc = inside_Sc & (relative_Sc < NEAR_THRESHOLD)
+    # zero over zero is NaN: without a past chunk there is nothing to say
+    none = torch.where(num_past_S > 0, 0.0, math.nan)
+    entropy_S = torch.special.entr(p_Sc).sum(1) + none
+    prior_Sc = bias_Sc.where(inside_Sc, 0)
+    mean_S = prior_Sc.sum(1) / num_inside_S
+    variance_S = ((prior_Sc - mean_S[:, None]).where(inside_Sc, 0)).square().sum(1) / num_inside_S
+    values = {
+        "density": selected_S / (num_past_S + 1),
+        "chunks_selected": selected_S,
+        "entropy": entropy_S,
+        "effective_chunks": entropy_S.exp(),
+        "evenness": entropy_S / num_past_S.log().where(num_past_S > 1, math.nan),
+        "own_share": attention_Sc.where(own_Sc, 0).sum(1),
+        "prior_spread": variance_S.sqrt(),
+        "near_threshold_chunks": near_Sc.sum(1) / num_inside_S,
+        "near_threshold_mass": p_Sc.where(near_Sc, 0).sum(1) + none,
+        "near_threshold_attention": attention_Sc.where(near_Sc, 0).sum(1) + none,
+    }
+    return values, _histogram(relative_Sc, inside_Sc)
+
+
+def _histogram(relative_Sc: Tensor, inside_Sc: Tensor) -> Tensor:
+    """Counts [S, bins] of the chunks inside."""
+    inner = torch.tensor(WEIGHT_BINS[1:-1], device=relative_Sc.device)
+    bin_Sc = torch.bucketize(relative_Sc.where(inside_Sc, 1).log10(), inner)
+    counts = relative_Sc.new_zeros(len(relative_Sc), len(WEIGHT_BINS) - 1)
+    return counts.scatter_add(1, bin_Sc, inside_Sc.float())
+
+
+def _blocks(
+    grid: _Grid, token_S: Tensor, scores_per_chunk: int
+) -> Iterator[tuple[Tensor, _Places, int, int]]:
+    """Pieces of rising tokens: their tokens, places, first chunk needed, and one past the last."""
+    rows = max(1, MAX_SCORES // (grid.num_chunks * scores_per_chunk))
+    for part in token_S.split(rows):
+        places = _Places(grid.chunk_N[part], grid.slot_N[part], grid.first_chunk_N[part])
+        first, end = torch.stack([places.first_chunk_S.min(), places.chunk_S.max() + 1]).tolist()
+        yield part, places, first, end
+
+
+@torch.no_grad()
+def sample_routing(
+    q: Tensor,
+    k: Tensor,
+    summary_query: Tensor,
+    settings: RouterSettings,
+    cu_seqlens: Tensor | None = None,
+    max_queries: int = 256,
+) -> RoutingSamples:
+    """Measure how `dash_attention` routes at some queries, spread evenly over positions; always the same ones.
+
+    Time grows with queries x tokens, memory with tokens. Probabilities are computed in float32 from what is given; kernels
+    in half precision may differ on chunks within a rounding of the threshold.
+
+    Args:
+        q: queries after RoPE [B, N, Hq, D].
+        k: keys after RoPE [B, N, Hkv, D].
+        summary_query: [Hkv, D].
+        settings, cu_seqlens: as `dash_attention` was given them.
+        max_queries: how many, over all rows; as many in every bucket of positions that has as many. Where there are
+            more buckets, one each.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        q_NHGD, k_NHD, position_N, grid = _flatten(q, k, cu_seqlens, settings.chunk_size)
+        H, G, D = q_NHGD.shape[1:]
+        edges = _bucket_edges(q.shape[1] if cu_seqlens is None else len(q_NHGD), settings.chunk_size)
+        token_S, bucket_S, weight_S = _choose(position_N, edges, max_queries)
+        values: list[dict[str, Tensor]] = []
+        weights = []
+        for head in range(H):  # one by one, for memory
+            of_head = settings.of_head(head)
+            k_BHSD = _to_grid(k_NHD[None, :, head : head + 1].float(), grid)
+            summary_cD = _summarize(k_BHSD, summary_query[head : head + 1].float(), grid)[0, 0]
+            k_cWD = k_BHSD.view(grid.num_chunks, grid.num_slots, D)
+            found = []
+            for part, places, first, end in _blocks(grid, token_S, grid.num_slots * G):
+                q_SGD = q_NHGD[part, head].float() * D**-0.5
+                found.append(_measure(q_SGD, k_cWD[first:end], summary_cD[first:end], places, first, of_head))
+            values.append({name: torch.cat([part[name] for part, _ in found]) for name in MEASURES})
+            total = weight_S @ torch.cat([counts for _, counts in found])
+            weights.append(total / total.sum())
+    return RoutingSamples(
+        token=token_S,
+        bucket=bucket_S,
+        weight=weight_S,
+        edges=edges,
+        values={name: torch.stack([head[name] for head in values]) for name in MEASURES},
+        weights=torch.stack(weights),
+    )
+
+
+class SelectionMap(NamedTuple):
+    """Which chunks the queries of each chunk select, in one document."""
+
+    share: Tensor
+    """float32 [H, cells, cells]: of the pairs of a token in the row's chunks and an available chunk among the column's,
+    how many are selected; NaN where none is available. Tokens' own chunks count as selected."""
+    chunks_per_cell: int
+    """Neighbouring chunks that share a row or column; 1 unless the document is long."""
+
+
+@torch.no_grad()
+def selection_map(
+    q: Tensor,
+    k: Tensor,
+    summary_query: Tensor,
+    settings: RouterSettings,
+    max_cells: int = 256,
+    tokens_per_cell: int = 64,
+) -> SelectionMap:
+    """Draw up which chunks are selected; exact up to `max_cells` chunks of up to `tokens_per_cell` tokens.
+
+    Longer documents are looked at through `tokens_per_cell` tokens a row, evenly spread. Arguments are those of
+    `sample_routing`, with B == 1.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        q_NHGD, k_NHD, _, grid = _flatten(q, k, None, settings.chunk_size)
+        N, H, G, D = q_NHGD.shape
+        per_cell = -(-grid.num_chunks // max_cells)
+        cells, tokens_of_cell = -(-grid.num_chunks // per_cell), per_cell * settings.chunk_size
+        starts = range(0, N, tokens_of_cell)
+        sizes = [min(tokens_of_cell, N - start) for start in starts]
+        token_S = torch.cat(
+            [
+                start + _spread(size, min(size, tokens_per_cell), q.device)
+                for start, size in zip(starts, sizes, strict=True)
+            ]
+        )
+        pairs = torch.zeros(H, 2, cells, cells, device=q.device)
+        for head in range(H):
+            of_head = settings.of_head(head)
+            k_BHSD = _to_grid(k_NHD[None, :, head : head + 1].float(), grid)
+            summary_cD = _summarize(k_BHSD, summary_query[head : head + 1].float(), grid)[0, 0]
+            for part, places, first, end in _blocks(grid, token_S, G):
+                q_SGD = q_NHGD[part, head].float() * D**-0.5
+                past_Sc, own_Sc = places.masks(first, end)
+                selected_Sc = (_route(q_SGD, summary_cD[first:end], past_Sc, of_head) > 0) | own_Sc
+                both = torch.stack([selected_Sc, past_Sc | own_Sc]).float()
+                padded = torch.nn.functional.pad(both, (0, cells * per_cell - end))
+                by_cell = padded.unflatten(-1, (cells, per_cell)).sum(-1)
+                pairs[head].index_add_(1, places.chunk_S // per_cell, by_cell)
+    return SelectionMap(share=pairs[:, 0] / pairs[:, 1], chunks_per_cell=per_cell)

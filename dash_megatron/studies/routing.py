@@ -1,0 +1,216 @@
+"""`study routing`: how the routers of a checkpoint choose in one long document."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dash_megatron.config import Config, ParallelConfig
+from dash_megatron.data.blend import parse_blend
+from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.evaluation.text import LocalText
+from dash_megatron.layers import DashCoreAttention, DashGPTModel, build_model, dash_layers
+from dash_megatron.ops.diagnostics import (
+    MEASURES,
+    NEAR_THRESHOLD,
+    WEIGHT_BINS,
+    RoutingSamples,
+    SelectionMap,
+    sample_routing,
+    selection_map,
+)
+from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
+from dash_megatron.studies.collect import write_whole
+from dash_megatron.training.checkpoint import load_weights
+from dash_megatron.training.routing import layer_record
+
+# Queries measured in the document: the curves are smooth, and a model of 32 layers takes minutes on a GPU at 128K.
+QUERIES = 1024
+
+Observe = Callable[[int, DashCoreAttention, Tensor, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A checkpoint's whole weights on one process, and the longest document of its validation data."""
+
+    name: str
+    config: Config
+    model: DashGPTModel
+    device: torch.device
+    document: np.ndarray
+    """int64 [tokens], cut to the length asked for."""
+    whole_length: int
+    """Tokens of the document before."""
+
+    @torch.no_grad()
+    def observe(self, observe: Observe) -> None:
+        """Run the document through the model, and show what each layer routes with.
+
+        Args:
+            observe: called with the layer's number from 0, its core attention, queries [1, N, Hq, D] and keys
+                [1, N, Hkv, D] after RoPE, and the summary query [Hkv, D].
+        """
+        cores = dash_layers(self.model)
+        for layer, core in cores.items():
+            core.observer = functools.partial(_without_documents, observe, layer, core)
+        tokens = torch.from_numpy(self.document)[None].to(self.device)
+        try:
+            self.model(tokens, torch.arange(tokens.shape[1], device=self.device)[None])
+        finally:
+            for core in cores.values():
+                core.observer = None
+
+
+def _without_documents(
+    observe: Observe, layer: int, core: DashCoreAttention, q: Tensor, k: Tensor, w: Tensor, _: Tensor | None
+) -> None:
+    observe(layer, core, q, k, w)
+
+
+@contextmanager
+def open_run(
+    run_dir: str | Path, step: int | None = None, length: int | None = None, device: str = "auto"
+) -> Iterator[OpenedRun]:
+    """Load a run whose layers have routers, of any layout, on one process.
+
+    Args:
+        run_dir: the run's folder.
+        step: which checkpoint; None: the newest.
+        length: most tokens of the document; None: `data.seq_length`.
+        device: `auto` (the GPU where there is one), `cpu` or `cuda`.
+
+    Raises:
+        FileNotFoundError: the run has no such checkpoint, or its data is gone.
+        ValueError: it has no router or no validation data, or an argument breaks a rule.
+    """
+    if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(
+            f"--device {device} must be auto, cpu, or cuda where there is a GPU; leave it out to take what is there"
+        )
+    config, step, weights = load_weights(run_dir, step)
+    config = config.model_copy(
+        update={"parallel": ParallelConfig()}
+    )  # whole weights, whatever the run's processes
+    _check_routes(run_dir, config)
+    document, whole_length = _longest_document(run_dir, config, length or config.data.seq_length)
+    found = init_process_groups(Launch(rank=0, world_size=1, local_rank=0), config.parallel)
+    try:
+        place = torch.device("cpu") if device == "cpu" else found
+        model = build_model(config, weights["embedding.word_embeddings.weight"].shape[0], place)
+        model.load_state_dict(weights, strict=False)
+        if config.training.precision == "bf16" and place.type == "cuda":
+            model.bfloat16()
+        model.eval().post_process = False  # hidden states are enough: nobody asks for logits
+        name = f"{Path(run_dir).resolve().name} step {step}"
+        yield OpenedRun(name, config, model, place, document, whole_length)
+    finally:
+        destroy_process_groups()
+
+
+def _check_routes(run_dir: str | Path, config: Config) -> None:
+    kind, full = config.attention.kind, config.attention.full_layers
+    if kind != "dash" or len(set(full)) == config.model.layers:
+        raise ValueError(
+            f"{run_dir} has no router: attention.kind={kind}, attention.full_layers={list(full)}; give a run with "
+            "DashAttention in some layer"
+        )
+
+
+def _longest_document(run_dir: str | Path, config: Config, length: int) -> tuple[np.ndarray, int]:
+    prefixes = [entry if isinstance(entry, str) else entry[1] for entry in parse_blend(config.data.valid)]
+    if not prefixes:
+        raise ValueError(f"{run_dir} has no validation data (data.valid is empty); set it in a run's config")
+    text = LocalText.from_data(prefixes, Tokenizer(str(config.data.tokenizer)), length)
+    longest = max(text.documents, key=len)
+    document, least = longest[:length], 2 * config.attention.chunk_size + 1
+    if len(document) < least:
+        raise ValueError(
+            f"the longest document of {text.name} has {len(longest)} tokens and --length is {length}; routing begins with "
+            f"the third chunk of {config.attention.chunk_size} tokens, so both must be at least {least}"
+        )
+    return np.asarray(document, dtype=np.int64), len(longest)
+
+
+def study_routing(
+    run_dir: str | Path,
+    *,
+    step: int | None = None,
+    output: str | Path | None = None,
+    length: int | None = None,
+    device: str = "auto",
+) -> list[Path]:
+    """Measure and draw a checkpoint's routers on the longest document of its validation data.
+
+    Args:
+        output: folder; None: `RUN_DIR/routing/step_...`.
+        run_dir, step, length, device: as in `open_run`.
+
+    Returns:
+        The files written: routing.json, selected_chunks.npz and pictures.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `open_run`.
+    """
+    samples: dict[int, RoutingSamples] = {}
+    maps: dict[int, SelectionMap] = {}
+
+    def observe(layer: int, core: DashCoreAttention, q: Tensor, k: Tensor, w: Tensor) -> None:
+        samples[layer] = sample_routing(q, k, w, core.router_settings, max_queries=QUERIES)
+        share, per_cell = selection_map(q, k, w, core.router_settings)
+        maps[layer] = SelectionMap(share.cpu(), per_cell)
+
+    with open_run(run_dir, step, length, device) as run:
+        run.observe(observe)
+        report = _report(run, samples, maps)
+    number = int(run.name.split()[-1])
+    folder = Path(output) if output else Path(run_dir) / "routing" / f"step_{number:08d}"
+    write_whole(folder / "routing.json", json.dumps(report) + "\n")
+    shares: dict[str, Any] = {
+        f"layer_{layer:02d}": found.share.half().numpy() for layer, found in maps.items()
+    }
+    np.savez_compressed(folder / "selected_chunks.npz", **shares)
+    from dash_megatron.studies.routing_pictures import draw_routing
+
+    drawn = draw_routing(report, {layer: found.share.numpy() for layer, found in maps.items()}, folder)
+    return [folder / "routing.json", folder / "selected_chunks.npz", *drawn]
+
+
+def _report(
+    run: OpenedRun, samples: dict[int, RoutingSamples], maps: dict[int, SelectionMap]
+) -> dict[str, Any]:
+    attention, layers = run.config.attention, range(run.config.model.layers)
+    some = next(iter(samples.values()))
+    records: list[dict[str, Any] | None] = []
+    for layer in layers:
+        if layer in samples:
+            shares = [[round(x, 5) for x in head] for head in samples[layer].weights.tolist()]
+            records.append({**layer_record(samples[layer]), "weights": shares})
+        else:
+            records.append(None)
+    return {
+        "run": run.name,
+        "tokens": len(run.document),
+        "document_tokens": run.whole_length,
+        "trained_length": run.config.data.seq_length,
+        "queries": len(some.token),
+        "chunk_size": attention.chunk_size,
+        "sigma": attention.sigma,
+        "alpha": attention.alpha,
+        "scaling_factor": [attention.layer_scaling_factor(layer) for layer in layers],
+        "measures": MEASURES,
+        "near_threshold": NEAR_THRESHOLD,
+        "edges": some.edges,
+        "weight_bins": WEIGHT_BINS,
+        "chunks_per_cell": next(iter(maps.values())).chunks_per_cell,
+        "layers": records,
+    }

@@ -1,0 +1,103 @@
+"""Dispersion of routing on scores whose answer is known, and runs that have no router to study."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dash_megatron.__main__ import main
+from dash_megatron.ops.diagnostics import RouterSettings
+from dash_megatron.studies import dispersion as module
+from dash_megatron.studies import routing
+from dash_megatron.studies.dispersion import dispersion, group_mean
+
+
+def test_equal_scores_spread_over_all_chunks_and_a_clear_winner_takes_all_of_entmax() -> None:
+    z = torch.zeros(1, 2, 16)
+    for alpha in (None, 1.5, 2.0):
+        found = dispersion(group_mean(z, alpha))
+        assert found["effective_chunks"].item() == pytest.approx(16, rel=1e-4)
+        assert found["density"].item() == 1
+    # beyond a gap of 1 / (alpha - 1) the best chunk has all of the probability, however many others there are
+    z[..., 0] = 2.5
+    for alpha in (1.5, 2.0):
+        found = dispersion(group_mean(z, alpha))
+        assert found["effective_chunks"].item() == pytest.approx(1)
+        assert (found["largest"].item(), found["density"].item()) == (pytest.approx(1), 1 / 16)
+    largest = dispersion(group_mean(z, None))["largest"].item()
+    assert largest == pytest.approx(math.exp(2.5) / (math.exp(2.5) + 15))
+
+
+def test_heads_that_want_different_chunks_spread_the_mean_of_their_group() -> None:
+    z = 10 * torch.eye(4)[None, :, :]
+    assert dispersion(group_mean(z, 1.5))["effective_chunks"].item() == pytest.approx(4, rel=1e-4)
+    alone = list(module._groups(z, 1, 1.5))
+    assert len(alone) == 4
+    assert all(dispersion(p)["effective_chunks"].item() == pytest.approx(1) for p in alone)
+
+
+def test_made_up_inputs_grow_by_appending_and_are_the_same_for_a_seed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "CHUNKS", (16, 64))
+    sources, again = dict(module._made_up(3)), dict(module._made_up(3))
+    assert sources.keys() == module.INPUTS.keys()
+    for name, source in sources.items():
+        (short,), (long,) = source.scores
+        assert long.shape == (module.QUERIES, 16, 64)
+        assert torch.equal(short, long[..., :16])
+        assert torch.equal(long, again[name].scores[1][0])
+    assert sources["random"].scores[1][0].std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_scores_of_a_run_are_of_queries_that_have_so_many_past_chunks() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 100, 4, 8, generator=generator), torch.randn(1, 100, 2, 8, generator=generator)
+    found: dict[int, list[Any]] = {}
+    settings = RouterSettings(8, torch.tensor([1.0, 3.0]), 2.0, True, 1.5, length_scaling=0.5)
+    for count, z in module._scores_by_chunks(q, k, torch.zeros(2, 8), settings, most=3):
+        found.setdefault(count, []).append(z)
+    assert {count: [list(z.shape) for z in scores] for count, scores in found.items()} == {
+        4: [[3, 2, 4]] * 2,
+        8: [[3, 2, 8]] * 2,
+    }
+    # the last one with 4 past chunks: token 39, on the mean keys of chunks 0 to 3
+    means = k[0, :32, 1].view(4, 8, 8).mean(1)
+    factor = 3.0 * (1 + 0.5 * math.log(4)) / math.sqrt(8)
+    torch.testing.assert_close(found[4][1][-1], factor * q[0, 39, 2:] @ means.T)
+
+
+@pytest.mark.parametrize(
+    ("attention", "valid", "message"),
+    [
+        ({"kind": "full"}, True, "has no router: attention.kind=full"),
+        ({"full_layers": [0, 1]}, True, r"has no router: .*full_layers=\[0, 1\]"),
+        ({}, False, "has no validation data"),
+    ],
+    ids=["dense", "all layers dense", "no data"],
+)
+def test_a_run_without_a_router_or_validation_data_is_an_error(
+    attention: dict[str, Any],
+    valid: bool,
+    message: str,
+    tiny_config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from dash_megatron.config_loading import config_from_dict
+
+    tree = {**tiny_config, "attention": attention}
+    tree["data"] = {**tree["data"], "valid": tree["data"]["valid"] if valid else []}
+    monkeypatch.setattr(routing, "load_weights", lambda *_: (config_from_dict(tree), 4, {}))
+    with pytest.raises(ValueError, match=message), routing.open_run("runs/tiny"):
+        pass
+
+
+def test_a_folder_without_checkpoints_and_a_wrong_device_are_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["study", "routing", str(tmp_path)]) == 2
+    assert "no checkpoint of any step" in capsys.readouterr().err
+    assert main(["study", "dispersion", str(tmp_path), "--device", "tpu", "--output", str(tmp_path)]) == 2
+    assert "--device tpu must be auto, cpu, or cuda" in capsys.readouterr().err
