@@ -77,6 +77,16 @@ def test_too_little_memory_to_measure_ends_no_run(
     assert [record.levelname for record in caplog.records] == ["ERROR"]
 
 
+def test_a_run_without_a_router_is_told_that_there_is_nothing_to_measure(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("dash_megatron"), "propagate", True)
+    RoutingProbe(0, {})
+    assert not caplog.records
+    RoutingProbe(5, {})
+    assert "logging.routing_every=5 is ignored" in caplog.text
+
+
 def test_tensorboard_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = MetricsWriter(tmp_path, tensorboard=True, resumed_step=0)
 
