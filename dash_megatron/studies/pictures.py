@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +24,7 @@ from dash_megatron.training.metrics import read_metrics
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
 _MAX_PANELS = 6
+_LENGTH = re.compile(r" seq_length=\S+")
 
 
 def draw_study(
@@ -53,7 +55,8 @@ def draw_study(
 def _styles(rows: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
     variants = dict.fromkeys(row["variant"] for row in rows)
     return {
-        variant: (_COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)])
+        # the second time round, a color comes with the next marker
+        variant: (_COLORS[index % len(_COLORS)], _MARKERS[(index + index // len(_COLORS)) % len(_MARKERS)])
         for index, variant in enumerate(variants)
     }
 
@@ -169,6 +172,7 @@ def _density_by_layer(study: Study, rows: list[dict[str, Any]], path: Path) -> s
 
 
 def _throughput(rows: list[dict[str, Any]], path: Path) -> str:
+    rows = [{**row, "variant": _LENGTH.sub("", row["variant"])} for row in rows]
     lengths = sorted({row["seq_length"] for row in rows})
     # one length alone would be a column of marks
     column, across = ("seq_length", "size") if len(lengths) > 1 else ("parameters", "seq_length")
