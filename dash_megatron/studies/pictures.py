@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")  # a file, never a window
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from dash_megatron.studies.collect import compared, dense_twins
 from dash_megatron.studies.fit import frontier
@@ -86,7 +87,11 @@ def _loss_compute(rows: list[dict[str, Any]], quality: str, fits: dict[str, Any]
             grid = np.geomspace(flops.min(), flops.max(), 100)
             axis.plot(grid, values["E"] + values["K"] * grid ** -values["c"], color=color, lw=1)
     axis.set_xscale("log")
-    axis.legend()
+    spent = [row["flops"] for row in rows]
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(spent) < 100 * min(spent) else (1,)))
+    axis.xaxis.set_major_formatter("{x:.0e}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.legend(fontsize="small")
     _save(figure, path)
     return f"{quality[0].upper()}{quality[1:]} against training FLOPs, one point a run; lines are fits to each frontier."
 
@@ -121,7 +126,7 @@ def _pareto(rows: list[dict[str, Any]], quality: str, path: Path) -> str:
         axis.grid(alpha=0.3)
     if twins:
         axes[0][1].axhline(0, color="gray", lw=1)
-    axes[0][0].legend()
+    axes[0][0].legend(fontsize="small", framealpha=0.6)
     _save(figure, path)
     text = (
         f"{quality[0].upper()}{quality[1:]} against density, mean over layers that select; larger marks are larger models, "
