@@ -48,6 +48,19 @@ def window_chunks(attention: AttentionConfig) -> int:
     return attention.nsa.window // attention.chunk_size + 1
 
 
+def density_of_lists(attention: AttentionConfig, context: float) -> float:
+    """Selected over available chunks, as metrics report them, of tokens that see `context` tokens on average.
+
+    Documents count as equally long. A chunk of NSA's two lists counts once; one of its `top_k` may also lie in the window,
+    which is left out.
+    """
+    chunks = max(1, round(2 * context / attention.chunk_size))
+    selected = selected_chunks(attention)
+    if attention.kind == "nsa":
+        selected += max(0, window_chunks(attention) - attention.nsa.local_blocks)
+    return share_of_pairs(chunks, selected)
+
+
 def baseline_seconds(
     work: AttentionWork,
     attention: AttentionConfig,

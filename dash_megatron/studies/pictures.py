@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")  # a file, never a window
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from dash_megatron.studies.collect import compared, dense_twins
 from dash_megatron.studies.fit import frontier
@@ -23,6 +25,7 @@ from dash_megatron.training.metrics import read_metrics
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
 _MAX_PANELS = 6
+_LENGTH = re.compile(r" seq_length=\S+")
 
 
 def draw_study(
@@ -53,7 +56,8 @@ def draw_study(
 def _styles(rows: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
     variants = dict.fromkeys(row["variant"] for row in rows)
     return {
-        variant: (_COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)])
+        # the second time round, a color comes with the next marker
+        variant: (_COLORS[index % len(_COLORS)], _MARKERS[(index + index // len(_COLORS)) % len(_MARKERS)])
         for index, variant in enumerate(variants)
     }
 
@@ -83,7 +87,11 @@ def _loss_compute(rows: list[dict[str, Any]], quality: str, fits: dict[str, Any]
             grid = np.geomspace(flops.min(), flops.max(), 100)
             axis.plot(grid, values["E"] + values["K"] * grid ** -values["c"], color=color, lw=1)
     axis.set_xscale("log")
-    axis.legend()
+    spent = [row["flops"] for row in rows]
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(spent) < 100 * min(spent) else (1,)))
+    axis.xaxis.set_major_formatter("{x:.0e}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.legend(fontsize="small")
     _save(figure, path)
     return f"{quality[0].upper()}{quality[1:]} against training FLOPs, one point a run; lines are fits to each frontier."
 
@@ -118,7 +126,7 @@ def _pareto(rows: list[dict[str, Any]], quality: str, path: Path) -> str:
         axis.grid(alpha=0.3)
     if twins:
         axes[0][1].axhline(0, color="gray", lw=1)
-    axes[0][0].legend()
+    axes[0][0].legend(fontsize="small", framealpha=0.6)
     _save(figure, path)
     text = (
         f"{quality[0].upper()}{quality[1:]} against density, mean over layers that select; larger marks are larger models, "
@@ -169,6 +177,7 @@ def _density_by_layer(study: Study, rows: list[dict[str, Any]], path: Path) -> s
 
 
 def _throughput(rows: list[dict[str, Any]], path: Path) -> str:
+    rows = [{**row, "variant": _LENGTH.sub("", row["variant"])} for row in rows]
     lengths = sorted({row["seq_length"] for row in rows})
     # one length alone would be a column of marks
     column, across = ("seq_length", "size") if len(lengths) > 1 else ("parameters", "seq_length")

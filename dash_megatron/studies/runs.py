@@ -14,6 +14,7 @@ import yaml
 
 from dash_megatron.config import Config
 from dash_megatron.config_loading import config_from_dict
+from dash_megatron.planning.baseline_times import BASELINES, density_of_lists
 from dash_megatron.studies.cost import Cost, estimate_cost, flops_per_token, mean_context
 from dash_megatron.studies.study_file import Study, StudyError
 from dash_megatron.training.flops import parameter_count
@@ -40,7 +41,7 @@ class StudyRun:
     parameters: int
     tokens: int
     density: float
-    """Assumed; 1 for full attention."""
+    """Assumed; that of the lists of infllmv2 and nsa; 1 for full attention."""
     context: float
     cost: Cost
     twin_of: list[str] = field(default_factory=list)
@@ -157,9 +158,9 @@ def _make(study: Study, base: dict[str, Any], recipe: _Recipe) -> StudyRun:
     if recipe.budget:
         _set(tree, "training.steps", 10**9)
     config = config_from_dict(tree)
-    density = _density(study, recipe, config)
     facts = _facts(config)
     context = study.assume.context or facts.context
+    density = _density(study, recipe, config, context)
     variant, size = _labels(config, recipe)
     name = _name(variant, size, recipe, config, bool(study.seeds))
     steps = _steps(study, recipe, config, facts, context, density, name)
@@ -224,9 +225,11 @@ def _tokenizer_size(config: Config) -> int:
     return _SIZES[path]
 
 
-def _density(study: Study, recipe: _Recipe, config: Config) -> float:
+def _density(study: Study, recipe: _Recipe, config: Config, context: float) -> float:
     if config.attention.kind == "full":
         return 1.0
+    if config.attention.kind in BASELINES:
+        return density_of_lists(config.attention, context)
     value = {**study.overrides, **recipe.settings}.get(_DENSITY, study.assume.density)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise StudyError(f"{_DENSITY}={value!r} must lie in (0, 1], such as 0.25")

@@ -20,6 +20,7 @@ from PIL import Image
 
 from dash_megatron.__main__ import main
 from dash_megatron.planning.baseline_times import NOTE
+from dash_megatron.studies import pictures
 from dash_megatron.studies import submit as submit_module
 from dash_megatron.studies.collect import collect, dense_twins
 from dash_megatron.studies.cost import mean_piece_context
@@ -158,6 +159,23 @@ def test_mean_context_of_packed_documents_is_that_of_documents_laid_out() -> Non
     document = document[: len(document) // 100 * 100].reshape(-1, 100)
     seen = (document[:, None, :] == document[:, :, None]) & np.tri(100, dtype=bool)
     assert mean_piece_context(lengths, 100) == pytest.approx(seen.sum() / document.size, rel=0.01)
+
+
+def test_baselines_have_the_density_and_flops_of_their_lists(write_study: Write) -> None:
+    top_k = {"attention.kind": "infllmv2", "attention.infllmv2.kernel_size": 16}
+    sets = [{**top_k, "attention.infllmv2.top_k": number} for number in (3, 11)]
+    few, many = [
+        runs_of(write_study(overrides={"data.seq_length": 1024, **settings}))[0] for settings in sets
+    ]
+    # 64 chunks, of which the first, 8 local ones and the best are on
+    assert few.density == pytest.approx((sum(range(1, 13)) + 52 * 12) / (64 * 65 / 2))
+    assert few.density < many.density
+    assert few.cost.flops < many.cost.flops
+    nsa = {"attention.kind": "nsa", "attention.nsa.kernel_size": 16, "attention.nsa.top_k": 3}
+    windows = [{**nsa, "attention.nsa.window": window} for window in (0, 16, 32)]
+    runs = [runs_of(write_study(overrides={"data.seq_length": 1024, **settings}))[0] for settings in windows]
+    # the two local chunks are in the window of 16 tokens
+    assert runs[0].density == runs[1].density < runs[2].density
 
 
 @pytest.mark.parametrize(
@@ -346,6 +364,25 @@ addEventListener('load', () => {
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 BLUE = (0, 0x72, 0xB2)
 """Of the first variant in every picture; nothing else on the page is blue."""
+
+
+def test_speed_is_joined_over_context_lengths_of_one_kind(
+    write_study: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_study(grid={"data.seq_length": [128, 256]}, twins=["full"])
+    for run in runs_of(path):
+        finish(run, 3.0, None if run.config.attention.kind == "full" else 0.4)
+    drawn: dict[str, list[Any]] = {}
+    monkeypatch.setattr(
+        pictures,
+        "_save",
+        lambda figure, path: drawn.update(
+            {path.name: [(line.get_label(), list(line.get_xdata())) for line in figure.axes[0].lines]}
+        ),
+    )
+    study = load_study(path)
+    pictures.draw_study(study, collect(study), {"variants": {}}, path.parent)
+    assert drawn["throughput.png"] == [("dash", [128, 256]), ("full", [128, 256])]
 
 
 @pytest.fixture
