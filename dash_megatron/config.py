@@ -7,16 +7,16 @@ Reading YAML and overrides lives in `config_loading.py`.
 
 from __future__ import annotations
 
-import bisect
 import math
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from dash_megatron.config_baselines import InfLLMv2Config, NSAConfig, check_baseline
+from dash_megatron.config_attention import AttentionConfig
 from dash_megatron.config_curriculum import check_curriculum, context_length_at
 from dash_megatron.config_evaluation import EvaluationConfig, check_evaluation
 from dash_megatron.config_rope import RopeScaling
+from dash_megatron.config_running import CheckpointConfig, FaultsConfig, LoggingConfig
 from dash_megatron.config_section import Section
 
 
@@ -80,102 +80,6 @@ class ModelConfig(Section):
                     f"{self.channels_per_head // 2}, one for each pair of channels"
                 )
         return self
-
-
-class AttentionConfig(Section):
-    """Which core attention runs in which layer, and the constants of DashAttention (arXiv 2605.18753)."""
-
-    kind: Literal["dash", "full", "infllmv2", "nsa"] = "dash"
-    """`dash` is DashAttention; `full` trains the dense twin of the same config, `infllmv2` and `nsa` twins that attend to
-    a fixed number of chunks. These two run without context parallelism and have no Hugging Face export."""
-    chunk_size: Literal[16, 32, 64, 128] = 64
-    """Tokens summarised into one routing key."""
-    scaling_factor: float | tuple[float, ...] = 1.0
-    """Multiplies routing scores before entmax, above 0; larger values select fewer chunks. A list has one for each
-    layer."""
-    length_scaling: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Above 0, routing scores of a token with n past chunks are also multiplied by `1 + length_scaling * ln(n)`: of
-    adaptive-scalable entmax (arXiv 2506.16640) the growth with length, which works against selecting more and more
-    chunks as documents grow. Try it where density rises at late positions, or beyond the lengths trained on; at 1000
-    chunks, 0.1 makes a factor of 1.7."""
-    learned_scaling: bool = False
-    """Learn a factor on the routing scores for each kv head of each layer, beginning at 1; it multiplies
-    `scaling_factor`. Try it where the heads of a layer differ in density, or no single factor suits them."""
-    target_density: float | tuple[float, ...] | dict[int, float | tuple[float, ...]] | None = None
-    """Share of the available chunks to be selected, above 0 and up to 1: each layer's scaling factor is moved, from
-    `scaling_factor` on, until its router selects that much. A list has one for each layer. A schedule, such as
-    `{0: 1.0, 2000: 0.25}`, says from which step on, with straight lines between, and starts dense for a warm-up."""
-    sigma: float = Field(default=2.0, gt=0)
-    """Flattens the router's prior on the softmax; 2 is the flattest whose router gradient is bounded."""
-    estimate_diagonal: bool = True
-    """Centre the log prior on its mean over selected past chunks, so that the token's own chunk has prior 0."""
-    alpha: float = Field(default=1.5, gt=1, le=2)
-    """Entmax exponent: near 1 is close to softmax (dense), 2 is sparsemax; 1.5 is the fast path."""
-    full_layers: tuple[int, ...] = ()
-    """Layers, counted from 0, that use full attention although `kind` is another."""
-    backend: Literal["auto", "reference", "triton"] = "auto"
-    """Implementation of sparse attention: Triton kernels on CUDA where present (`auto`), pure torch, or Triton."""
-    infllmv2: InfLLMv2Config = Field(default_factory=InfLLMv2Config)
-    """What `kind: infllmv2` chooses. Its fields are below."""
-    nsa: NSAConfig = Field(default_factory=NSAConfig)
-    """What `kind: nsa` chooses. Its fields are below."""
-
-    def layer_scaling_factor(self, layer: int) -> float:
-        """`scaling_factor` of a layer, counted from 0."""
-        return self.scaling_factor[layer] if isinstance(self.scaling_factor, tuple) else self.scaling_factor
-
-    def target_density_at(self, step: int, layer: int) -> float | None:
-        """`target_density` of a layer, counted from 0, after some steps."""
-        if not isinstance(self.target_density, dict):
-            return _of_layer(self.target_density, layer)
-        steps = sorted(self.target_density)
-        after = bisect.bisect_right(steps, step)
-        before = steps[max(0, after - 1)]
-        first = _of_layer(self.target_density[before], layer)
-        if first is None or after in (0, len(steps)):
-            return first
-        second = _of_layer(self.target_density[steps[after]], layer)
-        assert second is not None
-        return first + (second - first) * (step - before) / (steps[after] - before)
-
-    @property
-    def target_density_lists(self) -> list[tuple[float, ...]]:
-        """All lists of targets by layer."""
-        target = self.target_density
-        values = target.values() if isinstance(target, dict) else [target]
-        return [value for value in values if isinstance(value, tuple)]
-
-    def _check_target(self) -> None:
-        target = self.target_density
-        values: list[Any] = list(target.values()) if isinstance(target, dict) else [target]
-        numbers = [x for value in values for x in (value if isinstance(value, tuple) else (value,))]
-        if isinstance(target, dict) and (not target or min(target) < 0):
-            raise ValueError(
-                f"attention.target_density={target} must name steps from 0 on, such as {{0: 1.0, 2000: 0.25}}"
-            )
-        if target is not None and not all(0 < number <= 1 for number in numbers):
-            raise ValueError(
-                f"attention.target_density={target} must be above 0 and at most 1, such as 0.25; null leaves densities alone"
-            )
-        if target is not None and self.kind != "dash":
-            raise ValueError(
-                f"attention.target_density={target} needs a router: set attention.kind=dash, or "
-                "attention.target_density=null"
-            )
-
-    @model_validator(mode="after")
-    def _check(self) -> AttentionConfig:
-        self._check_target()
-        factors = self.scaling_factor if isinstance(self.scaling_factor, tuple) else (self.scaling_factor,)
-        if not all(0 < factor < math.inf for factor in factors):
-            raise ValueError(f"attention.scaling_factor={self.scaling_factor} must be above 0, such as 1.0")
-        if self.kind in ("infllmv2", "nsa"):
-            check_baseline(self.kind, self.nsa if self.kind == "nsa" else self.infllmv2, self.chunk_size)
-        return self
-
-
-def _of_layer(value: float | tuple[float, ...] | None, layer: int) -> float | None:
-    return value[layer] if isinstance(value, tuple) else value
 
 
 class DataConfig(Section):
@@ -285,60 +189,6 @@ class TrainingConfig(Section):
     them. A run that resumes does not read it."""
     recompute: Literal["none", "attention", "full"] = "none"
     """What backward recomputes instead of keeping: nothing, core attention, or whole layers."""
-
-
-class CheckpointConfig(Section):
-    """Saving and resuming. A run resumes by itself from the newest checkpoint of its `run_dir`."""
-
-    every: int = Field(default=0, ge=0)
-    """Steps between checkpoints; 0 saves after the last step only."""
-    keep: int = Field(default=0, ge=0)
-    """Newest checkpoints that stay on disk; 0 keeps all."""
-    keep_every: int = Field(default=0, ge=0)
-    """Checkpoints of steps divisible by it stay too, however old; 0 = none."""
-    asynchronous: bool = True
-    """Write while training goes on, from a copy in host memory; false waits until the checkpoint is published."""
-    check_loss: bool = True
-    """Refuse to resume where the loaded weights give another loss on the checkpoint's stored tokens."""
-    retry_seconds: float = Field(default=300.0, ge=0)
-    """How long writing is tried again while a disk is full or a file system away, before the run ends with an error."""
-
-
-class LoggingConfig(Section):
-    """Console, `metrics.jsonl` and TensorBoard."""
-
-    every: int = Field(default=10, gt=0)
-    """Steps between logged lines."""
-    tensorboard: bool = True
-    """Write `<run_dir>/tensorboard`."""
-    routing_every: int = Field(default=0, ge=0)
-    """Steps between measurements of how each layer and kv head routes, into `<run_dir>/routing.jsonl` and TensorBoard;
-    0 = never. They are of rank 0's heads and of its first micro-batch."""
-
-
-class FaultsConfig(Section):
-    """What a run does when something goes wrong. Updates that are left out change nothing but the place in the data and
-    the learning rate's; their batches are kept in `<run_dir>/faults`."""
-
-    non_finite: Literal["skip", "rollback", "halt"] = "skip"
-    """A loss or gradient that is no number: leave the update out (`skip`), also go back to the newest checkpoint and
-    leave it out from there (`rollback`), or end the run with exit code 3 (`halt`)."""
-    loss_spike: float | None = Field(default=None, gt=0)
-    """A loss more than this many standard deviations above the mean of the last `loss_window` ones is a spike, whose
-    update is left out; null accepts every finite loss."""
-    loss_window: int = Field(default=128, ge=2)
-    """Updates that a spike is measured by; until there are as many, nothing is a spike."""
-    loss_spike_policy: Literal["skip", "rollback", "halt"] = "skip"
-    """As `non_finite`, for spikes."""
-    max_in_a_row: int = Field(default=3, gt=0)
-    """So many updates left out in a row end the run, whatever the policy."""
-    collapse_steps: int = Field(default=100, gt=0)
-    """Steps in a row after which a layer's router that selects only the own chunk, or all, raises an alarm."""
-    hang_minutes: float = Field(default=30.0, ge=0)
-    """A process that finishes no step, validation batch, load or save for so long writes its stacks to standard error
-    and aborts, to be started again; 0 = never."""
-    straggler_ratio: float = Field(default=1.5, gt=1)
-    """Warn when a process takes this many times the median to read data and compute."""
 
 
 class Config(Section):
