@@ -19,10 +19,11 @@ from dash_megatron.data.batches import PackedBatch, num_target_tokens
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.layers import DashGPTModel, build_model, init_weights
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
-from dash_megatron.training.checkpoint import finished_steps, load_weights
+from dash_megatron.training.checkpoint import finished_steps
 from dash_megatron.training.faults import fault_folder, read_fault
 from dash_megatron.training.initial import load_initial_weights
 from dash_megatron.training.setup import padded_vocabulary
+from dash_megatron.training.weights import load_weights
 
 
 class SampleLoss(NamedTuple):

@@ -20,8 +20,9 @@ from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.layers import DashGPTModel, build_model
 from dash_megatron.layers.model import MAX_LOGITS
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
-from dash_megatron.training.checkpoint import checkpoint_folder, load_weights, tag_of
+from dash_megatron.training.checkpoint import checkpoint_folder, tag_of
 from dash_megatron.training.checkpoint_files import MANIFEST
+from dash_megatron.training.weights import load_weights
 
 
 class LanguageModel(ABC):

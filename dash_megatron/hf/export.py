@@ -20,8 +20,8 @@ from dash_megatron.hf.config import MODEL_FILE, llama_config
 from dash_megatron.hf.folder import take, write_pieces
 from dash_megatron.hf.names import pieces, to_hugging_face
 from dash_megatron.hf.tokenizer import export_tokenizer
-from dash_megatron.training.checkpoint import open_weights
 from dash_megatron.training.metrics import read_metrics
+from dash_megatron.training.weights import open_weights
 
 logger = logging.getLogger(__name__)
 

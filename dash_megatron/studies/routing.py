@@ -30,8 +30,8 @@ from dash_megatron.ops.diagnostics import (
 )
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
 from dash_megatron.studies.collect import write_whole
-from dash_megatron.training.checkpoint import load_weights
 from dash_megatron.training.routing import layer_record
+from dash_megatron.training.weights import load_weights
 
 # Queries measured in the document: the curves are smooth, and a model of 32 layers takes minutes on a GPU at 128K.
 QUERIES = 1024

@@ -10,7 +10,7 @@ from dash_megatron.config import ParallelConfig
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.layers import DashGPTModel, build_model
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
-from dash_megatron.training.checkpoint import load_weights
+from dash_megatron.training.weights import load_weights
 
 
 def sample_from_run(

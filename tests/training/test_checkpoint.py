@@ -15,10 +15,11 @@ import torch.distributed as dist
 from dash_megatron.config_loading import config_from_dict
 from dash_megatron.parallel import destroy_process_groups
 from dash_megatron.training import checkpoint, checkpoint_files
-from dash_megatron.training.checkpoint import CheckpointError, checkpoint_folder, finished_steps, open_weights
+from dash_megatron.training.checkpoint import CheckpointError, checkpoint_folder, finished_steps
 from dash_megatron.training.metrics import read_metrics
 from dash_megatron.training.sample import sample_from_run
 from dash_megatron.training.trainer import Trainer
+from dash_megatron.training.weights import open_weights
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from dash_megatron.training.checkpoint import load_weights
 from dash_megatron.training.metrics import read_metrics
+from dash_megatron.training.weights import load_weights
 from tests.training.test_resume import run_of, samples_of
 from tests.training.workers import train_all
 
