@@ -220,6 +220,12 @@ class DashDynamicLayer(_Summaries, DynamicLayer):
         super().crop(*args, **kwargs)
         self.summary = None
 
+    def reset(self) -> None:
+        """Forget everything; transformers before 5.18 would keep as many columns of zeros."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        super().reset()
+
 
 class DashStaticLayer(_Summaries, StaticLayer):
     """Keys and values in their places of a table of fixed size, with summaries."""
