@@ -1,4 +1,4 @@
-"""Continue a text with an exported model. Needs torch, transformers and safetensors, nothing of this repository.
+"""Continue a text with an exported model. Needs torch, transformers >= 5.5 and safetensors, nothing of this repository.
 
 python examples/generate.py runs/quickstart/hf --prompt "def read_lines(path):"
 """

@@ -37,6 +37,7 @@ def _entry(
     os.environ.update(environment)
     with open(log, "w", buffering=1) as file:
         sys.stdout = sys.stderr = file
+        os.dup2(file.fileno(), 2)  # for what is not written by Python
         try:
             function(*arguments)
         except BaseException:

@@ -35,7 +35,7 @@ class FastLayer(CacheLayerMixin):
         super().__init__()
         self.plain, self.chunk_size = plain, chunk_size
         self.max_cache_len: int | None = getattr(plain, "max_cache_len", None)
-        self.is_croppable = plain.is_croppable
+        self.is_croppable = getattr(plain, "is_croppable", True)  # not in older releases of transformers
         self.start: Tensor | None = plain.start
         self.latest_start: int = plain.latest_start
         self.columns = 0
@@ -51,6 +51,7 @@ class FastLayer(CacheLayerMixin):
         """Allocate for rows, heads and dtype of keys [B, H, T, D]."""
         self.dtype, self.device = key_states.dtype, key_states.device
         rows, heads, columns, dim = key_states.shape
+        self.max_batch_size = rows  # releases of transformers before 5.16 ask for it
         capacity = columns + SPARE_COLUMNS if self.max_cache_len is None else self.max_cache_len
         self._hold(
             DashCache.contiguous(
@@ -171,6 +172,10 @@ class FastLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """Most columns, or -1."""
         return self.max_cache_len or -1
+
+    def get_max_cache_shape(self) -> int:
+        """What older releases of transformers ask for instead of `get_max_length`."""
+        return self.get_max_length()
 
     def reset(self) -> None:
         """Forget everything; a static cache keeps its place."""

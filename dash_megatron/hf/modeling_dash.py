@@ -17,11 +17,20 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+# Caches of releases before it count their columns otherwise, and a model would go on from the wrong ones.
+LEAST_TRANSFORMERS = (5, 5)
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < LEAST_TRANSFORMERS:
+    raise ImportError(
+        f"transformers {transformers.__version__} must be 5.5 or newer for this model's caches; "
+        "pip install --upgrade 'transformers>=5.5,<6'"
+    )
 
 # Scores alive at once, in elements: prompts are attended block by block to stay below.
 MAX_BLOCK_SCORES = 2**24

@@ -11,13 +11,13 @@ from tests.doctor.workers import examine_broken
 
 
 def test_two_processes_agree_on_what_is_sound_and_on_what_is_broken_and_name_one_that_hangs(
-    tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
     """One test, because processes take long to start."""
     kept = Path(tiny_config["run_dir"]) / "checkpoints" / "step_00000002" / "weights"
     kept.parent.mkdir(parents=True)
     kept.write_text("of the run")
-    with pytest.raises(pytest.fail.Exception, match=r"exit codes \[None, 1\]"):
+    with pytest.raises(pytest.fail.Exception, match=r"exit codes \[None, 1\]") as output:
         run_processes(2, examine_broken, {**tiny_config, "parallel": {"context": 2}}, str(tmp_path))
     found, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert found == other
@@ -52,7 +52,7 @@ def test_two_processes_agree_on_what_is_sound_and_on_what_is_broken_and_name_one
     assert raised["part"]["message"] == "rank 1: ZeroDivisionError: division by zero"
     assert raised["bandwidth"]["status"] == raised["leak"]["status"] == "ok"
 
-    assert " in hang\n" in capfd.readouterr().err, "the stack of rank 1"
+    assert " in hang\n" in str(output.value), "the stack of rank 1"
     lost, (hanging, following) = json.loads((tmp_path / "hang.json").read_text())
     assert lost
     assert (hanging["status"], following["status"]) == ("failed", "skipped")
