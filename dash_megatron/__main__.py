@@ -74,7 +74,16 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--imbalance", type=float, default=1.0, help="busiest context rank's attention over the mean"
     )
-    plan.add_argument("--memory-gib", type=float, default=140.0, help="memory of a GPU; default: 140")
+    plan.add_argument(
+        "--gpu", default="H200", help="B200, H200, H100, H800, A100 or L40S; default: H200, the one timed"
+    )
+    plan.add_argument("--memory-gib", type=float, help="memory of a GPU; default: what data sheets say")
+    plan.add_argument("--price", type=float, default=3.0, help="of one GPU for an hour; default: 3")
+    plan.add_argument(
+        "--profile",
+        metavar="RUN_DIR",
+        help="a short run on one such GPU or more: corrects the speed of compute",
+    )
     plan.add_argument("--top", type=int, default=10, help="layouts to show")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the config")
@@ -226,7 +235,9 @@ def _plan(options: argparse.Namespace) -> None:
             options.gpus,
             options.overrides,
             routing=routing,
-            hardware=Hardware(memory_gib=options.memory_gib),
+            hardware=Hardware.of(options.gpu, options.memory_gib),
+            price=options.price,
+            profile=options.profile,
             top=options.top,
             as_json=options.json,
         )

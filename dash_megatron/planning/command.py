@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from dash_megatron.config import Config
 from dash_megatron.config_loading import load_config
 from dash_megatron.planning.baseline_times import BASELINES, NOTE
-from dash_megatron.planning.layout import Hardware, Layout, with_layout
-from dash_megatron.planning.search import search, vocabulary
-from dash_megatron.planning.step_time import Routing, StepEstimate, effective_routing, estimate_step
+from dash_megatron.planning.layout import Hardware
+from dash_megatron.planning.profile import read_profile
+from dash_megatron.planning.search import estimate_configured, search
+from dash_megatron.planning.step_time import Routing, StepEstimate, effective_routing
 
 COLUMNS = (
     "tensor",
@@ -29,37 +31,7 @@ COLUMNS = (
     "tokens/s/GPU",
     "bound by",
 )
-
-
-def configured_layout(config: Config, gpus: int) -> Layout:
-    """The layout a config asks for.
-
-    Raises:
-        ValueError: the number of GPUs does not divide by tensor x context.
-    """
-    parallel = config.parallel
-    return Layout(
-        tensor=parallel.tensor,
-        context=parallel.context,
-        data=config.data_parallel_size(gpus),
-        zero_stage=config.zero.stage,
-        context_comm=parallel.context_comm if parallel.context > 1 else "all_gather",
-        recompute=config.training.recompute,
-        sequence=parallel.sequence,
-    )
-
-
-def estimate_configured(
-    config: Config, gpus: int, routing: Routing | None = None, hardware: Hardware | None = None
-) -> StepEstimate:
-    """The step of the layout a config asks for, whether or not it fits into memory.
-
-    Raises:
-        ValueError: it breaks a rule on this number of GPUs.
-    """
-    layout = configured_layout(config, gpus)
-    with_layout(config, layout)
-    return estimate_step(config, layout, vocabulary(config), routing, hardware)
+RUN_COLUMNS = (*COLUMNS, "days", "cost")
 
 
 def plan(
@@ -68,6 +40,8 @@ def plan(
     overrides: Sequence[str] = (),
     routing: Routing | None = None,
     hardware: Hardware | None = None,
+    price: float = 3.0,
+    profile: str | None = None,
     top: int = 10,
     as_json: bool = False,
 ) -> str:
@@ -79,15 +53,22 @@ def plan(
         overrides: `section.key=value`, as `train.py` takes them.
         routing: density and structure of the router.
         hardware: speeds and memory.
+        price: of one GPU for an hour.
+        profile: folder of a short run on such GPUs, by which the speed of compute is corrected; see `read_profile`.
         top: layouts to show.
         as_json: JSON instead of a table.
 
     Raises:
-        ValueError: a wrong config or argument, or nothing fits.
+        ValueError, FileNotFoundError: a wrong config or argument, or nothing fits.
     """
     routing, hardware = routing or Routing(), hardware or Hardware()
     if top < 1:
         raise ValueError(f"top={top} must be at least 1")
+    if not 0 <= price < math.inf:
+        raise ValueError(f"price={price} must be a number of at least 0")
+    measured = None if profile is None else read_profile(profile, hardware)
+    if measured is not None:
+        hardware = hardware.slowed(measured.factor)
     config = load_config(path, overrides)
     routing = effective_routing(config, routing)
     found = search(config, gpus, routing, hardware)
@@ -103,19 +84,31 @@ def plan(
             "gpus": gpus,
             "routing": dataclasses.asdict(routing),
             "hardware": dataclasses.asdict(hardware),
-            "configured": None if own is None else as_dict(own, hardware),
-            "layouts": [as_dict(estimate, hardware) for estimate in found[:top]],
+            "profile": None if measured is None else dataclasses.asdict(measured),
+            "configured": None if own is None else as_dict(own, hardware) | whole_run(config, own, price),
+            "layouts": [as_dict(each, hardware) | whole_run(config, each, price) for each in found[:top]],
         }
         return json.dumps(document, indent=2)
+
+    def run_row(estimate: StepEstimate) -> list[str]:
+        run = whole_run(config, estimate, price)
+        return [*row(estimate), f"{run['days']:,.1f}", f"{run['cost']:,.0f}"]
+
     lines = [_heading(path, config, gpus, routing, hardware, len(found)), ""]
-    lines += table([row(estimate) for estimate in found[:top]])
+    if measured is not None:
+        lines[1:1] = [str(measured)]
+    lines += table([run_row(estimate) for estimate in found[:top]], RUN_COLUMNS)
     lines += ["", "the config's own layout:"]
-    lines += table([row(own)]) if own else [f"does not run on {gpus} GPUs: {problem}"]
+    lines += table([run_row(own)], RUN_COLUMNS) if own else [f"does not run on {gpus} GPUs: {problem}"]
     if own and own.memory.total > hardware.budget_bytes:
         lines.append(f"needs more than the {hardware.budget_bytes / 2**30:.0f} GiB that a plan may fill")
     if config.attention.kind in BASELINES:
         lines += ["", NOTE]
-    lines += ["", "A model, not a measurement: docs/scaling.md says what it assumes."]
+    lines += [
+        "",
+        f"days and cost: of training.steps={config.training.steps:,} without faults, at {price:g} an hour and GPU.",
+        "A model, not a measurement: docs/scaling.md says what it assumes.",
+    ]
     return "\n".join(lines)
 
 
@@ -125,9 +118,15 @@ def _heading(path: str, config: Config, gpus: int, routing: Routing, hardware: H
     if config.attention.kind != "full":
         router = f"density {routing.density:.0%} (memory for {routing.peak_density:.0%})"
     return (
-        f"{path} on {gpus} GPUs: {length:,} tokens x {batch} sequences = {length * batch:,} tokens a step, {router}; "
+        f"{path} on {gpus} {hardware.gpu} GPUs: {length:,} tokens x {batch} sequences = {length * batch:,} tokens a step, {router}; "
         f"{count} layouts fit into {hardware.budget_bytes / 2**30:.0f} of {hardware.memory_gib:.0f} GiB"
     )
+
+
+def whole_run(config: Config, estimate: StepEstimate, price: float) -> dict[str, float]:
+    """Days and cost of all steps, validation, checkpoints and faults left out."""
+    hours = config.training.steps * estimate.seconds / 3600
+    return {"days": hours / 24, "cost": hours * estimate.layout.gpus * price}
 
 
 def row(estimate: StepEstimate) -> list[str]:

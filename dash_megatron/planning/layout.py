@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dash_megatron.config import Config
 from dash_megatron.config_loading import config_from_dict
 from dash_megatron.parallel.traffic import ContextComm
+from dash_megatron.training.flops import peak_flops
 
 Recompute = Literal["none", "attention", "full"]
+
+GPUS = {
+    "B200": (178.0, 8.0e12, 900e9),
+    "H200": (140.0, 4.8e12, 450e9),
+    "H100": (79.0, 3.35e12, 450e9),
+    "H800": (79.0, 3.35e12, 200e9),
+    "A100": (79.0, 2.0e12, 300e9),
+    "L40S": (44.0, 0.86e12, 32e9),
+}
+"""Memory that can be used (GiB), bytes per second of it, and of the links inside a node in one direction: data sheets of SXM
+parts; L40S has PCIe."""
 
 
 @dataclass(frozen=True)
 class Hardware:
     """GPUs, nodes and links. Nominal figures of 8 x H200 nodes; efficiencies are assumptions."""
 
+    gpu: str = "H200"
+    speed: float = 1.0
+    """Of compute and of memory, over an H200's, where attention was timed: by data sheets, or as a profile found it."""
     gpus_per_node: int = 8
     memory_gib: float = 140.0
     """Memory of one GPU."""
@@ -38,6 +53,39 @@ class Hardware:
     """Latency of one hop of a ring."""
     overlap: float = 0.8
     """Largest share that hides behind compute of the transfers that overlap with it: ZeRO-3's and the p2p ring's."""
+
+    @classmethod
+    def of(cls, gpu: str, memory_gib: float | None = None) -> Hardware:
+        """Nodes of 8 such GPUs, whose compute, memory and NVLink are to an H200's as data sheets say.
+
+        Raises:
+            ValueError: the GPU is not known.
+        """
+        if gpu not in GPUS:
+            raise ValueError(
+                f"--gpu {gpu} must be one of {', '.join(GPUS)}; take the nearest, and --profile a short run on yours"
+            )
+        memory, bandwidth, nvlink = GPUS[gpu]
+        speed = float(peak_flops(gpu) or 0) / float(peak_flops("H200") or 1)
+        default = cls()
+        return replace(
+            default,
+            gpu=gpu,
+            memory_gib=memory if memory_gib is None else memory_gib,
+            speed=speed,
+            matmul_flops=default.matmul_flops * speed,
+            memory_bandwidth=default.memory_bandwidth * bandwidth / GPUS["H200"][1],
+            nvlink=nvlink,
+        )
+
+    def slowed(self, factor: float) -> Hardware:
+        """The same with compute and memory `factor` times as slow; links stay."""
+        return replace(
+            self,
+            speed=self.speed / factor,
+            matmul_flops=self.matmul_flops / factor,
+            memory_bandwidth=self.memory_bandwidth / factor,
+        )
 
     @property
     def budget_bytes(self) -> float:

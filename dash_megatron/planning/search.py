@@ -1,4 +1,4 @@
-"""All layouts of a config on a number of GPUs, ranked by throughput."""
+"""The layout that a config asks for, and all that it could have on a number of GPUs, ranked by throughput."""
 
 from __future__ import annotations
 
@@ -26,6 +26,37 @@ def vocabulary(config: Config) -> int:
             "model.vocab_size is null; set it, such as model.vocab_size=128256, to plan without a tokenizer"
         )
     return config.model.vocab_size
+
+
+def configured_layout(config: Config, gpus: int) -> Layout:
+    """The layout a config asks for.
+
+    Raises:
+        ValueError: the number of GPUs does not divide by tensor x context.
+    """
+    parallel = config.parallel
+    return Layout(
+        tensor=parallel.tensor,
+        context=parallel.context,
+        data=config.data_parallel_size(gpus),
+        zero_stage=config.zero.stage,
+        context_comm=parallel.context_comm if parallel.context > 1 else "all_gather",
+        recompute=config.training.recompute,
+        sequence=parallel.sequence,
+    )
+
+
+def estimate_configured(
+    config: Config, gpus: int, routing: Routing | None = None, hardware: Hardware | None = None
+) -> StepEstimate:
+    """The step of the layout a config asks for, whether or not it fits into memory.
+
+    Raises:
+        ValueError: it breaks a rule on this number of GPUs.
+    """
+    layout = configured_layout(config, gpus)
+    with_layout(config, layout)
+    return estimate_step(config, layout, vocabulary(config), routing, hardware)
 
 
 def candidates(config: Config, gpus: int, hardware: Hardware) -> Iterator[Layout]:

@@ -141,11 +141,15 @@ def _attention(config: Config, layout: Layout, routing: Routing, hardware: Hardw
     routed, dense = dash_seconds(work), dense_seconds(work)
     if config.attention.kind in BASELINES:
         routed = baseline_seconds(
-            work, config.attention, _chunks(config), routing.listed_over_selected, hardware.memory_bandwidth
+            work,
+            config.attention,
+            _chunks(config),
+            routing.listed_over_selected,
+            hardware.memory_bandwidth / hardware.speed,
         )
     return AttentionSeconds(
-        routed_layers * routed.forward + dense_layers * dense.forward,
-        routed_layers * routed.backward + dense_layers * dense.backward,
+        (routed_layers * routed.forward + dense_layers * dense.forward) / hardware.speed,
+        (routed_layers * routed.backward + dense_layers * dense.backward) / hardware.speed,
     )
 
 

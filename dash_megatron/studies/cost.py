@@ -116,7 +116,7 @@ def estimate_cost(
 
 
 def _modelled_hours(config: Config, vocab_size: int, density: float | None, assume: Assumptions) -> float:
-    from dash_megatron.planning.command import estimate_configured
+    from dash_megatron.planning.search import estimate_configured
     from dash_megatron.planning.step_time import Routing
 
     tree = config.model_dump()

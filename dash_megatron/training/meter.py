@@ -111,7 +111,8 @@ class Meter:
         self.config = config
         self.vocab_size = vocab_size
         self.world_size = world_size
-        self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self.on_gpu = device.type == "cuda"
+        self.peak = peak_flops(torch.cuda.get_device_name(device)) if self.on_gpu else None
         self.tokens_per_step = config.training.global_batch * config.data.seq_length
         self.seconds_per_step = 0.0
         self._start, self._steps = time.perf_counter(), 0
@@ -178,6 +179,8 @@ class Meter:
             context_imbalance=totals.context_imbalance,
             context_bytes_forward_per_layer=totals.context_bytes(0),
             context_bytes_backward_per_layer=totals.context_bytes(1),
+            processes=self.world_size,
+            gpu_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else None,
             skipped=skipped,
             alarms=alarms,
             slowest_rank=slowest[0],

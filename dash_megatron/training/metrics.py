@@ -71,6 +71,10 @@ class StepMetrics(TypedDict):
     context_bytes_forward_per_layer: list[float]
     """Bytes that a process sent to those it shares sequences with, mean over processes."""
     context_bytes_backward_per_layer: list[float]
+    processes: int
+    """Of the whole run, at this step."""
+    gpu_memory_gib: float | None
+    """Most that tensors of rank 0 have held of its GPU at once since it started; null without one."""
     skipped: int
     """Updates left out since the start of the run."""
     alarms: int

@@ -2,11 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from dash_megatron.__main__ import main
+from dash_megatron.config_loading import load_config
 from dash_megatron.planning.report import fill_in, sparse_ratio
+from dash_megatron.planning.search import estimate_configured
+from dash_megatron.planning.step_time import Routing
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "8b_128k.yaml")
@@ -17,7 +22,7 @@ def test_the_table_lists_layouts_by_speed_and_the_configs_own(capsys: pytest.Cap
     lines = capsys.readouterr().out.splitlines()
     assert "131,072 tokens x 64 sequences = 8,388,608 tokens a step, density 10%" in lines[0]
     assert lines[2].split()[:3] == ["tensor", "context", "data"]
-    speeds = [float(line.split()[-2].replace(",", "")) for line in lines[3:6]]
+    speeds = [float(line.split()[-4].replace(",", "")) for line in lines[3:6]]
     assert speeds == sorted(speeds, reverse=True)
     assert "the config's own layout:" in lines
 
@@ -51,6 +56,9 @@ def test_json_holds_memory_bytes_time_and_the_bound(capsys: pytest.CaptureFixtur
     ("arguments", "message"),
     [
         (["--gpus", "64", "--density", "0"], "density=0.0 must be above 0"),
+        (["--gpus", "64", "--price", "-1"], "price=-1.0 must be a number of at least 0"),
+        (["--gpus", "64", "--gpu", "T4"], "--gpu T4 must be one of B200, H200"),
+        (["--gpus", "64", "--profile", "nowhere"], "nowhere must be the folder of a run"),
         (["--gpus", "0"], "gpus=0 must be at least 1"),
         (["--gpus", "1"], "nothing fits"),
         (["--gpus", "7"], "no tensor x context x data split"),
@@ -66,6 +74,53 @@ def test_wrong_arguments_are_one_line_that_says_what_to_do(
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
+
+
+def _layouts(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["plan", "--config", CONFIG, "--gpus", "128", "--json", *arguments]) == 0
+    document = json.loads(capsys.readouterr().out)
+    return {**document, "best": document["layouts"][0]}
+
+
+def test_days_and_cost_are_those_of_all_steps_and_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    best = _layouts(capsys, "--price", "2", "training.steps=1000")["best"]
+    assert best["days"] == pytest.approx(1000 * best["seconds"] / 86400)
+    assert best["cost"] == pytest.approx(2 * 128 * 24 * best["days"])
+
+
+def test_another_gpu_has_its_own_speed_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    h200, b200, a100 = (_layouts(capsys, "--gpu", gpu)["configured"] for gpu in ("H200", "B200", "A100"))
+    assert h200["fits"]
+    assert not a100["fits"]
+    for part in ("matmul", "attention"):
+        assert h200["seconds_parts"][part] / b200["seconds_parts"][part] == pytest.approx(2250 / 989)
+        assert a100["seconds_parts"][part] / h200["seconds_parts"][part] == pytest.approx(989 / 312)
+
+
+def test_a_profile_corrects_compute_by_how_long_its_steps_took(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(CONFIG, ["training.global_batch=8"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    modelled = estimate_configured(config, 8, Routing(density=0.25, peak_density=0.25)).seconds
+    rate = config.training.global_batch * config.data.seq_length / modelled
+    lines = [
+        {"tokens_per_second": rate / slow, "density": 0.25, "processes": 8} for slow in (50, 1.5, 1.5, 1.6)
+    ]
+    text = "".join(json.dumps(line | {"gpu_memory_gib": 61.5}) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    plain, corrected = _layouts(capsys), _layouts(capsys, "--profile", str(tmp_path))
+    before, after = plain["configured"]["seconds_parts"], corrected["configured"]["seconds_parts"]
+    for part in ("matmul", "attention", "optimizer"):
+        assert after[part] == pytest.approx(1.5 * before[part])
+    assert after["context"] == before["context"]
+    assert main(["plan", "--config", CONFIG, "--gpus", "128", "--profile", str(tmp_path)]) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    assert "on 8 GPUs at density 25%" in line
+    assert "1.50 times as long; memory 61.5 GiB" in line
+    (tmp_path / "metrics.jsonl").write_text(text[: text.index("\n") + 1])
+    assert main(["plan", "--config", CONFIG, "--gpus", "128", "--profile", str(tmp_path)]) == 2
+    assert "has 1 logged lines and must have 3 or more" in capsys.readouterr().err
 
 
 def test_a_layout_that_does_not_divide_is_named_beside_the_found_ones(

@@ -9,9 +9,8 @@ import pytest
 
 from dash_megatron.config import Config
 from dash_megatron.config_loading import load_config
-from dash_megatron.planning.command import configured_layout, estimate_configured
 from dash_megatron.planning.layout import Group, Hardware, Layout, groups, with_layout
-from dash_megatron.planning.search import candidates, search
+from dash_megatron.planning.search import candidates, configured_layout, estimate_configured, search
 from dash_megatron.planning.step_time import Routing, estimate_step
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -1,0 +1,84 @@
+"""A short run on the GPUs at hand, measured, against what the model of step times says of it."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from dash_megatron.config_loading import load_config
+from dash_megatron.planning.layout import Hardware
+from dash_megatron.planning.search import estimate_configured
+from dash_megatron.planning.step_time import Routing
+from dash_megatron.training.metrics import read_metrics
+
+# The first logged line has compilation in it.
+LEAST_LINES = 3
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Seconds of a step and GiB of a GPU, measured and modelled."""
+
+    run_dir: str
+    processes: int
+    density: float | None
+    seconds: float
+    modelled_seconds: float
+    memory_gib: float | None
+    modelled_memory_gib: float
+
+    @property
+    def factor(self) -> float:
+        """How many times longer a step took than modelled."""
+        return self.seconds / self.modelled_seconds
+
+    def __str__(self) -> str:
+        density = "" if self.density is None else f" at density {self.density:.0%}"
+        memory = (
+            ""
+            if self.memory_gib is None
+            else f"; memory {self.memory_gib:.1f} GiB, modelled {self.modelled_memory_gib:.1f}"
+        )
+        return (
+            f"{self.run_dir} on {self.processes} GPUs{density}: {self.seconds:.3f} s a step, modelled "
+            f"{self.modelled_seconds:.3f}, so that compute counts {self.factor:.2f} times as long{memory}"
+        )
+
+
+def read_profile(run_dir: str | Path, hardware: Hardware) -> Profile:
+    """Compare a run with its model.
+
+    Time is the median over the logged lines but the first; density their mean; the rest of routing as `Routing` assumes.
+
+    Args:
+        run_dir: a run of `train.py` that has logged some lines, with `model.vocab_size` in its config.
+        hardware: as it is modelled.
+
+    Raises:
+        FileNotFoundError: the folder has no run.
+        ValueError: it has logged too little, or by an older release.
+    """
+    lines = read_metrics(run_dir)
+    if len(lines) < LEAST_LINES or "processes" not in lines[-1]:
+        raise ValueError(
+            f"--profile {run_dir} has {len(lines)} logged lines and must have {LEAST_LINES} or more of this release; train "
+            "anew with training.steps=20 logging.every=5"
+        )
+    config = load_config(Path(run_dir) / "config.yaml")
+    processes, lines = lines[-1]["processes"], lines[1:]
+    densities = [line["density"] for line in lines if line["density"] is not None]
+    density = statistics.fmean(densities) if densities else None
+    routing = Routing() if density is None else Routing(density=density, peak_density=density)
+    estimate = estimate_configured(config, processes, routing, hardware)
+    tokens = config.training.global_batch * config.data.seq_length
+    memory = [line["gpu_memory_gib"] for line in lines if line["gpu_memory_gib"] is not None]
+    return Profile(
+        run_dir=str(run_dir),
+        processes=processes,
+        density=density,
+        seconds=tokens / statistics.median(line["tokens_per_second"] for line in lines),
+        modelled_seconds=estimate.seconds,
+        memory_gib=max(memory, default=None),
+        modelled_memory_gib=estimate.memory.total / 2**30 - hardware.reserved_gib,
+    )
