@@ -19,6 +19,11 @@ def parse_blend(entries: Sequence[str]) -> list[str | tuple[float, str]]:
     return blend
 
 
+def blend_prefixes(entries: Sequence[str]) -> list[str]:
+    """The prefixes of a blend, without their weights."""
+    return [entry if isinstance(entry, str) else entry[1] for entry in parse_blend(entries)]
+
+
 def unigram_entropy(entries: Sequence[str]) -> float:
     """Loss in nats per token of a model that knows the tokens' frequencies and nothing else.
 
@@ -28,7 +33,6 @@ def unigram_entropy(entries: Sequence[str]) -> float:
     Raises:
         FileNotFoundError, ValueError: a data set has no readable sidecar.
     """
-    prefixes = [entry if isinstance(entry, str) else entry[1] for entry in parse_blend(entries)]
-    sidecars = [Sidecar.read(prefix) for prefix in prefixes]
+    sidecars = [Sidecar.read(prefix) for prefix in blend_prefixes(entries)]
     tokens = sum(sidecar.tokens for sidecar in sidecars)
     return sum(sidecar.tokens * sidecar.unigram_entropy_nats for sidecar in sidecars) / tokens

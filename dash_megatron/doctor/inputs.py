@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dash_megatron import __version__
 from dash_megatron.config import Config
-from dash_megatron.data.blend import parse_blend
+from dash_megatron.data.blend import blend_prefixes
 from dash_megatron.data.dataset import check_data
 from dash_megatron.doctor.runner import Figure, Finding
 from dash_megatron.doctor.session import Session, describe
@@ -41,8 +41,7 @@ def check_data_files(session: Session) -> Finding:
     problems = []
     for split, entries in (("train", data.train), ("valid", data.valid)):
         tokens, digests = 0, hashlib.sha256()
-        for entry in parse_blend(entries):
-            prefix = entry if isinstance(entry, str) else entry[1]
+        for prefix in blend_prefixes(entries):
             try:
                 sidecar = check_data(prefix, tokenizer, data.seq_length)
             except (ValueError, OSError) as error:

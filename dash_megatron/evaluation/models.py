@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dash_megatron.config import Config, ParallelConfig
-from dash_megatron.data.blend import parse_blend
+from dash_megatron.config import Config
+from dash_megatron.data.blend import blend_prefixes
 from dash_megatron.data.index_file import edges_digest
 from dash_megatron.data.tokenizer import Tokenizer
-from dash_megatron.layers import DashGPTModel, build_model
+from dash_megatron.layers import DashGPTModel
 from dash_megatron.layers.model import MAX_LOGITS
-from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
 from dash_megatron.training.checkpoint import checkpoint_folder, tag_of
 from dash_megatron.training.checkpoint_files import MANIFEST
-from dash_megatron.training.weights import load_weights
+from dash_megatron.training.weights import load_weights, whole_model
 
 
 class LanguageModel(ABC):
@@ -99,10 +98,8 @@ class RunModel(LanguageModel):
         self.name, self.fingerprint, self.device = name, fingerprint, device
         self.tokenizer = Tokenizer(str(config.data.tokenizer))
         self.trained_length = config.data.seq_length
-        self.data = [
-            entry if isinstance(entry, str) else entry[1] for entry in parse_blend(config.data.valid)
-        ]
-        self._model = model.eval()
+        self.data = blend_prefixes(config.data.valid)
+        self._model = model
         # the model gives hidden states, of which only those that are asked for become logits
         self._model.post_process = False
 
@@ -216,20 +213,11 @@ def open_model(source: str | Path, step: int | None = None) -> Iterator[Language
             f"{folder} must be a run (with checkpoints/) or an exported model (with config.json)"
         )
     config, step, weights = load_weights(folder, step)
-    # whole weights, whatever the run's processes
-    config = config.model_copy(update={"parallel": ParallelConfig()})
-    device = init_process_groups(Launch(rank=0, world_size=1, local_rank=0), config.parallel)
-    try:
-        model = build_model(config, weights["embedding.word_embeddings.weight"].shape[0], device)
-        model.load_state_dict(weights, strict=False)
-        half = config.training.precision == "bf16" and device.type == "cuda"
-        if half:
-            model.bfloat16()
+    with whole_model(config, weights) as (model, device):
         digest = hashlib.sha256((checkpoint_folder(folder) / tag_of(step) / MANIFEST).read_bytes())
+        half = next(model.parameters()).dtype == torch.bfloat16
         digest.update(b"bfloat16" if half else b"float32")
         yield RunModel(model, config, f"{folder.name} step {step}", digest.hexdigest()[:16], device)
-    finally:
-        destroy_process_groups()
 
 
 def _folder_fingerprint(folder: Path) -> str:

@@ -15,6 +15,7 @@ from dash_megatron.evaluation.items import Item
 from dash_megatron.evaluation.jobs import PERPLEXITY, Job, PerplexityJob, Settings, TaskJob
 from dash_megatron.evaluation.models import LanguageModel
 from dash_megatron.evaluation.text import LocalText
+from dash_megatron.files import write_whole
 
 RESULTS = "results.json"
 
@@ -67,7 +68,7 @@ def evaluate(
         report(
             f"{job.task:20} {job.length:8}  {_headline(summary)}  ({computed} of {len(lines)} computed, {seconds:.1f} s)"
         )
-    _write(output / RESULTS, results)
+    write_whole(output / RESULTS, json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -158,9 +159,3 @@ def _mean(lines: list[dict[str, Any]]) -> dict[str, Any]:
 def _headline(summary: dict[str, Any]) -> str:
     nll = f"loss {summary['nll']:.3f}" if "nll" in summary else ""
     return f"score {summary['score']:.3f}  {nll}" if "score" in summary else nll
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

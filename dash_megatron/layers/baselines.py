@@ -13,19 +13,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from dash_megatron.layers.core_attention import CoreAttention, PackedDocuments, RoutingMeans
-from dash_megatron.ops.attention import Routing
 from dash_megatron.ops.blocks import Selection
 from dash_megatron.ops.infllmv2 import infllmv2_attention
 from dash_megatron.ops.nsa import Compression, nsa_attention
 
 # The parameters below that start at zero: kernels are compressed to their means, all gates are half open.
 ZEROS = ("key_pool", "value_pool", "key_mlp_out", "value_mlp_out", "gate_weight", "gate_bias")
-
-
-def _means(routing: Routing) -> RoutingMeans:
-    return RoutingMeans(
-        density=routing.density.detach().float(), chunks_selected=routing.chunks_selected.float().mean()
-    )
 
 
 class InfLLMv2CoreAttention(CoreAttention):
@@ -46,7 +39,7 @@ class InfLLMv2CoreAttention(CoreAttention):
             backend=self.attention.backend,
             return_routing=True,
         )
-        self.routing = _means(routing)
+        self.routing = RoutingMeans.of(routing)
         return out
 
 
@@ -94,5 +87,5 @@ class NSACoreAttention(CoreAttention):
             backend=self.attention.backend,
             return_routing=True,
         )
-        self.routing = _means(routing)
+        self.routing = RoutingMeans.of(routing)
         return out

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dash_megatron.config import AttentionConfig
 from dash_megatron.ops import dash_attention
+from dash_megatron.ops.attention import Routing
 from dash_megatron.ops.diagnostics import RouterSettings
 from dash_megatron.ops.reference import wide
 from dash_megatron.ops.sharded import stages
@@ -48,6 +49,11 @@ class RoutingMeans(NamedTuple):
     """Float32 scalar: selected over causally available chunks."""
     chunks_selected: Tensor
     """Float32 scalar: selected chunks per token, the token's own chunk included."""
+
+    @classmethod
+    def of(cls, routing: Routing) -> RoutingMeans:
+        """Of what an attention call returned."""
+        return cls(routing.density.detach().float(), routing.chunks_selected.float().mean())
 
 
 class CoreAttention(MegatronModule):
@@ -190,10 +196,7 @@ class DashCoreAttention(CoreAttention):
             backend=self.attention.backend,
             return_routing=True,
         )
-        self.routing = RoutingMeans(
-            density=routing.density.detach().float(),
-            chunks_selected=routing.chunks_selected.float().mean(),
-        )
+        self.routing = RoutingMeans.of(routing)
         return out
 
     def _attend_shards(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments) -> Tensor:

@@ -64,6 +64,16 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, summary_query: Tensor) -> No
                 f"{name}.dtype={x.dtype} must be q's dtype {q.dtype} (summary_query may stay float32 beside half "
                 f"precision); cast {name} with .to(q.dtype)"
             )
+    _check_heads(q, k, v)
+    num_kv_heads = k.shape[2]
+    if list(summary_query.shape) != [num_kv_heads, q.shape[3]]:
+        raise ValueError(
+            f"summary_query.shape={list(summary_query.shape)} must be [Hkv, D] = {[num_kv_heads, q.shape[3]]}; "
+            f"a flattened one needs .view({num_kv_heads}, {q.shape[3]})"
+        )
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("k", k), ("v", v)):
         expected = [q.shape[0], q.shape[1], k.shape[2], q.shape[3]]
         if list(x.shape) != expected:
@@ -76,11 +86,6 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, summary_query: Tensor) -> No
         raise ValueError(
             f"q.shape={list(q.shape)} has {num_heads} heads, which must be a multiple of the {num_kv_heads} heads of k; "
             f"try {max(1, num_heads // num_kv_heads) * num_kv_heads}"
-        )
-    if list(summary_query.shape) != [num_kv_heads, q.shape[3]]:
-        raise ValueError(
-            f"summary_query.shape={list(summary_query.shape)} must be [Hkv, D] = {[num_kv_heads, q.shape[3]]}; "
-            f"a flattened one needs .view({num_kv_heads}, {q.shape[3]})"
         )
 
 

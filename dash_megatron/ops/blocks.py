@@ -23,6 +23,7 @@ from dash_megatron.ops.attention import (
     DTYPES,
     TRITON_CHUNK_SIZES,
     _check_cu_seqlens,
+    _check_heads,
     _resolve_backend,
 )
 from dash_megatron.ops.reference import wide
@@ -295,17 +296,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, cu_seqlens: 
                 f"{name} is {x.dtype} on {x.device} and must be of one type with q, {q.dtype} on {q.device}, one of "
                 f"{[str(d) for d in DTYPES]}; cast or move {name}"
             )
-    for name, x in (("k", k), ("v", v)):
-        expected = [q.shape[0], q.shape[1], k.shape[2], q.shape[3]]
-        if list(x.shape) != expected:
-            raise ValueError(
-                f"{name}.shape={list(x.shape)} must be {expected} beside q {list(q.shape)}; reshape {name}"
-            )
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"q.shape={list(q.shape)} has {q.shape[2]} heads, which must be a multiple of the {k.shape[2]} heads of k; "
-            f"try {max(1, q.shape[2] // k.shape[2]) * k.shape[2]}"
-        )
+    _check_heads(q, k, v)
     if isinstance(chunk_size, bool) or chunk_size not in CHUNK_SIZES:
         raise ValueError(f"chunk_size={chunk_size!r} must be a power of two from 1 to 128, as an int; try 64")
     _check_cu_seqlens(cu_seqlens, q)

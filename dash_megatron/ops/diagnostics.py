@@ -23,6 +23,7 @@ from dash_megatron.ops.reference import (
     _summarize,
     _to_grid,
     document_positions,
+    score_factors,
 )
 
 MEASURES = {
@@ -60,9 +61,18 @@ class RouterSettings(NamedTuple):
     length_scaling: float = 0.0
 
     def of_head(self, head: int) -> RouterSettings:
-        """The same with one number for a head."""
+        """The same for one head alone."""
         factor = self.scaling_factor
-        return self._replace(scaling_factor=factor[head].float()) if isinstance(factor, Tensor) else self
+        return self._replace(scaling_factor=factor[head : head + 1]) if isinstance(factor, Tensor) else self
+
+    def score_factors(self, past_S: Tensor) -> Tensor:
+        """What scores of queries with so many past chunks are multiplied by, float32 [H, S]; [1, S] where heads are alike."""
+        factors = score_factors(_Router(*self[1:]), past_S, 1, torch.float32)
+        return (
+            factors
+            if isinstance(factors, Tensor)
+            else torch.full((1, len(past_S)), factors, device=past_S.device)
+        )
 
 
 @dataclass(frozen=True)
@@ -148,8 +158,8 @@ def _flatten(
 
 def _route(q_SGD: Tensor, summary_cD: Tensor, past_Sc: Tensor, settings: RouterSettings) -> Tensor:
     """Group mean [S, c] of the entmax over past chunks; `q_SGD` comes divided by sqrt(D)."""
-    length_S = 1 + settings.length_scaling * past_Sc.sum(1).clamp_min(1).float().log()
-    z_SGc = (settings.scaling_factor * length_S)[:, None, None] * (q_SGD @ summary_cD.mT)
+    factor_S = settings.score_factors(past_Sc.sum(1))[0]
+    z_SGc = factor_S[:, None, None] * (q_SGD @ summary_cD.mT)
     return entmax(z_SGc.masked_fill(~past_Sc[:, None], -math.inf), settings.alpha).mean(1)
 
 

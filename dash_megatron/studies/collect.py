@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from dash_megatron.files import write_whole
 from dash_megatron.studies.plan import as_row
 from dash_megatron.studies.runs import StudyRun, expand, vocabulary_rows
 from dash_megatron.studies.study_file import Study, StudyError
@@ -94,16 +94,8 @@ def write_table(study: Study, rows: list[dict[str, Any]]) -> tuple[Path, Path]:
         )
     paths = folder / "results.json", folder / "results.csv"
     for path, content in zip(paths, (json.dumps(rows, indent=2) + "\n", text.getvalue()), strict=True):
-        write_whole(path, content)
+        write_whole(path, content, make_folder=True)
     return paths
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file, or leave what was there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="")
-    os.replace(temporary, path)
 
 
 def compared(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:

@@ -119,7 +119,8 @@ def _fit(options: argparse.Namespace) -> None:
 
 
 def _fitted(path: str) -> tuple[Any, list[dict[str, Any]], dict[str, Any], Path]:
-    from dash_megatron.studies.collect import collect, write_table, write_whole
+    from dash_megatron.files import write_whole
+    from dash_megatron.studies.collect import collect, write_table
     from dash_megatron.studies.fit import fit_study
     from dash_megatron.studies.study_file import load_study
 
@@ -128,7 +129,7 @@ def _fitted(path: str) -> tuple[Any, list[dict[str, Any]], dict[str, Any], Path]
     write_table(study, rows)
     fits = fit_study(rows)
     output = Path(study.output) / "fits.json"
-    write_whole(output, json.dumps(fits, indent=2) + "\n")
+    write_whole(output, json.dumps(fits, indent=2) + "\n", make_folder=True)
     return study, rows, fits, output
 
 
@@ -142,14 +143,14 @@ def _plot(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from dash_megatron.studies.collect import write_whole
+    from dash_megatron.files import write_whole
     from dash_megatron.studies.page import render_page
     from dash_megatron.studies.pictures import draw_study
 
     study, rows, fits, _ = _fitted(options.study)
     pictures = draw_study(study, rows, fits, Path(study.output) / "plots")
     path = Path(options.output) if options.output else Path(study.output) / "report.html"
-    write_whole(path, render_page(study, options.study, rows, fits, pictures))
+    write_whole(path, render_page(study, options.study, rows, fits, pictures), make_folder=True)
     print(path)
 
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dash_megatron.files import write_whole
 from dash_megatron.layers import DashCoreAttention
 from dash_megatron.ops.diagnostics import RouterSettings
 from dash_megatron.ops.entmax import entmax
-from dash_megatron.studies.collect import write_whole
 
 ALPHAS = {"softmax": None, "1.5-entmax": 1.5, "2-entmax": 2.0}
 """Alpha of each way to probabilities."""
@@ -76,7 +76,7 @@ def study_dispersion(
         inputs["run"] = _of_run(run_dir, step, length, device)
     report = {"seed": seed, "queries": QUERIES, "inputs": inputs}
     folder = Path(output)
-    write_whole(folder / "dispersion.json", json.dumps(report, indent=1) + "\n")
+    write_whole(folder / "dispersion.json", json.dumps(report, indent=1) + "\n", make_folder=True)
     from dash_megatron.studies.dispersion_pictures import draw_dispersion
 
     return [folder / "dispersion.json", draw_dispersion(report, folder / "dispersion.png")]
@@ -184,7 +184,7 @@ def _scores_by_chunks(
         tokens = torch.linspace(first, end - 1, min(most, end - first), device=q.device).long()
         own = tokens // chunk_size
         window = own[:, None] - count + torch.arange(count, device=q.device)
-        length = (1 + settings.length_scaling * math.log(count)) / math.sqrt(q.shape[-1])
         for head in range(num_heads):
-            scale = settings.of_head(head).scaling_factor * length
+            factor = settings.of_head(head).score_factors(torch.tensor([count], device=q.device)).item()
+            scale = factor / math.sqrt(q.shape[-1])
             yield count, scale * torch.einsum("sgd,snd->sgn", q_NHGD[tokens, head], summary_cHD[window, head])

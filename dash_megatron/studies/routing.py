@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dash_megatron.config import Config, ParallelConfig
-from dash_megatron.data.blend import parse_blend
+from dash_megatron.config import Config
+from dash_megatron.data.blend import blend_prefixes
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.evaluation.text import LocalText
-from dash_megatron.layers import DashCoreAttention, DashGPTModel, build_model, dash_layers
+from dash_megatron.files import write_whole
+from dash_megatron.layers import DashCoreAttention, DashGPTModel, dash_layers
 from dash_megatron.ops.diagnostics import (
     MEASURES,
     NEAR_THRESHOLD,
@@ -28,10 +29,9 @@ from dash_megatron.ops.diagnostics import (
     sample_routing,
     selection_map,
 )
-from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
-from dash_megatron.studies.collect import write_whole
+from dash_megatron.training.checkpoint import tag_of
 from dash_megatron.training.routing import layer_record
-from dash_megatron.training.weights import load_weights
+from dash_megatron.training.weights import load_weights, whole_model
 
 # Queries measured in the document: the curves are smooth, and a model of 32 layers takes minutes on a GPU at 128K.
 QUERIES = 1024
@@ -43,7 +43,9 @@ Observe = Callable[[int, DashCoreAttention, Tensor, Tensor, Tensor], None]
 class OpenedRun:
     """A checkpoint's whole weights on one process, and the longest document of its validation data."""
 
-    name: str
+    run: str
+    """Name of its folder."""
+    step: int
     config: Config
     model: DashGPTModel
     device: torch.device
@@ -51,6 +53,11 @@ class OpenedRun:
     """int64 [tokens], cut to the length asked for."""
     whole_length: int
     """Tokens of the document before."""
+
+    @property
+    def name(self) -> str:
+        """Of run and step."""
+        return f"{self.run} step {self.step}"
 
     @torch.no_grad()
     def observe(self, observe: Observe) -> None:
@@ -98,23 +105,11 @@ def open_run(
             f"--device {device} must be auto, cpu, or cuda where there is a GPU; leave it out to take what is there"
         )
     config, step, weights = load_weights(run_dir, step)
-    config = config.model_copy(
-        update={"parallel": ParallelConfig()}
-    )  # whole weights, whatever the run's processes
     _check_routes(run_dir, config)
     document, whole_length = _longest_document(run_dir, config, length or config.data.seq_length)
-    found = init_process_groups(Launch(rank=0, world_size=1, local_rank=0), config.parallel)
-    try:
-        place = torch.device("cpu") if device == "cpu" else found
-        model = build_model(config, weights["embedding.word_embeddings.weight"].shape[0], place)
-        model.load_state_dict(weights, strict=False)
-        if config.training.precision == "bf16" and place.type == "cuda":
-            model.bfloat16()
-        model.eval().post_process = False  # hidden states are enough: nobody asks for logits
-        name = f"{Path(run_dir).resolve().name} step {step}"
-        yield OpenedRun(name, config, model, place, document, whole_length)
-    finally:
-        destroy_process_groups()
+    with whole_model(config, weights, on_cpu=device == "cpu") as (model, place):
+        model.post_process = False  # hidden states are enough: nobody asks for logits
+        yield OpenedRun(Path(run_dir).resolve().name, step, config, model, place, document, whole_length)
 
 
 def _check_routes(run_dir: str | Path, config: Config) -> None:
@@ -127,7 +122,7 @@ def _check_routes(run_dir: str | Path, config: Config) -> None:
 
 
 def _longest_document(run_dir: str | Path, config: Config, length: int) -> tuple[np.ndarray, int]:
-    prefixes = [entry if isinstance(entry, str) else entry[1] for entry in parse_blend(config.data.valid)]
+    prefixes = blend_prefixes(config.data.valid)
     if not prefixes:
         raise ValueError(f"{run_dir} has no validation data (data.valid is empty); set it in a run's config")
     text = LocalText.from_data(prefixes, Tokenizer(str(config.data.tokenizer)), length)
@@ -172,9 +167,8 @@ def study_routing(
     with open_run(run_dir, step, length, device) as run:
         run.observe(observe)
         report = _report(run, samples, maps)
-    number = int(run.name.split()[-1])
-    folder = Path(output) if output else Path(run_dir) / "routing" / f"step_{number:08d}"
-    write_whole(folder / "routing.json", json.dumps(report) + "\n")
+    folder = Path(output) if output else Path(run_dir) / "routing" / tag_of(run.step)
+    write_whole(folder / "routing.json", json.dumps(report) + "\n", make_folder=True)
     shares: dict[str, Any] = {
         f"layer_{layer:02d}": found.share.half().numpy() for layer, found in maps.items()
     }

@@ -20,6 +20,7 @@ import yaml
 from dash_megatron.config import Config
 from dash_megatron.config_loading import config_from_dict
 from dash_megatron.exit_codes import ExitCode
+from dash_megatron.files import write_whole
 from dash_megatron.studies.runs import StudyRun, expand
 from dash_megatron.studies.study_file import Study, StudyError, load_study
 
@@ -141,10 +142,7 @@ def _only_one(study: Study) -> Iterator[None]:
 
 def _write_config(study: Study, run: StudyRun) -> Path:
     path = Path(study.output) / "configs" / f"{run.name}.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
-    os.replace(temporary, path)
+    write_whole(path, yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False), make_folder=True)
     return path
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dash_megatron.config import Config
 from dash_megatron.config_loading import config_from_dict
+from dash_megatron.files import write_whole
 from dash_megatron.layers.sharding import shard, split_of, splits, whole_shape
 from dash_megatron.parallel import tensor_group
 from dash_megatron.retry import retry
@@ -332,10 +333,7 @@ class _Writing:
 def write_config(config: Config, commit: str) -> None:
     """Write `<run>/config.yaml`: the resolved config, with the code's commit in its first line."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    path = Path(config.run_dir) / "config.yaml"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(f"# commit: {commit}\n{text}")
-    os.replace(temporary, path)
+    write_whole(Path(config.run_dir) / "config.yaml", f"# commit: {commit}\n{text}")
 
 
 def _check_same_run(stored: StoredState, config: Config) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dash_megatron.config import FaultsConfig
 from dash_megatron.data.batches import PackedBatch
+from dash_megatron.files import write_whole
 from dash_megatron.retry import retry
 from dash_megatron.training.checkpoint_files import write_tensors
 
@@ -159,9 +160,7 @@ def write_fault(
         write_tensors(temporary, tensors)
         os.replace(temporary, path)
         if main:
-            facts = folder / "fault.json"
-            facts.with_suffix(".tmp").write_text(json.dumps(asdict(fault), indent=2) + "\n")
-            os.replace(facts.with_suffix(".tmp"), facts)
+            write_whole(folder / "fault.json", json.dumps(asdict(fault), indent=2) + "\n")
 
     try:
         retry(write, f"keep the batch of step {fault.step} for a replay", seconds=10, path=run_dir)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dash_megatron.files import write_whole
 from dash_megatron.retry import retry
 
 
@@ -29,7 +29,7 @@ class JsonLines:
             return
         kept = [line for line in read_json_lines(path) if line["step"] <= resumed_step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        retry(lambda: _replace(path, text), f"write {path}", path=path)
+        retry(lambda: write_whole(path, text), f"write {path}", path=path)
         self._size = len(text.encode())
 
     def append(self, line: Mapping[str, Any]) -> None:
@@ -47,12 +47,6 @@ class JsonLines:
             file.seek(self._size)
             file.truncate()  # half a line of an attempt before
             file.write(data)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def read_json_lines(path: Path) -> list[Any]:

@@ -6,11 +6,9 @@ from pathlib import Path
 
 import torch
 
-from dash_megatron.config import ParallelConfig
 from dash_megatron.data.tokenizer import Tokenizer
-from dash_megatron.layers import DashGPTModel, build_model
-from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
-from dash_megatron.training.weights import load_weights
+from dash_megatron.layers import DashGPTModel
+from dash_megatron.training.weights import load_weights, whole_model
 
 
 def sample_from_run(
@@ -41,15 +39,8 @@ def sample_from_run(
             f"temperature={temperature} must be at least 0 and max_new_tokens={max_new_tokens} at least 1"
         )
     config, _, weights = load_weights(run_dir, step)
-    # whole weights, whatever the run's processes
-    config = config.model_copy(update={"parallel": ParallelConfig()})
     tokenizer = Tokenizer(str(config.data.tokenizer))
-    device = init_process_groups(Launch(rank=0, world_size=1, local_rank=0), config.parallel)
-    try:
-        model = build_model(config, weights["embedding.word_embeddings.weight"].shape[0], device)
-        model.load_state_dict(weights, strict=False)
-        if config.training.precision == "bf16" and device.type == "cuda":
-            model.bfloat16()
+    with whole_model(config, weights) as (model, _):
         ids = tokenizer.encode(prompt) or [tokenizer.eod]
         room = config.data.seq_length - len(ids)
         if room < 1:
@@ -57,9 +48,7 @@ def sample_from_run(
                 f"prompt has {len(ids)} tokens and must have fewer than data.seq_length={config.data.seq_length}"
             )
         generator = torch.Generator().manual_seed(seed)
-        new = generate(model.eval(), ids, min(max_new_tokens, room), temperature, tokenizer, generator)
-    finally:
-        destroy_process_groups()
+        new = generate(model, ids, min(max_new_tokens, room), temperature, tokenizer, generator)
     # decoded with what stands before them: alone, the first might lose a space
     return tokenizer.decode([*ids, *new])[len(tokenizer.decode(ids)) :]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dash_megatron.config import Config
 from dash_megatron.data.batches import PackedBatch
-from dash_megatron.data.blend import parse_blend
+from dash_megatron.data.blend import blend_prefixes
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.evaluation.items import Item, make_sample, task_items
 from dash_megatron.evaluation.text import LocalText, tokens_for_lines
@@ -48,8 +48,9 @@ class TaskRows:
             for number, (task, _) in enumerate(self.kinds)
             for item in task_items(task, evaluation.task_samples)
         ]
-        prefixes = [part if isinstance(part, str) else part[1] for part in parse_blend(config.data.valid)]
-        self.text = LocalText.from_data(prefixes, tokenizer, tokens_for_lines(max(lengths)))
+        self.text = LocalText.from_data(
+            blend_prefixes(config.data.valid), tokenizer, tokens_for_lines(max(lengths))
+        )
         # a file that is lost under a memory map kills the process: after this, nothing is read any more
         _ = self.text.lines, self.text.vocabulary
         self._rows: dict[int, tuple[dict[str, Tensor], list[tuple[int, int]]]] = {}

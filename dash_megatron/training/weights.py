@@ -1,13 +1,18 @@
-"""The whole weights of a run's checkpoint, saved by any layout, read on CPU without process groups."""
+"""The whole weights of a run's checkpoint, saved by any layout, and the model that has them, on one process."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from dash_megatron.config import Config
+from dash_megatron.config import Config, ParallelConfig
 from dash_megatron.config_loading import config_from_dict
+from dash_megatron.layers import DashGPTModel, build_model
+from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
 from dash_megatron.training.checkpoint import checkpoint_folder, finished_steps, tag_of
 from dash_megatron.training.checkpoint_files import CheckpointWeights, StoredState, damage
 from dash_megatron.training.density import moved_factors
@@ -46,3 +51,28 @@ def load_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, 
     """As `open_weights`, with all weights read."""
     config, step, weights = open_weights(run_dir, step)
     return config, step, dict(weights)
+
+
+@contextmanager
+def whole_model(
+    config: Config, weights: Mapping[str, Tensor], on_cpu: bool = False
+) -> Iterator[tuple[DashGPTModel, torch.device]]:
+    """The model with whole weights, in evaluation mode, and where it is; no other process may be part of it.
+
+    It is on the GPU where there is one, unless `on_cpu`, and in bfloat16 there if it was trained so.
+
+    Args:
+        config, weights: of `load_weights`.
+    """
+    config = config.model_copy(update={"parallel": ParallelConfig()})
+    device = init_process_groups(Launch(rank=0, world_size=1, local_rank=0), config.parallel)
+    try:
+        if on_cpu:
+            device = torch.device("cpu")
+        model = build_model(config, weights["embedding.word_embeddings.weight"].shape[0], device)
+        model.load_state_dict(weights, strict=False)
+        if config.training.precision == "bf16" and device.type == "cuda":
+            model.bfloat16()
+        yield model.eval(), device
+    finally:
+        destroy_process_groups()

@@ -48,7 +48,9 @@ def by_hand(q, k, w, settings, lengths):
             if own:
                 keys = k[0, start : start + own * C, h].view(own, C, D)
                 beta = (keys @ w[h] / math.sqrt(D)).softmax(1)
-                factor = settings.of_head(h).scaling_factor * (1 + settings.length_scaling * math.log(own))
+                factors = settings.scaling_factor
+                factor = float(factors[h] if isinstance(factors, torch.Tensor) else factors)
+                factor *= 1 + settings.length_scaling * math.log(own)
                 z = factor / math.sqrt(D) * q[0, i].view(H, G, D)[h]
                 p = entmax(z @ (beta[..., None] * keys).sum(1).T, settings.alpha).mean(0)
                 inside = p[p > 0]
