@@ -20,6 +20,13 @@ def add_study(tools: Any) -> None:
     submit = _add(commands, "submit", "train what is not finished, here or as a SLURM array", _submit)
     submit.add_argument("--processes", type=int, default=1, help="of each run, here; default: 1")
     submit.add_argument(
+        "--at-once",
+        type=int,
+        default=1,
+        help="runs that train here at the same time; each takes the next of this machine's GPUs, and shares them "
+        "where there are too few; default: 1",
+    )
+    submit.add_argument(
         "--restarts", type=int, default=2, help="starts of a run after faults, here; default: 2"
     )
     submit.add_argument(
@@ -89,7 +96,14 @@ def _plan(options: argparse.Namespace) -> None:
 def _submit(options: argparse.Namespace) -> int:
     from dash_megatron.studies.submit import submit_study
 
-    return submit_study(options.study, options.processes, options.restarts, options.slurm, only=options.only)
+    return submit_study(
+        options.study,
+        options.processes,
+        options.restarts,
+        options.slurm,
+        only=options.only,
+        at_once=options.at_once,
+    )
 
 
 def _collect(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`study submit`: train the runs of a study, here one after the other, or as an array of SLURM jobs."""
+"""`study submit`: train the runs of a study, here, a number of them at once, or as an array of SLURM jobs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import contextlib
 import fcntl
 import fnmatch
 import os
+import queue
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ def submit_study(
     slurm: Sequence[str] | None = None,
     train: Sequence[str] | None = None,
     only: Sequence[str] = (),
+    at_once: int = 1,
 ) -> int:
     """Train what is not finished.
 
@@ -50,6 +53,7 @@ def submit_study(
         slurm: arguments for `slurm/submit.py`, which gets all runs as one array; None: on this machine.
         train: command that trains instead of this repository's `train.py`.
         only: patterns of names, such as `dash_25*`, in the order in which their runs are trained; none: all runs.
+        at_once: runs that train on this machine at the same time, on GPUs of their own as long as there are enough.
 
     Returns:
         0: all finished or submitted; 1: a run failed for good, the others went on; 75: asked to stop, and saved.
@@ -59,6 +63,12 @@ def submit_study(
     """
     if processes < 1 or restarts < 0:
         raise StudyError(f"--processes {processes} must be at least 1, --restarts {restarts} at least 0")
+    if at_once < 1:
+        raise StudyError(f"--at-once {at_once} must be at least 1")
+    if slurm is not None and at_once > 1:
+        raise StudyError(
+            f'--at-once {at_once} is for this machine; that of an array stands within --slurm="... --at-once {at_once}"'
+        )
     study = load_study(path)
     runs = _chosen(expand(study), only)
     for run in runs:
@@ -74,7 +84,8 @@ def submit_study(
         if slurm is not None:
             return _submit_array(configs, slurm)
         command = list(train or _train_command(processes))
-        return _Local(command, restarts).run_all(list(zip(waiting, configs, strict=True)))
+        local = _Local(command, restarts, _environments(at_once, processes))
+        return local.run_all(list(zip(waiting, configs, strict=True)))
 
 
 def _chosen(runs: list[StudyRun], only: Sequence[str]) -> list[StudyRun]:
@@ -176,56 +187,76 @@ def _train_command(processes: int) -> list[str]:
 
 
 class _Local:
-    """Runs one after the other; what each prints goes to `<run_dir>/study.log`."""
+    """Runs on this machine, `at_once` at a time; what each prints goes to `<run_dir>/study.log`."""
 
-    def __init__(self, command: list[str], restarts: int) -> None:
+    def __init__(self, command: list[str], restarts: int, environments: list[dict[str, str]]) -> None:
         self.command, self.restarts = command, restarts
-        self._process: subprocess.Popen[bytes] | None = None
+        self._environments = queue.SimpleQueue[dict[str, str]]()
+        for environment in environments:
+            self._environments.put(environment)
+        self._at_once = len(environments)
+        self._processes: set[subprocess.Popen[bytes]] = set()
         self._stop: int | None = None
 
     def run_all(self, runs: list[tuple[StudyRun, Path]]) -> int:
         """Train each; 0, 1 or 75 as `submit_study` says."""
         orders = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         before = {number: signal.signal(number, self._pass_on) for number in orders}
-        failed: list[str] = []
         try:
-            for number, (run, config) in enumerate(runs, 1):
-                print(f"[{number}/{len(runs)}] {run.name}: {run.config.training.steps} steps", flush=True)
-                started = time.monotonic()
-                problem = self._train(run, config)
-                if self._stop is not None:
-                    print("stopped as asked; `study submit` goes on from here", flush=True)
-                    return int(ExitCode.REQUEUE)
-                if problem:
-                    failed.append(run.name)
-                    print(f"  failed: {problem}; see {run.folder}/study.log", flush=True)
-                else:
-                    print(f"  finished in {time.monotonic() - started:.0f} s", flush=True)
+            with ThreadPoolExecutor(self._at_once) as pool:
+                trained = [
+                    pool.submit(self._train, f"[{number}/{len(runs)}] {run.name}", run, config)
+                    for number, (run, config) in enumerate(runs, 1)
+                ]
+                finished = [future.result() for future in trained]
         finally:
             for order, handler in before.items():
                 signal.signal(order, handler)
+        if self._stop is not None:
+            print("stopped as asked; `study submit` goes on from here", flush=True)
+            return int(ExitCode.REQUEUE)
+        failed = [run.name for (run, _), done in zip(runs, finished, strict=True) if not done]
         if failed:
             print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}", flush=True)
         return 1 if failed else 0
 
-    def _train(self, run: StudyRun, config: Path) -> str | None:
+    def _train(self, title: str, run: StudyRun, config: Path) -> bool:
+        """Train one run and say how it went; whether it is finished."""
+        if self._stop is not None:
+            return False
+        environment = self._environments.get()
+        try:
+            print(f"{title}: {run.config.training.steps} steps", flush=True)
+            started = time.monotonic()
+            problem = self._attempts(title, run, config, environment)
+        finally:
+            self._environments.put(environment)
+        if self._stop is not None:
+            return False
+        took = f"finished in {time.monotonic() - started:.0f} s"
+        print(
+            f"{title}: " + (f"failed: {problem}; see {run.folder}/study.log" if problem else took), flush=True
+        )
+        return not problem
+
+    def _attempts(self, title: str, run: StudyRun, config: Path, environment: dict[str, str]) -> str | None:
         """What went wrong; None: the run is finished, or everything stops."""
         for attempt in range(self.restarts + 1):
-            code = self._start(run, config)
+            code = self._start(run, config, environment)
             if self._stop is not None:
                 return None
             if code == ExitCode.REQUEUE:  # somebody asked that process alone
-                self._stop = signal.SIGTERM
+                self._pass_on(signal.SIGTERM)
                 return None
             if code == ExitCode.DONE:
                 return None if is_finished(run) else "train.py ended well without its last checkpoint"
             if code in _NOT_AGAIN:
                 return f"exit code {code}: {_NOT_AGAIN[ExitCode(code)]}"
             if attempt < self.restarts:
-                print(f"  exit code {code}: started again", flush=True)
+                print(f"{title}: exit code {code}: started again", flush=True)
         return f"exit code {code} in each of {self.restarts + 1} starts"
 
-    def _start(self, run: StudyRun, config: Path) -> int:
+    def _start(self, run: StudyRun, config: Path, environment: dict[str, str]) -> int:
         """Train until the process ends; its exit code, under torchrun that of `train.py`."""
         run.folder.mkdir(parents=True, exist_ok=True)
         tell = run.folder / "study.exit"
@@ -235,25 +266,49 @@ class _Local:
             log.write(f"$ {shlex.join(command)}\n".encode())
             log.flush()
             # a session of its own: Ctrl-C reaches it through `_pass_on`, once
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                env={**os.environ, "DASH_EXIT_FILE": str(tell)},
+                env={**os.environ, **environment, "DASH_EXIT_FILE": str(tell)},
             )
-            if self._stop is not None:  # between two runs
-                self._process.send_signal(self._stop)
-            code = self._process.wait()
-            self._process = None
+            self._processes.add(process)
+            if self._stop is not None:  # asked before it was among them
+                process.send_signal(self._stop)
+            code = process.wait()
+            self._processes.discard(process)
         if code and tell.is_file():
             # torchrun gives 1 for everything
             codes = [int(line.split("\t")[0]) for line in tell.read_text().splitlines() if line[:1].isdigit()]
             return max(codes, default=code) if ExitCode.REQUEUE not in codes else int(ExitCode.REQUEUE)
         return code
 
-    def _pass_on(self, number: int, frame: object) -> None:
+    def _pass_on(self, number: int, frame: object = None) -> None:
         self._stop = number
-        if self._process is not None:
-            self._process.send_signal(number)
+        for process in list(self._processes):
+            process.send_signal(number)
+
+
+def _environments(at_once: int, processes: int) -> list[dict[str, str]]:
+    """Variables of each place in which a run trains: its GPUs, the next ones of this machine, and its CPU cores.
+
+    Where places outnumber GPUs, they share them; a single place gets whatever there is.
+    """
+    if at_once == 1:
+        return [{}]
+    # imported late: `study submit --slurm` does without
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+    threads = max(1, (os.cpu_count() or 1) // (at_once * processes))
+    places = []
+    for place in range(at_once):
+        variables = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
+        if len(gpus) > processes:
+            mine = [gpus[(place * processes + rank) % len(gpus)] for rank in range(processes)]
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+        places.append(variables)
+    return places

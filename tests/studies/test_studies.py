@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -253,10 +254,93 @@ def test_submit_trains_only_what_is_asked_for_in_that_order(
 ) -> None:
     path, command = write_study(points=SIZES), trainer(tmp_path, {})
     assert submit_module.submit_study(path, train=command, only=["h256*", "h[36]*"]) == 0
-    assert [line.split()[1].split("_")[0] for line in capsys.readouterr().out.splitlines() if line[0] == "["] == ["h256", "h32", "h64"]  # fmt: skip
+    assert [line.split()[1].split("_")[0] for line in capsys.readouterr().out.splitlines() if line.endswith(" steps")] == ["h256", "h32", "h64"]  # fmt: skip
     assert starts(path) == {"h32": 1, "h64": 1, "h256": 1}
     with pytest.raises(ValueError, match=r"--only h999 fits no run.*h32"):
         submit_module.submit_study(path, train=command, only=["h999"])
+
+
+# waits until as many runs have started as are to run at once
+TOGETHER = """
+import os, pathlib, sys, time, yaml
+config = yaml.safe_load(open(sys.argv[2]))
+run = pathlib.Path(config["run_dir"])
+(run / "gpu").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "any"))
+for _ in range(600):
+    if len(list(run.parent.glob("*/gpu"))) >= 2:
+        break
+    time.sleep(0.05)
+else:
+    sys.exit(2)
+if WAIT:
+    import signal
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    (run / "waiting").touch()
+    time.sleep(60)
+(run / "checkpoints" / f"step_{config['training']['steps']:08d}").mkdir(parents=True)
+"""
+
+
+def test_submit_trains_several_at_once_each_on_the_next_gpu(
+    write_study: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    path = write_study(points=SIZES)
+    script = tmp_path / "fake_train.py"
+    script.write_text(TOGETHER.replace("WAIT", "False"))
+    assert submit_module.submit_study(path, train=[sys.executable, str(script)], at_once=2) == 0
+    gpus = [(run.folder / "gpu").read_text() for run in runs_of(path)]
+    assert set(gpus) == {"3", "5"}
+    assert set(gpus[:2]) == {"3", "5"}
+
+
+def test_runs_that_outnumber_gpus_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def places(at_once: int, processes: int) -> list[str | None]:
+        return [
+            place.get("CUDA_VISIBLE_DEVICES") for place in submit_module._environments(at_once, processes)
+        ]
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert places(3, 1) == ["0", "1", "2"]
+    assert places(3, 2) == ["0,1", "2,3", "0,1"]
+    assert places(2, 4) == [None, None]
+    assert places(1, 1) == [None]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert places(2, 1) == [None, None]
+
+
+def test_a_stop_reaches_all_runs_at_once(write_study: Write, tmp_path: Path) -> None:
+    path = write_study(points=SIZES)
+    script = tmp_path / "fake_train.py"
+    script.write_text(TOGETHER.replace("WAIT", "True"))
+    code = f"""
+import sys
+import time
+from dash_megatron.studies.submit import submit_study
+sys.exit(submit_study({str(path)!r}, train=[sys.executable, {str(script)!r}], at_once=2))
+"""
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        for _ in range(600):
+            if sum((run.folder / "waiting").exists() for run in runs_of(path)) == 2:
+                break
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(timeout=50) == 75
+    assert sum((run.folder / "gpu").exists() for run in runs_of(path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--at-once", "0"], "--at-once 0 must be at least 1"),
+        (["--at-once", "2", "--slurm=--nodes 1"], "--at-once 2 is for this machine"),
+    ],
+)
+def test_a_wrong_number_at_once_is_refused(
+    arguments: list[str], message: str, write_study: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["study", "submit", str(write_study()), *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_folder_of_another_config_is_refused(write_study: Write, tmp_path: Path) -> None:
