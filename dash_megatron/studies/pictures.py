@@ -1,10 +1,10 @@
-"""`study plot`: loss against compute, quality against density, density by layer and step, speed against context."""
+"""`study plot`: loss against compute, position and density, density by layer and step, speed against context."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import matplotlib
@@ -44,6 +44,9 @@ def draw_study(
     folder.mkdir(parents=True, exist_ok=True)
     finished, quality = compared(rows)
     shown = {"loss_compute.png": _loss_compute(finished, quality, fits, folder / "loss_compute.png")}
+    text = _loss_by_position(study, finished, folder / "position.png")
+    if text:
+        shown["position.png"] = text
     if any(row["density"] is not None for row in finished):
         shown["pareto.png"] = _pareto(finished, quality, folder / "pareto.png")
         text = _density_by_layer(study, rows, folder / "density.png")
@@ -94,6 +97,60 @@ def _loss_compute(rows: list[dict[str, Any]], quality: str, fits: dict[str, Any]
     axis.legend(fontsize="small")
     _save(figure, path)
     return f"{quality[0].upper()}{quality[1:]} against training FLOPs, one point a run; lines are fits to each frontier."
+
+
+def _loss_by_position(study: Study, rows: list[dict[str, Any]], path: Path) -> str | None:
+    folders = {run.name: run.folder for run in expand(study)}
+    losses = {row["run"]: _last_positions(folders[row["run"]]) for row in rows}
+    # kinds of one size differ by a few parameters
+    most, largest = max(row["tokens"] for row in rows), max(row["parameters"] for row in rows)
+    shown = [
+        row
+        for row in rows
+        if losses[row["run"]] and row["tokens"] == most and row["parameters"] > 0.9 * largest
+    ]
+    if not shown:
+        return None
+    twins = {run: losses[twin["run"]] for run, twin in dense_twins(rows).items() if losses[twin["run"]]}
+    several = len({row["size"] for row in shown}) > 1
+    names = {row["run"]: f"{row['size']} ({row['variant']})" if several else row["variant"] for row in shown}
+    panels = [({run: losses[run] for run in names}, "validation loss")]
+    if twins:
+        above = {
+            run: {end: loss - twins[run][end] for end, loss in losses[run].items() if end in twins[run]}
+            for run in names
+            if run in twins
+        }
+        panels.append((above, "validation loss above the dense twin's"))
+    figure, axes = plt.subplots(1, len(panels), figsize=(12 if twins else 8, 5), squeeze=False)
+    for axis, (values, label) in zip(axes[0], panels, strict=True):
+        for index, name in enumerate(dict.fromkeys(names.values())):
+            points = mean_by_position([part for run, part in values.items() if names[run] == name])
+            color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
+            axis.plot(list(points), list(points.values()), color=color, marker=marker, lw=1, label=name)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.set_xlabel("position in the document, up to (tokens)")
+        axis.set_ylabel(f"{label} (nats)")
+        axis.grid(alpha=0.3)
+    if twins:
+        axes[0][1].axhline(0, color="gray", lw=1)
+    axes[0][0].legend(fontsize="small", framealpha=0.6)
+    _save(figure, path)
+    text = "Loss of the last validation by position in the document, of the largest runs; means over seeds."
+    return text + (" On the right, less that of the full-attention twin: below 0 is better." if twins else "")
+
+
+def mean_by_position(seeds: list[dict[int, float]]) -> dict[int, float]:
+    """Mean over seeds, in order of position, where every seed has a value."""
+    ends = sorted(set.intersection(*map(set, seeds))) if seeds else []
+    return {end: fmean(seed[end] for seed in seeds) for end in ends}
+
+
+def _last_positions(folder: Path) -> dict[int, float]:
+    """Loss by the end of the bucket of positions, of the last validation that says so."""
+    found = [parts for line in read_metrics(folder) if (parts := line.get("valid_loss_by_position"))]
+    return {part["to"]: part["loss"] for part in found[-1]} if found else {}
 
 
 def _pareto(rows: list[dict[str, Any]], quality: str, path: Path) -> str:

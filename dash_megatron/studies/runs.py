@@ -118,7 +118,8 @@ def _add(runs: list[StudyRun], run: StudyRun, twin_of: str | None = None) -> Non
     for other in runs:
         if _identity(other.config) == _identity(run.config):
             if twin_of and other.config.attention.kind == "full":
-                other.twin_of.append(twin_of)
+                if other.name != twin_of:
+                    other.twin_of.append(twin_of)
                 return
             raise StudyError(
                 f"runs {other.name} and {run.name} are the same: {json.dumps(other.settings)} and "

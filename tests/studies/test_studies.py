@@ -70,6 +70,10 @@ def finish(run: StudyRun, loss: float, density: float | None) -> None:
             "tokens": step * run.tokens // run.config.training.steps,
             "loss": loss + 1 / step,
             "valid_loss": loss,
+            "valid_loss_by_position": [
+                {"from": 0, "to": 64, "loss": loss + 1},
+                {"from": 64, "to": 128, "loss": loss - 1},
+            ],
             "density": density,
             "density_per_layer": per_layer,
             "chunks_selected_per_layer": [None if d is None else d * available for d in per_layer],
@@ -105,6 +109,18 @@ def test_points_grids_budgets_seeds_and_twins_multiply(write_study: Write) -> No
     assert {len(run.twin_of) for run in full} == {2}
     assert {run.config.training.steps for run in runs} == {10, 20}
     assert {run.config.training.seed for run in runs} == {1, 2}
+
+
+def test_a_dense_point_is_the_twin_of_the_others_and_not_of_itself(write_study: Write) -> None:
+    points = [{"name": kind, "attention.kind": kind} for kind in ("full", "dash")]
+    full, dash = runs_of(write_study(points=points, twins=["full"]))
+    assert (full.config.attention.kind, full.twin_of) == ("full", [dash.name])
+
+
+def test_losses_by_position_are_means_over_seeds_where_all_have_one() -> None:
+    seeds = [{128: 3.0, 64: 1.0}, {64: 2.0, 128: 5.0, 256: 7.0}]
+    assert list(pictures.mean_by_position(seeds).items()) == [(64, 1.5), (128, 4.0)]
+    assert pictures.mean_by_position([]) == {}
 
 
 def test_tokens_per_parameter_give_twins_the_same_tokens(write_study: Write) -> None:
@@ -499,12 +515,12 @@ def test_fit_plot_and_report_of_a_study_whose_runs_follow_a_law(
     page = (out / "report.html").read_text()
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     pngs = sorted(path.name for path in (out / "plots").glob("*.png"))
-    assert pngs == ["density.png", "loss_compute.png", "pareto.png", "throughput.png"]
+    assert pngs == ["density.png", "loss_compute.png", "pareto.png", "position.png", "throughput.png"]
     assert {base64.b64decode(image) for image in images} == {
         (out / "plots" / name).read_bytes() for name in pngs
     }
     assert "http" not in page.replace("http-equiv", "")
-    assert page.count('alt="') == len(images) == 4
+    assert page.count('alt="') == len(images) == 5
     # the router's parameters make the sparse twin the larger one
     assert re.search(r"<li>dash: -0\.00\d\d nats on average of 12, ", page)
 
@@ -549,7 +565,7 @@ def test_the_page_shows_all_its_pictures_in_a_browser_and_asks_for_nothing_else(
     dom, console, shot = browse(probe, tmp_path)
     seen = json.loads(html.unescape(re.findall(r"<title>(\{.*?)</title>", dom)[0]))
     assert (seen["asked"], seen["errors"], console) == ([], [], "")
-    assert len(seen["widths"]) == 4
+    assert len(seen["widths"]) == 5
     assert min(seen["widths"]) > 600
     with Image.open(shot) as image:
         counts = {color: count for count, color in image.convert("RGB").getcolors(1 << 24)}
