@@ -64,6 +64,8 @@ def relative_error(x, expected):
         ("infllmv2", 50, {"Hq": 2, "Hkv": 2, "D": 16, "B": 2}, torch.float32, None),
         ("infllmv2", 90, {"Hq": 4, "Hkv": 2, "D": 16}, torch.bfloat16, None),
         ("nsa", 90, {"Hq": 4, "Hkv": 2, "D": 16}, torch.float32, None),
+        ("nsa", 90, {"Hq": 4, "Hkv": 1, "D": 24}, torch.float32, [3, 16, 70, 1]),
+        ("nsa", 50, {"Hq": 2, "Hkv": 2, "D": 16, "B": 2}, torch.float32, None),
         ("nsa", 75, {"Hq": 4, "Hkv": 2, "D": 16}, torch.bfloat16, [20, 55]),
     ],
 )
