@@ -5,7 +5,8 @@ chunks, so that a row of the grid tells chunk and place, and a document is an in
 grid, T rows of one query block, H key/value heads, G query heads per key/value head, c chunks, J pooled keys, K slots of
 a selection, C tokens per chunk, D head dim.
 
-Selection is plain torch on every device, since scores against pooled keys are 1 / stride of those against keys.
+The reference is plain torch. On a GPU kernels score the chunks and attend to them (`kernels/pooled.py` and
+`kernels/chosen.py`); which are the best is told by the same code everywhere.
 """
 
 import itertools
@@ -112,10 +113,10 @@ class Grid:
         """[S, ...] as [N, ...]."""
         return x if self.row_N is None else x.index_select(0, self.row_N)
 
-    def blocks(self, scores_per_row: int) -> Iterator[Block]:
+    def blocks(self, scores_per_row: int, most_rows: int | None = None) -> Iterator[Block]:
         """Cut the chunks into query blocks with as many scores as may be alive, at least a chunk each."""
-        room = MAX_BLOCK_SCORES["cuda" if self.first_c.is_cuda else "cpu"]
-        size = max(1, room // max(1, scores_per_row * self.chunk_size))
+        rows = MAX_BLOCK_SCORES["cuda" if self.first_c.is_cuda else "cpu"] // max(1, scores_per_row)
+        size = max(1, min(rows, most_rows or rows) // self.chunk_size)
         for start in range(0, self.num_chunks, size):
             yield Block(self.firsts[start], start, min(start + size, self.num_chunks))
 
@@ -180,7 +181,8 @@ def chunk_scores(p_HTJ: Tensor, grid: Grid, selection: Selection, reduce: str) -
 def choose(scores_HTc: Tensor, grid: Grid, block: Block, selection: Selection) -> Tensor:
     """Past chunks that every row selects: int64 [T, H, K] of global numbers, -1 in slots without one.
 
-    The first chunks of the document and those just before the own one always, and of the rest the best.
+    The first chunks of the document and those just before the own one always, and of the rest the best, best first.
+    Scores of the rest must not be negative; they are compared in float32, and of equal ones the earlier chunk wins.
     """
     C, device = grid.chunk_size, scores_HTc.device
     own_T = torch.arange(block.start, block.end, device=device).repeat_interleave(C)
@@ -194,12 +196,40 @@ def choose(scores_HTc: Tensor, grid: Grid, block: Block, selection: Selection) -
 
     chunk_c = torch.arange(block.first, block.end, device=device)
     free_Tc = (chunk_c >= first_T[:, None] + selection.initial_blocks) & (chunk_c < local_T[:, None])
-    # a pooled key that overlaps two chunks makes ties: stable, so that the earlier one wins in every run
-    score, place = scores_HTc.masked_fill(~free_Tc, -torch.inf).sort(dim=-1, descending=True, stable=True)
-    best = (place + block.first).masked_fill(score == -torch.inf, -1)[..., : selection.top_k]
+    # A pooled key that overlaps two chunks makes ties, which topk would break as it likes: so the chunk's number, turned
+    # round, stands below the score's bits, whose order is that of the numbers because none is negative.
+    later_c = block.end - 1 - chunk_c
+    key = torch.add(later_c, scores_HTc.float().view(torch.int32), alpha=2**32).masked_fill_(~free_Tc, -1)
+    key = key.topk(min(selection.top_k, len(chunk_c))).values
+    best = (block.end - 1 - (key & 0xFFFFFFFF)).masked_fill_(key < 0, -1)
     H, T, _ = scores_HTc.shape
     best = F.pad(best, (0, selection.top_k - best.shape[-1]), value=-1).transpose(0, 1)
     return torch.cat([fixed[:, None].expand(T, H, -1), best], dim=-1)
+
+
+@torch.no_grad()
+def choose_chunks_reference(
+    q: Tensor, pooled: Tensor, grid: Grid, selection: Selection, reduce: str
+) -> Tensor:
+    """Past chunks that every row of the grid selects: int64 [S, H, K], -1 in slots without one.
+
+    Args:
+        q: [S, Hq, D] on the grid.
+        pooled: pooled keys [J, H, D], one begins every stride.
+        grid: where the rows are.
+        selection: kernels and numbers of chunks.
+        reduce: "max" or "sum", as in `chunk_scores`.
+    """
+    C, per_chunk = grid.chunk_size, grid.chunk_size // selection.kernel_stride
+    q, pooled = wide(q, pooled)
+    chosen = []
+    for block in grid.blocks(q.shape[1] * len(pooled)):
+        q_TD = q[block.start * C : block.end * C] * q.shape[-1] ** -0.5
+        pooled_JHD = pooled[block.first * per_chunk : block.end * per_chunk]
+        visible = visible_kernels(grid, block, selection)
+        p_HTJ = kernel_weights(q_TD.unflatten(1, (pooled.shape[1], -1)), pooled_JHD, visible).sum(1)
+        chosen.append(choose(chunk_scores(p_HTJ, grid, selection, reduce), grid, block, selection))
+    return torch.cat(chosen)
 
 
 def allowed_chunks(chosen_THK: Tensor, block: Block) -> Tensor:
@@ -258,22 +288,34 @@ def in_pieces(function: Callable[..., Any], all_scores: int, *args: Any) -> Any:
     return function(*args)
 
 
-def attention_to_chosen(backend: str, q: Tensor, chunk_size: int) -> Callable[..., Tensor]:
-    """`attend_chosen_reference`, or the kernels of the same arguments.
+class Backend(NamedTuple):
+    """What a baseline's attention is made of; kernels take the same arguments as the reference."""
+
+    attend: Callable[..., Tensor]
+    """`attend_chosen_reference` or the kernels."""
+    choose: Callable[..., Tensor]
+    """`choose_chunks_reference` or the kernels."""
+    dtype: torch.dtype
+    """Of operands of matrix products."""
+
+
+def find_backend(backend: str, q: Tensor, chunk_size: int) -> Backend:
+    """The backend of this name, or the one that suits the tensors if it is "auto".
 
     Raises:
         ValueError: the backend cannot run here.
     """
     if _resolve_backend(backend, q)[0] == "reference":
-        return attend_chosen_reference
+        return Backend(attend_chosen_reference, choose_chunks_reference, wide(q.new_empty(0))[0].dtype)
     if chunk_size not in TRITON_CHUNK_SIZES:
         raise ValueError(
             f"chunk_size={chunk_size} must be one of {list(TRITON_CHUNK_SIZES)} for the Triton backend; "
             "try 64, or pass backend='reference'"
         )
     from dash_megatron.ops.kernels.chosen import attend_chosen_triton
+    from dash_megatron.ops.kernels.pooled import choose_chunks_triton
 
-    return attend_chosen_triton
+    return Backend(attend_chosen_triton, choose_chunks_triton, q.dtype)
 
 
 def count_selected(chosen_SHK: Tensor) -> Tensor:

@@ -10,35 +10,14 @@ from torch import Tensor
 
 from dash_megatron.ops.attention import Routing, _density
 from dash_megatron.ops.blocks import (
-    Grid,
     Selection,
-    attention_to_chosen,
     check_tensors,
-    choose,
-    chunk_scores,
     count_selected,
-    kernel_weights,
+    find_backend,
     make_grid,
     mean_pool,
-    visible_kernels,
 )
 from dash_megatron.ops.reference import wide
-
-
-@torch.no_grad()
-def choose_chunks(q_SHGD: Tensor, k_SHD: Tensor, grid: Grid, selection: Selection) -> Tensor:
-    """Past chunks that every row of the grid selects: int64 [S, H, K], -1 in slots without one."""
-    C, per_chunk = grid.chunk_size, grid.chunk_size // selection.kernel_stride
-    q_SHGD, k_SHD = wide(q_SHGD, k_SHD)
-    pooled = mean_pool(k_SHD, selection)
-    chosen = []
-    for block in grid.blocks(q_SHGD.shape[1] * q_SHGD.shape[2] * len(pooled)):
-        q_THGD = q_SHGD[block.start * C : block.end * C] * q_SHGD.shape[-1] ** -0.5
-        visible = visible_kernels(grid, block, selection)
-        pooled_JHD = pooled[block.first * per_chunk : block.end * per_chunk]
-        p_HTJ = kernel_weights(q_THGD, pooled_JHD, visible).sum(1)
-        chosen.append(choose(chunk_scores(p_HTJ, grid, selection, "max"), grid, block, selection))
-    return torch.cat(chosen)
 
 
 @overload
@@ -92,7 +71,7 @@ def infllmv2_attention(
         selection: kernels and numbers of chunks.
         chunk_size: tokens per chunk, a power of two up to 128 (16 or more for Triton).
         cu_seqlens: boundaries of packed documents, int32 [documents + 1], then B == 1; they are read by the host.
-        backend: of the attention to the chunks chosen, as in `dash_attention`.
+        backend: as in `dash_attention`. Triton rounds averaged keys to q's dtype before it scores them.
         return_routing: also return how many chunks were chosen.
 
     Returns:
@@ -103,13 +82,14 @@ def infllmv2_attention(
     """
     check_tensors(q, k, v, chunk_size, cu_seqlens)
     selection.check(chunk_size)
-    attend = attention_to_chosen(backend, q, chunk_size)
+    attend, choose, _ = find_backend(backend, q, chunk_size)
     B, N, _, _ = q.shape
     grid = make_grid(B, N, chunk_size, cu_seqlens, q.device)
     # autocast would run the matrix products in half precision behind our back
     with torch.autocast(q.device.type, enabled=False):
         rows_q, rows_k, rows_v = (grid.spread(x.flatten(0, 1)) for x in (q, k, v))
-        chosen = choose_chunks(rows_q.unflatten(1, (k.shape[2], -1)), rows_k, grid, selection)
+        pooled = mean_pool(*wide(rows_k.detach()), selection)
+        chosen = choose(rows_q, pooled, grid, selection, "max")
         out = grid.gather(attend(rows_q, rows_k, rows_v, chosen, grid)).view(q.shape)
     if not return_routing:
         return out

@@ -9,22 +9,23 @@ from typing import Literal, NamedTuple, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dash_megatron.ops.attention import Routing, _density
 from dash_megatron.ops.blocks import (
     Block,
     Grid,
     Selection,
-    attention_to_chosen,
     check_tensors,
-    choose,
-    chunk_scores,
+    find_backend,
     in_pieces,
-    kernel_weights,
     make_grid,
     visible_kernels,
 )
 from dash_megatron.ops.reference import wide
+
+# Query rows of one piece of the attention to compressed keys: fewer skip more of the causal triangle, more keep a GPU busy.
+BRANCH_ROWS = 4096
 
 
 class Compression(NamedTuple):
@@ -46,52 +47,50 @@ def compress(x_SHD: Tensor, weights: Compression, selection: Selection) -> Tenso
     twin a larger model.
     """
     size, stride = selection.kernel_size, selection.kernel_stride
-    padded = F.pad(x_SHD, (0, 0, 0, 0, 0, size - stride))
-    mean = torch.einsum("jhdl,hld->jhd", padded.unfold(0, size, stride), (1 + weights.pool) / size)
+    _, H, D = x_SHD.shape
+    # elementwise, once for every place of a stride in a kernel: there are no channels to multiply as matrices
+    place_HplD = ((1 + weights.pool) / size).unflatten(1, (size // stride, stride))
+    part_JpHD = (x_SHD.reshape(-1, 1, stride, H, D) * place_HplD.permute(1, 2, 0, 3)).sum(2)
+    padded = F.pad(part_JpHD, (0, 0, 0, 0, 0, 0, 0, size // stride - 1))
+    shifted = [padded[part : part + len(part_JpHD), part] for part in range(size // stride)]
+    mean = sum(shifted[1:], shifted[0])
     inner = F.silu(torch.einsum("jhd,hde->jhe", mean, weights.mlp_in))
     return mean + torch.einsum("jhe,hed->jhd", inner, weights.mlp_out)
 
 
 def _compressed_block(
     q_THGD: Tensor, k_JHD: Tensor, v_JHD: Tensor, grid: Grid, block: Block, selection: Selection
-) -> tuple[Tensor, Tensor]:
-    """Output [T, H, G, D] of the compressed branch, and the chunks [T, H, K] that its weights choose."""
-    weights = kernel_weights(q_THGD, k_JHD, visible_kernels(grid, block, selection))
-    out = torch.einsum("hgtj,jhd->thgd", weights, v_JHD)
-    with torch.no_grad():
-        scores = chunk_scores(weights.sum(1), grid, selection, "sum")
-        return out, choose(scores, grid, block, selection)
+) -> Tensor:
+    """Softmax attention [T, H, G, D] to the visible compressed keys; zero in rows that see none."""
+    visible_TJ = visible_kernels(grid, block, selection)
+    blind_T = ~visible_TJ.any(-1)
+    # nothing to see would make NaN: let them see something
+    visible_TJ[:, 0] |= blind_T
+    # heads of a group as a batch share keys and values
+    q_GHTD = q_THGD.permute(2, 1, 0, 3)
+    k, v = (x.transpose(0, 1).expand(len(q_GHTD), -1, -1, -1) for x in (k_JHD, v_JHD))
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        out_GHTD = F.scaled_dot_product_attention(q_GHTD, k, v, attn_mask=visible_TJ)
+    return out_GHTD.masked_fill(blind_T[:, None], 0).permute(2, 1, 0, 3)
 
 
-def _compressed_branch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weights: tuple[Compression, Compression],
-    grid: Grid,
-    selection: Selection,
-) -> tuple[Tensor, Tensor]:
-    """Output [S, Hq, D] in q's dtype and the chunks chosen [S, H, K], block by block over queries."""
+def _compressed_branch(q: Tensor, k_JHD: Tensor, v_JHD: Tensor, grid: Grid, selection: Selection) -> Tensor:
+    """Output [S, Hq, D] of the attention to compressed keys, block by block over queries."""
     C, per_chunk = grid.chunk_size, grid.chunk_size // selection.kernel_stride
-    q_wide, k, v = wide(q, k, v)
-    q_SHGD = q_wide.mul(q.shape[-1] ** -0.5).unflatten(1, (k.shape[1], -1))
-    k_JHD, v_JHD = (
-        compress(x, Compression(*wide(*learned)), selection)
-        for x, learned in zip((k, v), weights, strict=True)
-    )
-    outputs, choices = [], []
-    for block in grid.blocks(q.shape[1] * len(k_JHD)):
+    q_SHGD = q.unflatten(1, (k_JHD.shape[1], -1))
+    outputs = []
+    for block in grid.blocks(q.shape[1] * len(k_JHD), BRANCH_ROWS):
         rows, seen = (
             slice(block.start * C, block.end * C),
             slice(block.first * per_chunk, block.end * per_chunk),
         )
-        out, chosen = in_pieces(
-            _compressed_block, q.shape[1] * grid.num_rows * len(k_JHD), q_SHGD[rows], k_JHD[seen], v_JHD[seen],
-            grid, block, selection,
+        outputs.append(
+            in_pieces(
+                _compressed_block, grid.num_rows * len(k_JHD), q_SHGD[rows], k_JHD[seen], v_JHD[seen],
+                grid, block, selection,
+            )
         )  # fmt: skip
-        outputs.append(out)
-        choices.append(chosen)
-    return torch.cat(outputs).flatten(1, 2).to(q.dtype), torch.cat(choices)
+    return torch.cat(outputs).flatten(1, 2)
 
 
 def _recent_chunks(grid: Grid, num_heads: int, num_recent: int) -> Tensor:
@@ -178,7 +177,8 @@ def nsa_attention(
         window: past tokens of the third, a multiple of `chunk_size`.
         chunk_size: tokens per chunk, a power of two up to 128 (16 or more for Triton).
         cu_seqlens: boundaries of packed documents, int32 [documents + 1], then B == 1; they are read by the host.
-        backend: of the second and the third, as in `dash_attention`.
+        backend: as in `dash_attention`. Triton rounds compressed keys and values, which are computed in float32, to q's
+            dtype; torch attends to them, and on a GPU the last bits of gradients may differ from run to run.
         return_routing: also return how many chunks the second or the third attends to.
 
     Returns:
@@ -190,15 +190,18 @@ def nsa_attention(
     check_tensors(q, k, v, chunk_size, cu_seqlens)
     selection.check(chunk_size)
     _check_own(q, k, gates, (compress_k, compress_v), selection, window, chunk_size)
-    attend = attention_to_chosen(backend, q, chunk_size)
+    attend, choose, dtype = find_backend(backend, q, chunk_size)
     B, N, _, _ = q.shape
     grid = make_grid(B, N, chunk_size, cu_seqlens, q.device)
     # autocast would run the matrix products in half precision behind our back
     with torch.autocast(q.device.type, enabled=False):
         rows_q, rows_k, rows_v = rows = [grid.spread(x.flatten(0, 1)) for x in (q, k, v)]
-        compressed, chosen = _compressed_branch(
-            rows_q, rows_k, rows_v, (compress_k, compress_v), grid, selection
+        keys, values = (
+            compress(*wide(x), Compression(*wide(*learned)), selection)
+            for x, learned in ((rows_k, compress_k), (rows_v, compress_v))
         )
+        chosen = choose(rows_q, keys.detach(), grid, selection, "sum")
+        compressed = _compressed_branch(*(x.to(dtype) for x in (rows_q, keys, values)), grid, selection)
         recent = _recent_chunks(grid, k.shape[2], window // chunk_size)
         outputs = [compressed, attend(*rows, chosen, grid), attend(*rows, recent, grid)]
         parts = [wide(grid.gather(out).view(q.shape))[0] for out in outputs]

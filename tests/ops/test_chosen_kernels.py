@@ -1,5 +1,7 @@
 """Attention to chosen chunks by the list-driven kernels against the reference: interpreted on CPU, compiled on a GPU."""
 
+import sys
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from dash_megatron.ops.infllmv2 import infllmv2_attention
 from dash_megatron.ops.nsa import Compression, nsa_attention
 from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels
 
-(chosen,) = import_kernels("chosen")
+chosen, pooled = import_kernels("chosen", "pooled")
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -19,7 +21,8 @@ SELECTION = Selection(kernel_size=8, kernel_stride=4, top_k=1, initial_blocks=1,
 @pytest.fixture(autouse=True)
 def kernels_imported_here(monkeypatch):
     """Those whose interpretation is settled, and lists made in several pieces."""
-    monkeypatch.setitem(__import__("sys").modules, "dash_megatron.ops.kernels.chosen", chosen)
+    for module in (chosen, pooled):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(blocks, "MAX_BLOCK_SCORES", {"cpu": 16 * 16 * 12, "cuda": 2**20})
 
 
@@ -61,6 +64,8 @@ def relative_error(x, expected):
         ("infllmv2", 50, {"Hq": 2, "Hkv": 2, "D": 16, "B": 2}, torch.float32, None),
         ("infllmv2", 90, {"Hq": 4, "Hkv": 2, "D": 16}, torch.bfloat16, None),
         ("nsa", 90, {"Hq": 4, "Hkv": 2, "D": 16}, torch.float32, None),
+        ("nsa", 90, {"Hq": 4, "Hkv": 1, "D": 24}, torch.float32, [3, 16, 70, 1]),
+        ("nsa", 50, {"Hq": 2, "Hkv": 2, "D": 16, "B": 2}, torch.float32, None),
         ("nsa", 75, {"Hq": 4, "Hkv": 2, "D": 16}, torch.bfloat16, [20, 55]),
     ],
 )
