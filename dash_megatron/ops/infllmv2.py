@@ -88,7 +88,7 @@ def infllmv2_attention(
     # autocast would run the matrix products in half precision behind our back
     with torch.autocast(q.device.type, enabled=False):
         rows_q, rows_k, rows_v = (grid.spread(x.flatten(0, 1)) for x in (q, k, v))
-        pooled = mean_pool(*wide(rows_k.detach()), selection)
+        pooled = mean_pool(wide(rows_k.detach())[0], selection)
         chosen = choose(rows_q, pooled, grid, selection, "max")
         out = grid.gather(attend(rows_q, rows_k, rows_v, chosen, grid)).view(q.shape)
     if not return_routing:

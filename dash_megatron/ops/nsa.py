@@ -4,6 +4,7 @@ Two things differ from the paper, so that the baseline fits where every other at
 the branches share keys and values, and the window is made of whole chunks. How keys are compressed is said at `compress`.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -74,19 +75,22 @@ def _compressed_block(
     return out_GHTD.masked_fill(blind_T[:, None], 0).permute(2, 1, 0, 3)
 
 
-def _compressed_branch(q: Tensor, k_JHD: Tensor, v_JHD: Tensor, grid: Grid, selection: Selection) -> Tensor:
-    """Output [S, Hq, D] of the attention to compressed keys, block by block over queries."""
+def _compressed_branch(operands: Sequence[Tensor], grid: Grid, selection: Selection) -> Tensor:
+    """Output [S, Hq, D] of q [S, Hq, D] and compressed k and v [J, H, D], block by block over queries."""
+    q, k_JHD, v_JHD = operands
     C, per_chunk = grid.chunk_size, grid.chunk_size // selection.kernel_stride
     q_SHGD = q.unflatten(1, (k_JHD.shape[1], -1))
+    # on a GPU torch's attention holds, and keeps for the backward, a mask for all heads and no scores
+    scores_per_row = len(k_JHD) if q.is_cuda else q.shape[1] * len(k_JHD)
     outputs = []
-    for block in grid.blocks(q.shape[1] * len(k_JHD), BRANCH_ROWS):
+    for block in grid.blocks(scores_per_row, BRANCH_ROWS):
         rows, seen = (
             slice(block.start * C, block.end * C),
             slice(block.first * per_chunk, block.end * per_chunk),
         )
         outputs.append(
             in_pieces(
-                _compressed_block, grid.num_rows * len(k_JHD), q_SHGD[rows], k_JHD[seen], v_JHD[seen],
+                _compressed_block, grid.num_rows * scores_per_row, q_SHGD[rows], k_JHD[seen], v_JHD[seen],
                 grid, block, selection,
             )
         )  # fmt: skip
@@ -197,11 +201,12 @@ def nsa_attention(
     with torch.autocast(q.device.type, enabled=False):
         rows_q, rows_k, rows_v = rows = [grid.spread(x.flatten(0, 1)) for x in (q, k, v)]
         keys, values = (
-            compress(*wide(x), Compression(*wide(*learned)), selection)
+            compress(wide(x)[0], Compression(*wide(*learned)), selection)
             for x, learned in ((rows_k, compress_k), (rows_v, compress_v))
         )
         chosen = choose(rows_q, keys.detach(), grid, selection, "sum")
-        compressed = _compressed_branch(*(x.to(dtype) for x in (rows_q, keys, values)), grid, selection)
+        operands = [x.to(dtype) for x in (rows_q, keys, values)]
+        compressed = _compressed_branch(operands, grid, selection)
         recent = _recent_chunks(grid, k.shape[2], window // chunk_size)
         outputs = [compressed, attend(*rows, chosen, grid), attend(*rows, recent, grid)]
         parts = [wide(grid.gather(out).view(q.shape))[0] for out in outputs]

@@ -1,8 +1,8 @@
 """How long the top-k baselines' attention takes: kernels by their lists, and scores of pooled keys by counting.
 
-Attention to listed chunks runs in DashAttention's kernels, without its router, so its time is theirs. Pooled keys are
-scored by plain torch in float32; no such time was measured, so operations and bytes are counted from the code in
-`ops/`. Documents count as whole sequences.
+Attention to listed chunks runs in DashAttention's kernels, without its router, so its time is theirs. Chunks are scored
+in a kernel and NSA's compressed keys attended to in torch's; no such time was measured, so operations and bytes are
+counted from the code in `ops/`. Documents count as whole sequences.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ NOTE = (
     "attention of infllmv2 and nsa: kernels by the length of their lists, scores of pooled keys by operations and bytes "
     "counted, never compared with a measurement"
 )
-FLOAT32_FLOPS = 40e12
-"""Operations per second of float32 matrix products without TF32: 60% of an H200's."""
-SCORE_PASSES = 8
-"""Times that scores of all heads are read or written: product, mask, softmax, mask again, sum over a group."""
-BRANCH_PASSES = 9
-"""The same in NSA's branch, which also multiplies them with values."""
-BACKWARD_PASSES = 10
-"""And in that branch's backward."""
-SORT_BYTES = 100
-"""Read and written for each chunk scored, to pool scores and to sort them stably."""
+SCORE_FLOPS = 200e12
+"""Operations per second of half-precision products beside as many exponentials as here, on an H200: assumed."""
+CHOICE_BYTES = 200
+"""Read and written for each past chunk scored: scores and int64 keys of future chunks too, masked and searched."""
+MASK_BYTES = 16
+"""The same for each visible pair of query and compressed key, once for all heads: mask, bias, and future pairs of a piece."""
+COMPRESS_PASSES = 13
+"""Times that keys, as many as there are, are read or written in float32 to compress keys and values."""
+COMPRESS_BACKWARD_PASSES = 24
+"""And in the backward."""
 
 
 def share_of_pairs(chunks: int, selected: int) -> float:
@@ -95,16 +95,21 @@ def _listed_seconds(work: AttentionWork, share: float) -> AttentionSeconds:
 def _scoring_seconds(
     work: AttentionWork, attention: AttentionConfig, memory_bandwidth: float
 ) -> AttentionSeconds:
-    """Scores of pooled keys and the choice; in NSA also the branch that attends to them, and its backward."""
+    """Scores of chunks and the choice; in NSA also compression, the branch that attends, and their backward."""
     nsa = attention.kind == "nsa"
-    stride = attention.nsa.kernel_stride if nsa else attention.infllmv2.kernel_stride
-    scores = work.heads * work.pairs / stride
-    product = 2 * scores * work.head_dim / FLOAT32_FLOPS
-    one_pass = 4 * scores / memory_bandwidth
-    choice = SORT_BYTES * work.kv_heads * work.pairs / attention.chunk_size / memory_bandwidth
+    chosen = attention.nsa if nsa else attention.infllmv2
+    pairs = work.pairs / chosen.kernel_stride
+    product = 2 * work.heads * pairs * work.head_dim / SCORE_FLOPS
+    # every pooled key once for the normalizer, and once for each chunk that it overlaps
+    overlaps = 1 + (chosen.kernel_size - chosen.kernel_stride) / attention.chunk_size
+    choice = CHOICE_BYTES * work.kv_heads * work.pairs / attention.chunk_size / memory_bandwidth
+    scoring = (1 + overlaps) * product + choice
     if not nsa:
-        return AttentionSeconds(product + SCORE_PASSES * one_pass + choice, 0.0)
-    forward = 2 * product + BRANCH_PASSES * one_pass + choice
-    # more scores than are kept (the blocks hold masked ones too) are computed again
-    again = forward if 2 * scores > MAX_KEPT_SCORES else 0.0
-    return AttentionSeconds(forward, again + 4 * product + BACKWARD_PASSES * one_pass)
+        return AttentionSeconds(scoring, 0.0)
+    branch = 2 * product + MASK_BYTES * pairs / memory_bandwidth
+    keys = 4 * work.rows * work.kv_heads * work.head_dim / memory_bandwidth
+    # pieces whose masks are too many to keep are computed again
+    again = branch if 2 * pairs > MAX_KEPT_SCORES else 0.0
+    return AttentionSeconds(
+        scoring + branch + COMPRESS_PASSES * keys, again + 5 * product + COMPRESS_BACKWARD_PASSES * keys
+    )

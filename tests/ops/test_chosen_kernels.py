@@ -70,7 +70,8 @@ def relative_error(x, expected):
     ],
 )
 def test_kernels_agree_with_the_reference(kind, N, shape, dtype, lengths):
-    if CUDA and lengths is None:
+    # among many chunks the rounding of averaged keys to half precision would change some choices
+    if CUDA and lengths is None and dtype == torch.float32:
         N *= 30
     leaves = inputs(N, dtype=dtype, **shape)
     bounds = None

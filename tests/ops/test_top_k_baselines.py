@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dash_megatron.ops import blocks
+from dash_megatron.ops import blocks, nsa
 from dash_megatron.ops.blocks import Selection
 from dash_megatron.ops.infllmv2 import infllmv2_attention
 from dash_megatron.ops.nsa import Compression, nsa_attention
@@ -116,6 +116,21 @@ def test_rows_of_a_batch_are_as_if_alone(kind):
     out, _ = attend(kind, tokens, learned)
     alone = [attend(kind, [x[row : row + 1] for x in tokens], learned)[0] for row in range(3)]
     torch.testing.assert_close(out, torch.cat(alone))
+
+
+def test_no_row_is_left_without_a_compressed_key(monkeypatch):
+    """On a GPU torch's attention may answer such a row with NaN; on a CPU it does not."""
+    attention = nsa.F.scaled_dot_product_attention
+    rows = []
+
+    def watch(*args, attn_mask):
+        rows.append(attn_mask.any(-1))
+        return attention(*args, attn_mask=attn_mask)
+
+    monkeypatch.setattr(nsa.F, "scaled_dot_product_attention", watch)
+    attend("nsa", inputs(61), weights())
+    assert len(rows) > 1
+    assert torch.cat(rows).all()
 
 
 @KINDS
