@@ -10,6 +10,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from dash_megatron.ops.derived import derived
 from dash_megatron.ops.entmax import check_alpha
 from dash_megatron.ops.reference import dash_attention_reference, document_positions
 
@@ -208,8 +209,12 @@ def _resolve_backend(backend: str, q: Tensor) -> tuple[str, Callable[..., tuple[
 
 
 def _density(chunks_selected: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -> Tensor:
-    position_N = document_positions(chunks_selected.shape[1], cu_seqlens, chunks_selected.device)
-    available_N = position_N // chunk_size + 1
+    num_tokens, device = chunks_selected.shape[1], chunks_selected.device
+    available_N = derived(
+        cu_seqlens,
+        ("available chunks", num_tokens, chunk_size, device),
+        lambda: document_positions(num_tokens, cu_seqlens, device) // chunk_size + 1,
+    )
     return (chunks_selected.float() / available_N[:, None]).mean()
 
 

@@ -27,6 +27,7 @@ from dash_megatron.ops.attention import (
     _check_heads,
     _resolve_backend,
 )
+from dash_megatron.ops.derived import derived
 from dash_megatron.ops.reference import wide
 
 # Scores alive at once, in elements: fewer skip more of the causal triangle, more keep a GPU busy.
@@ -122,7 +123,15 @@ class Grid:
 
 
 def make_grid(batch: int, num_tokens: int, chunk_size: int, cu_seqlens: Tensor | None, device: Any) -> Grid:
-    """The grid of `batch` rows of `num_tokens` tokens, or of packed documents; waits for the device if packed."""
+    """The grid of `batch` rows of `num_tokens` tokens, or of packed documents.
+
+    Waits for the device if packed, once for all layers that get the same `cu_seqlens`.
+    """
+    key = ("grid", batch, num_tokens, chunk_size, str(device))
+    return derived(cu_seqlens, key, lambda: _make_grid(batch, num_tokens, chunk_size, cu_seqlens, device))
+
+
+def _make_grid(batch: int, num_tokens: int, chunk_size: int, cu_seqlens: Tensor | None, device: Any) -> Grid:
     bounds = [row * num_tokens for row in range(batch + 1)] if cu_seqlens is None else cu_seqlens.tolist()
     firsts: list[int] = []
     rows: list[Tensor] = []

@@ -40,6 +40,8 @@ def _prepare(q: Tensor, k: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -
 
 
 def _factors(router: Router, sizes: Sizes, chunks: Tensor, head_scaling: Tensor | None) -> Tensor | None:
+    if not router.has_factors(head_scaling):
+        return None
     past = torch.arange(sizes.num_chunks, device=chunks.device) - chunks[2]
     return router.factors(past, sizes.num_kv_heads, head_scaling)
 

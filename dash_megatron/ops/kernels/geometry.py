@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dash_megatron.ops.derived import derived
+
 # Lists up to this many bytes are allocated for every chunk being selected, which needs no look at the device; above,
 # the selected chunks are counted first and the host waits for their number.
 MAX_BOUNDED_BYTES = 2 * 2**30
@@ -161,10 +163,16 @@ def _unpacked_layout(sizes: Sizes, batch: int, device: torch.device) -> tuple[Te
 def layout(
     sizes: Sizes, batch: int, cu_seqlens: Tensor | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """`chunk_table` and `bounded_offsets`, remembered where only shapes decide; the caller's own to keep."""
+    """`chunk_table` and `bounded_offsets`, remembered by shapes or by `cu_seqlens`; the caller's own to keep."""
     if cu_seqlens is not None:
-        chunks = chunk_table(sizes, batch, cu_seqlens, device)
-        return chunks, bounded_offsets(sizes, chunks)
+        bounds = cu_seqlens
+
+        def make_packed() -> tuple[Tensor, Tensor]:
+            chunks = chunk_table(sizes, batch, bounds, device)
+            return chunks, bounded_offsets(sizes, chunks)
+
+        chunks, offsets = derived(cu_seqlens, ("layout", sizes, batch), make_packed)
+        return chunks.clone(), offsets.clone()
     # what a CUDA graph allocates dies with the graph
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     make = _unpacked_layout.__wrapped__ if capturing else _unpacked_layout

@@ -37,6 +37,10 @@ class Router(NamedTuple):
         """What turns q.s into x."""
         return (self.alpha - 1) * self.scaling_factor * head_dim**-0.5
 
+    def has_factors(self, head_scaling: Tensor | None) -> bool:
+        """Whether `factors` gives any."""
+        return head_scaling is not None or self.length_scaling != 0
+
     def factors(self, past: Tensor, num_kv_heads: int, head_scaling: Tensor | None) -> Tensor | None:
         """What the scores of a chunk's queries are multiplied by besides, float32 [Hkv, chunks]; None for one everywhere.
 
@@ -45,7 +49,7 @@ class Router(NamedTuple):
             num_kv_heads: Hkv.
             head_scaling: a factor for each key/value head [Hkv], if there is one.
         """
-        if head_scaling is None and self.length_scaling == 0:
+        if not self.has_factors(head_scaling):
             return None
         heads = past.new_ones(num_kv_heads) if head_scaling is None else head_scaling
         return heads.float()[:, None] * (1 + self.length_scaling * past.clamp_min(1).float().log())
