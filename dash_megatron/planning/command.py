@@ -161,7 +161,7 @@ def table(rows: Sequence[Sequence[str]], columns: Sequence[str] = COLUMNS) -> li
 
 def as_dict(estimate: StepEstimate, hardware: Hardware) -> dict[str, Any]:
     """One layout for JSON: seconds, bytes, GiB."""
-    parts = ("matmul", "attention", "tensor", "context", "zero", "optimizer")
+    parts = ("matmul", "elementwise", "attention", "tensor", "context", "zero", "optimizer")
     return {
         **dataclasses.asdict(estimate.layout),
         "fits": estimate.memory.total <= hardware.budget_bytes,

@@ -12,7 +12,7 @@ from dash_megatron.training.flops import parameter_count
 
 MAX_LOGITS = 2**28
 """Logits alive at once, in elements of the whole vocabulary: `dash_megatron.layers.model.MAX_LOGITS`."""
-LOGIT_BYTES = 12
+LOGIT_BYTES = 8
 """A logit in bf16, its float32 copy and softmax in place, and gradients of both."""
 MAX_BOUNDED_BYTES = 2 * 2**30
 """Lists up to this size have room for every chunk: `dash_megatron.ops.kernels.geometry.MAX_BOUNDED_BYTES`."""

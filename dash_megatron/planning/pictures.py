@@ -20,6 +20,7 @@ RANKS = (2, 4, 8, 16, 32, 64)
 LOCALITIES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999)
 PARTS = {
     "matmul": "matrix products",
+    "elementwise": "norms, activations and loss",
     "attention": "attention",
     "tensor": "waiting for tensor links",
     "context": "waiting for context links",

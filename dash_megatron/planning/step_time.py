@@ -31,8 +31,15 @@ from dash_megatron.planning.memory import (
 )
 from dash_megatron.training.flops import matmul_parameters
 
-OPTIMIZER_BYTES = 40
-"""Bytes an AdamW update reads and writes per parameter: gradient, master weight and moments, and the bf16 weight."""
+OPTIMIZER_BYTES = 65
+"""Bytes read and written per parameter once a step: norm, clipping, AdamW's states and weights, and the bf16 weight."""
+ELEMENTWISE_BYTES = 88
+"""Bytes read and written per layer, token and element of hidden and feed-forward size: norms, RoPE, activation, residuals,
+forward and backward."""
+FORWARD_SHARE = 0.35
+"""Of them, what a forward pass alone moves."""
+LOGIT_TRAFFIC = (22, 52)
+"""Bytes read and written per logit: by the loss's forward pass, and by both passes."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,8 @@ class StepEstimate:
     layout: Layout
     memory: MemoryUse
     matmul: float
+    elementwise: float
+    """Norms, RoPE, activations, residuals and the loss."""
     attention: float
     tensor: float
     """Waiting for tensor parallelism."""
@@ -88,7 +97,8 @@ class StepEstimate:
     @property
     def seconds(self) -> float:
         """Of one optimizer step."""
-        return self.matmul + self.attention + self.tensor + self.context + self.zero + self.optimizer
+        compute = self.matmul + self.elementwise + self.attention
+        return compute + self.tensor + self.context + self.zero + self.optimizer
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
@@ -100,6 +110,7 @@ class StepEstimate:
         """What takes the largest share."""
         parts = {
             "matmul": self.matmul,
+            "elementwise": self.elementwise,
             "attention": self.attention,
             "tensor links": self.tensor,
             "context links": self.context,
@@ -164,6 +175,18 @@ def _matmul_flops(config: Config, layout: Layout, vocab_size: int) -> float:
     if tokens * vocab_size > MAX_LOGITS:
         flops += 2.0 * vocabulary  # logits in pieces are scored again
     return flops * tokens / layout.tensor
+
+
+def _elementwise_bytes(config: Config, layout: Layout, vocab_size: int) -> float:
+    """Bytes that everything else reads and writes in one micro-batch on one rank, recomputation included."""
+    model, tokens = config.model, context_shape(config, layout).tokens
+    stream_tokens = tokens / layout.tensor if layout.sequence else tokens
+    elements = stream_tokens * model.hidden_size + tokens * model.ffn_hidden_size / layout.tensor
+    again = FORWARD_SHARE if layout.recompute == "full" else 0.0
+    forward, both = LOGIT_TRAFFIC
+    pieces = forward if tokens * vocab_size > MAX_LOGITS else 0
+    logits = tokens * vocab_size / layout.tensor
+    return model.layers * elements * ELEMENTWISE_BYTES * (1 + again) + logits * (both + pieces)
 
 
 def _context_seconds(layout: Layout, group: Group, sent: float, calls: float, hardware: Hardware) -> float:
@@ -274,6 +297,8 @@ def estimate_step(
     parameters = rank_parameters(config, layout, vocab_size)
 
     matmul = batches * _matmul_flops(config, layout, vocab_size) / hardware.matmul_flops
+    moved = batches * _elementwise_bytes(config, layout, vocab_size)
+    elementwise = moved / hardware.memory_bandwidth
     once = _attention(config, layout, routing, hardware)
     again = 0.0 if layout.recompute == "none" else once.forward
     attention = batches * (once.forward + again + once.backward)
@@ -292,10 +317,11 @@ def estimate_step(
             config, layout, vocab_size, hardware, density=max(routing.density, routing.peak_density)
         ),
         matmul=matmul,
+        elementwise=elementwise,
         attention=attention,
         tensor=tensor.seconds,
         context=context.seconds - min(ring, attention),
-        zero=zero.seconds - min(sharding, matmul),
+        zero=zero.seconds - min(sharding, matmul + elementwise),
         optimizer=updated * OPTIMIZER_BYTES / hardware.memory_bandwidth,
         nvlink_bytes=sum(part.sent * (1 - part.outside) for part in (tensor, context, zero)),
         infiniband_bytes=sum(part.sent * part.outside for part in (tensor, context, zero)),

@@ -111,7 +111,7 @@ def test_a_profile_corrects_compute_by_how_long_its_steps_took(
     (tmp_path / "metrics.jsonl").write_text(text)
     plain, corrected = _layouts(capsys), _layouts(capsys, "--profile", str(tmp_path))
     before, after = plain["configured"]["seconds_parts"], corrected["configured"]["seconds_parts"]
-    for part in ("matmul", "attention", "optimizer"):
+    for part in ("matmul", "elementwise", "attention", "optimizer"):
         assert after[part] == pytest.approx(1.5 * before[part])
     assert after["context"] == before["context"]
     assert main(["plan", "--config", CONFIG, "--gpus", "128", "--profile", str(tmp_path)]) == 0
