@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 
-from dash_megatron.config import Config
+from dash_megatron.config import Config, DataConfig
 from dash_megatron.data.blend import parse_blend
 from dash_megatron.data.index_file import read_lengths
 from dash_megatron.studies.study_file import Assumptions
@@ -81,6 +82,27 @@ def mean_context(train: tuple[str, ...], seq_length: int, pack_documents: bool) 
     weights = np.array([weight if weighted else lengths.sum() for weight, lengths in parts], dtype=np.float64)
     contexts = [mean_piece_context(np.asarray(lengths), seq_length) for _, lengths in parts]
     return float(weights @ contexts / weights.sum()), "from the lengths of the documents"
+
+
+def curriculum_context(data: DataConfig, steps: int, longest: float) -> float:
+    """Mean context of a run's tokens under `data.seq_length_curriculum`, as `mean_context` counts it.
+
+    Args:
+        data: the config's section.
+        steps: of the run.
+        longest: mean context at `data.seq_length`.
+    """
+    if data.seq_length_curriculum is None:
+        return longest
+    begins = sorted(data.seq_length_curriculum)
+    total = 0.0
+    for begin, end in itertools.pairwise([*begins, steps]):
+        length = data.seq_length_curriculum[begin]
+        context = longest
+        if length < data.seq_length:
+            context = min(longest, mean_context(data.train, length, data.pack_documents)[0])
+        total += context * max(0, min(end, steps) - begin)
+    return total / steps
 
 
 def flops_per_token(

@@ -128,4 +128,6 @@ def assumptions(study: Study, runs: Sequence[StudyRun]) -> list[str]:
         f"at {length:,} tokens a token may attend to {context:,.0f} on average ({source})"
         for length, (context, source) in data.items()
     ]
+    if any(run.config.data.seq_length_curriculum for run in runs):
+        lines.append("data.seq_length_curriculum is counted: FLOPs are those of the mean over all steps")
     return lines

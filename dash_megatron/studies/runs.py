@@ -15,7 +15,7 @@ import yaml
 from dash_megatron.config import Config
 from dash_megatron.config_loading import config_from_dict
 from dash_megatron.planning.baseline_times import BASELINES, density_of_lists
-from dash_megatron.studies.cost import Cost, estimate_cost, flops_per_token, mean_context
+from dash_megatron.studies.cost import Cost, curriculum_context, estimate_cost, flops_per_token, mean_context
 from dash_megatron.studies.study_file import Study, StudyError
 from dash_megatron.training.flops import parameter_count
 
@@ -160,11 +160,16 @@ def _make(study: Study, base: dict[str, Any], recipe: _Recipe) -> StudyRun:
         _set(tree, "training.steps", 10**9)
     config = config_from_dict(tree)
     facts = _facts(config)
-    context = study.assume.context or facts.context
-    density = _density(study, recipe, config, context)
     variant, size = _labels(config, recipe)
     name = _name(variant, size, recipe, config, bool(study.seeds))
-    steps = _steps(study, recipe, config, facts, context, density, name)
+    longest = context = study.assume.context or facts.context
+    # a budget of FLOPs buys more steps of shorter contexts, which change the mean over all steps again
+    for _ in range(10):
+        density = _density(study, recipe, config, context)
+        steps = _steps(study, recipe, config, facts, context, density, name)
+        before, context = context, curriculum_context(config.data, steps, longest)
+        if context == before:
+            break
     _set(tree, "training.steps", steps)
     warmup = warmup_of_base if study.warmup is None else round(study.warmup * steps)
     tree.setdefault("schedule", {})["warmup_steps"] = warmup

@@ -178,6 +178,30 @@ def test_mean_context_of_packed_documents_is_that_of_documents_laid_out() -> Non
     assert mean_piece_context(lengths, 100) == pytest.approx(seen.sum() / document.size, rel=0.01)
 
 
+def test_a_curriculum_is_priced_by_the_context_of_its_steps(
+    write_study: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    curriculum = {"data.seq_length_curriculum": {0: 32, 4: 128}}
+    plain, short = (runs_of(write_study(overrides=overrides))[0] for overrides in ({}, curriculum))
+    # half of the length, own token included, for 4 of 10 steps, then of the whole
+    assert short.context == pytest.approx((4 * 16.5 + 6 * 64.5) / 10)
+    assert plain.context == 64.5
+    assert short.cost.dense_flops < plain.cost.dense_flops
+    path = write_study(overrides=curriculum)
+    assert main(["study", "plan", str(path)]) == 0
+    assert "data.seq_length_curriculum is counted" in capsys.readouterr().out
+
+
+def test_a_budget_of_flops_buys_more_steps_of_shorter_contexts(write_study: Write) -> None:
+    budgets = {"flops": [1e11], "flops_counted": "dense"}
+    curriculum = {"data.seq_length_curriculum": {0: 32, 200: 128}}
+    plain, short = (runs_of(write_study(overrides=each, budgets=budgets))[0] for each in ({}, curriculum))
+    for run in (plain, short):
+        per_step = run.cost.dense_flops / run.config.training.steps
+        assert abs(run.cost.dense_flops - 1e11) < 1.5 * per_step
+    assert short.config.training.steps > plain.config.training.steps > 200
+
+
 def test_baselines_have_the_density_and_flops_of_their_lists(write_study: Write) -> None:
     top_k = {"attention.kind": "infllmv2", "attention.infllmv2.kernel_size": 16}
     sets = [{**top_k, "attention.infllmv2.top_k": number} for number in (3, 11)]
