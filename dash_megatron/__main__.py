@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--profile",
         metavar="RUN_DIR",
-        help="a short run on one such GPU or more: corrects the speed of compute",
+        help="a short run on one such GPU or more: corrects the speed of compute and the memory of activations",
     )
     plan.add_argument("--top", type=int, default=10, help="layouts to show")
     plan.add_argument("--json", action="store_true", help="print JSON")

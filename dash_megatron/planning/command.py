@@ -54,7 +54,7 @@ def plan(
         routing: density and structure of the router.
         hardware: speeds and memory.
         price: of one GPU for an hour.
-        profile: folder of a short run on such GPUs, by which the speed of compute is corrected; see `read_profile`.
+        profile: folder of a short run on such GPUs, by which the speed of compute and the memory of activations are corrected; see `read_profile`.
         top: layouts to show.
         as_json: JSON instead of a table.
 
@@ -68,7 +68,9 @@ def plan(
         raise ValueError(f"price={price} must be a number of at least 0")
     measured = None if profile is None else read_profile(profile, hardware)
     if measured is not None:
-        hardware = hardware.slowed(measured.factor)
+        hardware = dataclasses.replace(
+            hardware.slowed(measured.factor), activation_factor=measured.activation_factor
+        )
     config = load_config(path, overrides)
     routing = effective_routing(config, routing)
     found = search(config, gpus, routing, hardware)

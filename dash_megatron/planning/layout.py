@@ -40,6 +40,8 @@ class Hardware:
     """CUDA context, NCCL buffers and kernels' code."""
     matmul_flops: float = 740e12
     """Operations per second of matrix products in bf16, as profiles of 62M-parameter steps have them (722 and 766)."""
+    activation_factor: float = 1.0
+    """Activations and working memory over what is modelled, as a profile found them."""
     memory_bandwidth: float = 3e12
     """Bytes per second that the counts of bytes in `step_time` are fitted with."""
     nvlink: float = 450e9

@@ -158,7 +158,7 @@ def memory_use(
         config: model, lengths and precision; its own layout is ignored.
         layout: the split.
         vocab_size: rows of the embedding table.
-        hardware: what is reserved; None: defaults.
+        hardware: what is reserved, and a correction of activations; None: defaults.
         density: pairs attended over causal pairs, which decides long lists. Training starts at 1.
         coverage: share of remote chunks that `sparse` receives.
     """
@@ -183,7 +183,7 @@ def memory_use(
     logits = min(MAX_LOGITS / vocab_size, shape.tokens) * vocab_size / layout.tensor * LOGIT_BYTES
     return MemoryUse(
         **_state_bytes(config, layout, rank_parameters(config, layout, vocab_size)),
-        activations=config.model.layers * activations,
-        working=max(layer_phase, logits),
+        activations=config.model.layers * activations * hardware.activation_factor,
+        working=max(layer_phase, logits) * hardware.activation_factor,
         reserved=hardware.reserved_gib * 2**30,
     )

@@ -27,18 +27,30 @@ class Profile:
     modelled_seconds: float
     memory_gib: float | None
     modelled_memory_gib: float
+    modelled_states_gib: float
+    """Of it, weights, gradients, optimizer and buffers, whose bytes are known."""
 
     @property
     def factor(self) -> float:
         """How many times longer a step took than modelled."""
         return self.seconds / self.modelled_seconds
 
+    @property
+    def activation_factor(self) -> float:
+        """How many times as much memory was held besides as modelled; 1 where it was not measured."""
+        if self.memory_gib is None:
+            return 1.0
+        kept = self.memory_gib - self.modelled_states_gib
+        # less than the states themselves was not measured on the layout that the config says
+        return max(0.1, kept / (self.modelled_memory_gib - self.modelled_states_gib))
+
     def __str__(self) -> str:
         density = "" if self.density is None else f" at density {self.density:.0%}"
         memory = (
             ""
             if self.memory_gib is None
-            else f"; memory {self.memory_gib:.1f} GiB, modelled {self.modelled_memory_gib:.1f}"
+            else f"; memory {self.memory_gib:.1f} GiB, modelled {self.modelled_memory_gib:.1f}, so that activations count "
+            f"{self.activation_factor:.2f} times"
         )
         return (
             f"{self.run_dir} on {self.processes} GPUs{density}: {self.seconds:.3f} s a step, modelled "
@@ -72,6 +84,8 @@ def read_profile(run_dir: str | Path, hardware: Hardware) -> Profile:
     routing = Routing() if density is None else Routing(density=density, peak_density=density)
     estimate = estimate_configured(config, processes, routing, hardware)
     tokens = config.training.global_batch * config.data.seq_length
+    use = estimate.memory
+    states = use.weights + use.gradients + use.optimizer + use.buckets
     memory = [line["gpu_memory_gib"] for line in lines if line["gpu_memory_gib"] is not None]
     return Profile(
         run_dir=str(run_dir),
@@ -80,5 +94,6 @@ def read_profile(run_dir: str | Path, hardware: Hardware) -> Profile:
         seconds=tokens / statistics.median(line["tokens_per_second"] for line in lines),
         modelled_seconds=estimate.seconds,
         memory_gib=max(memory, default=None),
-        modelled_memory_gib=estimate.memory.total / 2**30 - hardware.reserved_gib,
+        modelled_memory_gib=use.total / 2**30 - hardware.reserved_gib,
+        modelled_states_gib=states / 2**30,
     )

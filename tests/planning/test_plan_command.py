@@ -114,6 +114,14 @@ def test_a_profile_corrects_compute_by_how_long_its_steps_took(
     for part in ("matmul", "elementwise", "attention", "optimizer"):
         assert after[part] == pytest.approx(1.5 * before[part])
     assert after["context"] == before["context"]
+    profile = corrected["profile"]
+    states = profile["modelled_states_gib"]
+    held = (61.5 - states) / (profile["modelled_memory_gib"] - states)
+    before, after = plain["configured"]["memory_parts_gib"], corrected["configured"]["memory_parts_gib"]
+    for part in ("activations", "working"):
+        assert after[part] == pytest.approx(held * before[part])
+    for part in ("weights", "gradients", "optimizer", "reserved"):
+        assert after[part] == before[part]
     assert main(["plan", "--config", CONFIG, "--gpus", "128", "--profile", str(tmp_path)]) == 0
     line = capsys.readouterr().out.splitlines()[1]
     assert "on 8 GPUs at density 25%" in line
