@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 
 from dash_megatron.config import Config
 from dash_megatron.config_loading import config_from_dict, load_config
@@ -23,6 +24,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 VOCABULARY = 96
 
 pytestmark = pytest.mark.usefixtures("single_process")
+
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
 def config_of(**sections: dict[str, Any]) -> Config:
@@ -235,10 +238,13 @@ def test_configs_build_on_the_meta_device_with_their_parameter_count(name: str, 
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@NEEDS_CUDA
 @pytest.mark.parametrize("kind", ["dash", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_cuda_gives_the_losses_and_gradients_of_the_cpu(kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cuda_gives_the_losses_and_gradients_of_the_cpu(
+    kind: str, dtype: torch.dtype, compiled: bool
+) -> None:
     model = model_of(config_of(model={"head_dim": 64}, attention={"kind": kind}))
     lengths = (37, 1, 70, 20)
     inputs = tokens_of(128), positions_of(*lengths), tokens_of(128, seed=1), cu_seqlens_of(*lengths)
@@ -247,6 +253,7 @@ def test_cuda_gives_the_losses_and_gradients_of_the_cpu(kind: str, dtype: torch.
     # float32 sums in another order (and tf32 is off); bf16 has 8 bits of mantissa
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
     model = model.to("cuda", dtype)
+    model.config.bias_activation_fusion = compiled  # as in a model that is built there
     cuda_loss = model(*(tensor.cuda() for tensor in inputs)).mean()
     assert cuda_loss.item() == pytest.approx(loss.item(), rel=tolerance)
     found = torch.autograd.grad(cuda_loss, list(model.parameters()))
@@ -254,7 +261,37 @@ def test_cuda_gives_the_losses_and_gradients_of_the_cpu(kind: str, dtype: torch.
         assert (other.cpu().float() - one).norm() <= tolerance * one.norm(), name
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=NEEDS_CUDA)])
+def test_the_activation_is_compiled_on_cuda_only(device: str) -> None:
+    assert build_model(config_of(), VOCABULARY, device).config.bias_activation_fusion == (device == "cuda")
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_compiled_activation_has_the_same_bits_whatever_the_number_of_rows(dtype: torch.dtype) -> None:
+    """A resumed run compiles for another first shape than the run that it goes on from."""
+    x, upstream = (torch.randn(512, 1, size, dtype=dtype, device="cuda") for size in (192, 96))
+
+    def run(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = x[:rows].clone().requires_grad_()
+        out = bias_swiglu_impl(leaf, None)
+        return out, torch.autograd.grad(out, leaf, upstream[:rows])[0]
+
+    whole = run(512)
+    leaf = x.double().requires_grad_()
+    gate, linear = leaf.chunk(2, -1)
+    expected = torch.nn.functional.silu(gate) * linear
+    right = expected, torch.autograd.grad(expected, leaf, upstream.double())[0]
+    for found, reference in zip(whole, right, strict=True):
+        assert (found.double() - reference).norm() <= (
+            1e-6 if dtype == torch.float32 else 4e-3
+        ) * reference.norm()
+    for rows in (37, 1, 511):
+        for part, all_rows in zip(run(rows), whole, strict=True):
+            assert torch.equal(part, all_rows[:rows])
+
+
+@NEEDS_CUDA
 def test_a_cuda_graph_of_training_steps_learns_as_eager_steps_do() -> None:
     """Forward, backward and update are captured on one batch and replayed on others, with other documents."""
     config = config_of(model={"head_dim": 64})
