@@ -79,6 +79,14 @@ def _save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
+def _save_beside_twins(figure: Any, axes: Any, path: Path) -> None:
+    """Save quality and, if there are two axes, its difference to the dense twin's."""
+    for axis in axes[1:]:
+        axis.axhline(0, color="gray", lw=1)
+    axes[0].legend(fontsize="small", framealpha=0.6)
+    _save(figure, path)
+
+
 def _loss_compute(rows: list[dict[str, Any]], quality: str, fits: dict[str, Any], path: Path) -> str:
     figure, axis = _figure("training FLOPs at the measured density", f"{quality} (nats)")
     for variant, (color, marker) in _styles(rows).items():
@@ -133,10 +141,7 @@ def _loss_by_position(study: Study, rows: list[dict[str, Any]], path: Path) -> s
         axis.set_xlabel("position in the document, up to (tokens)")
         axis.set_ylabel(f"{label} (nats)")
         axis.grid(alpha=0.3)
-    if twins:
-        axes[0][1].axhline(0, color="gray", lw=1)
-    axes[0][0].legend(fontsize="small", framealpha=0.6)
-    _save(figure, path)
+    _save_beside_twins(figure, axes[0], path)
     text = "Loss of the last validation by position in the document, of the largest runs; means over seeds."
     return text + (" On the right, less that of the full-attention twin: below 0 is better." if twins else "")
 
@@ -181,10 +186,7 @@ def _pareto(rows: list[dict[str, Any]], quality: str, path: Path) -> str:
         axis.set_xlabel("density (% of available chunks selected)")
         axis.set_ylabel(f"{label} (nats)")
         axis.grid(alpha=0.3)
-    if twins:
-        axes[0][1].axhline(0, color="gray", lw=1)
-    axes[0][0].legend(fontsize="small", framealpha=0.6)
-    _save(figure, path)
+    _save_beside_twins(figure, axes[0], path)
     text = (
         f"{quality[0].upper()}{quality[1:]} against density, mean over layers that select; larger marks are larger models, "
         "full attention stands at 100%, and lines join, at equal size and tokens, the runs that no other beats at its density or less."
