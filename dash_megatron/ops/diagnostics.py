@@ -342,3 +342,34 @@ def selection_map(
                 by_cell = padded.unflatten(-1, (cells, per_cell)).sum(-1)
                 pairs[head].index_add_(1, places.chunk_S // per_cell, by_cell)
     return SelectionMap(share=pairs[:, 0] / pairs[:, 1], chunks_per_cell=per_cell)
+
+
+@torch.no_grad()
+def listed_share(
+    q: Tensor, k: Tensor, summary_query: Tensor, settings: RouterSettings, max_chunks: int = 64
+) -> dict[int, Tensor]:
+    """Pairs that tiles of T neighbouring tokens visit over all pairs, past chunks only: float32 [H] for every T.
+
+    A kernel's tile visits a chunk if any of its tokens selected it, so that its work falls with density only as far as
+    neighbours agree; T = 1 is what tokens select. Looks at all tokens of `max_chunks` chunks, evenly spread over the whole
+    ones of one document (B == 1). T goes through the powers of two up to the chunk size.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        q_NHGD, k_NHD, _, grid = _flatten(q, k, None, settings.chunk_size)
+        (N, H, _, D), C = q_NHGD.shape, settings.chunk_size
+        past = N // C - 1
+        if past < 1:
+            raise ValueError(f"q has {N} tokens and must have two chunks of {C}; give a longer document")
+        chunks = (1 + _spread(past, min(past, max_chunks), q.device)).tolist()
+        tiles = [1 << power for power in range(C.bit_length())]
+        visited = {tile: torch.zeros(H, device=q.device) for tile in tiles}
+        for head in range(H):
+            k_BHSD = _to_grid(k_NHD[None, :, head : head + 1].float(), grid)
+            summary_cD = _summarize(k_BHSD, summary_query[head : head + 1].float(), grid)[0, 0]
+            for chunk in chunks:
+                q_SGD = q_NHGD[chunk * C : (chunk + 1) * C, head].float() * D**-0.5
+                past_Sc = torch.ones(C, chunk, dtype=torch.bool, device=q.device)
+                selected_Sc = _route(q_SGD, summary_cD[:chunk], past_Sc, settings.of_head(head)) > 0
+                for tile, sums in visited.items():
+                    sums[head] += tile * selected_Sc.unflatten(0, (-1, tile)).any(1).sum()
+    return {tile: sums / (C * sum(chunks)) for tile, sums in visited.items()}

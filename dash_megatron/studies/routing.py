@@ -26,6 +26,7 @@ from dash_megatron.ops.diagnostics import (
     WEIGHT_BINS,
     RoutingSamples,
     SelectionMap,
+    listed_share,
     sample_routing,
     selection_map,
 )
@@ -158,15 +159,18 @@ def study_routing(
     """
     samples: dict[int, RoutingSamples] = {}
     maps: dict[int, SelectionMap] = {}
+    listed: dict[int, dict[int, float]] = {}
 
     def observe(layer: int, core: DashCoreAttention, q: Tensor, k: Tensor, w: Tensor) -> None:
         samples[layer] = sample_routing(q, k, w, core.router_settings, max_queries=QUERIES)
         share, per_cell = selection_map(q, k, w, core.router_settings)
         maps[layer] = SelectionMap(share.cpu(), per_cell)
+        shares = listed_share(q, k, w, core.router_settings)
+        listed[layer] = {tile: round(float(share.mean()), 4) for tile, share in shares.items()}
 
     with open_run(run_dir, step, length, device) as run:
         run.observe(observe)
-        report = _report(run, samples, maps)
+        report = _report(run, samples, maps, listed)
     folder = Path(output) if output else Path(run_dir) / "routing" / tag_of(run.step)
     write_whole(folder / "routing.json", json.dumps(report) + "\n", make_folder=True)
     shares: dict[str, Any] = {
@@ -180,7 +184,10 @@ def study_routing(
 
 
 def _report(
-    run: OpenedRun, samples: dict[int, RoutingSamples], maps: dict[int, SelectionMap]
+    run: OpenedRun,
+    samples: dict[int, RoutingSamples],
+    maps: dict[int, SelectionMap],
+    listed: dict[int, dict[int, float]],
 ) -> dict[str, Any]:
     attention, layers = run.config.attention, range(run.config.model.layers)
     some = next(iter(samples.values()))
@@ -188,7 +195,7 @@ def _report(
     for layer in layers:
         if layer in samples:
             shares = [[round(x, 5) for x in head] for head in samples[layer].weights.tolist()]
-            records.append({**layer_record(samples[layer]), "weights": shares})
+            records.append({**layer_record(samples[layer]), "weights": shares, "listed": listed[layer]})
         else:
             records.append(None)
     return {

@@ -12,6 +12,7 @@ from dash_megatron.ops.diagnostics import (
     MEASURES,
     NEAR_THRESHOLD,
     RouterSettings,
+    listed_share,
     sample_routing,
     selection_map,
 )
@@ -176,6 +177,33 @@ def test_a_map_shows_the_share_of_tokens_that_selected_each_chunk(monkeypatch: p
     monkeypatch.setattr(module, "MAX_SCORES", 100)
     pieces, _ = selection_map(q, k, w, SETTINGS, max_cells=4)
     assert torch.equal(pieces.nan_to_num(-1), coarse.nan_to_num(-1))
+
+
+def test_tiles_visit_what_any_of_their_tokens_selected() -> None:
+    q, k, w = inputs(N=30)
+    shares = listed_share(q, k, w, SETTINGS)
+    assert list(shares) == [1, 2, 4]
+    for head in range(2):
+        summaries = k[0, :28, head].float().view(7, C, -1)
+        weights = (summaries @ w[head].float() * k.shape[-1] ** -0.5).softmax(1)
+        summary_cD = (weights[..., None] * summaries).sum(1)
+        visited = {tile: 0 for tile in shares}
+        for chunk in range(1, 7):
+            group = slice(head * q.shape[2] // 2, (head + 1) * q.shape[2] // 2)
+            z = torch.einsum(
+                "sgd,cd->sgc", q[0, chunk * C : chunk * C + C, group].float(), summary_cD[:chunk]
+            )
+            z *= SETTINGS.scaling_factor * q.shape[-1] ** -0.5
+            selected = entmax(z, SETTINGS.alpha).mean(1) > 0
+            for tile in shares:
+                for begin in range(0, C, tile):
+                    visited[tile] += tile * int(selected[begin : begin + tile].any(0).sum())
+        for tile, share in shares.items():
+            assert share[head].item() == pytest.approx(visited[tile] / (C * sum(range(1, 7))))
+    few = listed_share(q, k, w, SETTINGS, max_chunks=3)
+    assert few[1].lt(few[4]).all()
+    with pytest.raises(ValueError, match="two chunks of 4"):
+        listed_share(q[:, :7], k[:, :7], w, SETTINGS)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
