@@ -72,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         help="probability that queries want what the ones before them wanted",
     )
     plan.add_argument(
+        "--listed",
+        type=float,
+        default=1.04,
+        help="pairs that tiles visit over pairs selected, as `study routing` measures them; default: 1.04, where neighbours "
+        "agree; the routers measured so far had 3 to 6",
+    )
+    plan.add_argument(
         "--imbalance", type=float, default=1.0, help="busiest context rank's attention over the mean"
     )
     plan.add_argument(
@@ -227,6 +234,7 @@ def _plan(options: argparse.Namespace) -> None:
         density=options.density,
         peak_density=options.peak_density,
         locality=options.locality,
+        listed_over_selected=options.listed,
         imbalance=options.imbalance,
     )
     print(

@@ -53,7 +53,7 @@ class Routing:
     """Largest density of the run, for which memory must suffice: training from scratch starts at 1."""
     listed_over_selected: float = 1.04
     """Pairs in chunks that tiles list over pairs selected: 1.00 to 1.04 measured where neighbours route alike, 2 to 5.6
-    where they do not."""
+    where they do not, 3 to 6 in a trained model of 62M parameters (tiles of 32 tokens)."""
     locality: float = 0.0
     """Probability that a run of queries wants a topic of its own neighbourhood; decides what `sparse` sends."""
     run_tokens: int = 32

@@ -146,6 +146,16 @@ def test_the_quick_tables_of_the_page_are_current() -> None:
         fill_in("", ["kernels"])
 
 
+def test_longer_lists_cost_attention(capsys: pytest.CaptureFixture[str]) -> None:
+    short, long = (
+        _layouts(capsys, *arguments)["configured"]["seconds_parts"] for arguments in ((), ("--listed", "4.5"))
+    )
+    assert long["attention"] > 1.5 * short["attention"]
+    assert long["matmul"] == short["matmul"]
+    assert main(["plan", "--config", CONFIG, "--gpus", "128", "--listed", "0.5"]) == 2
+    assert "listed_over_selected=0.5 must be at least 1" in capsys.readouterr().err
+
+
 def test_sparse_saves_nothing_without_locality() -> None:
     assert sparse_ratio(0.1, 0.0) == pytest.approx(1.0, abs=0.01)
     assert sparse_ratio(0.02, 0.98) < 0.3
