@@ -156,6 +156,13 @@ def _flatten(
     return q.reshape(B * N, Hkv, Hq // Hkv, D), k.reshape(B * N, Hkv, D), position_N, grid
 
 
+def _chunks_of_head(k_NHD: Tensor, summary_query: Tensor, head: int, grid: _Grid) -> tuple[Tensor, Tensor]:
+    """Keys [c, W, D] of one head by chunk, and its summaries [c, D], float32."""
+    k_BHSD = _to_grid(k_NHD[None, :, head : head + 1].float(), grid)
+    summary_cD = _summarize(k_BHSD, summary_query[head : head + 1].float(), grid)[0, 0]
+    return k_BHSD.view(grid.num_chunks, grid.num_slots, -1), summary_cD
+
+
 def _route(q_SGD: Tensor, summary_cD: Tensor, past_Sc: Tensor, settings: RouterSettings) -> Tensor:
     """Group mean [S, c] of the entmax over past chunks; `q_SGD` comes divided by sqrt(D)."""
     factor_S = settings.score_factors(past_Sc.sum(1))[0]
@@ -271,9 +278,7 @@ def sample_routing(
         weights = []
         for head in range(H):  # one by one, for memory
             of_head = settings.of_head(head)
-            k_BHSD = _to_grid(k_NHD[None, :, head : head + 1].float(), grid)
-            summary_cD = _summarize(k_BHSD, summary_query[head : head + 1].float(), grid)[0, 0]
-            k_cWD = k_BHSD.view(grid.num_chunks, grid.num_slots, D)
+            k_cWD, summary_cD = _chunks_of_head(k_NHD, summary_query, head, grid)
             found = []
             for part, places, first, end in _blocks(grid, token_S, grid.num_slots * G):
                 q_SGD = q_NHGD[part, head].float() * D**-0.5
@@ -331,8 +336,7 @@ def selection_map(
         pairs = torch.zeros(H, 2, cells, cells, device=q.device)
         for head in range(H):
             of_head = settings.of_head(head)
-            k_BHSD = _to_grid(k_NHD[None, :, head : head + 1].float(), grid)
-            summary_cD = _summarize(k_BHSD, summary_query[head : head + 1].float(), grid)[0, 0]
+            _, summary_cD = _chunks_of_head(k_NHD, summary_query, head, grid)
             for part, places, first, end in _blocks(grid, token_S, G):
                 q_SGD = q_NHGD[part, head].float() * D**-0.5
                 past_Sc, own_Sc = places.masks(first, end)
@@ -364,8 +368,7 @@ def listed_share(
         tiles = [1 << power for power in range(C.bit_length())]
         visited = {tile: torch.zeros(H, device=q.device) for tile in tiles}
         for head in range(H):
-            k_BHSD = _to_grid(k_NHD[None, :, head : head + 1].float(), grid)
-            summary_cD = _summarize(k_BHSD, summary_query[head : head + 1].float(), grid)[0, 0]
+            _, summary_cD = _chunks_of_head(k_NHD, summary_query, head, grid)
             for chunk in chunks:
                 q_SGD = q_NHGD[chunk * C : (chunk + 1) * C, head].float() * D**-0.5
                 past_Sc = torch.ones(C, chunk, dtype=torch.bool, device=q.device)

@@ -163,7 +163,6 @@ def table(rows: Sequence[Sequence[str]], columns: Sequence[str] = COLUMNS) -> li
 
 def as_dict(estimate: StepEstimate, hardware: Hardware) -> dict[str, Any]:
     """One layout for JSON: seconds, bytes, GiB."""
-    parts = ("matmul", "elementwise", "attention", "tensor", "context", "zero", "optimizer")
     return {
         **dataclasses.asdict(estimate.layout),
         "fits": estimate.memory.total <= hardware.budget_bytes,
@@ -174,7 +173,7 @@ def as_dict(estimate: StepEstimate, hardware: Hardware) -> dict[str, Any]:
         "nvlink_bytes": estimate.nvlink_bytes,
         "infiniband_bytes": estimate.infiniband_bytes,
         "seconds": estimate.seconds,
-        "seconds_parts": {name: getattr(estimate, name) for name in parts},
+        "seconds_parts": estimate.parts,
         "tokens_per_second_per_gpu": estimate.tokens_per_second_per_gpu,
         "bound": estimate.bound,
     }

@@ -13,7 +13,7 @@ from dash_megatron.training.flops import parameter_count
 MAX_LOGITS = 2**28
 """Logits alive at once, in elements of the whole vocabulary: `dash_megatron.layers.model.MAX_LOGITS`."""
 LOGIT_BYTES = 8
-"""A logit in bf16, its float32 copy and softmax in place, and gradients of both."""
+"""A logit in bf16, its float32 softmax, made in place, and its gradient in bf16."""
 MAX_BOUNDED_BYTES = 2 * 2**30
 """Lists up to this size have room for every chunk: `dash_megatron.ops.kernels.geometry.MAX_BOUNDED_BYTES`."""
 BUCKET_ELEMENTS = 500_000_000
@@ -38,17 +38,14 @@ class MemoryUse:
     reserved: float
 
     @property
+    def states(self) -> float:
+        """What does not depend on the tokens of a micro-batch, and is known exactly."""
+        return self.weights + self.gradients + self.optimizer + self.buckets
+
+    @property
     def total(self) -> float:
         """Sum of all."""
-        return (
-            self.weights
-            + self.gradients
-            + self.optimizer
-            + self.buckets
-            + self.activations
-            + self.working
-            + self.reserved
-        )
+        return self.states + self.activations + self.working + self.reserved
 
 
 def rank_parameters(config: Config, layout: Layout, vocab_size: int) -> float:

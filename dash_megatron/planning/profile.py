@@ -85,7 +85,6 @@ def read_profile(run_dir: str | Path, hardware: Hardware) -> Profile:
     estimate = estimate_configured(config, processes, routing, hardware)
     tokens = config.training.global_batch * config.data.seq_length
     use = estimate.memory
-    states = use.weights + use.gradients + use.optimizer + use.buckets
     memory = [line["gpu_memory_gib"] for line in lines if line["gpu_memory_gib"] is not None]
     return Profile(
         run_dir=str(run_dir),
@@ -95,5 +94,5 @@ def read_profile(run_dir: str | Path, hardware: Hardware) -> Profile:
         modelled_seconds=estimate.seconds,
         memory_gib=max(memory, default=None),
         modelled_memory_gib=use.total / 2**30 - hardware.reserved_gib,
-        modelled_states_gib=states / 2**30,
+        modelled_states_gib=use.states / 2**30,
     )

@@ -41,6 +41,17 @@ FORWARD_SHARE = 0.35
 LOGIT_TRAFFIC = (22, 52)
 """Bytes read and written per logit: by the loss's forward pass, and by both passes."""
 
+PARTS = {
+    "matmul": "matmul",
+    "elementwise": "elementwise",
+    "attention": "attention",
+    "tensor": "tensor links",
+    "context": "context links",
+    "zero": "ZeRO links",
+    "optimizer": "optimizer",
+}
+"""What a step's time is the sum of: fields of `StepEstimate`, and what a step is bound by where one is the largest."""
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -95,10 +106,14 @@ class StepEstimate:
     """Tokens of the step, all GPUs."""
 
     @property
+    def parts(self) -> dict[str, float]:
+        """Seconds of each of `PARTS`."""
+        return {name: getattr(self, name) for name in PARTS}
+
+    @property
     def seconds(self) -> float:
         """Of one optimizer step."""
-        compute = self.matmul + self.elementwise + self.attention
-        return compute + self.tensor + self.context + self.zero + self.optimizer
+        return sum(self.parts.values())
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
@@ -108,16 +123,8 @@ class StepEstimate:
     @property
     def bound(self) -> str:
         """What takes the largest share."""
-        parts = {
-            "matmul": self.matmul,
-            "elementwise": self.elementwise,
-            "attention": self.attention,
-            "tensor links": self.tensor,
-            "context links": self.context,
-            "ZeRO links": self.zero,
-            "optimizer": self.optimizer,
-        }
-        return max(parts, key=parts.__getitem__)
+        parts = self.parts
+        return PARTS[max(parts, key=parts.__getitem__)]
 
 
 def sent_coverage(config: Config, layout: Layout, routing: Routing) -> float:

@@ -120,8 +120,9 @@ def _loss_by_position(study: Study, rows: list[dict[str, Any]], path: Path) -> s
     if not shown:
         return None
     twins = {run: losses[twin["run"]] for run, twin in dense_twins(rows).items() if losses[twin["run"]]}
-    several = len({row["size"] for row in shown}) > 1
-    names = {row["run"]: f"{row['size']} ({row['variant']})" if several else row["variant"] for row in shown}
+    if len({row["size"] for row in shown}) > 1:
+        shown = [{**row, "variant": f"{row['size']} ({row['variant']})"} for row in shown]
+    names = {row["run"]: row["variant"] for row in shown}
     panels = [({run: losses[run] for run in names}, "validation loss")]
     if twins:
         above = {
@@ -132,9 +133,8 @@ def _loss_by_position(study: Study, rows: list[dict[str, Any]], path: Path) -> s
         panels.append((above, "validation loss above the dense twin's"))
     figure, axes = plt.subplots(1, len(panels), figsize=(12 if twins else 8, 5), squeeze=False)
     for axis, (values, label) in zip(axes[0], panels, strict=True):
-        for index, name in enumerate(dict.fromkeys(names.values())):
+        for name, (color, marker) in _styles(shown).items():
             points = mean_by_position([part for run, part in values.items() if names[run] == name])
-            color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
             axis.plot(list(points), list(points.values()), color=color, marker=marker, lw=1, label=name)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:,.0f}")

@@ -154,10 +154,16 @@ def chunk_table(sizes: Sizes, batch: int, cu_seqlens: Tensor | None, device: tor
     return torch.stack([start, end, torch.where(exists, first, chunk)]).int()
 
 
+def _make_layout(
+    sizes: Sizes, batch: int, cu_seqlens: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    chunks = chunk_table(sizes, batch, cu_seqlens, device)
+    return chunks, bounded_offsets(sizes, chunks)
+
+
 @lru_cache(maxsize=32)
 def _unpacked_layout(sizes: Sizes, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    chunks = chunk_table(sizes, batch, None, device)
-    return chunks, bounded_offsets(sizes, chunks)
+    return _make_layout(sizes, batch, None, device)
 
 
 def layout(
@@ -165,18 +171,13 @@ def layout(
 ) -> tuple[Tensor, Tensor]:
     """`chunk_table` and `bounded_offsets`, remembered by shapes or by `cu_seqlens`; the caller's own to keep."""
     if cu_seqlens is not None:
-        bounds = cu_seqlens
-
-        def make_packed() -> tuple[Tensor, Tensor]:
-            chunks = chunk_table(sizes, batch, bounds, device)
-            return chunks, bounded_offsets(sizes, chunks)
-
-        chunks, offsets = derived(cu_seqlens, ("layout", sizes, batch), make_packed)
-        return chunks.clone(), offsets.clone()
-    # what a CUDA graph allocates dies with the graph
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    make = _unpacked_layout.__wrapped__ if capturing else _unpacked_layout
-    chunks, offsets = make(sizes, batch, device)
+        key = "layout", sizes, batch
+        chunks, offsets = derived(cu_seqlens, key, lambda: _make_layout(sizes, batch, cu_seqlens, device))
+    elif device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # what a CUDA graph allocates dies with the graph
+        return _make_layout(sizes, batch, None, device)
+    else:
+        chunks, offsets = _unpacked_layout(sizes, batch, device)
     return chunks.clone(), offsets.clone()
 
 
