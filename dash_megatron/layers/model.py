@@ -81,7 +81,7 @@ class DashGPTModel(GPTModel):
 
         def score(hidden: Tensor, target_BSN: Tensor) -> Tensor:
             logits, target_BN = self.output_layer(hidden, weight=weight)[0], target_BSN.flatten(1)
-            # before the loss, which is computed in the logits' own memory
+            # before the loss, which Megatron computes in the logits' own memory
             right_BN = (
                 None if words is None else is_likeliest(logits, target_BN, words, self.pg_collection.tp)
             )
@@ -99,6 +99,14 @@ class DashGPTModel(GPTModel):
             checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces
         ]
         return torch.cat(losses, dim=2).flatten(1, 2)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """labels [B, N] and this tensor-parallel rank's logits [N, B, rows of the table] -> nats, float32 [B, N]."""
+        if self.pg_collection.tp.size() > 1 or not logits.is_cuda:
+            return super().compute_language_model_loss(labels, logits)
+        from dash_megatron.ops.kernels.cross_entropy import cross_entropy
+
+        return cross_entropy(logits.flatten(0, 1), labels.t().flatten()).view(logits.shape[:2]).t()
 
     def forward(  # type: ignore[override]
         self,
