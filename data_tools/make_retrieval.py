@@ -24,8 +24,9 @@ from dash_megatron.evaluation.text import break_lines
 from data_tools.atomic import atomic_write
 from data_tools.readers import BadLineCounter, read_inputs
 
-QUESTIONS = 32
-MOST_NEEDLES = 8
+# Of a list's lines, how many ask: what is asked for is all that can be learned, the rest is chance.
+ASKING = (0.125, 0.5)
+MOST_NEEDLES = 32
 # Text whose tokens are counted, to know how many bytes a token has.
 SAMPLE_BYTES = 1 << 20
 
@@ -45,19 +46,25 @@ def _filler(text: Sequence[str], text_key: str, max_mb: float) -> list[str]:
     return lines
 
 
-def _needles(generator: random.Random, length: int, lines: list[str], tokens_per_byte: float) -> str:
-    begin, size, room = generator.randrange(len(lines)), 0, length / tokens_per_byte
+def _needles(
+    generator: random.Random, length: int, lines: list[str], tokens_per_byte: float, tokens_per_needle: float
+) -> str:
+    # as often one as two to three, or sixteen to thirty; the text is most of a document
+    most = min(MOST_NEEDLES, max(1, int(length / 4 / tokens_per_needle)))
+    count = int(math.exp(generator.uniform(0, math.log(most + 1))))
+    begin, size = generator.randrange(len(lines)), 0
+    room = (length - count * tokens_per_needle) / tokens_per_byte
     filler = itertools.chain(itertools.islice(lines, begin, None), itertools.cycle(lines))
     taken = []
     while size < room:
         taken.append(next(filler))
         size += len(taken[-1].encode()) + 1
-    return needles_with_questions(generator, taken, generator.randint(1, MOST_NEEDLES))
+    return needles_with_questions(generator, taken, count)
 
 
 def _pairs(generator: random.Random, length: int, tokens_per_pair: float) -> str:
     lines = max(2, round(length / tokens_per_pair))
-    questions = min(QUESTIONS, lines // 4)
+    questions = max(1, round(lines * generator.uniform(*ASKING)))
     return pairs_with_questions(generator, lines - questions, questions)
 
 
@@ -74,14 +81,16 @@ def documents(
     """
     sample = "\n".join(lines)[:SAMPLE_BYTES]
     tokens_per_byte = count(sample) / len(sample.encode())
-    tokens_per_pair = count(pairs_with_questions(random.Random(f"{seed}:size"), 256, 0)) / 256
+    generator = random.Random(f"{seed}:size")
+    tokens_per_pair = count(pairs_with_questions(generator, 256, 0)) / 256
+    tokens_per_needle = count(needles_with_questions(generator, [], 256)) / 256
     for number in itertools.count():
         generator = random.Random(f"retrieval:{seed}:{number}")
         length = round(math.exp(generator.uniform(*map(math.log, lengths))))
         if number % 2:
             yield _pairs(generator, length, tokens_per_pair), length
         else:
-            yield _needles(generator, length, lines, tokens_per_byte), length
+            yield _needles(generator, length, lines, tokens_per_byte, tokens_per_needle), length
 
 
 def make_retrieval(

@@ -35,15 +35,16 @@ def test_documents_have_about_the_lengths_asked_for_and_every_answer_stands_befo
     assert max(lengths) > 1.5 * min(lengths)
     for text in documents[::2]:
         questions = re.findall(r"In the text above, the number of (\w+) is (\d{7})\n", text)
-        assert 1 <= len(questions) <= 8
+        assert 1 <= len(questions) <= 32
         for name, secret in questions:
             assert text.index(f"The number of {name} is {secret}.") < text.index("In the text above")
     for text in documents[1::2]:
         lines = text.splitlines()
-        questions = min(32, len(lines) // 4)
-        pairs, asked = lines[:-questions], lines[-questions:]
-        assert len(set(pairs)) == len(pairs)
-        assert set(asked) < set(pairs)
+        pairs = list(dict.fromkeys(lines))
+        asked = lines[len(pairs) :]
+        assert lines[: len(pairs)] == pairs
+        assert len(set(asked)) == len(asked)
+        assert 0.12 * len(lines) < len(asked) <= len(lines) / 2
 
 
 def test_a_seed_gives_the_same_documents_each_time_and_another_seed_others(tmp_path, arguments):
