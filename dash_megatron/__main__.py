@@ -106,6 +106,12 @@ def _add_evaluate(tools: Any) -> None:
     evaluate = tools.add_parser("evaluate", help=text, description=text, epilog="see docs/evaluation.md")
     evaluate.add_argument("source", metavar="SOURCE", help="a run's folder, or an exported one")
     evaluate.add_argument("--step", type=int, help="checkpoint of this step instead of the newest")
+    evaluate.add_argument(
+        "--rope-scaling",
+        metavar="YAML",
+        help="stretch a run's RoPE beyond the lengths it was trained on, with the fields of model.rope_scaling: "
+        "'{rope_type: yarn, factor: 8, original_max_position_embeddings: 16384}'",
+    )
     evaluate.add_argument("--tasks", type=_names, metavar="NAME,...", help="default: all")
     evaluate.add_argument(
         "--lengths", type=_integers, metavar="TOKENS,...", help="default: 1/4, 1/2 and all of training's"
@@ -181,6 +187,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from dash_megatron.config_loading import read_rope_scaling
     from dash_megatron.evaluation.command import evaluate_command
     from dash_megatron.evaluation.jobs import FAMILIES, Settings
 
@@ -194,7 +201,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         batch_tokens=options.batch_tokens,
     )
     places = {"step": options.step, "text": options.text, "data": options.data, "output": options.output}
-    print(evaluate_command(options.source, settings, **places))
+    rope_scaling = read_rope_scaling(options.rope_scaling) if options.rope_scaling else None
+    print(evaluate_command(options.source, settings, rope_scaling=rope_scaling, **places))
 
 
 def _to_hf(options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
 from dash_megatron.config import Config
+from dash_megatron.config_rope import RopeScaling
 
 
 class ConfigError(ValueError):
@@ -54,6 +55,21 @@ def config_from_dict(tree: dict[str, Any]) -> Config:
     except ValidationError as error:
         lines = [_explain(dict(problem)) for problem in error.errors(include_url=False)]
         raise ConfigError("\n".join(lines)) from None
+
+
+def read_rope_scaling(text: str) -> RopeScaling:
+    """Read `model.rope_scaling` from YAML such as `{rope_type: yarn, factor: 8, ...}`.
+
+    Raises:
+        ConfigError: malformed YAML, unknown key, wrong type, or a broken rule.
+    """
+    try:
+        return RopeScaling.model_validate(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--rope-scaling {text!r} is not valid YAML: {error}") from error
+    except ValidationError as error:
+        lines = [_explain(dict(problem)) for problem in error.errors(include_url=False)]
+        raise ConfigError("\n".join(f"--rope-scaling {text!r}: {line}" for line in lines)) from None
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from dash_megatron.config_rope import RopeScaling
 from dash_megatron.evaluation.jobs import Settings
 from dash_megatron.evaluation.models import LanguageModel, open_model
 from dash_megatron.evaluation.pictures import draw
@@ -19,6 +20,7 @@ def evaluate_command(
     settings: Settings,
     *,
     step: int | None = None,
+    rope_scaling: RopeScaling | None = None,
     text: str | None = None,
     data: Sequence[str] = (),
     output: str | None = None,
@@ -26,11 +28,12 @@ def evaluate_command(
     """Evaluate a run or an exported folder, telling on standard output how far it is.
 
     Args:
-        source, step: see `open_model`.
+        source, step, rope_scaling: see `open_model`.
         settings: without lengths: a quarter, half and all of the length of training.
         text: file with text; None: `data`.
         data: prefixes of `.bin/.idx` pairs; none: the run's validation data.
-        output: folder for results; None: `RUN/evaluation/step_...`, or `FOLDER.evaluation` beside an export.
+        output: folder for results; None: `RUN/evaluation/step_...`, with the type of `rope_scaling` behind it, or
+            `FOLDER.evaluation` beside an export.
 
     Returns:
         The path of the JSON file with the results; the pictures are beside it.
@@ -41,7 +44,7 @@ def evaluate_command(
     """
     if text is not None and data:
         raise ValueError("--text and --data exclude each other; give one")
-    with open_model(source, step) as model:
+    with open_model(source, step, rope_scaling) as model:
         if not settings.lengths:
             whole = model.trained_length
             settings = replace(settings, lengths=(whole // 4, whole // 2, whole))
@@ -66,5 +69,8 @@ def _open_text(model: LanguageModel, longest: int, text: str | None, data: Seque
 def _default_output(source: Path, model: LanguageModel) -> Path:
     step = re.search(r" step (\d+)$", model.name)
     if step and (source / "checkpoints").is_dir():
-        return source / "evaluation" / f"step_{int(step.group(1)):08d}"
+        # results of another RoPE are kept apart
+        scaling = model.rope_scaling
+        other = "" if scaling is None else f"_{scaling.rope_type}_{scaling.factor or 1:g}"
+        return source / "evaluation" / f"step_{int(step.group(1)):08d}{other}"
     return source.with_name(f"{source.name}.evaluation")

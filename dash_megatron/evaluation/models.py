@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dash_megatron.config import Config
+from dash_megatron.config_rope import RopeScaling
 from dash_megatron.data.blend import blend_prefixes
 from dash_megatron.data.index_file import edges_digest
 from dash_megatron.data.tokenizer import Tokenizer
@@ -39,6 +40,8 @@ class LanguageModel(ABC):
     """Longest sequence of training."""
     data: list[str]
     """Prefixes of validation data; empty where the model has none."""
+    rope_scaling: RopeScaling | None = None
+    """That of this evaluation alone."""
     device: torch.device
 
     @abstractmethod
@@ -191,21 +194,29 @@ def _until(tokens: list[int], end: int) -> list[int]:
 
 
 @contextmanager
-def open_model(source: str | Path, step: int | None = None) -> Iterator[LanguageModel]:
+def open_model(
+    source: str | Path, step: int | None = None, rope_scaling: RopeScaling | None = None
+) -> Iterator[LanguageModel]:
     """Load a run's checkpoint or an exported folder, onto the GPU where there is one.
 
     Args:
         source: a run's folder, or a folder with config.json and weights.
         step: of a run: which checkpoint; None: the newest.
+        rope_scaling: of a run: how its RoPE is stretched, in place of `model.rope_scaling`; None: as it was trained.
 
     Raises:
         FileNotFoundError: the folder is neither, or has no such checkpoint.
-        ValueError: the checkpoint is damaged, or `step` was given for an export.
+        ValueError: the checkpoint is damaged, or `step` or `rope_scaling` was given for an export.
     """
     folder = Path(source)
     if (folder / "config.json").is_file():
         if step is not None:
             raise ValueError(f"--step {step} is for runs, and {folder} is an exported model; leave it out")
+        if rope_scaling is not None:
+            raise ValueError(
+                f"--rope-scaling is for runs, and {folder} is an exported model; leave it out, and set rope_parameters "
+                "in its config.json"
+            )
         yield ExportedModel(folder)
         return
     if not checkpoint_folder(folder).is_dir():
@@ -213,11 +224,19 @@ def open_model(source: str | Path, step: int | None = None) -> Iterator[Language
             f"{folder} must be a run (with checkpoints/) or an exported model (with config.json)"
         )
     config, step, weights = load_weights(folder, step)
+    if rope_scaling is not None:
+        shape = config.model.model_copy(update={"rope_scaling": rope_scaling})
+        # checks, which a copy does not, that factors fit the heads
+        config = config.model_copy(update={"model": type(shape).model_validate(shape.model_dump())})
     with whole_model(config, weights) as (model, device):
         digest = hashlib.sha256((checkpoint_folder(folder) / tag_of(step) / MANIFEST).read_bytes())
         half = next(model.parameters()).dtype == torch.bfloat16
         digest.update(b"bfloat16" if half else b"float32")
-        yield RunModel(model, config, f"{folder.name} step {step}", digest.hexdigest()[:16], device)
+        if rope_scaling is not None:
+            digest.update(rope_scaling.model_dump_json().encode())
+        found = RunModel(model, config, f"{folder.name} step {step}", digest.hexdigest()[:16], device)
+        found.rope_scaling = rope_scaling
+        yield found
 
 
 def _folder_fingerprint(folder: Path) -> str:

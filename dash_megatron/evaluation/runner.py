@@ -53,6 +53,7 @@ def evaluate(
             "fingerprint": model.fingerprint,
             "trained_length": model.trained_length,
             "device": model.device.type,
+            "rope_scaling": model.rope_scaling and model.rope_scaling.model_dump(exclude_none=True),
         },
         "text": text.name,
         "score": settings.score,

@@ -10,14 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dash_megatron.__main__ import main
+from dash_megatron.config_rope import RopeScaling
 from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.evaluation.models import RunModel, open_model
 from dash_megatron.evaluation.samples import Sample
 from dash_megatron.evaluation.tasks import COMMON_WORDS, CUE_TOKENS, FREQUENT_WORDS, TASKS
 from dash_megatron.evaluation.text import LocalText
 from dash_megatron.hf.export import export_run
+from dash_megatron.training.weights import whole_model
 
 LENGTH = 1400
 ROOT = Path(__file__).parents[2]
@@ -158,6 +162,34 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     assert len(path.read_text().splitlines()) == 6  # of other settings, beside the old ones
 
 
+def test_a_stretched_rope_gives_what_a_run_with_it_gives_and_keeps_its_results_apart(
+    write_run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, weights = write_run("dash")
+    arguments = ["--tasks", "copy", "--lengths", "200", "--samples", "2"]
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    plain = evaluate(Path(config.run_dir), tmp_path / "plain", *arguments)
+    assert main(["evaluate", config.run_dir, *arguments, "--rope-scaling", yaml.safe_dump(scaling)]) == 0
+    path = Path(capsys.readouterr().out.splitlines()[-1])
+    assert path.parent == Path(config.run_dir) / "evaluation" / "step_00000001_yarn_4"
+    stretched = json.loads(path.read_text())
+    assert stretched["model"]["rope_scaling"] == scaling
+    assert plain["model"]["rope_scaling"] is None
+    # a run whose config has it
+    tokens = torch.arange(200)[None] % 50
+    with open_model(config.run_dir) as model:
+        before = model.losses(tokens)
+    with open_model(config.run_dir, rope_scaling=RopeScaling(**scaling)) as model:
+        after = model.losses(tokens)
+    shape = config.model.model_copy(update={"rope_scaling": RopeScaling(**scaling)})
+    with whole_model(config.model_copy(update={"model": shape}), weights) as (trained, device):
+        wanted = RunModel(trained, config, "", "", device).losses(tokens)
+    assert torch.equal(after, wanted)
+    assert not torch.equal(after, before)
+    nll = [results["tasks"]["copy"]["200"]["nll"] for results in (plain, stretched)]
+    assert nll[0] != nll[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -169,6 +201,8 @@ def test_a_killed_evaluation_goes_on_where_it_was(
         (["--lengths", "9000000", "--tasks", "niah_single"], "needs more text"),
         (["--samples", "0"], "--samples 0 must be at least 1"),
         (["--step", "7"], "no checkpoint of step 7"),
+        (["--rope-scaling", "{rope_type: yarn}"], "rope_type=yarn needs ['factor', 'original_max"),
+        (["--rope-scaling", "{rope_type: yarn"], "--rope-scaling '{rope_type: yarn' is not valid YAML"),
     ],
 )
 def test_what_cannot_work_is_told(
