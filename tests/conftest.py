@@ -15,6 +15,9 @@ import pytest
 # before torch is imported anywhere: tests share two cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# whatever the machine has; DeepSpeed's choice would be inherited from a test that had a GPU
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
 from tests.tiny import make_tiny_data, tiny_tree
 
 
@@ -52,7 +55,8 @@ def _context(cuda: bool) -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dash_megatron.training.trainer", "torch.distributed"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        for name, value in NO_GPU.items():
+            patch.setenv(name, value)
         forkserver.ensure_running()
     return context
 
@@ -74,7 +78,7 @@ def run_processes(tmp_path: Path) -> Callable[..., None]:
         common = {**os.environ, "WORLD_SIZE": str(count)}
         if not cuda:
             # several processes cannot share a GPU over NCCL: these tests are of gloo, on any machine
-            common["CUDA_VISIBLE_DEVICES"] = ""
+            common |= NO_GPU
         # Listens before any process starts, as torchrun's agent does: a port found free could be taken by then.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
