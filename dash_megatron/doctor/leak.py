@@ -14,10 +14,13 @@ from dash_megatron.layers.sharding import split_of
 from dash_megatron.parallel import tensor_group
 
 _CHANGED = 1
+# Of a gradient's norm, where kernels add up keys' gradients in pieces whose borders all documents' lists decide: a leak is
+# far above it.
+_ROUNDING = {"fp32": 1e-5, "bf16": 1e-2}
 
 
 def check_leak(session: Session) -> Finding:
-    """Change one of four documents: losses and gradients of the others must keep every bit.
+    """Change one of four documents: losses and gradients of the others must keep every bit; on a GPU, gradients all but rounding.
 
     Run with the run's attention, precision and layout. Each document has token ids of its own, so that the rows of the
     embedding's gradient are those of single documents.
@@ -35,7 +38,8 @@ def check_leak(session: Session) -> Finding:
     for name in usual:
         for document in range(NUM_DOCUMENTS):
             before, after = usual[name][document], changed[name][document]
-            if document != _CHANGED and not torch.equal(before, after):
+            allowed = _ROUNDING[config.training.precision] if before.is_cuda and name == "gradient" else 0.0
+            if document != _CHANGED and not (before - after).norm() <= allowed * before.norm():
                 most = (before - after).abs().max().item()
                 problems.append(f"the {name} of document {document} changed by up to {most:.1e}")
     if not problems and session.config.parallel.context == session.config.parallel.tensor == 1:

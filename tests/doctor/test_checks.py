@@ -176,7 +176,8 @@ def test_attention_across_documents_is_a_leak(
     kind: str, precision: str, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session.config = changed(session.config, attention={"kind": kind}, training={"precision": precision})
-    assert check_leak(session).status == "ok"
+    finding = check_leak(session)
+    assert finding.status == "ok", finding.message
     module = DashCoreAttention if kind == "dash" else FullCoreAttention
     attend = module._attend_here
 
