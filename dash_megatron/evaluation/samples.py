@@ -40,9 +40,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> Sample:
 
     A token that joins the end of the prompt and the start of the answer counts as answer.
     """
-    pieces = [prompt.text]
-    for number, answer in enumerate(prompt.answers):
-        pieces += [prompt.separator if number else prompt.opening, answer]
+    pieces = _pieces(prompt)
     ids = tokenizer.encode("".join(pieces))
     # all but a short tail is equal in every encoding below
     ends = [_common(ids, tokenizer.encode(text)) for text in itertools.accumulate(pieces)]
@@ -53,6 +51,14 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> Sample:
         begin, end = ends[2 * number + 1], ends[2 * number + 2]
         spans.append((min(begin, end - 1), end))
     return Sample(ids, min(ends[0], spans[0][0]), spans, prompt.answers, prompt.depth)
+
+
+def _pieces(prompt: Prompt) -> list[str]:
+    """The question, then what stands before each answer, and the answer."""
+    pieces = [prompt.text]
+    for number, answer in enumerate(prompt.answers):
+        pieces += [prompt.separator if number else prompt.opening, answer]
+    return pieces
 
 
 def _common(ids: list[int], prefix: list[int]) -> int:
@@ -76,22 +82,26 @@ def fit(build: Callable[[int], Prompt], sizes: tuple[int, int], length: int, tok
         ValueError: the smallest is too long, or the largest fills less than nine tenths of `length`.
     """
     low, largest = sizes
-    best = encode_prompt(build(low), tokenizer)
-    if len(best.ids) > length:
+
+    def count(size: int) -> int:
+        return len(tokenizer.encode("".join(_pieces(build(size)))))
+
+    found = count(low)
+    if found > length:
         raise ValueError(
-            f"--lengths {length} must be at least {len(best.ids)}, the shortest sample with this tokenizer"
+            f"--lengths {length} must be at least {found}, the shortest sample with this tokenizer"
         )
     high = None
     while low < largest and (high is None or high - low > max(1, low // 64)):
         middle = min(2 * low + 1, largest) if high is None else (low + high) // 2
-        sample = encode_prompt(build(middle), tokenizer)
-        if len(sample.ids) <= length:
-            low, best = middle, sample
+        tokens = count(middle)
+        if tokens <= length:
+            low, found = middle, tokens
         else:
             high = middle
-    if high is None and len(best.ids) < 0.9 * length:
+    if high is None and found < 0.9 * length:
         raise ValueError(
-            f"--lengths {length} needs more text: all of it makes a sample of {len(best.ids)} tokens; give a longer "
+            f"--lengths {length} needs more text: all of it makes a sample of {found} tokens; give a longer "
             "--text, more validation data, or a smaller length"
         )
-    return best
+    return encode_prompt(build(low), tokenizer)
