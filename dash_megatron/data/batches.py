@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dash_megatron.ops.derived import LONGEST_DOCUMENT, derived
 from dash_megatron.parallel.context import ContextShard, shard_sequence
 
 
@@ -57,7 +58,12 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Copy all tensors to a device."""
-        return self._map("to", device, non_blocking=non_blocking)
+        moved = self._map("to", device, non_blocking=non_blocking)
+        if not self.cu_seqlens.is_cuda:
+            # known here, and a stall there
+            longest = int(self.cu_seqlens.diff().max())
+            derived(moved.cu_seqlens, LONGEST_DOCUMENT, lambda: longest)
+        return moved
 
     def pin_memory(self) -> PackedBatch:
         """Copy all tensors to page-locked memory, so that `to(non_blocking=True)` overlaps with work."""

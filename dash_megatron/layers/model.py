@@ -33,6 +33,7 @@ from dash_megatron.layers.likeliest import is_likeliest
 from dash_megatron.layers.norm import RMSNorm
 from dash_megatron.layers.rotary import PackedRotaryEmbedding, attention_factor
 from dash_megatron.layers.sharding import mark_splits, shard, split_of, whole_shape
+from dash_megatron.ops.derived import LONGEST_DOCUMENT, derived
 from dash_megatron.parallel.context import ContextShard
 
 CORE_ATTENTION: dict[str, type[CoreAttention]] = {
@@ -132,8 +133,9 @@ class DashGPTModel(GPTModel):
         """
         packed = None
         if cu_seqlens is not None:
-            # a bound is enough, and asking the device would stall it
-            longest = tokens.shape[1] if context is None else context.num_tokens
+            # where nobody told, a bound is enough: asking the device would stall it
+            bound = tokens.shape[1] if context is None else context.num_tokens
+            longest = derived(cu_seqlens, LONGEST_DOCUMENT, lambda: bound)
             # sbhd: documents are marked, yet tensors keep [N, B, H, D] and RoPE takes its angles as they are
             packed = PackedDocuments(
                 qkv_format="sbhd",
