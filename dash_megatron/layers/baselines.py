@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -71,7 +72,9 @@ class NSACoreAttention(CoreAttention):
         self.routing: RoutingMeans | None = None
 
     def _attend_here(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
-        scores = torch.einsum("bnhd,hkd->bnhk", q, self.gate_weight.to(q.dtype))
+        # to eight columns, which matrix products of a GPU need to be fast
+        weight = F.pad(self.gate_weight.to(q.dtype), (0, 0, 0, 5))
+        scores = torch.einsum("bnhd,hkd->bnhk", q, weight)[..., :3]
         gates = torch.sigmoid(scores.float() + self.gate_bias.view(-1, 3)).to(q.dtype)
         out, routing = nsa_attention(
             q,

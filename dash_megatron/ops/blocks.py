@@ -10,8 +10,8 @@ The reference is plain torch. On a GPU kernels score the chunks and attend to th
 """
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -95,6 +95,7 @@ class Grid:
     """int64: the first chunk of each chunk's document."""
     firsts: tuple[int, ...]
     """The same on the host."""
+    _shared: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_chunks(self) -> int:
@@ -109,6 +110,12 @@ class Grid:
         if self.row_N is None:
             return x
         return x.new_zeros(self.num_rows, *x.shape[1:]).index_copy(0, self.row_N, x)
+
+    def shared(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """`make()`, or what it gave for this key before: for what layers with the same documents need alike."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
 
     def gather(self, x: Tensor) -> Tensor:
         """[S, ...] as [N, ...]."""

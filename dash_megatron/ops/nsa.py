@@ -4,7 +4,8 @@ Two things differ from the paper, so that the baseline fits where every other at
 the branches share keys and values, and the window is made of whole chunks. How keys are compressed is said at `compress`.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -27,6 +28,8 @@ from dash_megatron.ops.reference import wide
 
 # Query rows of one piece of the attention to compressed keys: fewer skip more of the causal triangle, more keep a GPU busy.
 BRANCH_ROWS = 4096
+# Elements of all blocks' bias that layers with the same documents share: above, each makes its own, in the backward again.
+MAX_SHARED_BIAS = 2**28
 
 
 class Compression(NamedTuple):
@@ -59,19 +62,28 @@ def compress(x_SHD: Tensor, weights: Compression, selection: Selection) -> Tenso
     return mean + torch.einsum("jhe,hed->jhd", inner, weights.mlp_out)
 
 
-def _compressed_block(
-    q_THGD: Tensor, k_JHD: Tensor, v_JHD: Tensor, grid: Grid, block: Block, selection: Selection
-) -> Tensor:
-    """Softmax attention [T, H, G, D] to the visible compressed keys; zero in rows that see none."""
+def _bias(grid: Grid, block: Block, selection: Selection, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What hides compressed keys from a block's rows, [T, J] to add to scores, and which rows see none, bool [T]."""
     visible_TJ = visible_kernels(grid, block, selection)
     blind_T = ~visible_TJ.any(-1)
     # nothing to see would make NaN: let them see something
     visible_TJ[:, 0] |= blind_T
+    # in rows of whole 32 bytes, or torch's attention would copy it
+    wider = F.pad(visible_TJ, (0, -visible_TJ.shape[1] % 16))
+    bias = torch.zeros(wider.shape, dtype=dtype, device=wider.device).masked_fill_(~wider, -torch.inf)
+    return bias[:, : visible_TJ.shape[1]], blind_T
+
+
+def _compressed_block(
+    q_THGD: Tensor, k_JHD: Tensor, v_JHD: Tensor, make_bias: Callable[[], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Softmax attention [T, H, G, D] to the visible compressed keys; zero in rows that see none."""
+    bias_TJ, blind_T = make_bias()
     # heads of a group as a batch share keys and values
     q_GHTD = q_THGD.permute(2, 1, 0, 3)
     k, v = (x.transpose(0, 1).expand(len(q_GHTD), -1, -1, -1) for x in (k_JHD, v_JHD))
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        out_GHTD = F.scaled_dot_product_attention(q_GHTD, k, v, attn_mask=visible_TJ)
+        out_GHTD = F.scaled_dot_product_attention(q_GHTD, k, v, attn_mask=bias_TJ)
     return out_GHTD.masked_fill(blind_T[:, None], 0).permute(2, 1, 0, 3)
 
 
@@ -79,21 +91,21 @@ def _compressed_branch(operands: Sequence[Tensor], grid: Grid, selection: Select
     """Output [S, Hq, D] of q [S, Hq, D] and compressed k and v [J, H, D], block by block over queries."""
     q, k_JHD, v_JHD = operands
     C, per_chunk = grid.chunk_size, grid.chunk_size // selection.kernel_stride
-    q_SHGD = q.unflatten(1, (k_JHD.shape[1], -1))
-    # on a GPU torch's attention holds, and keeps for the backward, a mask for all heads and no scores
-    scores_per_row = len(k_JHD) if q.is_cuda else q.shape[1] * len(k_JHD)
+    # on a GPU torch's attention holds a bias for all heads and no scores
+    heads = 1 if q.is_cuda else q.shape[1]
+    blocks = list(grid.blocks(heads * len(k_JHD), BRANCH_ROWS))
+    pairs = sum((block.end - block.start) * (block.end - block.first) for block in blocks) * C * per_chunk
+    shared = pairs <= MAX_SHARED_BIAS
+    kept = heads * pairs * (not shared or not q.is_cuda)
+    # one split: slices would each get a gradient of the whole
+    pieces = q.unflatten(1, (k_JHD.shape[1], -1)).split([(block.end - block.start) * C for block in blocks])
     outputs = []
-    for block in grid.blocks(scores_per_row, BRANCH_ROWS):
-        rows, seen = (
-            slice(block.start * C, block.end * C),
-            slice(block.first * per_chunk, block.end * per_chunk),
-        )
-        outputs.append(
-            in_pieces(
-                _compressed_block, grid.num_rows * scores_per_row, q_SHGD[rows], k_JHD[seen], v_JHD[seen],
-                grid, block, selection,
-            )
-        )  # fmt: skip
+    for block, piece in zip(blocks, pieces, strict=True):
+        seen = slice(block.first * per_chunk, block.end * per_chunk)
+        make = functools.partial(_bias, grid, block, selection, q.dtype)
+        if shared:
+            make = functools.partial(grid.shared, ("bias", block, selection, q.dtype), make)
+        outputs.append(in_pieces(_compressed_block, kept, piece, k_JHD[seen], v_JHD[seen], make))
     return torch.cat(outputs).flatten(1, 2)
 
 
