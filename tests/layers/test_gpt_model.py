@@ -9,6 +9,7 @@ from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 
 from dash_megatron.config import Config
 from dash_megatron.config_loading import config_from_dict, load_config
+from dash_megatron.data.batches import pack_samples
 from dash_megatron.layers import (
     DashCoreAttention,
     FullCoreAttention,
@@ -236,6 +237,29 @@ def test_configs_build_on_the_meta_device_with_their_parameter_count(name: str, 
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert parameter_count(config, vocab_size) == parameters
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told", "not-told"])
+def test_attention_gets_the_longest_document_where_the_batch_knows_it(
+    told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bounds = []
+    attend = FullCoreAttention._attend_here
+
+    def spy(self: Any, q: Any, k: Any, v: Any, packed: Any) -> Any:
+        bounds.append((packed.max_seqlen_q, packed.max_seqlen_kv))
+        return attend(self, q, k, v, packed)
+
+    monkeypatch.setattr(FullCoreAttention, "_attend_here", spy)
+    model = model_of(config_of(attention={"kind": "full"}))
+    eod = VOCABULARY - 1
+    rows = [tokens_of(65, seed).clamp_max(eod - 1)[0] for seed in range(2)]
+    rows[0][40] = eod
+    batch = pack_samples([{"tokens": row[:-1], "labels": row[1:]} for row in rows], eod)
+    batch = batch.to("cpu") if told else batch
+    for _ in range(2):
+        model(batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens)
+    assert bounds == [(64, 64) if told else (128, 128)] * 4
 
 
 @NEEDS_CUDA
