@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from dash_megatron.config import AttentionConfig
-from dash_megatron.ops.blocks import MAX_KEPT_SCORES
+from dash_megatron.ops.nsa import MAX_SHARED_BIAS
 from dash_megatron.planning.kernel_times import AttentionSeconds, AttentionWork, dash_stages
 
 BASELINES = ("infllmv2", "nsa")
@@ -108,8 +108,8 @@ def _scoring_seconds(
         return AttentionSeconds(scoring, 0.0)
     branch = 2 * product + MASK_BYTES * pairs / memory_bandwidth
     keys = 4 * work.rows * work.kv_heads * work.head_dim / memory_bandwidth
-    # pieces whose masks are too many to keep are computed again
-    again = branch if 2 * pairs > MAX_KEPT_SCORES else 0.0
+    # where biases are too many to be shared, each layer makes its own, in the backward again
+    again = branch if pairs > MAX_SHARED_BIAS else 0.0
     return AttentionSeconds(
         scoring + branch + COMPRESS_PASSES * keys, again + 5 * product + COMPRESS_BACKWARD_PASSES * keys
     )

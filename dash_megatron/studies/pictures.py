@@ -18,6 +18,7 @@ from dash_megatron.studies.collect import compared, dense_twins
 from dash_megatron.studies.fit import frontier
 from dash_megatron.studies.plan import human
 from dash_megatron.studies.runs import expand
+from dash_megatron.studies.scores import draw_scores, means_over_runs, read_scores
 from dash_megatron.studies.study_file import Study
 from dash_megatron.training.metrics import read_metrics
 
@@ -47,6 +48,9 @@ def draw_study(
     text = _loss_by_position(study, finished, folder / "position.png")
     if text:
         shown["position.png"] = text
+    text = _task_scores(study, finished, folder / "scores.png")
+    if text:
+        shown["scores.png"] = text
     if any(row["density"] is not None for row in finished):
         shown["pareto.png"] = _pareto(finished, quality, folder / "pareto.png")
         text = _density_by_layer(study, rows, folder / "density.png")
@@ -110,18 +114,10 @@ def _loss_compute(rows: list[dict[str, Any]], quality: str, fits: dict[str, Any]
 def _loss_by_position(study: Study, rows: list[dict[str, Any]], path: Path) -> str | None:
     folders = {run.name: run.folder for run in expand(study)}
     losses = {row["run"]: _last_positions(folders[row["run"]]) for row in rows}
-    # kinds of one size differ by a few parameters
-    most, largest = max(row["tokens"] for row in rows), max(row["parameters"] for row in rows)
-    shown = [
-        row
-        for row in rows
-        if losses[row["run"]] and row["tokens"] == most and row["parameters"] > 0.9 * largest
-    ]
+    shown = _largest([row for row in rows if losses[row["run"]]])
     if not shown:
         return None
     twins = {run: losses[twin["run"]] for run, twin in dense_twins(rows).items() if losses[twin["run"]]}
-    if len({row["size"] for row in shown}) > 1:
-        shown = [{**row, "variant": f"{row['size']} ({row['variant']})"} for row in shown]
     names = {row["run"]: row["variant"] for row in shown}
     panels = [({run: losses[run] for run in names}, "validation loss")]
     if twins:
@@ -144,6 +140,32 @@ def _loss_by_position(study: Study, rows: list[dict[str, Any]], path: Path) -> s
     _save_beside_twins(figure, axes[0], path)
     text = "Loss of the last validation by position in the document, of the largest runs; means over seeds."
     return text + (" On the right, less that of the full-attention twin: below 0 is better." if twins else "")
+
+
+def _largest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the largest size that read most tokens; variants of several sizes get the size into their name."""
+    if not rows:
+        return []
+    # kinds of one size differ by a few parameters
+    most, largest = max(row["tokens"] for row in rows), max(row["parameters"] for row in rows)
+    shown = [row for row in rows if row["tokens"] == most and row["parameters"] > 0.9 * largest]
+    if len({row["size"] for row in shown}) > 1:
+        shown = [{**row, "variant": f"{row['size']} ({row['variant']})"} for row in shown]
+    return shown
+
+
+def _task_scores(study: Study, rows: list[dict[str, Any]], path: Path) -> str | None:
+    runs = {run.name: run for run in expand(study)}
+    found = {row["run"]: read_scores(runs[row["run"]].folder) for row in rows}
+    shown = _largest([row for row in rows if found[row["run"]]])
+    if not shown:
+        return None
+    styles = _styles(shown)
+    means = {
+        name: means_over_runs([found[row["run"]] for row in shown if row["variant"] == name])
+        for name in styles
+    }
+    return draw_scores(means, styles, shown[0]["seq_length"], path)
 
 
 def mean_by_position(seeds: list[dict[int, float]]) -> dict[int, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from PIL import Image
 
 from dash_megatron.__main__ import main
 from dash_megatron.planning.baseline_times import NOTE
-from dash_megatron.studies import pictures
+from dash_megatron.studies import pictures, scores
 from dash_megatron.studies import submit as submit_module
 from dash_megatron.studies.collect import collect, dense_twins
 from dash_megatron.studies.cost import mean_piece_context
@@ -85,6 +86,19 @@ def finish(run: StudyRun, loss: float, density: float | None) -> None:
     checkpoint = run.folder / "checkpoints" / f"step_{run.config.training.steps:08d}"
     checkpoint.mkdir(parents=True)
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluated(run.folder, "step", {"copy": {64: 0.5, 128: 0.25}, "niah_single": {64: 1.0}})
+
+
+def evaluated(run_dir: Path, name: str, scores: dict[str, dict[int, float]], **model: Any) -> Path:
+    """Leave what `evaluate` would."""
+    tasks = {
+        task: {str(length): {"samples": 4, "score": score} for length, score in found.items()}
+        for task, found in scores.items()
+    }
+    path = run_dir / "evaluation" / name / "results.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"model": {"rope_scaling": None, **model}, "tasks": tasks}))
+    return path
 
 
 def law(parameters: Any, tokens: Any) -> Any:
@@ -121,6 +135,26 @@ def test_losses_by_position_are_means_over_seeds_where_all_have_one() -> None:
     seeds = [{128: 3.0, 64: 1.0}, {64: 2.0, 128: 5.0, 256: 7.0}]
     assert list(pictures.mean_by_position(seeds).items()) == [(64, 1.5), (128, 4.0)]
     assert pictures.mean_by_position([]) == {}
+
+
+def test_scores_of_all_evaluations_are_gathered_the_newest_first_and_those_of_another_rope_apart(
+    tmp_path: Path,
+) -> None:
+    old = evaluated(tmp_path, "z_old", {"copy": {64: 0.1, 128: 0.2}})
+    os.utime(old, (1, 1))
+    evaluated(tmp_path, "new", {"copy": {64: 0.7}})
+    evaluated(tmp_path, "yarn", {"copy": {64: 0.9}}, rope_scaling={"rope_type": "yarn"})
+    losses = {"perplexity": {"64": {"windows": 2, "nll": 3.0}}}
+    (tmp_path / "evaluation" / "more").mkdir()
+    (tmp_path / "evaluation" / "more" / "results.json").write_text(json.dumps({"model": {}, "tasks": losses}))
+    found = scores.read_scores(tmp_path)
+    plain, other = scores.Place("copy", False, 64), scores.Place("copy", True, 64)
+    assert found == {plain: 0.7, scores.Place("copy", False, 128): 0.2, other: 0.9}
+    assert scores.means_over_runs([found, {plain: 0.5, other: 0.1}]) == {plain: 0.6, other: 0.5}
+    assert scores.means_over_runs([]) == {}
+    old.write_text("{}")
+    with pytest.raises(ValueError, match=r"z_old.results\.json is no result of `evaluate`"):
+        scores.read_scores(tmp_path)
 
 
 def test_tokens_per_parameter_give_twins_the_same_tokens(write_study: Write) -> None:
@@ -539,12 +573,13 @@ def test_fit_plot_and_report_of_a_study_whose_runs_follow_a_law(
     page = (out / "report.html").read_text()
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     pngs = sorted(path.name for path in (out / "plots").glob("*.png"))
-    assert pngs == ["density.png", "loss_compute.png", "pareto.png", "position.png", "throughput.png"]
+    names = ("density", "loss_compute", "pareto", "position", "scores", "throughput")
+    assert pngs == [f"{name}.png" for name in names]
     assert {base64.b64decode(image) for image in images} == {
         (out / "plots" / name).read_bytes() for name in pngs
     }
     assert "http" not in page.replace("http-equiv", "")
-    assert page.count('alt="') == len(images) == 5
+    assert page.count('alt="') == len(images) == 6
     # the router's parameters make the sparse twin the larger one
     assert re.search(r"<li>dash: -0\.00\d\d nats on average of 12, ", page)
 
@@ -589,7 +624,7 @@ def test_the_page_shows_all_its_pictures_in_a_browser_and_asks_for_nothing_else(
     dom, console, shot = browse(probe, tmp_path)
     seen = json.loads(html.unescape(re.findall(r"<title>(\{.*?)</title>", dom)[0]))
     assert (seen["asked"], seen["errors"], console) == ([], [], "")
-    assert len(seen["widths"]) == 5
+    assert len(seen["widths"]) == 6
     assert min(seen["widths"]) > 600
     with Image.open(shot) as image:
         counts = {color: count for count, color in image.convert("RGB").getcolors(1 << 24)}

@@ -1,0 +1,102 @@
+"""What `evaluate` found of a study's runs: scores of tasks by length, one line a variant."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+
+from dash_megatron.evaluation.runner import RESULTS
+
+
+class Place(NamedTuple):
+    """What a score is of."""
+
+    task: str
+    stretched: bool
+    """Whether RoPE was stretched for the evaluation."""
+    length: int
+
+
+def read_scores(run_dir: Path) -> dict[Place, float]:
+    """Scores that `evaluate` left in a run's folder `evaluation`; of several for one place the newest.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    found: dict[Place, float] = {}
+    files = sorted((run_dir / "evaluation").glob(f"*/{RESULTS}"), key=lambda path: path.stat().st_mtime)
+    for path in files:
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+            stretched = bool(results["model"].get("rope_scaling"))
+            for task, lengths in results["tasks"].items():
+                for length, summary in lengths.items():
+                    if "score" in summary:
+                        found[Place(task, stretched, int(length))] = summary["score"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no result of `evaluate` ({error!r}); remove it") from error
+    return found
+
+
+def means_over_runs(runs: list[Mapping[Place, float]]) -> dict[Place, float]:
+    """Means over repetitions, where each has a score, in order of task and length."""
+    common = sorted(set.intersection(*map(set, runs))) if runs else []
+    return {place: fmean(run[place] for run in runs) for place in common}
+
+
+def draw_scores(
+    scores: Mapping[str, Mapping[Place, float]],
+    styles: Mapping[str, tuple[str, str]],
+    trained_length: int,
+    path: Path,
+) -> str:
+    """Draw a panel for each task.
+
+    Args:
+        scores: by variant.
+        styles: color and marker of each variant.
+        trained_length: where a line stands.
+        path: PNG to write.
+
+    Returns:
+        A sentence on what it shows.
+    """
+    tasks = sorted({place.task for found in scores.values() for place in found})
+    columns = min(3, len(tasks))
+    height = -(-len(tasks) // columns)
+    size = (max(6, 4 * columns), 3.2 * height + 0.6)
+    figure, axes = plt.subplots(height, columns, figsize=size, squeeze=False, sharey=True)
+    for axis in axes.flat[len(tasks) :]:
+        axis.set_visible(False)
+    for axis, task in zip(axes.flat, tasks, strict=False):
+        for variant, found in scores.items():
+            color, marker = styles[variant]
+            for stretched in (False, True):
+                points = {p.length: score for p, score in found.items() if p[:2] == (task, stretched)}
+                if points:
+                    label = None if stretched else variant
+                    line = {"ls": ":" if stretched else "-", "lw": 1, "marker": marker, "ms": 4}
+                    axis.plot(list(points), list(points.values()), color=color, label=label, **line)
+        axis.axvline(trained_length, color="gray", lw=0.8, ls="--")
+        axis.set_title(task, fontsize=9)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}K")
+        axis.set_ylim(-0.03, 1.03)
+        axis.set_xlabel("tokens")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("score")
+    handles: dict[str, Any] = {}
+    for axis in axes.flat:
+        handles |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.tight_layout(rect=(0, 0.6 / size[1], 1, 1))
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    text = "Scores of tasks by the length of prompt and answer, means over seeds; the dashed line is data.seq_length"
+    stretched = any(place.stretched for found in scores.values() for place in found)
+    return text + (", dotted lines are with RoPE stretched for the evaluation." if stretched else ".")
