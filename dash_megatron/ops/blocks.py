@@ -122,11 +122,20 @@ class Grid:
         return x if self.row_N is None else x.index_select(0, self.row_N)
 
     def blocks(self, scores_per_row: int, most_rows: int | None = None) -> Iterator[Block]:
-        """Cut the chunks into query blocks with as many scores as may be alive, at least a chunk each."""
+        """Cut the chunks into query blocks with at most as many scores as may be alive, at least a chunk each.
+
+        A document that would go on behind a block begins the next one instead, unless that leaves less than half of the
+        block: what comes before a document is nothing to its rows, and yet in the way.
+        """
         rows = MAX_BLOCK_SCORES["cuda" if self.first_c.is_cuda else "cpu"] // max(1, scores_per_row)
         size = max(1, min(rows, most_rows or rows) // self.chunk_size)
-        for start in range(0, self.num_chunks, size):
-            yield Block(self.firsts[start], start, min(start + size, self.num_chunks))
+        start = 0
+        while start < self.num_chunks:
+            end = min(start + size, self.num_chunks)
+            if end < self.num_chunks and start + (size + 1) // 2 <= self.firsts[end] < end:
+                end = self.firsts[end]
+            yield Block(self.firsts[start], start, end)
+            start = end
 
 
 def make_grid(batch: int, num_tokens: int, chunk_size: int, cu_seqlens: Tensor | None, device: Any) -> Grid:

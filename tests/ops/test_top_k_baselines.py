@@ -179,3 +179,22 @@ def test_tensors_of_the_wrong_shape_are_refused():
         attend("nsa", tokens, learned, window=12)
     with pytest.raises(ValueError, match=r"v.shape=\[1, 20, 1, 4\] must be \[1, 20, 2, 4\]"):
         infllmv2_attention(tokens[0], tokens[1], tokens[2][:, :, :1])
+
+
+def test_blocks_cover_all_chunks_once_and_rather_begin_with_a_document_than_cut_it():
+    bounds = torch.tensor([0, 5 * C, 8 * C, 9 * C, 30 * C, 31 * C], dtype=torch.int32)
+    grid = blocks.make_grid(1, 31 * C, C, bounds, "cpu")
+    found = list(grid.blocks(1, most_rows=6 * C))
+    assert [(b.start, b.end) for b in found] == [
+        (0, 5),  # what follows would be cut
+        (5, 9),
+        (9, 15),  # longer than a block
+        (15, 21),
+        (21, 27),
+        (27, 31),
+    ]
+    assert [b.first for b in found] == [0, 5, 9, 9, 9, 9]
+    # less than half a block would be left of (0, 4)
+    late = torch.tensor([0, 1 * C, 31 * C], dtype=torch.int32)
+    grid = blocks.make_grid(1, 31 * C, C, late, "cpu")
+    assert next(iter(grid.blocks(1, most_rows=4 * C))) == (0, 0, 4)
