@@ -15,10 +15,10 @@ import pytest
 # before torch is imported anywhere: tests share two cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from tests.tiny import make_tiny_data, tiny_tree
+
 # whatever the machine has; DeepSpeed's choice would be inherited from a test that had a GPU
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-
-from tests.tiny import make_tiny_data, tiny_tree
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,15 @@ def add_study(tools: Any) -> None:
     plan = _add(commands, "plan", "every run with its size, length, FLOPs and cost", _plan)
     plan.add_argument("--json", action="store_true", help="print JSON")
 
-    submit = _add(commands, "submit", "train what is not finished, here or as a SLURM array", _submit)
+    text = "train what is not finished, here or as a SLURM array"
+    submit = commands.add_parser("submit", help=text, description=text)
+    submit.add_argument(
+        "studies",
+        metavar="STUDY",
+        nargs="+",
+        help="YAML files, see docs/studies.md; runs of several wait in one queue",
+    )
+    submit.set_defaults(run=_submit)
     submit.add_argument("--processes", type=int, default=1, help="of each run, here; default: 1")
     submit.add_argument(
         "--at-once",
@@ -34,7 +42,8 @@ def add_study(tools: Any) -> None:
         nargs="+",
         default=(),
         metavar="PATTERN",
-        help="names of runs, such as 'dash_25*'; trained in this order; default: all",
+        help="names of runs, such as 'dash_25*' or, of one of several studies, 'scaling/*'; trained in this order; "
+        "default: all",
     )
     submit.add_argument(
         "--slurm",
@@ -94,10 +103,10 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from dash_megatron.studies.submit import submit_study
+    from dash_megatron.studies.submit import submit_studies
 
-    return submit_study(
-        options.study,
+    return submit_studies(
+        options.studies,
         options.processes,
         options.restarts,
         options.slurm,

@@ -1,4 +1,4 @@
-"""`study submit`: train the runs of a study, here, a number of them at once, or as an array of SLURM jobs."""
+"""`study submit`: train the runs of studies, here, a number of them at once, or as an array of SLURM jobs."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def is_finished(run: StudyRun) -> bool:
     return (run.folder / "checkpoints" / f"step_{run.config.training.steps:08d}").is_dir()
 
 
-def submit_study(
-    path: str | Path,
+def submit_studies(
+    paths: Sequence[str | Path],
     processes: int = 1,
     restarts: int = 2,
     slurm: Sequence[str] | None = None,
@@ -47,12 +47,13 @@ def submit_study(
     """Train what is not finished.
 
     Args:
-        path: the study.
+        paths: studies; all their runs wait in one queue, study after study.
         processes: of each run on this machine; more than one start under torchrun.
         restarts: starts of a run after faults, as `train.py`'s exit code tells them from errors.
         slurm: arguments for `slurm/submit.py`, which gets all runs as one array; None: on this machine.
         train: command that trains instead of this repository's `train.py`.
-        only: patterns of names, such as `dash_25*`, in the order in which their runs are trained; none: all runs.
+        only: patterns of names, such as `dash_25*`, or of `STUDY/NAME`, in the order in which their runs are trained; none:
+            all runs.
         at_once: runs that train on this machine at the same time, on GPUs of their own as long as there are enough.
 
     Returns:
@@ -69,35 +70,49 @@ def submit_study(
         raise StudyError(
             f'--at-once {at_once} is for this machine; that of an array stands within --slurm="... --at-once {at_once}"'
         )
-    study = load_study(path)
-    runs = _chosen(expand(study), only)
-    for run in runs:
+    studies = {Path(path).stem: load_study(path) for path in paths}
+    if len(studies) < len(paths):
+        raise StudyError(f"studies {', '.join(map(str, paths))} must have names of their own; rename a file")
+    every = {f"{name}/{run.name}": (study, run) for name, study in studies.items() for run in expand(study)}
+    queue = _chosen(every, only)
+    for _, run in queue:
         check_same(run)
         if slurm is None:
             run.config.accumulation_steps(processes)
-    waiting = [run for run in runs if not is_finished(run)]
-    print(f"{path}: {len(runs) - len(waiting)} of {len(runs)} runs are finished", flush=True)
+    waiting = [(study, run) for study, run in queue if not is_finished(run)]
+    print(
+        f"{', '.join(map(str, paths))}: {len(queue) - len(waiting)} of {len(queue)} runs are finished",
+        flush=True,
+    )
     if not waiting:
         return 0
-    with _only_one(study):
-        configs = [_write_config(study, run) for run in waiting]
+    with contextlib.ExitStack() as locks:
+        for study in studies.values():
+            locks.enter_context(_only_one(study))
+        configs = [_write_config(study, run) for study, run in waiting]
         if slurm is not None:
             return _submit_array(configs, slurm)
         command = list(train or _train_command(processes))
         local = _Local(command, restarts, _environments(at_once, processes))
-        return local.run_all(list(zip(waiting, configs, strict=True)))
+        return local.run_all([(run, config) for (_, run), config in zip(waiting, configs, strict=True)])
 
 
-def _chosen(runs: list[StudyRun], only: Sequence[str]) -> list[StudyRun]:
-    chosen: dict[str, StudyRun] = {}
+_Queued = tuple[Study, StudyRun]
+
+
+def _chosen(every: dict[str, _Queued], only: Sequence[str]) -> list[_Queued]:
+    """The runs that patterns name, by `STUDY/NAME` or the name alone."""
+    chosen: dict[str, _Queued] = {}
     for pattern in only:
-        found = {run.name: run for run in runs if fnmatch.fnmatchcase(run.name, pattern)}
+        found = {
+            name: entry
+            for name, entry in every.items()
+            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(entry[1].name, pattern)
+        }
         if not found:
-            raise StudyError(
-                f"--only {pattern} fits no run; `study plan` lists them: {', '.join(run.name for run in runs)}"
-            )
-        chosen |= {name: run for name, run in found.items() if name not in chosen}
-    return list(chosen.values()) if only else runs
+            raise StudyError(f"--only {pattern} fits no run; `study plan` lists them: {', '.join(every)}")
+        chosen |= {name: entry for name, entry in found.items() if name not in chosen}
+    return list((chosen if only else every).values())
 
 
 def check_same(run: StudyRun) -> None:
@@ -199,7 +214,7 @@ class _Local:
         self._stop: int | None = None
 
     def run_all(self, runs: list[tuple[StudyRun, Path]]) -> int:
-        """Train each; 0, 1 or 75 as `submit_study` says."""
+        """Train each; 0, 1 or 75 as `submit_studies` says."""
         orders = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         before = {number: signal.signal(number, self._pass_on) for number in orders}
         try:

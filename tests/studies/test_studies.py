@@ -310,16 +310,16 @@ def test_submit_restarts_faults_not_errors_and_skips_what_is_finished(
 ) -> None:
     path = write_study(points=SIZES)
     command = trainer(tmp_path, {64: 2, 128: 1})
-    assert submit_module.submit_study(path, train=command) == 1
+    assert submit_module.submit_studies([path], train=command) == 1
     assert starts(path) == {"h32": 1, "h64": 1, "h128": 2, "h256": 1}
     assert "its config or machine is wrong" in capsys.readouterr().out
-    assert submit_module.submit_study(path, train=trainer(tmp_path, {})) == 0
+    assert submit_module.submit_studies([path], train=trainer(tmp_path, {})) == 0
     assert starts(path) == {"h32": 1, "h64": 2, "h128": 2, "h256": 1}
 
 
 def test_submit_ends_where_a_run_was_asked_to_stop(write_study: Write, tmp_path: Path) -> None:
     path = write_study(points=SIZES)
-    assert submit_module.submit_study(path, train=trainer(tmp_path, {64: 75})) == 75
+    assert submit_module.submit_studies([path], train=trainer(tmp_path, {64: 75})) == 75
     assert starts(path) == {"h32": 1, "h64": 1}
 
 
@@ -327,11 +327,32 @@ def test_submit_trains_only_what_is_asked_for_in_that_order(
     write_study: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, command = write_study(points=SIZES), trainer(tmp_path, {})
-    assert submit_module.submit_study(path, train=command, only=["h256*", "h[36]*"]) == 0
+    assert submit_module.submit_studies([path], train=command, only=["h256*", "h[36]*"]) == 0
     assert [line.split()[1].split("_")[0] for line in capsys.readouterr().out.splitlines() if line.endswith(" steps")] == ["h256", "h32", "h64"]  # fmt: skip
     assert starts(path) == {"h32": 1, "h64": 1, "h256": 1}
     with pytest.raises(ValueError, match=r"--only h999 fits no run.*h32"):
-        submit_module.submit_study(path, train=command, only=["h999"])
+        submit_module.submit_studies([path], train=command, only=["h999"])
+
+
+def test_several_studies_wait_in_one_queue_in_the_order_asked_for(
+    write_study: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = []
+    for name in ("first", "second"):
+        path = write_study(points=SIZES, output=str(tmp_path / name))
+        paths.append(path.rename(tmp_path / f"{name}.yaml"))
+    command = trainer(tmp_path, {})
+    assert submit_module.submit_studies(paths, train=command, only=["second/h64*", "h32*", "first/h1*"]) == 0
+    order = [line.split()[1].split("_")[0] for line in capsys.readouterr().out.splitlines() if line.endswith(" steps")]  # fmt: skip
+    assert order == ["h64", "h32", "h32", "h128"]
+    assert starts(paths[0]) == {"h32": 1, "h128": 1}
+    assert starts(paths[1]) == {"h32": 1, "h64": 1}
+    assert submit_module.submit_studies(paths, train=command) == 0
+    assert starts(paths[0]) == starts(paths[1]) == dict.fromkeys(("h32", "h64", "h128", "h256"), 1)
+    (tmp_path / "other").mkdir()
+    twice = shutil.copy(paths[0], tmp_path / "other" / "first.yaml")
+    with pytest.raises(ValueError, match="must have names of their own"):
+        submit_module.submit_studies([paths[0], twice], train=command)
 
 
 # waits until as many runs have started as are to run at once
@@ -362,7 +383,7 @@ def test_submit_trains_several_at_once_each_on_the_next_gpu(
     path = write_study(points=SIZES)
     script = tmp_path / "fake_train.py"
     script.write_text(TOGETHER.replace("WAIT", "False"))
-    assert submit_module.submit_study(path, train=[sys.executable, str(script)], at_once=2) == 0
+    assert submit_module.submit_studies([path], train=[sys.executable, str(script)], at_once=2) == 0
     gpus = [(run.folder / "gpu").read_text() for run in runs_of(path)]
     assert set(gpus) == {"3", "5"}
     assert set(gpus[:2]) == {"3", "5"}
@@ -390,8 +411,8 @@ def test_a_stop_reaches_all_runs_at_once(write_study: Write, tmp_path: Path) -> 
     code = f"""
 import sys
 import time
-from dash_megatron.studies.submit import submit_study
-sys.exit(submit_study({str(path)!r}, train=[sys.executable, {str(script)!r}], at_once=2))
+from dash_megatron.studies.submit import submit_studies
+sys.exit(submit_studies([{str(path)!r}], train=[sys.executable, {str(script)!r}], at_once=2))
 """
     with subprocess.Popen([sys.executable, "-c", code]) as process:
         for _ in range(600):
@@ -425,7 +446,7 @@ def test_a_folder_of_another_config_is_refused(write_study: Write, tmp_path: Pat
     tree["optimizer"]["lr"] = 0.5
     (run.folder / "config.yaml").write_text(yaml.safe_dump(tree))
     with pytest.raises(ValueError, match=r"was trained with optimizer\.lr=0\.5"):
-        submit_module.submit_study(path, train=trainer(tmp_path, {}))
+        submit_module.submit_studies([path], train=trainer(tmp_path, {}))
 
 
 def test_slurm_gets_one_array_of_the_runs_that_are_not_finished(
