@@ -6,14 +6,17 @@ from dataclasses import dataclass
 
 from dash_megatron.config import Config
 from dash_megatron.parallel.traffic import ContextShape
+from dash_megatron.planning.baseline_times import BASELINES
 from dash_megatron.planning.kernel_times import TILE_ROWS
 from dash_megatron.planning.layout import Hardware, Layout
 from dash_megatron.training.flops import parameter_count
 
 MAX_LOGITS = 2**28
 """Logits alive at once, in elements of the whole vocabulary: `dash_megatron.layers.model.MAX_LOGITS`."""
-LOGIT_BYTES = 8
-"""A logit in bf16, its float32 softmax, made in place, and its gradient in bf16."""
+LOGIT_BYTES = {"whole": 4, "split": 8}
+"""A logit and its gradient in bf16; where tensor parallelism splits the vocabulary also a float32 softmax."""
+NSA_BYTES = 18
+"""Of an element of the attention's output: three branches in bf16, and in float32 to be multiplied by their gates."""
 MAX_BOUNDED_BYTES = 2 * 2**30
 """Lists up to this size have room for every chunk: `dash_megatron.ops.kernels.geometry.MAX_BOUNDED_BYTES`."""
 BUCKET_ELEMENTS = 500_000_000
@@ -84,16 +87,19 @@ def list_bytes(config: Config, layout: Layout, density: float) -> tuple[float, f
     """Routing lists of one layer call on one rank: bytes in the forward, and what the backward adds.
 
     An entry is a chunk number and a log prior per token of its tile; the backward adds the prior's gradient and the
-    transposed lists. Where every past chunk fits into 2 GiB room is made for all, else for those listed.
+    transposed lists. Where every past chunk of a micro-batch's rows, which are packed behind one another, fits into 2 GiB,
+    room is made for all, else for those listed.
     """
-    model, chunk = config.model, config.attention.chunk_size
+    model, chunk, rows = config.model, config.attention.chunk_size, config.training.micro_batch
     chunks = config.data.seq_length / chunk
     group = model.heads // model.kv_heads
     tile = max(1, min(chunk, TILE_ROWS // (1 << (group - 1).bit_length())))
-    entries = chunks * (chunks + 1) / 2 / layout.context * model.kv_heads / layout.tensor * (chunk / tile)
-    entries *= config.training.micro_batch
-    if entries * 4 * (1 + tile) > MAX_BOUNDED_BYTES:
-        entries *= min(1.0, density)
+    tiles = model.kv_heads / layout.tensor * (chunk / tile) / layout.context
+    entries = rows * chunks * (rows * chunks + 1) / 2 * tiles
+    # lists of a fixed length are as long as they are
+    if entries * 4 * (1 + tile) > MAX_BOUNDED_BYTES or config.attention.kind in BASELINES:
+        # a row's own
+        entries = rows * chunks * (chunks + 1) / 2 * tiles * min(1.0, density)
     return entries * 4 * (1 + tile), entries * (4 * tile + 16)
 
 
@@ -115,7 +121,7 @@ def _exchange_bytes(shape: ContextShape, layout: Layout, coverage: float) -> tup
 
 def _layer_bytes(config: Config, layout: Layout, shape: ContextShape) -> dict[str, float]:
     """Activations of one layer on one rank, by part."""
-    model, tokens, b = config.model, shape.tokens, shape.element_bytes
+    model, tokens, b, kind = config.model, shape.tokens, shape.element_bytes, config.attention.kind
     stream_tokens = tokens / layout.tensor if layout.sequence else tokens
     return {
         "stream": stream_tokens * model.hidden_size * b,
@@ -123,7 +129,11 @@ def _layer_bytes(config: Config, layout: Layout, shape: ContextShape) -> dict[st
         "attention": tokens * (3 * shape.heads + 3 * shape.kv_heads) * shape.head_dim * b,
         # threshold and log-sum-exp of every query head, float32
         "row_state": tokens * shape.heads * 8,
-        "feed_forward": tokens * 4 * model.ffn_hidden_size / layout.tensor * b,
+        # of baselines, whose operands and output are laid out in whole chunks first
+        "laid_out": tokens * 2 * (shape.heads + shape.kv_heads) * shape.head_dim * b * (kind in BASELINES),
+        "branches": tokens * shape.heads * shape.head_dim * NSA_BYTES * (kind == "nsa"),
+        # both halves of the input of a compiled SwiGLU, and its output
+        "feed_forward": tokens * 3 * model.ffn_hidden_size / layout.tensor * b,
     }
 
 
@@ -165,7 +175,7 @@ def memory_use(
     lists, backward_lists = list_bytes(config, layout, density) if shape.routed else (0.0, 0.0)
     forward_exchange, backward_exchange = _exchange_bytes(shape, layout, coverage)
 
-    kept_attention = parts["row_state"] + lists
+    kept_attention = parts["row_state"] + parts["laid_out"] + parts["branches"] + lists
     layer = 4 * parts["stream"] + parts["attention"] + parts["feed_forward"]
     activations = {"none": layer + kept_attention, "attention": layer, "full": parts["stream"]}[
         layout.recompute
@@ -177,7 +187,8 @@ def memory_use(
     layer_phase += {"none": 0.0, "attention": kept_attention, "full": layer + kept_attention}[
         layout.recompute
     ]
-    logits = min(MAX_LOGITS / vocab_size, shape.tokens) * vocab_size / layout.tensor * LOGIT_BYTES
+    logits = min(MAX_LOGITS / vocab_size, shape.tokens) * vocab_size / layout.tensor
+    logits *= LOGIT_BYTES["whole" if layout.tensor == 1 else "split"]
     return MemoryUse(
         **_state_bytes(config, layout, rank_parameters(config, layout, vocab_size)),
         activations=config.model.layers * activations * hardware.activation_factor,

@@ -33,12 +33,12 @@ from dash_megatron.training.flops import matmul_parameters
 
 OPTIMIZER_BYTES = 65
 """Bytes read and written per parameter once a step: norm, clipping, AdamW's states and weights, and the bf16 weight."""
-ELEMENTWISE_BYTES = 88
+ELEMENTWISE_BYTES = 50
 """Bytes read and written per layer, token and element of hidden and feed-forward size: norms, RoPE, activation, residuals,
 forward and backward."""
 FORWARD_SHARE = 0.35
 """Of them, what a forward pass alone moves."""
-LOGIT_TRAFFIC = (22, 52)
+LOGIT_TRAFFIC = (3.3, 7.7)
 """Bytes read and written per logit: by the loss's forward pass, and by both passes."""
 
 PARTS = {
