@@ -156,7 +156,9 @@ def test_measured_steps_are_met_within_20_percent() -> None:
         assert vocab_size is not None
         return estimate_step(config, layout, vocab_size, routing, Hardware.of(gpu)).seconds
 
-    runs = {run.name: run.config for run in expand(load_study(CONFIGS.parent / "studies" / "quality_16k.yaml"))}
+    runs = {
+        run.name: run.config for run in expand(load_study(CONFIGS.parent / "studies" / "quality_16k.yaml"))
+    }
     full, dash, infllmv2 = (
         runs[f"{name}_1.5e+08tok_seed1"] for name in ("full-full", "dash_25-dash", "infllmv2_25-infllmv2")
     )

@@ -1,0 +1,56 @@
+"""The data that the larger studies train on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dash_megatron.data.blend import parse_blend
+from dash_megatron.data.sidecar import Sidecar
+from dash_megatron.studies.runs import expand
+from dash_megatron.studies.study_file import load_study
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = {
+    "VOCAB_SIZE": "400", "LONG_TOKENS": "2e4", "SHORT_TOKENS": "6e3", "LENGTHS": "1024 2048", "SHORT_LENGTHS": "256 512", "PARTS": "2",
+}  # fmt: skip
+
+
+def make_data(output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(ROOT / "studies" / "make_data.sh"), *arguments],
+        cwd=ROOT,
+        env={**os.environ, **SETTINGS, "PYTHON": sys.executable, "OUTPUT": str(output)},
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+
+
+def test_studies_find_all_the_data_that_they_name(tmp_path: Path) -> None:
+    places = {name: f"{ROOT}/dash_megatron/{name}" for name in ("ops", "data", "studies")}
+    done = make_data(tmp_path / "data", places["ops"], places["data"], "--", places["studies"])
+    assert done.returncode == 0, done.stderr
+    sidecars = {}
+    for name in ("quality_16k", "retrieval_16k", "scaling_8k", "choices_8k"):
+        for run in expand(load_study(ROOT / "studies" / f"{name}.yaml")):
+            data = run.config.data
+            assert data.tokenizer == "data/tokenizer.model"
+            for entry in parse_blend([*data.train, *data.valid]):
+                prefix = entry if isinstance(entry, str) else entry[1]
+                sidecars[prefix] = Sidecar.read(str(tmp_path / prefix))
+    assert set(sidecars) == {
+        f"data/{name}" for name in ("train", "valid", "retrieval", "retrieval_short", "retrieval_valid")
+    }
+    assert sidecars["data/retrieval"].tokens == pytest.approx(2e4, rel=0.5)
+    assert sidecars["data/retrieval_short"].tokens == pytest.approx(6e3, rel=0.5)
+    assert (tmp_path / "data" / "tokenizer.model").is_file()
+
+
+def test_without_folders_on_both_sides_it_says_how_it_is_called(tmp_path: Path) -> None:
+    done = make_data(tmp_path / "data", "--", str(ROOT))
+    assert done.returncode == 2
+    assert "usage: studies/make_data.sh TRAIN_FOLDER... -- VALID_FOLDER" in done.stderr
+    assert not (tmp_path / "data").exists()
