@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,6 +104,9 @@ class Study(Section):
     warmup: float | None = Field(default=None, ge=0, lt=1)
     """Share of the steps that warm up, since budgets change the steps; null keeps `schedule.warmup_steps`."""
     assume: Assumptions = Field(default_factory=Assumptions)
+    evaluate: dict[str, str] = Field(default_factory=dict)
+    """`name: arguments` of `python -m dash_megatron evaluate`, for every run once it is trained; results go to
+    `<run_dir>/evaluation/<name>`. Not done by SLURM arrays."""
 
     @model_validator(mode="after")
     def _check(self) -> Study:
@@ -121,6 +125,15 @@ class Study(Section):
             for number, point in enumerate(self.points):
                 if key in point:
                     raise ValueError(f"{key} stands in grid and in points[{number}]; leave it in one of them")
+        for name, arguments in self.evaluate.items():
+            if not re.fullmatch(r"[\w.+-]+", name):
+                raise ValueError(
+                    f"evaluate has {name!r}; a name becomes a folder: letters, digits and ._+- only"
+                )
+            if "--output" in arguments:
+                raise ValueError(
+                    f"evaluate.{name} sets --output, which is <run_dir>/evaluation/{name}; take it out"
+                )
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)} has one twice; take it out")
         return self

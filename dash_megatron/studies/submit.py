@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from dash_megatron.studies.runs import StudyRun, expand
 from dash_megatron.studies.study_file import Study, StudyError, load_study
 
 ROOT = Path(__file__).resolve().parents[2]
+EVALUATE = (sys.executable, "-m", "dash_megatron", "evaluate")
 _NOT_AGAIN = {ExitCode.CONFIG_ERROR: "its config or machine is wrong", ExitCode.HALTED: "it halted itself"}
 
 
@@ -44,7 +46,7 @@ def submit_studies(
     only: Sequence[str] = (),
     at_once: int = 1,
 ) -> int:
-    """Train what is not finished.
+    """Train what is not finished, and evaluate what the study says and is not evaluated.
 
     Args:
         paths: studies; all their runs wait in one queue, study after study.
@@ -79,7 +81,10 @@ def submit_studies(
         check_same(run)
         if slurm is None:
             run.config.accumulation_steps(processes)
-    waiting = [(study, run) for study, run in queue if not is_finished(run)]
+    jobs = [
+        _Job(study, run, {} if slurm is not None else missing_evaluations(study, run)) for study, run in queue
+    ]
+    waiting = [job for job in jobs if job.evaluations or not is_finished(job.run)]
     print(
         f"{', '.join(map(str, paths))}: {len(queue) - len(waiting)} of {len(queue)} runs are finished",
         flush=True,
@@ -89,15 +94,45 @@ def submit_studies(
     with contextlib.ExitStack() as locks:
         for study in studies.values():
             locks.enter_context(_only_one(study))
-        configs = [_write_config(study, run) for study, run in waiting]
+        configs = [_write_config(job.study, job.run) for job in waiting]
         if slurm is not None:
+            if any(job.study.evaluate for job in waiting):
+                print(
+                    "an array does not evaluate: `study submit` here does, once its runs are trained",
+                    flush=True,
+                )
             return _submit_array(configs, slurm)
         command = list(train or _train_command(processes))
         local = _Local(command, restarts, _environments(at_once, processes))
-        return local.run_all([(run, config) for (_, run), config in zip(waiting, configs, strict=True)])
+        return local.run_all(list(zip(waiting, configs, strict=True)))
 
 
 _Queued = tuple[Study, StudyRun]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is left to do for a run."""
+
+    study: Study
+    run: StudyRun
+    evaluations: dict[str, list[str]]
+    """Commands by name."""
+
+
+def missing_evaluations(study: Study, run: StudyRun) -> dict[str, list[str]]:
+    """Commands of the study's evaluations of a run that have no results yet, by name."""
+    if not study.evaluate:
+        return {}
+    # imported late: it brings torch
+    from dash_megatron.evaluation.runner import RESULTS
+
+    commands = {}
+    for name, arguments in study.evaluate.items():
+        output = run.folder / "evaluation" / name
+        if not (output / RESULTS).is_file():
+            commands[name] = [*EVALUATE, str(run.folder), *shlex.split(arguments), "--output", str(output)]
+    return commands
 
 
 def _chosen(every: dict[str, _Queued], only: Sequence[str]) -> list[_Queued]:
@@ -213,15 +248,15 @@ class _Local:
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._stop: int | None = None
 
-    def run_all(self, runs: list[tuple[StudyRun, Path]]) -> int:
-        """Train each; 0, 1 or 75 as `submit_studies` says."""
+    def run_all(self, jobs: list[tuple[_Job, Path]]) -> int:
+        """Train and evaluate each, with its config; 0, 1 or 75 as `submit_studies` says."""
         orders = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         before = {number: signal.signal(number, self._pass_on) for number in orders}
         try:
             with ThreadPoolExecutor(self._at_once) as pool:
                 trained = [
-                    pool.submit(self._train, f"[{number}/{len(runs)}] {run.name}", run, config)
-                    for number, (run, config) in enumerate(runs, 1)
+                    pool.submit(self._work, f"[{number}/{len(jobs)}] {job.run.name}", job, config)
+                    for number, (job, config) in enumerate(jobs, 1)
                 ]
                 finished = [future.result() for future in trained]
         finally:
@@ -230,20 +265,29 @@ class _Local:
         if self._stop is not None:
             print("stopped as asked; `study submit` goes on from here", flush=True)
             return int(ExitCode.REQUEUE)
-        failed = [run.name for (run, _), done in zip(runs, finished, strict=True) if not done]
+        failed = [job.run.name for (job, _), done in zip(jobs, finished, strict=True) if not done]
         if failed:
-            print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}", flush=True)
+            print(f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}", flush=True)
         return 1 if failed else 0
 
-    def _train(self, title: str, run: StudyRun, config: Path) -> bool:
-        """Train one run and say how it went; whether it is finished."""
+    def _work(self, title: str, job: _Job, config: Path) -> bool:
+        """Train and evaluate one run and say how it went; whether all is done."""
         if self._stop is not None:
             return False
+        run = job.run
         environment = self._environments.get()
         try:
-            print(f"{title}: {run.config.training.steps} steps", flush=True)
             started = time.monotonic()
-            problem = self._attempts(title, run, config, environment)
+            problem = None
+            if not is_finished(run):
+                print(f"{title}: {run.config.training.steps} steps", flush=True)
+                problem = self._attempts(title, run, config, environment)
+            for name, command in job.evaluations.items():
+                if problem or self._stop is not None:
+                    break
+                print(f"{title}: evaluation {name}", flush=True)
+                code = self._call(command, run.folder, environment)
+                problem = f"evaluation {name} ended with exit code {code}" if code else None
         finally:
             self._environments.put(environment)
         if self._stop is not None:
@@ -277,7 +321,16 @@ class _Local:
         tell = run.folder / "study.exit"
         tell.unlink(missing_ok=True)
         command = [*self.command, "--config", str(config)]
-        with open(run.folder / "study.log", "ab") as log:
+        code = self._call(command, run.folder, {**environment, "DASH_EXIT_FILE": str(tell)})
+        if code and tell.is_file():
+            # torchrun gives 1 for everything
+            codes = [int(line.split("\t")[0]) for line in tell.read_text().splitlines() if line[:1].isdigit()]
+            return max(codes, default=code) if ExitCode.REQUEUE not in codes else int(ExitCode.REQUEUE)
+        return code
+
+    def _call(self, command: list[str], folder: Path, environment: dict[str, str]) -> int:
+        """The exit code of a command; what it prints goes to the folder's `study.log`."""
+        with open(folder / "study.log", "ab") as log:
             log.write(f"$ {shlex.join(command)}\n".encode())
             log.flush()
             # a session of its own: Ctrl-C reaches it through `_pass_on`, once
@@ -287,17 +340,13 @@ class _Local:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                env={**os.environ, **environment, "DASH_EXIT_FILE": str(tell)},
+                env={**os.environ, **environment},
             )
             self._processes.add(process)
             if self._stop is not None:  # asked before it was among them
                 process.send_signal(self._stop)
             code = process.wait()
             self._processes.discard(process)
-        if code and tell.is_file():
-            # torchrun gives 1 for everything
-            codes = [int(line.split("\t")[0]) for line in tell.read_text().splitlines() if line[:1].isdigit()]
-            return max(codes, default=code) if ExitCode.REQUEUE not in codes else int(ExitCode.REQUEUE)
         return code
 
     def _pass_on(self, number: int, frame: object = None) -> None:

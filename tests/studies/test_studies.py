@@ -266,6 +266,8 @@ def test_baselines_have_the_density_and_flops_of_their_lists(write_study: Write)
         ({"budgets": {"tokens": [-1]}}, "must be above 0"),
         ({"overrides": {"run_dir": "x"}}, "overrides sets run_dir, which a study sets by `output`"),
         ({"seeds": [1, 1]}, "has one twice"),
+        ({"evaluate": {"a/b": "--tasks copy"}}, "evaluate has 'a/b'; a name becomes a folder"),
+        ({"evaluate": {"a": "--output x"}}, "evaluate.a sets --output"),
         ({"assume": {"gpu": "H9"}}, "assume.gpu=H9 is not known"),
         ({"grid": {"assume.density": [2]}}, "assume.density=2 must lie in (0, 1]"),
         ({"base": "nowhere.yaml"}, "base=nowhere.yaml cannot be read"),
@@ -332,6 +334,42 @@ def test_submit_trains_only_what_is_asked_for_in_that_order(
     assert starts(path) == {"h32": 1, "h64": 1, "h256": 1}
     with pytest.raises(ValueError, match=r"--only h999 fits no run.*h32"):
         submit_module.submit_studies([path], train=command, only=["h999"])
+
+
+EVALUATOR = """
+import pathlib, sys
+run, output = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[-1])
+with (run / "evaluated").open("a") as file:
+    file.write(" ".join(sys.argv[2:-2]) + ";")
+if FAILS in str(output):
+    sys.exit(2)
+output.mkdir(parents=True)
+(output / "results.json").write_text("{}")
+"""
+
+
+def test_submit_evaluates_what_is_trained_once_and_again_where_it_failed(
+    write_study: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "fake_evaluate.py"
+    script.write_text(EVALUATOR.replace("FAILS", "'h64'"))
+    monkeypatch.setattr(submit_module, "EVALUATE", (sys.executable, str(script)))
+    path = write_study(
+        points=SIZES[:2], evaluate={"short": "--tasks copy", "yarn": "--rope-scaling '{rope_type: yarn}'"}
+    )
+    assert submit_module.submit_studies([path], train=trainer(tmp_path, {})) == 1
+    assert "failed: evaluation short ended with exit code 2" in capsys.readouterr().out
+    both = "--tasks copy;--rope-scaling {rope_type: yarn};"
+    folders = {run.size: run.folder for run in runs_of(path)}
+    assert (folders["h32"] / "evaluated").read_text() == both
+    assert (folders["h64"] / "evaluated").read_text() == "--tasks copy;"  # the rest would fail alike
+    script.write_text(EVALUATOR.replace("FAILS", "'nothing'"))
+    assert submit_module.submit_studies([path], train=trainer(tmp_path, {})) == 0
+    assert submit_module.submit_studies([path], train=trainer(tmp_path, {})) == 0
+    assert "2 of 2 runs are finished" in capsys.readouterr().out
+    assert (folders["h32"] / "evaluated").read_text() == both
+    assert (folders["h64"] / "evaluated").read_text() == "--tasks copy;" + both
+    assert starts(path) == {"h32": 1, "h64": 1}
 
 
 def test_several_studies_wait_in_one_queue_in_the_order_asked_for(
@@ -470,12 +508,17 @@ def test_a_study_trains_here_and_its_results_are_collected(
         "base": str(tmp_path / "base.yaml"),
         "output": str(tmp_path / "out"),
         "budgets": {"tokens": [1024]},
+        "evaluate": {"copied": "--tasks copy --lengths 80,100 --samples 1"},
     }
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(tree))
     assert main(["study", "submit", str(path)]) == 0
     assert main(["study", "submit", str(path)]) == 0
     assert "1 of 1 runs are finished" in capsys.readouterr().out
+    assert set(scores.read_scores(runs_of(path)[0].folder)) == {
+        scores.Place("copy", False, 80),
+        scores.Place("copy", False, 100),
+    }
     row = collect(load_study(path))[0]
     assert (row["finished"], row["step"], row["tokens"]) == (True, 2, 1024)
     assert 0 < row["density"] <= 1
