@@ -75,18 +75,23 @@ def submit_studies(
     studies = {Path(path).stem: load_study(path) for path in paths}
     if len(studies) < len(paths):
         raise StudyError(f"studies {', '.join(map(str, paths))} must have names of their own; rename a file")
-    every = {f"{name}/{run.name}": (study, run) for name, study in studies.items() for run in expand(study)}
-    queue = _chosen(every, only)
-    for _, run in queue:
-        check_same(run)
+    jobs = _chosen(
+        {
+            f"{name}/{run.name}": _Job(
+                study, run, {} if slurm is not None else missing_evaluations(study, run)
+            )
+            for name, study in studies.items()
+            for run in expand(study)
+        },
+        only,
+    )
+    for job in jobs:
+        check_same(job.run)
         if slurm is None:
-            run.config.accumulation_steps(processes)
-    jobs = [
-        _Job(study, run, {} if slurm is not None else missing_evaluations(study, run)) for study, run in queue
-    ]
+            job.run.config.accumulation_steps(processes)
     waiting = [job for job in jobs if job.evaluations or not is_finished(job.run)]
     print(
-        f"{', '.join(map(str, paths))}: {len(queue) - len(waiting)} of {len(queue)} runs are finished",
+        f"{', '.join(map(str, paths))}: {len(jobs) - len(waiting)} of {len(jobs)} runs are finished",
         flush=True,
     )
     if not waiting:
@@ -105,9 +110,6 @@ def submit_studies(
         command = list(train or _train_command(processes))
         local = _Local(command, restarts, _environments(at_once, processes))
         return local.run_all(list(zip(waiting, configs, strict=True)))
-
-
-_Queued = tuple[Study, StudyRun]
 
 
 @dataclass(frozen=True)
@@ -135,18 +137,18 @@ def missing_evaluations(study: Study, run: StudyRun) -> dict[str, list[str]]:
     return commands
 
 
-def _chosen(every: dict[str, _Queued], only: Sequence[str]) -> list[_Queued]:
+def _chosen(every: dict[str, _Job], only: Sequence[str]) -> list[_Job]:
     """The runs that patterns name, by `STUDY/NAME` or the name alone."""
-    chosen: dict[str, _Queued] = {}
+    chosen: dict[str, _Job] = {}
     for pattern in only:
         found = {
-            name: entry
-            for name, entry in every.items()
-            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(entry[1].name, pattern)
+            name: job
+            for name, job in every.items()
+            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(job.run.name, pattern)
         }
         if not found:
             raise StudyError(f"--only {pattern} fits no run; `study plan` lists them: {', '.join(every)}")
-        chosen |= {name: entry for name, entry in found.items() if name not in chosen}
+        chosen |= {name: job for name, job in found.items() if name not in chosen}
     return list((chosen if only else every).values())
 
 
