@@ -185,8 +185,8 @@ class TrainingConfig(Section):
     seed: int = Field(default=1234, ge=0)
     """Seeds weights, data order and every random generator."""
     init_from: str | None = None
-    """Folder of weights that a new run starts from, as `python -m dash_megatron convert from-hf` writes it; null draws
-    them. A run that resumes does not read it."""
+    """Weights that a new run starts from: another run's folder, whose newest checkpoint is taken, or a folder that
+    `python -m dash_megatron convert from-hf` wrote; null draws them. A run that resumes does not read it."""
     recompute: Literal["none", "attention", "full"] = "none"
     """What backward recomputes instead of keeping: nothing, core attention, or whole layers."""
 

@@ -32,9 +32,10 @@ class AttentionConfig(Section):
     """Learn a factor on the routing scores for each kv head of each layer, beginning at 1; it multiplies
     `scaling_factor`. Try it where the heads of a layer differ in density, or no single factor suits them."""
     target_density: float | tuple[float, ...] | dict[int, float | tuple[float, ...]] | None = None
-    """Share of the available chunks to be selected, above 0 and up to 1: each layer's scaling factor is moved, from
-    `scaling_factor` on, until its router selects that much. A list has one for each layer. A schedule, such as
-    `{0: 1.0, 2000: 0.25}`, says from which step on, with straight lines between, and starts dense for a warm-up."""
+    """Share of the available chunks to be selected, of all tokens together, above 0 and up to 1: about the share of full
+    attention's pairs that is attended to. Each layer's scaling factor is moved, from `scaling_factor` on, until its router
+    selects that much. A list has one for each layer. A schedule, such as `{0: 1.0, 2000: 0.25}`, says from which step on,
+    with straight lines between, and starts dense for a warm-up."""
     sigma: float = Field(default=2.0, gt=0)
     """Flattens the router's prior on the softmax; 2 is the flattest whose router gradient is bounded."""
     estimate_diagonal: bool = True

@@ -92,13 +92,13 @@ def run_once(config: Config, device: torch.device, dtype: torch.dtype) -> Pass:
         loss = share_of_global_mean(model, batch, targets.to(dtype))
         loss.backward()
     means = routing_means(model).values()
-    density = torch.stack([mean.density for mean in means]).mean() if means else torch.ones((), device=device)
-    density = density / config.parallel.context
     total = loss.detach().clone()
-    for share in (total, density):
+    # available and selected chunks
+    chunks = sum((torch.stack(tuple(mean)) for mean in means), torch.zeros(2, device=device))
+    for share in (total, chunks):
         dist.all_reduce(share, group=context_parallel_group())
     gradients = {name: _whole_gradient(parameter) for name, parameter in model.named_parameters()}
-    return Pass(total.cpu(), gradients, density.item())
+    return Pass(total.cpu(), gradients, (chunks[1] / chunks[0]).item() if means else 1.0)
 
 
 def _whole_gradient(parameter: Tensor) -> Tensor:

@@ -196,21 +196,21 @@ def _recall(generator: random.Random, size: int, lines: Sequence[str], depth: fl
     """`size` pairs and nothing else; one is asked for by its first half."""
     names, values, body = _pairs(generator, size)
     asked = generator.randrange(size)
-    return Prompt(f"{body}\n{names[asked]}:", [values[asked]], depth=asked / max(1, size - 1))
+    return Prompt(f"{body}\n{names[asked]}", [values[asked]], depth=asked / max(1, size - 1))
 
 
 def _pairs(generator: random.Random, size: int) -> tuple[list[str], list[str], str]:
-    """Names, their numbers, and a list of both."""
-    names = words(generator, size)
-    values = [str(generator.randrange(1000, 10000)) for _ in names]
-    return names, values, "\n".join(f"{name}: {value}" for name, value in zip(names, values, strict=True))
+    """Words, a word for each, and a list of both."""
+    drawn = words(generator, 2 * size)
+    names, values = drawn[:size], drawn[size:]
+    return names, values, "\n".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
 
 
 def pairs_with_questions(generator: random.Random, size: int, questions: int) -> str:
     """Training text of `associative_recall`: `size` pairs, then some of them again."""
     names, values, body = _pairs(generator, size)
     asked = generator.sample(range(size), min(size, questions))
-    return "\n".join([body, *(f"{names[index]}: {values[index]}" for index in asked)]) + "\n"
+    return "\n".join([body, *(f"{names[index]} {values[index]}" for index in asked)]) + "\n"
 
 
 def _copy(generator: random.Random, length: int, text: LocalText) -> Sample:

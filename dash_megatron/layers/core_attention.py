@@ -45,15 +45,15 @@ class PackedDocuments(PackedSeqParams):
 class RoutingMeans(NamedTuple):
     """What one layer's router selected in its last forward pass, averaged over tokens and kv heads."""
 
-    density: Tensor
-    """Float32 scalar: selected over causally available chunks."""
+    chunks_available: Tensor
+    """Float32 scalar: causally available chunks, the token's own chunk included."""
     chunks_selected: Tensor
-    """Float32 scalar: selected chunks per token, the token's own chunk included."""
+    """Float32 scalar: selected chunks, the token's own chunk included."""
 
     @classmethod
     def of(cls, routing: Routing) -> RoutingMeans:
         """Of what an attention call returned."""
-        return cls(routing.density.detach().float(), routing.chunks_selected.float().mean())
+        return cls(routing.chunks_available, routing.chunks_selected.float().mean())
 
 
 class CoreAttention(MegatronModule):
@@ -231,7 +231,7 @@ def _shard_means(selected: Tensor, layout: ChunkLayout, num_rows: int) -> Routin
     available = (queries.number - queries.first + 1)[chunk]
     weight = len(selected) / num_rows
     return RoutingMeans(
-        density=(selected / available[:, None]).mean() * weight,
+        chunks_available=available.float().mean() * weight,
         chunks_selected=selected.float().mean() * weight,
     )
 

@@ -31,8 +31,17 @@ class Routing:
 
     chunks_selected: Tensor
     """int32 [B, N, Hkv]: chunks each token attends to, its own included."""
-    density: Tensor
-    """float32 scalar: mean over tokens, key/value heads and batch of selected / causally available chunks."""
+    chunks_available: Tensor
+    """float32 scalar: mean over tokens of the causally available chunks, the token's own included."""
+
+    @property
+    def density(self) -> Tensor:
+        """float32 scalar: selected chunks of all tokens, key/value heads and batch over available ones.
+
+        The share of the pairs of full attention that is attended to, but for the own chunk's causal mask. A token counts by
+        what it has to choose from: the mean of tokens' own shares would be near 1 wherever documents are short.
+        """
+        return self.chunks_selected.float().mean() / self.chunks_available
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, summary_query: Tensor) -> None:
@@ -208,14 +217,15 @@ def _resolve_backend(backend: str, q: Tensor) -> tuple[str, Callable[..., tuple[
     return choice, kernel
 
 
-def _density(chunks_selected: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -> Tensor:
+def routing_of(chunks_selected: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -> Routing:
+    """What was chosen, with what there was to choose from; arguments as those of `dash_attention`."""
     num_tokens, device = chunks_selected.shape[1], chunks_selected.device
-    available_N = derived(
+    available = derived(
         cu_seqlens,
-        ("available chunks", num_tokens, chunk_size, device),
-        lambda: document_positions(num_tokens, cu_seqlens, device) // chunk_size + 1,
+        ("mean of available chunks", num_tokens, chunk_size, device),
+        lambda: (document_positions(num_tokens, cu_seqlens, device) // chunk_size + 1).float().mean(),
     )
-    return (chunks_selected.float() / available_N[:, None]).mean()
+    return Routing(chunks_selected, available)
 
 
 @overload
@@ -338,6 +348,4 @@ def dash_attention(
     )
     if not return_routing:
         return out
-    return out, Routing(
-        chunks_selected=chunks_selected, density=_density(chunks_selected, chunk_size, cu_seqlens)
-    )
+    return out, routing_of(chunks_selected, chunk_size, cu_seqlens)

@@ -94,13 +94,22 @@ class RoutingSamples:
     """float32 [H, bins]: share of the selected past chunks in each bin of `WEIGHT_BINS`, the outermost open."""
 
     def head_means(self, name: str) -> Tensor:
-        """Mean over all tokens, estimated from the sampled ones: [H], NaN where nothing is known."""
-        return _mean(self.values[name], self.weight)
+        """Mean over all tokens, estimated from the sampled ones: [H], NaN where nothing is known.
+
+        Density is all selected over all available chunks, as `Routing.density`.
+        """
+        return _mean(self.values[name], self._weights_of(name))
 
     def bucket_means(self, name: str) -> Tensor:
         """Mean over the tokens of each bucket: [H, K], NaN where a bucket has none."""
         inside = [self.bucket == index for index in range(len(self.edges) - 1)]
-        return torch.stack([_mean(self.values[name][:, mask], self.weight[mask]) for mask in inside], dim=1)
+        weight = self._weights_of(name)
+        return torch.stack([_mean(self.values[name][:, mask], weight[mask]) for mask in inside], dim=1)
+
+    def _weights_of(self, name: str) -> Tensor:
+        if name != "density":
+            return self.weight
+        return self.weight * (self.values["chunks_selected"][0] / self.values["density"][0])
 
 
 def _mean(values_HS: Tensor, weight_S: Tensor) -> Tensor:

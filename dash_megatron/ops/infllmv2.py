@@ -8,7 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from dash_megatron.ops.attention import Routing, _density
+from dash_megatron.ops.attention import Routing, routing_of
 from dash_megatron.ops.blocks import (
     Selection,
     check_tensors,
@@ -94,4 +94,4 @@ def infllmv2_attention(
     if not return_routing:
         return out
     selected = grid.gather(count_selected(chosen)).view(B, N, -1)
-    return out, Routing(chunks_selected=selected, density=_density(selected, chunk_size, cu_seqlens))
+    return out, routing_of(selected, chunk_size, cu_seqlens)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dash_megatron.ops.attention import Routing, _density
+from dash_megatron.ops.attention import Routing, routing_of
 from dash_megatron.ops.blocks import (
     Block,
     Grid,
@@ -229,7 +229,7 @@ def nsa_attention(
     if not return_routing:
         return out
     selected = grid.gather(_count_either(chosen, recent, grid)).view(B, N, -1)
-    return out, Routing(chunks_selected=selected, density=_density(selected, chunk_size, cu_seqlens))
+    return out, routing_of(selected, chunk_size, cu_seqlens)
 
 
 def _check_own(

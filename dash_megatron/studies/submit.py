@@ -6,11 +6,11 @@ import contextlib
 import fcntl
 import fnmatch
 import os
-import queue
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -101,6 +101,7 @@ def submit_studies(
             locks.enter_context(_only_one(study))
         configs = [_write_config(job.study, job.run) for job in waiting]
         if slurm is not None:
+            _check_array(waiting)
             if any(job.study.evaluate for job in waiting):
                 print(
                     "an array does not evaluate: `study submit` here does, once its runs are trained",
@@ -120,6 +121,43 @@ class _Job:
     run: StudyRun
     evaluations: dict[str, list[str]]
     """Commands by name."""
+
+    @property
+    def start(self) -> Path | None:
+        """Folder of the weights that it begins with."""
+        start = self.run.config.training.init_from
+        return Path(start).resolve() if start else None
+
+
+class _Queue:
+    """Jobs in their order, but none before the run is done whose weights it begins with."""
+
+    def __init__(self, jobs: list[_Job]) -> None:
+        self._waiting = list(enumerate(jobs))
+        self._unfinished = {job.run.folder.resolve() for job in jobs}
+        self._at_work = 0
+        self._changed = threading.Condition()
+
+    def take(self) -> tuple[int, _Job] | None:
+        """The next job and its place in the order, once there is one; None: no more."""
+        with self._changed:
+            while self._waiting:
+                ready = [entry for entry in self._waiting if entry[1].start not in self._unfinished]
+                # runs that wait for each other say so themselves
+                if ready or not self._at_work:
+                    entry = (ready or self._waiting)[0]
+                    self._waiting.remove(entry)
+                    self._at_work += 1
+                    return entry
+                self._changed.wait()
+            return None
+
+    def done(self, job: _Job) -> None:
+        """A job ended, well or not."""
+        with self._changed:
+            self._unfinished.discard(job.run.folder.resolve())
+            self._at_work -= 1
+            self._changed.notify_all()
 
 
 def missing_evaluations(study: Study, run: StudyRun) -> dict[str, list[str]]:
@@ -218,6 +256,16 @@ def _script(name: str) -> str:
     return str(path)
 
 
+def _check_array(jobs: list[_Job]) -> None:
+    names = {job.run.folder.resolve(): job.run.name for job in jobs if not is_finished(job.run)}
+    for job in jobs:
+        if job.start in names:
+            raise StudyError(
+                f"{job.run.name} begins with the weights of {names[job.start]}, and an array does not order its runs; "
+                "submit that one first, with --only"
+            )
+
+
 def _submit_array(configs: list[Path], arguments: Sequence[str]) -> int:
     """One array of all configs; `slurm/submit.py` prints the job, or says what is wrong, and gives the code."""
     command = [sys.executable, _script("slurm/submit.py"), *arguments, "--array", *map(str, configs)]
@@ -243,10 +291,7 @@ class _Local:
 
     def __init__(self, command: list[str], restarts: int, environments: list[dict[str, str]]) -> None:
         self.command, self.restarts = command, restarts
-        self._environments = queue.SimpleQueue[dict[str, str]]()
-        for environment in environments:
-            self._environments.put(environment)
-        self._at_once = len(environments)
+        self._environments = environments
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._stop: int | None = None
 
@@ -255,43 +300,52 @@ class _Local:
         orders = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         before = {number: signal.signal(number, self._pass_on) for number in orders}
         try:
-            with ThreadPoolExecutor(self._at_once) as pool:
-                trained = [
-                    pool.submit(self._work, f"[{number}/{len(jobs)}] {job.run.name}", job, config)
-                    for number, (job, config) in enumerate(jobs, 1)
-                ]
-                finished = [future.result() for future in trained]
+            waiting = _Queue([job for job, _ in jobs])
+            with ThreadPoolExecutor(len(self._environments)) as pool:
+                places = [pool.submit(self._place, waiting, jobs, place) for place in self._environments]
+                finished = {number for place in places for number in place.result()}
         finally:
             for order, handler in before.items():
                 signal.signal(order, handler)
         if self._stop is not None:
             print("stopped as asked; `study submit` goes on from here", flush=True)
             return int(ExitCode.REQUEUE)
-        failed = [job.run.name for (job, _), done in zip(jobs, finished, strict=True) if not done]
+        failed = [job.run.name for number, (job, _) in enumerate(jobs) if number not in finished]
         if failed:
             print(f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}", flush=True)
         return 1 if failed else 0
 
-    def _work(self, title: str, job: _Job, config: Path) -> bool:
+    def _place(
+        self, waiting: _Queue, jobs: list[tuple[_Job, Path]], environment: dict[str, str]
+    ) -> list[int]:
+        """Do one job after the other, in one environment; the places in the order of those that went well."""
+        finished = []
+        while (entry := waiting.take()) is not None:
+            number, job = entry
+            try:
+                title = f"[{number + 1}/{len(jobs)}] {job.run.name}"
+                if self._work(title, job, jobs[number][1], environment):
+                    finished.append(number)
+            finally:
+                waiting.done(job)
+        return finished
+
+    def _work(self, title: str, job: _Job, config: Path, environment: dict[str, str]) -> bool:
         """Train and evaluate one run and say how it went; whether all is done."""
         if self._stop is not None:
             return False
         run = job.run
-        environment = self._environments.get()
-        try:
-            started = time.monotonic()
-            problem = None
-            if not is_finished(run):
-                print(f"{title}: {run.config.training.steps} steps", flush=True)
-                problem = self._attempts(title, run, config, environment)
-            for name, command in job.evaluations.items():
-                if problem or self._stop is not None:
-                    break
-                print(f"{title}: evaluation {name}", flush=True)
-                code = self._call(command, run.folder, environment)
-                problem = f"evaluation {name} ended with exit code {code}" if code else None
-        finally:
-            self._environments.put(environment)
+        started = time.monotonic()
+        problem = None
+        if not is_finished(run):
+            print(f"{title}: {run.config.training.steps} steps", flush=True)
+            problem = self._attempts(title, run, config, environment)
+        for name, command in job.evaluations.items():
+            if problem or self._stop is not None:
+                break
+            print(f"{title}: evaluation {name}", flush=True)
+            code = self._call(command, run.folder, environment)
+            problem = f"evaluation {name} ended with exit code {code}" if code else None
         if self._stop is not None:
             return False
         took = f"finished in {time.monotonic() - started:.0f} s"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dash_megatron.config import AttentionConfig
 from dash_megatron.layers import DashCoreAttention
+
+logger = logging.getLogger(__name__)
 
 # Share of a step's measurement in the running mean of a layer's density: batches differ by several points.
 _WEIGHT = 0.1
@@ -42,7 +45,7 @@ class DensityController:
 
         Args:
             step: number of finished steps.
-            densities: selected over available chunks, the mean over all processes for each layer; None without a router.
+            densities: selected over available chunks of all processes, for each layer; None without a router.
         """
         for layer, core in self._cores.items():
             density, target = densities[layer], self._attention.target_density_at(step, layer)
@@ -51,8 +54,36 @@ class DensityController:
             mean = self._means.get(layer, density)
             self._means[layer] = mean = mean + _WEIGHT * (density - mean)
             move = _GAIN * (_log_odds(mean) - _log_odds(target))
-            logarithm = math.log(core.scaling_factor) + max(-_MOST_PER_STEP, min(_MOST_PER_STEP, move))
-            core.scaling_factor = math.exp(max(-_MOST_IN_ALL, min(_MOST_IN_ALL, logarithm)))
+            before = math.log(core.scaling_factor)
+            wanted = before + max(-_MOST_PER_STEP, min(_MOST_PER_STEP, move))
+            logarithm = max(-_MOST_IN_ALL, min(_MOST_IN_ALL, wanted))
+            core.scaling_factor = math.exp(logarithm)
+            if logarithm != wanted and abs(before) < _MOST_IN_ALL - 1e-9:
+                logger.warning(
+                    "step %d: layer %d's density is %.1f%%, and no scaling factor brings it to attention.target_density=%g; "
+                    "ask for one that documents of this length can have",
+                    step,
+                    layer,
+                    100 * mean,
+                    target,
+                )
+
+    def begin_as(self, earlier: AttentionConfig) -> None:
+        """Begin with the factors of the run whose weights are taken; without a target, the config's own count."""
+        if earlier.kind != "dash":
+            return
+        factors = {layer: earlier.layer_scaling_factor(layer) for layer in self._cores}
+        own = {layer: core.scaling_factor for layer, core in self._cores.items()}
+        if self._attention.target_density is not None:
+            for layer, core in self._cores.items():
+                core.scaling_factor = factors[layer]
+        elif factors != own:
+            logger.warning(
+                "the run of training.init_from ended with scaling factors %s, and this one goes on with %s of "
+                "attention.scaling_factor; give it those, or a target_density",
+                [float(f"{factor:.4g}") for factor in factors.values()],
+                [float(f"{factor:.4g}") for factor in own.values()],
+            )
 
     def factors(self, layers: int) -> list[float | None]:
         """The factor of each layer; None without a router."""

@@ -1,17 +1,21 @@
-"""Start a run from given weights: a folder that `convert from-hf` made."""
+"""Start a run from given weights: another run's, or a folder that `convert from-hf` made."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import yaml
+from torch import Tensor
 
-from dash_megatron.config import ModelConfig
+from dash_megatron.config import AttentionConfig, ModelConfig
 from dash_megatron.hf.folder import MODEL_SECTIONS, FolderWeights, take
 from dash_megatron.layers import DashGPTModel
 from dash_megatron.layers.sharding import shard, split_of, whole_shape
+from dash_megatron.training.checkpoint import finished_steps
+from dash_megatron.training.weights import open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +24,9 @@ _CORE = ".core_attention."
 
 
 @torch.no_grad()
-def load_initial_weights(model: DashGPTModel, folder: str | Path, config: ModelConfig) -> None:
+def load_initial_weights(
+    model: DashGPTModel, folder: str | Path, config: ModelConfig
+) -> AttentionConfig | None:
     """Fill a model with a folder's weights; every process reads the folder and keeps its tensor-parallel shard.
 
     What the attention itself learns stays as it is where the folder lacks it, because a dense model has none of it: the
@@ -28,27 +34,38 @@ def load_initial_weights(model: DashGPTModel, folder: str | Path, config: ModelC
 
     Args:
         model: on any device, its weights initialized and not yet sharded by ZeRO.
-        folder: whole weights by the model's names, and the `model` section they belong to.
+        folder: of a run, whose newest checkpoint is taken, saved by any layout; or of `convert from-hf`.
         config: the run's `model` section.
+
+    Returns:
+        Of another run its `attention` section, scaling factors where it had moved them; else None.
 
     Raises:
         FileNotFoundError: the folder lacks a file.
-        ValueError: a tensor is missing, unknown or of another shape, or the run's model is another one.
+        ValueError: a checkpoint is damaged, a tensor is missing, unknown or of another shape, or the run's model is another one.
     """
     folder = Path(folder)
-    if not (folder / MODEL_SECTIONS).is_file():
+    weights: Mapping[str, Tensor]
+    attention = None
+    if finished_steps(folder):
+        source, _, weights = open_weights(folder)
+        saved, attention = source.model, source.attention
+    elif (folder / MODEL_SECTIONS).is_file():
+        saved = ModelConfig.model_validate(yaml.safe_load((folder / MODEL_SECTIONS).read_text())["model"])
+        weights = FolderWeights(folder)
+    else:
         raise FileNotFoundError(
-            f"training.init_from={folder} has no {MODEL_SECTIONS}; make it with `python -m dash_megatron convert from-hf`"
+            f"training.init_from={folder} has neither a run's checkpoints nor {MODEL_SECTIONS}; name a run that has "
+            "saved, or a folder made with `python -m dash_megatron convert from-hf`"
         )
-    _check_model(config, yaml.safe_load((folder / MODEL_SECTIONS).read_text())["model"], folder)
-    weights = FolderWeights(folder)
+    _check_model(config, saved, folder)
     group = model.pg_collection.tp
     parameters = dict(model.named_parameters())
     extra = sorted(set(weights) - set(parameters))
     if extra:
         raise ValueError(
             f"training.init_from={folder} has tensor {extra[0]}, which this model does not have; "
-            f"compare model and attention with {folder / MODEL_SECTIONS}"
+            "compare model and attention with the config there"
         )
     fresh: dict[str, int] = {}
     for name, parameter in parameters.items():
@@ -67,17 +84,17 @@ def load_initial_weights(model: DashGPTModel, folder: str | Path, config: ModelC
             ", ".join(sorted(fresh)),
             max(fresh.values()),
         )
+    return attention
 
 
-def _check_model(config: ModelConfig, saved: dict[str, object], folder: Path) -> None:
+def _check_model(config: ModelConfig, other: ModelConfig, folder: Path) -> None:
     """Shapes do not show everything: constants such as `rope_theta` must be the folder's too."""
-    other = ModelConfig.model_validate(saved)
     for name in ModelConfig.model_fields:
         new, old = getattr(config, name), getattr(other, name)
         if name == "head_dim":
             new, old = config.channels_per_head, other.channels_per_head
         # the standard deviation made earlier weights; no vocabulary size is the tokenizer's, which shapes tell
-        if name == "init_std" or (name == "vocab_size" and new is None) or new == old:
+        if name == "init_std" or (name == "vocab_size" and None in (new, old)) or new == old:
             continue
         raise ValueError(
             f"model.{name}={new} differs from {old} in training.init_from={folder}; set it to that"

@@ -29,7 +29,7 @@ class StepTotals:
 
     def __init__(self, num_layers: int, device: torch.device) -> None:
         self.num_layers = num_layers
-        # loss, sum of causal contexts, tokens, then per layer: density, selected chunks, how often measured,
+        # loss, sum of causal contexts, tokens, then per layer: available and selected chunks, how often measured,
         # and bytes sent to context-parallel peers, forward and backward
         self._sums = torch.zeros(3 + 5 * num_layers, dtype=torch.float64, device=device)
         self._values: list[float] = []
@@ -46,7 +46,7 @@ class StepTotals:
         self._sums[:3] += torch.stack([part.to(self._sums.device) for part in parts])
         for layer, means in routing_means(model).items():
             row = 3 + 5 * layer
-            self._sums[row : row + 2] += torch.stack([means.density, means.chunks_selected]).double()
+            self._sums[row : row + 2] += torch.stack([means.chunks_available, means.chunks_selected]).double()
             self._sums[row + 2] += 1
         for layer, sent in take_context_bytes(model).items():
             row = 6 + 5 * layer
@@ -80,9 +80,15 @@ class StepTotals:
         """Mean number of tokens that a token may attend to, itself included."""
         return self._values[1] / self._values[2]
 
-    def per_layer(self, column: int) -> list[float | None]:
-        """Column 0: density; 1: selected chunks per token. None for layers without a router."""
-        return [row[column] / row[2] if row[2] else None for row in self._rows()]
+    @property
+    def densities(self) -> list[float | None]:
+        """Of each layer, all selected chunks over all available ones; None without a router."""
+        return [row[1] / row[0] if row[2] else None for row in self._rows()]
+
+    @property
+    def chunks_selected(self) -> list[float | None]:
+        """Of each layer, per token; None without a router."""
+        return [row[1] / row[2] if row[2] else None for row in self._rows()]
 
     @property
     def context_imbalance(self) -> float:
@@ -148,7 +154,7 @@ class Meter:
     ) -> StepMetrics:
         """Metrics of a step, with rates of the last lap; `slowest` is a rank and its time over the median, `factors` are
         those of the next step by layer."""
-        density, selected = totals.per_layer(0), totals.per_layer(1)
+        density, selected = totals.densities, totals.chunks_selected
         routed = [value for value in density if value is not None]
         by_layer = {layer: value for layer, value in enumerate(selected) if value is not None}
         rate = self.tokens_per_step / self.seconds_per_step

@@ -92,8 +92,9 @@ class Trainer:
         self.validator = Validator(config, self.tokenizer, self.device)
         model = build_model(config, self.vocab_size, self.device)
         init_weights(model, config.training.seed, config.model.init_std)
+        earlier = None
         if config.training.init_from and not finished_steps(config.run_dir):
-            load_initial_weights(model, config.training.init_from, config.model)
+            earlier = load_initial_weights(model, config.training.init_from, config.model)
         self.engine = Engine(model, config, self.data_parallel_size * config.parallel.context)
         self.commit = code_commit()
         about = {"commit": self.commit, "implementation": fingerprint, "device": device_name(self.device)}
@@ -104,6 +105,8 @@ class Trainer:
         self.busy = BusyTime(self.device)
         self.collapse = CollapseAlarm(config.faults.collapse_steps)
         self.density = DensityController(config.attention, dash_layers(model))
+        if earlier is not None:
+            self.density.begin_as(earlier)
         self.routing = RoutingProbe(config.logging.routing_every if self.is_main else 0, dash_layers(model))
 
     def run(self) -> ExitCode:
@@ -223,9 +226,9 @@ class Trainer:
         fault = fault or self.guard.judge_gradient(self.step, first_sample, totals.loss, norm)
         self.meter.count_step()
         self.busy.end_of_step()
-        self.density.update(self.step, totals.per_layer(0))
+        self.density.update(self.step, totals.densities)
         if self.config.attention.kind == "dash":  # no other choice is learned
-            self.collapse.update(self.step, totals.per_layer(0), totals.per_layer(1))
+            self.collapse.update(self.step, totals.densities, totals.chunks_selected)
         self.stopping = agree(self.signals.requested, fault is not None)
         self.rolled_back = fault is not None and self.handle(replace(fault, grad_norm=norm), batches)
         return totals, lr

@@ -54,7 +54,7 @@ def solve(name: str, sample: Sample, prompt: str) -> list[str]:
         return order
     if name == "associative_recall":
         lines = prompt.split("\n")
-        return [dict(line.split(": ") for line in lines[:-1])[lines[-1].rstrip(":")]]
+        return [dict(line.split(" ") for line in lines[:-1])[lines[-1]]]
     listed = prompt.split("\n\n")[1].split()
     ranked = [word for word, _ in Counter(listed).most_common()]
     if name == "frequent_words":

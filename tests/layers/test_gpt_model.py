@@ -144,7 +144,7 @@ def test_core_attention_is_the_public_op_with_the_configured_constants() -> None
     )
     found = module(q, k, v, None)
     assert torch.equal(found, expected.transpose(0, 1).flatten(2))
-    assert module.routing.density == routing.density
+    assert module.routing.chunks_available == routing.chunks_available
     assert module.routing.chunks_selected == routing.chunks_selected.float().mean()
 
 

@@ -97,6 +97,9 @@ def test_measures_of_every_query_are_those_of_the_reference(
         known = expected[name].isfinite()
         assert known.any()
         mean = torch.where(known, expected[name], 0).sum(1) / known.sum(1)
+        if name == "density":
+            selected = expected["chunks_selected"]
+            mean = selected.sum(1) / (selected / expected[name]).sum(1)
         torch.testing.assert_close(samples.head_means(name), mean, atol=tolerance, rtol=tolerance)
     assert (expected["near_threshold_mass"] > 0).any(), "nothing was near the threshold"
 
@@ -139,7 +142,12 @@ def test_buckets_double_and_samples_are_spread_over_them_and_over_the_places_in_
     assert means[0, 0] == 1
     assert means[0, -1].isnan()
     inside = exact.bucket == 5
-    assert means[0, 5].item() == pytest.approx(exact.values["density"][0, inside].mean().item())
+    selected, share = (exact.values[name][0, inside] for name in ("chunks_selected", "density"))
+    assert means[0, 5].item() == pytest.approx((selected.sum() / (selected / share).sum()).item())
+    _, routing = dash_attention(
+        q, k, k, w, return_routing=True, cu_seqlens=cu_seqlens, backend="reference", **settings._asdict()
+    )
+    assert exact.head_means("density").item() == pytest.approx(routing.density.item(), rel=1e-5)
 
 
 def test_the_histogram_of_weights_counts_selected_chunks() -> None:

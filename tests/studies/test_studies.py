@@ -393,6 +393,50 @@ def test_several_studies_wait_in_one_queue_in_the_order_asked_for(
         submit_module.submit_studies([paths[0], twice], train=command)
 
 
+# notes when it begins and when it ends, and takes a while
+SLOW = """
+import pathlib, sys, time, yaml
+config = yaml.safe_load(open(sys.argv[2]))
+run = pathlib.Path(config["run_dir"])
+log = run.parent / "order"
+with log.open("a") as file:
+    file.write(f"+{config['model']['hidden_size']} ")
+time.sleep(0.5)
+with log.open("a") as file:
+    file.write(f"-{config['model']['hidden_size']} ")
+(run / "checkpoints" / f"step_{config['training']['steps']:08d}").mkdir(parents=True)
+"""
+
+
+def test_a_run_waits_for_the_one_whose_weights_it_begins_with(
+    write_study: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    points = [dict(point) for point in SIZES]
+    points[0]["training.init_from"] = str(runs_of(write_study(points=points))[3].folder)
+    points[1]["training.init_from"] = str(runs_of(write_study(points=points))[0].folder)
+    path = write_study(points=points)
+    script = tmp_path / "slow_train.py"
+    script.write_text(SLOW)
+    with pytest.raises(ValueError, match=r"begins with the weights of h256_dash.*submit that one first"):
+        submit_module.submit_studies([path], slurm=["--dry-run"])
+    assert submit_module.submit_studies([path], train=[sys.executable, str(script)], at_once=3) == 0
+    order = (runs_of(path)[0].folder.parent / "order").read_text().split()
+    assert sorted(order[:2]) == ["+128", "+256"]
+    assert order.index("+32") > order.index("-256")
+    assert order.index("+64") > order.index("-32")
+
+
+def test_runs_that_wait_for_each_other_do_not_wait_for_ever(write_study: Write, tmp_path: Path) -> None:
+    folders = [tmp_path / "out" / "runs" / f"{name}-dash" for name in "ab"]
+    points = [
+        {"name": "a", "training.init_from": str(folders[1])},
+        {"name": "b", "training.init_from": str(folders[0])},
+    ]
+    path = write_study(points=points)
+    assert [run.folder for run in runs_of(path)] == folders
+    assert submit_module.submit_studies([path], train=trainer(tmp_path, {}), at_once=2) == 0
+
+
 # waits until as many runs have started as are to run at once
 TOGETHER = """
 import os, pathlib, sys, time, yaml

@@ -122,7 +122,7 @@ def _measured_steps(trainer: Any, steps: int) -> dict[str, Any]:
     first = engine.full_weights()
     totals, _ = trainer.train_step()
     result = {"loss": totals.loss, "norm": engine.grad_norm(), "gradients": gradients}
-    result["density"] = totals.per_layer(0)
+    result["density"] = totals.densities
     for _ in range(steps - 1):
         trainer.train_step()
     validation = trainer.maybe_validate()

@@ -1,0 +1,72 @@
+"""`training.init_from` of another run."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dash_megatron.config import AttentionConfig
+from dash_megatron.training.density import DensityController
+from dash_megatron.training.initial import load_initial_weights
+from dash_megatron.training.metrics import read_metrics
+from dash_megatron.training.weights import open_weights
+from tests.training.test_resume import run_of
+from tests.training.workers import one_step, train_all
+
+TARGET = {"kind": "dash", "target_density": 0.75, "scaling_factor": 300.0}
+
+
+def test_a_run_goes_on_from_another_of_any_layout_with_its_weights_and_scaling_factors(
+    tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    first = run_of(
+        tiny_config,
+        tmp_path / "first",
+        attention=TARGET,
+        training={"steps": 8, "global_batch": 4},
+        parallel={"tensor": 2},
+        zero={"stage": 1},
+    )
+    run_processes(2, train_all, [(first, None)])
+    saved, step, weights = open_weights(tmp_path / "first")
+    assert step == 8
+    factors = [saved.attention.layer_scaling_factor(layer) for layer in (0, 1)]
+    assert all(math.log(factor / 300) > 0.1 for factor in factors), "they have moved"
+
+    again = {"training": {"steps": 1, "global_batch": 4, "init_from": str(tmp_path / "first")}}
+    second = run_of(tiny_config, tmp_path / "second", attention=TARGET, zero={"stage": 3}, **again)
+    fixed = {**TARGET, "target_density": None, "scaling_factor": 5.0}
+    third = run_of(tiny_config, tmp_path / "third", attention=fixed, **again)
+    run_processes(1, one_step, [("second", second)], str(tmp_path))
+    found = torch.load(tmp_path / "second.pt")["first_weights"]
+    assert set(found) == set(weights)
+    for name, value in weights.items():
+        assert torch.equal(found[name], value), name
+    second["run_dir"] = str(tmp_path / "trained")
+    run_processes(1, train_all, [(second, None), (third, None)])
+    moved = read_metrics(tmp_path / "trained")[-1]["scaling_factor_per_layer"]
+    # and one step more
+    assert [math.log(x) for x in moved] == pytest.approx([math.log(x) for x in factors], abs=0.05)
+    assert read_metrics(tmp_path / "third")[-1]["scaling_factor_per_layer"] == [5.0, 5.0]
+
+
+def test_without_a_target_other_scaling_factors_than_before_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    earlier = AttentionConfig(scaling_factor=(2.0, 3.0))
+    cores: Any = {layer: SimpleNamespace(scaling_factor=2.0) for layer in (0, 1)}
+    DensityController(AttentionConfig(scaling_factor=2.0), cores).begin_as(earlier)
+    assert "ended with scaling factors [2.0, 3.0], and this one goes on with [2.0, 2.0]" in caplog.text
+    caplog.clear()
+    cores[1].scaling_factor = 3.0
+    DensityController(earlier, cores).begin_as(earlier)
+    DensityController(AttentionConfig(), cores).begin_as(AttentionConfig(kind="full"))
+    assert not caplog.text
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"neither a run's checkpoints nor model\.yaml; name a run"):
+        load_initial_weights(torch.nn.Module(), tmp_path, None)  # type: ignore[arg-type]
