@@ -58,6 +58,8 @@ class _Recipe:
     budget: tuple[str, float] | None
     seed: int | None
     point: str | None
+    of_point: frozenset[str]
+    """Keys that the point sets."""
     tokens: float | None = None
     """Of a twin: those of the run it is twin of."""
 
@@ -110,7 +112,7 @@ def _recipes(study: Study) -> Iterator[_Recipe]:
         for values in product(*study.grid.values()):
             mixed = {**settings, **dict(zip(keys, values, strict=True))}
             for budget, seed in product(study.budgets.entries(), study.seeds or (None,)):
-                yield _Recipe(mixed, budget, seed, point.get("name"))
+                yield _Recipe(mixed, budget, seed, point.get("name"), frozenset(settings))
 
 
 def _add(runs: list[StudyRun], run: StudyRun, twin_of: str | None = None) -> None:
@@ -251,6 +253,10 @@ def _labels(config: Config, recipe: _Recipe) -> tuple[str, str]:
     }
     inside = {key: value for key, value in recipe.settings.items() if key.startswith("model.")}
     size = recipe.point if recipe.point and inside else _words(inside)
+    if recipe.point and inside:
+        # a named size may have a learning rate of its own, say
+        hidden = {key for key in recipe.of_point if not key.startswith("attention.")}
+        outside = {key: value for key, value in outside.items() if key not in hidden}
     label = " ".join(part for part in (config.attention.kind, _words(outside)) if part)
     if recipe.point and not inside:
         label = f"{recipe.point} ({config.attention.kind})"

@@ -125,6 +125,14 @@ def test_points_grids_budgets_seeds_and_twins_multiply(write_study: Write) -> No
     assert {run.config.training.seed for run in runs} == {1, 2}
 
 
+def test_a_named_size_has_a_learning_rate_without_being_another_kind_of_run(write_study: Write) -> None:
+    points = [dict(SIZES[0]), {**SIZES[1], "optimizer.lr": 1e-4, "attention.sigma": 1.0}]
+    runs = runs_of(write_study(points=points, grid={"optimizer.weight_decay": [0.0]}))
+    assert [run.size for run in runs] == ["h32", "h64"]
+    assert [run.variant for run in runs] == ["dash weight_decay=0.0", "dash sigma=1.0 weight_decay=0.0"]
+    assert runs[1].config.optimizer.lr == 1e-4
+
+
 def test_a_dense_point_is_the_twin_of_the_others_and_not_of_itself(write_study: Write) -> None:
     points = [{"name": kind, "attention.kind": kind} for kind in ("full", "dash")]
     full, dash = runs_of(write_study(points=points, twins=["full"]))
