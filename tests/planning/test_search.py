@@ -156,9 +156,8 @@ def test_measured_steps_are_met_within_20_percent() -> None:
         assert vocab_size is not None
         return estimate_step(config, layout, vocab_size, routing, Hardware.of(gpu)).seconds
 
-    runs = {
-        run.name: run.config for run in expand(load_study(CONFIGS.parent / "studies" / "quality_16k.yaml"))
-    }
+    study = load_study(CONFIGS.parent / "docs" / "results" / "quality" / "steps_131k.yaml")
+    runs = {run.name: run.config for run in expand(study)}
     full, dash, infllmv2 = (
         runs[f"{name}_1.5e+08tok_seed1"] for name in ("full-full", "dash_25-dash", "infllmv2_25-infllmv2")
     )
