@@ -35,7 +35,8 @@ class AttentionConfig(Section):
     """Share of the available chunks to be selected, of all tokens together, above 0 and up to 1: about the share of full
     attention's pairs that is attended to. Each layer's scaling factor is moved, from `scaling_factor` on, until its router
     selects that much. A list has one for each layer. A schedule, such as `{0: 1.0, 2000: 0.25}`, says from which step on,
-    with straight lines between, and starts dense for a warm-up."""
+    with straight lines between, and starts dense for a warm-up. Each query head of a group selects at least one past chunk,
+    and all attend to what any selects: targets near (1 + heads / kv_heads) chunks a token leave nothing to choose."""
     sigma: float = Field(default=2.0, gt=0)
     """Flattens the router's prior on the softmax; 2 is the flattest whose router gradient is bounded."""
     estimate_diagonal: bool = True

@@ -60,8 +60,8 @@ class DensityController:
             core.scaling_factor = math.exp(logarithm)
             if logarithm != wanted and abs(before) < _MOST_IN_ALL - 1e-9:
                 logger.warning(
-                    "step %d: layer %d's density is %.1f%%, and no scaling factor brings it to attention.target_density=%g; "
-                    "ask for one that documents of this length can have",
+                    "step %d: layer %d's density is %.1f%%, and no scaling factor brings it to attention.target_density=%g: "
+                    "each query head selects a past chunk, and documents may be short; ask for more",
                     step,
                     layer,
                     100 * mean,
