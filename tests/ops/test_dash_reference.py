@@ -349,7 +349,7 @@ def test_a_larger_scaling_factor_routes_more_sparsely():
 def test_no_scaling_factor_leaves_less_than_a_chunk_for_each_head_of_a_group_and_there_the_router_learns_nothing():
     (q, k, v, w), upstream = _inputs(N=64, Hq=4, Hkv=1)
     w = torch.zeros_like(w).requires_grad_()  # summaries are means
-    out, (_, _, _, dw), selected = _run([q, k, v, w], upstream, scaling_factor=1e6)
+    _, (_, _, _, dw), selected = _run([q, k, v, w], upstream, scaling_factor=1e6)
     best = torch.einsum("nhd,cd->nhc", q[0], k[0, :, 0].unflatten(0, (16, 4)).mean(1))
     for token in range(64):
         past = token // 4
