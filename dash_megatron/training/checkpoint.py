@@ -49,6 +49,14 @@ def finished_steps(run_dir: str | Path) -> list[int]:
     return sorted(int(match.group(1)) for match in names if match)
 
 
+def agreed_steps(run_dir: str | Path) -> list[int]:
+    """As `finished_steps`, on all processes as rank 0 sees the folder, which others may be saving to; collective."""
+    steps = [finished_steps(run_dir)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(steps)
+    return steps[0]
+
+
 def tag_of(step: int) -> str:
     """Folder name of a step's checkpoint."""
     return f"step_{step:08d}"
@@ -232,27 +240,17 @@ class Checkpointer:
 
     def _choose(self) -> int | None:
         """The newest step whose files are as they were written; damaged ones are set aside. Collective."""
-        listed: list[Any] = [finished_steps(self.config.run_dir)]
-        dist.broadcast_object_list(listed)  # the folder as one process sees it
-        for step in reversed(listed[0]):
-            found = retry(
-                lambda step=step: files.damage(  # type: ignore[misc]
-                    self.folder / tag_of(step), dist.get_rank(), dist.get_world_size()
-                ),
-                f"read {tag_of(step)}",
-                self.config.checkpoint.retry_seconds,
-            )
-            problems: list[str | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(problems, found)
-            problem = next(filter(None, problems), None)
+        steps = agreed_steps(self.config.run_dir)
+        for step in reversed(steps):
+            problem = files.agreed_damage(self.folder / tag_of(step), self.config.checkpoint.retry_seconds)
             if problem is None:
-                return int(step)
+                return step
             failure = self._on_main(lambda step=step, problem=problem: self._set_aside(step, problem))  # type: ignore[misc]
             if failure:
                 raise CheckpointError(failure)
-        if listed[0]:
+        if steps:
             raise ValueError(
-                f"{self.folder} has no undamaged checkpoint: those of steps {listed[0]} were set aside as "
+                f"{self.folder} has no undamaged checkpoint: those of steps {steps} were set aside as "
                 "*.damaged; restore one from a copy, or remove them all to begin from scratch"
             )
         return None

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dash_megatron.layers.sharding import Split, join, whole_shape
+from dash_megatron.retry import retry
 
 DESCRIPTION = "checkpoint.json"
 MANIFEST = "manifest.json"
@@ -99,6 +101,34 @@ def damage(folder: Path, share: int = 0, shares: int = 1) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} is damaged ({type(error).__name__}: {error})"
     return None
+
+
+def agreed_damage(folder: Path, seconds: float = 0.0) -> str | None:
+    """As `damage`, the same on all processes, which divide the reading; collective.
+
+    Where no processes have joined, this one reads everything, once.
+
+    Args:
+        folder: the checkpoint, the same on all processes.
+        seconds: how long a process that cannot read its share tries again.
+
+    Raises:
+        OSError: on all processes, if one cannot read its share.
+    """
+    if not dist.is_initialized():
+        return damage(folder)
+    share, shares = dist.get_rank(), dist.get_world_size()
+    found: str | OSError | None
+    try:
+        found = retry(lambda: damage(folder, share, shares), f"read {folder.name}", seconds)
+    except OSError as error:
+        found = error  # raised when the others, which wait for this process, know of it
+    results: list[str | OSError | None] = [None] * shares
+    dist.all_gather_object(results, found)
+    for result in results:
+        if isinstance(result, OSError):
+            raise result
+    return next((result for result in results if isinstance(result, str)), None)
 
 
 class StoredState:

@@ -14,7 +14,7 @@ from dash_megatron.config import AttentionConfig, ModelConfig
 from dash_megatron.hf.folder import MODEL_SECTIONS, FolderWeights, take
 from dash_megatron.layers import DashGPTModel
 from dash_megatron.layers.sharding import shard, split_of, whole_shape
-from dash_megatron.training.checkpoint import finished_steps
+from dash_megatron.training.checkpoint import agreed_steps
 from dash_megatron.training.weights import open_weights
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,9 @@ _CORE = ".core_attention."
 def load_initial_weights(
     model: DashGPTModel, folder: str | Path, config: ModelConfig
 ) -> AttentionConfig | None:
-    """Fill a model with a folder's weights; every process reads the folder and keeps its tensor-parallel shard.
+    """Fill a model with a folder's weights, of which each process keeps its tensor-parallel shard; collective.
+
+    Every process reads the weights; the check of a run's checkpoint for damage they divide.
 
     What the attention itself learns stays as it is where the folder lacks it, because a dense model has none of it: the
     summary queries of DashAttention, of which zero summarizes by the mean, and the compression and gates of NSA.
@@ -47,7 +49,7 @@ def load_initial_weights(
     folder = Path(folder)
     weights: Mapping[str, Tensor]
     attention = None
-    if finished_steps(folder):
+    if agreed_steps(folder):
         source, _, weights = open_weights(folder)
         saved, attention = source.model, source.attention
     elif (folder / MODEL_SECTIONS).is_file():

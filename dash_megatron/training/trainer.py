@@ -18,7 +18,7 @@ from dash_megatron.layers import build_model, dash_layers, init_weights
 from dash_megatron.ops.fingerprint import implementation_fingerprint
 from dash_megatron.parallel import context_rank, data_rank, init_process_groups, read_launch, tensor_group
 from dash_megatron.retry import make_writable_folder
-from dash_megatron.training.checkpoint import Checkpointer, finished_steps, write_config
+from dash_megatron.training.checkpoint import Checkpointer, agreed_steps, finished_steps, write_config
 from dash_megatron.training.density import DensityController
 from dash_megatron.training.engine import Engine
 from dash_megatron.training.faults import Fault, Guard, fault_folder, write_fault
@@ -93,7 +93,7 @@ class Trainer:
         model = build_model(config, self.vocab_size, self.device)
         init_weights(model, config.training.seed, config.model.init_std)
         earlier = None
-        if config.training.init_from and not finished_steps(config.run_dir):
+        if config.training.init_from and not agreed_steps(config.run_dir):
             earlier = load_initial_weights(model, config.training.init_from, config.model)
         self.engine = Engine(model, config, self.data_parallel_size * config.parallel.context)
         self.commit = code_commit()
@@ -265,9 +265,7 @@ class Trainer:
         """Load the newest checkpoint in place; False where there is none, and nothing is done."""
         bad = self.step
         self.checkpointer.finish()
-        saved: list[Any] = [bool(finished_steps(self.config.run_dir))]
-        dist.broadcast_object_list(saved)
-        if not saved[0]:
+        if not agreed_steps(self.config.run_dir):
             logger.warning("no checkpoint to go back to: the update is left out, and that is all")
             return False
         with self.meter.paused():

@@ -13,13 +13,16 @@ from dash_megatron.config import Config, ParallelConfig
 from dash_megatron.config_loading import config_from_dict
 from dash_megatron.layers import DashGPTModel, build_model
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
-from dash_megatron.training.checkpoint import checkpoint_folder, finished_steps, tag_of
-from dash_megatron.training.checkpoint_files import CheckpointWeights, StoredState, damage
+from dash_megatron.training.checkpoint import agreed_steps, checkpoint_folder, tag_of
+from dash_megatron.training.checkpoint_files import CheckpointWeights, StoredState, agreed_damage
 from dash_megatron.training.density import moved_factors
 
 
 def open_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, int, CheckpointWeights]:
-    """Read a run's config and step, and open its whole weights on CPU, without process groups.
+    """Read a run's config and step, and open its whole weights on CPU; needs no process groups.
+
+    Where processes have joined it is collective: they divide the check for damage, and all open the same checkpoint or
+    raise the same error.
 
     Args:
         run_dir: the run's folder.
@@ -29,13 +32,13 @@ def open_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, 
         FileNotFoundError: the run has no such checkpoint.
         ValueError: it is damaged.
     """
-    steps = finished_steps(run_dir)
+    steps = agreed_steps(run_dir)
     if not steps or (step is not None and step not in steps):
         wanted = "any step" if step is None else f"step {step}"
         raise FileNotFoundError(f"{run_dir} has no checkpoint of {wanted}; it has {steps or 'none'}")
     step = steps[-1] if step is None else step
     folder = checkpoint_folder(run_dir) / tag_of(step)
-    problem = damage(folder)
+    problem = agreed_damage(folder)
     if problem is not None:
         raise ValueError(f"{folder} is damaged: {problem}; name an earlier step")
     stored = StoredState(folder)

@@ -1,6 +1,8 @@
 """`training.init_from` of another run."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +16,7 @@ from dash_megatron.training.initial import load_initial_weights
 from dash_megatron.training.metrics import read_metrics
 from dash_megatron.training.weights import open_weights
 from tests.training.test_resume import run_of
-from tests.training.workers import one_step, train_all
+from tests.training.workers import begin_all, one_step, train_all
 
 TARGET = {"kind": "dash", "target_density": 0.75, "scaling_factor": 300.0}
 
@@ -51,6 +53,66 @@ def test_a_run_goes_on_from_another_of_any_layout_with_its_weights_and_scaling_f
     # and one step more
     assert [math.log(x) for x in moved] == pytest.approx([math.log(x) for x in factors], abs=0.05)
     assert read_metrics(tmp_path / "third")[-1]["scaling_factor_per_layer"] == [5.0, 5.0]
+
+
+@pytest.fixture
+def first(tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path) -> dict[str, Any]:
+    """A finished run of two processes and one step."""
+    tree = run_of(tiny_config, tmp_path / "first", training={"steps": 1})
+    run_processes(2, train_all, [(tree, None)])
+    return tree
+
+
+def started_from(source: Path, tree: dict[str, Any]) -> dict[str, Any]:
+    return run_of(tree, source.parent / f"from_{source.name}", training={"init_from": str(source)})
+
+
+def left_by_ranks(folder: Path, name: str) -> list[dict[str, Any]]:
+    """What two processes of `begin_all` left of a case."""
+    return [json.loads((folder / f"{name}_{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_processes_that_begin_from_a_run_check_each_of_its_files_once_between_them(
+    first: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    start = started_from(tmp_path / "first", first)
+    run_processes(
+        2, begin_all, [("usual", start, {}), ("late", start, {"late": 1})], str(tmp_path), seconds=120
+    )
+    manifest = tmp_path / "first" / "checkpoints" / "step_00000001" / "manifest.json"
+    files = json.loads(manifest.read_text())["files"]
+    for name in ("usual", "late"):
+        found = left_by_ranks(tmp_path, name)
+        assert [left["error"] for left in found] == [None, None]
+        assert sorted(found[0]["checked"] + found[1]["checked"]) == sorted(files)
+
+
+def test_damage_that_one_process_meets_is_the_same_error_on_all(
+    first: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    cases: list[tuple[str, dict[str, Any], dict[str, int]]] = []
+    for rank in (0, 1):
+        name = f"state_{rank:05d}.safetensors"
+        shutil.copytree(tmp_path / "first", tmp_path / f"damaged_{rank}")
+        path = tmp_path / f"damaged_{rank}" / "checkpoints" / "step_00000001" / name
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        cases.append((name, started_from(tmp_path / f"damaged_{rank}", first), {}))
+        cases.append((f"unable_{rank}", started_from(tmp_path / "first", first), {"unable": rank}))
+    run_processes(2, begin_all, cases, str(tmp_path), seconds=120)
+    for rank in (0, 1):
+        name = f"state_{rank:05d}.safetensors"
+        folder = tmp_path / f"damaged_{rank}" / "checkpoints" / "step_00000001"
+        told = (
+            f"ValueError: {folder} is damaged: the checksum of {name} differs from that of what was written; "
+        )
+        found = left_by_ranks(tmp_path, name)
+        assert sum(name in left["checked"] for left in found) == 1, "one process alone can tell"
+        assert [left["error"] for left in found] == [told + "name an earlier step"] * 2
+        errors = [left["error"] for left in left_by_ranks(tmp_path, f"unable_{rank}")]
+        assert errors[0] == errors[1]
+        assert "cannot read step_00000001: Input/output error" in errors[0]
 
 
 def test_without_a_target_other_scaling_factors_than_before_are_told(

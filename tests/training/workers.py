@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 from pathlib import Path
@@ -139,6 +140,42 @@ def save_logits(trees: list[tuple[str, dict[str, Any]]], folder: str) -> None:
         with torch.no_grad():
             logits = trainer.engine.module(positions * 7 % trainer.vocab_size, positions)
         torch.save(logits, Path(folder) / f"{name}_{torch.distributed.get_rank()}.pt")
+    destroy_process_groups()
+
+
+def begin_all(cases: list[tuple[str, dict[str, Any], dict[str, int]]], folder: str) -> None:
+    """Build a trainer of every case, which may name a rank that is "late" to see checkpoints, or "unable" to check files.
+
+    Each process leaves the names of the files that it checked, and its error, in `<folder>/<name>_<rank>.json`.
+    """
+    from dash_megatron.training import checkpoint, checkpoint_files
+
+    module, rank = keep_process_groups(), int(os.environ["RANK"])
+    finished_steps, checksum = checkpoint.finished_steps, checkpoint_files.checksum
+    checked: list[str] = []
+    faults: dict[str, int] = {}
+
+    def watched_steps(run_dir: str | Path) -> list[int]:
+        return [] if faults.get("late") == rank else finished_steps(run_dir)
+
+    def watched_checksum(path: Path) -> str:
+        checked.append(path.name)
+        if faults.get("unable") == rank:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return checksum(path)
+
+    checkpoint.finished_steps, checkpoint_files.checksum = watched_steps, watched_checksum
+    for name, tree, own_faults in cases:
+        error = None
+        checked.clear()
+        faults.clear()
+        faults.update(own_faults)
+        try:
+            module.Trainer(config_from_dict(tree))
+        except (ValueError, OSError) as raised:
+            error = f"{type(raised).__name__}: {raised}"
+        result = {"checked": checked, "error": error}
+        (Path(folder) / f"{name}_{rank}.json").write_text(json.dumps(result))
     destroy_process_groups()
 
 
