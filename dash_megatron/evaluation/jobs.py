@@ -24,7 +24,7 @@ PERPLEXITY = "perplexity"
 FAMILIES = (PERPLEXITY, *TASKS)
 SCORES = ("answer", "generate")
 # raised whenever prompts or scores change, so that older results are not taken for new ones
-VERSION = 1
+VERSION = 2
 # what a model may write beside the tokens of the answer
 EXTRA_TOKENS = 8
 

@@ -35,16 +35,15 @@ class Sample:
     depth: float | None = None
 
 
-def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> Sample:
-    """Encode prompt and answers as one text, so that tokens are those a model has read.
+def _sample(prompt: Prompt, ids: list[int], tokenizer: Tokenizer) -> Sample:
+    """Find prompt and answers in the tokens of both, encoded as one text: as a model has read such.
 
     A token that joins the end of the prompt and the start of the answer counts as answer.
     """
     pieces = _pieces(prompt)
-    ids = tokenizer.encode("".join(pieces))
     # all but a short tail is equal in every encoding below
-    ends = [_common(ids, tokenizer.encode(text)) for text in itertools.accumulate(pieces)]
-    ends[-1] = len(ids)
+    ends = [_common(ids, tokenizer.encode(text)) for text in itertools.accumulate(pieces[:-1])]
+    ends.append(len(ids))
     spans = []
     for number in range(len(prompt.answers)):
         # an opening space is mostly a part of the answer's first token
@@ -71,7 +70,7 @@ def _common(ids: list[int], prefix: list[int]) -> int:
 
 
 def fit(build: Callable[[int], Prompt], sizes: tuple[int, int], length: int, tokenizer: Tokenizer) -> Sample:
-    """Find the largest size, within a sixty-fourth, whose sample has at most `length` tokens.
+    """Find a size whose sample has at most `length` tokens: the largest, unless one falls short by a sixty-fourth at most.
 
     Args:
         build: makes the prompt with so many units of filler, the longer the more.
@@ -83,25 +82,38 @@ def fit(build: Callable[[int], Prompt], sizes: tuple[int, int], length: int, tok
     """
     low, largest = sizes
 
-    def count(size: int) -> int:
-        return len(tokenizer.encode("".join(_pieces(build(size)))))
+    def encode(size: int) -> tuple[Prompt, list[int]]:
+        prompt = build(size)
+        return prompt, tokenizer.encode("".join(_pieces(prompt)))
 
-    found = count(low)
-    if found > length:
+    best, ids = encode(low)
+    if len(ids) > length:
         raise ValueError(
-            f"--lengths {length} must be at least {found}, the shortest sample with this tokenizer"
+            f"--lengths {length} must be at least {len(ids)}, the shortest sample with this tokenizer"
         )
-    high = None
-    while low < largest and (high is None or high - low > max(1, low // 64)):
-        middle = min(2 * low + 1, largest) if high is None else (low + high) // 2
-        tokens = count(middle)
-        if tokens <= length:
-            low, found = middle, tokens
+    wanted = length - length // 128
+    high, too_many = largest + 1, 0
+    tokens_a_unit = 1.0
+    for attempt in itertools.count():
+        if high - low <= 1 or len(ids) >= length - length // 64:
+            break
+        if too_many and attempt % 4 == 3:
+            guess = (low + high) // 2  # units may differ much in their tokens
+        elif too_many:
+            guess = low + (high - low) * (wanted - len(ids)) // (too_many - len(ids))
         else:
-            high = middle
-    if high is None and found < 0.9 * length:
+            # a few units say little about all the others
+            guess = min(low + int((wanted - len(ids)) / tokens_a_unit), 4 * low)
+        guess = min(max(guess, low + 1), high - 1)
+        prompt, found = encode(guess)
+        if len(found) > length:
+            high, too_many = guess, len(found)
+            continue
+        tokens_a_unit = max(1, len(found) - len(ids)) / (guess - low)
+        low, best, ids = guess, prompt, found
+    if not too_many and len(ids) < 0.9 * length:
         raise ValueError(
-            f"--lengths {length} needs more text: all of it makes a sample of {found} tokens; give a longer "
+            f"--lengths {length} needs more text: all of it makes a sample of {len(ids)} tokens; give a longer "
             "--text, more validation data, or a smaller length"
         )
-    return encode_prompt(build(low), tokenizer)
+    return _sample(best, ids, tokenizer)
