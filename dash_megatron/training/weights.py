@@ -40,7 +40,9 @@ def open_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, 
     folder = checkpoint_folder(run_dir) / tag_of(step)
     problem = agreed_damage(folder)
     if problem is not None:
-        raise ValueError(f"{folder} is damaged: {problem}; name an earlier step")
+        raise ValueError(
+            f"{folder} is damaged: {problem}; restore it from a copy, name an earlier step, or move this one away"
+        )
     stored = StoredState(folder)
     config = config_from_dict({**stored.facts["config"], "run_dir": str(run_dir)})
     # what the weights were trained with last

@@ -109,7 +109,9 @@ def test_damage_that_one_process_meets_is_the_same_error_on_all(
         )
         found = left_by_ranks(tmp_path, name)
         assert sum(name in left["checked"] for left in found) == 1, "one process alone can tell"
-        assert [left["error"] for left in found] == [told + "name an earlier step"] * 2
+        assert [left["error"] for left in found] == [
+            told + "restore it from a copy, name an earlier step, or move this one away"
+        ] * 2
         errors = [left["error"] for left in left_by_ranks(tmp_path, f"unable_{rank}")]
         assert errors[0] == errors[1]
         assert "cannot read step_00000001: Input/output error" in errors[0]
