@@ -9,7 +9,6 @@ import argparse
 import datetime
 import json
 import re
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ask import ask
 
 # states of jobs that will not run again; for some minutes the queue still shows them
 ENDED = frozenset(
@@ -72,11 +72,7 @@ def state_in_accounting(job: str) -> str | None:
 
 
 def _rows(*command: str) -> list[list[str]]:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.split("|", 2) for line in done.stdout.splitlines()]
+    return [line.split("|", 2) for line in (ask(*command) or "").splitlines()]
 
 
 def last_metrics(run: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from ask import NO_ANSWER, ask
 from site_file import Site, load_site
 
 # the rules that are checked here are those of the train.py that will run, not of another installed version
@@ -177,13 +178,10 @@ def check_nobody_else_runs(runs: list[Run]) -> None:
     Raises:
         ValueError: there is one.
     """
-    try:
-        queue = subprocess.run(
-            ["squeue", "--noheader", "--array", "--format=%i %T"], capture_output=True, text=True, timeout=60
-        )
-    except (OSError, subprocess.TimeoutExpired):
+    queue = ask("squeue", "--noheader", "--array", "--format=%i %T")
+    if queue is None:
         return  # sbatch will tell
-    alive = dict(line.split() for line in queue.stdout.splitlines())
+    alive = dict(line.split() for line in queue.splitlines())
     for run in runs:
         history = run.folder / "slurm" / "events.tsv"
         lines = history.read_text().splitlines() if history.exists() else []
@@ -227,7 +225,10 @@ def submit(script: str, runs: list[Run], stamp: str, command: str) -> str:
             f"sbatch {batch} gave no answer for 5 minutes; look with squeue before trying again"
         ) from error
     if done.returncode:
-        raise ValueError(f"sbatch {batch} refused: {done.stderr.strip()}")
+        error = done.stderr.strip()
+        if NO_ANSWER.search(error):  # only the answer may be lost: a second sbatch could be a second job
+            raise ValueError(f"sbatch {batch} got no answer: {error}; look with squeue before trying again")
+        raise ValueError(f"sbatch {batch} refused: {error}")
     job = done.stdout.strip().split(";")[0]
     time = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     for index, run in enumerate(runs):

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import ask  # of slurm/, see conftest.py
 import pytest
 import submit  # of slurm/, see conftest.py
 import yaml
@@ -207,18 +208,66 @@ def test_without_sbatch_the_script_is_kept_and_said_to_be(
     assert f"CONFIGS=({config})" in script.read_text()
 
 
+BUSY = 'echo "$0: error: Socket timed out on send/recv operation" >&2; exit 1'
+
+
+def program(folder: Path, name: str, lines: str) -> None:
+    """A stand-in for a program, which notes its calls in `<name>.calls` beside it."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\necho >> {folder}/{name}.calls\n{lines}\n")
+    (folder / name).chmod(0o755)
+
+
+def calls(folder: Path, name: str) -> int:
+    return len((folder / f"{name}.calls").read_text().splitlines())
+
+
+def once_busy(folder: Path, name: str, lines: str) -> str:
+    """Lines of a stand-in that gets no answer from the controller the first time."""
+    return f"[ $(wc -l < {folder}/{name}.calls) -gt 1 ] || {{ {BUSY}; }}\n{lines}"
+
+
+@pytest.mark.parametrize(
+    ("lines", "busy", "answer", "times"),
+    [
+        ("echo 4 RUNNING", True, "4 RUNNING\n", 2),
+        (BUSY, False, None, 4),
+        ("echo no such option >&2; exit 1", False, None, 1),
+    ],
+    ids=["once busy", "always busy", "refused"],
+)
+def test_a_busy_controller_is_asked_again_and_a_refusal_is_taken(
+    lines: str, busy: bool, answer: str | None, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ask, "PAUSE_SECONDS", 0)
+    program(tmp_path, "squeue", once_busy(tmp_path, "squeue", lines) if busy else lines)
+    assert ask.ask(str(tmp_path / "squeue")) == answer
+    assert calls(tmp_path, "squeue") == times
+
+
+def test_an_sbatch_that_gets_no_answer_is_not_called_again_because_the_job_may_be_queued(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(tmp_path / "bin", "squeue", "")
+    program(tmp_path / "bin", "sbatch", BUSY)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert submit.main([*CONFIG, *SIZE, *TIME, f"run_dir={tmp_path / 'run'}"]) == 2
+    error = capsys.readouterr().err
+    assert "got no answer" in error
+    assert "look with squeue before trying again" in error
+    assert calls(tmp_path / "bin", "sbatch") == 1
+
+
 @pytest.fixture
 def play(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     """`play(code, said)` runs a job's script with an srun that ends like that; gives code, last event and requeues."""
     run, programs = tmp_path / "run", tmp_path / "bin"
-    programs.mkdir()
     for name, lines in {
         "srun": 'printf "%b" "$SAID" >> "$DASH_EXIT_FILE"\nexit "$CODE"',
         "squeue": "",
         "scontrol": f'if [ "$1" = requeue ]; then echo "$2" >> {tmp_path}/requeued; else echo node1; fi',
     }.items():
-        (programs / name).write_text(f"#!/bin/sh\n{lines}\n")
-        (programs / name).chmod(0o755)
+        program(programs, name, lines)
     script = dry_run(capsys, *CONFIG, *SIZE, *TIME, *site_file(tmp_path, restarts=2), f"run_dir={run}")
 
     def play(code: int, said: str = "", restart: int = 0) -> tuple[int, list[str], int]:
@@ -273,6 +322,24 @@ def test_faults_are_forgiven_with_every_newer_checkpoint_and_no_more_often_than_
     code, (_, detail), _ = play(1, restart=6)
     assert code == 1
     assert "started again 2 times without a newer checkpoint" in detail
+
+
+@pytest.mark.parametrize(
+    ("answer", "event"),
+    [
+        ("echo the job of the other", "stopped"),
+        ("echo slurm_load_jobs error: Invalid job id specified >&2; exit 1", "done"),
+    ],
+    ids=["running", "forgotten"],
+)
+def test_a_job_finds_another_of_its_run_though_the_controller_is_busy_at_first(
+    answer: str, event: str, play: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "run/slurm").mkdir(parents=True)
+    (tmp_path / "run/slurm/job").write_text("4\n")
+    program(tmp_path / "bin", "squeue", once_busy(tmp_path / "bin", "squeue", answer))
+    assert play(0)[1][0] == event
+    assert calls(tmp_path / "bin", "squeue") == 2
 
 
 def test_a_process_tells_the_batch_script_why_it_leaves(
