@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.slurm.cluster import Cluster, missing_programs, wait_until
+from tests.slurm.cluster import FRAIL, Cluster, missing_programs, wait_until
 
 ROOT = Path(__file__).parents[2]
 # its files are commands, which import each other as such
@@ -27,7 +27,7 @@ FREE_PORT = "import socket; s = socket.create_server(('127.0.0.1', 0)); print(s.
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes that end with the session."""
+    """Nodes that end with the session."""
     missing = missing_programs()
     if missing:
         pytest.skip(f"no {', '.join(missing)}: install Debian's packages slurm-wlm and munge")
@@ -67,10 +67,11 @@ class Study:
             # SLURM looks at clocks twice a minute: it warns 45 to 75 seconds after the start of 2 minutes
             "warning_seconds": 45,
             "scratch": str(self.folder / "scratch"),
-            # both nodes are this machine, and no name server knows their names
+            # all nodes are this machine, and no name server knows their names
             "environment": {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": 1},
             "setup": f"export MASTER_PORT=$({shlex.quote(sys.executable)} -c {shlex.quote(FREE_PORT)})",
             "container": slowly if step_seconds else [],
+            "sbatch": [f"--exclude={FRAIL}"],
         }
         path = self.folder / f"site_{name}.yaml"
         path.write_text(yaml.safe_dump({**site, **keys}))

@@ -1,4 +1,4 @@
-"""Jobs on a real SLURM of two nodes: what ends, what goes on by itself, and what does not start again."""
+"""Jobs on a real SLURM: what ends, what goes on by itself, and what does not start again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dash_megatron.__main__ import main
-from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.cluster import FRAIL, Cluster, wait_until
 from tests.slurm.conftest import SECONDS, Study
 from tests.training.test_resume import EXACT
 
@@ -38,9 +38,7 @@ def jobs(study: Study, limited: str) -> dict[str, str]:
     """Ids of jobs that need nothing from the tests: most of their time they wait for SLURM to act."""
     # does not hear the warning; only its second start trains
     deaf = 'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then trap "" USR1; sleep 1000; else exec "$@"; fi'
-    overrun = study.write_site(
-        "overrun", container=["sh", "-c", deaf, "deaf"], warning_seconds=1, sbatch=["--nodelist=node1"]
-    )
+    overrun = study.write_site("overrun", container=["sh", "-c", deaf, "deaf"], warning_seconds=1)
     failing = study.write_site("failing", container=["sh", "-c", "exit 9", "#"], restarts=1)
     # that the tokenizer has more is known on reading it
     wrong = study.write_config("wrong", model={"vocab_size": 64})
@@ -61,9 +59,23 @@ def whole(study: Study, jobs: dict[str, str]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def requeued(study: Study, whole: list[dict[str, Any]]) -> str:
-    """A job over both nodes, slow enough to be interrupted."""
-    site = study.write_site("requeued", step_seconds=1)
+    """A job over both nodes, slow enough to be interrupted after the tests that come before."""
+    site = study.write_site("requeued", step_seconds=3)
     return study.submit(site, "--config", study.write_config("requeued"))
+
+
+@pytest.fixture(scope="session")
+def crashed(study: Study, cluster: Cluster, whole: list[dict[str, Any]]) -> dict[str, str]:
+    """Ids of jobs of which a node has died while they trained: SLURM needs a while to notice."""
+    jobs = {}
+    # the one on two nodes keeps its batch script; that of the other dies, so only SLURM itself can queue it again
+    for name, nodes in (("crash", 2), ("alone", 1)):
+        site = study.write_site(name, step_seconds=1, sbatch=[])
+        jobs[name] = study.submit(site, "--config", study.write_config(name), nodes=nodes)
+    for name in jobs:
+        study.wait_for_step(name, 7)
+    cluster.crash_node(FRAIL)
+    return jobs
 
 
 def test_a_job_trains_over_both_nodes_to_its_end(study: Study, whole: list[dict[str, Any]]) -> None:
@@ -97,7 +109,11 @@ def test_a_job_that_fails_without_progress_is_not_started_for_ever(
 
 
 def test_a_study_is_an_array_whose_tasks_are_requeued_and_cancelled_one_by_one(
-    study: Study, requeued: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    study: Study,
+    crashed: dict[str, str],
+    requeued: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     rates = {"low": 1e-3, "cancelled": 5e-3, "high": 1e-2}
     low, cancelled, high = names = [f"{point}-dash" for point in rates]
@@ -172,32 +188,19 @@ def test_a_job_at_its_time_limit_saves_and_goes_on_bit_for_bit(
 
 
 def test_jobs_survive_the_death_of_a_node_and_go_on_bit_for_bit(
-    study: Study, cluster: Cluster, limited: str, whole: list[dict[str, Any]]
+    study: Study, cluster: Cluster, crashed: dict[str, str], whole: list[dict[str, Any]]
 ) -> None:
-    study.wait_for_end("limited")  # it is on that node too
-    both = [
-        study.submit(study.write_site("crash", step_seconds=1), "--config", study.write_config("crash")),
-        # whose batch script dies, so that only SLURM itself can queue it again
-        study.submit(
-            study.write_site("alone", step_seconds=1, sbatch=["--nodelist=node2"]),
-            "--config",
-            study.write_config("alone"),
-            nodes=1,
-        ),
-    ]
-    study.wait_for_step("crash", 7)
-    study.wait_for_step("alone", 7)
-    cluster.crash_node("node2")
-    for job in both:
-        assert wait_until(lambda job=job: cluster.job(job)["JobState"] == "PENDING", SECONDS), cluster.logs()
-    assert wait_until(lambda: "down" in str(cluster.states()), SECONDS), cluster.states()
-    cluster.start_node("node2")
-    for name, job in zip(("crash", "alone"), both, strict=True):
+    for name, job in crashed.items():
         study.wait_for_end(name)
         assert study.names(name)[-2:] == ["started", "done"]
+        starts = [detail for event, detail in study.events(name) if event == "started"]
+        nodes = [start.partition(", newest")[0] for start in starts]
+        assert FRAIL[-1] in nodes[0], nodes
+        assert FRAIL[-1] not in nodes[-1], nodes
         assert int(cluster.job(job)["Restarts"]) >= 1
         assert "resuming after step" in study.log(name, "*.[1-9]/rank_00000.log")
         assert study.metrics(name)[-1]["step"] == STEPS
+    assert "down" in str(cluster.states())
     assert study.names("alone") == ["submitted", "started", "started", "done"]
     assert exact(study, "crash") == whole
 

@@ -265,6 +265,7 @@ def play(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     for name, lines in {
         "srun": 'printf "%b" "$SAID" >> "$DASH_EXIT_FILE"\nexit "$CODE"',
         "squeue": "",
+        "sleep": "",  # for what would have happened meanwhile
         "scontrol": f'if [ "$1" = requeue ]; then echo "$2" >> {tmp_path}/requeued; else echo node1; fi',
     }.items():
         program(programs, name, lines)
@@ -340,6 +341,14 @@ def test_a_job_finds_another_of_its_run_though_the_controller_is_busy_at_first(
     program(tmp_path / "bin", "squeue", once_busy(tmp_path / "bin", "squeue", answer))
     assert play(0)[1][0] == event
     assert calls(tmp_path / "bin", "squeue") == 2
+
+
+def test_a_job_that_slurm_has_queued_again_by_itself_is_left_at_that(play: Any, tmp_path: Path) -> None:
+    refusal = 'echo "Job is pending execution for job $2" >&2; exit 1'
+    program(tmp_path / "bin", "scontrol", f'if [ "$1" = requeue ]; then {refusal}; else echo node1; fi')
+    assert play(1)[1][0] == "requeued"
+    # one for the names of the nodes
+    assert calls(tmp_path / "bin", "scontrol") == 2
 
 
 def test_a_process_tells_the_batch_script_why_it_leaves(
