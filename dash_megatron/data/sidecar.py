@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dash_megatron.data.index_file import check_bin_size, edges_digest, read_index
+from dash_megatron.data.tokenizer import Tokenizer
 
 _TOKENS_PER_READ = 1 << 20
 
@@ -71,6 +72,43 @@ class Sidecar:
 def sidecar_path(prefix: str | os.PathLike[str]) -> Path:
     """Give the path of the sidecar of PREFIX.bin and PREFIX.idx."""
     return Path(f"{os.fspath(prefix)}.idx.json")
+
+
+def check_data(prefix: str, tokenizer: Tokenizer, seq_length: int) -> Sidecar:
+    """Check that PREFIX.bin and PREFIX.idx are whole, long enough, and of this tokenizer; raise otherwise."""
+    index = read_index(prefix)
+    check_bin_size(prefix, index)
+    sidecar = Sidecar.read(prefix)
+    if sidecar.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"{prefix} was made by the tokenizer with fingerprint {sidecar.tokenizer_fingerprint[:12]}, but "
+            f"data.tokenizer={tokenizer.path} has {tokenizer.fingerprint[:12]}; they must agree: give the "
+            "tokenizer that made the data, or tokenize the corpus again"
+        )
+    if sidecar.idx_digest != edges_digest(f"{prefix}.idx") or sidecar.bin_digest != edges_digest(
+        f"{prefix}.bin"
+    ):
+        raise ValueError(
+            f"{prefix}.idx.json must describe the files beside it, but {prefix}.bin or .idx was replaced "
+            f"since; make it anew with `python -m data_tools.write_sidecar --prefix {prefix} --tokenizer "
+            f"{tokenizer.path}`"
+        )
+    if index.tokens == 0:
+        raise ValueError(
+            f"{prefix} has no tokens; an empty corpus cannot be trained on: tokenize one with documents"
+        )
+    if index.tokens < seq_length + 1:
+        raise ValueError(
+            f"{prefix} has {index.tokens} tokens and must have at least data.seq_length + 1 = "
+            f"{seq_length + 1} for one row; use more text, a larger --valid-fraction if this is validation "
+            "data, or a smaller data.seq_length"
+        )
+    if sidecar.max_token_id >= tokenizer.vocab_size:
+        raise ValueError(
+            f"{prefix} has token id {sidecar.max_token_id}; ids must be below {tokenizer.vocab_size}, the "
+            f"vocabulary of {tokenizer.path}; tokenize the corpus again with this tokenizer"
+        )
+    return sidecar
 
 
 def describe(

@@ -10,7 +10,7 @@ from pathlib import Path
 from dash_megatron import __version__
 from dash_megatron.config import Config
 from dash_megatron.data.blend import blend_prefixes
-from dash_megatron.data.dataset import check_data
+from dash_megatron.data.sidecar import check_data
 from dash_megatron.doctor.runner import Figure, Finding
 from dash_megatron.doctor.session import Session, describe
 from dash_megatron.ops.fingerprint import implementation_fingerprint

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dash_megatron.data.dataset import check_data
 from dash_megatron.data.index_file import read_lengths
+from dash_megatron.data.sidecar import check_data
 from dash_megatron.data.tokenizer import Tokenizer
 
 # tokens of text to hide needles in, at least: enough for many different stretches
