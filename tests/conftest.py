@@ -1,11 +1,13 @@
 """What tests of several folders share: a tiny corpus ready to train on, run configs, and processes to run them in."""
 
+import gc
 import multiprocessing
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ def tiny_config(tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
 def _entry(
     function: Callable[..., None], environment: dict[str, str], arguments: tuple[Any, ...], log: str
 ) -> None:
+    gc.freeze()  # what was imported before the fork: looking through it again and again takes seconds
     os.environ.clear()  # of the fork server, which may have been started under another test
     os.environ.update(environment)
     with open(log, "w", buffering=1) as file:
@@ -61,49 +64,53 @@ def _context(cuda: bool) -> multiprocessing.context.BaseContext:
     return context
 
 
-@pytest.fixture
-def run_processes(tmp_path: Path) -> Callable[..., None]:
-    """`run_processes(count, function, *arguments)` runs a function in `count` processes that torchrun could have made.
+def run_in_processes(
+    folder: Path,
+    count: int,
+    function: Callable[..., None],
+    *arguments: Any,
+    seconds: float = 480,
+    cuda: bool = False,
+) -> None:
+    """Run a function in `count` processes that torchrun could have made; their output goes to `<folder>/rank_*.log`.
 
     The function is module-level and leaves its results in files. One that fails, or hangs past the time limit, fails
     the test with its output. GPUs are hidden unless `cuda`.
     """
+    from torch.distributed import TCPStore
 
-    def run(
-        count: int, function: Callable[..., None], *arguments: Any, seconds: float = 480, cuda: bool = False
-    ) -> None:
-        from torch.distributed import TCPStore
+    context = _context(cuda)
+    common = {**os.environ, "WORLD_SIZE": str(count)}
+    if not cuda:
+        # several processes cannot share a GPU over NCCL: these tests are of gloo, on any machine
+        common |= NO_GPU
+    # Listens before any process starts, as torchrun's agent does: a port found free could be taken by then.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    common |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    processes, logs = [], []
+    for rank in range(count):
+        environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        logs.append(str(folder / f"rank_{rank}.log"))
+        target = (function, environment, arguments, logs[-1])
+        processes.append(context.Process(target=_entry, args=target, daemon=False))
+        processes[-1].start()
+    deadline = time.monotonic() + seconds
+    while any(process.is_alive() for process in processes):
+        failed = any(process.exitcode for process in processes)
+        if failed or time.monotonic() > deadline:
+            break  # the others would wait for the one that failed
+        time.sleep(0.05)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    if any(codes) or None in codes:
+        output = "\n".join(f"--- rank {rank}\n{Path(log).read_text()}" for rank, log in enumerate(logs))
+        pytest.fail(f"exit codes {codes} (None: killed at the time limit or after another failed)\n{output}")
 
-        context = _context(cuda)
-        common = {**os.environ, "WORLD_SIZE": str(count)}
-        if not cuda:
-            # several processes cannot share a GPU over NCCL: these tests are of gloo, on any machine
-            common |= NO_GPU
-        # Listens before any process starts, as torchrun's agent does: a port found free could be taken by then.
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-        common |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-        processes, logs = [], []
-        for rank in range(count):
-            environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-            logs.append(str(tmp_path / f"rank_{rank}.log"))
-            target = (function, environment, arguments, logs[-1])
-            processes.append(context.Process(target=_entry, args=target, daemon=False))
-            processes[-1].start()
-        deadline = time.monotonic() + seconds
-        while any(process.is_alive() for process in processes):
-            failed = any(process.exitcode for process in processes)
-            if failed or time.monotonic() > deadline:
-                break  # the others would wait for the one that failed
-            time.sleep(0.05)
-        codes = [process.exitcode for process in processes]
-        for process in processes:
-            process.kill()
-            process.join()
-        if any(codes) or None in codes:
-            output = "\n".join(f"--- rank {rank}\n{Path(log).read_text()}" for rank, log in enumerate(logs))
-            pytest.fail(
-                f"exit codes {codes} (None: killed at the time limit or after another failed)\n{output}"
-            )
 
-    return run
+@pytest.fixture
+def run_processes(tmp_path: Path) -> Callable[..., None]:
+    """`run_in_processes` with the test's folder."""
+    return partial(run_in_processes, tmp_path)
