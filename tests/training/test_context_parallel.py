@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from dash_megatron.training.metrics import read_metrics
+from tests.conftest import run_in_processes
+from tests.tiny import tiny_tree
 from tests.training.test_global_batch import assert_same_step, relative_error, with_changes
 from tests.training.workers import one_step, one_step_on_one_gpu, steps_with_an_idle_rank, train_all
 
-STEPS = 10
+# enough for Adam's moments to count
+STEPS = 4
 # float32, sums in another order
 TOLERANCE = 1e-5
 # the kernels' products of float32 on tensor cores, and atomics
@@ -28,8 +31,7 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture
-def tree(tiny_config: dict[str, Any]) -> dict[str, Any]:
+def tree_of(tiny_config: dict[str, Any]) -> dict[str, Any]:
     """A run whose router drops chunks and whose updates keep the gradient's size: clipped, and with a large epsilon.
 
     Adam's own normalisation would hide a gradient of the wrong size, and magnify rounding where it is near 0.
@@ -44,6 +46,12 @@ def tree(tiny_config: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+@pytest.fixture
+def tree(tiny_config: dict[str, Any]) -> dict[str, Any]:
+    """See `tree_of`."""
+    return tree_of(tiny_config)
+
+
 def documents_of(tree: dict[str, Any], documents: str, kind: str) -> dict[str, Any]:
     attention: dict[str, Any] = {"kind": kind}
     if documents == "packed":
@@ -51,15 +59,17 @@ def documents_of(tree: dict[str, Any], documents: str, kind: str) -> dict[str, A
     return with_changes(tree, data={"pack_documents": DOCUMENTS[documents]}, attention=attention)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def expected(
-    tree: dict[str, Any], run_processes: Any, tmp_path: Path
+    tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """One process."""
+    folder = tmp_path_factory.mktemp("one_process")
+    tree = tree_of(tiny_tree(tiny_data, folder / "run"))
     keys = list(itertools.product(DOCUMENTS, EXCHANGES))
     cases = [(f"one_{documents}_{kind}", documents_of(tree, documents, kind)) for documents, kind in keys]
-    run_processes(1, one_step, cases, str(tmp_path), None, STEPS)
-    return {key: torch.load(tmp_path / f"{name}.pt") for key, (name, _) in zip(keys, cases, strict=True)}
+    run_in_processes(folder, 1, one_step, cases, str(folder), None, STEPS)
+    return {key: torch.load(folder / f"{name}.pt") for key, (name, _) in zip(keys, cases, strict=True)}
 
 
 def covering_cases(layout: str) -> dict[str, tuple[str, str, str, int]]:

@@ -14,9 +14,11 @@ from torch.distributed import TCPStore
 
 from dash_megatron.exit_codes import ExitCode
 from dash_megatron.training.metrics import read_metrics
-from tests.training.test_resume import EXACT
+from tests.training.test_resume import EXACT, run_of
+from tests.training.workers import train_all
 
 ROOT = Path(__file__).parents[2]
+STEPS = 16
 
 
 def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
@@ -53,26 +55,26 @@ def exact_metrics(run: Path) -> list[dict[str, Any]]:
 
 def config_of(tree: dict[str, Any], folder: Path) -> list[str]:
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump({**tree, "training": {**tree["training"], "steps": 16}}))
+    path.write_text(yaml.safe_dump({**tree, "training": {**tree["training"], "steps": STEPS}}))
     return ["--config", str(path)]
 
 
 def test_a_run_stopped_by_signals_ends_as_one_that_was_not(
-    tiny_config: dict[str, Any], tmp_path: Path
+    tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
     arguments = config_of(tiny_config, tmp_path)
-    code, output = end_of(start([*arguments, f"run_dir={tmp_path / 'whole'}"]))
-    assert code == ExitCode.DONE, output
+    whole = run_of(tiny_config, tmp_path / "whole", training={"steps": STEPS})
+    run_processes(1, train_all, [(whole, None)])
 
     run = Path(tiny_config["run_dir"])
     for number, after in ((signal.SIGUSR1, 2), (signal.SIGINT, 7)):
         process = start(arguments)
-        wait_for(process, f"step {after:>2}/16")
+        wait_for(process, f"step {after:>2}/{STEPS}")
         process.send_signal(number)
         code, output = end_of(process)
         assert code == ExitCode.REQUEUE, output
         step = read_metrics(run)[-1]["step"]
-        assert after <= step < 16
+        assert after <= step < STEPS
         assert f"{number.name}: finishing the step" in output
         assert f"stopped by a signal after step {step}" in output
         assert (run / "checkpoints" / f"step_{step:08d}").is_dir()
@@ -100,7 +102,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(
         for rank in range(2)
     ]
     try:
-        wait_for(ranks[0], "step  1/16")
+        wait_for(ranks[0], f"step  1/{STEPS}")
         ranks[1].send_signal(signal.SIGTERM)
         for process in ranks:
             code, output = end_of(process)
@@ -110,7 +112,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(
             process.kill()
     run = Path(tiny_config["run_dir"])
     step = read_metrics(run)[-1]["step"]
-    assert step < 16
+    assert step < STEPS
     assert len(list((run / "checkpoints" / f"step_{step:08d}").glob("state_*.safetensors"))) == 2
 
 
