@@ -13,8 +13,7 @@ from tests.tiny import tiny_tree
 from tests.training.test_global_batch import assert_same_step, relative_error, with_changes
 from tests.training.workers import one_step, one_step_on_one_gpu, steps_with_an_idle_rank, train_all
 
-# enough for Adam's moments to count
-STEPS = 4
+STEPS = 10
 # float32, sums in another order
 TOLERANCE = 1e-5
 # the kernels' products of float32 on tensor cores, and atomics

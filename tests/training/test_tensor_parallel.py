@@ -15,8 +15,7 @@ from tests.training.test_global_batch import assert_same_step, relative_error, w
 from tests.training.test_resume import EXACT, run_of
 from tests.training.workers import compare_fingerprints, one_step, save_logits, train_all
 
-# enough for Adam's moments to count
-STEPS = 4
+STEPS = 10
 # float32, sums in another order
 TOLERANCE = 1e-5
 # 8 bits of mantissa
