@@ -23,8 +23,8 @@ NODES = ("node1", "node2", "node3")
 FRAIL = "node3"
 
 # Times are the smallest that SLURM keeps to on a loaded machine: a dead node is noticed after SlurmdTimeout, a requeued
-# job waits for cred_expire, and processes get KillWait seconds between SIGTERM and SIGKILL. MessageTimeout is long: it is
-# how late answers may be.
+# job waits for cred_expire, and processes get KillWait seconds between SIGTERM and SIGKILL. MessageTimeout is
+# how late answers may be, and MinJobAge how late one may ask what became of a job.
 SLURM_CONF = """\
 ClusterName=test
 FirstJobId={first_job}
@@ -54,6 +54,7 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 SlurmdTimeout=10
 MessageTimeout=30
+MinJobAge=3600
 KillWait=20
 InactiveLimit=0
 CompleteWait=0
