@@ -73,6 +73,18 @@ MORE_CASES = [
     Case("64K 32/2 unstructured", 65536, structured=False, scaling_factor=6.0),
     Case("64K 32/4 10%", 65536, topics=10, kv_heads=4),
     Case("64K 32/1 10%", 65536, topics=10, kv_heads=1),
+    *(
+        Case(
+            f"{name}, heads of 64, chunks of {size}",
+            tokens,
+            topics=topics,
+            kv_heads=8,
+            head_dim=64,
+            chunk_size=size,
+        )
+        for name, tokens, topics in (("16K 32/8 25%", 16384, 4), ("64K 32/8 10%", 65536, 10))
+        for size in (64, 32)
+    ),
 ]
 
 
@@ -402,7 +414,7 @@ def main() -> None:
             results.append({"case": asdict(case), "refused": str(error)})
             continue
         print(f"\n{case.name}: relative errors " + ", ".join(f"{k} {v:.1e}" for k, v in errors.items()))
-        key = case.tokens, case.heads, case.kv_heads
+        key = case.tokens, case.heads, case.kv_heads, case.head_dim
         if key not in dense_of:
             dense_of[key] = {"cudnn": time_dense(case, SDPBackend.CUDNN_ATTENTION)}
             if not args.no_flash:

@@ -1,11 +1,11 @@
-"""`study plot`: loss against compute, position and density, density by layer and step, speed against context."""
+"""`study plot`: loss against compute, tokens, position and density, density by layer and step, speed against context."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 
@@ -45,6 +45,7 @@ def draw_study(
     folder.mkdir(parents=True, exist_ok=True)
     finished, quality = compared(rows)
     shown = {"loss_compute.png": _loss_compute(finished, quality, fits, folder / "loss_compute.png")}
+    shown["curves.png"] = _loss_over_tokens(study, finished, quality, folder / "curves.png")
     text = _loss_by_position(study, finished, folder / "position.png")
     if text:
         shown["position.png"] = text
@@ -109,6 +110,25 @@ def _loss_compute(rows: list[dict[str, Any]], quality: str, fits: dict[str, Any]
     axis.legend(fontsize="small")
     _save(figure, path)
     return f"{quality[0].upper()}{quality[1:]} against training FLOPs, one point a run; lines are fits to each frontier."
+
+
+def _loss_over_tokens(study: Study, rows: list[dict[str, Any]], quality: str, path: Path) -> str:
+    key: Literal["valid_loss", "loss"] = "valid_loss" if quality == "validation loss" else "loss"
+    name = "validation loss" if key == "valid_loss" else "training loss"
+    figure, axis = _figure("training tokens", f"{name} (nats)")
+    folders = {run.name: run.folder for run in expand(study)}
+    shown = _largest(rows)
+    for variant, (color, marker) in _styles(shown).items():
+        label: str | None = variant
+        for row in (row for row in shown if row["variant"] == variant):
+            lines = [line for line in read_metrics(folders[row["run"]]) if line[key] is not None]
+            tokens, losses = [line["tokens"] for line in lines], [line[key] for line in lines]
+            axis.plot(tokens, losses, marker, ls="-", lw=1, ms=4, color=color, label=label)
+            label = None
+    axis.xaxis.set_major_formatter(lambda tokens, _: human(tokens))
+    axis.legend(fontsize="small")
+    _save(figure, path)
+    return f"{name.capitalize()} over training, a line for each of the largest runs."
 
 
 def _loss_by_position(study: Study, rows: list[dict[str, Any]], path: Path) -> str | None:

@@ -356,6 +356,16 @@ def _check_same_run(stored: StoredState, config: Config) -> None:
                 before,
                 now,
             )
+    for name, before in saved.attention:
+        now = getattr(config.attention, name)
+        if before != now and name != "backend":
+            logger.warning(
+                "attention.%s was %s and is now %s: the run goes on with weights that were trained with the former; "
+                "restore it if that is not meant",
+                name,
+                before,
+                now,
+            )
 
 
 def _make_empty(folder: Path, seconds: float) -> None:

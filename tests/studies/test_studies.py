@@ -659,6 +659,27 @@ def test_speed_is_joined_over_context_lengths_of_one_kind(
     assert drawn["throughput.png"] == [("dash", [128, 256]), ("full", [128, 256])]
 
 
+def test_losses_over_training_are_a_line_for_each_seed_of_the_largest_runs(
+    write_study: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_study(points=SIZES, seeds=[1, 2])
+    for index, run in enumerate(runs_of(path)):
+        finish(run, 3.0 + index, 0.4)
+    lines: dict[str, Any] = {}
+    monkeypatch.setattr(
+        pictures, "_save", lambda figure, path: lines.update({path.name: figure.axes[0].lines})
+    )
+    study = load_study(path)
+    pictures.draw_study(study, collect(study), {"variants": {}}, path.parent)
+    largest = max(run.parameters for run in runs_of(path))
+    expected = [
+        (3.0 + index, run.tokens) for index, run in enumerate(runs_of(path)) if run.parameters == largest
+    ]
+    drawn = [(line.get_ydata()[-1], line.get_xdata()[-1]) for line in lines["curves.png"]]
+    assert drawn == expected
+    assert len(drawn) == 2
+
+
 @pytest.fixture
 def finished_study(write_study: Write) -> Path:
     path = write_study(points=SIZES, twins=["full"], budgets={"tokens": [51200, 102400, 204800]})
@@ -689,13 +710,13 @@ def test_fit_plot_and_report_of_a_study_whose_runs_follow_a_law(
     page = (out / "report.html").read_text()
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     pngs = sorted(path.name for path in (out / "plots").glob("*.png"))
-    names = ("density", "loss_compute", "pareto", "position", "scores", "throughput")
+    names = ("curves", "density", "loss_compute", "pareto", "position", "scores", "throughput")
     assert pngs == [f"{name}.png" for name in names]
     assert {base64.b64decode(image) for image in images} == {
         (out / "plots" / name).read_bytes() for name in pngs
     }
     assert "http" not in page.replace("http-equiv", "")
-    assert page.count('alt="') == len(images) == 6
+    assert page.count('alt="') == len(images) == 7
     # the router's parameters make the sparse twin the larger one
     assert re.search(r"<li>dash: -0\.00\d\d nats on average of 12, ", page)
 
@@ -740,7 +761,7 @@ def test_the_page_shows_all_its_pictures_in_a_browser_and_asks_for_nothing_else(
     dom, console, shot = browse(probe, tmp_path)
     seen = json.loads(html.unescape(re.findall(r"<title>(\{.*?)</title>", dom)[0]))
     assert (seen["asked"], seen["errors"], console) == ([], [], "")
-    assert len(seen["widths"]) == 6
+    assert len(seen["widths"]) == 7
     assert min(seen["widths"]) > 600
     with Image.open(shot) as image:
         counts = {color: count for count, color in image.convert("RGB").getcolors(1 << 24)}
