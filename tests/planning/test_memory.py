@@ -122,6 +122,10 @@ def test_the_measured_peaks_of_1b_steps_are_met_within_10_percent(
         ("studies/scaling_8k", "30m_full_6e+07tok", 6.09),
         ("studies/scaling_8k", "30m_dash_6e+07tok", 6.55),
         ("studies/choices_8k", "chunk_32-dash_8e+07tok_seed1", 4.07),
+        ("studies/choices_8k", "chunk_16-dash_8e+07tok_seed1", 4.48),
+        ("studies/quality_16k", "dash_25_c32-dash_1.5e+08tok_seed1", 13.90),
+        ("studies/quality_16k", "dash_25_c16-dash_1.5e+08tok_seed1", 16.64),
+        ("studies/retrieval_16k", "dash_25_c32-dash_1e+08tok", 13.90),
     ],
 )
 def test_the_measured_peaks_of_studies_without_recomputation_are_met_within_10_percent(
