@@ -18,7 +18,7 @@ BASELINES = ("infllmv2", "nsa")
 
 NOTE = (
     "attention of infllmv2 and nsa: kernels by the length of their lists, the rest by operations and bytes counted; beside the "
-    "one measured step of each, 9% too little time for infllmv2 and half of it for nsa"
+    "one measured step of each, 3% too little time for infllmv2 and half of it for nsa"
 )
 SCORE_FLOPS = 200e12
 """Operations per second of half-precision products beside as many exponentials as here, on an H200: assumed."""

@@ -1,9 +1,9 @@
 """How long attention kernels take: a model fitted to the tables of `docs/results/kernels.md`.
 
-Measured on one NVIDIA H200 in bf16 with head dim 128 and chunks of 64 tokens. Every stage's time is a non-negative
-sum of what it must do (pairs scored or attended, rows touched, launches); the coefficients are fitted to groups of 16
-heads, and groups of 4 and of 1 head scale each stage by the one row there is of them. Other head dims and chunk sizes
-are extrapolated by their operation counts.
+Measured on NVIDIA H200s in bf16. Every stage's time is a non-negative sum of what it must do (pairs scored or attended,
+rows touched, launches); the coefficients are fitted to head dim 128, chunks of 64 tokens and groups of 16 heads. Groups of
+4 and of 1 head scale each stage by the one row there is of them, and so do head dim 64 and chunks of 32 by two rows each;
+between and beyond, factors follow the logarithm of the size.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import geometric_mean
 from typing import NamedTuple
 
 import numpy as np
@@ -38,12 +39,17 @@ class KernelCase(NamedTuple):
     forward: float
     total: float
     """Forward and backward."""
+    chunk_size: int = 64
+    head_dim: int = 128
 
     @property
     def work(self) -> AttentionWork:
         """The case as the model sees it; pairs attended come from rate x time, not from the density."""
-        listed = self.attend_tflops * 1e12 * self.attend / 1e3 / (4 * 128 * self.heads)
-        return AttentionWork(self.tokens, self.heads, self.kv_heads, self.tokens**2 / 2, listed)
+        listed = self.attend_tflops * 1e12 * self.attend / 1e3 / (4 * self.head_dim * self.heads)
+        pairs = self.tokens**2 / 2
+        return AttentionWork(
+            self.tokens, self.heads, self.kv_heads, pairs, listed, self.chunk_size, self.head_dim
+        )
 
 
 CASES = (
@@ -62,8 +68,23 @@ GROUP_CASES = (
 )
 """Groups of 4 heads and of 1."""
 
+NARROW_CASES = (
+    KernelCase(16384, 32, 8, 0.274, 326, 0.34, 0.86, 1.06, 0.24, 0.53, 1.70, 1.36, 4.66, 64, 64),
+    KernelCase(65536, 32, 8, 0.110, 370, 3.40, 4.81, 6.15, 1.00, 0.86, 10.36, 8.47, 25.53, 64, 64),
+)
+"""Head dim 64."""
+
+SMALL_CHUNK_CASES = (
+    KernelCase(16384, 32, 8, 0.242, 254, 0.65, 1.05, 1.32, 0.38, 0.83, 3.60, 1.66, 6.83, 32, 64),
+    KernelCase(65536, 32, 8, 0.090, 323, 10.05, 4.95, 6.39, 1.16, 0.52, 20.70, 15.37, 43.75, 32, 64),
+)
+"""And chunks of 32 tokens."""
+
 DENSE_CASES = {16384: (3.37, 14.1), 32768: (14.44, 54.8), 65536: (57.38, 221.0), 131072: (244.46, 898.9)}
-"""cuDNN, 32 query heads: tokens -> milliseconds of forward, and of forward and backward."""
+"""cuDNN, 32 query heads of 128: tokens -> milliseconds of forward, and of forward and backward."""
+
+NARROW_DENSE_CASES = {16384: (2.47, 8.70), 65536: (37.79, 138.2)}
+"""The same with heads of 64."""
 
 STAGES = {
     "route": ("rows", "scored"),
@@ -148,6 +169,37 @@ def _group_factors(group: float) -> dict[str, float]:
     }
 
 
+@lru_cache(maxsize=64)
+def _shape_factors(head_dim: int, chunk_size: int) -> dict[str, float]:
+    """What to multiply each stage by: 1 for heads of 128 and more and chunks of 64 and more."""
+    narrow = _excess(NARROW_CASES)
+    small = {stage: excess / narrow[stage] for stage, excess in _excess(SMALL_CHUNK_CASES).items()}
+    halvings = max(0.0, math.log2(64 / chunk_size))
+    return {
+        stage: narrow[stage] ** _narrowness(head_dim) * small[stage] ** halvings if stage in narrow else 1.0
+        for stage in STAGES
+    }
+
+
+def _excess(cases: tuple[KernelCase, ...]) -> dict[str, float]:
+    """Measured over modelled time of every stage, but of the transposition, whose time varies by as much as it takes."""
+    excess = {}
+    for stage in STAGES:
+        if stage == "transpose":
+            continue
+        ratios = []
+        for case in cases:
+            factor = _group_factors(case.heads / case.kv_heads)[stage]
+            ratios.append(getattr(case, stage) / (factor * _stage_milliseconds(case.work)[stage]))
+        excess[stage] = geometric_mean(ratios)
+    return excess
+
+
+def _narrowness(head_dim: float) -> float:
+    """0 for heads of 128 and more, 1 for 64 and less."""
+    return min(1.0, max(0.0, math.log2(128 / head_dim)))
+
+
 def _stage_milliseconds(work: AttentionWork) -> dict[str, float]:
     once = work.units()
     # the router sees all summaries at once; the other stages begin anew at every pass
@@ -160,8 +212,11 @@ def _stage_milliseconds(work: AttentionWork) -> dict[str, float]:
 
 def dash_stages(work: AttentionWork) -> dict[str, float]:
     """Milliseconds of every stage of DashAttention on one rank."""
-    factors = _group_factors(work.heads / work.kv_heads)
-    return {stage: time * factors[stage] for stage, time in _stage_milliseconds(work).items()}
+    by_group = _group_factors(work.heads / work.kv_heads)
+    by_shape = _shape_factors(work.head_dim, work.chunk_size)
+    return {
+        stage: time * by_group[stage] * by_shape[stage] for stage, time in _stage_milliseconds(work).items()
+    }
 
 
 def dash_seconds(work: AttentionWork) -> AttentionSeconds:
@@ -179,10 +234,29 @@ def dash_seconds(work: AttentionWork) -> AttentionSeconds:
 @lru_cache(maxsize=1)
 def _dense_coefficients() -> tuple[dict[str, float], dict[str, float]]:
     units = [AttentionWork(n, 32, 32, n**2 / 2, n**2 / 2).units() for n in DENSE_CASES]
-    forward, total = zip(*DENSE_CASES.values(), strict=True)
-    backward = [both - one for one, both in zip(forward, total, strict=True)]
+    forward, backward = _split(DENSE_CASES)
     terms = ("launch", "listed")
-    return _fit(units, list(forward), terms), _fit(units, backward, terms)
+    return _fit(units, forward, terms), _fit(units, backward, terms)
+
+
+@lru_cache(maxsize=1)
+def _narrow_dense_factors() -> tuple[float, float]:
+    """Measured over modelled time of forward and of backward with heads of 64."""
+    units = [AttentionWork(n, 32, 32, n**2 / 2, n**2 / 2, head_dim=64).units() for n in NARROW_DENSE_CASES]
+    forward, backward = (
+        geometric_mean([time / _sum(terms, unit) for time, unit in zip(times, units, strict=True)])
+        for times, terms in zip(_split(NARROW_DENSE_CASES), _dense_coefficients(), strict=True)
+    )
+    return forward, backward
+
+
+def _split(cases: dict[int, tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Milliseconds of forward and of backward."""
+    return [forward for forward, _ in cases.values()], [both - forward for forward, both in cases.values()]
+
+
+def _sum(terms: dict[str, float], units: dict[str, float]) -> float:
+    return sum(factor * units[term] for term, factor in terms.items())
 
 
 def dense_seconds(work: AttentionWork) -> AttentionSeconds:
@@ -190,6 +264,7 @@ def dense_seconds(work: AttentionWork) -> AttentionSeconds:
     units = work.units()
     units["listed"] = work.pairs * work.heads * work.head_dim / 128 / 1e12
     forward, backward = (
-        sum(factor * units[term] for term, factor in terms.items()) / 1e3 for terms in _dense_coefficients()
+        _sum(terms, units) * factor ** _narrowness(work.head_dim) / 1e3
+        for terms, factor in zip(_dense_coefficients(), _narrow_dense_factors(), strict=True)
     )
     return AttentionSeconds(forward, backward)

@@ -23,6 +23,9 @@ from dash_megatron.planning.kernel_times import (
     CASES,
     DENSE_CASES,
     GROUP_CASES,
+    NARROW_CASES,
+    NARROW_DENSE_CASES,
+    SMALL_CHUNK_CASES,
     AttentionWork,
     dash_seconds,
     dense_seconds,
@@ -87,17 +90,21 @@ def layout_table() -> str:
 def kernel_table() -> str:
     """The fit beside what it was fitted to."""
     rows = []
-    for case in CASES + GROUP_CASES:
+    for case in CASES + GROUP_CASES + NARROW_CASES + SMALL_CHUNK_CASES:
         time = dash_seconds(case.work)
         forward, total = 1e3 * time.forward, 1e3 * (time.forward + time.backward)
         name = f"{case.tokens // 1024}K, {case.heads}/{case.kv_heads}, {case.density:.1%}"
+        name += "" if case.head_dim == 128 else f", heads of {case.head_dim}"
+        name += "" if case.chunk_size == 64 else f", chunks of {case.chunk_size}"
         rows.append([name, f"{case.work.listed / case.work.pairs:.1%}", *_against(case.forward, forward)])
         rows[-1] += _against(case.total, total)
-    for tokens, (measured_forward, measured_total) in DENSE_CASES.items():
-        time = dense_seconds(AttentionWork(tokens, 32, 32, tokens**2 / 2, 0))
-        total = 1e3 * (time.forward + time.backward)
-        rows.append([f"{tokens // 1024}K, cuDNN", "100.0%", *_against(measured_forward, 1e3 * time.forward)])
-        rows[-1] += _against(measured_total, total)
+    for head_dim, dense_cases in ((128, DENSE_CASES), (64, NARROW_DENSE_CASES)):
+        for tokens, (measured_forward, measured_total) in dense_cases.items():
+            time = dense_seconds(AttentionWork(tokens, 32, 32, tokens**2 / 2, 0, head_dim=head_dim))
+            total = 1e3 * (time.forward + time.backward)
+            name = f"{tokens // 1024}K, cuDNN" + ("" if head_dim == 128 else f", heads of {head_dim}")
+            rows.append([name, "100.0%", *_against(measured_forward, 1e3 * time.forward)])
+            rows[-1] += _against(measured_total, total)
     columns = ["case", "pairs listed", "fwd ms", "model", "error", "fwd+bwd ms", "model", "error"]
     return markdown(columns, rows)
 

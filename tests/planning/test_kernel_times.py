@@ -9,6 +9,9 @@ from dash_megatron.planning.kernel_times import (
     CASES,
     DENSE_CASES,
     GROUP_CASES,
+    NARROW_CASES,
+    NARROW_DENSE_CASES,
+    SMALL_CHUNK_CASES,
     STAGES,
     AttentionWork,
     KernelCase,
@@ -39,6 +42,41 @@ def test_fitted_dense_times_are_within_15_percent_of_the_measured_ones(tokens: i
     assert (1e3 * time.forward, 1e3 * (time.forward + time.backward)) == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    "case", NARROW_CASES + SMALL_CHUNK_CASES, ids=lambda c: f"{c.tokens}-{c.head_dim}-{c.chunk_size}"
+)
+def test_times_of_other_shapes_are_within_15_percent_and_their_stages_within_20(case: KernelCase) -> None:
+    # two lengths share one factor a stage
+    time = dash_seconds(case.work)
+    assert 1e3 * time.forward == pytest.approx(case.forward, rel=0.15)
+    assert 1e3 * (time.forward + time.backward) == pytest.approx(case.total, rel=0.15)
+    for stage, modelled in dash_stages(case.work).items():
+        if stage != "transpose":
+            assert modelled == pytest.approx(getattr(case, stage), rel=0.2), stage
+
+
+@pytest.mark.parametrize("tokens", NARROW_DENSE_CASES)
+def test_dense_times_with_heads_of_64_are_within_15_percent(tokens: int) -> None:
+    time = dense_seconds(AttentionWork(tokens, 32, 8, tokens**2 / 2, 0, head_dim=64))
+    measured = NARROW_DENSE_CASES[tokens]
+    assert (1e3 * time.forward, 1e3 * (time.forward + time.backward)) == pytest.approx(measured, rel=0.15)
+
+
+def test_factors_of_shapes_follow_the_logarithm_of_the_size_and_end_where_nothing_is_gained() -> None:
+    def keys(head_dim: int, chunk_size: int) -> float:
+        work = replace(WORK, head_dim=head_dim, chunk_size=chunk_size)
+        return dash_stages(work)["keys"] / work.units()["listed"]
+
+    def dense(head_dim: int) -> float:
+        return dense_seconds(replace(WORK, head_dim=head_dim)).forward / head_dim
+
+    assert keys(128, 128) == keys(128, 64)
+    assert keys(128, 16) / keys(128, 32) == pytest.approx(keys(128, 32) / keys(128, 64))
+    assert keys(64, 32) / keys(64, 64) == pytest.approx(keys(128, 32) / keys(128, 64))
+    assert dense(256) == pytest.approx(dense(128), rel=0.01)
+    assert dense(128) < dense(96) < dense(64)
+
+
 def test_a_group_size_between_the_fitted_ones_is_predicted() -> None:
     # 64K, 32/4, 11.2%: 11.21 ms and 44.41 ms, not among the fitted rows; its lists are those of 32/8
     work = replace(GROUP_CASES[0].work, kv_heads=4)
@@ -62,6 +100,20 @@ def test_the_numbers_held_here_are_those_of_the_page() -> None:
         cells = [cell.strip() for cell in by_stage.split("|")][2:8]
         assert [float(cell.split()[0]) for cell in cells] == [getattr(case, stage) for stage in STAGES]
         assert cells[1].endswith(f"({case.attend_tflops:.0f})")
+
+
+def test_the_numbers_held_for_heads_of_64_are_those_of_the_page() -> None:
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in RESULTS.read_text().splitlines()]
+    for case in NARROW_CASES + SMALL_CHUNK_CASES:
+        named = [f"{case.tokens // 1024}K", str(case.chunk_size)]
+        whole, by_stage = (cells for cells in lines if cells[:2] == named)
+        assert whole[2] == f"{case.density:.1%}"
+        assert (float(whole[4]), float(whole[7])) == (case.forward, case.total)
+        assert (float(whole[3]), float(whole[6])) == NARROW_DENSE_CASES[case.tokens]
+        assert [float(cell.split()[0]) for cell in by_stage[2:8]] == [
+            getattr(case, stage) for stage in STAGES
+        ]
+        assert by_stage[3].endswith(f"({case.attend_tflops:.0f})")
 
 
 def test_time_grows_with_every_kind_of_work() -> None:

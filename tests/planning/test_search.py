@@ -162,8 +162,15 @@ def test_measured_steps_are_met_within_20_percent() -> None:
         runs[f"{name}_1.5e+08tok_seed1"] for name in ("full-full", "dash_25-dash", "infllmv2_25-infllmv2")
     )
     trained = Routing(density=0.115, listed_over_selected=4.54)
-    large = load_config(CONFIGS / "1b_16k.yaml", ["attention.kind=full", "training.global_batch=1"])
+    large, longer = (
+        load_config(
+            CONFIGS / "1b_16k.yaml",
+            ["attention.kind=full", "training.global_batch=1", f"data.seq_length={tokens}"],
+        )
+        for tokens in (16384, 65536)
+    )
     assert seconds(large, "full", Routing(), "H200") == pytest.approx(0.529, rel=0.2)
+    assert seconds(longer, "full", Routing(), "H200") == pytest.approx(4.471, rel=0.2)
     assert seconds(dash, "none", trained, "H200") == pytest.approx(0.192, rel=0.2)
     assert seconds(full, "none", Routing(), "H100") == pytest.approx(0.260, rel=0.2)
     assert seconds(infllmv2, "none", trained, "H100") == pytest.approx(0.228, rel=0.2)
