@@ -4,7 +4,11 @@ import argparse
 import sys
 from typing import Any
 
+from dash_megatron.evaluation.arguments import add_evaluate
 from dash_megatron.studies.command import add_study
+
+# where a path leads to nothing, to a file or folder that should be the other, or to what may not be read or written
+_WRONG_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
     try:
         code = options.run(options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, *_WRONG_FILES) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return code or 0
@@ -37,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--step", type=int, help="checkpoint of this step instead of the newest")
     sample.set_defaults(run=_sample)
 
-    _add_evaluate(tools)
+    add_evaluate(tools)
     convert = tools.add_parser("convert", help="to and from Hugging Face folders")
     directions = convert.add_subparsers(required=True, metavar="DIRECTION")
     to_hf = directions.add_parser("to-hf", help="export a run's checkpoint for transformers")
@@ -101,54 +105,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_evaluate(tools: Any) -> None:
-    text = "perplexity by position, needles, RULER families, recall and copy, on a run or an exported model"
-    evaluate = tools.add_parser("evaluate", help=text, description=text, epilog="see docs/evaluation.md")
-    evaluate.add_argument("source", metavar="SOURCE", help="a run's folder, or an exported one")
-    evaluate.add_argument("--step", type=int, help="checkpoint of this step instead of the newest")
-    evaluate.add_argument(
-        "--rope-scaling",
-        metavar="YAML",
-        help="stretch a run's RoPE beyond the lengths it was trained on, with the fields of model.rope_scaling: "
-        "'{rope_type: yarn, factor: 8, original_max_position_embeddings: 16384}'",
-    )
-    evaluate.add_argument("--tasks", type=_names, metavar="NAME,...", help="default: all")
-    evaluate.add_argument(
-        "--lengths", type=_integers, metavar="TOKENS,...", help="default: 1/4, 1/2 and all of training's"
-    )
-    evaluate.add_argument("--depths", type=int, default=5, help="places of the needle; default: 5")
-    evaluate.add_argument(
-        "--samples", type=int, default=20, help="of each task, length and depth; default: 20"
-    )
-    evaluate.add_argument(
-        "--score",
-        default="answer",
-        help="answer (default): one pass over prompt and answer; generate: greedy continuations",
-    )
-    evaluate.add_argument("--text", metavar="FILE", help="local text to score and to hide needles in")
-    evaluate.add_argument(
-        "--data",
-        action="append",
-        default=[],
-        metavar="PREFIX",
-        help="the same from PREFIX.bin and .idx, may be repeated; default: the run's validation data",
-    )
-    evaluate.add_argument("--seed", type=int, default=0)
-    evaluate.add_argument("--batch-tokens", type=int, default=32768, help="most tokens of a batch")
-    evaluate.add_argument(
-        "--output", metavar="DIR", help="default: RUN/evaluation/step_... or SOURCE.evaluation"
-    )
-    evaluate.set_defaults(run=_evaluate)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(","))
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(","))
-
-
 def _add_doctor(tools: Any) -> None:
     text = "examine the machines, data and layout of a run, under the launcher that train.py will have"
     doctor = tools.add_parser(
@@ -184,25 +140,6 @@ def _sample(options: argparse.Namespace) -> None:
         step=options.step,
     )
     print(options.prompt + text)
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    from dash_megatron.config_loading import read_rope_scaling
-    from dash_megatron.evaluation.command import evaluate_command
-    from dash_megatron.evaluation.jobs import FAMILIES, Settings
-
-    settings = Settings(
-        tasks=options.tasks or FAMILIES,
-        lengths=options.lengths or (),
-        depths=options.depths,
-        samples=options.samples,
-        score=options.score,
-        seed=options.seed,
-        batch_tokens=options.batch_tokens,
-    )
-    places = {"step": options.step, "text": options.text, "data": options.data, "output": options.output}
-    rope_scaling = read_rope_scaling(options.rope_scaling) if options.rope_scaling else None
-    print(evaluate_command(options.source, settings, rope_scaling=rope_scaling, **places))
 
 
 def _to_hf(options: argparse.Namespace) -> None:

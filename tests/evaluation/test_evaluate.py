@@ -218,6 +218,21 @@ def test_what_cannot_work_is_told(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_path_to_the_wrong_kind_of_thing_is_told(
+    write_run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, _ = write_run("dash")
+    arguments = ["evaluate", config.run_dir, "--tasks", "copy", "--lengths", "100", "--samples", "1"]
+    (tmp_path / "a_file").touch()
+    for more, message in (
+        (["--text", str(tmp_path)], f"Is a directory: '{tmp_path}'"),
+        (["--output", str(tmp_path / "a_file")], f"File exists: '{tmp_path}/a_file'"),
+        (["--output", str(tmp_path / "a_file" / "out")], "Not a directory"),
+    ):
+        assert main([*arguments, *more]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_lm_eval_scores_local_tasks_on_an_export_as_transformers_does(
     write_run: Callable[..., Any],
     tmp_path: Path,
