@@ -119,6 +119,12 @@ class Study(Section):
                     raise ValueError(f"{place} sets {key}, which a study sets by `{owned[key]}`; take it out")
                 if key != "name" and "." not in key:
                     raise ValueError(f"{place} has {key!r}; settings read section.key, such as optimizer.lr")
+        for number, point in enumerate(self.points):
+            name = point.get("name", "x")
+            if not isinstance(name, str) or not name:
+                raise ValueError(
+                    f"points[{number}] has name {name!r}, which becomes a folder and must be text, such as '30m'"
+                )
         for key, values in self.grid.items():
             if not values:
                 raise ValueError(f"grid.{key} is empty, so that there would be no runs; give values")

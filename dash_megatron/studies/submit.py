@@ -75,6 +75,8 @@ def submit_studies(
     studies = {Path(path).stem: load_study(path) for path in paths}
     if len(studies) < len(paths):
         raise StudyError(f"studies {', '.join(map(str, paths))} must have names of their own; rename a file")
+    for study in studies.values():
+        _check_evaluations(study)
     jobs = _chosen(
         {
             f"{name}/{run.name}": _Job(
@@ -158,6 +160,18 @@ class _Queue:
             self._unfinished.discard(job.run.folder.resolve())
             self._at_work -= 1
             self._changed.notify_all()
+
+
+def _check_evaluations(study: Study) -> None:
+    """Refuse arguments of evaluations that would be found wrong only once a run is trained."""
+    if study.evaluate:
+        # imported late: it brings torch
+        from dash_megatron.evaluation.arguments import check_arguments
+    for name, arguments in study.evaluate.items():
+        try:
+            check_arguments(shlex.split(arguments))
+        except ValueError as error:
+            raise StudyError(f"evaluate.{name}={arguments!r}: {error}") from error
 
 
 def missing_evaluations(study: Study, run: StudyRun) -> dict[str, list[str]]:

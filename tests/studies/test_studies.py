@@ -276,6 +276,7 @@ def test_baselines_have_the_density_and_flops_of_their_lists(write_study: Write)
         ({"seeds": [1, 1]}, "has one twice"),
         ({"evaluate": {"a/b": "--tasks copy"}}, "evaluate has 'a/b'; a name becomes a folder"),
         ({"evaluate": {"a": "--output x"}}, "evaluate.a sets --output"),
+        ({"points": [{"name": 30, "model.layers": 1}]}, "points[0] has name 30, which becomes a folder"),
         ({"assume": {"gpu": "H9"}}, "assume.gpu=H9 is not known"),
         ({"grid": {"assume.density": [2]}}, "assume.density=2 must lie in (0, 1]"),
         ({"base": "nowhere.yaml"}, "base=nowhere.yaml cannot be read"),
@@ -363,11 +364,12 @@ def test_submit_evaluates_what_is_trained_once_and_again_where_it_failed(
     script.write_text(EVALUATOR.replace("FAILS", "'h64'"))
     monkeypatch.setattr(submit_module, "EVALUATE", (sys.executable, str(script)))
     path = write_study(
-        points=SIZES[:2], evaluate={"short": "--tasks copy", "yarn": "--rope-scaling '{rope_type: yarn}'"}
+        points=SIZES[:2],
+        evaluate={"short": "--tasks copy", "twice": "--rope-scaling '{rope_type: linear, factor: 2}'"},
     )
     assert submit_module.submit_studies([path], train=trainer(tmp_path, {})) == 1
     assert "failed: evaluation short ended with exit code 2" in capsys.readouterr().out
-    both = "--tasks copy;--rope-scaling {rope_type: yarn};"
+    both = "--tasks copy;--rope-scaling {rope_type: linear, factor: 2};"
     folders = {run.size: run.folder for run in runs_of(path)}
     assert (folders["h32"] / "evaluated").read_text() == both
     assert (folders["h64"] / "evaluated").read_text() == "--tasks copy;"  # the rest would fail alike
@@ -378,6 +380,25 @@ def test_submit_evaluates_what_is_trained_once_and_again_where_it_failed(
     assert (folders["h32"] / "evaluated").read_text() == both
     assert (folders["h64"] / "evaluated").read_text() == "--tasks copy;" + both
     assert starts(path) == {"h32": 1, "h64": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--tasks recal", "evaluate.all='--tasks recal': --tasks recal: the known ones are perplexity"),
+        ("--length 64k", "'64k' must be whole numbers, such as 4096,16384"),
+        ("--sample-count 3", "unrecognized arguments: --sample-count 3"),
+        ("--rope-scaling '{rope_type: yarn}'", "rope_type=yarn needs"),
+        ("--rope-scaling '{rope_type: yarn", "No closing quotation"),
+    ],
+)
+def test_a_wrong_evaluation_is_told_before_anything_is_trained(
+    arguments: str, message: str, write_study: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(evaluate={"all": arguments})
+    assert main(["study", "submit", str(path)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (path.parent / "out").exists()
 
 
 def test_several_studies_wait_in_one_queue_in_the_order_asked_for(
