@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 
 from dash_megatron.config import Config
 from dash_megatron.parallel.traffic import ContextComm
@@ -16,16 +17,24 @@ RECOMPUTE: tuple[Recompute, ...] = ("none", "attention", "full")
 
 
 def vocabulary(config: Config) -> int:
-    """Rows of the embedding table.
+    """Rows of the embedding table, from the config or its tokenizer.
 
     Raises:
-        ValueError: only the tokenizer would tell.
+        ValueError: neither tells.
     """
-    if config.model.vocab_size is None:
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    path = config.data.tokenizer
+    if path is None or not Path(path).is_file():
         raise ValueError(
-            "model.vocab_size is null; set it, such as model.vocab_size=128256, to plan without a tokenizer"
+            f"model.vocab_size is null, and data.tokenizer={path} is not there to tell; set model.vocab_size, such as "
+            "model.vocab_size=128256, to plan without a tokenizer"
         )
-    return config.model.vocab_size
+    # imported late: they bring torch
+    from dash_megatron.data.tokenizer import Tokenizer
+    from dash_megatron.training.setup import padded_vocabulary
+
+    return padded_vocabulary(config, Tokenizer(path).vocab_size)
 
 
 def configured_layout(config: Config, gpus: int) -> Layout:

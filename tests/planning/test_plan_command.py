@@ -27,6 +27,18 @@ def test_the_table_lists_layouts_by_speed_and_the_configs_own(capsys: pytest.Cap
     assert "the config's own layout:" in lines
 
 
+def test_a_vocabulary_that_the_config_leaves_open_is_the_tokenizers(
+    tiny_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    documents = []
+    for rows in (None, 320):
+        tree = {**tiny_config, "model": {**tiny_config["model"], "vocab_size": rows}}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+        assert main(["plan", "--config", str(tmp_path / "config.yaml"), "--gpus", "1", "--json"]) == 0
+        documents.append(json.loads(capsys.readouterr().out))
+    assert documents[0]["configured"] == documents[1]["configured"]
+
+
 def test_json_holds_memory_bytes_time_and_the_bound(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "plan",
@@ -63,7 +75,7 @@ def test_json_holds_memory_bytes_time_and_the_bound(capsys: pytest.CaptureFixtur
         (["--gpus", "1"], "nothing fits"),
         (["--gpus", "7"], "no tensor x context x data split"),
         (["--gpus", "64", "--top", "0"], "top=0 must be at least 1"),
-        (["--gpus", "64", "model.vocab_size=null"], "model.vocab_size is null"),
+        (["--gpus", "64", "model.vocab_size=null"], "set model.vocab_size, such as model.vocab_size=128256"),
         (["--gpus", "64", "model.layer=3"], "did you mean model.layers?"),
     ],
 )
