@@ -70,7 +70,10 @@ def study_dispersion(
 
     Raises:
         FileNotFoundError, ValueError: as in `studies.routing.open_run`.
+        ValueError: `step` or `length` without a run.
     """
+    if run_dir is None and (step is not None or length is not None):
+        raise ValueError("--step and --length are of a run's checkpoint and document; give RUN_DIR too")
     inputs = {name: _measure(source) for name, source in _made_up(seed)}
     if run_dir is not None:
         inputs["run"] = _of_run(run_dir, step, length, device)

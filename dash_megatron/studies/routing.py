@@ -105,6 +105,8 @@ def open_run(
         raise ValueError(
             f"--device {device} must be auto, cpu, or cuda where there is a GPU; leave it out to take what is there"
         )
+    if length is not None and length < 1:
+        raise ValueError(f"--length {length} must be at least 1; leave it out to take data.seq_length")
     config, step, weights = load_weights(run_dir, step)
     _check_routes(run_dir, config)
     document, whole_length = _longest_document(run_dir, config, length or config.data.seq_length)

@@ -101,3 +101,20 @@ def test_a_folder_without_checkpoints_and_a_wrong_device_are_errors(
     assert "no checkpoint of any step" in capsys.readouterr().err
     assert main(["study", "dispersion", str(tmp_path), "--device", "tpu", "--output", str(tmp_path)]) == 2
     assert "--device tpu must be auto, cpu, or cuda" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", ["0", "-5"])
+def test_a_length_without_tokens_is_an_error(
+    length: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["study", "routing", str(tmp_path), "--length", length]) == 2
+    assert f"--length {length} must be at least 1" in capsys.readouterr().err
+
+
+def test_made_up_inputs_have_no_step_and_no_document(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option in ("--step", "--length"):
+        assert main(["study", "dispersion", option, "3", "--output", str(tmp_path / "out")]) == 2
+        assert "give RUN_DIR too" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
