@@ -39,6 +39,14 @@ def _save(figure: Any, results: dict[str, Any], path: Path) -> Path:
     return path
 
 
+def _tokens_axis(axis: Any, places: list[int]) -> None:
+    """A logarithmic axis with a number of tokens at each place, not with powers of 2."""
+    axis.set_xscale("log", base=2)
+    crowded = len(places) > 8
+    axis.set_xticks(places, [f"{place:,}" for place in places], rotation=45 if crowded else 0)
+    axis.minorticks_off()
+
+
 def _perplexity(by_length: dict[str, Any]) -> Any:
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for length, summary in by_length.items():
@@ -50,7 +58,7 @@ def _perplexity(by_length: dict[str, Any]) -> Any:
             ms=4,
             label=f"{length} tokens: {summary['nll']:.3f} (perplexity {summary['perplexity']:.4g})",
         )
-    axis.set_xscale("log", base=2)
+    _tokens_axis(axis, sorted({bucket["to"] for each in by_length.values() for bucket in each["buckets"]}))
     axis.set_xlabel("end of the bucket of positions (tokens)")
     axis.set_ylabel("loss (nats per token)")
     axis.grid(alpha=0.3)
@@ -63,7 +71,8 @@ def _needle(by_length: dict[str, Any]) -> Any:
     grid = [[summary["depths"][depth]["score"] for summary in by_length.values()] for depth in depths]
     size = (2.5 + 0.9 * len(by_length), 2 + 0.45 * len(depths))
     figure, axis = plt.subplots(figsize=(max(5, size[0]), max(3.5, size[1])), layout="constrained")
-    image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    # from dark to light for all eyes, and on paper
+    image = axis.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
     axis.set_xticks(range(len(by_length)), list(by_length))
     axis.set_yticks(range(len(depths)), [f"{100 * float(depth):.0f}" for depth in depths])
     axis.set_xlabel("length (tokens)")
@@ -71,7 +80,8 @@ def _needle(by_length: dict[str, Any]) -> Any:
     if len(by_length) * len(depths) <= 200:
         for y, row in enumerate(grid):
             for x, score in enumerate(row):
-                axis.text(x, y, f"{score:.2f}", ha="center", va="center", fontsize=8)
+                color = "white" if score < 0.5 else "black"
+                axis.text(x, y, f"{score:.2f}", ha="center", va="center", fontsize=8, color=color)
     figure.colorbar(image, label="score")
     return figure
 
@@ -92,7 +102,7 @@ def _scores(tasks: dict[str, Any], trained_length: int) -> Any:
             label=name,
         )
     axis.axvline(trained_length, color="gray", ls="--", lw=1, label="length of training")
-    axis.set_xscale("log", base=2)
+    _tokens_axis(axis, sorted({int(length) for each in tasks.values() for length in each}))
     axis.set_ylim(-0.05, 1.05)
     axis.set_xlabel("length (tokens)")
     axis.set_ylabel("score, with its standard error")

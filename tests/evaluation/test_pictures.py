@@ -1,0 +1,36 @@
+"""Pictures that can be read: lengths as numbers, scores on any color."""
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pytest
+
+from dash_megatron.evaluation import pictures
+
+
+def labels(axis: Any) -> list[str]:
+    return [label.get_text() for label in axis.get_xticklabels()]
+
+
+def test_lengths_stand_as_numbers_where_they_were_measured() -> None:
+    by_length = {str(length): {"score": 0.5} for length in (768, 1024, 16384)}
+    figure = pictures._scores({"copy": by_length}, trained_length=1024)
+    assert labels(figure.axes[0]) == ["768", "1,024", "16,384"]
+    ends = {"768": (64, 768), "1024": (64, 1024)}
+    found = {
+        length: {"nll": 2.0, "perplexity": 7.4, "buckets": [{"to": end, "nll": 2.0} for end in each]}
+        for length, each in ends.items()
+    }
+    assert labels(pictures._perplexity(found).axes[0]) == ["64", "768", "1,024"]
+    plt.close("all")
+
+
+@pytest.mark.parametrize("score", [0.0, 0.3, 0.5, 0.7, 1.0])
+def test_scores_stand_out_from_their_field(score: float) -> None:
+    figure = pictures._needle({"1024": {"depths": {"0.000": {"score": score}}}})
+    axis = figure.axes[0]
+    field = axis.images[0].cmap(score)
+    ink = {"white": 1.0, "black": 0.0}[axis.texts[0].get_color()]
+    brightness = 0.2126 * field[0] + 0.7152 * field[1] + 0.0722 * field[2]
+    assert abs(ink - brightness) > 0.4
+    plt.close("all")
