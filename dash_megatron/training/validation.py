@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from dash_megatron.training.engine import Engine
 from dash_megatron.training.metrics import PositionLoss, TaskScore
 from dash_megatron.training.sources import batch_source, open_rows
 from dash_megatron.training.task_scores import TaskScorer
+
+logger = logging.getLogger(__name__)
 
 
 class Validation(NamedTuple):
@@ -51,6 +54,11 @@ class Validator:
             self._source = batch_source(config, rows, tokenizer.eod, device, pad_last=True)
         if config.evaluation.tasks_every:
             self._tasks = TaskScorer(config, tokenizer, device)
+        elif config.evaluation.tasks:
+            logger.warning(
+                "evaluation.tasks=%s is ignored, since evaluation.tasks_every is 0",
+                list(config.evaluation.tasks),
+            )
 
     def run(self, engine: Engine, step: int, beat: Callable[[], None]) -> Validation:
         """Do what is due after a step; collective.

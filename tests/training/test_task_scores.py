@@ -21,6 +21,7 @@ from dash_megatron.parallel import Launch, destroy_process_groups, init_process_
 from dash_megatron.parallel.groups import destroy_model_groups, make_model_groups
 from dash_megatron.training.metrics import read_metrics
 from dash_megatron.training.task_scores import TaskScorer
+from dash_megatron.training.validation import Validator
 from tests.training.test_global_batch import with_changes
 from tests.training.workers import keep_process_groups
 
@@ -172,6 +173,14 @@ def test_what_has_no_sample_is_told_before_training(tree: dict[str, Any], one_pr
         ValueError, match=r"evaluation\.task_lengths=\[100, 128\]: task needle: length 100 must"
     ):
         TaskScorer(config, Tokenizer(config.data.tokenizer), one_process)
+
+
+def test_tasks_that_are_never_scored_are_told(
+    tree: dict[str, Any], one_process: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_from_dict(with_changes(tree, evaluation={"tasks": ["copy"], "tasks_every": 0}))
+    Validator(config, Tokenizer(config.data.tokenizer), one_process)
+    assert "evaluation.tasks=['copy'] is ignored, since evaluation.tasks_every is 0" in caplog.text
 
 
 def test_the_config_knows_every_task() -> None:
