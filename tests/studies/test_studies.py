@@ -7,6 +7,7 @@ import html
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import yaml
 from PIL import Image
 
 from dash_megatron.__main__ import main
+from dash_megatron.evaluation.arguments import check_arguments
 from dash_megatron.planning.baseline_times import NOTE
 from dash_megatron.studies import pictures, scores
 from dash_megatron.studies import submit as submit_module
@@ -31,6 +33,7 @@ from dash_megatron.studies.plan import as_row
 from dash_megatron.studies.runs import StudyRun, expand
 from dash_megatron.studies.study_file import load_study
 
+STUDIES = Path(__file__).parents[2] / "studies"
 BASE = {
     "run_dir": "runs/unused",
     "model": {
@@ -123,6 +126,21 @@ def test_points_grids_budgets_seeds_and_twins_multiply(write_study: Write) -> No
     assert {len(run.twin_of) for run in full} == {2}
     assert {run.config.training.steps for run in runs} == {10, 20}
     assert {run.config.training.seed for run in runs} == {1, 2}
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_repositorys_studies_can_be_planned_and_evaluated(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = yaml.safe_load(path.read_text())
+    tree["overrides"].setdefault("model.vocab_size", 4096)  # of a tokenizer that may not be made yet
+    (tmp_path / path.name).write_text(yaml.safe_dump(tree))
+    monkeypatch.chdir(STUDIES.parent)
+    assert main(["study", "plan", str(tmp_path / path.name), "--json"]) == 0, capsys.readouterr().err
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert {"dash", "full"} <= {run["kind"] for run in runs}
+    for arguments in tree.get("evaluate", {}).values():
+        check_arguments(shlex.split(arguments))
 
 
 def test_a_named_size_has_a_learning_rate_without_being_another_kind_of_run(write_study: Write) -> None:
