@@ -201,6 +201,18 @@ def test_all_runs_of_a_twin_family_are_compared_with_its_dense_run(write_study: 
     assert all(twin == f"{run.split('_')[0]}_full" for run, twin in twins.items()), twins
 
 
+def test_a_run_is_planned_at_the_density_that_it_asks_for_unless_the_study_says_another(
+    write_study: Write,
+) -> None:
+    targets = [None, 0.5, {0: 1.0, 4: [0.2, 0.4]}]
+    keys: dict[str, Any] = {"grid": {"attention.target_density": targets}}
+    assert [run.density for run in runs_of(write_study(**keys))] == pytest.approx([0.25, 0.5, 0.3])
+    one_full = runs_of(write_study(**keys, overrides={"attention.full_layers": [0]}))
+    assert [run.density for run in one_full] == pytest.approx([0.25, 0.5, 0.4])
+    assert {run.density for run in runs_of(write_study(**keys, assume={"density": 0.1}))} == {0.1}
+    assert {run.density for run in runs_of(write_study(**keys, overrides={"assume.density": 0.2}))} == {0.2}
+
+
 def test_flops_counted_at_the_density_give_the_sparse_run_more_tokens(write_study: Write) -> None:
     keys = {"overrides": {"data.seq_length": 4096}, "twins": ["full"], "assume": {"density": 0.1}}
     dash, full = runs_of(write_study(**keys, budgets={"flops": [1e12], "flops_counted": "assumed"}))
