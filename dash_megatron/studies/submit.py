@@ -28,6 +28,8 @@ from dash_megatron.studies.runs import StudyRun, expand
 from dash_megatron.studies.study_file import Study, StudyError, load_study
 
 ROOT = Path(__file__).resolve().parents[2]
+# beside the results of an evaluation, what it was asked for
+ARGUMENTS = "arguments.txt"
 EVALUATE = (sys.executable, "-m", "dash_megatron", "evaluate")
 _NOT_AGAIN = {ExitCode.CONFIG_ERROR: "its config or machine is wrong", ExitCode.HALTED: "it halted itself"}
 
@@ -175,7 +177,7 @@ def _check_evaluations(study: Study) -> None:
 
 
 def missing_evaluations(study: Study, run: StudyRun) -> dict[str, list[str]]:
-    """Commands of the study's evaluations of a run that have no results yet, by name."""
+    """Commands of the study's evaluations of a run that have no results yet, or those of other arguments, by name."""
     if not study.evaluate:
         return {}
     # imported late: it brings torch
@@ -184,7 +186,10 @@ def missing_evaluations(study: Study, run: StudyRun) -> dict[str, list[str]]:
     commands = {}
     for name, arguments in study.evaluate.items():
         output = run.folder / "evaluation" / name
-        if not (output / RESULTS).is_file():
+        told = output / ARGUMENTS
+        # results without that file are of evaluations by hand
+        changed = told.is_file() and told.read_text(encoding="utf-8") != arguments
+        if changed or not (output / RESULTS).is_file():
             commands[name] = [*EVALUATE, str(run.folder), *shlex.split(arguments), "--output", str(output)]
     return commands
 
@@ -360,6 +365,8 @@ class _Local:
             print(f"{title}: evaluation {name}", flush=True)
             code = self._call(command, run.folder, environment)
             problem = f"evaluation {name} ended with exit code {code}" if code else None
+            if not code:
+                write_whole(run.folder / "evaluation" / name / ARGUMENTS, job.study.evaluate[name])
         if self._stop is not None:
             return False
         took = f"finished in {time.monotonic() - started:.0f} s"

@@ -409,6 +409,13 @@ def test_submit_evaluates_what_is_trained_once_and_again_where_it_failed(
     assert "2 of 2 runs are finished" in capsys.readouterr().out
     assert (folders["h32"] / "evaluated").read_text() == both
     assert (folders["h64"] / "evaluated").read_text() == "--tasks copy;" + both
+    path = write_study(points=SIZES[:2], evaluate={"short": "--tasks copy --samples 5"})
+    script.write_text(
+        EVALUATOR.replace("FAILS", "'nothing'").replace("mkdir(parents=True)", "mkdir(exist_ok=True)")
+    )
+    assert submit_module.submit_studies([path], train=trainer(tmp_path, {})) == 0
+    assert submit_module.submit_studies([path], train=trainer(tmp_path, {})) == 0
+    assert (folders["h32"] / "evaluated").read_text() == both + "--tasks copy --samples 5;"
     assert starts(path) == {"h32": 1, "h64": 1}
 
 
