@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--config", required=True, metavar="FILE", help="YAML file")
     plan.add_argument("--gpus", required=True, type=int, help="processes, one a GPU")
     plan.add_argument(
-        "--density", type=float, default=0.1, help="pairs attended over causal pairs; default: 0.1"
+        "--density",
+        type=float,
+        help="pairs attended over causal pairs; default: the config's last attention.target_density, or 0.1",
     )
     plan.add_argument(
         "--peak-density",
@@ -171,12 +173,17 @@ def _from_hf(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    from dash_megatron.config_loading import load_config
     from dash_megatron.planning.command import plan
     from dash_megatron.planning.layout import Hardware
     from dash_megatron.planning.step_time import Routing
 
+    density = options.density
+    if density is None:
+        config = load_config(options.config, options.overrides)
+        density = config.attention.final_density(config.model.layers) or Routing.density
     routing = Routing(
-        density=options.density,
+        density=density,
         peak_density=options.peak_density,
         locality=options.locality,
         listed_over_selected=options.listed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -71,6 +72,14 @@ class AttentionConfig(Section):
         second = _of_layer(self.target_density[steps[after]], layer)
         assert second is not None
         return first + (second - first) * (step - before) / (steps[after] - before)
+
+    def final_density(self, layers: int) -> float | None:
+        """The last `target_density`, mean over the layers that select among so many; None: no target."""
+        last = max(self.target_density, default=0) if isinstance(self.target_density, dict) else 0
+        selecting = (layer for layer in range(layers) if layer not in self.full_layers)
+        targets = [self.target_density_at(last, layer) for layer in selecting]
+        known = [target for target in targets if target is not None]
+        return fmean(known) if known else None
 
     @property
     def target_density_lists(self) -> list[tuple[float, ...]]:

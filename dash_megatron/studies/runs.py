@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import yaml
@@ -242,19 +240,10 @@ def _density(study: Study, recipe: _Recipe, config: Config, context: float) -> f
         return density_of_lists(config.attention, context)
     value = {**study.overrides, **recipe.settings}.get(_DENSITY, study.assume.density)
     if value is None:
-        value = _asked_for(config)
+        value = config.attention.final_density(config.model.layers) or 0.25
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise StudyError(f"{_DENSITY}={value!r} must lie in (0, 1], such as 0.25")
     return float(value)
-
-
-def _asked_for(config: Config) -> float:
-    """The mean of `attention.target_density` over layers that select, once its schedule is over; 0.25 without one."""
-    attention, schedule_over = config.attention, sys.maxsize
-    layers = [layer for layer in range(config.model.layers) if layer not in attention.full_layers]
-    targets = [attention.target_density_at(schedule_over, layer) for layer in layers]
-    known = [target for target in targets if target is not None]
-    return fmean(known) if known else 0.25
 
 
 def _labels(config: Config, recipe: _Recipe) -> tuple[str, str]:

@@ -158,6 +158,18 @@ def test_the_quick_tables_of_the_page_are_current() -> None:
         fill_in("", ["kernels"])
 
 
+def test_a_plan_is_for_the_density_that_the_config_ends_with(capsys: pytest.CaptureFixture[str]) -> None:
+    def planned(*arguments: str) -> float:
+        assert main(["plan", "--config", CONFIG, "--gpus", "64", "--json", *arguments]) == 0
+        density: float = json.loads(capsys.readouterr().out)["routing"]["density"]
+        return density
+
+    target = "attention.target_density={0: 1.0, 100: 0.3}"
+    assert planned() == 0.1
+    assert planned(target) == 0.3
+    assert planned("--density", "0.2", target) == 0.2
+
+
 def test_longer_lists_cost_attention(capsys: pytest.CaptureFixture[str]) -> None:
     short, long = (
         _layouts(capsys, *arguments)["configured"]["seconds_parts"] for arguments in ((), ("--listed", "4.5"))

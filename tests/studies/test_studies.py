@@ -633,6 +633,13 @@ def test_a_study_trains_here_and_its_results_are_collected(
     assert (row["finished"], row["step"], row["tokens"]) == (True, 2, 1024)
     assert 0 < row["density"] <= 1
     assert 0 < row["flops"] <= row["dense_flops"]
+    # one run is too few for a law, and enough for a page
+    for command, code in (("collect", 0), ("fit", 2), ("plot", 0), ("report", 0)):
+        assert main(["study", command, str(path)]) == code, capsys.readouterr().err
+    assert "no variant has the runs that a fit needs" in capsys.readouterr().err
+    pngs = sorted(png.name for png in (tmp_path / "out" / "plots").glob("*.png"))
+    assert {"curves.png", "density.png", "pareto.png", "scores.png"} <= set(pngs)
+    assert (tmp_path / "out" / "report.html").read_text().count('alt="') == len(pngs)
 
 
 def test_the_law_that_made_the_losses_is_found_within_its_intervals() -> None:
