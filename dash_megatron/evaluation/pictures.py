@@ -87,25 +87,35 @@ def _needle(by_length: dict[str, Any]) -> Any:
 
 
 def _scores(tasks: dict[str, Any], trained_length: int) -> Any:
-    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    """Scores by length and, where answers were read in one pass, their loss: it moves while scores are still 0."""
+    panels = {"score": "score, with its standard error"}
+    if any(summary.get("nll") is not None for each in tasks.values() for summary in each.values()):
+        panels["nll"] = "loss of the answer (nats per token)"
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3 + 6 * len(panels), 5), layout="constrained", squeeze=False
+    )
     colors = plt.get_cmap("tab10")
-    for number, (name, by_length) in enumerate(tasks.items()):
-        axis.errorbar(
-            [int(length) for length in by_length],
-            [summary["score"] for summary in by_length.values()],
-            yerr=[summary.get("standard_error", 0.0) for summary in by_length.values()],
-            marker="osv^D<>ph*"[number % 10],
-            ms=5,
-            lw=1,
-            capsize=3,
-            color=colors(number % 10),
-            label=name,
-        )
-    axis.axvline(trained_length, color="gray", ls="--", lw=1, label="length of training")
-    _tokens_axis(axis, sorted({int(length) for each in tasks.values() for length in each}))
-    axis.set_ylim(-0.05, 1.05)
-    axis.set_xlabel("length (tokens)")
-    axis.set_ylabel("score, with its standard error")
-    axis.grid(alpha=0.3)
-    figure.legend(loc="outside right upper")
+    places = sorted({int(length) for each in tasks.values() for length in each})
+    for axis, (key, label) in zip(axes[0], panels.items(), strict=True):
+        for number, (name, by_length) in enumerate(tasks.items()):
+            known = {int(length): each for length, each in by_length.items() if each.get(key) is not None}
+            errors = [each.get("standard_error", 0.0) for each in known.values()]
+            axis.errorbar(
+                list(known),
+                [each[key] for each in known.values()],
+                yerr=errors if key == "score" else None,
+                marker="osv^D<>ph*"[number % 10],
+                ms=5,
+                lw=1,
+                capsize=3,
+                color=colors(number % 10),
+                label=name,
+            )
+        axis.axvline(trained_length, color="gray", ls="--", lw=1, label="length of training")
+        _tokens_axis(axis, places)
+        axis.set_xlabel("length (tokens)")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylim(-0.05, 1.05)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
     return figure

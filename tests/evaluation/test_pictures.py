@@ -25,6 +25,16 @@ def test_lengths_stand_as_numbers_where_they_were_measured() -> None:
     plt.close("all")
 
 
+def test_the_loss_of_answers_stands_beside_their_scores_where_it_is_known() -> None:
+    read = {"copy": {"64": {"score": 0.0, "nll": 3.0}, "128": {"score": 0.0, "nll": 4.0}}}
+    scores, losses = pictures._scores(read, trained_length=64).axes
+    assert list(scores.lines[0].get_ydata()) == [0.0, 0.0]
+    assert list(losses.lines[0].get_ydata()) == [3.0, 4.0]
+    written = {"copy": {"64": {"score": 0.0, "nll": None}}}
+    assert len(pictures._scores(written, trained_length=64).axes) == 1
+    plt.close("all")
+
+
 @pytest.mark.parametrize("score", [0.0, 0.3, 0.5, 0.7, 1.0])
 def test_scores_stand_out_from_their_field(score: float) -> None:
     figure = pictures._needle({"1024": {"depths": {"0.000": {"score": score}}}})
