@@ -24,41 +24,30 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results" / "kernels.md"
 WORK = AttentionWork(65536, 32, 8, 65536**2 / 2, 0.1 * 65536**2 / 2)
 
 
-@pytest.mark.parametrize("case", CASES + GROUP_CASES, ids=lambda c: f"{c.tokens}-{c.kv_heads}-{c.density}")
-def test_fitted_times_are_within_15_percent_of_the_measured_ones(case: KernelCase) -> None:
+@pytest.mark.parametrize(
+    ("case", "allowed"),
+    # two lengths share one factor a stage where heads have 64 dimensions
+    [(case, 0.15) for case in CASES + GROUP_CASES]
+    + [(case, 0.2) for case in NARROW_CASES + SMALL_CHUNK_CASES],
+    ids=lambda x: f"{x.tokens}-{x.kv_heads}-{x.density}" if isinstance(x, KernelCase) else None,
+)
+def test_fitted_times_are_within_15_percent_of_the_measured_ones(case: KernelCase, allowed: float) -> None:
     time = dash_seconds(case.work)
     assert 1e3 * time.forward == pytest.approx(case.forward, rel=0.15)
     assert 1e3 * (time.forward + time.backward) == pytest.approx(case.total, rel=0.15)
     for stage, modelled in dash_stages(case.work).items():
         # the transposition's time hardly depends on anything and varies by a third of a millisecond
         if stage != "transpose":
-            assert modelled == pytest.approx(getattr(case, stage), rel=0.15), stage
-
-
-@pytest.mark.parametrize("tokens", DENSE_CASES)
-def test_fitted_dense_times_are_within_15_percent_of_the_measured_ones(tokens: int) -> None:
-    time = dense_seconds(AttentionWork(tokens, 32, 32, tokens**2 / 2, 0))
-    measured = DENSE_CASES[tokens]
-    assert (1e3 * time.forward, 1e3 * (time.forward + time.backward)) == pytest.approx(measured, rel=0.15)
+            assert modelled == pytest.approx(getattr(case, stage), rel=allowed), stage
 
 
 @pytest.mark.parametrize(
-    "case", NARROW_CASES + SMALL_CHUNK_CASES, ids=lambda c: f"{c.tokens}-{c.head_dim}-{c.chunk_size}"
+    ("head_dim", "tokens"),
+    [(128, tokens) for tokens in DENSE_CASES] + [(64, tokens) for tokens in NARROW_DENSE_CASES],
 )
-def test_times_of_other_shapes_are_within_15_percent_and_their_stages_within_20(case: KernelCase) -> None:
-    # two lengths share one factor a stage
-    time = dash_seconds(case.work)
-    assert 1e3 * time.forward == pytest.approx(case.forward, rel=0.15)
-    assert 1e3 * (time.forward + time.backward) == pytest.approx(case.total, rel=0.15)
-    for stage, modelled in dash_stages(case.work).items():
-        if stage != "transpose":
-            assert modelled == pytest.approx(getattr(case, stage), rel=0.2), stage
-
-
-@pytest.mark.parametrize("tokens", NARROW_DENSE_CASES)
-def test_dense_times_with_heads_of_64_are_within_15_percent(tokens: int) -> None:
-    time = dense_seconds(AttentionWork(tokens, 32, 8, tokens**2 / 2, 0, head_dim=64))
-    measured = NARROW_DENSE_CASES[tokens]
+def test_fitted_dense_times_are_within_15_percent_of_the_measured_ones(head_dim: int, tokens: int) -> None:
+    time = dense_seconds(AttentionWork(tokens, 32, 32, tokens**2 / 2, 0, head_dim=head_dim))
+    measured = (DENSE_CASES if head_dim == 128 else NARROW_DENSE_CASES)[tokens]
     assert (1e3 * time.forward, 1e3 * (time.forward + time.backward)) == pytest.approx(measured, rel=0.15)
 
 
@@ -70,7 +59,7 @@ def test_factors_of_shapes_follow_the_logarithm_of_the_size_and_end_where_nothin
     def dense(head_dim: int) -> float:
         return dense_seconds(replace(WORK, head_dim=head_dim)).forward / head_dim
 
-    assert keys(128, 128) == keys(128, 64)
+    assert keys(128, 128) == keys(128, 64) < keys(128, 32)
     assert keys(128, 16) / keys(128, 32) == pytest.approx(keys(128, 32) / keys(128, 64))
     assert keys(64, 32) / keys(64, 64) == pytest.approx(keys(128, 32) / keys(128, 64))
     assert dense(256) == pytest.approx(dense(128), rel=0.01)
