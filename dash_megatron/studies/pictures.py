@@ -94,6 +94,7 @@ def _save_beside_twins(figure: Any, axes: Any, path: Path) -> None:
 
 def _loss_compute(rows: list[dict[str, Any]], quality: str, fits: dict[str, Any], path: Path) -> str:
     figure, axis = _figure("training FLOPs at the measured density", f"{quality} (nats)")
+    fitted = False
     for variant, (color, marker) in _styles(rows).items():
         own = [row for row in rows if row["variant"] == variant]
         flops = np.array([row["flops"] for row in own])
@@ -102,6 +103,7 @@ def _loss_compute(rows: list[dict[str, Any]], quality: str, fits: dict[str, Any]
         if values:
             grid = np.geomspace(flops.min(), flops.max(), 100)
             axis.plot(grid, values["E"] + values["K"] * grid ** -values["c"], color=color, lw=1)
+            fitted = True
     axis.set_xscale("log")
     spent = [row["flops"] for row in rows]
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(spent) < 100 * min(spent) else (1,)))
@@ -109,7 +111,8 @@ def _loss_compute(rows: list[dict[str, Any]], quality: str, fits: dict[str, Any]
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.legend(fontsize="small")
     _save(figure, path)
-    return f"{quality[0].upper()}{quality[1:]} against training FLOPs, one point a run; lines are fits to each frontier."
+    text = f"{quality[0].upper()}{quality[1:]} against training FLOPs, one point a run"
+    return text + ("; lines are fits to each frontier." if fitted else ".")
 
 
 def _loss_over_tokens(study: Study, rows: list[dict[str, Any]], quality: str, path: Path) -> str:

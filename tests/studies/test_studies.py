@@ -637,9 +637,11 @@ def test_a_study_trains_here_and_its_results_are_collected(
     for command, code in (("collect", 0), ("fit", 2), ("plot", 0), ("report", 0)):
         assert main(["study", command, str(path)]) == code, capsys.readouterr().err
     assert "no variant has the runs that a fit needs" in capsys.readouterr().err
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "lines are fits" not in page
     pngs = sorted(png.name for png in (tmp_path / "out" / "plots").glob("*.png"))
     assert {"curves.png", "density.png", "pareto.png", "scores.png"} <= set(pngs)
-    assert (tmp_path / "out" / "report.html").read_text().count('alt="') == len(pngs)
+    assert page.count('alt="') == len(pngs)
 
 
 def test_the_law_that_made_the_losses_is_found_within_its_intervals() -> None:
@@ -780,6 +782,7 @@ def test_fit_plot_and_report_of_a_study_whose_runs_follow_a_law(
     assert {base64.b64decode(image) for image in images} == {
         (out / "plots" / name).read_bytes() for name in pngs
     }
+    assert "lines are fits to each frontier" in page
     assert "http" not in page.replace("http-equiv", "")
     assert page.count('alt="') == len(images) == 7
     # the router's parameters make the sparse twin the larger one
