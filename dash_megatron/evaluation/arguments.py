@@ -87,6 +87,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 
 def _read(options: argparse.Namespace) -> tuple[Settings, RopeScaling | None]:
+    # imported late: they bring torch
     from dash_megatron.config_loading import read_rope_scaling
     from dash_megatron.evaluation.jobs import FAMILIES, Settings
 

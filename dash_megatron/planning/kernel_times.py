@@ -172,27 +172,24 @@ def _group_factors(group: float) -> dict[str, float]:
 @lru_cache(maxsize=64)
 def _shape_factors(head_dim: int, chunk_size: int) -> dict[str, float]:
     """What to multiply each stage by: 1 for heads of 128 and more and chunks of 64 and more."""
-    narrow = _excess(NARROW_CASES)
-    small = {stage: excess / narrow[stage] for stage, excess in _excess(SMALL_CHUNK_CASES).items()}
+    narrow, small = _excess(NARROW_CASES), _excess(SMALL_CHUNK_CASES)
     halvings = max(0.0, math.log2(64 / chunk_size))
     return {
-        stage: narrow[stage] ** _narrowness(head_dim) * small[stage] ** halvings if stage in narrow else 1.0
+        stage: narrow[stage] ** _narrowness(head_dim) * (small[stage] / narrow[stage]) ** halvings
         for stage in STAGES
     }
 
 
 def _excess(cases: tuple[KernelCase, ...]) -> dict[str, float]:
-    """Measured over modelled time of every stage, but of the transposition, whose time varies by as much as it takes."""
-    excess = {}
-    for stage in STAGES:
-        if stage == "transpose":
-            continue
-        ratios = []
-        for case in cases:
-            factor = _group_factors(case.heads / case.kv_heads)[stage]
-            ratios.append(getattr(case, stage) / (factor * _stage_milliseconds(case.work)[stage]))
-        excess[stage] = geometric_mean(ratios)
-    return excess
+    """Measured over modelled time of every stage; 1 for the transposition, whose time varies by as much as it takes."""
+    modelled = [_grouped_milliseconds(case.work) for case in cases]
+    excess = {
+        stage: geometric_mean(
+            [getattr(case, stage) / times[stage] for case, times in zip(cases, modelled, strict=True)]
+        )
+        for stage in STAGES
+    }
+    return excess | {"transpose": 1.0}
 
 
 def _narrowness(head_dim: float) -> float:
@@ -205,18 +202,20 @@ def _stage_milliseconds(work: AttentionWork) -> dict[str, float]:
     # the router sees all summaries at once; the other stages begin anew at every pass
     often = once | {term: work.passes * once[term] for term in ("launch", "rows")}
     return {
-        stage: sum(factor * (once if "route" in stage else often)[term] for term, factor in terms.items())
+        stage: _sum(terms, once if "route" in stage else often)
         for stage, terms in _stage_coefficients().items()
     }
 
 
+def _grouped_milliseconds(work: AttentionWork) -> dict[str, float]:
+    factors = _group_factors(work.heads / work.kv_heads)
+    return {stage: time * factors[stage] for stage, time in _stage_milliseconds(work).items()}
+
+
 def dash_stages(work: AttentionWork) -> dict[str, float]:
     """Milliseconds of every stage of DashAttention on one rank."""
-    by_group = _group_factors(work.heads / work.kv_heads)
-    by_shape = _shape_factors(work.head_dim, work.chunk_size)
-    return {
-        stage: time * by_group[stage] * by_shape[stage] for stage, time in _stage_milliseconds(work).items()
-    }
+    factors = _shape_factors(work.head_dim, work.chunk_size)
+    return {stage: time * factors[stage] for stage, time in _grouped_milliseconds(work).items()}
 
 
 def dash_seconds(work: AttentionWork) -> AttentionSeconds:

@@ -116,15 +116,15 @@ def _loss_compute(rows: list[dict[str, Any]], quality: str, fits: dict[str, Any]
 
 
 def _loss_over_tokens(study: Study, rows: list[dict[str, Any]], quality: str, path: Path) -> str:
-    key: Literal["valid_loss", "loss"] = "valid_loss" if quality == "validation loss" else "loss"
-    name = "validation loss" if key == "valid_loss" else "training loss"
+    name = quality.partition(",")[0]
+    key: Literal["valid_loss", "loss"] = "valid_loss" if name == "validation loss" else "loss"
     figure, axis = _figure("training tokens", f"{name} (nats)")
     folders = {run.name: run.folder for run in expand(study)}
     shown = _largest(rows)
     for variant, (color, marker) in _styles(shown).items():
         label: str | None = variant
-        for row in (row for row in shown if row["variant"] == variant):
-            lines = [line for line in read_metrics(folders[row["run"]]) if line[key] is not None]
+        for run in [row["run"] for row in shown if row["variant"] == variant]:
+            lines = [line for line in read_metrics(folders[run]) if line[key] is not None]
             tokens, losses = [line["tokens"] for line in lines], [line[key] for line in lines]
             axis.plot(tokens, losses, marker, ls="-", lw=1, ms=4, color=color, label=label)
             label = None

@@ -120,10 +120,9 @@ class Study(Section):
                 if key != "name" and "." not in key:
                     raise ValueError(f"{place} has {key!r}; settings read section.key, such as optimizer.lr")
         for number, point in enumerate(self.points):
-            name = point.get("name", "x")
-            if not isinstance(name, str) or not name:
+            if "name" in point and not (isinstance(point["name"], str) and point["name"]):
                 raise ValueError(
-                    f"points[{number}] has name {name!r}, which becomes a folder and must be text, such as '30m'"
+                    f"points[{number}] has name {point['name']!r}, which becomes a folder and must be text, such as '30m'"
                 )
         for key, values in self.grid.items():
             if not values:

@@ -22,6 +22,7 @@ import yaml
 
 from dash_megatron.config import Config
 from dash_megatron.config_loading import config_from_dict
+from dash_megatron.evaluation.arguments import check_arguments
 from dash_megatron.exit_codes import ExitCode
 from dash_megatron.files import write_whole
 from dash_megatron.studies.runs import StudyRun, expand
@@ -166,9 +167,6 @@ class _Queue:
 
 def _check_evaluations(study: Study) -> None:
     """Refuse arguments of evaluations that would be found wrong only once a run is trained."""
-    if study.evaluate:
-        # imported late: it brings torch
-        from dash_megatron.evaluation.arguments import check_arguments
     for name, arguments in study.evaluate.items():
         try:
             check_arguments(shlex.split(arguments))
