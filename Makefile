@@ -82,4 +82,4 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed
-	$(BIN)/python -m dash_megatron.config_loading > docs/configuration.md
+	$(BIN)/python -m dash_megatron.config.loading > docs/configuration.md

@@ -5,7 +5,7 @@ import contextlib
 import os
 import sys
 
-from dash_megatron.config_loading import load_config
+from dash_megatron.config import load_config
 from dash_megatron.exit_codes import ExitCode
 
 

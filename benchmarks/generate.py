@@ -33,7 +33,7 @@ from transformers import DynamicCache, StaticCache
 
 from benchmarks.decode import dense_attentions, graph_microseconds
 from benchmarks.dialing import SPARE_TOKENS, attentions, dial_decoding, dial_prefill, random_tokens, replaced
-from dash_megatron.config_loading import load_config
+from dash_megatron.config import load_config
 from dash_megatron.hf.config import llama_config
 from dash_megatron.hf.fast_cache import fast_layer
 from dash_megatron.hf.modeling_dash import DashForCausalLM, DashSelfAttention, dash_layer

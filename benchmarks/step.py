@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from dash_megatron.config import Config
-from dash_megatron.config_loading import config_from_dict, load_config
+from dash_megatron.config import Config, config_from_dict, load_config
+from dash_megatron.config.flops import peak_flops, training_flops_per_token
 from dash_megatron.data.batches import PackedBatch, pack_samples
 from dash_megatron.layers import (
     DashCoreAttention,
@@ -29,7 +29,6 @@ from dash_megatron.layers import (
 )
 from dash_megatron.parallel import destroy_process_groups, init_process_groups, read_launch
 from dash_megatron.training.engine import Engine
-from dash_megatron.training.flops import peak_flops, training_flops_per_token
 from dash_megatron.training.loss import share_of_global_mean
 
 NO_TOKEN = -1

@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from dash_megatron.evaluation.arguments import add_evaluate
-from dash_megatron.studies.command import add_study
+from dash_megatron.studies.cli import add_study
 
 # where a path leads to nothing, to a file or folder that should be the other, or to what may not be read or written
 _WRONG_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
@@ -173,8 +173,8 @@ def _from_hf(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from dash_megatron.config_loading import load_config
-    from dash_megatron.planning.command import plan
+    from dash_megatron.config import load_config
+    from dash_megatron.planning.cli import plan
     from dash_megatron.planning.layout import Hardware
     from dash_megatron.planning.step_time import Routing
 
@@ -205,11 +205,11 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from dash_megatron.config_loading import load_config
+    from dash_megatron.config import load_config
 
     config = load_config(options.config, options.overrides)
     # imported late, so that a wrong config is told at once
-    from dash_megatron.doctor.command import examine
+    from dash_megatron.doctor.cli import examine
 
     return examine(config, options.only)
 

@@ -23,8 +23,7 @@ from site_file import Site, load_site
 # the rules that are checked here are those of the train.py that will run, not of another installed version
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dash_megatron.config import Config
-from dash_megatron.config_loading import load_config
+from dash_megatron.config import Config, load_config
 
 FOLDER = Path(__file__).resolve().parent
 TEMPLATE = FOLDER / "pretrain.sbatch"

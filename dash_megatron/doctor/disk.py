@@ -9,11 +9,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from dash_megatron.checkpoint.save_load import checkpoint_folder
 from dash_megatron.config import Config
+from dash_megatron.config.flops import parameter_count
 from dash_megatron.doctor.runner import Finding
 from dash_megatron.doctor.session import Session
-from dash_megatron.training.checkpoint import checkpoint_folder
-from dash_megatron.training.flops import parameter_count
 from dash_megatron.training.setup import load_tokenizer, padded_vocabulary
 
 _BLOCK_BYTES = 8 << 20

@@ -13,17 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dash_megatron.config import Config, ParallelConfig
-from dash_megatron.config_loading import load_config
+from dash_megatron.checkpoint.save_load import finished_steps
+from dash_megatron.checkpoint.weights import load_weights
+from dash_megatron.config import Config, ParallelConfig, load_config
 from dash_megatron.data.batches import PackedBatch, num_target_tokens
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.layers import DashGPTModel, build_model, init_weights
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
-from dash_megatron.training.checkpoint import finished_steps
 from dash_megatron.training.faults import fault_folder, read_fault
 from dash_megatron.training.initial import load_initial_weights
 from dash_megatron.training.setup import padded_vocabulary
-from dash_megatron.training.weights import load_weights
 
 
 class SampleLoss(NamedTuple):

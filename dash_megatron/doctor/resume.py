@@ -15,13 +15,12 @@ from pathlib import Path
 import torch
 import yaml
 
-from dash_megatron.config import Config
-from dash_megatron.config_loading import load_config
+from dash_megatron.checkpoint.save_load import checkpoint_folder, finished_steps, tag_of
+from dash_megatron.config import Config, load_config
 from dash_megatron.doctor.runner import Finding
 from dash_megatron.doctor.session import Session
 from dash_megatron.doctor.small import scaled_down
 from dash_megatron.parallel import Launch, destroy_process_groups
-from dash_megatron.training.checkpoint import checkpoint_folder, finished_steps, tag_of
 from dash_megatron.training.metrics import read_metrics
 from dash_megatron.training.trainer import Trainer
 

@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from dash_megatron.config import Config
-from dash_megatron.config_loading import config_from_dict
+from dash_megatron.config import Config, config_from_dict
 from dash_megatron.data.batches import PackedBatch, pack_samples
 from dash_megatron.layers import DashGPTModel, build_model, init_weights
 from dash_megatron.parallel import context_rank

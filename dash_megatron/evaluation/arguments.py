@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dash_megatron.config_rope import RopeScaling
+    from dash_megatron.config import RopeScaling
     from dash_megatron.evaluation.jobs import Settings
 
 
@@ -88,7 +88,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 def _read(options: argparse.Namespace) -> tuple[Settings, RopeScaling | None]:
     # imported late: they bring torch
-    from dash_megatron.config_loading import read_rope_scaling
+    from dash_megatron.config import read_rope_scaling
     from dash_megatron.evaluation.jobs import FAMILIES, Settings
 
     settings = Settings(
@@ -104,7 +104,7 @@ def _read(options: argparse.Namespace) -> tuple[Settings, RopeScaling | None]:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from dash_megatron.evaluation.command import evaluate_command
+    from dash_megatron.evaluation.cli import evaluate_command
 
     settings, rope_scaling = _read(options)
     places = {"step": options.step, "text": options.text, "data": options.data, "output": options.output}

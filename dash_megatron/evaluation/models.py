@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dash_megatron.config import Config
-from dash_megatron.config_rope import RopeScaling
+from dash_megatron.checkpoint.files import MANIFEST
+from dash_megatron.checkpoint.save_load import checkpoint_folder, tag_of
+from dash_megatron.checkpoint.weights import load_weights, whole_model
+from dash_megatron.config import Config, RopeScaling
 from dash_megatron.data.blend import blend_prefixes
 from dash_megatron.data.index_file import edges_digest
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.layers import DashGPTModel
 from dash_megatron.layers.model import MAX_LOGITS
-from dash_megatron.training.checkpoint import checkpoint_folder, tag_of
-from dash_megatron.training.checkpoint_files import MANIFEST
-from dash_megatron.training.weights import load_weights, whole_model
 
 
 class LanguageModel(ABC):

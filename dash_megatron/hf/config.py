@@ -7,8 +7,7 @@ from typing import Any, get_args
 import torch
 from transformers import LlamaConfig
 
-from dash_megatron.config import AttentionConfig, Config, ModelConfig
-from dash_megatron.config_rope import RopeScaling
+from dash_megatron.config import AttentionConfig, Config, ModelConfig, RopeScaling
 from dash_megatron.hf.names import is_full
 
 MODEL_FILE = "modeling_dash.py"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from dash_megatron.checkpoint.weights import open_weights
 from dash_megatron.config import Config
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.hf import modeling_dash, probe
@@ -21,7 +22,6 @@ from dash_megatron.hf.folder import take, write_pieces
 from dash_megatron.hf.names import pieces, to_hugging_face
 from dash_megatron.hf.tokenizer import export_tokenizer
 from dash_megatron.training.metrics import read_metrics
-from dash_megatron.training.weights import open_weights
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from dash_megatron.config_rope import RopeScaling
+from dash_megatron.config import RopeScaling
 
 
 class PackedRotaryEmbedding(torch.nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from dash_megatron.config import AttentionConfig
-from dash_megatron.ops.nsa import MAX_SHARED_BIAS
+from dash_megatron.ops.topk.nsa import MAX_SHARED_BIAS
 from dash_megatron.planning.kernel_times import AttentionSeconds, AttentionWork, dash_stages
 
 BASELINES = ("infllmv2", "nsa")

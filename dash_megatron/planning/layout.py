@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from dash_megatron.config import Config
-from dash_megatron.config_loading import config_from_dict
-from dash_megatron.parallel.traffic import ContextComm
-from dash_megatron.training.flops import peak_flops
+from dash_megatron.config import Config, config_from_dict
+from dash_megatron.config.flops import peak_flops
+from dash_megatron.planning.traffic import ContextComm
 
 Recompute = Literal["none", "attention", "full"]
 

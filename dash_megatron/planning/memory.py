@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dash_megatron.config import Config
-from dash_megatron.parallel.traffic import ContextShape
+from dash_megatron.config.flops import parameter_count
 from dash_megatron.planning.baseline_times import BASELINES
 from dash_megatron.planning.kernel_times import TILE_ROWS
 from dash_megatron.planning.layout import Hardware, Layout
-from dash_megatron.training.flops import parameter_count
+from dash_megatron.planning.traffic import ContextShape
 
 MAX_LOGITS = 2**28
 """Logits alive at once, in elements of the whole vocabulary: `dash_megatron.layers.model.MAX_LOGITS`."""

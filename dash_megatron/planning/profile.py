@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from dash_megatron.config_loading import load_config
+from dash_megatron.config import load_config
 from dash_megatron.planning.layout import Hardware
 from dash_megatron.planning.search import estimate_configured
 from dash_megatron.planning.step_time import Routing

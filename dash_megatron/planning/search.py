@@ -8,9 +8,9 @@ from itertools import product
 from pathlib import Path
 
 from dash_megatron.config import Config
-from dash_megatron.parallel.traffic import ContextComm
 from dash_megatron.planning.layout import Hardware, Layout, Recompute, with_layout
 from dash_megatron.planning.step_time import Routing, StepEstimate, estimate_step
+from dash_megatron.planning.traffic import ContextComm
 
 EXCHANGES: tuple[ContextComm, ...] = ("all_gather", "p2p", "a2a", "sparse")
 RECOMPUTE: tuple[Recompute, ...] = ("none", "attention", "full")

@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from dash_megatron.config import Config
-from dash_megatron.parallel.traffic import PassBytes, context_exchange, tensor_parallel_layer, zero_step
+from dash_megatron.config.flops import matmul_parameters
 from dash_megatron.planning.baseline_times import (
     BASELINES,
     baseline_seconds,
@@ -29,7 +29,7 @@ from dash_megatron.planning.memory import (
     memory_use,
     rank_parameters,
 )
-from dash_megatron.training.flops import matmul_parameters
+from dash_megatron.planning.traffic import PassBytes, context_exchange, tensor_parallel_layer, zero_step
 
 OPTIMIZER_BYTES = 65
 """Bytes read and written per parameter once a step: norm, clipping, AdamW's states and weights, and the bf16 weight."""

@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from dash_megatron.config.flops import training_flops_per_token
 from dash_megatron.files import write_whole
 from dash_megatron.studies.plan import as_row
 from dash_megatron.studies.runs import StudyRun, expand, vocabulary_rows
 from dash_megatron.studies.study_file import Study, StudyError
-from dash_megatron.training.flops import training_flops_per_token
 from dash_megatron.training.metrics import StepMetrics, read_metrics
 
 MEASURED = ("finished", "step", "loss", "valid_loss", "density", "tokens_per_second", "flops", "skipped")

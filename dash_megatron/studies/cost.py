@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from dash_megatron.config import Config, DataConfig
+from dash_megatron.config.flops import peak_flops, training_flops_per_token
 from dash_megatron.data.blend import parse_blend
 from dash_megatron.data.index_file import read_lengths
 from dash_megatron.studies.study_file import Assumptions
-from dash_megatron.training.flops import peak_flops, training_flops_per_token
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")  # a file, never a window
 import matplotlib.pyplot as plt
 
-from dash_megatron.config_loading import load_config
+from dash_megatron.config import load_config
 from dash_megatron.data.blend import unigram_entropy
 from dash_megatron.training.metrics import StepMetrics, read_metrics
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dash_megatron.checkpoint.save_load import tag_of
+from dash_megatron.checkpoint.weights import load_weights, whole_model
 from dash_megatron.config import Config
 from dash_megatron.data.blend import blend_prefixes
 from dash_megatron.data.tokenizer import Tokenizer
@@ -30,9 +32,7 @@ from dash_megatron.ops.diagnostics import (
     sample_routing,
     selection_map,
 )
-from dash_megatron.training.checkpoint import tag_of
 from dash_megatron.training.routing import layer_record
-from dash_megatron.training.weights import load_weights, whole_model
 
 # Queries measured in the document: the curves are smooth, and a model of 32 layers takes minutes on a GPU at 128K.
 QUERIES = 1024

@@ -12,12 +12,11 @@ from typing import Any
 
 import yaml
 
-from dash_megatron.config import Config
-from dash_megatron.config_loading import config_from_dict
+from dash_megatron.config import Config, config_from_dict
+from dash_megatron.config.flops import parameter_count
 from dash_megatron.planning.baseline_times import BASELINES, density_of_lists
 from dash_megatron.studies.cost import Cost, curriculum_context, estimate_cost, flops_per_token, mean_context
 from dash_megatron.studies.study_file import Study, StudyError
-from dash_megatron.training.flops import parameter_count
 
 _DENSITY = "assume.density"
 # tokenizers are read once a process: sizes by path

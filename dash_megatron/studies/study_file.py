@@ -9,8 +9,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from dash_megatron.config_section import Section
-from dash_megatron.training.flops import peak_flops
+from dash_megatron.config import Section
+from dash_megatron.config.flops import peak_flops
 
 
 class StudyError(ValueError):
@@ -63,7 +63,7 @@ class Assumptions(Section):
     """FLOPs of the model at its density over the GPU's bf16 peak; null takes the step time that
     `python -m dash_megatron plan` models, which knows of kernels and links."""
     gpu: str = "H200"
-    """Whose peak: one of those in `dash_megatron/training/flops.py`."""
+    """Whose peak: one of those in `dash_megatron/config/flops.py`."""
     gpus: int = Field(default=1, gt=0)
     """GPUs of one run; matters for `utilization: null` only."""
     price: float = Field(default=3.0, ge=0)

@@ -21,10 +21,10 @@ import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
+from dash_megatron.checkpoint.fragments import Fragment, adam_state, fragments, local_shapes, refresh_weights
 from dash_megatron.config import Config
 from dash_megatron.layers.sharding import Split, join, split_of
 from dash_megatron.parallel import GradientGroups, gradient_group, tensor_group
-from dash_megatron.training.fragments import Fragment, adam_state, fragments, local_shapes, refresh_weights
 
 # Empty, so that DeepSpeed does not compile its shared-memory reduction when it starts: that serves inference only, and
 # needs a C++ compiler and ninja where training needs neither.

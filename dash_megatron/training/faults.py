@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dash_megatron.checkpoint.files import write_tensors
 from dash_megatron.config import FaultsConfig
 from dash_megatron.data.batches import PackedBatch
 from dash_megatron.files import write_whole
 from dash_megatron.retry import retry
-from dash_megatron.training.checkpoint_files import write_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ import torch
 import yaml
 from torch import Tensor
 
+from dash_megatron.checkpoint.save_load import agreed_steps
+from dash_megatron.checkpoint.weights import open_weights
 from dash_megatron.config import AttentionConfig, ModelConfig
 from dash_megatron.hf.folder import MODEL_SECTIONS, FolderWeights, take
 from dash_megatron.layers import DashGPTModel
 from dash_megatron.layers.sharding import shard, split_of, whole_shape
-from dash_megatron.training.checkpoint import agreed_steps
-from dash_megatron.training.weights import open_weights
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dash_megatron.config import Config
+from dash_megatron.config.flops import peak_flops, training_flops_per_token
 from dash_megatron.data.batches import PackedBatch
 from dash_megatron.layers import routing_means, take_context_bytes
 from dash_megatron.parallel import context_parallel_group, tensor_group
-from dash_megatron.training.flops import peak_flops, training_flops_per_token
 from dash_megatron.training.metrics import StepMetrics
 from dash_megatron.training.validation import Validation
 

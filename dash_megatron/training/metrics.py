@@ -11,8 +11,8 @@ from typing import Any, TypedDict
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from dash_megatron.json_lines import JsonLines, read_json_lines
 from dash_megatron.retry import explain
-from dash_megatron.training.json_lines import JsonLines, read_json_lines
 
 logger = logging.getLogger(__name__)
 

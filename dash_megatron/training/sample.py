@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from dash_megatron.checkpoint.weights import load_weights, whole_model
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.layers import DashGPTModel
-from dash_megatron.training.weights import load_weights, whole_model
 
 
 def sample_from_run(

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dash_megatron.checkpoint.save_load import Checkpointer, agreed_steps, finished_steps, write_config
 from dash_megatron.config import Config
+from dash_megatron.config.flops import parameter_count
 from dash_megatron.data.batches import PackedBatch
 from dash_megatron.data.blend import unigram_entropy
 from dash_megatron.exit_codes import ExitCode
@@ -18,11 +20,9 @@ from dash_megatron.layers import build_model, dash_layers, init_weights
 from dash_megatron.ops.fingerprint import implementation_fingerprint
 from dash_megatron.parallel import context_rank, data_rank, init_process_groups, read_launch, tensor_group
 from dash_megatron.retry import make_writable_folder
-from dash_megatron.training.checkpoint import Checkpointer, agreed_steps, finished_steps, write_config
 from dash_megatron.training.density import DensityController
 from dash_megatron.training.engine import Engine
 from dash_megatron.training.faults import Fault, Guard, fault_folder, write_fault
-from dash_megatron.training.flops import parameter_count
 from dash_megatron.training.health import BusyTime, CollapseAlarm, Watchdog
 from dash_megatron.training.initial import load_initial_weights
 from dash_megatron.training.loss import global_target_tokens, share_of_global_mean

@@ -126,13 +126,13 @@ def harm_data(prefix: Path, detail: str) -> Path:
 
 def install(place: str, step: int) -> None:
     """Make this process kill itself at a place of its code."""
-    from dash_megatron.training import checkpoint, checkpoint_files
+    from dash_megatron.checkpoint import files, save_load
     from dash_megatron.training.engine import Engine
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    tag = checkpoint.tag_of(step)
+    tag = save_load.tag_of(step)
     if place == "step":
         update, calls = Engine.step, iter(range(10**9))
 
@@ -143,16 +143,16 @@ def install(place: str, step: int) -> None:
 
         Engine.step = step_and_die  # type: ignore[method-assign]
     elif place == "copy":
-        copy = checkpoint.Checkpointer._describe
+        copy = save_load.Checkpointer._describe
 
         def copy_and_die(self: Any, saved: int, *arguments: Any) -> Any:
             if saved == step:
                 die()
             return copy(self, saved, *arguments)
 
-        checkpoint.Checkpointer._describe = copy_and_die  # type: ignore[method-assign]
+        save_load.Checkpointer._describe = copy_and_die  # type: ignore[method-assign]
     elif place == "write":
-        write = checkpoint_files.write_tensors
+        write = files.write_tensors
 
         def write_and_die(path: Path, tensors: Any) -> Any:
             entry = write(path, tensors)
@@ -161,7 +161,7 @@ def install(place: str, step: int) -> None:
                 die()
             return entry
 
-        checkpoint_files.write_tensors = write_and_die
+        files.write_tensors = write_and_die
     elif place in ("before_rename", "after_rename"):
         rename = os.rename
 
@@ -173,13 +173,13 @@ def install(place: str, step: int) -> None:
             if mine:
                 die()
 
-        checkpoint.os.rename = rename_and_die  # type: ignore[assignment]
+        save_load.os.rename = rename_and_die  # type: ignore[assignment]
     elif place == "load":
-        read, reads = checkpoint_files.StoredState.read, iter(range(10**9))
+        read, reads = files.StoredState.read, iter(range(10**9))
 
         def read_and_die(self: Any, *arguments: Any) -> Any:
             if next(reads) == 10:
                 die()
             return read(self, *arguments)
 
-        checkpoint_files.StoredState.read = read_and_die  # type: ignore[method-assign]
+        files.StoredState.read = read_and_die  # type: ignore[method-assign]

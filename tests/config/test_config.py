@@ -7,8 +7,8 @@ import pydantic
 import pytest
 import yaml
 
-from dash_megatron.config import Config
-from dash_megatron.config_loading import ConfigError, config_from_dict, load_config, render_reference
+from dash_megatron.config import Config, ConfigError, config_from_dict, load_config
+from dash_megatron.config.loading import render_reference
 
 ROOT = Path(__file__).parents[2]
 MINIMAL: dict[str, Any] = {

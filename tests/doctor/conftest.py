@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from dash_megatron.config import Config
-from dash_megatron.config_loading import config_from_dict
+from dash_megatron.config import Config, config_from_dict
 from dash_megatron.doctor.session import Session
 from dash_megatron.parallel import Launch, destroy_process_groups
 

@@ -14,10 +14,9 @@ import torch
 import yaml
 
 from dash_megatron.__main__ import main
-from dash_megatron.config import Config
-from dash_megatron.config_loading import config_from_dict
-from dash_megatron.doctor import command, disk, kernels
-from dash_megatron.doctor.command import choose_checks
+from dash_megatron.config import Config, config_from_dict
+from dash_megatron.doctor import cli, disk, kernels
+from dash_megatron.doctor.cli import choose_checks
 from dash_megatron.doctor.inputs import check_data_files
 from dash_megatron.doctor.leak import check_leak
 from dash_megatron.doctor.parity import check_parity
@@ -80,10 +79,10 @@ def test_a_doctor_that_is_told_to_end_cleans_up(config: Config, monkeypatch: pyt
         time.sleep(10)
         return Finding()
 
-    monkeypatch.setattr(command, "CHECKS", (Check("end", 60, be_ended, merge_largest),))
+    monkeypatch.setattr(cli, "CHECKS", (Check("end", 60, be_ended, merge_largest),))
     try:
         with pytest.raises(SystemExit) as ended:
-            command.examine(config, environment={})
+            cli.examine(config, environment={})
     finally:
         destroy_process_groups()
     assert ended.value.code == 143

@@ -14,14 +14,14 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dash_megatron.__main__ import main
-from dash_megatron.config_rope import RopeScaling
+from dash_megatron.checkpoint.weights import whole_model
+from dash_megatron.config import RopeScaling
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.evaluation.models import RunModel, open_model
 from dash_megatron.evaluation.samples import Sample
 from dash_megatron.evaluation.tasks import COMMON_WORDS, CUE_TOKENS, FREQUENT_WORDS, TASKS
 from dash_megatron.evaluation.text import LocalText
 from dash_megatron.hf.export import export_run
-from dash_megatron.training.weights import whole_model
 
 LENGTH = 1400
 ROOT = Path(__file__).parents[2]

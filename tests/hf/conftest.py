@@ -16,11 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dash_megatron.config import Config
-from dash_megatron.config_loading import config_from_dict
+from dash_megatron.checkpoint import files as files
+from dash_megatron.config import Config, config_from_dict
 from dash_megatron.layers import DashGPTModel, build_model, init_weights
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
-from dash_megatron.training import checkpoint_files as files
 
 VOCAB_SIZE = 320
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 8.0}

@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from dash_megatron.__main__ import main
+from dash_megatron.checkpoint.weights import open_weights
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.hf import export, names, probe
 from dash_megatron.hf.export import export_run
 from dash_megatron.hf.folder import INDEX
 from dash_megatron.hf.tokenizer import check_tokenizer
-from dash_megatron.training.weights import open_weights
 from tests.hf.conftest import MODELS, training_logits
 from tests.training.test_resume import run_of
 from tests.training.workers import train_all

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from dash_megatron.__main__ import main
-from dash_megatron.config_loading import config_from_dict
+from dash_megatron.config import config_from_dict
 from dash_megatron.hf.export import export_run
 from dash_megatron.hf.folder import INDEX, FolderWeights
 from dash_megatron.hf.importing import import_folder

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from dash_megatron.config_rope import RopeScaling
+from dash_megatron.config import RopeScaling
 from dash_megatron.hf.importing import import_folder
 from dash_megatron.hf.modeling_dash import DashForCausalLM
 from dash_megatron.hf.modeling_dash import rotary_frequencies as of_the_model_file

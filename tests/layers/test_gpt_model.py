@@ -7,8 +7,8 @@ import pytest
 import torch
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 
-from dash_megatron.config import Config
-from dash_megatron.config_loading import config_from_dict, load_config
+from dash_megatron.config import Config, config_from_dict, load_config
+from dash_megatron.config.flops import parameter_count
 from dash_megatron.data.batches import pack_samples
 from dash_megatron.layers import (
     DashCoreAttention,
@@ -19,7 +19,6 @@ from dash_megatron.layers import (
 )
 from dash_megatron.layers import model as model_module
 from dash_megatron.ops import dash_attention
-from dash_megatron.training.flops import parameter_count
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VOCABULARY = 96

@@ -5,10 +5,10 @@ import sys
 import pytest
 import torch
 
-from dash_megatron.ops import blocks
-from dash_megatron.ops.blocks import Selection
-from dash_megatron.ops.infllmv2 import infllmv2_attention
-from dash_megatron.ops.nsa import Compression, nsa_attention
+from dash_megatron.ops.topk import blocks
+from dash_megatron.ops.topk.blocks import Selection
+from dash_megatron.ops.topk.infllmv2 import infllmv2_attention
+from dash_megatron.ops.topk.nsa import Compression, nsa_attention
 from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels
 
 chosen, pooled = import_kernels("chosen", "pooled")

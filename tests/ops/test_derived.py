@@ -4,10 +4,11 @@ import sys
 import pytest
 import torch
 
-from dash_megatron.ops import blocks, dash_attention
-from dash_megatron.ops.blocks import Selection
+from dash_megatron.ops import dash_attention
 from dash_megatron.ops.derived import derived
-from dash_megatron.ops.infllmv2 import infllmv2_attention
+from dash_megatron.ops.topk import blocks
+from dash_megatron.ops.topk.blocks import Selection
+from dash_megatron.ops.topk.infllmv2 import infllmv2_attention
 from tests.ops.kernels_under_test import DEVICE, import_kernels
 
 kernels = import_kernels("geometry", "dash", "chosen", "pooled")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dash_megatron.ops import blocks
-from dash_megatron.ops.blocks import Selection
+from dash_megatron.ops.topk import blocks
+from dash_megatron.ops.topk.blocks import Selection
 from tests.ops.kernels_under_test import CUDA, DEVICE, import_kernels
 
 (pooled_kernels,) = import_kernels("pooled")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dash_megatron.ops import blocks, nsa
-from dash_megatron.ops.blocks import Selection
-from dash_megatron.ops.infllmv2 import infllmv2_attention
-from dash_megatron.ops.nsa import Compression, nsa_attention
+from dash_megatron.ops.topk import blocks, nsa
+from dash_megatron.ops.topk.blocks import Selection
+from dash_megatron.ops.topk.infllmv2 import infllmv2_attention
+from dash_megatron.ops.topk.nsa import Compression, nsa_attention
 from tests.ops.top_k_by_hand import infllmv2_by_hand, nsa_by_hand
 
 C = 8

@@ -13,7 +13,7 @@ from dash_megatron.parallel.context import (
     shard_sequence,
     zigzag_tokens,
 )
-from dash_megatron.parallel.traffic import ContextShape, PassBytes, alignment, context_exchange
+from dash_megatron.planning.traffic import ContextShape, PassBytes, alignment, context_exchange
 from tests.parallel.context_workers import CHUNK, Case, attend_alone, attend_together
 
 DASH_COMMS = ["all_gather", "a2a", "p2p", "sparse"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dash_megatron.parallel.traffic import (
+from dash_megatron.planning.traffic import (
     ContextComm,
     ContextShape,
     PassBytes,

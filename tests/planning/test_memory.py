@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dash_megatron.config import Config
-from dash_megatron.config_loading import config_from_dict, load_config
-from dash_megatron.parallel.traffic import ContextComm
+from dash_megatron.config import Config, config_from_dict, load_config
+from dash_megatron.config.flops import parameter_count
 from dash_megatron.planning import memory
 from dash_megatron.planning.layout import Hardware, Layout
 from dash_megatron.planning.memory import list_bytes, memory_use, rank_parameters
+from dash_megatron.planning.traffic import ContextComm
 from dash_megatron.studies.runs import expand
 from dash_megatron.studies.study_file import load_study
-from dash_megatron.training.flops import parameter_count
 
 ROOT = Path(__file__).parents[2]
 ALONE = Layout(1, 1, 1, 1, "all_gather", "full")

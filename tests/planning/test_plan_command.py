@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from dash_megatron.__main__ import main
-from dash_megatron.config_loading import load_config
+from dash_megatron.config import load_config
 from dash_megatron.planning.report import fill_in, sparse_ratio
 from dash_megatron.planning.search import estimate_configured
 from dash_megatron.planning.step_time import Routing

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dash_megatron.config import Config
-from dash_megatron.config_loading import load_config
+from dash_megatron.config import Config, load_config
 from dash_megatron.planning.layout import Group, Hardware, Layout, Recompute, groups, with_layout
 from dash_megatron.planning.search import candidates, configured_layout, estimate_configured, search
 from dash_megatron.planning.step_time import Routing, estimate_step

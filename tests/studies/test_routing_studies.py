@@ -85,7 +85,7 @@ def test_a_run_without_a_router_or_validation_data_is_an_error(
     tiny_config: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from dash_megatron.config_loading import config_from_dict
+    from dash_megatron.config import config_from_dict
 
     tree = {**tiny_config, "attention": attention}
     tree["data"] = {**tree["data"], "valid": tree["data"]["valid"] if valid else []}

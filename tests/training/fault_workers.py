@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dash_megatron.config_loading import config_from_dict
+from dash_megatron.config import config_from_dict
 from dash_megatron.parallel import destroy_process_groups
 from tests.training.workers import keep_process_groups
 

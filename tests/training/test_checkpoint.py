@@ -12,14 +12,14 @@ import deepspeed
 import pytest
 import torch.distributed as dist
 
-from dash_megatron.config_loading import config_from_dict
+from dash_megatron.checkpoint import files, save_load
+from dash_megatron.checkpoint.save_load import CheckpointError, checkpoint_folder, finished_steps
+from dash_megatron.checkpoint.weights import open_weights
+from dash_megatron.config import config_from_dict
 from dash_megatron.parallel import destroy_process_groups
-from dash_megatron.training import checkpoint, checkpoint_files
-from dash_megatron.training.checkpoint import CheckpointError, checkpoint_folder, finished_steps
 from dash_megatron.training.metrics import read_metrics
 from dash_megatron.training.sample import sample_from_run
 from dash_megatron.training.trainer import Trainer
-from dash_megatron.training.weights import open_weights
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_is_named_kept_aside_and_skipped(
 
 def test_with_damaged_checkpoints_alone_a_run_does_not_begin_again_from_nothing(run: dict[str, Any]) -> None:
     for step in finished_steps(run["run_dir"]):
-        flip(folder_of(run) / checkpoint.tag_of(step))
+        flip(folder_of(run) / save_load.tag_of(step))
     with pytest.raises(ValueError, match="has no undamaged checkpoint"):
         train(run)
     assert len(list(folder_of(run).glob("*.damaged"))) == 4
@@ -159,7 +159,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The writer waits for a step that comes after the save; a save that stopped training would wait for ever."""
-    stepped, write = threading.Event(), checkpoint_files.write_tensors
+    stepped, write = threading.Event(), files.write_tensors
     steps_at_publishing: dict[str, int] = {}
 
     def slow(path: Path, tensors: Any) -> Any:
@@ -167,7 +167,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
             assert stepped.wait(60)
         return write(path, tensors)
 
-    monkeypatch.setattr(checkpoint_files, "write_tensors", slow)
+    monkeypatch.setattr(files, "write_tensors", slow)
     changed = {**tiny_config, "checkpoint": {"every": 2}}
     trainer = Trainer(config_from_dict(changed), {})
     step, publish = trainer.train_step, trainer.checkpointer._rename
@@ -194,7 +194,7 @@ def test_what_is_saved_is_what_was_there_at_the_step(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The thread writes a copy, not weights that training has changed since."""
-    released, write = threading.Event(), checkpoint_files.write_tensors
+    released, write = threading.Event(), files.write_tensors
 
     def late(path: Path, tensors: Any) -> Any:
         assert released.wait(60)
@@ -203,7 +203,7 @@ def test_what_is_saved_is_what_was_there_at_the_step(
     tiny_config["schedule"] = {"kind": "constant"}
     train(tiny_config, training={"steps": 2})
     expected = dict(open_weights(tiny_config["run_dir"])[2])
-    monkeypatch.setattr(checkpoint_files, "write_tensors", late)
+    monkeypatch.setattr(files, "write_tensors", late)
     tree = {**tiny_config, "run_dir": str(tmp_path / "late"), "checkpoint": {"every": 2}}
     trainer = Trainer(config_from_dict(tree), {})
     step = trainer.train_step
@@ -227,7 +227,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_an_error_and_harms_nothing(
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint_files, "write_tensors", full)
+    monkeypatch.setattr(files, "write_tensors", full)
     with pytest.raises(CheckpointError, match=r"step 5 could not be written: process 0: .*disk full"):
         train(run, training={"steps": 8})
     assert finished_steps(run["run_dir"]) == [1, 2, 3, 4]
@@ -239,14 +239,14 @@ def test_a_disk_that_stays_full_ends_the_run_with_an_error_and_harms_nothing(
 def test_a_disk_that_is_full_for_a_moment_does_not_end_the_run(
     tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failures, write = iter([True, True]), checkpoint_files.write_tensors
+    failures, write = iter([True, True]), files.write_tensors
 
     def sometimes(path: Path, tensors: Any) -> Any:
         if next(failures, False):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return write(path, tensors)
 
-    monkeypatch.setattr(checkpoint_files, "write_tensors", sometimes)
+    monkeypatch.setattr(files, "write_tensors", sometimes)
     train(tiny_config, checkpoint={"every": 2})
     assert finished_steps(tiny_config["run_dir"]) == [2, 4]
 

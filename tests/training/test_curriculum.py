@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from dash_megatron.config_loading import config_from_dict
-from dash_megatron.training.flops import training_flops_per_token
+from dash_megatron.checkpoint.weights import load_weights
+from dash_megatron.config import config_from_dict
+from dash_megatron.config.flops import training_flops_per_token
 from dash_megatron.training.metrics import read_metrics
-from dash_megatron.training.weights import load_weights
 from tests.training.test_resume import EXACT, run_of
 from tests.training.workers import train_all
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from dash_megatron.checkpoint.weights import open_weights
 from dash_megatron.config import AttentionConfig
 from dash_megatron.training.density import DensityController
 from dash_megatron.training.metrics import read_metrics
-from dash_megatron.training.weights import open_weights
 from tests.training.test_resume import EXACT, run_of
 from tests.training.workers import train_all
 

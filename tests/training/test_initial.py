@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from dash_megatron.checkpoint.weights import open_weights
 from dash_megatron.config import AttentionConfig
 from dash_megatron.training.density import DensityController
 from dash_megatron.training.initial import load_initial_weights
 from dash_megatron.training.metrics import read_metrics
-from dash_megatron.training.weights import open_weights
 from tests.training.test_resume import run_of
 from tests.training.workers import begin_all, one_step, train_all
 

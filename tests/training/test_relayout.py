@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from dash_megatron.checkpoint.weights import load_weights
 from dash_megatron.training.metrics import read_metrics
-from dash_megatron.training.weights import load_weights
 from tests.training.test_resume import run_of, samples_of
 from tests.training.workers import train_all
 
@@ -94,8 +94,8 @@ def test_moments_are_carried_over_and_not_made_anew(
     tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
     """Without them the first update after a resume is one of the size of the learning rate in every weight."""
-    from dash_megatron.training.checkpoint import checkpoint_folder, tag_of
-    from dash_megatron.training.checkpoint_files import StoredState
+    from dash_megatron.checkpoint.files import StoredState
+    from dash_megatron.checkpoint.save_load import checkpoint_folder, tag_of
 
     saved = layout_of(tiny_config, tmp_path / "run", "data2_zero1", training={"steps": 3})
     run_processes(2, train_all, [(saved, None)])
@@ -113,7 +113,7 @@ def test_moments_are_carried_over_and_not_made_anew(
 
 
 def save_again(tree: dict[str, Any]) -> None:
-    from dash_megatron.config_loading import config_from_dict
+    from dash_megatron.config import config_from_dict
     from dash_megatron.parallel import destroy_process_groups
     from dash_megatron.training.trainer import Trainer
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from dash_megatron.training.checkpoint import finished_steps
+from dash_megatron.checkpoint.save_load import finished_steps
+from dash_megatron.checkpoint.weights import load_weights
 from dash_megatron.training.metrics import read_metrics
-from dash_megatron.training.weights import load_weights
 from tests.training.workers import train_all
 
 # what a line of metrics.jsonl says of training rather than of the clock

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dash_megatron.__main__ import main
-from dash_megatron.config_loading import config_from_dict
+from dash_megatron.config import config_from_dict
 from dash_megatron.ops.diagnostics import MEASURES, RouterSettings
 from dash_megatron.studies import dispersion
 from dash_megatron.training.metrics import MetricsWriter, read_metrics

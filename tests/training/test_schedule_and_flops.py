@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 
-from dash_megatron.config import Config
-from dash_megatron.config_loading import config_from_dict
-from dash_megatron.training.flops import matmul_parameters, peak_flops, training_flops_per_token
+from dash_megatron.config import Config, config_from_dict
+from dash_megatron.config.flops import matmul_parameters, peak_flops, training_flops_per_token
 from dash_megatron.training.schedule import learning_rate
 
 

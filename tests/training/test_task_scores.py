@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dash_megatron.__main__ import main
-from dash_megatron.config_evaluation import TASK_NAMES
-from dash_megatron.config_loading import config_from_dict
+from dash_megatron.config import TASK_NAMES, config_from_dict
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.evaluation.items import make_sample
 from dash_megatron.evaluation.tasks import TASKS

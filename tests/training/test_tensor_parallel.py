@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from dash_megatron.checkpoint.weights import load_weights
 from dash_megatron.layers.sharding import Split, join, shard, whole_shape
 from dash_megatron.training.metrics import read_metrics
 from dash_megatron.training.sample import sample_from_run
-from dash_megatron.training.weights import load_weights
 from tests.training.test_global_batch import assert_same_step, relative_error, with_changes
 from tests.training.test_resume import EXACT, run_of
 from tests.training.workers import compare_fingerprints, one_step, save_logits, train_all

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from dash_megatron.config_loading import load_config
+from dash_megatron.config import load_config
 from dash_megatron.training.metrics import StepMetrics, read_metrics
 from tests.training.workers import keep_process_groups, train_all
 
@@ -180,7 +180,7 @@ def break_weights(tree: dict[str, Any]) -> None:
     """One weight becomes infinite after the first step; the error's text is kept."""
     import torch
 
-    from dash_megatron.config_loading import config_from_dict
+    from dash_megatron.config import config_from_dict
 
     module = keep_process_groups()
     trainer = module.Trainer(config_from_dict(tree))

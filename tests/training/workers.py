@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from dash_megatron.config import ParallelConfig
-from dash_megatron.config_loading import config_from_dict
+from dash_megatron.config import ParallelConfig, config_from_dict
 from dash_megatron.layers.sharding import splits
 from dash_megatron.parallel import destroy_process_groups
 
@@ -148,10 +147,10 @@ def begin_all(cases: list[tuple[str, dict[str, Any], dict[str, int]]], folder: s
 
     Each process leaves the names of the files that it checked, and its error, in `<folder>/<name>_<rank>.json`.
     """
-    from dash_megatron.training import checkpoint, checkpoint_files
+    from dash_megatron.checkpoint import files, save_load
 
     module, rank = keep_process_groups(), int(os.environ["RANK"])
-    finished_steps, checksum = checkpoint.finished_steps, checkpoint_files.checksum
+    finished_steps, checksum = save_load.finished_steps, files.checksum
     checked: list[str] = []
     faults: dict[str, int] = {}
 
@@ -164,7 +163,7 @@ def begin_all(cases: list[tuple[str, dict[str, Any], dict[str, int]]], folder: s
             raise OSError(errno.EIO, "Input/output error", str(path))
         return checksum(path)
 
-    checkpoint.finished_steps, checkpoint_files.checksum = watched_steps, watched_checksum
+    save_load.finished_steps, files.checksum = watched_steps, watched_checksum
     for name, tree, own_faults in cases:
         error = None
         checked.clear()

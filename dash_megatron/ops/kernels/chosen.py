@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dash_megatron.ops.blocks import Grid, allowed_chunks
 from dash_megatron.ops.kernels.attend import attend
 from dash_megatron.ops.kernels.backward_kv import backward_kv
 from dash_megatron.ops.kernels.backward_q import backward_q
@@ -16,6 +15,7 @@ from dash_megatron.ops.kernels.configs import Plan, plan
 from dash_megatron.ops.kernels.geometry import Sizes, check_supported, size_tiles
 from dash_megatron.ops.kernels.route import Lists, Router
 from dash_megatron.ops.kernels.transpose import divide, transpose
+from dash_megatron.ops.topk.blocks import Grid, allowed_chunks
 
 # A prior is taken as it is, and there are no routing scores.
 FLAT = Router(scaling_factor=1.0, sigma=1.0, estimate_diagonal=False, alpha=1.5)

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_megatron.ops.blocks import Block, Grid, Selection, choose
 from dash_megatron.ops.kernels.attend import LOG2_E, load_rows
 from dash_megatron.ops.kernels.configs import plan
 from dash_megatron.ops.kernels.geometry import check_supported, size_tiles
+from dash_megatron.ops.topk.blocks import Block, Grid, Selection, choose
 
 # Scores of one piece, in units of those of `Grid.blocks`: the choice keeps int64 copies of them.
 SCORE_COST = 4

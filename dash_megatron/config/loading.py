@@ -11,8 +11,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
-from dash_megatron.config import Config
-from dash_megatron.config_rope import RopeScaling
+from dash_megatron.config.rope import RopeScaling
+from dash_megatron.config.sections import Config
 
 
 class ConfigError(ValueError):

@@ -2,7 +2,7 @@
 
 Fields come first, each with its docstring; `docs/configuration.md` is generated from them. The rules that
 span sections are methods of `Config`; they run when a config is read, before any process group exists.
-Reading YAML and overrides lives in `config_loading.py`.
+Reading YAML and overrides lives in `loading.py`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from dash_megatron.config_attention import AttentionConfig
-from dash_megatron.config_curriculum import check_curriculum, context_length_at
-from dash_megatron.config_evaluation import EvaluationConfig, check_evaluation
-from dash_megatron.config_rope import RopeScaling
-from dash_megatron.config_running import CheckpointConfig, FaultsConfig, LoggingConfig
-from dash_megatron.config_section import Section
+from dash_megatron.config.attention import AttentionConfig
+from dash_megatron.config.curriculum import check_curriculum, context_length_at
+from dash_megatron.config.evaluation import EvaluationConfig, check_evaluation
+from dash_megatron.config.rope import RopeScaling
+from dash_megatron.config.running import CheckpointConfig, FaultsConfig, LoggingConfig
+from dash_megatron.config.section import Section
 
 
 class ModelConfig(Section):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from dash_megatron.config_section import Section
+from dash_megatron.config.section import Section
 
 
 class CheckpointConfig(Section):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dash_megatron.config_rope import RopeScaling
+from dash_megatron.config import RopeScaling
 from dash_megatron.evaluation.jobs import Settings
 from dash_megatron.evaluation.models import LanguageModel, open_model
 from dash_megatron.evaluation.pictures import draw

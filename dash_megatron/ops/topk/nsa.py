@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dash_megatron.ops.attention import Routing, routing_of
-from dash_megatron.ops.blocks import (
+from dash_megatron.ops.reference import wide
+from dash_megatron.ops.topk.blocks import (
     Block,
     Grid,
     Selection,
@@ -24,7 +25,6 @@ from dash_megatron.ops.blocks import (
     make_grid,
     visible_kernels,
 )
-from dash_megatron.ops.reference import wide
 
 # Query rows of one piece of the attention to compressed keys: fewer skip more of the causal triangle, more keep a GPU busy.
 BRANCH_ROWS = 4096

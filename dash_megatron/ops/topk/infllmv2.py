@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dash_megatron.ops.attention import Routing, routing_of
-from dash_megatron.ops.blocks import (
+from dash_megatron.ops.reference import wide
+from dash_megatron.ops.topk.blocks import (
     Selection,
     check_tensors,
     count_selected,
@@ -17,7 +18,6 @@ from dash_megatron.ops.blocks import (
     make_grid,
     mean_pool,
 )
-from dash_megatron.ops.reference import wide
 
 
 @overload

@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dash_megatron.config import Config, ParallelConfig
-from dash_megatron.config_loading import config_from_dict
+from dash_megatron.checkpoint.files import CheckpointWeights, StoredState, agreed_damage
+from dash_megatron.checkpoint.save_load import agreed_steps, checkpoint_folder, tag_of
+from dash_megatron.config import Config, ParallelConfig, config_from_dict
 from dash_megatron.layers import DashGPTModel, build_model
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
-from dash_megatron.training.checkpoint import agreed_steps, checkpoint_folder, tag_of
-from dash_megatron.training.checkpoint_files import CheckpointWeights, StoredState, agreed_damage
 from dash_megatron.training.density import moved_factors
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from dash_megatron.config_section import Section
+from dash_megatron.config.section import Section
 
 TASK_NAMES = (
     "needle",

@@ -8,8 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dash_megatron.config import Config
-from dash_megatron.config_loading import load_config
+from dash_megatron.config import Config, load_config
 from dash_megatron.planning.baseline_times import BASELINES, NOTE
 from dash_megatron.planning.layout import Hardware
 from dash_megatron.planning.profile import read_profile

@@ -18,14 +18,13 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor
 
-from dash_megatron.config import Config
-from dash_megatron.config_loading import config_from_dict
+from dash_megatron.checkpoint import files as files
+from dash_megatron.checkpoint.files import StoredState
+from dash_megatron.config import Config, config_from_dict
 from dash_megatron.files import write_whole
 from dash_megatron.layers.sharding import shard, split_of, splits, whole_shape
 from dash_megatron.parallel import tensor_group
 from dash_megatron.retry import retry
-from dash_megatron.training import checkpoint_files as files
-from dash_megatron.training.checkpoint_files import StoredState
 from dash_megatron.training.engine import Engine
 
 logger = logging.getLogger(__name__)

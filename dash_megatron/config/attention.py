@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from dash_megatron.config_baselines import InfLLMv2Config, NSAConfig, check_baseline
-from dash_megatron.config_section import Section
+from dash_megatron.config.baselines import InfLLMv2Config, NSAConfig, check_baseline
+from dash_megatron.config.section import Section
 
 
 class AttentionConfig(Section):

@@ -1,0 +1,1 @@
+"""What the top-k baselines, InfLLMv2 and NSA, share, and each of them."""
