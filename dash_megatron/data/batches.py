@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dash_megatron.ops.derived import LONGEST_DOCUMENT, derived
-from dash_megatron.parallel.context import ContextShard, shard_sequence
+from dash_megatron.parallel.context.layout import ContextShard, shard_sequence
 
 
 class RowDataset(Protocol):

@@ -29,10 +29,15 @@ from dash_megatron.ops.attention import Routing
 from dash_megatron.ops.diagnostics import RouterSettings
 from dash_megatron.ops.reference import wide
 from dash_megatron.ops.sharded import stages
-from dash_megatron.parallel.context import ChunkLayout, ContextShard
-from dash_megatron.parallel.context_group import ContextGroup, heads_for_rows, move_rows, rows_for_heads
-from dash_megatron.parallel.exchange import sharded_dash_attention, sharded_full_attention
-from dash_megatron.parallel.sides import DashSide, FullSide
+from dash_megatron.parallel.context.communication import (
+    ContextGroup,
+    heads_for_rows,
+    move_rows,
+    rows_for_heads,
+)
+from dash_megatron.parallel.context.exchange import sharded_dash_attention, sharded_full_attention
+from dash_megatron.parallel.context.layout import ChunkLayout, ContextShard
+from dash_megatron.parallel.context.sides import DashSide, FullSide
 
 
 @dataclass

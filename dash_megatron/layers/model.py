@@ -34,7 +34,7 @@ from dash_megatron.layers.norm import RMSNorm
 from dash_megatron.layers.rotary import PackedRotaryEmbedding, attention_factor
 from dash_megatron.layers.sharding import mark_splits, shard, split_of, whole_shape
 from dash_megatron.ops.derived import LONGEST_DOCUMENT, derived
-from dash_megatron.parallel.context import ContextShard
+from dash_megatron.parallel.context.layout import ContextShard
 
 CORE_ATTENTION: dict[str, type[CoreAttention]] = {
     "dash": DashCoreAttention,

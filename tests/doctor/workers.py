@@ -19,7 +19,7 @@ from dash_megatron.doctor.cli import CHECKS
 from dash_megatron.doctor.runner import Check, Finding, merge_largest, run_checks
 from dash_megatron.doctor.session import Session
 from dash_megatron.parallel import context_parallel_group, read_launch
-from dash_megatron.parallel.context_group import ContextGroup
+from dash_megatron.parallel.context.communication import ContextGroup
 
 
 def examine_broken(tree: dict[str, Any], folder: str) -> None:

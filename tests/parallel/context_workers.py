@@ -13,10 +13,15 @@ from dash_megatron.config import ParallelConfig
 from dash_megatron.ops import dash_attention
 from dash_megatron.ops.sharded import stages
 from dash_megatron.parallel import destroy_process_groups, init_process_groups, read_launch
-from dash_megatron.parallel.context import shard_sequence
-from dash_megatron.parallel.context_group import ContextGroup, heads_for_rows, move_rows, rows_for_heads
-from dash_megatron.parallel.exchange import sharded_dash_attention, sharded_full_attention
-from dash_megatron.parallel.sides import DashSide, FullSide
+from dash_megatron.parallel.context.communication import (
+    ContextGroup,
+    heads_for_rows,
+    move_rows,
+    rows_for_heads,
+)
+from dash_megatron.parallel.context.exchange import sharded_dash_attention, sharded_full_attention
+from dash_megatron.parallel.context.layout import shard_sequence
+from dash_megatron.parallel.context.sides import DashSide, FullSide
 
 CHUNK = 16
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dash_megatron.parallel.context import (
+from dash_megatron.parallel.context.layout import (
     from_ranks_to_sequence,
     from_sequence_to_ranks,
     shard_sequence,

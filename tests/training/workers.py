@@ -195,7 +195,7 @@ def compare_fingerprints(folder: str) -> None:
 
 def steps_with_an_idle_rank(trees: list[dict[str, Any]], folder: str) -> None:
     """Two steps of every case in which no token that context rank 0 of 2 holds is a target."""
-    from dash_megatron.parallel.context import zigzag_tokens
+    from dash_megatron.parallel.context.layout import zigzag_tokens
 
     module = keep_process_groups()
     for tree in trees:

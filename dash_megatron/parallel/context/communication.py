@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dash_megatron.parallel.context import Moves, from_ranks_to_sequence, from_sequence_to_ranks
+from dash_megatron.parallel.context.layout import Moves, from_ranks_to_sequence, from_sequence_to_ranks
 
 Exchange = Callable[[Tensor], Tensor]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dash_megatron.ops import full
 from dash_megatron.ops.sharded import KeyBuffer
-from dash_megatron.parallel.context import ChunkLayout, ContextShard, zigzag_tokens
-from dash_megatron.parallel.context_group import ContextGroup
+from dash_megatron.parallel.context.communication import ContextGroup
+from dash_megatron.parallel.context.layout import ChunkLayout, ContextShard, zigzag_tokens
 
 
 class Queries(NamedTuple):

@@ -7,7 +7,8 @@ All ranks summarize their chunks, gather all summaries (1 / chunk_size of the ke
   rank never holds more than two shards;
 - `sparse`: every rank asks the others for just those chunks that its queries selected.
 
-(The fourth, `a2a`, needs none of this: see `context_attention.py`.) Bytes are those of `traffic.py`.
+(The fourth, `a2a`, deals out heads instead and needs none of this: see `layers/core_attention.py`.) `planning/traffic.py`
+counts the bytes of each.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor
 
 from dash_megatron.ops.sharded import KeyBuffer
-from dash_megatron.parallel.context_group import Pending
-from dash_megatron.parallel.sides import DashSide, FullSide, Queries, Side, per_head
+from dash_megatron.parallel.context.communication import Pending
+from dash_megatron.parallel.context.sides import DashSide, FullSide, Queries, Side, per_head
 
 
 def padded_rows(k: Tensor, v: Tensor, rows: int) -> Tensor:
