@@ -80,6 +80,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m dash_megatron.config.loading > docs/configuration.md
