@@ -8,9 +8,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # imports that wait for the split of ops/: none may be added
 KNOWN_CYCLES = {
-    ("dash_megatron.ops.kernels.attend_hopper", "dash_megatron.ops.kernels.attend"),
-    ("dash_megatron.ops.kernels.pooled", "dash_megatron.ops.topk.blocks"),
-    ("dash_megatron.ops.kernels.chosen", "dash_megatron.ops.topk.blocks"),
     ("dash_megatron.ops.sharded", "dash_megatron.ops.attention"),
 }
 KNOWN_PRIVATE_IMPORTS = {"dash_megatron.ops", "dash_megatron.hf.fast_cache"}

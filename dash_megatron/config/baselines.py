@@ -26,7 +26,7 @@ class InfLLMv2Config(Section):
     """Last chunks that are always on, the token's own included."""
 
     def selection(self) -> dict[str, Any]:
-        """The arguments of `dash_megatron.ops.topk.blocks.Selection`."""
+        """The arguments of `dash_megatron.ops.topk.selection.Selection`."""
         names = ("kernel_size", "kernel_stride", "top_k", "initial_blocks", "local_blocks")
         return {name: getattr(self, name) for name in names}
 

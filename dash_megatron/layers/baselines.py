@@ -14,9 +14,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from dash_megatron.layers.core_attention import CoreAttention, PackedDocuments, RoutingMeans
-from dash_megatron.ops.topk.blocks import Selection
 from dash_megatron.ops.topk.infllmv2 import infllmv2_attention
 from dash_megatron.ops.topk.nsa import Compression, nsa_attention
+from dash_megatron.ops.topk.selection import Selection
 
 # The parameters below that start at zero: kernels are compressed to their means, all gates are half open.
 ZEROS = ("key_pool", "value_pool", "key_mlp_out", "value_mlp_out", "gate_weight", "gate_bias")

@@ -6,12 +6,12 @@ import torch
 
 from dash_megatron.ops import dash_attention
 from dash_megatron.ops.derived import derived
-from dash_megatron.ops.topk import blocks
-from dash_megatron.ops.topk.blocks import Selection
+from dash_megatron.ops.topk import grid
 from dash_megatron.ops.topk.infllmv2 import infllmv2_attention
+from dash_megatron.ops.topk.selection import Selection
 from tests.ops.kernels_under_test import DEVICE, import_kernels
 
-kernels = import_kernels("geometry", "dash", "chosen", "pooled")
+kernels = import_kernels("geometry", "dash", "topk_attend", "topk_scores")
 geometry = kernels[0]
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -67,7 +67,7 @@ def test_without_a_tensor_or_its_version_nothing_is_remembered():
     ("module", "name", "attend"),
     [
         (geometry, "chunk_table", lambda x, w, b: dash_attention(*x, w, chunk_size=16, cu_seqlens=b, backend="triton")),
-        (blocks, "_make_grid", lambda x, w, b: infllmv2_attention(*x, Selection(16, 16, 1), chunk_size=16, cu_seqlens=b, backend="triton")),
+        (grid, "_make_grid", lambda x, w, b: infllmv2_attention(*x, Selection(16, 16, 1), chunk_size=16, cu_seqlens=b, backend="triton")),
     ],
     ids=["dash", "infllmv2"],
 )  # fmt: skip

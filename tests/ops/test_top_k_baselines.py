@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from dash_megatron.ops.topk import blocks, nsa
-from dash_megatron.ops.topk.blocks import Selection
+from dash_megatron.ops.topk import grid as grids
+from dash_megatron.ops.topk import nsa, reference
 from dash_megatron.ops.topk.infllmv2 import infllmv2_attention
 from dash_megatron.ops.topk.nsa import Compression, nsa_attention
+from dash_megatron.ops.topk.selection import Selection
 from tests.ops.top_k_by_hand import infllmv2_by_hand, nsa_by_hand
 
 C = 8
@@ -24,8 +25,8 @@ SELECTIONS = [
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several query blocks even for short sequences, and every one computed again in the backward."""
-    monkeypatch.setattr(blocks, "MAX_BLOCK_SCORES", {"cpu": 6000})
-    monkeypatch.setattr(blocks, "MAX_KEPT_SCORES", 6000)
+    monkeypatch.setattr(grids, "MAX_BLOCK_SCORES", {"cpu": 6000})
+    monkeypatch.setattr(reference, "MAX_KEPT_SCORES", 6000)
 
 
 def inputs(N, B=1, dtype=torch.float64, seed=0):
@@ -185,7 +186,7 @@ def test_tensors_of_the_wrong_shape_are_refused():
 
 def test_blocks_cover_all_chunks_once_and_rather_begin_with_a_document_than_cut_it():
     bounds = torch.tensor([0, 5 * C, 8 * C, 9 * C, 30 * C, 31 * C], dtype=torch.int32)
-    grid = blocks.make_grid(1, 31 * C, C, bounds, "cpu")
+    grid = grids.make_grid(1, 31 * C, C, bounds, "cpu")
     found = list(grid.blocks(1, most_rows=6 * C))
     assert [(b.start, b.end) for b in found] == [
         (0, 5),  # what follows would be cut
@@ -198,5 +199,5 @@ def test_blocks_cover_all_chunks_once_and_rather_begin_with_a_document_than_cut_
     assert [b.first for b in found] == [0, 5, 9, 9, 9, 9]
     # less than half a block would be left of (0, 4)
     late = torch.tensor([0, 1 * C, 31 * C], dtype=torch.int32)
-    grid = blocks.make_grid(1, 31 * C, C, late, "cpu")
+    grid = grids.make_grid(1, 31 * C, C, late, "cpu")
     assert next(iter(grid.blocks(1, most_rows=4 * C))) == (0, 0, 4)

@@ -6,38 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from dash_megatron.ops.kernels.configs import Config
-from dash_megatron.ops.kernels.geometry import Sizes
-from dash_megatron.ops.kernels.route import Lists, Router, tile_place
-
-LOG2_E = 1.4426950408889634
-# Rows of one of the two warpgroups of the Hopper kernel.
-HOPPER_ROWS = 64
-# Gluon changes from release to release: the Hopper kernels do not compile with 3.7.
-GLUON_RELEASE = "3.6."
-
-
-@triton.jit
-def load_rows(x, o_n, stride_n, m_n, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [n, BLOCK_D] of one head `x` at tokens `o_n`; zero where `m_n` is false and beyond D."""
-    o_d = tl.arange(0, BLOCK_D)
-    p_x = x + o_n.to(tl.int64)[:, None] * stride_n + o_d[None, :]
-    return tl.load(p_x, mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def load_keys(x, start, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr):
-    """Rows [KEYS, BLOCK_D] from token `start` on, all of which exist, of one head `x`."""
-    o_n, o_d = tl.arange(0, KEYS), tl.arange(0, BLOCK_D)
-    # offsets that stay the same in every iteration apart from the one that does not
-    p_x = (x + start.to(tl.int64) * stride_n) + (o_n[:, None] * stride_n + o_d[None, :])
-    return tl.load(p_x) if BLOCK_D == D else tl.load(p_x, mask=(o_d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def own_keys(key_start, key_end, stride_key, i_h, own):
-    """First row and one past the last of the keys of a query tile's own chunk."""
-    p_key = i_h.to(tl.int64) * stride_key + own
-    return tl.load(key_start + p_key), tl.load(key_end + p_key)
+from dash_megatron.ops.kernels.geometry import Lists, Sizes, own_places
+from dash_megatron.ops.kernels.hopper import HOPPER_ROWS, fits_hopper
+from dash_megatron.ops.kernels.route import Router
+from dash_megatron.ops.kernels.tiles import LOG2_E, load_keys, load_rows, own_keys, tile_place
 
 
 @triton.jit
@@ -141,26 +113,6 @@ def _attend_fwd_kernel(
     b_out = b_acc / b_sum[:, None]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_row[:, None] & (o_d < D)[None, :])
     tl.store(lse + o_n * (HKV * G) + i_h * G + o_g, b_max + tl.log2(b_sum), mask=m_row)
-
-
-def fits_hopper(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes) -> bool:
-    """Whether the Hopper kernels can take these tensors: half precision, common sizes, keys and values in dense rows."""
-    return (
-        q.is_cuda
-        and triton.__version__.startswith(GLUON_RELEASE)
-        and torch.cuda.get_device_capability(q.device)[0] == 9
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and sizes.head_dim in (64, 128)
-        and sizes.chunk_size in (64, 128)
-        and all(x.stride() == (sizes.num_kv_heads * sizes.head_dim, sizes.head_dim, 1) for x in (k, v))
-        and q.stride(0) % 8 == q.stride(1) % 8 == 0
-        and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
-    )
-
-
-def own_places(own: Tensor | None, chunks: Tensor, sizes: Sizes) -> Tensor:
-    """Where each chunk's own keys lie for every head, [2, Hkv, chunks]: with the queries unless `own` says otherwise."""
-    return chunks[:2, None].expand(-1, sizes.num_kv_heads, -1) if own is None else own
 
 
 def attend(

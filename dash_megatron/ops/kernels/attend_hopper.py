@@ -18,12 +18,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dash_megatron.ops.kernels.attend import HOPPER_ROWS, LOG2_E
 from dash_megatron.ops.kernels.configs import Config
-from dash_megatron.ops.kernels.geometry import Sizes
-from dash_megatron.ops.kernels.route import Lists, Router
-
-ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+from dash_megatron.ops.kernels.geometry import Lists, Sizes
+from dash_megatron.ops.kernels.hopper import ELEMENTS, HOPPER_ROWS
+from dash_megatron.ops.kernels.route import Router
+from dash_megatron.ops.kernels.tiles import LOG2_E
 
 
 @gluon.jit
@@ -188,7 +187,7 @@ def attend_hopper(
     q: Tensor, k: Tensor, v: Tensor, lists: Lists, mean_log: Tensor, chunks: Tensor,
     sizes: Sizes, router: Router, config: Config,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `attend.attend`, for tensors that `attend.fits_hopper` accepts."""
+    """As `attend.attend`, for tensors that `fits_hopper` accepts."""
     C, D = sizes.chunk_size, sizes.head_dim
     layout = gl.NVMMASharedLayout.get_default_for([C, D], ELEMENTS[q.dtype])
     k_desc, v_desc = (TensorDescriptor.from_tensor(x.flatten(1), [C, D], layout) for x in (k, v))

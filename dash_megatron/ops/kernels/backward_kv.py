@@ -11,12 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_megatron.ops.kernels.attend import HOPPER_ROWS, LOG2_E, fits_hopper, load_rows, own_places
 from dash_megatron.ops.kernels.backward_q import entmax_jacobian_root, prior_to_probability
 from dash_megatron.ops.kernels.configs import Config
-from dash_megatron.ops.kernels.geometry import Sizes
-from dash_megatron.ops.kernels.route import Lists, Router
+from dash_megatron.ops.kernels.geometry import Lists, Sizes, own_places
+from dash_megatron.ops.kernels.hopper import HOPPER_ROWS, fits_hopper
+from dash_megatron.ops.kernels.route import Router
 from dash_megatron.ops.kernels.summarize import summary_gradients
+from dash_megatron.ops.kernels.tiles import LOG2_E, load_rows
 from dash_megatron.ops.kernels.transpose import Division, Transposed
 
 # Keys of a chunk that the Hopper kernel takes.

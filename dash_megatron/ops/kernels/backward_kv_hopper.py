@@ -4,7 +4,6 @@ Which rows come next is read from the transposed lists, so that their addresses 
 does that waiting, and two programs share a multiprocessor.
 """
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -16,13 +15,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dash_megatron.ops.kernels.attend import HOPPER_ROWS, LOG2_E
 from dash_megatron.ops.kernels.configs import Config
 from dash_megatron.ops.kernels.geometry import Sizes
+from dash_megatron.ops.kernels.hopper import ELEMENTS, HOPPER_ROWS
 from dash_megatron.ops.kernels.route import Router
+from dash_megatron.ops.kernels.tiles import LOG2_E
 from dash_megatron.ops.kernels.transpose import Division, Transposed
-
-ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 @gluon.jit

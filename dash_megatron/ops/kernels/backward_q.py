@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_megatron.ops.kernels.attend import LOG2_E, load_keys, load_rows, own_keys, own_places
 from dash_megatron.ops.kernels.configs import Config
-from dash_megatron.ops.kernels.geometry import Sizes
-from dash_megatron.ops.kernels.route import Lists, Router, power, routing_products, tile_place
+from dash_megatron.ops.kernels.geometry import Lists, Sizes, own_places
+from dash_megatron.ops.kernels.route import Router, power, routing_products
 from dash_megatron.ops.kernels.summarize import saturate
+from dash_megatron.ops.kernels.tiles import LOG2_E, load_keys, load_rows, own_keys, tile_place
 
 
 @triton.jit

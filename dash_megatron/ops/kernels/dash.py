@@ -13,8 +13,8 @@ from dash_megatron.ops.kernels.attend import attend
 from dash_megatron.ops.kernels.backward_kv import backward_kv
 from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
 from dash_megatron.ops.kernels.configs import Plan, plan
-from dash_megatron.ops.kernels.geometry import Sizes, check_supported, layout, measure
-from dash_megatron.ops.kernels.route import Lists, Router, route, split_scaling
+from dash_megatron.ops.kernels.geometry import Lists, Sizes, check_supported, layout, measure
+from dash_megatron.ops.kernels.route import Router, route, split_scaling
 from dash_megatron.ops.kernels.summarize import summarize
 from dash_megatron.ops.kernels.transpose import divide, transpose
 

@@ -12,12 +12,12 @@ import torch
 import triton
 from torch import Tensor
 
-from dash_megatron.ops.kernels.attend import LOG2_E
 from dash_megatron.ops.kernels.configs import _device, _stages
 from dash_megatron.ops.kernels.decode_attend import decode_attend_kernel, decode_sum_kernel
 from dash_megatron.ops.kernels.decode_route import decode_score_kernel, decode_threshold_kernel
 from dash_megatron.ops.kernels.geometry import check_supported, next_power_of_two
 from dash_megatron.ops.kernels.route import Router
+from dash_megatron.ops.kernels.tiles import LOG2_E
 
 # Up to this many bytes of summaries, the programs of the attention route for themselves.
 SHORT_BYTES = 64 * 1024

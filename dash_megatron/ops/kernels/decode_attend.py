@@ -8,7 +8,6 @@ it shifts all past chunks alike, so that it can wait for the sum of the splits.
 import triton
 import triton.language as tl
 
-from dash_megatron.ops.kernels.attend import load_rows
 from dash_megatron.ops.kernels.decode_route import (
     chunk_place,
     enter,
@@ -19,6 +18,7 @@ from dash_megatron.ops.kernels.decode_route import (
     sequence_place,
     solve_rows,
 )
+from dash_megatron.ops.kernels.tiles import load_rows
 
 # Below it, a probability counts as this: float32 has nothing smaller without losing digits.
 LEAST_PROBABILITY = tl.constexpr(1.1754944e-38)

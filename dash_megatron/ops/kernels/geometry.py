@@ -70,6 +70,19 @@ class Sizes(NamedTuple):
         return self.list_bound * 4 * (1 + self.tile_tokens) <= MAX_BOUNDED_BYTES
 
 
+class Lists(NamedTuple):
+    """The chunks each query tile attends to besides its own, ascending: tile i's from offset[i], counts[i] of them."""
+
+    chunk: Tensor
+    """int32 [room]: global chunk number."""
+    log_prior: Tensor
+    """float32 [room, T]: log2 of the group's mean probability, -inf where that token did not select the chunk."""
+    offset: Tensor
+    """int64 [tiles]."""
+    counts: Tensor
+    """int32 [tiles]."""
+
+
 def next_power_of_two(x: int) -> int:
     return 1 << (x - 1).bit_length()
 
@@ -190,3 +203,8 @@ def list_offsets(sizes: Sizes, past: Tensor) -> Tensor:
     """The same from the number of past chunks of each chunk, [chunks]."""
     room = past.repeat_interleave(sizes.tiles_per_chunk).repeat(sizes.num_kv_heads)
     return room.cumsum(0) - room
+
+
+def own_places(own: Tensor | None, chunks: Tensor, sizes: Sizes) -> Tensor:
+    """Where each chunk's own keys lie for every head, [2, Hkv, chunks]: with the queries unless `own` says otherwise."""
+    return chunks[:2, None].expand(-1, sizes.num_kv_heads, -1) if own is None else own

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dash_megatron.ops.kernels.configs import Config
-from dash_megatron.ops.kernels.geometry import Sizes
+from dash_megatron.ops.kernels.geometry import Lists, Sizes
 from dash_megatron.ops.kernels.summarize import saturate
+from dash_megatron.ops.kernels.tiles import tile_place
 
 
 class Router(NamedTuple):
@@ -60,27 +61,6 @@ def split_scaling(scaling_factor: float | Tensor) -> tuple[Tensor | None, float]
     if isinstance(scaling_factor, Tensor):
         return scaling_factor, 1.0
     return None, float(scaling_factor)
-
-
-class Lists(NamedTuple):
-    """The chunks each query tile attends to besides its own, ascending: tile i's from offset[i], counts[i] of them."""
-
-    chunk: Tensor
-    """int32 [room]: global chunk number."""
-    log_prior: Tensor
-    """float32 [room, T]: log2 of the group's mean probability, -inf where that token did not select the chunk."""
-    offset: Tensor
-    """int64 [tiles]."""
-    counts: Tensor
-    """int32 [tiles]."""
-
-
-@triton.jit
-def tile_place(i_tile, chunk_start, chunk_end, TILES_PER_CHUNK: tl.constexpr, T: tl.constexpr):
-    """Chunk, first token and one past the last token of a tile (number within its head)."""
-    i_c = i_tile // TILES_PER_CHUNK
-    start = tl.load(chunk_start + i_c) + (i_tile % TILES_PER_CHUNK) * T
-    return i_c, start, tl.minimum(start + T, tl.load(chunk_end + i_c))
 
 
 @triton.jit

@@ -17,8 +17,8 @@ from dash_megatron.ops.kernels import summarize as summaries
 from dash_megatron.ops.kernels.backward_kv import backward_kv_alone, sum_d_summary, token_factors
 from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
 from dash_megatron.ops.kernels.configs import Plan, plan
-from dash_megatron.ops.kernels.geometry import Sizes, check_supported, list_offsets, size_tiles
-from dash_megatron.ops.kernels.route import Lists, Router
+from dash_megatron.ops.kernels.geometry import Lists, Sizes, check_supported, list_offsets, size_tiles
+from dash_megatron.ops.kernels.route import Router
 from dash_megatron.ops.kernels.transpose import divide, transpose
 from dash_megatron.ops.sharded import KeyBuffer, QueryChunks
 

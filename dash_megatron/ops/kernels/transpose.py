@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_megatron.ops.kernels.geometry import Sizes
-from dash_megatron.ops.kernels.route import Lists, tile_place
+from dash_megatron.ops.kernels.geometry import Lists, Sizes
+from dash_megatron.ops.kernels.tiles import tile_place
 
 # A run of tiles has at least this many, and more where the table of counts would pass the bound on its entries.
 MIN_RUN_TILES = 32

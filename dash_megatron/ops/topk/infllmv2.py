@@ -1,4 +1,4 @@
-"""InfLLM v2, a top-k baseline: attention to a fixed number of chunks, chosen by scores that get no gradient.
+"""InfLLM v2, a top-k baseline: attention to a fixed number of chunks, selected by scores that get no gradient.
 
 Papers: MiniCPM4 (arXiv 2506.07900), InfLLM-V2 (arXiv 2509.24663).
 """
@@ -10,14 +10,10 @@ from torch import Tensor
 
 from dash_megatron.ops.attention import Routing, routing_of
 from dash_megatron.ops.reference import wide
-from dash_megatron.ops.topk.blocks import (
-    Selection,
-    check_tensors,
-    count_selected,
-    find_backend,
-    make_grid,
-    mean_pool,
-)
+from dash_megatron.ops.topk.backend import check_tensors, count_selected, find_backend
+from dash_megatron.ops.topk.grid import make_grid
+from dash_megatron.ops.topk.reference import mean_pool
+from dash_megatron.ops.topk.selection import Selection
 
 
 @overload
@@ -62,7 +58,7 @@ def infllmv2_attention(
     Keys are averaged over overlapping kernels. A token's softmax over the kernels that lie wholly in its past, summed
     over the heads of its group, scores them, and a chunk's score is that of the best kernel that overlaps it. Every token
     attends to its own chunk, the `local_blocks - 1` before it, the first `initial_blocks` of its document, and the
-    `top_k` best of the others. Nothing is learned by the choice: no gradient passes through it.
+    `top_k` best of the others. No gradient passes through the selection: nothing of it is learned.
 
     Args:
         q: queries after RoPE, [B, N, Hq, D]; float16, bfloat16, float32 or float64.
@@ -72,7 +68,7 @@ def infllmv2_attention(
         chunk_size: tokens per chunk, a power of two up to 128 (16 or more for Triton).
         cu_seqlens: boundaries of packed documents, int32 [documents + 1], then B == 1; they are read by the host.
         backend: as in `dash_attention`. Triton rounds averaged keys to q's dtype before it scores them.
-        return_routing: also return how many chunks were chosen.
+        return_routing: also return how many chunks were selected.
 
     Returns:
         Output [B, N, Hq, D] in q's dtype, accumulated in float32 or better; with `return_routing`, also a `Routing`.
@@ -82,16 +78,16 @@ def infllmv2_attention(
     """
     check_tensors(q, k, v, chunk_size, cu_seqlens)
     selection.check(chunk_size)
-    attend, choose, _ = find_backend(backend, q, chunk_size)
+    attend, select, _ = find_backend(backend, q, chunk_size)
     B, N, _, _ = q.shape
     grid = make_grid(B, N, chunk_size, cu_seqlens, q.device)
     # autocast would run the matrix products in half precision behind our back
     with torch.autocast(q.device.type, enabled=False):
         rows_q, rows_k, rows_v = (grid.spread(x.flatten(0, 1)) for x in (q, k, v))
         pooled = mean_pool(wide(rows_k.detach())[0], selection)
-        chosen = choose(rows_q, pooled, grid, selection, "max")
-        out = grid.gather(attend(rows_q, rows_k, rows_v, chosen, grid)).view(q.shape)
+        selected = select(rows_q, pooled, grid, selection, "max")
+        out = grid.gather(attend(rows_q, rows_k, rows_v, selected, grid)).view(q.shape)
     if not return_routing:
         return out
-    selected = grid.gather(count_selected(chosen)).view(B, N, -1)
-    return out, routing_of(selected, chunk_size, cu_seqlens)
+    count = grid.gather(count_selected(selected)).view(B, N, -1)
+    return out, routing_of(count, chunk_size, cu_seqlens)

@@ -1,4 +1,4 @@
-"""Native Sparse Attention (NSA, arXiv 2502.11089), a top-k baseline: compressed, chosen and recent keys, with gates.
+"""Native Sparse Attention (NSA, arXiv 2502.11089), a top-k baseline: compressed, selected and recent keys, with gates.
 
 Two things differ from the paper, so that the baseline fits where every other attention stands and twins keep their sizes:
 the branches share keys and values, and the window is made of whole chunks. How keys are compressed is said at `compress`.
@@ -15,16 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dash_megatron.ops.attention import Routing, routing_of
 from dash_megatron.ops.reference import wide
-from dash_megatron.ops.topk.blocks import (
-    Block,
-    Grid,
-    Selection,
-    check_tensors,
-    find_backend,
-    in_pieces,
-    make_grid,
-    visible_kernels,
-)
+from dash_megatron.ops.topk.backend import check_tensors, find_backend
+from dash_megatron.ops.topk.grid import Block, Grid, make_grid
+from dash_megatron.ops.topk.reference import in_pieces, visible_kernels
+from dash_megatron.ops.topk.selection import Selection
 
 # Query rows of one piece of the attention to compressed keys: fewer skip more of the causal triangle, more keep a GPU busy.
 BRANCH_ROWS = 4096
@@ -117,13 +111,13 @@ def _recent_chunks(grid: Grid, num_heads: int, num_recent: int) -> Tensor:
     return recent.repeat_interleave(grid.chunk_size, dim=0)[:, None].expand(-1, num_heads, -1)
 
 
-def _count_either(chosen_SHK: Tensor, recent_SHW: Tensor, grid: Grid) -> Tensor:
-    """int32 [S, H]: chunks that were chosen, or are in the window, or the own one."""
+def _count_either(selected_SHK: Tensor, recent_SHW: Tensor, grid: Grid) -> Tensor:
+    """int32 [S, H]: chunks that were selected, or are in the window, or the own one."""
     num_recent = (recent_SHW >= 0).sum(-1)
-    own_S = torch.arange(grid.num_rows, device=chosen_SHK.device) // grid.chunk_size
+    own_S = torch.arange(grid.num_rows, device=selected_SHK.device) // grid.chunk_size
     before_SH = own_S[:, None] - num_recent
-    chosen_before = (chosen_SHK >= 0) & (chosen_SHK < before_SH[..., None])
-    return (1 + num_recent + chosen_before.sum(-1)).int()
+    selected_before = (selected_SHK >= 0) & (selected_SHK < before_SH[..., None])
+    return (1 + num_recent + selected_before.sum(-1)).int()
 
 
 @overload
@@ -180,7 +174,7 @@ def nsa_attention(
     The first attends to compressed keys and values of overlapping kernels, those that lie wholly in the token's past.
     Its weights, summed over the heads of a group and over the kernels that overlap a chunk, score the chunks. The second
     attends to a token's own chunk, the `local_blocks - 1` before it, the first `initial_blocks` of its document, and the
-    `top_k` best of the others; the choice passes no gradient on. The third attends to the token's own chunk and the
+    `top_k` best of the others; the selection passes no gradient on. The third attends to the token's own chunk and the
     `window` tokens before it. A token whose past has no whole kernel gets 0 from the first.
 
     Args:
@@ -206,7 +200,7 @@ def nsa_attention(
     check_tensors(q, k, v, chunk_size, cu_seqlens)
     selection.check(chunk_size)
     _check_own(q, k, gates, (compress_k, compress_v), selection, window, chunk_size)
-    attend, choose, dtype = find_backend(backend, q, chunk_size)
+    attend, select, dtype = find_backend(backend, q, chunk_size)
     B, N, _, _ = q.shape
     grid = make_grid(B, N, chunk_size, cu_seqlens, q.device)
     # autocast would run the matrix products in half precision behind our back
@@ -216,11 +210,11 @@ def nsa_attention(
             compress(wide(x)[0], Compression(*wide(*learned)), selection)
             for x, learned in ((rows_k, compress_k), (rows_v, compress_v))
         )
-        chosen = choose(rows_q, keys.detach(), grid, selection, "sum")
+        selected = select(rows_q, keys.detach(), grid, selection, "sum")
         operands = [x.to(dtype) for x in (rows_q, keys, values)]
         compressed = _compressed_branch(operands, grid, selection)
         recent = _recent_chunks(grid, k.shape[2], window // chunk_size)
-        outputs = [compressed, attend(*rows, chosen, grid), attend(*rows, recent, grid)]
+        outputs = [compressed, attend(*rows, selected, grid), attend(*rows, recent, grid)]
         parts = [wide(grid.gather(out).view(q.shape))[0] for out in outputs]
         gated = zip(parts, gates.unbind(-1), strict=True)
         out = sum(
@@ -228,8 +222,8 @@ def nsa_attention(
         ).to(q.dtype)
     if not return_routing:
         return out
-    selected = grid.gather(_count_either(chosen, recent, grid)).view(B, N, -1)
-    return out, routing_of(selected, chunk_size, cu_seqlens)
+    count = grid.gather(_count_either(selected, recent, grid)).view(B, N, -1)
+    return out, routing_of(count, chunk_size, cu_seqlens)
 
 
 def _check_own(

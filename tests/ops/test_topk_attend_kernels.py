@@ -1,17 +1,17 @@
-"""Attention to chosen chunks by the list-driven kernels against the reference: interpreted on CPU, compiled on a GPU."""
+"""Attention to selected chunks by the list-driven kernels against the reference: interpreted on CPU, compiled on a GPU."""
 
 import sys
 
 import pytest
 import torch
 
-from dash_megatron.ops.topk import blocks
-from dash_megatron.ops.topk.blocks import Selection
+from dash_megatron.ops.topk import grid as grids
 from dash_megatron.ops.topk.infllmv2 import infllmv2_attention
 from dash_megatron.ops.topk.nsa import Compression, nsa_attention
+from dash_megatron.ops.topk.selection import Selection
 from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels
 
-chosen, pooled = import_kernels("chosen", "pooled")
+topk_attend, topk_scores = import_kernels("topk_attend", "topk_scores")
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -21,9 +21,9 @@ SELECTION = Selection(kernel_size=8, kernel_stride=4, top_k=1, initial_blocks=1,
 @pytest.fixture(autouse=True)
 def kernels_imported_here(monkeypatch):
     """Those whose interpretation is settled, and lists made in several pieces."""
-    for module in (chosen, pooled):
+    for module in (topk_attend, topk_scores):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(blocks, "MAX_BLOCK_SCORES", {"cpu": 16 * 16 * 12, "cuda": 2**20})
+    monkeypatch.setattr(grids, "MAX_BLOCK_SCORES", {"cpu": 16 * 16 * 12, "cuda": 2**20})
 
 
 def inputs(N, Hq, Hkv, D, dtype, B=1):
@@ -90,17 +90,17 @@ def test_kernels_agree_with_the_reference(kind, N, shape, dtype, lengths):
         assert relative_error(gradient, reference) <= allowed_gradient
 
 
-def test_lists_hold_what_any_token_of_a_tile_chose(monkeypatch):
+def test_lists_hold_what_any_token_of_a_tile_selected(monkeypatch):
     # two chunks at a time
-    monkeypatch.setattr(blocks, "MAX_BLOCK_SCORES", {"cpu": 2 * 16 * 10, "cuda": 2 * 16 * 10})
-    grid = blocks.make_grid(1, 80, 16, None, DEVICE)
+    monkeypatch.setattr(grids, "MAX_BLOCK_SCORES", {"cpu": 2 * 16 * 10, "cuda": 2 * 16 * 10})
+    grid = grids.make_grid(1, 80, 16, None, DEVICE)
     generator = torch.Generator().manual_seed(0)
     own = torch.arange(5).repeat_interleave(16)
     picked = torch.stack([torch.randperm(5, generator=generator)[:3] for _ in range(160)]).view(80, 2, 3)
     picked = picked.masked_fill(picked >= own[:, None, None], -1).to(DEVICE)
     q, k = (torch.zeros(80, heads, 16, device=DEVICE) for heads in (2 * 16, 2))
-    _, sizes, _ = chosen._prepare(q, k, grid)
-    lists, T = chosen.make_lists(picked, grid, sizes), sizes.tile_tokens
+    _, sizes, _ = topk_attend._prepare(q, k, grid)
+    lists, T = topk_attend.make_lists(picked, grid, sizes), sizes.tile_tokens
     assert sizes.tiles_per_chunk > 1
     for h in range(2):
         for tile in range(80 // T):

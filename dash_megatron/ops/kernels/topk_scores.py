@@ -1,4 +1,4 @@
-"""Scores of chunks from pooled keys on the GPU, and the choice that they make.
+"""Scores of chunks from pooled keys on the GPU, and the chunks that they select.
 
 Scores of single pooled keys stay on chip: one pass over them finds every row's log-sum-exp, a second computes them again
 chunk by chunk. Neither looks beyond a row's past or document.
@@ -9,12 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_megatron.ops.kernels.attend import LOG2_E, load_rows
 from dash_megatron.ops.kernels.configs import plan
 from dash_megatron.ops.kernels.geometry import check_supported, size_tiles
-from dash_megatron.ops.topk.blocks import Block, Grid, Selection, choose
+from dash_megatron.ops.kernels.tiles import LOG2_E, load_rows
+from dash_megatron.ops.topk.grid import Block, Grid, top_chunks
+from dash_megatron.ops.topk.selection import Selection
 
-# Scores of one piece, in units of those of `Grid.blocks`: the choice keeps int64 copies of them.
+# Scores of one piece, in units of those of `Grid.blocks`: `top_chunks` keeps int64 copies of them.
 SCORE_COST = 4
 
 
@@ -119,16 +120,16 @@ def score_chunks(
 
 
 @torch.no_grad()
-def choose_chunks_triton(q: Tensor, pooled: Tensor, grid: Grid, selection: Selection, reduce: str) -> Tensor:
-    """As `choose_chunks_reference`, for float16, bfloat16 and float32; pooled keys are rounded to q's dtype.
+def select_chunks_triton(q: Tensor, pooled: Tensor, grid: Grid, selection: Selection, reduce: str) -> Tensor:
+    """As `select_chunks_reference`, for float16, bfloat16 and float32; pooled keys are rounded to q's dtype.
 
     Probabilities are accumulated in float32. Every bit is the same in every run.
     """
     check_supported(q, pooled.shape[1])
     q = q if q.stride(-1) == 1 else q.contiguous()
     pooled = pooled.to(q.dtype).contiguous()
-    chosen = []
+    selected = []
     for block in grid.blocks(SCORE_COST * pooled.shape[1] * grid.num_chunks):
         scores = score_chunks(q, pooled, grid, block, selection, reduce)
-        chosen.append(choose(scores, grid, block, selection))
-    return torch.cat(chosen)
+        selected.append(top_chunks(scores, grid, block, selection))
+    return torch.cat(selected)

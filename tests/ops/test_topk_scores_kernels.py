@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from dash_megatron.ops.topk import blocks
-from dash_megatron.ops.topk.blocks import Selection
+from dash_megatron.ops.topk import grid as grids
+from dash_megatron.ops.topk import reference
+from dash_megatron.ops.topk.selection import Selection
 from tests.ops.kernels_under_test import CUDA, DEVICE, import_kernels
 
-(pooled_kernels,) = import_kernels("pooled")
+(topk_scores,) = import_kernels("topk_scores")
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -18,12 +19,12 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(autouse=True)
 def several_pieces(monkeypatch):
-    monkeypatch.setattr(blocks, "MAX_BLOCK_SCORES", {"cpu": 2**13, "cuda": 2**25})
+    monkeypatch.setattr(grids, "MAX_BLOCK_SCORES", {"cpu": 2**13, "cuda": 2**25})
 
 
 def packed_grid(lengths, C):
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
-    return blocks.make_grid(1, sum(lengths), C, bounds, DEVICE)
+    return grids.make_grid(1, sum(lengths), C, bounds, DEVICE)
 
 
 def tensors(grid, group, stride, dtype=torch.float32, H=2, D=16):
@@ -38,8 +39,8 @@ def scores_by_torch(q, pooled, grid, block, selection, reduce):
     C, per_chunk = grid.chunk_size, grid.chunk_size // selection.kernel_stride
     q_THGD = q[block.start * C : block.end * C].unflatten(1, (pooled.shape[1], -1)) * q.shape[-1] ** -0.5
     pooled_JHD = pooled[block.first * per_chunk : block.end * per_chunk]
-    weights = blocks.kernel_weights(q_THGD, pooled_JHD, blocks.visible_kernels(grid, block, selection))
-    return blocks.chunk_scores(weights.sum(1), grid, selection, reduce)
+    weights = reference.kernel_weights(q_THGD, pooled_JHD, reference.visible_kernels(grid, block, selection))
+    return reference.chunk_scores(weights.sum(1), grid, selection, reduce)
 
 
 @pytest.mark.parametrize("reduce", ["max", "sum"])
@@ -51,7 +52,7 @@ def test_kernel_scores_a_documents_past_chunks_as_torch_does(size, stride, C, gr
     grid, selection = packed_grid(LENGTHS, C), Selection(kernel_size=size, kernel_stride=stride)
     q, pooled = tensors(grid, group, stride)
     for block in grid.blocks(1, most_rows=2 * C):
-        found = pooled_kernels.score_chunks(q, pooled, grid, block, selection, reduce)
+        found = topk_scores.score_chunks(q, pooled, grid, block, selection, reduce)
         expected = scores_by_torch(q, pooled, grid, block, selection, reduce)
         own_T = torch.arange(block.start, block.end, device=DEVICE).repeat_interleave(C)[:, None]
         chunk_c = torch.arange(block.first, block.end, device=DEVICE)
@@ -61,21 +62,21 @@ def test_kernel_scores_a_documents_past_chunks_as_torch_does(size, stride, C, gr
 
 
 @pytest.mark.parametrize("reduce", ["max", "sum"])
-def test_kernel_and_torch_choose_alike_in_half_precision(reduce):
+def test_kernel_and_torch_select_alike_in_half_precision(reduce):
     C = 64 if CUDA else 16
     grid = packed_grid([16384, 5000, 900] if CUDA else LENGTHS, C)
     selection = Selection(kernel_size=C // 2, kernel_stride=C // 4, top_k=16 if CUDA else 2)
     q, pooled = tensors(grid, 4, C // 4, torch.bfloat16)
-    found = pooled_kernels.choose_chunks_triton(q, pooled, grid, selection, reduce)
+    found = topk_scores.select_chunks_triton(q, pooled, grid, selection, reduce)
     # the same rounded operands, so that only the order of sums differs
-    expected = blocks.choose_chunks_reference(q, pooled, grid, selection, reduce)
+    expected = reference.select_chunks_reference(q, pooled, grid, selection, reduce)
     differ = (found.sort(-1).values != expected.sort(-1).values).any(-1)
     assert differ.float().mean() <= (1e-3 if CUDA else 0)
-    assert torch.equal(found, pooled_kernels.choose_chunks_triton(q, pooled, grid, selection, reduce))
+    assert torch.equal(found, topk_scores.select_chunks_triton(q, pooled, grid, selection, reduce))
 
 
 @pytest.mark.parametrize("top_k", [0, 3, 50])
-def test_the_choice_is_that_of_a_stable_sort_though_many_scores_are_equal(top_k):
+def test_top_chunks_are_those_of_a_stable_sort_despite_ties(top_k):
     C, H = 16, 2
     grid = packed_grid([16 * 5, 16 * 30 + 3], C)
     selection = Selection(kernel_size=8, kernel_stride=4, top_k=top_k, initial_blocks=1, local_blocks=2)
@@ -89,6 +90,6 @@ def test_the_choice_is_that_of_a_stable_sort_though_many_scores_are_equal(top_k)
         expected = (place + block.first).masked_fill(ranked < 0, -1)[..., :top_k]
         # what may not be chosen may be anything
         scores = scores.masked_fill(~free_Tc & (chunk_c % 2 == 0), -torch.inf).to(DEVICE)
-        found = blocks.choose(scores, grid, block, selection)[..., 2:].transpose(0, 1).cpu()
+        found = grids.top_chunks(scores, grid, block, selection)[..., 2:].transpose(0, 1).cpu()
         assert torch.equal(found[..., : expected.shape[-1]], expected)
         assert (found[..., expected.shape[-1] :] == -1).all()

@@ -1,6 +1,6 @@
-"""Attention to chunks that were chosen elsewhere, on the GPU: the list-driven kernels of DashAttention, without its router.
+"""Attention to chunks that were selected elsewhere, on the GPU: the list-driven kernels of DashAttention, without its router.
 
-A choice is a list like any other, whose log priors are 0 where a token chose the chunk and -inf where it did not.
+A selection is a list like any other, whose log priors are 0 where a token selected the chunk and -inf where it did not.
 """
 
 from typing import Any
@@ -12,10 +12,10 @@ from dash_megatron.ops.kernels.attend import attend
 from dash_megatron.ops.kernels.backward_kv import backward_kv
 from dash_megatron.ops.kernels.backward_q import backward_q
 from dash_megatron.ops.kernels.configs import Plan, plan
-from dash_megatron.ops.kernels.geometry import Sizes, check_supported, size_tiles
-from dash_megatron.ops.kernels.route import Lists, Router
+from dash_megatron.ops.kernels.geometry import Lists, Sizes, check_supported, size_tiles
+from dash_megatron.ops.kernels.route import Router
 from dash_megatron.ops.kernels.transpose import divide, transpose
-from dash_megatron.ops.topk.blocks import Grid, allowed_chunks
+from dash_megatron.ops.topk.grid import Grid, selected_mask
 
 # A prior is taken as it is, and there are no routing scores.
 FLAT = Router(scaling_factor=1.0, sigma=1.0, estimate_diagonal=False, alpha=1.5)
@@ -31,19 +31,21 @@ def _prepare(q: Tensor, k: Tensor, grid: Grid) -> tuple[Plan, Sizes, Tensor]:
     return launches, sizes, torch.stack([start, start + C, grid.first_c]).int()
 
 
-def make_lists(chosen_SHK: Tensor, grid: Grid, sizes: Sizes) -> Lists:
+def make_lists(selected_SHK: Tensor, grid: Grid, sizes: Sizes) -> Lists:
     """The lists of all query tiles; the host waits for the number of their entries."""
     H, T, tiles = sizes.num_kv_heads, sizes.tile_tokens, sizes.tiles_per_chunk
-    counts = torch.empty(H, sizes.num_chunks, tiles, dtype=torch.int32, device=chosen_SHK.device)
-    offset = torch.empty(H, sizes.num_chunks, tiles, dtype=torch.int64, device=chosen_SHK.device)
+    counts = torch.empty(H, sizes.num_chunks, tiles, dtype=torch.int32, device=selected_SHK.device)
+    offset = torch.empty(H, sizes.num_chunks, tiles, dtype=torch.int64, device=selected_SHK.device)
     chunk, log_prior, room = [], [], 0
     for block in grid.blocks(H * grid.num_chunks):
         rows = slice(block.start * sizes.chunk_size, block.end * sizes.chunk_size)
-        chosen_HntTc = allowed_chunks(chosen_SHK[rows], block).view(H, -1, tiles, T, block.end - block.first)
-        listed_Hntc = chosen_HntTc.any(3)
+        selected_HntTc = selected_mask(selected_SHK[rows], block).view(
+            H, -1, tiles, T, block.end - block.first
+        )
+        listed_Hntc = selected_HntTc.any(3)
         entries = listed_Hntc.nonzero(as_tuple=True)
         chunk.append((entries[-1] + block.first).int())
-        tokens = chosen_HntTc.transpose(3, 4)[entries]
+        tokens = selected_HntTc.transpose(3, 4)[entries]
         log_prior.append(torch.zeros(tokens.shape, device=tokens.device).masked_fill_(~tokens, -torch.inf))
         count = listed_Hntc.sum(-1)
         end = count.flatten().cumsum(0).view_as(count)
@@ -53,11 +55,11 @@ def make_lists(chosen_SHK: Tensor, grid: Grid, sizes: Sizes) -> Lists:
     return Lists(torch.cat(chunk), torch.cat(log_prior), offset.flatten(), counts.flatten())
 
 
-class _AttendChosen(torch.autograd.Function):
+class _AttendSelected(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, chosen_SHK: Tensor, grid: Grid) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, selected_SHK: Tensor, grid: Grid) -> Tensor:
         launches, sizes, chunks = _prepare(q, k, grid)
-        lists = make_lists(chosen_SHK, grid, sizes)
+        lists = make_lists(selected_SHK, grid, sizes)
         mean_log = torch.zeros(q.shape[0], k.shape[1], device=q.device)
         out, lse = attend(q, k, v, lists, mean_log, chunks, sizes, FLAT, launches.attend)
         ctx.grid = grid
@@ -85,11 +87,11 @@ class _AttendChosen(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-def attend_chosen_triton(q: Tensor, k: Tensor, v: Tensor, chosen_SHK: Tensor, grid: Grid) -> Tensor:
-    """As `attend_chosen_reference`, for float16, bfloat16 and float32, accumulated in float32.
+def attend_selected_triton(q: Tensor, k: Tensor, v: Tensor, selected_SHK: Tensor, grid: Grid) -> Tensor:
+    """As `attend_selected_reference`, for float16, bfloat16 and float32, accumulated in float32.
 
     Every bit is the same in every run.
     """
     check_supported(q, k.shape[1])
     q = q if q.stride(-1) == 1 else q.contiguous()
-    return _AttendChosen.apply(q, k.contiguous(), v.contiguous(), chosen_SHK, grid)
+    return _AttendSelected.apply(q, k.contiguous(), v.contiguous(), selected_SHK, grid)
