@@ -334,7 +334,8 @@ def write_config(config: Config, commit: str) -> None:
 
 
 def _check_same_run(stored: StoredState, config: Config) -> None:
-    saved = config_from_dict(stored.facts["config"])
+    # a run may go on with another layout, and with one where that of its checkpoint is refused today
+    saved = config_from_dict({**stored.facts["config"], "parallel": {}})
     for name, old in saved.model:
         new = getattr(config.model, name)
         if old != new:

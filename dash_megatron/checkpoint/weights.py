@@ -43,7 +43,8 @@ def open_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, 
             f"{folder} is damaged: {problem}; restore it from a copy, name an earlier step, or move this one away"
         )
     stored = StoredState(folder)
-    config = config_from_dict({**stored.facts["config"], "run_dir": str(run_dir)})
+    # weights are read whole: the layout that wrote them matters no more, even one that is refused today
+    config = config_from_dict({**stored.facts["config"], "parallel": {}, "run_dir": str(run_dir)})
     # what the weights were trained with last
     attention = moved_factors(
         config.attention, config.model.layers, stored.facts.get("trainer", {}).get("density", {})

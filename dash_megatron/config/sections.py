@@ -125,7 +125,7 @@ class ParallelConfig(Section):
     """Context-parallel size: processes that share one sequence."""
     context_comm: Literal["all_gather", "a2a", "p2p", "sparse"] = "all_gather"
     """What context-parallel processes exchange: all keys and values at once (`all_gather`), heads for tokens (`a2a`),
-    keys and values around a ring (`p2p`), or the selected chunks only (`sparse`: DashAttention in every layer)."""
+    keys and values around a ring (`p2p`), or the selected chunks only (`sparse`). Layers with full attention need `a2a`."""
 
 
 class ZeroConfig(Section):
@@ -300,18 +300,21 @@ class Config(Section):
                 f"the front and one from the back, of whole chunks; try "
                 f"{max(unit, self.data.seq_length // unit * unit)}"
             )
+        some_full = attention.kind == "full" or bool(attention.full_layers)
+        if parallel.context > 1 and parallel.context_comm != "a2a" and some_full:
+            raise ValueError(
+                f"parallel.context_comm={parallel.context_comm} with parallel.context={parallel.context} must be a2a: the "
+                f"other exchanges serve DashAttention alone, but attention.kind={attention.kind} and "
+                f"attention.full_layers={list(attention.full_layers)} need all keys of a sequence on one process; use "
+                "parallel.context_comm=a2a"
+            )
         heads = self.model.kv_heads // parallel.tensor
         if parallel.context_comm == "a2a" and heads % parallel.context:
+            fitting = f"parallel.context={math.gcd(heads, parallel.context)}"
             raise ValueError(
                 f"model.kv_heads={self.model.kv_heads} / parallel.tensor={parallel.tensor} = {heads} must be a "
                 f"multiple of parallel.context={parallel.context} with parallel.context_comm=a2a, which deals out "
-                "whole kv heads; use parallel.context_comm=all_gather"
-            )
-        if parallel.context_comm == "sparse" and (attention.kind == "full" or attention.full_layers):
-            raise ValueError(
-                f"parallel.context_comm=sparse exchanges only chunks that DashAttention selected, but attention.kind="
-                f"{attention.kind} and attention.full_layers={list(attention.full_layers)} need all keys; "
-                "use parallel.context_comm=all_gather"
+                f"whole kv heads; use {fitting if some_full else 'parallel.context_comm=all_gather'}"
             )
 
     def _check_zero(self) -> None:

@@ -35,9 +35,9 @@ from dash_megatron.parallel.context.communication import (
     move_rows,
     rows_for_heads,
 )
-from dash_megatron.parallel.context.exchange import sharded_dash_attention, sharded_full_attention
+from dash_megatron.parallel.context.exchange import sharded_dash_attention
 from dash_megatron.parallel.context.layout import ChunkLayout, ContextShard
-from dash_megatron.parallel.context.sides import DashSide, FullSide
+from dash_megatron.parallel.context.sides import DashSide
 
 
 @dataclass
@@ -253,12 +253,6 @@ class FullCoreAttention(CoreAttention):
         lengths = packed.cu_seqlens_q.diff().tolist()
         documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
         return torch.cat([_causal_attention(*document) for document in documents], dim=1)
-
-    def _attend_shards(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments) -> Tensor:
-        assert packed.context is not None
-        assert self.context_group is not None
-        side = FullSide(packed.context, self.context_group)
-        return sharded_full_attention(q[0], k[0], v[0], side, self.context_comm)[None]
 
 
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

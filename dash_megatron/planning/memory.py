@@ -147,7 +147,6 @@ def context_shape(config: Config, layout: Layout) -> ContextShape:
         head_dim=config.model.channels_per_head,
         chunk_size=config.attention.chunk_size,
         element_bytes=2 if config.training.precision == "bf16" else 4,
-        routed=config.attention.kind != "full",
     )
 
 
@@ -172,7 +171,8 @@ def memory_use(
     hardware = hardware or Hardware()
     shape = context_shape(config, layout)
     parts = _layer_bytes(config, layout, shape)
-    lists, backward_lists = list_bytes(config, layout, density) if shape.routed else (0.0, 0.0)
+    routed = config.attention.kind != "full"
+    lists, backward_lists = list_bytes(config, layout, density) if routed else (0.0, 0.0)
     forward_exchange, backward_exchange = _exchange_bytes(shape, layout, coverage)
 
     kept_attention = parts["row_state"] + parts["laid_out"] + parts["branches"] + lists

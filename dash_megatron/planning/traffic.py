@@ -45,8 +45,6 @@ class ContextShape:
     """Tokens after alignment, padded to the largest rank; None: `tokens`."""
     chunks: int | None = None
     """Chunks, padded to the largest rank; None: `rows / chunk_size`, rounded up."""
-    routed: bool = True
-    """DashAttention. False is full attention, which has no summaries."""
 
     @property
     def aligned_rows(self) -> int:
@@ -85,7 +83,7 @@ class ContextShape:
 
     @property
     def _summary_elements(self) -> int:
-        return self.num_chunks * self.kv_heads * self.head_dim if self.routed else 0
+        return self.num_chunks * self.kv_heads * self.head_dim
 
     @property
     def request_bytes(self) -> int:

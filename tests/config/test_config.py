@@ -138,8 +138,24 @@ def test_a_wrong_setting_is_an_error_that_names_field_value_and_rule(
             ["parallel.context=2", "parallel.tensor=2", "parallel.context_comm=a2a", "data.seq_length=256"],
             "model.kv_heads=2 / parallel.tensor=2 = 1 must be a multiple of parallel.context=2",
         ),
-        (["parallel.context_comm=sparse", "attention.kind=full"], "but attention.kind=full"),
-        (["parallel.context_comm=sparse", "attention.full_layers=[1]"], "attention.full_layers=[1] need all"),
+        (
+            [
+                "parallel.context=2",
+                "parallel.context_comm=sparse",
+                "attention.kind=full",
+                "data.seq_length=256",
+            ],
+            "parallel.context_comm=sparse with parallel.context=2 must be a2a: the other exchanges serve DashAttention "
+            "alone, but attention.kind=full",
+        ),
+        (
+            ["parallel.context=2", "attention.full_layers=[1]", "data.seq_length=256"],
+            "attention.full_layers=[1] need all keys of a sequence on one process; use parallel.context_comm=a2a",
+        ),
+        (
+            ["parallel.context=4", "parallel.context_comm=a2a", "attention.kind=full", "data.seq_length=512"],
+            "which deals out whole kv heads; use parallel.context=2",
+        ),
         (["parallel.tensor=2", "zero.stage=0"], "zero.stage=0 must be 1, 2 or 3 with parallel.tensor=2"),
         (
             ["parallel.tensor=2", "zero.stage=3", "zero.options={zero_hpz_partition_size: 2}"],

@@ -19,9 +19,9 @@ from dash_megatron.parallel.context.communication import (
     move_rows,
     rows_for_heads,
 )
-from dash_megatron.parallel.context.exchange import sharded_dash_attention, sharded_full_attention
+from dash_megatron.parallel.context.exchange import sharded_dash_attention
 from dash_megatron.parallel.context.layout import shard_sequence
-from dash_megatron.parallel.context.sides import DashSide, FullSide
+from dash_megatron.parallel.context.sides import DashSide
 
 CHUNK = 16
 
@@ -146,8 +146,6 @@ def _attend_rank(case: Case, group: ContextGroup) -> tuple[list[torch.Tensor], d
     leaves = [*(x.requires_grad_() for x in (*rows, w)), *head_scaling_of(case)]
     if case.comm == "a2a":
         out = _attend_heads(case, leaves, group)
-    elif case.kind == "full":
-        out = sharded_full_attention(*rows, FullSide(shard, group), case.comm)
     else:
         out = _attend_chunks(case, leaves, shard, group)
     sent = dict(group.bytes_sent)

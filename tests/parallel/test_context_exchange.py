@@ -17,7 +17,7 @@ from dash_megatron.planning.traffic import ContextShape, PassBytes, alignment, c
 from tests.parallel.context_workers import CHUNK, Case, attend_alone, attend_together
 
 DASH_COMMS = ["all_gather", "a2a", "p2p", "sparse"]
-FULL_COMMS = ["all_gather", "a2a", "p2p"]
+FULL_COMMS = ["a2a"]
 DOCUMENTS = {
     "one": (0, 384),
     # a document of one token, one that ends on a border, some that straddle one
@@ -144,7 +144,6 @@ def shape_of(shard: Any, routed: bool) -> ContextShape:
         element_bytes=4,
         rows=places and places.max_rows,
         chunks=places and places.max_chunks,
-        routed=routed,
     )
 
 

@@ -114,12 +114,9 @@ def test_more_gpus_never_need_more_memory(config: Config) -> None:
             assert totals == sorted(totals, reverse=True), (stage, axis)
 
 
-def test_full_attention_is_slower_than_sparse_attention_at_long_lengths_and_knows_no_sparse_exchange() -> (
-    None
-):
-    dense = load_config(CONFIGS / "8b_128k.yaml", ["attention.kind=full", "parallel.context_comm=all_gather"])
-    found = search(dense, 64)
-    assert {estimate.layout.context_comm for estimate in found} == {"all_gather", "p2p", "a2a"}
+def test_full_attention_is_slower_at_long_lengths_and_exchanges_heads() -> None:
+    found = search(load_config(CONFIGS / "8b_128k.yaml", ["attention.kind=full"]), 64)
+    assert {estimate.layout.context_comm for estimate in found if estimate.layout.context > 1} == {"a2a"}
     assert found[0].seconds > 2 * search(load_config(CONFIGS / "8b_128k.yaml"), 64)[0].seconds
 
 

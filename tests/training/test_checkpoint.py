@@ -276,3 +276,21 @@ def test_a_second_damaged_checkpoint_of_a_step_does_not_displace_the_first(run: 
         "step_00000004.damaged",
         "step_00000004.damaged2",
     }
+
+
+def test_a_checkpoint_of_a_layout_that_is_refused_today_still_opens_and_goes_on(
+    tiny_config: dict[str, Any],
+) -> None:
+    tree = {**tiny_config, "checkpoint": {"every": 1}, "attention": {"kind": "full"}}
+    train(tree, training={**tree["training"], "steps": 1})
+    folder = folder_of(tree) / "step_00000001"
+    description, manifest = folder / "checkpoint.json", folder / "manifest.json"
+    facts = json.loads(description.read_text())
+    facts["config"]["parallel"] |= {"context": 2, "context_comm": "all_gather"}
+    written = json.loads(manifest.read_text())
+    written["files"]["checkpoint.json"] = files.write_json(description, facts)
+    manifest.write_text(json.dumps(written))
+    config, step, weights = open_weights(tree["run_dir"])
+    assert (config.attention.kind, step, config.parallel.context) == ("full", 1, 1)
+    assert "embedding.word_embeddings.weight" in weights
+    assert train(tree, training={**tree["training"], "steps": 2}).step == 2

@@ -20,7 +20,7 @@ TOLERANCE = 1e-5
 KERNEL_TOLERANCE = 1e-4
 
 DOCUMENTS = {"packed": True, "long": False}
-EXCHANGES = {"dash": ["all_gather", "a2a", "p2p", "sparse"], "full": ["all_gather", "a2a", "p2p"]}
+EXCHANGES = {"dash": ["all_gather", "a2a", "p2p", "sparse"], "full": ["a2a"], "mixed": ["a2a"]}
 # context, tensor and data-parallel size
 LAYOUTS = {
     "context-2": (2, 1, 1),
@@ -52,7 +52,7 @@ def tree(tiny_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def documents_of(tree: dict[str, Any], documents: str, kind: str) -> dict[str, Any]:
-    attention: dict[str, Any] = {"kind": kind}
+    attention: dict[str, Any] = {"kind": "dash", "full_layers": [0]} if kind == "mixed" else {"kind": kind}
     if documents == "packed":
         attention |= {"length_scaling": 0.5, "learned_scaling": True}
     return with_changes(tree, data={"pack_documents": DOCUMENTS[documents]}, attention=attention)

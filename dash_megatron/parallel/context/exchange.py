@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dash_megatron.ops.sharded import KeyBuffer
 from dash_megatron.parallel.context.communication import Pending
-from dash_megatron.parallel.context.sides import DashSide, FullSide, Queries, Side, per_head
+from dash_megatron.parallel.context.sides import DashSide, Queries, Side, per_head
 
 
 def padded_rows(k: Tensor, v: Tensor, rows: int) -> Tensor:
@@ -315,31 +315,3 @@ def sharded_dash_attention(
     return _ShardedDash.apply(
         q, k.contiguous(), v.contiguous(), w, head_scaling, side, EXCHANGES[exchange](side)
     )
-
-
-class _ShardedFull(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, side: FullSide, exchange: Any) -> Tensor:
-        with side.group.counting("forward"):
-            exchange.start(k, v)
-            out, lse = exchange.attend(Queries(q), k, v)
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.side, ctx.exchange = side, exchange
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> Any:
-        q, k, v, out, lse = ctx.saved_tensors
-        with ctx.side.group.counting("backward"):
-            queries = Queries(q, d_out=d_out.contiguous(), out=out, lse=lse)
-            gradients = ctx.exchange.attend_backward(queries, k, v)
-        return *(g.to(x.dtype) for g, x in zip(gradients, (q, k, v), strict=True)), None, None
-
-
-def sharded_full_attention(q: Tensor, k: Tensor, v: Tensor, side: FullSide, exchange: str) -> Tensor:
-    """Full attention of this rank's rows, [n, heads, D] each, not aligned; differentiable, collective.
-
-    `exchange` is "all_gather" or "p2p". Returns [n, Hq, D] in q's dtype.
-    """
-    return _ShardedFull.apply(q, k.contiguous(), v.contiguous(), side, EXCHANGES[exchange](side))

@@ -5,13 +5,11 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
-from dash_megatron.ops import full
 from dash_megatron.ops.sharded import KeyBuffer
 from dash_megatron.parallel.context.communication import ContextGroup
-from dash_megatron.parallel.context.layout import ChunkLayout, ContextShard, zigzag_tokens
+from dash_megatron.parallel.context.layout import ChunkLayout
 
 
 class Queries(NamedTuple):
@@ -87,46 +85,6 @@ class DashSide(NamedTuple):
             queries.d_out, queries.q, k, v, queries.out, queries.lse, queries.routed, self.chunks.queries, keys,
             self.router, self.chunk_size, queries.d_prior,
         )  # fmt: skip
-
-
-class FullSide(NamedTuple):
-    """Full attention as the exchanges see it: keys are known by their number in the whole sequence, int64 [rows]."""
-
-    shard: ContextShard
-    group: ContextGroup
-
-    @property
-    def max_rows(self) -> int:
-        """Rows of every rank."""
-        return self.shard.rows
-
-    def all_keys(self, k: Tensor) -> Tensor:
-        """As `DashSide.all_keys`."""
-        return torch.cat([self._tokens(rank, k) for rank in range(self.shard.size)])
-
-    def keys_of(self, owner: int, k: Tensor) -> list[Tensor]:
-        """As `DashSide.keys_of`, all at once."""
-        return [self._tokens(owner, k)]
-
-    def attend(self, queries: Queries, k: Tensor, v: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """As `DashSide.attend`."""
-        return full.attend(queries.q, k, v, self.shard.token, self._first_token(), keys)
-
-    def attend_backward(
-        self, queries: Queries, k: Tensor, v: Tensor, keys: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `DashSide.attend_backward`."""
-        return full.attend_backward(
-            queries.d_out, queries.q, k, v, queries.out, queries.lse,
-            self.shard.token, self._first_token(), keys,
-        )  # fmt: skip
-
-    def _tokens(self, rank: int, k: Tensor) -> Tensor:
-        return zigzag_tokens(self.shard.num_tokens, rank, self.shard.size).to(k.device)
-
-    def _first_token(self) -> Tensor:
-        starts = self.shard.cu_seqlens[:-1].long()
-        return starts[torch.searchsorted(starts, self.shard.token, right=True) - 1]
 
 
 def per_head(x: Tensor, k: Tensor) -> Tensor:
