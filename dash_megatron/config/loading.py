@@ -128,7 +128,7 @@ def render_reference() -> str:
     lines = [
         "# Configuration reference",
         "",
-        "Generated from `dash_megatron/config.py` by `make docs`. A run is one YAML file of these sections; any key",
+        "Generated from the sections in `dash_megatron/config/` by `make docs`. A run is one YAML file of these sections; any key",
         "can be overridden on the command line: `train.py --config FILE section.key=value`.",
         "",
         f"`run_dir` (text, required): {Config.model_fields['run_dir'].description}",
