@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dash_megatron.checkpoint.files import CheckpointWeights, StoredState, agreed_damage
-from dash_megatron.checkpoint.save_load import agreed_steps, checkpoint_folder, tag_of
-from dash_megatron.config import Config, ParallelConfig, config_from_dict
+from dash_megatron.checkpoint.files import agreed_damage
+from dash_megatron.checkpoint.folder import agreed_steps, checkpoint_folder, tag_of
+from dash_megatron.checkpoint.stored import CheckpointWeights, StoredState
+from dash_megatron.config import AttentionConfig, Config, ParallelConfig, config_from_dict
 from dash_megatron.layers import DashGPTModel, build_model
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
-from dash_megatron.training.density import moved_factors
 
 
 def open_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, int, CheckpointWeights]:
@@ -45,11 +45,17 @@ def open_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, 
     stored = StoredState(folder)
     # weights are read whole: the layout that wrote them matters no more, even one that is refused today
     config = config_from_dict({**stored.facts["config"], "parallel": {}, "run_dir": str(run_dir)})
-    # what the weights were trained with last
-    attention = moved_factors(
-        config.attention, config.model.layers, stored.facts.get("trainer", {}).get("density", {})
-    )
+    factors = stored.facts.get("trainer", {}).get("density", {}).get("factors", {})
+    attention = _with_factors(config.attention, config.model.layers, factors)
     return config.model_copy(update={"attention": attention}), step, CheckpointWeights(stored)
+
+
+def _with_factors(attention: AttentionConfig, layers: int, factors: Mapping[str, float]) -> AttentionConfig:
+    """The config with the scaling factors that the weights were trained with last, by layer, where training moved them."""
+    if not factors:
+        return attention
+    moved = tuple(factors.get(str(layer), attention.layer_scaling_factor(layer)) for layer in range(layers))
+    return attention.model_copy(update={"scaling_factor": moved})
 
 
 def load_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, int, dict[str, Tensor]]:

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from dash_megatron.checkpoint.save_load import checkpoint_folder
+from dash_megatron.checkpoint.folder import checkpoint_folder
 from dash_megatron.config import Config
 from dash_megatron.config.flops import parameter_count
 from dash_megatron.doctor.runner import Finding

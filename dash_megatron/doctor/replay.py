@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dash_megatron.checkpoint.save_load import finished_steps
+from dash_megatron.checkpoint.folder import finished_steps
 from dash_megatron.checkpoint.weights import load_weights
 from dash_megatron.config import Config, ParallelConfig, load_config
 from dash_megatron.data.batches import PackedBatch, num_target_tokens

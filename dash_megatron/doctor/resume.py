@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from dash_megatron.checkpoint.save_load import checkpoint_folder, finished_steps, tag_of
+from dash_megatron.checkpoint.folder import checkpoint_folder, finished_steps, tag_of
 from dash_megatron.config import Config, load_config
 from dash_megatron.doctor.runner import Finding
 from dash_megatron.doctor.session import Session

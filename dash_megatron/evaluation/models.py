@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dash_megatron.checkpoint.files import MANIFEST
-from dash_megatron.checkpoint.save_load import checkpoint_folder, tag_of
+from dash_megatron.checkpoint.folder import checkpoint_folder, tag_of
 from dash_megatron.checkpoint.weights import load_weights, whole_model
 from dash_megatron.config import Config, RopeScaling
 from dash_megatron.data.blend import blend_prefixes

@@ -21,7 +21,7 @@ from dash_megatron.hf.config import MODEL_FILE, llama_config
 from dash_megatron.hf.folder import take, write_pieces
 from dash_megatron.hf.names import pieces, to_hugging_face
 from dash_megatron.hf.tokenizer import export_tokenizer
-from dash_megatron.training.metrics import read_metrics
+from dash_megatron.json_lines import read_json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,8 @@ def _write(
     )
     logger.info("comparing the export with the training model")
     report = probe.compare(folder, weights, config, dtype)
-    lines = read_metrics(config.run_dir) if (Path(config.run_dir) / "metrics.jsonl").is_file() else []
+    logged = Path(config.run_dir) / "metrics.jsonl"
+    lines = read_json_lines(logged) if logged.is_file() else []
     last = [line for line in lines if line["step"] <= step][-1:]
-    (folder / "README.md").write_text(model_card(config, step, dict(last[0]) if last else {}, report, dtype))
+    (folder / "README.md").write_text(model_card(config, step, last[0] if last else {}, report, dtype))
     return report

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dash_megatron.checkpoint.save_load import tag_of
+from dash_megatron.checkpoint.folder import tag_of
 from dash_megatron.checkpoint.weights import load_weights, whole_model
 from dash_megatron.config import Config
 from dash_megatron.data.blend import blend_prefixes

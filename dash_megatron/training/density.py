@@ -103,14 +103,6 @@ class DensityController:
         self._means = {int(layer): mean for layer, mean in state.get("means", {}).items()}
 
 
-def moved_factors(attention: AttentionConfig, layers: int, state: Mapping[str, Any]) -> AttentionConfig:
-    """The config with the factors of a `DensityController`'s state in place of those that the run began with."""
-    if not state.get("factors"):
-        return attention
-    factors = [state["factors"].get(str(i), attention.layer_scaling_factor(i)) for i in range(layers)]
-    return attention.model_copy(update={"scaling_factor": tuple(factors)})
-
-
 def _log_odds(density: float) -> float:
     density = max(_LEAST, min(1 - _LEAST, density))
     return math.log(density / (1 - density))

@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from dash_megatron.checkpoint.save_load import agreed_steps
+from dash_megatron.checkpoint.folder import agreed_steps
 from dash_megatron.checkpoint.weights import open_weights
 from dash_megatron.config import AttentionConfig, ModelConfig
 from dash_megatron.hf.folder import MODEL_SECTIONS, FolderWeights, take

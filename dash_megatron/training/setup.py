@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import yaml
 
 from dash_megatron.config import Config
 from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.files import write_whole
 
 
 def set_up_logging(is_main: bool) -> None:
@@ -103,3 +105,9 @@ def load_tokenizer(config: Config) -> Tokenizer:
         if not value:
             raise ValueError(f"data.{name} is empty; set it in the YAML or as data.{name}=...")
     return Tokenizer(str(config.data.tokenizer))
+
+
+def write_config(config: Config, commit: str) -> None:
+    """Write `<run>/config.yaml`: the resolved config, with the code's commit in its first line."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    write_whole(Path(config.run_dir) / "config.yaml", f"# commit: {commit}\n{text}")

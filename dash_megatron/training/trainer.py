@@ -10,7 +10,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dash_megatron.checkpoint.save_load import Checkpointer, agreed_steps, finished_steps, write_config
+from dash_megatron.checkpoint.folder import agreed_steps, finished_steps
+from dash_megatron.checkpoint.loading import load_newest
+from dash_megatron.checkpoint.saving import Checkpointer
 from dash_megatron.config import Config
 from dash_megatron.config.flops import parameter_count
 from dash_megatron.data.batches import PackedBatch
@@ -39,6 +41,7 @@ from dash_megatron.training.setup import (
     padded_vocabulary,
     seed_everything,
     set_up_logging,
+    write_config,
 )
 from dash_megatron.training.sources import batch_source, open_rows
 from dash_megatron.training.stop import Halted, StopSignals, agree
@@ -148,7 +151,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Restore weights, optimizer, random state, step and data position: all or nothing."""
-        stored = self.checkpointer.load()
+        stored = load_newest(self.engine, self.config)
         if stored is None:
             return
         self.load_state_dict(stored.facts["trainer"])

@@ -126,13 +126,14 @@ def harm_data(prefix: Path, detail: str) -> Path:
 
 def install(place: str, step: int) -> None:
     """Make this process kill itself at a place of its code."""
-    from dash_megatron.checkpoint import files, save_load
+    from dash_megatron.checkpoint import files, saving, stored
+    from dash_megatron.checkpoint.folder import tag_of
     from dash_megatron.training.engine import Engine
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    tag = save_load.tag_of(step)
+    tag = tag_of(step)
     if place == "step":
         update, calls = Engine.step, iter(range(10**9))
 
@@ -143,14 +144,14 @@ def install(place: str, step: int) -> None:
 
         Engine.step = step_and_die  # type: ignore[method-assign]
     elif place == "copy":
-        copy = save_load.Checkpointer._describe
+        copy = saving.Checkpointer._describe
 
         def copy_and_die(self: Any, saved: int, *arguments: Any) -> Any:
             if saved == step:
                 die()
             return copy(self, saved, *arguments)
 
-        save_load.Checkpointer._describe = copy_and_die  # type: ignore[method-assign]
+        saving.Checkpointer._describe = copy_and_die  # type: ignore[method-assign]
     elif place == "write":
         write = files.write_tensors
 
@@ -173,13 +174,13 @@ def install(place: str, step: int) -> None:
             if mine:
                 die()
 
-        save_load.os.rename = rename_and_die  # type: ignore[assignment]
+        saving.os.rename = rename_and_die  # type: ignore[assignment]
     elif place == "load":
-        read, reads = files.StoredState.read, iter(range(10**9))
+        read, reads = stored.StoredState.read, iter(range(10**9))
 
         def read_and_die(self: Any, *arguments: Any) -> Any:
             if next(reads) == 10:
                 die()
             return read(self, *arguments)
 
-        files.StoredState.read = read_and_die  # type: ignore[method-assign]
+        stored.StoredState.read = read_and_die  # type: ignore[method-assign]

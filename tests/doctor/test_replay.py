@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from dash_megatron.__main__ import main
-from dash_megatron.checkpoint.save_load import write_config
 from dash_megatron.config import Config, ParallelConfig, config_from_dict
 from dash_megatron.data.batches import PackedBatch, pack_samples
 from dash_megatron.doctor import replay
 from dash_megatron.layers import build_model, init_weights
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
 from dash_megatron.training.faults import Fault, write_fault
+from dash_megatron.training.setup import write_config
 
 EOD, VOCAB, LENGTH = 1, 320, 128
 

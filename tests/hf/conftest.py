@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dash_megatron.checkpoint import files as files
+from dash_megatron.checkpoint import files
+from dash_megatron.checkpoint.stored import describe_fragments
 from dash_megatron.config import Config, config_from_dict
 from dash_megatron.layers import DashGPTModel, build_model, init_weights
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
@@ -100,7 +101,7 @@ def write_run(tiny_config: dict[str, Any], tmp_path: Path) -> Callable[..., tupl
             "layout": config.layout(1),
             "splits": {},
             "shapes": {key: list(value.shape) for key, value in weights.items()},
-            "fragments": files.describe_fragments([(0, dict.fromkeys(weights, 0))]),
+            "fragments": describe_fragments([(0, dict.fromkeys(weights, 0))]),
             "config": config.model_dump(mode="json"),
         }
         entries = {name_of: files.write_tensors(folder / name_of, parts)}

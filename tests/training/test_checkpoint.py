@@ -12,8 +12,8 @@ import deepspeed
 import pytest
 import torch.distributed as dist
 
-from dash_megatron.checkpoint import files, save_load
-from dash_megatron.checkpoint.save_load import CheckpointError, checkpoint_folder, finished_steps
+from dash_megatron.checkpoint import files
+from dash_megatron.checkpoint.folder import CheckpointError, checkpoint_folder, finished_steps, tag_of
 from dash_megatron.checkpoint.weights import open_weights
 from dash_megatron.config import config_from_dict
 from dash_megatron.parallel import destroy_process_groups
@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_is_named_kept_aside_and_skipped(
 
 def test_with_damaged_checkpoints_alone_a_run_does_not_begin_again_from_nothing(run: dict[str, Any]) -> None:
     for step in finished_steps(run["run_dir"]):
-        flip(folder_of(run) / save_load.tag_of(step))
+        flip(folder_of(run) / tag_of(step))
     with pytest.raises(ValueError, match="has no undamaged checkpoint"):
         train(run)
     assert len(list(folder_of(run).glob("*.damaged"))) == 4

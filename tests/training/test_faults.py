@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dash_megatron.checkpoint.save_load import finished_steps
+from dash_megatron.checkpoint.folder import finished_steps
 from dash_megatron.config import FaultsConfig
 from dash_megatron.data.batches import pack_samples
 from dash_megatron.training.faults import Fault, Guard, read_fault, write_fault

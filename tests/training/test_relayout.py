@@ -94,8 +94,8 @@ def test_moments_are_carried_over_and_not_made_anew(
     tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
     """Without them the first update after a resume is one of the size of the learning rate in every weight."""
-    from dash_megatron.checkpoint.files import StoredState
-    from dash_megatron.checkpoint.save_load import checkpoint_folder, tag_of
+    from dash_megatron.checkpoint.folder import checkpoint_folder, tag_of
+    from dash_megatron.checkpoint.stored import StoredState
 
     saved = layout_of(tiny_config, tmp_path / "run", "data2_zero1", training={"steps": 3})
     run_processes(2, train_all, [(saved, None)])

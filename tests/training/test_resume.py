@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dash_megatron.checkpoint.save_load import finished_steps
+from dash_megatron.checkpoint.folder import finished_steps
 from dash_megatron.checkpoint.weights import load_weights
 from dash_megatron.training.metrics import read_metrics
 from tests.training.workers import train_all

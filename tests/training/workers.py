@@ -147,10 +147,11 @@ def begin_all(cases: list[tuple[str, dict[str, Any], dict[str, int]]], folder: s
 
     Each process leaves the names of the files that it checked, and its error, in `<folder>/<name>_<rank>.json`.
     """
-    from dash_megatron.checkpoint import files, save_load
+    from dash_megatron.checkpoint import files
+    from dash_megatron.checkpoint import folder as checkpoints
 
     module, rank = keep_process_groups(), int(os.environ["RANK"])
-    finished_steps, checksum = save_load.finished_steps, files.checksum
+    finished_steps, checksum = checkpoints.finished_steps, files.checksum
     checked: list[str] = []
     faults: dict[str, int] = {}
 
@@ -163,7 +164,7 @@ def begin_all(cases: list[tuple[str, dict[str, Any], dict[str, int]]], folder: s
             raise OSError(errno.EIO, "Input/output error", str(path))
         return checksum(path)
 
-    save_load.finished_steps, files.checksum = watched_steps, watched_checksum
+    checkpoints.finished_steps, files.checksum = watched_steps, watched_checksum
     for name, tree, own_faults in cases:
         error = None
         checked.clear()

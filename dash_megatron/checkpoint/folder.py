@@ -1,0 +1,105 @@
+"""A run's folder of checkpoints, `<run>/checkpoints/`: which steps it has, and how a checkpoint comes and goes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dash_megatron.retry import retry
+
+logger = logging.getLogger(__name__)
+
+_TAG = re.compile(r"step_(\d{8,})")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or moved; those published before are whole."""
+
+
+def checkpoint_folder(run_dir: str | Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(run_dir) / "checkpoints"
+
+
+def tag_of(step: int) -> str:
+    """Folder name of a step's checkpoint."""
+    return f"step_{step:08d}"
+
+
+def finished_steps(run_dir: str | Path) -> list[int]:
+    """Steps of which a published checkpoint exists, oldest first."""
+    folder = checkpoint_folder(run_dir)
+    names = [_TAG.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(match.group(1)) for match in names if match)
+
+
+def agreed_steps(run_dir: str | Path) -> list[int]:
+    """As `finished_steps`, on all processes as rank 0 sees the folder, which others may be saving to; collective."""
+    steps = [finished_steps(run_dir)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(steps)
+    return steps[0]
+
+
+def on_main(function: Callable[[], object]) -> str | None:
+    """Call a function on rank 0 and give the text of its OSError, or None, to all processes; collective."""
+    message: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            function()
+        except OSError as error:
+            message = [error.strerror or str(error)]
+    dist.broadcast_object_list(message)
+    return message[0]
+
+
+def make_empty(folder: Path, seconds: float) -> None:
+    """Make a folder, after removing what earlier processes left unfinished beside it.
+
+    Args:
+        folder: in a run's folder of checkpoints, which is made too.
+        seconds: how long to try again where the file system is full or away.
+    """
+
+    def make() -> None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for remains in (*folder.parent.glob("*.partial"), *folder.parent.glob("*.removed")):
+            shutil.rmtree(remains, ignore_errors=True)
+        folder.mkdir()
+
+    retry(make, f"make {folder}", seconds, folder.parent)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, which is no checkpoint any more when the removal has only begun."""
+    if folder.exists():
+        away = folder.with_suffix(".removed")
+        shutil.rmtree(away, ignore_errors=True)
+        os.rename(folder, away)
+        # large folders take a file system seconds, for which nobody should wait
+        threading.Thread(
+            target=shutil.rmtree, args=(away,), kwargs={"ignore_errors": True}, daemon=True
+        ).start()
+
+
+def set_aside(folder: Path, problem: str) -> None:
+    """Rename a damaged checkpoint to `*.damaged`, so that it is kept and no longer found.
+
+    Args:
+        folder: the checkpoint.
+        problem: what is wrong with it, for the log.
+    """
+    place = folder.with_name(f"{folder.name}.damaged")
+    number = 1
+    while place.exists():
+        number += 1
+        place = place.with_suffix(f".damaged{number}")
+    os.rename(folder, place)
+    logger.warning("%s is damaged (%s): kept as %s and skipped", folder.name, problem, place.name)

@@ -1,0 +1,140 @@
+"""Load a run's newest checkpoint into an engine, in whatever layout it was saved."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch.distributed as dist
+from torch import Tensor
+
+from dash_megatron.checkpoint.files import agreed_damage
+from dash_megatron.checkpoint.folder import (
+    CheckpointError,
+    agreed_steps,
+    checkpoint_folder,
+    on_main,
+    set_aside,
+    tag_of,
+)
+from dash_megatron.checkpoint.state import TrainingState, set_random_state
+from dash_megatron.checkpoint.stored import StoredState
+from dash_megatron.config import Config, config_from_dict
+from dash_megatron.layers.sharding import shard, split_of, whole_shape
+from dash_megatron.parallel import tensor_group
+
+logger = logging.getLogger(__name__)
+
+
+def load_newest(engine: TrainingState, config: Config) -> StoredState | None:
+    """Load the newest checkpoint that is undamaged; collective.
+
+    Args:
+        engine: whose weights, moments and count of updates are set.
+        config: the run.
+
+    Returns:
+        What was stored, of which weights, optimizer and random state are set already. None without checkpoints.
+
+    Raises:
+        ValueError: the checkpoint is of another model, or there are only damaged ones.
+        CheckpointError: a damaged one could not be set aside.
+    """
+    step = _newest_undamaged(config)
+    if step is None:
+        return None
+    stored = StoredState(checkpoint_folder(config.run_dir) / tag_of(step))
+    _check_same_run(stored, config)
+    _check_shapes(stored, engine)
+    engine.load_state(_reader(stored, engine), stored.facts["adam_steps"])
+    layout = config.layout(dist.get_world_size())
+    if stored.facts["layout"] == layout:
+        set_random_state(stored.random_state(dist.get_rank()))
+    else:
+        logger.info("%s was saved by %s and goes on as %s", stored.folder, stored.facts["layout"], layout)
+    return stored
+
+
+def _newest_undamaged(config: Config) -> int | None:
+    """The newest step whose files are as they were written; damaged ones are set aside. Collective."""
+    folder, steps = checkpoint_folder(config.run_dir), agreed_steps(config.run_dir)
+    for step in reversed(steps):
+        place = folder / tag_of(step)
+        problem = agreed_damage(place, config.checkpoint.retry_seconds)
+        if problem is None:
+            return step
+        failure = on_main(lambda place=place, problem=problem: set_aside(place, problem))  # type: ignore[misc]
+        if failure:
+            raise CheckpointError(failure)
+    if steps:
+        raise ValueError(
+            f"{folder} has no undamaged checkpoint: those of steps {steps} were set aside as "
+            "*.damaged; restore one from a copy, or remove them all to begin from scratch"
+        )
+    return None
+
+
+def _reader(stored: StoredState, engine: TrainingState) -> Callable[[str, str, int, int], Tensor]:
+    """Reads this tensor-parallel rank's elements, from whatever tensor-parallel size."""
+    group = tensor_group()
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    own = {name: split_of(parameter) for name, parameter in engine.module.named_parameters()}
+
+    def read(kind: str, name: str, start: int, numel: int) -> Tensor:
+        if stored.tensor_size == size or own[name] is None:
+            source = rank if stored.tensor_size == size else 0
+            return stored.read(kind, name, source, start, numel)
+        part = shard(stored.whole(kind, name), own[name], rank, size)
+        return part.flatten()[start : start + numel]
+
+    return read
+
+
+def _check_shapes(stored: StoredState, engine: TrainingState) -> None:
+    size = dist.get_world_size(tensor_group())
+    shapes = {
+        name: whole_shape(shape, split_of(engine.module.get_parameter(name)), size)
+        for name, shape in engine.local_shapes().items()
+    }
+    for name in sorted(shapes.keys() | stored.shapes.keys()):
+        before = stored.whole_shape(name) if name in stored.shapes else None
+        if shapes.get(name) != before:
+            raise ValueError(
+                f"{name} has shape {shapes.get(name)} in this run and {before} in {stored.folder}; restore the "
+                "config (model, attention, parallel.tensor pads the vocabulary), or choose a new run_dir"
+            )
+
+
+def _check_same_run(stored: StoredState, config: Config) -> None:
+    # a run may go on with another layout, and with one where that of its checkpoint is refused today
+    saved = config_from_dict({**stored.facts["config"], "parallel": {}})
+    for name, old in saved.model:
+        new = getattr(config.model, name)
+        if old != new:
+            raise ValueError(
+                f"model.{name}={new} differs from {old} in {stored.folder}; restore it, or choose a new run_dir"
+            )
+    order = {
+        "data.train": (saved.data.train, config.data.train),
+        "data.seq_length": (saved.data.seq_length, config.data.seq_length),
+        "training.seed": (saved.training.seed, config.training.seed),
+    }
+    for name, (before, now) in order.items():
+        if before != now:
+            logger.warning(
+                "%s was %s and is now %s: the run goes on at its sample number, yet in another order of samples, "
+                "so that some are read twice and others never",
+                name,
+                before,
+                now,
+            )
+    for name, before in saved.attention:
+        now = getattr(config.attention, name)
+        if before != now and name != "backend":
+            logger.warning(
+                "attention.%s was %s and is now %s: the run goes on with weights that were trained with the former; "
+                "restore it if that is not meant",
+                name,
+                before,
+                now,
+            )

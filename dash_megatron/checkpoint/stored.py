@@ -1,0 +1,135 @@
+"""What a checkpoint holds, read back on the CPU: tensors by parameter, whole or any range of elements of a shard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dash_megatron.checkpoint.files import DESCRIPTION, FORMAT, PROBE, state_file
+from dash_megatron.layers.sharding import Split, join, whole_shape
+
+
+class StoredState:
+    """Reads a checkpoint's weights and moments, by parameter and range; on CPU, without process groups.
+
+    Args:
+        folder: the checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no description.
+        ValueError: it is none, or of an unknown format.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / DESCRIPTION
+        self.facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if self.facts.get("format") != FORMAT:
+            raise ValueError(
+                f"{path}: format={self.facts.get('format')} must be {FORMAT}; read it with the code that wrote it"
+            )
+        self.shapes: dict[str, list[int]] = self.facts["shapes"]
+        self.splits = {name: Split(*values) for name, values in self.facts["splits"].items()}
+        self.tensor_size: int = self.facts["layout"]["tensor"]
+        self._files: dict[str, Any] = {}
+        # for each parameter of each tensor-parallel rank: where its fragments start, and in which files they are
+        self._places: dict[tuple[str, int], dict[int, str]] = {}
+        for file, held in self.facts["fragments"].items():
+            for name, start in held["starts"].items():
+                self._places.setdefault((name, held["tensor_rank"]), {})[start] = file
+
+    def read(self, kind: str, name: str, tensor_rank: int, start: int, numel: int) -> Tensor:
+        """Elements of a flattened parameter of a tensor-parallel rank of the run that wrote it: float32 [numel].
+
+        Raises:
+            ValueError: the files do not hold all of them, or one is damaged.
+        """
+        result = torch.empty(numel)
+        missing, stop = numel, start + numel
+        for first, file in self._places.get((name, tensor_rank), {}).items():
+            stored = self._open(file).get_slice(f"{kind}/{name}")
+            begin, end = max(start, first), min(stop, first + stored.get_shape()[0])
+            if begin < end:
+                result[begin - start : end - start] = stored[begin - first : end - first]
+                missing -= end - begin
+        if missing:
+            raise ValueError(f"{self.folder} lacks {missing} of {numel} elements of {kind}/{name}")
+        return result
+
+    def shard(self, kind: str, name: str, tensor_rank: int) -> Tensor:
+        """A parameter of one tensor-parallel rank, in its shape."""
+        shape = self.shapes[name]
+        return self.read(kind, name, tensor_rank, 0, torch.Size(shape).numel()).view(shape)
+
+    def whole(self, kind: str, name: str) -> Tensor:
+        """A parameter, whole."""
+        split = self.splits.get(name)
+        ranks = range(self.tensor_size if split is not None else 1)
+        return join([self.shard(kind, name, rank) for rank in ranks], split)
+
+    def whole_shape(self, name: str) -> list[int]:
+        """Shape of a parameter, whole."""
+        return whole_shape(self.shapes[name], self.splits.get(name), self.tensor_size)
+
+    def random_state(self, rank: int) -> dict[str, Tensor]:
+        """Random states of a process, by device."""
+        tensors = self._all(state_file(rank), "random/")
+        return {key.removeprefix("random/"): tensor for key, tensor in tensors.items()}
+
+    def probe(self) -> dict[str, Tensor]:
+        """The row of tokens whose loss is known."""
+        return self._all(PROBE)
+
+    def _all(self, name: str, prefix: str = "") -> dict[str, Tensor]:
+        file = self._open(name)
+        keys: list[str] = list(file.keys())
+        return {key: file.get_tensor(key) for key in keys if key.startswith(prefix)}
+
+    def _open(self, name: str) -> Any:
+        if name not in self._files:
+            try:
+                self._files[name] = safe_open(self.folder / name, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{self.folder / name} is damaged: {error}") from error
+        return self._files[name]
+
+
+class CheckpointWeights(Mapping[str, Tensor]):
+    """A checkpoint's float32 master weights by parameter name, each read and made whole when asked for.
+
+    Files are mapped, not read: what is asked for takes memory, and what was given back and dropped takes none.
+    """
+
+    def __init__(self, state: StoredState) -> None:
+        self.state = state
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.state.shapes:
+            raise KeyError(name)
+        return self.state.whole("weight", name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state.shapes)
+
+    def __len__(self) -> int:
+        return len(self.state.shapes)
+
+
+def describe_fragments(
+    ranks: Sequence[tuple[int, dict[str, int]]],
+) -> dict[str, dict[str, Any]]:
+    """The description's part about fragments.
+
+    Args:
+        ranks: of each process its tensor-parallel rank and the first elements of what it keeps.
+    """
+    return {
+        state_file(rank): {"tensor_rank": tensor_rank, "starts": starts}
+        for rank, (tensor_rank, starts) in enumerate(ranks)
+    }
