@@ -83,4 +83,4 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports --no-logo --no-cache
 
 docs: $(VENV)/.installed
-	$(BIN)/python -m dash_megatron.config.loading > docs/configuration.md
+	$(BIN)/python -m docs.tools.configuration > docs/configuration.md

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from dash_megatron.config.loading import read_yaml
 
 # options that submit.py has, or on which the batch script relies
 _RESERVED = frozenset(
@@ -25,7 +26,6 @@ def _as_text(value: Any) -> Any:
 _RULES = {
     "tuple_type": "must be a list, such as [first, second]",
     "dict_type": "must be lines of NAME: value",
-    "model_type": "a site file must be lines of key: value",
     "string_type": "must be text; put it in quotes",
 }
 
@@ -81,14 +81,9 @@ def load_site(path: Path) -> Site:
     Raises:
         ValueError: unreadable, no YAML, an unknown key or a wrong value.
     """
+    tree = read_yaml(path, f"--site {path}", "lines of key: value")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--site {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--site {path} is not valid YAML: {error}") from error
-    try:
-        return Site.model_validate({} if tree is None else tree)
+        return Site.model_validate(tree)
     except ValidationError as error:
         lines = []
         for problem in error.errors(include_url=False):

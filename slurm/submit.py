@@ -18,10 +18,11 @@ from pathlib import Path
 
 import yaml
 from ask import NO_ANSWER, ask
-from site_file import Site, load_site
 
 # the rules that are checked here are those of the train.py that will run, not of another installed version
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from site_file import Site, load_site
 
 from dash_megatron.config import Config, load_config
 

@@ -1,22 +1,16 @@
 """The run's configuration: typed sections, the rules between them, and how YAML and overrides are read."""
 
 from dash_megatron.config.attention import AttentionConfig
-from dash_megatron.config.baselines import InfLLMv2Config, NSAConfig
+from dash_megatron.config.data import DataConfig
 from dash_megatron.config.evaluation import TASK_NAMES, EvaluationConfig
 from dash_megatron.config.loading import ConfigError, config_from_dict, load_config, read_rope_scaling
-from dash_megatron.config.rope import RopeScaling
-from dash_megatron.config.running import CheckpointConfig, FaultsConfig, LoggingConfig
+from dash_megatron.config.model import ModelConfig, RopeScaling
+from dash_megatron.config.operation import CheckpointConfig, FaultsConfig, LoggingConfig
+from dash_megatron.config.parallel import ParallelConfig, ZeroConfig
+from dash_megatron.config.run import Config
 from dash_megatron.config.section import Section
-from dash_megatron.config.sections import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    ScheduleConfig,
-    TrainingConfig,
-    ZeroConfig,
-)
+from dash_megatron.config.topk import InfLLMv2Config, NSAConfig
+from dash_megatron.config.training import OptimizerConfig, ScheduleConfig, TrainingConfig
 
 __all__ = [
     "TASK_NAMES",

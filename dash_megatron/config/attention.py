@@ -9,58 +9,58 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from dash_megatron.config.baselines import InfLLMv2Config, NSAConfig, check_baseline
 from dash_megatron.config.section import Section
+from dash_megatron.config.topk import InfLLMv2Config, NSAConfig
 
 
 class AttentionConfig(Section):
-    """Which core attention runs in which layer, and the constants of DashAttention (arXiv 2605.18753)."""
+    """The core attention of every layer, and the constants of DashAttention (arXiv 2605.18753)."""
 
     kind: Literal["dash", "full", "infllmv2", "nsa"] = "dash"
-    """`dash` is DashAttention; `full` trains the dense twin of the same config, `infllmv2` and `nsa` twins that attend to
-    a fixed number of chunks. These two run without context parallelism and have no Hugging Face export."""
+    """`dash` is DashAttention; `full` trains the dense twin of the same config; `infllmv2` and `nsa` train twins that attend
+    to a fixed number of chunks, without context parallelism and without a Hugging Face export."""
     chunk_size: Literal[16, 32, 64, 128] = 64
-    """Tokens summarised into one routing key. One token stands out from the mean of C by about sqrt(head_dim / C): with heads
-    of 64 dimensions, chunks of 32 found more needles than chunks of 64, learned better in models of 16M parameters, in those of
-    62M not beyond chance, and take attention 1.5 to 1.7 times as long (docs/results/quality.md)."""
+    """Tokens summarized into one routing key. Smaller chunks are selected more precisely and take attention longer. One
+    token stands out from the mean of C tokens by about sqrt(head_dim / C)."""
     scaling_factor: float | tuple[float, ...] = 1.0
-    """Multiplies routing scores before entmax, above 0; larger values select fewer chunks. A list has one for each
-    layer."""
+    """Multiplies the routing scores before entmax and must be above 0; larger values select fewer chunks. A list has one
+    factor for each layer."""
     length_scaling: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Above 0, routing scores of a token with n past chunks are also multiplied by `1 + length_scaling * ln(n)`: of
-    adaptive-scalable entmax (arXiv 2506.16640) the growth with length, which works against selecting more and more
-    chunks as documents grow. Try it where density rises at late positions, or beyond the lengths trained on; at 1000
+    """Above 0, the routing scores of a token with n past chunks are also multiplied by `1 + length_scaling * ln(n)`, as in
+    adaptive-scalable entmax (arXiv 2506.16640); it keeps the density from rising with the length of a document. At 1000
     chunks, 0.1 makes a factor of 1.7."""
     learned_scaling: bool = False
-    """Learn a factor on the routing scores for each kv head of each layer, beginning at 1; it multiplies
-    `scaling_factor`. Try it where the heads of a layer differ in density, or no single factor suits them."""
+    """Learn a factor on the routing scores for each kv head of each layer; it starts at 1 and multiplies
+    `scaling_factor`."""
     target_density: float | tuple[float, ...] | dict[int, float | tuple[float, ...]] | None = None
-    """Share of the available chunks to be selected, of all tokens together, above 0 and up to 1: about the share of full
-    attention's pairs that is attended to. Each layer's scaling factor is moved, from `scaling_factor` on, until its router
-    selects that much. A list has one for each layer. A schedule, such as `{0: 1.0, 2000: 0.25}`, says from which step on,
-    with straight lines between, and starts dense for a warm-up. Each query head of a group selects at least one past chunk,
-    and all attend to what any selects: targets near (1 + heads / kv_heads) chunks a token leave nothing to choose."""
+    """Share of the causally available chunks to be selected, over all tokens together, above 0 and up to 1: about the share
+    of full attention's pairs that is attended to. The scaling factor of each layer is moved, starting from
+    `scaling_factor`, until its router selects that share. A list has one target for each layer. A schedule, such as
+    `{0: 1.0, 2000: 0.25}`, gives targets by step, with straight lines between them. Every query head of a group selects at
+    least one past chunk, and all heads of the group attend to what any of them selects: a target near
+    (1 + heads / kv_heads) chunks a token leaves the router no choice."""
     sigma: float = Field(default=2.0, gt=0)
-    """Flattens the router's prior on the softmax; 2 is the flattest whose router gradient is bounded."""
+    """Flattens the router's prior on the softmax; 2 is the flattest prior whose router gradient is bounded."""
     estimate_diagonal: bool = True
-    """Centre the log prior on its mean over selected past chunks, so that the token's own chunk has prior 0."""
+    """Centre the log prior on its mean over the selected past chunks, so that the token's own chunk has prior 0."""
     alpha: float = Field(default=1.5, gt=1, le=2)
-    """Entmax exponent: near 1 is close to softmax (dense), 2 is sparsemax; 1.5 is the fast path."""
+    """Exponent of entmax: near 1 it is close to softmax (dense), 2 is sparsemax; 1.5 is the fast path."""
     full_layers: tuple[int, ...] = ()
     """Layers, counted from 0, that use full attention although `kind` is another."""
     backend: Literal["auto", "reference", "triton"] = "auto"
-    """Implementation of sparse attention: Triton kernels on CUDA where present (`auto`), pure torch, or Triton."""
+    """Implementation of sparse attention: pure torch (`reference`), Triton kernels (`triton`), or Triton on CUDA where it is
+    installed and pure torch elsewhere (`auto`)."""
     infllmv2: InfLLMv2Config = Field(default_factory=InfLLMv2Config)
-    """What `kind: infllmv2` chooses. Its fields are below."""
+    """Which chunks `kind: infllmv2` selects. Its fields are below."""
     nsa: NSAConfig = Field(default_factory=NSAConfig)
-    """What `kind: nsa` chooses. Its fields are below."""
+    """Which chunks `kind: nsa` selects. Its fields are below."""
 
     def layer_scaling_factor(self, layer: int) -> float:
         """`scaling_factor` of a layer, counted from 0."""
         return self.scaling_factor[layer] if isinstance(self.scaling_factor, tuple) else self.scaling_factor
 
     def target_density_at(self, step: int, layer: int) -> float | None:
-        """`target_density` of a layer, counted from 0, after some steps."""
+        """`target_density` of a layer, counted from 0, after `step` finished steps; None where there is no target."""
         if not isinstance(self.target_density, dict):
             return _of_layer(self.target_density, layer)
         steps = sorted(self.target_density)
@@ -74,7 +74,7 @@ class AttentionConfig(Section):
         return first + (second - first) * (step - before) / (steps[after] - before)
 
     def final_density(self, layers: int) -> float | None:
-        """The last `target_density`, mean over the layers that select among so many; None: no target."""
+        """The mean of the last `target_density` over those of `layers` layers that route; None where there is no target."""
         last = max(self.target_density, default=0) if isinstance(self.target_density, dict) else 0
         selecting = (layer for layer in range(layers) if layer not in self.full_layers)
         targets = [self.target_density_at(last, layer) for layer in selecting]
@@ -83,7 +83,7 @@ class AttentionConfig(Section):
 
     @property
     def target_density_lists(self) -> list[tuple[float, ...]]:
-        """All lists of targets by layer."""
+        """All the lists in `target_density`, each with one target for each layer."""
         target = self.target_density
         values = target.values() if isinstance(target, dict) else [target]
         return [value for value in values if isinstance(value, tuple)]
@@ -113,8 +113,31 @@ class AttentionConfig(Section):
         if not all(0 < factor < math.inf for factor in factors):
             raise ValueError(f"attention.scaling_factor={self.scaling_factor} must be above 0, such as 1.0")
         if self.kind in ("infllmv2", "nsa"):
-            check_baseline(self.kind, self.nsa if self.kind == "nsa" else self.infllmv2, self.chunk_size)
+            section = self.nsa if self.kind == "nsa" else self.infllmv2
+            section.check_chunks(self.chunk_size, f"attention.{self.kind}.")
         return self
+
+    def check_layers(self, layers: int) -> None:
+        """Refuse layers that the model does not have, and lists of another length than its number of layers.
+
+        Raises:
+            ValueError: naming field, value, rule and remedy.
+        """
+        wrong = [index for index in self.full_layers if not 0 <= index < layers]
+        if wrong:
+            raise ValueError(
+                f"attention.full_layers={list(self.full_layers)} names layer {wrong[0]}, but model.layers={layers}: layers "
+                f"are counted from 0 to {layers - 1}"
+            )
+        factors = [self.scaling_factor] if isinstance(self.scaling_factor, tuple) else []
+        lists = [("scaling_factor", values) for values in factors]
+        lists += [("target_density", values) for values in self.target_density_lists]
+        for name, values in lists:
+            if len(values) != layers:
+                raise ValueError(
+                    f"attention.{name} lists {len(values)} numbers and must list model.layers={layers}, or be one number "
+                    "for all layers"
+                )
 
 
 def _of_layer(value: float | tuple[float, ...] | None, layer: int) -> float | None:

@@ -1,4 +1,4 @@
-"""The `evaluation` section, and its rules."""
+"""Section `evaluation`."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ TASK_NAMES = (
 
 
 class EvaluationConfig(Section):
-    """Validation and tasks during training, on the model as it is and in any layout."""
+    """Validation and tasks during training, on the current weights and in any layout."""
 
     every: int = Field(default=0, ge=0)
     """Steps between validations; 0 = never. A run that validates also does so after the last step."""
     samples: int = Field(default=64, gt=0)
     """Validation sequences per validation, always the same ones."""
     tasks: tuple[str, ...] = ()
-    """Tasks of `python -m dash_megatron evaluate` that are scored during training: on the same samples, from the text of
-    `data.valid`, by whether the right answer is the likeliest one. docs/evaluation.md lists them."""
+    """Tasks of `python -m dash_megatron evaluate` that are scored during training, always on the same samples, made from the
+    text of `data.valid`. A sample counts as right where every token of the answer is the argmax of the logits.
+    docs/evaluation.md lists the tasks."""
     tasks_every: int = Field(default=0, ge=0)
     """Steps between scores of `tasks`; 0 = never. A run that scores them also does so after the last step."""
     task_samples: int = Field(default=20, gt=0)
-    """Samples of each task and length, and for `needle` of each depth, as `evaluate --samples`."""
+    """Samples of each task and length, and for `needle` of each depth, as in `evaluate --samples`."""
     task_lengths: tuple[int, ...] = ()
-    """Tokens of prompt and answer, as `evaluate --lengths`, at most `data.seq_length`; an empty list means that length."""
+    """Tokens of prompt and answer together, as in `evaluate --lengths`, at most `data.seq_length`; an empty list means
+    `data.seq_length`."""
 
     @model_validator(mode="after")
     def _check(self) -> EvaluationConfig:
@@ -51,28 +53,26 @@ class EvaluationConfig(Section):
             )
         return self
 
+    def check_data(self, valid: tuple[str, ...], seq_length: int) -> None:
+        """Refuse evaluations that have no data, and tasks that do not fit into a row.
 
-def check_evaluation(evaluation: EvaluationConfig, valid: tuple[str, ...], seq_length: int) -> None:
-    """Refuse what has no data, or does not fit into a row.
+        Args:
+            valid: `data.valid`.
+            seq_length: tokens of a row.
 
-    Args:
-        evaluation: the section.
-        valid: `data.valid`.
-        seq_length: tokens of a row.
-
-    Raises:
-        ValueError: naming field, value, rule and remedy.
-    """
-    for name in ("every", "tasks_every"):
-        value = getattr(evaluation, name)
-        if value and not valid:
-            raise ValueError(
-                f"evaluation.{name}={value} needs data.valid, which is empty; "
-                f"name a validation set or set evaluation.{name}=0"
-            )
-    for length in evaluation.task_lengths:
-        if not 2 <= length <= seq_length:
-            raise ValueError(
-                f"evaluation.task_lengths={list(evaluation.task_lengths)}: {length} must be at least 2 and at most "
-                f"data.seq_length={seq_length}, the rows that the model computes; leave it to `evaluate`"
-            )
+        Raises:
+            ValueError: naming field, value, rule and remedy.
+        """
+        for name in ("every", "tasks_every"):
+            value = getattr(self, name)
+            if value and not valid:
+                raise ValueError(
+                    f"evaluation.{name}={value} needs data.valid, which is empty; "
+                    f"name a validation set or set evaluation.{name}=0"
+                )
+        for length in self.task_lengths:
+            if not 2 <= length <= seq_length:
+                raise ValueError(
+                    f"evaluation.task_lengths={list(self.task_lengths)}: {length} must be at least 2 and at most "
+                    f"data.seq_length={seq_length}, the rows that the model computes; leave it to `evaluate`"
+                )

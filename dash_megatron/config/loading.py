@@ -1,25 +1,47 @@
-"""Read a config from YAML and `section.key=value` overrides, and write its reference page."""
+"""Read YAML files, apply `section.key=value` overrides, and explain what is wrong with them."""
 
 from __future__ import annotations
 
 import difflib
-import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import PydanticUndefined
+from pydantic import ValidationError
 
-from dash_megatron.config.rope import RopeScaling
-from dash_megatron.config.sections import Config
+from dash_megatron.config.model import RopeScaling
+from dash_megatron.config.run import Config
+from dash_megatron.config.section import section_of
 
 
 class ConfigError(ValueError):
     """A config that cannot be run; the message names the field, the value, the rule and the fix."""
 
 
-def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+def read_yaml(path: str | Path, name: str, keys: str) -> dict[str, Any]:
+    """Read a YAML file of `key: value` lines; an empty file has none.
+
+    Args:
+        path: the file.
+        name: the file in messages, such as "--config run.yaml".
+        keys: what the file should hold, for messages, such as "sections (model:, data:, ...)".
+
+    Raises:
+        ConfigError: the file cannot be read, is not valid YAML, or holds something else.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read: {error.strerror}; give a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name} is not valid YAML: {error}") from error
+    if tree is not None and not isinstance(tree, dict):
+        raise ConfigError(f"{name} must hold {keys}, not {type(tree).__name__}")
+    return tree or {}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read one YAML file, apply overrides in order, and check every rule that needs no process group.
 
     Args:
@@ -29,16 +51,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     Raises:
         ConfigError: unreadable file, malformed YAML, unknown key, wrong type, or a broken rule.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}; give a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"--config {path} must hold sections (model:, data:, ...), not {type(tree).__name__}"
-        )
+    tree = read_yaml(path, f"--config {path}", "sections (model:, data:, ...)")
     for override in overrides:
         _apply_override(tree, override)
     return config_from_dict(tree)
@@ -53,8 +66,7 @@ def config_from_dict(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(dict(problem)) for problem in error.errors(include_url=False)]
-        raise ConfigError("\n".join(lines)) from None
+        raise ConfigError("\n".join(explain(error))) from None
 
 
 def read_rope_scaling(text: str) -> RopeScaling:
@@ -63,44 +75,68 @@ def read_rope_scaling(text: str) -> RopeScaling:
     Raises:
         ConfigError: malformed YAML, unknown key, wrong type, or a broken rule.
     """
+    name = f"--rope-scaling {text!r}"
     try:
-        return RopeScaling.model_validate(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--rope-scaling {text!r} is not valid YAML: {error}") from error
+        return RopeScaling.model_validate(_parse(text, name))
     except ValidationError as error:
-        lines = [_explain(dict(problem)) for problem in error.errors(include_url=False)]
-        raise ConfigError("\n".join(f"--rope-scaling {text!r}: {line}" for line in lines)) from None
+        raise ConfigError("\n".join(f"{name}: {line}" for line in explain(error))) from None
+
+
+def explain(
+    error: ValidationError, page: str = "docs/configuration.md", known: Sequence[str] = ()
+) -> list[str]:
+    """One line for each problem that pydantic found.
+
+    Args:
+        error: what pydantic raised.
+        page: the document that describes the keys.
+        known: the keys that may stand where an unknown one was found; where empty, the nearest key of a config is named.
+    """
+    return [_explain(dict(problem), page, known) for problem in error.errors(include_url=False)]
+
+
+def _explain(problem: dict[str, Any], page: str, known: Sequence[str]) -> str:
+    # where a value may be of several types, pydantic adds the type it tried
+    path = [str(part) for part in problem["loc"] if part not in ("float", "tuple[float, ...]")]
+    key, value = ".".join(path), problem.get("input")
+    if problem["type"] == "extra_forbidden":
+        if known:
+            return f"{key} is not a known key; the keys are {', '.join(known)}: see {page}"
+        return f"{key}={value!r} is not a known key{_suggestion(path)}; see {page}"
+    if problem["type"] == "missing":
+        return f"{key} is missing and has no default; set it, see {page}"
+    if problem["type"] == "value_error":  # a rule of ours, which already names its fields
+        return str(problem["ctx"]["error"])
+    return f"{key}={value!r}: {problem['msg']}; see {page}"
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r} must read section.key=value, such as optimizer.lr=3e-4")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    set_key(tree, key, _parse(text, f"override {override!r}: the value"), f"override {override!r}")
+
+
+def set_key(tree: dict[str, Any], key: str, value: Any, name: str) -> None:
+    """Set `section.key` in nested dictionaries, making the sections that are missing.
+
+    Raises:
+        ConfigError: a section of the key is a value in the tree; the message begins with `name`.
+    """
     *sections, leaf = key.split(".")
     node = tree
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {section} is a value, not a section")
+            raise ConfigError(f"{name}: {section} is a value, not a section; see docs/configuration.md")
     node[leaf] = value
 
 
-def _explain(problem: dict[str, Any]) -> str:
-    """One line for one pydantic problem."""
-    # where a value may be of several types, pydantic adds the type it tried
-    path = [str(part) for part in problem["loc"] if part not in ("float", "tuple[float, ...]")]
-    key, value = ".".join(path), problem.get("input")
-    if problem["type"] == "extra_forbidden":
-        return f"{key}={value!r} is not a known key{_suggestion(path)}; see docs/configuration.md"
-    if problem["type"] == "missing":
-        return f"{key} is missing and has no default; set it in the YAML or as {key}=value"
-    if problem["type"] == "value_error":  # a rule of ours, which already names its fields
-        return str(problem["ctx"]["error"])
-    return f"{key}={value!r}: {problem['msg']}; see docs/configuration.md"
+def _parse(text: str, name: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is not valid YAML: {error}") from error
 
 
 def _suggestion(path: list[str]) -> str:
@@ -117,80 +153,7 @@ def _known_keys() -> list[str]:
     keys = []
     for name, field in Config.model_fields.items():
         keys.append(name)
-        section = _section_of(field)
+        section = section_of(field)
         if section is not None:
             keys += [f"{name}.{leaf}" for leaf in section.model_fields]
     return keys
-
-
-def render_reference() -> str:
-    """The text of `docs/configuration.md`, from the docstrings of the sections and their fields."""
-    lines = [
-        "# Configuration reference",
-        "",
-        "Generated from the sections in `dash_megatron/config/` by `make docs`. A run is one YAML file of these sections; any key",
-        "can be overridden on the command line: `train.py --config FILE section.key=value`.",
-        "",
-        f"`run_dir` (text, required): {Config.model_fields['run_dir'].description}",
-    ]
-    for name, field in Config.model_fields.items():
-        lines += _render_section(name, _section_of(field))
-    return "\n".join(lines) + "\n"
-
-
-def _section_of(field: Any) -> type[BaseModel] | None:
-    """The section that a field holds, which may also be null; None for a value."""
-    for kind in typing.get_args(field.annotation) or (field.annotation,):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
-
-
-def _render_section(name: str, section: type[BaseModel] | None) -> list[str]:
-    if section is None:
-        return []
-    lines = ["", f"## {name}", "", (section.__doc__ or "").strip(), ""]
-    lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
-    inner_sections: list[str] = []
-    for leaf, inner in section.model_fields.items():
-        default = "required" if inner.is_required() else f"`{_default_text(inner)}`"
-        meaning = " ".join((inner.description or "").split())
-        lines.append(f"| `{leaf}` | {_type_text(inner)} | {default} | {meaning} |")
-        inner_sections += _render_section(f"{name}.{leaf}", _section_of(inner))
-    return lines + inner_sections
-
-
-def _default_text(field: Any) -> str:
-    value = field.default_factory() if field.default is PydanticUndefined else field.default
-    if isinstance(value, BaseModel):
-        value = {}  # every key of the section at its default
-    if isinstance(value, tuple):
-        value = list(value)
-    return yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
-
-
-def _type_text(field: Any) -> str:
-    annotation = field.annotation
-    section = _section_of(field)
-    if section is not None:
-        return "section or null" if type(None) in typing.get_args(annotation) else "section"
-    if typing.get_origin(annotation) is typing.Literal:
-        return ", ".join(f"`{choice}`" for choice in typing.get_args(annotation))
-    text = getattr(annotation, "__name__", "") if isinstance(annotation, type) else ""
-    text = text if text and not typing.get_args(annotation) else str(annotation)
-    for old, new in (("typing.Any", "any"), ("str", "text"), (" | None", " or null"), ("|", "or")):
-        text = text.replace(old, new)
-    bounds = [
-        f"{sign} {getattr(rule, name)}"
-        for rule in field.metadata
-        for name, sign in _BOUNDS
-        if hasattr(rule, name)
-    ]
-    return " ".join([text, *(f"({bound})" for bound in bounds)])
-
-
-_BOUNDS = (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
-
-
-if __name__ == "__main__":
-    print(render_reference(), end="")

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dash_megatron.config.training import micro_batches
 from dash_megatron.ops.derived import LONGEST_DOCUMENT, derived
 from dash_megatron.parallel.context.layout import ContextShard, shard_sequence
 
@@ -190,7 +191,8 @@ class BatchSource:
         chunk_size: int | None = None,
         max_context: Callable[[int], int] | None = None,
     ) -> None:
-        _check_split(global_batch, micro_batch, data_parallel_rank, data_parallel_size, num_workers)
+        self.accumulation_steps = micro_batches(global_batch, micro_batch, data_parallel_size)
+        _check_place(data_parallel_rank, data_parallel_size, num_workers)
         self.dataset = dataset
         self.global_batch = global_batch
         self.micro_batch = micro_batch
@@ -203,7 +205,6 @@ class BatchSource:
         self.pin_memory = pin_memory
         self.share = (context_rank, context_size, chunk_size)
         self.max_context = max_context
-        self.accumulation_steps = global_batch // (micro_batch * data_parallel_size)
         self.consumed_samples = self.steps = 0
         self._micro_step = 0
         # Threads, not a DataLoader's processes: to read is to copy out of mapped files, which threads do
@@ -300,23 +301,11 @@ class BatchSource:
             raise
 
 
-def _check_split(
-    global_batch: int, micro_batch: int, data_parallel_rank: int, data_parallel_size: int, num_workers: int
-) -> None:
-    for name, value in (("training.global_batch", global_batch), ("training.micro_batch", micro_batch)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+def _check_place(data_parallel_rank: int, data_parallel_size: int, num_workers: int) -> None:
     if not 0 <= data_parallel_rank < data_parallel_size:
         raise ValueError(
             f"data_parallel_rank={data_parallel_rank} must lie in [0, {data_parallel_size}), the "
             "data-parallel ranks"
-        )
-    unit = micro_batch * data_parallel_size
-    if global_batch % unit:
-        raise ValueError(
-            f"training.global_batch={global_batch} must be a multiple of {unit} "
-            f"(training.micro_batch={micro_batch} x {data_parallel_size} data-parallel ranks); try "
-            f"{max(unit, global_batch // unit * unit)}"
         )
     if num_workers < 0:
         raise ValueError(

@@ -14,7 +14,7 @@ from dash_megatron.config import Config
 from dash_megatron.config.flops import parameter_count
 from dash_megatron.doctor.runner import Finding
 from dash_megatron.doctor.session import Session
-from dash_megatron.training.setup import load_tokenizer, padded_vocabulary
+from dash_megatron.training.setup import load_tokenizer
 
 _BLOCK_BYTES = 8 << 20
 # per process, all at once, as checkpoints are written; never more than a checkpoint, or what surely is free
@@ -29,7 +29,7 @@ def check_disk(session: Session) -> Finding:
     run_dir = Path(session.config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(session.config)
-    parameters = parameter_count(session.config, padded_vocabulary(session.config, tokenizer.vocab_size))
+    parameters = parameter_count(session.config, session.config.padded_vocabulary(tokenizer.vocab_size))
     size = BYTES_PER_PARAMETER * parameters
     count = checkpoints_kept(session.config)
     free = shutil.disk_usage(run_dir).free

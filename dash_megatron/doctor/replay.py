@@ -22,7 +22,6 @@ from dash_megatron.layers import DashGPTModel, build_model, init_weights
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
 from dash_megatron.training.faults import fault_folder, read_fault
 from dash_megatron.training.initial import load_initial_weights
-from dash_megatron.training.setup import padded_vocabulary
 
 
 class SampleLoss(NamedTuple):
@@ -152,7 +151,7 @@ def _load_model(run_dir: str | Path, step: int, device: torch.device) -> tuple[D
         origin = f"weights of step {saved}"
     else:
         config = load_config(Path(run_dir) / "config.yaml", ["parallel={}"])
-        vocab_size = padded_vocabulary(config, Tokenizer(str(config.data.tokenizer)).vocab_size)
+        vocab_size = config.padded_vocabulary(Tokenizer(str(config.data.tokenizer)).vocab_size)
         model = build_model(config, vocab_size, device)
         init_weights(model, config.training.seed, config.model.init_std)
         if config.training.init_from:

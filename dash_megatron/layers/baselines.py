@@ -16,7 +16,6 @@ from torch import Tensor
 from dash_megatron.layers.core_attention import CoreAttention, PackedDocuments, RoutingMeans
 from dash_megatron.ops.topk.infllmv2 import infllmv2_attention
 from dash_megatron.ops.topk.nsa import Compression, nsa_attention
-from dash_megatron.ops.topk.selection import Selection
 
 # The parameters below that start at zero: kernels are compressed to their means, all gates are half open.
 ZEROS = ("key_pool", "value_pool", "key_mlp_out", "value_mlp_out", "gate_weight", "gate_bias")
@@ -34,7 +33,7 @@ class InfLLMv2CoreAttention(CoreAttention):
             q,
             k,
             v,
-            Selection(**self.attention.infllmv2.selection()),
+            self.attention.infllmv2.selection(),
             chunk_size=self.attention.chunk_size,
             cu_seqlens=None if packed is None else packed.cu_seqlens_q,
             backend=self.attention.backend,
@@ -83,7 +82,7 @@ class NSACoreAttention(CoreAttention):
             gates,
             Compression(self.key_pool, self.key_mlp_in, self.key_mlp_out),
             Compression(self.value_pool, self.value_mlp_in, self.value_mlp_out),
-            Selection(**self.attention.nsa.selection()),
+            self.attention.nsa.selection(),
             window=self.attention.nsa.window,
             chunk_size=self.attention.chunk_size,
             cu_seqlens=None if packed is None else packed.cu_seqlens_q,

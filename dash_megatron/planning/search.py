@@ -5,36 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 
 from dash_megatron.config import Config
+from dash_megatron.data.vocabulary import vocabulary_rows
 from dash_megatron.planning.layout import Hardware, Layout, Recompute, with_layout
 from dash_megatron.planning.step_time import Routing, StepEstimate, estimate_step
 from dash_megatron.planning.traffic import ContextComm
 
 EXCHANGES: tuple[ContextComm, ...] = ("all_gather", "p2p", "a2a", "sparse")
 RECOMPUTE: tuple[Recompute, ...] = ("none", "attention", "full")
-
-
-def vocabulary(config: Config) -> int:
-    """Rows of the embedding table, from the config or its tokenizer.
-
-    Raises:
-        ValueError: neither tells.
-    """
-    if config.model.vocab_size is not None:
-        return config.model.vocab_size
-    path = config.data.tokenizer
-    if path is None or not Path(path).is_file():
-        raise ValueError(
-            f"model.vocab_size is null, and data.tokenizer={path} is not there to tell; set model.vocab_size, such as "
-            "model.vocab_size=128256, to plan without a tokenizer"
-        )
-    # imported late: they bring torch
-    from dash_megatron.data.tokenizer import Tokenizer
-    from dash_megatron.training.setup import padded_vocabulary
-
-    return padded_vocabulary(config, Tokenizer(path).vocab_size)
 
 
 def configured_layout(config: Config, gpus: int) -> Layout:
@@ -65,7 +44,7 @@ def estimate_configured(
     """
     layout = configured_layout(config, gpus)
     with_layout(config, layout)
-    return estimate_step(config, layout, vocabulary(config), routing, hardware)
+    return estimate_step(config, layout, vocabulary_rows(config), routing, hardware)
 
 
 def candidates(config: Config, gpus: int, hardware: Hardware) -> Iterator[Layout]:
@@ -95,7 +74,7 @@ def search(
     hardware = hardware or Hardware()
     if gpus < 1:
         raise ValueError(f"gpus={gpus} must be at least 1")
-    vocab_size = vocabulary(config)
+    vocab_size = vocabulary_rows(config)
     estimates = [
         estimate_step(config, layout, vocab_size, routing, hardware)
         for layout in candidates(config, gpus, hardware)

@@ -10,9 +10,10 @@ from statistics import fmean, median
 from typing import Any
 
 from dash_megatron.config.flops import training_flops_per_token
+from dash_megatron.data.vocabulary import vocabulary_rows
 from dash_megatron.files import write_whole
 from dash_megatron.studies.plan import as_row
-from dash_megatron.studies.runs import StudyRun, expand, vocabulary_rows
+from dash_megatron.studies.runs import StudyRun, expand
 from dash_megatron.studies.study_file import Study, StudyError
 from dash_megatron.training.metrics import StepMetrics, read_metrics
 

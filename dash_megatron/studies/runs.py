@@ -10,17 +10,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dash_megatron.config import Config, config_from_dict
 from dash_megatron.config.flops import parameter_count
+from dash_megatron.config.loading import read_yaml, set_key
+from dash_megatron.data.vocabulary import vocabulary_rows
 from dash_megatron.planning.baseline_times import BASELINES, density_of_lists
 from dash_megatron.studies.cost import Cost, curriculum_context, estimate_cost, flops_per_token, mean_context
 from dash_megatron.studies.study_file import Study, StudyError
 
 _DENSITY = "assume.density"
-# tokenizers are read once a process: sizes by path
-_SIZES: dict[str, int] = {}
 _PLAIN = re.compile(r"[^\w.+-]+")
 
 
@@ -69,7 +67,7 @@ def expand(study: Study) -> list[StudyRun]:
     Raises:
         ValueError: a config that breaks a rule, two runs that are the same, or a budget too small for one step.
     """
-    base = _base(study)
+    base = read_yaml(study.base, f"base={study.base}", "sections (model:, data:, ...)")
     runs: list[StudyRun] = []
     for recipe in _recipes(study):
         run = _make(study, base, recipe)
@@ -90,18 +88,6 @@ def expand(study: Study) -> list[StudyRun]:
             )
             _add(runs, _make(study, base, made), twin_of=run.name)
     return runs
-
-
-def _base(study: Study) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(Path(study.base).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StudyError(f"base={study.base} cannot be read: {error.strerror}; give a YAML config") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StudyError(f"base={study.base} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise StudyError(f"base={study.base} must hold sections (model:, data:, ...)")
-    return tree
 
 
 def _recipes(study: Study) -> Iterator[_Recipe]:
@@ -149,16 +135,16 @@ def _make(study: Study, base: dict[str, Any], recipe: _Recipe) -> StudyRun:
     }
     for key, value in {**overrides, **settings}.items():
         if key != _DENSITY:
-            _set(tree, key, value)
+            set_key(tree, key, value, f"{key}={value!r}")
     if recipe.seed is not None:
-        _set(tree, "training.seed", recipe.seed)
+        set_key(tree, "training.seed", recipe.seed, "seeds")
     tree["run_dir"] = "unnamed"
     warmup_of_base = tree.get("schedule", {}).get("warmup_steps", 0)
     if study.warmup is not None or recipe.budget:
         # rules between steps and warm-up are checked once the budget has said how many steps there are
         tree.setdefault("schedule", {})["warmup_steps"] = 0
     if recipe.budget:
-        _set(tree, "training.steps", 10**9)
+        set_key(tree, "training.steps", 10**9, "budgets")
     config = config_from_dict(tree)
     facts = _facts(config)
     variant, size = _labels(config, recipe)
@@ -171,7 +157,7 @@ def _make(study: Study, base: dict[str, Any], recipe: _Recipe) -> StudyRun:
         before, context = context, curriculum_context(config.data, steps, longest)
         if context == before:
             break
-    _set(tree, "training.steps", steps)
+    set_key(tree, "training.steps", steps, "budgets")
     warmup = warmup_of_base if study.warmup is None else round(study.warmup * steps)
     tree.setdefault("schedule", {})["warmup_steps"] = warmup
     tree["run_dir"] = str(Path(study.output) / "runs" / name)
@@ -185,18 +171,6 @@ def _make(study: Study, base: dict[str, Any], recipe: _Recipe) -> StudyRun:
     return StudyRun(name, config, own, variant, size, facts.parameters, tokens, density, context, cost)
 
 
-def _set(tree: dict[str, Any], key: str, value: Any) -> None:
-    *sections, leaf = key.split(".")
-    node = tree
-    for section in sections:
-        node = node.setdefault(section, {})
-        if not isinstance(node, dict):
-            raise StudyError(
-                f"{key}={value!r}: {section} is a value, not a section; see docs/configuration.md"
-            )
-    node[leaf] = value
-
-
 @dataclass(frozen=True)
 class _Facts:
     vocab_size: int
@@ -208,28 +182,6 @@ def _facts(config: Config) -> _Facts:
     vocab_size, data = vocabulary_rows(config), config.data
     context, _ = mean_context(data.train, data.seq_length, data.pack_documents)
     return _Facts(vocab_size, parameter_count(config, vocab_size), context)
-
-
-def vocabulary_rows(config: Config) -> int:
-    """Rows of the embedding table, from the config or its tokenizer.
-
-    Raises:
-        ValueError, FileNotFoundError: neither tells.
-    """
-    if config.model.vocab_size is not None:
-        return config.model.vocab_size
-    from dash_megatron.training.setup import padded_vocabulary
-
-    return padded_vocabulary(config, _tokenizer_size(config))
-
-
-def _tokenizer_size(config: Config) -> int:
-    from dash_megatron.training.setup import load_tokenizer
-
-    path = str(config.data.tokenizer)
-    if path not in _SIZES:
-        _SIZES[path] = load_tokenizer(config).vocab_size
-    return _SIZES[path]
 
 
 def _density(study: Study, recipe: _Recipe, config: Config, context: float) -> float:

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from dash_megatron.config import Section
 from dash_megatron.config.flops import peak_flops
+from dash_megatron.config.loading import explain, read_yaml
 
 
 class StudyError(ValueError):
@@ -153,29 +153,11 @@ def load_study(path: str | Path) -> Study:
     """Read a study.
 
     Raises:
-        StudyError: unreadable file, malformed YAML, unknown key, wrong type, or a broken rule.
+        ValueError: unreadable file, malformed YAML, unknown key, wrong type, or a broken rule.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StudyError(f"study {path} cannot be read: {error.strerror}; give a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StudyError(f"study {path} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise StudyError(f"study {path} must hold base:, output:, ..., not {type(tree).__name__}")
+    tree = read_yaml(path, f"study {path}", "base:, output:, ...")
     try:
         return Study.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(dict(problem)) for problem in error.errors(include_url=False)]
+        lines = explain(error, "docs/studies.md", list(Study.model_fields))
         raise StudyError("\n".join(f"study {path}: {line}" for line in lines)) from None
-
-
-def _explain(problem: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"{key} is not a known key; the keys are {', '.join(Study.model_fields)}: see docs/studies.md"
-    if problem["type"] == "missing":
-        return f"{key} is missing and has no default; see docs/studies.md"
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    return f"{key}={problem.get('input')!r}: {problem['msg']}; see docs/studies.md"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import random
 import subprocess
 from pathlib import Path
@@ -36,24 +35,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def padded_vocabulary(config: Config, tokenizer_size: int) -> int:
-    """Rows of the embedding table.
-
-    Raises:
-        ValueError: `model.vocab_size` is smaller than the tokenizer's vocabulary.
-    """
-    size = config.model.vocab_size
-    if size is None:
-        unit = math.lcm(64, config.parallel.tensor)
-        return -(-tokenizer_size // unit) * unit
-    if size < tokenizer_size:
-        raise ValueError(
-            f"model.vocab_size={size} must be at least {tokenizer_size}, the vocabulary of data.tokenizer="
-            f"{config.data.tokenizer}; use that, or null"
-        )
-    return size
 
 
 def check_same_implementation(fingerprint: str) -> None:

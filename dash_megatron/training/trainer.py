@@ -38,7 +38,6 @@ from dash_megatron.training.setup import (
     code_commit,
     device_name,
     load_tokenizer,
-    padded_vocabulary,
     seed_everything,
     set_up_logging,
     write_config,
@@ -73,7 +72,7 @@ class Trainer:
         self.data_parallel_size = config.data_parallel_size(launch.world_size)
         self.accumulation_steps = config.accumulation_steps(launch.world_size)
         self.tokenizer = load_tokenizer(config)
-        self.vocab_size = padded_vocabulary(config, self.tokenizer.vocab_size)
+        self.vocab_size = config.padded_vocabulary(self.tokenizer.vocab_size)
         make_writable_folder(config.run_dir, "run_dir")
         seed_everything(config.training.seed)
         hang_minutes = config.faults.hang_minutes

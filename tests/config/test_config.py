@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from dash_megatron.config import Config, ConfigError, config_from_dict, load_config
-from dash_megatron.config.loading import render_reference
+from docs.tools.configuration import render_reference
 
 ROOT = Path(__file__).parents[2]
 MINIMAL: dict[str, Any] = {

@@ -8,7 +8,7 @@ from dash_megatron.ops import dash_attention
 from dash_megatron.ops.derived import derived
 from dash_megatron.ops.topk import grid
 from dash_megatron.ops.topk.infllmv2 import infllmv2_attention
-from dash_megatron.ops.topk.selection import Selection
+from dash_megatron.topk_selection import Selection
 from tests.ops.kernels_under_test import DEVICE, import_kernels
 
 kernels = import_kernels("geometry", "dash", "topk_attend", "topk_scores")

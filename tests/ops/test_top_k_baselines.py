@@ -7,7 +7,7 @@ from dash_megatron.ops.topk import grid as grids
 from dash_megatron.ops.topk import nsa, reference
 from dash_megatron.ops.topk.infllmv2 import infllmv2_attention
 from dash_megatron.ops.topk.nsa import Compression, nsa_attention
-from dash_megatron.ops.topk.selection import Selection
+from dash_megatron.topk_selection import Selection
 from tests.ops.top_k_by_hand import infllmv2_by_hand, nsa_by_hand
 
 C = 8

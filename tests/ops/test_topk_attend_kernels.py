@@ -8,7 +8,7 @@ import torch
 from dash_megatron.ops.topk import grid as grids
 from dash_megatron.ops.topk.infllmv2 import infllmv2_attention
 from dash_megatron.ops.topk.nsa import Compression, nsa_attention
-from dash_megatron.ops.topk.selection import Selection
+from dash_megatron.topk_selection import Selection
 from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels
 
 topk_attend, topk_scores = import_kernels("topk_attend", "topk_scores")

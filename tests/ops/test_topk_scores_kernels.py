@@ -5,7 +5,7 @@ import torch
 
 from dash_megatron.ops.topk import grid as grids
 from dash_megatron.ops.topk import reference
-from dash_megatron.ops.topk.selection import Selection
+from dash_megatron.topk_selection import Selection
 from tests.ops.kernels_under_test import CUDA, DEVICE, import_kernels
 
 (topk_scores,) = import_kernels("topk_scores")

@@ -13,7 +13,7 @@ from dash_megatron.ops.kernels.configs import plan
 from dash_megatron.ops.kernels.geometry import check_supported, size_tiles
 from dash_megatron.ops.kernels.tiles import LOG2_E, load_rows
 from dash_megatron.ops.topk.grid import Block, Grid, top_chunks
-from dash_megatron.ops.topk.selection import Selection
+from dash_megatron.topk_selection import Selection
 
 # Scores of one piece, in units of those of `Grid.blocks`: `top_chunks` keeps int64 copies of them.
 SCORE_COST = 4

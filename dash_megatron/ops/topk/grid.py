@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dash_megatron.ops.derived import derived
-from dash_megatron.ops.topk.selection import Selection
+from dash_megatron.topk_selection import Selection
 
 # Scores alive at once, in elements: fewer skip more of the causal triangle, more keep a GPU busy.
 MAX_BLOCK_SCORES = {"cpu": 2**22, "cuda": 2**27}

@@ -13,7 +13,7 @@ from dash_megatron.ops.reference import wide
 from dash_megatron.ops.topk.backend import check_tensors, count_selected, find_backend
 from dash_megatron.ops.topk.grid import make_grid
 from dash_megatron.ops.topk.reference import mean_pool
-from dash_megatron.ops.topk.selection import Selection
+from dash_megatron.topk_selection import Selection
 
 
 @overload

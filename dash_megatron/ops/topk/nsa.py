@@ -18,7 +18,7 @@ from dash_megatron.ops.reference import wide
 from dash_megatron.ops.topk.backend import check_tensors, find_backend
 from dash_megatron.ops.topk.grid import Block, Grid, make_grid
 from dash_megatron.ops.topk.reference import in_pieces, visible_kernels
-from dash_megatron.ops.topk.selection import Selection
+from dash_megatron.topk_selection import Selection, check_window
 
 # Query rows of one piece of the attention to compressed keys: fewer skip more of the causal triangle, more keep a GPU busy.
 BRANCH_ROWS = 4096
@@ -236,10 +236,7 @@ def _check_own(
     chunk_size: int,
 ) -> None:
     """What only this attention takes."""
-    if isinstance(window, bool) or not isinstance(window, int) or window < 0 or window % chunk_size:
-        raise ValueError(
-            f"window={window!r} must be a multiple of chunk_size={chunk_size}, as an int; try {chunk_size}"
-        )
+    check_window(window, chunk_size)
     H, D = k.shape[2:]
     named = {"gates": (gates, [*q.shape[:3], 3])}
     for which, weights in zip("kv", compressions, strict=True):

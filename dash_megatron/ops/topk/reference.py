@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dash_megatron.ops.reference import wide
 from dash_megatron.ops.topk.grid import Block, Grid, selected_mask, top_chunks
-from dash_megatron.ops.topk.selection import Selection
+from dash_megatron.topk_selection import Selection
 
 # Scores kept for the backward, in elements of all blocks together: above, every block is recomputed in the backward.
 MAX_KEPT_SCORES = 2**25
