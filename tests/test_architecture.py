@@ -1,7 +1,9 @@
-"""The house rules that `lint-imports` does not check: no cycle between files, no private name in another module."""
+"""The house rules that `lint-imports` does not check: file cycles, private names, and arguments told without torch."""
 
 import ast
 import graphlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,3 +60,11 @@ def test_no_private_name_is_imported_from_another_module() -> None:
         if not any(module.startswith(known) for known in KNOWN_PRIVATE_IMPORTS)
     ]
     assert not private
+
+
+def test_no_command_needs_torch_to_tell_its_arguments() -> None:
+    code = "import dash_megatron.__main__ as door, sys; door._parser(); print(*sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = set(told.stdout.split())
+    assert "dash_megatron.studies.cli" in loaded
+    assert not loaded & {"torch", "numpy", "matplotlib", "transformers", "megatron", "deepspeed"}

@@ -1,76 +1,111 @@
-"""`python -m dash_megatron evaluate`."""
+"""Arguments of `python -m dash_megatron evaluate`, which studies also name for their runs."""
 
 from __future__ import annotations
 
-import re
+import argparse
+import contextlib
+import io
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from dash_megatron.config import RopeScaling
-from dash_megatron.evaluation.jobs import Settings
-from dash_megatron.evaluation.models import LanguageModel, open_model
-from dash_megatron.evaluation.pictures import draw
-from dash_megatron.evaluation.runner import RESULTS, evaluate
-from dash_megatron.evaluation.text import LocalText, tokens_for_lines
+if TYPE_CHECKING:
+    from dash_megatron.config import RopeScaling
+    from dash_megatron.evaluation.jobs import Settings
 
 
-def evaluate_command(
-    source: str,
-    settings: Settings,
-    *,
-    step: int | None = None,
-    rope_scaling: RopeScaling | None = None,
-    text: str | None = None,
-    data: Sequence[str] = (),
-    output: str | None = None,
-) -> Path:
-    """Evaluate a run or an exported folder, telling on standard output how far it is.
+def add_evaluate(tools: Any) -> None:
+    """Add `evaluate` to the front door's subparsers."""
+    text = "perplexity by position, needles, RULER families, recall and copy, on a run or an exported model"
+    evaluate = tools.add_parser("evaluate", help=text, description=text, epilog="see docs/evaluation.md")
+    _fill(evaluate)
+    evaluate.set_defaults(run=_evaluate)
 
-    Args:
-        source, step, rope_scaling: see `open_model`.
-        settings: without lengths: a quarter, half and all of the length of training.
-        text: file with text; None: `data`.
-        data: prefixes of `.bin/.idx` pairs; none: the run's validation data.
-        output: folder for results; None: `RUN/evaluation/step_...`, with the type of `rope_scaling` behind it, or
-            `FOLDER.evaluation` beside an export.
 
-    Returns:
-        The path of the JSON file with the results; the pictures are beside it.
+def _fill(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument("source", metavar="SOURCE", help="a run's folder, or an exported one")
+    evaluate.add_argument("--step", type=int, help="checkpoint of this step instead of the newest")
+    evaluate.add_argument(
+        "--rope-scaling",
+        metavar="YAML",
+        help="stretch a run's RoPE beyond the lengths it was trained on, with the fields of model.rope_scaling: "
+        "'{rope_type: yarn, factor: 8, original_max_position_embeddings: 16384}'",
+    )
+    evaluate.add_argument("--tasks", type=_names, metavar="NAME,...", help="default: all")
+    evaluate.add_argument(
+        "--lengths", type=_integers, metavar="TOKENS,...", help="default: 1/4, 1/2 and all of training's"
+    )
+    evaluate.add_argument("--depths", type=int, default=5, help="places of the needle; default: 5")
+    evaluate.add_argument(
+        "--samples", type=int, default=20, help="of each task, length and depth; default: 20"
+    )
+    evaluate.add_argument(
+        "--score",
+        default="answer",
+        help="answer (default): one pass over prompt and answer; generate: greedy continuations",
+    )
+    evaluate.add_argument("--text", metavar="FILE", help="local text to score and to hide needles in")
+    evaluate.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="PREFIX",
+        help="the same from PREFIX.bin and .idx, may be repeated; default: the run's validation data",
+    )
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--batch-tokens", type=int, default=32768, help="most tokens of a batch")
+    evaluate.add_argument(
+        "--output", metavar="DIR", help="default: RUN/evaluation/step_... or SOURCE.evaluation"
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers, such as 4096,16384") from None
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse arguments, without SOURCE, that `evaluate` would refuse before it opens anything.
 
     Raises:
-        FileNotFoundError: a model or a file is missing.
-        ValueError: an argument breaks a rule; see `Settings`, `open_model`, `LocalText` and `evaluate`.
+        ValueError: an unknown or malformed argument, or one that breaks a rule.
     """
-    if text is not None and data:
-        raise ValueError("--text and --data exclude each other; give one")
-    with open_model(source, step, rope_scaling) as model:
-        if not settings.lengths:
-            whole = model.trained_length
-            settings = replace(settings, lengths=(whole // 4, whole // 2, whole))
-        found = _open_text(model, max(settings.lengths), text, data)
-        folder = Path(output) if output else _default_output(Path(source), model)
-        results = evaluate(model, found, settings, folder, lambda line: print(line, flush=True))
-    for path in draw(results, folder):
-        print(path)
-    return folder / RESULTS
+    parser = argparse.ArgumentParser(prog="evaluate", add_help=False)
+    _fill(parser)
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            options = parser.parse_args(["RUN_DIR", *arguments])
+    except SystemExit:
+        raise ValueError(told.getvalue().strip().splitlines()[-1]) from None
+    _read(options)
 
 
-def _open_text(model: LanguageModel, longest: int, text: str | None, data: Sequence[str]) -> LocalText:
-    num_tokens = tokens_for_lines(longest)
-    if text is not None:
-        return LocalText.from_file(text, model.tokenizer, num_tokens)
-    prefixes = list(data) or model.data
-    if not prefixes:
-        raise ValueError(f"{model.name} names no validation data; give --text FILE or --data PREFIX")
-    return LocalText.from_data(prefixes, model.tokenizer, num_tokens)
+def _read(options: argparse.Namespace) -> tuple[Settings, RopeScaling | None]:
+    # imported late: they bring torch
+    from dash_megatron.config import read_rope_scaling
+    from dash_megatron.evaluation.jobs import FAMILIES, Settings
+
+    settings = Settings(
+        tasks=options.tasks or FAMILIES,
+        lengths=options.lengths or (),
+        depths=options.depths,
+        samples=options.samples,
+        score=options.score,
+        seed=options.seed,
+        batch_tokens=options.batch_tokens,
+    )
+    return settings, read_rope_scaling(options.rope_scaling) if options.rope_scaling else None
 
 
-def _default_output(source: Path, model: LanguageModel) -> Path:
-    step = re.search(r" step (\d+)$", model.name)
-    if step and (source / "checkpoints").is_dir():
-        # results of another RoPE are kept apart
-        scaling = model.rope_scaling
-        other = "" if scaling is None else f"_{scaling.rope_type}_{scaling.factor or 1:g}"
-        return source / "evaluation" / f"step_{int(step.group(1)):08d}{other}"
-    return source.with_name(f"{source.name}.evaluation")
+def _evaluate(options: argparse.Namespace) -> None:
+    from dash_megatron.evaluation.source import evaluate_source
+
+    settings, rope_scaling = _read(options)
+    places = {"step": options.step, "text": options.text, "data": options.data, "output": options.output}
+    print(evaluate_source(options.source, settings, rope_scaling=rope_scaling, **places))

@@ -15,7 +15,6 @@ import torch
 
 from dash_megatron.config import Config, load_config
 from dash_megatron.planning import balance, pictures
-from dash_megatron.planning.cli import COLUMNS, row
 from dash_megatron.planning.coverage import RouterInputs, coverage_of_topics, simulate
 from dash_megatron.planning.kernel_times import (
     CASES,
@@ -30,6 +29,7 @@ from dash_megatron.planning.kernel_times import (
 )
 from dash_megatron.planning.search import EXCHANGES, search
 from dash_megatron.planning.step_time import Routing, StepEstimate
+from dash_megatron.planning.table import COLUMNS, row
 from dash_megatron.planning.traffic import ContextComm, ContextShape, context_exchange
 
 CONFIG = Path(__file__).parents[2] / "configs" / "8b_128k.yaml"

@@ -116,7 +116,7 @@ def _submit(options: argparse.Namespace) -> int:
 
 
 def _collect(options: argparse.Namespace) -> None:
-    from dash_megatron.planning.cli import table
+    from dash_megatron.planning.table import table
     from dash_megatron.studies.collect import collect, write_table
     from dash_megatron.studies.page import results_table
     from dash_megatron.studies.study_file import load_study

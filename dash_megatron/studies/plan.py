@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dash_megatron.planning.baseline_times import BASELINES, NOTE
-from dash_megatron.planning.cli import table
+from dash_megatron.planning.table import table
 from dash_megatron.studies.cost import mean_context
 from dash_megatron.studies.runs import StudyRun, expand
 from dash_megatron.studies.study_file import Study, load_study

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from dash_megatron.config import Config, config_from_dict
-from dash_megatron.evaluation.arguments import check_arguments
+from dash_megatron.evaluation.cli import check_arguments
 from dash_megatron.exit_codes import ExitCode
 from dash_megatron.files import write_whole
 from dash_megatron.studies.runs import StudyRun, expand

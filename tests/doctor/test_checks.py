@@ -16,7 +16,7 @@ import yaml
 from dash_megatron.__main__ import main
 from dash_megatron.config import Config, config_from_dict
 from dash_megatron.doctor import cli, disk, kernels
-from dash_megatron.doctor.cli import choose_checks
+from dash_megatron.doctor.examine import choose_checks
 from dash_megatron.doctor.inputs import check_data_files
 from dash_megatron.doctor.leak import check_leak
 from dash_megatron.doctor.parity import check_parity

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dash_megatron.doctor.cli import CHECKS
+from dash_megatron.doctor.examine import CHECKS
 from tests.doctor.workers import examine_broken
 
 

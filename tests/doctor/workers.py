@@ -15,7 +15,7 @@ import torch.distributed as dist
 from dash_megatron.config import config_from_dict
 from dash_megatron.doctor import bandwidth, inputs, runner
 from dash_megatron.doctor import session as session_module
-from dash_megatron.doctor.cli import CHECKS
+from dash_megatron.doctor.examine import CHECKS
 from dash_megatron.doctor.runner import Check, Finding, merge_largest, run_checks
 from dash_megatron.doctor.session import Session
 from dash_megatron.parallel import context_parallel_group, read_launch

@@ -8,10 +8,10 @@ import pytest
 from dash_megatron.config import AttentionConfig, Config, config_from_dict, load_config
 from dash_megatron.planning import baseline_times
 from dash_megatron.planning.baseline_times import NOTE, baseline_seconds, share_of_pairs
-from dash_megatron.planning.cli import plan
 from dash_megatron.planning.kernel_times import AttentionWork, dash_stages
 from dash_megatron.planning.search import configured_layout
 from dash_megatron.planning.step_time import Routing, StepEstimate, effective_routing, estimate_step
+from dash_megatron.planning.table import plan
 
 CONFIG = Path(__file__).parents[2] / "configs" / "1b_16k.yaml"
 TOKENS, CHUNKS = 16384, 256

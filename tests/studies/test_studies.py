@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 
 from dash_megatron.__main__ import main
-from dash_megatron.evaluation.arguments import check_arguments
+from dash_megatron.evaluation.cli import check_arguments
 from dash_megatron.planning.baseline_times import NOTE
 from dash_megatron.studies import pictures, scores
 from dash_megatron.studies import submit as submit_module

@@ -1,0 +1,53 @@
+"""Arguments of `python -m dash_megatron convert`, and what each direction prints."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_convert(tools: Any) -> None:
+    """Add `convert` and its two directions to the front door's subparsers."""
+    convert = tools.add_parser("convert", help="to and from Hugging Face folders")
+    directions = convert.add_subparsers(required=True, metavar="DIRECTION")
+    to_hf = directions.add_parser("to-hf", help="export a run's checkpoint for transformers")
+    to_hf.add_argument("run_dir", metavar="RUN_DIR")
+    to_hf.add_argument("output", metavar="OUT", help="folder to make")
+    to_hf.add_argument("--step", type=int, help="checkpoint of this step instead of the newest")
+    to_hf.add_argument("--dtype", default="bfloat16", help="of the weights: bfloat16 (default) or float32")
+    to_hf.set_defaults(run=_to_hf)
+    from_hf = directions.add_parser(
+        "from-hf", help="weights for training.init_from from a Llama-shaped model"
+    )
+    from_hf.add_argument("source", metavar="DIR", help="folder with config.json and safetensors")
+    from_hf.add_argument("output", metavar="OUT", help="folder to make")
+    from_hf.set_defaults(run=_from_hf)
+
+
+def _to_hf(options: argparse.Namespace) -> None:
+    # imported late, so that --help is fast
+    from dash_megatron.hf.export import export_run
+
+    report = export_run(options.run_dir, options.output, step=options.step, dtype=options.dtype)
+    print(
+        f"{options.output}: on {report.num_tokens} tokens the same chunks in every layer as the training model, logits "
+        f"within {report.logits_difference:.1e}; rounding weights changed logits by {report.rounding:.2%}"
+    )
+
+
+def _from_hf(options: argparse.Namespace) -> None:
+    from dash_megatron.hf.folder import MODEL_SECTIONS
+    from dash_megatron.hf.importing import import_folder
+
+    tokenizer = import_folder(options.source, options.output).tokenizer
+    print(
+        f"{options.output}: start a run with training.init_from={options.output} and the sections in "
+        f"{options.output}/{MODEL_SECTIONS}"
+    )
+    if tokenizer is None:
+        print(
+            "no tokenizer was found that training takes (tokenizer.model, or tokenizer.json with tokenizer_config.json): "
+            "data.tokenizer must be the one that the model was trained with"
+        )
+    else:
+        print(f"tokenize with, and set, data.tokenizer={tokenizer}")
