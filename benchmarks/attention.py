@@ -25,10 +25,11 @@ from dash_megatron.ops.kernels import configs, dash, geometry
 from dash_megatron.ops.kernels.attend import attend
 from dash_megatron.ops.kernels.backward_kv import backward_kv
 from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
-from dash_megatron.ops.kernels.route import Router, route
+from dash_megatron.ops.kernels.route import route
 from dash_megatron.ops.kernels.summarize import summarize
 from dash_megatron.ops.kernels.transpose import divide, transpose
 from dash_megatron.ops.reference import dash_attention_reference
+from dash_megatron.ops.types import Router
 
 # Largest relative errors of bfloat16 output and gradients before a case is refused.
 ALLOWED_OUT, ALLOWED_GRAD = 1e-2, 4e-2
@@ -111,15 +112,8 @@ def make_inputs(case: Case, tokens: int, seed: int = 0) -> tuple[list[Tensor], T
     return [x.requires_grad_() for x in leaves], noise(1, tokens, case.heads, D)
 
 
-def settings(case: Case) -> dict[str, object]:
-    return {
-        "chunk_size": case.chunk_size,
-        "scaling_factor": case.scaling_factor,
-        "sigma": 1.0,
-        "estimate_diagonal": True,
-        "alpha": 1.5,
-        "cu_seqlens": None,
-    }
+def make_router(case: Case) -> Router:
+    return Router(case.chunk_size, case.scaling_factor, sigma=1.0)
 
 
 def relative_error(x: Tensor, expected: Tensor) -> float:
@@ -129,10 +123,10 @@ def relative_error(x: Tensor, expected: Tensor) -> float:
 def check(case: Case) -> dict[str, float]:
     """Relative errors against float64 on the case's inputs, cut to a length where that fits; raises if too large."""
     leaves, upstream = make_inputs(case, min(case.tokens, CHECK_TOKENS))
-    out, _ = dash.dash_attention_triton(*leaves, **settings(case))
+    out, _ = dash.dash_attention_triton(*leaves, make_router(case), None)
     grads = torch.autograd.grad(out, leaves, upstream)
     doubles = [x.detach().double().requires_grad_() for x in leaves]
-    expected, _ = dash_attention_reference(*doubles, **settings(case))
+    expected, _ = dash_attention_reference(*doubles, make_router(case), None)
     expected_grads = torch.autograd.grad(expected, doubles, upstream.double())
     errors = {"out": relative_error(out, expected)}
     for name, grad, wanted in zip(("dq", "dk", "dv", "dw"), grads, expected_grads, strict=True):
@@ -188,7 +182,7 @@ class Stages:
         self.plan = plan or configs.plan(
             self.q.device, self.q.dtype, case.head_dim, case.chunk_size, case.heads // case.kv_heads
         )
-        self.router_settings = Router(case.scaling_factor, 1.0, True, 1.5)
+        self.router = make_router(case)
         self.sizes = geometry.measure(self.q[None], self.k[None], case.chunk_size, None, self.plan.tile_rows)
         self.deterministic = deterministic
 
@@ -205,26 +199,26 @@ class Stages:
             self.chunks,
             self.offsets,
             self.sizes,
-            self.router_settings,
+            self.router,
             self.plan.route,
         )
 
     def attend(self) -> None:
         self.out, self.lse = attend(
-            self.q, self.k, self.v, self.lists, self.mean_log, self.chunks, self.sizes, self.router_settings,
+            self.q, self.k, self.v, self.lists, self.mean_log, self.chunks, self.sizes, self.router,
             self.plan.attend,
         )  # fmt: skip
 
     def backward_queries(self) -> None:
         self.dq, self.d_prior, self.delta, self.centred_lse = backward_q(
             self.q, self.k, self.v, self.out, self.d_out, self.lse, self.lists, self.mean_log, self.chunks,
-            self.sizes, self.router_settings, self.plan.queries,
+            self.sizes, self.router, self.plan.queries,
         )  # fmt: skip
 
     def backward_router(self) -> None:
         self.d_summary, self.mean_dp, _ = backward_router(
             self.q, self.summary, self.tau, self.dq, self.d_prior, self.lists, self.chunks, self.sizes,
-            self.router_settings, self.plan.router, self.deterministic,
+            self.router, self.plan.router, self.deterministic,
         )  # fmt: skip
 
     def transpose(self) -> None:
@@ -236,7 +230,7 @@ class Stages:
         self.dk, self.dv, self.dw = backward_kv(
             self.q, self.k, self.v, self.w, self.d_out, self.centred_lse, self.delta, self.tau, self.mean_log, self.mean_dp,
             self.summary, self.d_summary, self.d_prior, self.lists, self.transposed, self.division, self.chunks,
-            self.sizes, self.router_settings, self.plan.keys, self.deterministic,
+            self.sizes, self.router, self.plan.keys, self.deterministic,
         )  # fmt: skip
 
     FORWARD = ("layout", "summarize", "route", "attend")
@@ -262,14 +256,14 @@ def time_ours(case: Case) -> tuple[dict[str, float], int, dict[str, float]]:
     leaves, upstream = make_inputs(case, case.tokens)
 
     def forward() -> Tensor:
-        return dash.dash_attention_triton(*leaves, **settings(case))[0]
+        return dash.dash_attention_triton(*leaves, make_router(case), None)[0]
 
     def forward_without_grad() -> Tensor:
         with torch.no_grad():
             return forward()
 
     def both(deterministic: bool = False) -> tuple[Tensor, ...]:
-        out, _ = dash.dash_attention_triton(*leaves, **settings(case), deterministic=deterministic)
+        out, _ = dash.dash_attention_triton(*leaves, make_router(case), None, deterministic=deterministic)
         return out, *torch.autograd.grad(out, leaves, upstream)
 
     both()
@@ -347,12 +341,12 @@ def time_reference(case: Case) -> tuple[float, float]:
     leaves, upstream = make_inputs(case, case.tokens)
 
     def both() -> tuple[Tensor, ...]:
-        out, _ = dash_attention_reference(*leaves, **settings(case))
+        out, _ = dash_attention_reference(*leaves, make_router(case), None)
         return torch.autograd.grad(out, leaves, upstream)
 
     def forward() -> Tensor:
         with torch.no_grad():
-            return dash_attention_reference(*leaves, **settings(case))[0]
+            return dash_attention_reference(*leaves, make_router(case), None)[0]
 
     return milliseconds(forward), milliseconds(both)
 

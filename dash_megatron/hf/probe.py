@@ -266,13 +266,9 @@ def _selection(core: DashCoreAttention, query: Tensor, key: Tensor) -> Tensor:
     start = number * attention.chunk_size
     end = (start + attention.chunk_size).clamp_max(num_tokens)
     chunks = QueryChunks(start, end, number, torch.zeros_like(number), len(number), len(number) ** 2)
-    router = sharded_reference.Router(
-        core.scaling_factor, attention.sigma, attention.estimate_diagonal, attention.alpha,
-        attention.length_scaling,
-    )  # fmt: skip
     summary = sharded_reference.summarize(key[:, 0], core.summary_query, start, end, attention.chunk_size)
     routed = sharded_reference.route(
-        query[:, 0], summary, chunks, router, attention.chunk_size, core.head_scaling()
+        query[:, 0], summary, chunks, core.fixed_router, attention.chunk_size, core.head_scaling()
     )
     assert core.routing is not None, "the layer has run"
     torch.testing.assert_close(routed.selected.float().mean(), core.routing.chunks_selected)

@@ -25,10 +25,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dash_megatron.config import AttentionConfig
 from dash_megatron.ops import dash_attention
-from dash_megatron.ops.attention import Routing
-from dash_megatron.ops.diagnostics import RouterSettings
 from dash_megatron.ops.reference import wide
 from dash_megatron.ops.sharded import stages
+from dash_megatron.ops.types import Router, Routing
 from dash_megatron.parallel.context.communication import (
     ContextGroup,
     heads_for_rows,
@@ -162,17 +161,25 @@ class DashCoreAttention(CoreAttention):
         """While set, every forward pass shows it queries and keys after RoPE, the summary query and `cu_seqlens`."""
 
     @property
-    def router_settings(self) -> RouterSettings:
-        """What the next forward pass routes with."""
-        attention, head_scaling = self.attention, self.head_scaling()
-        return RouterSettings(
+    def fixed_router(self) -> Router:
+        """The router that the config describes; the learned factors of `head_scaling` are still to be multiplied."""
+        attention = self.attention
+        return Router(
             attention.chunk_size,
-            self.scaling_factor * (1.0 if head_scaling is None else head_scaling),
+            self.scaling_factor,
             attention.sigma,
             attention.estimate_diagonal,
             attention.alpha,
             attention.length_scaling,
         )
+
+    @property
+    def router(self) -> Router:
+        """What the next forward pass routes with; its scaling factor is a tensor where factors are learned."""
+        head_scaling = self.head_scaling()
+        if head_scaling is None:
+            return self.fixed_router
+        return self.fixed_router._replace(scaling_factor=self.scaling_factor * head_scaling)
 
     def head_scaling(self) -> Tensor | None:
         """The learned factor of each kv head of this rank, at least float32, which multiplies `scaling_factor`."""
@@ -180,14 +187,14 @@ class DashCoreAttention(CoreAttention):
         return None if self.log_scaling is None else wide(self.log_scaling)[0].exp()
 
     def _attend_here(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
-        summary_query, settings = self.summary_query, self.router_settings
+        summary_query: Tensor = self.summary_query
+        router = self.router
         if k.shape[2] < len(summary_query):
             # the heads that this context rank was given
             assert self.context_group is not None
-            rank = self.context_group.rank
-            summary_query = summary_query.split(k.shape[2])[rank]
-            if isinstance(settings.scaling_factor, Tensor):
-                settings = settings._replace(scaling_factor=settings.scaling_factor.split(k.shape[2])[rank])
+            first = self.context_group.rank * k.shape[2]
+            heads = slice(first, first + k.shape[2])
+            summary_query, router = summary_query[heads], router.of_heads(heads)
         cu_seqlens = None if packed is None else packed.cu_seqlens_q
         if self.observer is not None:
             self.observer(q, k, summary_query, cu_seqlens)
@@ -196,7 +203,7 @@ class DashCoreAttention(CoreAttention):
             k,
             v,
             summary_query,
-            **settings._asdict(),
+            **router._asdict(),
             cu_seqlens=cu_seqlens,
             backend=self.attention.backend,
             return_routing=True,
@@ -214,11 +221,7 @@ class DashCoreAttention(CoreAttention):
         if layout.there is not None and layout.back is not None:
             q, k, v = (move_rows(x, layout.there, layout.back, group) for x in (q, k, v))
         functions = stages(attention.backend, q)
-        router = functions.Router(
-            self.scaling_factor, attention.sigma, attention.estimate_diagonal, attention.alpha,
-            attention.length_scaling,
-        )  # fmt: skip
-        side = DashSide(functions, router, attention.chunk_size, layout, group)
+        side = DashSide(functions, self.fixed_router, attention.chunk_size, layout, group)
         out, selected = sharded_dash_attention(
             q, k, v, self.summary_query, side, self.context_comm, self.head_scaling()
         )

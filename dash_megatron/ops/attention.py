@@ -4,7 +4,6 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from dash_megatron.ops.derived import derived
 from dash_megatron.ops.entmax import check_alpha
 from dash_megatron.ops.reference import dash_attention_reference, document_positions
+from dash_megatron.ops.types import Router, Routing
 
 logger = logging.getLogger("dash_megatron")
 
@@ -23,25 +23,6 @@ TRITON_CHUNK_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _announced: set[str] = set()
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What the router chose, for logging and for density control; carries no gradient."""
-
-    chunks_selected: Tensor
-    """int32 [B, N, Hkv]: chunks each token attends to, its own included."""
-    chunks_available: Tensor
-    """float32 scalar: mean over tokens of the causally available chunks, the token's own included."""
-
-    @property
-    def density(self) -> Tensor:
-        """float32 scalar: selected chunks of all tokens, key/value heads and batch over available ones.
-
-        The share of the pairs of full attention that is attended to, but for the own chunk's causal mask. A token counts by
-        what it has to choose from: the mean of tokens' own shares would be near 1 wherever documents are short.
-        """
-        return self.chunks_selected.float().mean() / self.chunks_available
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, summary_query: Tensor) -> None:
@@ -333,19 +314,8 @@ def dash_attention(
             f"chunk_size={chunk_size} must be one of {list(TRITON_CHUNK_SIZES)} for the Triton backend; "
             "try 64, or pass backend='reference'"
         )
-    out, chunks_selected = attend(
-        q,
-        k,
-        v,
-        summary_query,
-        chunk_size=chunk_size,
-        scaling_factor=scaling_factor,
-        sigma=sigma,
-        estimate_diagonal=estimate_diagonal,
-        alpha=alpha,
-        cu_seqlens=cu_seqlens,
-        length_scaling=length_scaling,
-    )
+    router = Router(chunk_size, scaling_factor, sigma, estimate_diagonal, alpha, length_scaling)
+    out, chunks_selected = attend(q, k, v, summary_query, router, cu_seqlens)
     if not return_routing:
         return out
     return out, routing_of(chunks_selected, chunk_size, cu_seqlens)

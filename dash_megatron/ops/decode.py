@@ -15,6 +15,7 @@ from dash_megatron.ops.attention import (
 )
 from dash_megatron.ops.cache import DashCache
 from dash_megatron.ops.entmax import check_alpha
+from dash_megatron.ops.types import Router
 
 
 def _check(q: Tensor, cache: DashCache) -> None:
@@ -104,7 +105,7 @@ def dash_decode(
     check_alpha(alpha)
     _check_flag("return_selected", return_selected)
     tensors = q, cache.k, cache.v, cache.summary, cache.lengths, cache.page_table
-    numbers = float(sigma), estimate_diagonal, float(alpha), float(length_scaling)
+    router = Router(cache.chunk_size, scaling_factor, sigma, estimate_diagonal, alpha, length_scaling)
     if _resolve_backend(backend, q)[0] == "triton":
         if cache.chunk_size not in TRITON_CHUNK_SIZES:
             raise ValueError(
@@ -112,11 +113,11 @@ def dash_decode(
                 "make the cache with 64, or pass backend='reference'"
             )
         from dash_megatron.ops.kernels.decode import decode
-        from dash_megatron.ops.kernels.route import split_scaling
 
-        out, selected = decode(*tensors, *split_scaling(scaling_factor), cache.chunk_size, *numbers)
+        head_scaling, numbers = router.split()
+        out, selected = decode(*tensors, head_scaling, *numbers)
     else:
         from dash_megatron.ops.decode_reference import decode_reference
 
-        out, selected = decode_reference(*tensors, cache.chunk_size, scaling_factor, *numbers)
+        out, selected = decode_reference(*tensors, router)
     return (out, selected) if return_selected else out

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dash_megatron.ops.reference import _attend_block, _Block, _Router, wide
+from dash_megatron.ops.reference import _attend_block, _Block, wide
+from dash_megatron.ops.types import Router
 
 
 def _pages(page_table: Tensor | None, sequence: int, place: Tensor, per_page: int) -> tuple[Tensor, Tensor]:
@@ -67,12 +68,7 @@ def decode_reference(
     summary: Tensor,
     lengths: Tensor,
     page_table: Tensor | None,
-    chunk_size: int,
-    scaling_factor: float | Tensor,
-    sigma: float,
-    estimate_diagonal: bool,
-    alpha: float,
-    length_scaling: float = 0.0,
+    router: Router,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the last token of every sequence, by the code of the training reference.
 
@@ -82,8 +78,7 @@ def decode_reference(
         Output [B, Hq, D] in q's dtype, zero for empty sequences, and the chunks selected, the own one included,
         int32 [B, Hkv].
     """
-    (B, Hq, D), Hkv, C = q.shape, k.shape[2], chunk_size
-    router = _Router(scaling_factor, sigma, estimate_diagonal, alpha, length_scaling)
+    (B, Hq, D), Hkv, C = q.shape, k.shape[2], router.chunk_size
     out = torch.zeros_like(q)
     selected = torch.zeros(B, Hkv, dtype=torch.int32, device=q.device)
     for b, length in enumerate(lengths.tolist()):

@@ -19,12 +19,11 @@ from dash_megatron.ops.reference import (
     _Grid,
     _log_prior,
     _make_grid,
-    _Router,
     _summarize,
     _to_grid,
     document_positions,
-    score_factors,
 )
+from dash_megatron.ops.types import Router
 
 MEASURES = {
     "density": "chunks selected over causally available ones, the own chunk included",
@@ -47,32 +46,6 @@ WEIGHT_BINS = tuple(x / 10 for x in range(-40, 21))
 # Scores alive at once, in elements: more queries are measured block by block.
 MAX_SCORES = 2**24
 _GOLDEN = (math.sqrt(5) - 1) / 2
-
-
-class RouterSettings(NamedTuple):
-    """Of `dash_attention`."""
-
-    chunk_size: int
-    scaling_factor: float | Tensor
-    """A tensor [H] has one for each key/value head."""
-    sigma: float
-    estimate_diagonal: bool
-    alpha: float
-    length_scaling: float = 0.0
-
-    def of_head(self, head: int) -> RouterSettings:
-        """The same for one head alone."""
-        factor = self.scaling_factor
-        return self._replace(scaling_factor=factor[head : head + 1]) if isinstance(factor, Tensor) else self
-
-    def score_factors(self, past_S: Tensor) -> Tensor:
-        """What scores of queries with so many past chunks are multiplied by, float32 [H, S]; [1, S] where heads are alike."""
-        factors = score_factors(_Router(*self[1:]), past_S, 1, torch.float32)
-        return (
-            factors
-            if isinstance(factors, Tensor)
-            else torch.full((1, len(past_S)), factors, device=past_S.device)
-        )
 
 
 @dataclass(frozen=True)
@@ -172,11 +145,13 @@ def _chunks_of_head(k_NHD: Tensor, summary_query: Tensor, head: int, grid: _Grid
     return k_BHSD.view(grid.num_chunks, grid.num_slots, -1), summary_cD
 
 
-def _route(q_SGD: Tensor, summary_cD: Tensor, past_Sc: Tensor, settings: RouterSettings) -> Tensor:
+def _route(q_SGD: Tensor, summary_cD: Tensor, past_Sc: Tensor, router: Router) -> Tensor:
     """Group mean [S, c] of the entmax over past chunks; `q_SGD` comes divided by sqrt(D)."""
-    factor_S = settings.score_factors(past_Sc.sum(1))[0]
-    z_SGc = factor_S[:, None, None] * (q_SGD @ summary_cD.mT)
-    return entmax(z_SGc.masked_fill(~past_Sc[:, None], -math.inf), settings.alpha).mean(1)
+    factor = router.score_factors(past_Sc.sum(1), 1, torch.float32)
+    if isinstance(factor, Tensor):
+        factor = factor[0, :, None, None]
+    z_SGc = factor * (q_SGD @ summary_cD.mT)
+    return entmax(z_SGc.masked_fill(~past_Sc[:, None], -math.inf), router.alpha).mean(1)
 
 
 def _attention_by_chunk(q_SGD: Tensor, k_cWD: Tensor, bias_Sc: Tensor, hidden_ScW: Tensor) -> Tensor:
@@ -202,12 +177,12 @@ class _Places(NamedTuple):
 
 
 def _measure(
-    q_SGD: Tensor, k_cWD: Tensor, summary_cD: Tensor, places: _Places, first: int, settings: RouterSettings
+    q_SGD: Tensor, k_cWD: Tensor, summary_cD: Tensor, places: _Places, first: int, router: Router
 ) -> tuple[dict[str, Tensor], Tensor]:
     """`MEASURES` [S] of one key/value head, given chunks from number `first` on, and counts [S, bins] of weights."""
     past_Sc, own_Sc = places.masks(first, first + len(summary_cD))
-    p_Sc = _route(q_SGD, summary_cD, past_Sc, settings)
-    bias, selected = _log_prior(p_Sc[None, None], own_Sc, _Router(*settings[1:]))
+    p_Sc = _route(q_SGD, summary_cD, past_Sc, router)
+    bias, selected = _log_prior(p_Sc[None, None], own_Sc, router)
     bias_Sc, selected_S = bias[0, 0], selected[0, 0].float()
     slot_W = torch.arange(k_cWD.shape[1], device=q_SGD.device)
     hidden_ScW = own_Sc[..., None] & (slot_W > places.slot_S[:, None, None])
@@ -261,7 +236,7 @@ def sample_routing(
     q: Tensor,
     k: Tensor,
     summary_query: Tensor,
-    settings: RouterSettings,
+    router: Router,
     cu_seqlens: Tensor | None = None,
     max_queries: int = 256,
 ) -> RoutingSamples:
@@ -274,19 +249,19 @@ def sample_routing(
         q: queries after RoPE [B, N, Hq, D].
         k: keys after RoPE [B, N, Hkv, D].
         summary_query: [Hkv, D].
-        settings, cu_seqlens: as `dash_attention` was given them.
+        router, cu_seqlens: as `dash_attention` was given them.
         max_queries: how many, over all rows; as many in every bucket of positions that has as many. Where there are
             more buckets, one each.
     """
     with torch.autocast(q.device.type, enabled=False):
-        q_NHGD, k_NHD, position_N, grid = _flatten(q, k, cu_seqlens, settings.chunk_size)
+        q_NHGD, k_NHD, position_N, grid = _flatten(q, k, cu_seqlens, router.chunk_size)
         H, G, D = q_NHGD.shape[1:]
-        edges = _bucket_edges(q.shape[1] if cu_seqlens is None else len(q_NHGD), settings.chunk_size)
+        edges = _bucket_edges(q.shape[1] if cu_seqlens is None else len(q_NHGD), router.chunk_size)
         token_S, bucket_S, weight_S = _choose(position_N, edges, max_queries)
         values: list[dict[str, Tensor]] = []
         weights = []
         for head in range(H):  # one by one, for memory
-            of_head = settings.of_head(head)
+            of_head = router.of_heads(slice(head, head + 1))
             k_cWD, summary_cD = _chunks_of_head(k_NHD, summary_query, head, grid)
             found = []
             for part, places, first, end in _blocks(grid, token_S, grid.num_slots * G):
@@ -320,7 +295,7 @@ def selection_map(
     q: Tensor,
     k: Tensor,
     summary_query: Tensor,
-    settings: RouterSettings,
+    router: Router,
     max_cells: int = 256,
     tokens_per_cell: int = 64,
 ) -> SelectionMap:
@@ -330,10 +305,10 @@ def selection_map(
     `sample_routing`, with B == 1.
     """
     with torch.autocast(q.device.type, enabled=False):
-        q_NHGD, k_NHD, _, grid = _flatten(q, k, None, settings.chunk_size)
+        q_NHGD, k_NHD, _, grid = _flatten(q, k, None, router.chunk_size)
         N, H, G, D = q_NHGD.shape
         per_cell = -(-grid.num_chunks // max_cells)
-        cells, tokens_of_cell = -(-grid.num_chunks // per_cell), per_cell * settings.chunk_size
+        cells, tokens_of_cell = -(-grid.num_chunks // per_cell), per_cell * router.chunk_size
         starts = range(0, N, tokens_of_cell)
         sizes = [min(tokens_of_cell, N - start) for start in starts]
         token_S = torch.cat(
@@ -344,7 +319,7 @@ def selection_map(
         )
         pairs = torch.zeros(H, 2, cells, cells, device=q.device)
         for head in range(H):
-            of_head = settings.of_head(head)
+            of_head = router.of_heads(slice(head, head + 1))
             _, summary_cD = _chunks_of_head(k_NHD, summary_query, head, grid)
             for part, places, first, end in _blocks(grid, token_S, G):
                 q_SGD = q_NHGD[part, head].float() * D**-0.5
@@ -359,7 +334,7 @@ def selection_map(
 
 @torch.no_grad()
 def listed_share(
-    q: Tensor, k: Tensor, summary_query: Tensor, settings: RouterSettings, max_chunks: int = 64
+    q: Tensor, k: Tensor, summary_query: Tensor, router: Router, max_chunks: int = 64
 ) -> dict[int, Tensor]:
     """Pairs that tiles of T neighbouring tokens visit over all pairs, past chunks only: float32 [H] for every T.
 
@@ -368,8 +343,8 @@ def listed_share(
     ones of one document (B == 1). T goes through the powers of two up to the chunk size.
     """
     with torch.autocast(q.device.type, enabled=False):
-        q_NHGD, k_NHD, _, grid = _flatten(q, k, None, settings.chunk_size)
-        (N, H, _, D), C = q_NHGD.shape, settings.chunk_size
+        q_NHGD, k_NHD, _, grid = _flatten(q, k, None, router.chunk_size)
+        (N, H, _, D), C = q_NHGD.shape, router.chunk_size
         past = N // C - 1
         if past < 1:
             raise ValueError(f"q has {N} tokens and must have two chunks of {C}; give a longer document")
@@ -381,7 +356,9 @@ def listed_share(
             for chunk in chunks:
                 q_SGD = q_NHGD[chunk * C : (chunk + 1) * C, head].float() * D**-0.5
                 past_Sc = torch.ones(C, chunk, dtype=torch.bool, device=q.device)
-                selected_Sc = _route(q_SGD, summary_cD[:chunk], past_Sc, settings.of_head(head)) > 0
+                selected_Sc = (
+                    _route(q_SGD, summary_cD[:chunk], past_Sc, router.of_heads(slice(head, head + 1))) > 0
+                )
                 for tile, sums in visited.items():
                     sums[head] += tile * selected_Sc.unflatten(0, (-1, tile)).any(1).sum()
     return {tile: sums / (C * sum(chunks)) for tile, sums in visited.items()}

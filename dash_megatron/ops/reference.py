@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dash_megatron.ops.entmax import entmax
+from dash_megatron.ops.types import Router
 
 # Most tokens in a query block: enough rows for the matrix products, few enough to skip most of the causal triangle.
 MAX_BLOCK_TOKENS = 128
@@ -57,32 +58,6 @@ class _Block(NamedTuple):
     """First chunk of the first token's document: the keys given start here."""
     own_chunk: int
     """The first token's own chunk: causal masking inside a chunk starts here."""
-
-
-class _Router(NamedTuple):
-    scaling_factor: float | Tensor
-    """A tensor has one for each key/value head, [H]."""
-    sigma: float
-    estimate_diagonal: bool
-    alpha: float
-    length_scaling: float = 0.0
-
-
-def score_factors(router: _Router, past_T: Tensor, num_kv_heads: int, dtype: torch.dtype) -> float | Tensor:
-    """What the products of queries and summaries are multiplied by: a number, or [H, T].
-
-    Args:
-        router: its numbers.
-        past_T: how many chunks of its document lie before each query's own.
-        num_kv_heads: H.
-        dtype: of a tensor.
-    """
-    heads = router.scaling_factor
-    if not isinstance(heads, Tensor):
-        if router.length_scaling == 0:
-            return heads
-        heads = torch.full((num_kv_heads,), heads, dtype=dtype, device=past_T.device)
-    return heads.to(dtype)[:, None] * (1 + router.length_scaling * past_T.clamp_min(1).to(dtype).log())
 
 
 def document_positions(num_tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
@@ -152,7 +127,7 @@ def _mean_log_p(log_p_BHTc: Tensor, num_past_BHT: Tensor) -> Tensor:
     return log_p_BHTc.detach().sum(-1, keepdim=True) / num_past_BHT.clamp_min(1).unsqueeze(-1)
 
 
-def _log_prior(p_BHTc: Tensor, own_Tc: Tensor, router: _Router) -> tuple[Tensor, Tensor]:
+def _log_prior(p_BHTc: Tensor, own_Tc: Tensor, router: Router) -> tuple[Tensor, Tensor]:
     """Bias [B, H, T, c] on the scores of every chunk (-inf: not selected) and the number [B, H, T] selected."""
     selected_BHTc = p_BHTc > 0
     # mask before the logarithm: the gradient of log(0) would turn the masked zeros into NaN
@@ -165,7 +140,7 @@ def _log_prior(p_BHTc: Tensor, own_Tc: Tensor, router: _Router) -> tuple[Tensor,
 
 
 def _attend_block(
-    q_BHGTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, summary_BHcD: Tensor, block: _Block, router: _Router
+    q_BHGTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, summary_BHcD: Tensor, block: _Block, router: Router
 ) -> tuple[Tensor, Tensor]:
     """Route and attend the tokens of one block, given the keys, values and summaries of the chunks it may need.
 
@@ -180,7 +155,7 @@ def _attend_block(
 
     # the G heads of a group stand as rows of one matrix, so K and V are never repeated
     rows_BHRD = q_BHGTD.reshape(B, H, G * T, D)
-    factor = score_factors(router, block.chunk_T - block.first_chunk_T, H, q_BHGTD.dtype)
+    factor = router.score_factors(block.chunk_T - block.first_chunk_T, H, q_BHGTD.dtype)
     if isinstance(factor, Tensor):
         factor = factor.repeat(1, G)[..., None]
     z_BHGTc = (factor * (rows_BHRD @ summary_BHcD.mT)).view(B, H, G, T, num_chunks)
@@ -220,7 +195,7 @@ def _query_blocks(grid: _Grid, num_tokens: int, rows_per_token: int) -> tuple[li
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, summary_query: Tensor, grid: _Grid, router: _Router
+    q: Tensor, k: Tensor, v: Tensor, summary_query: Tensor, grid: _Grid, router: Router
 ) -> tuple[Tensor, Tensor]:
     """The whole sequence, block by block, in the dtype of the inputs; returns as `dash_attention_reference`."""
     B, N, Hq, D = q.shape
@@ -259,14 +234,8 @@ def dash_attention_reference(
     k: Tensor,
     v: Tensor,
     summary_query: Tensor,
-    *,
-    chunk_size: int,
-    scaling_factor: float | Tensor,
-    sigma: float,
-    estimate_diagonal: bool,
-    alpha: float,
+    router: Router,
     cu_seqlens: Tensor | None,
-    length_scaling: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attend to the chunks an entmax router selects, with its log probabilities as a prior (arXiv 2605.18753).
 
@@ -277,15 +246,14 @@ def dash_attention_reference(
         q: queries after RoPE [B, N, Hq, D]; computed in float64 if float64, otherwise in float32.
         k, v: keys after RoPE, and values [B, N, Hkv, D].
         summary_query: [Hkv, D].
-        chunk_size, scaling_factor, sigma, estimate_diagonal, alpha, length_scaling: as in `dash_attention`.
+        router: its constants.
         cu_seqlens: [documents + 1] (then B == 1), or None for one document per batch row.
 
     Returns:
         Output [B, N, Hq, D] in q's dtype, and the number of chunks selected, the own one included, int32 [B, N, Hkv].
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    grid = _make_grid(q.shape[1], chunk_size, cu_seqlens, q.device)
-    router = _Router(scaling_factor, sigma, estimate_diagonal, alpha, length_scaling)
+    grid = _make_grid(q.shape[1], router.chunk_size, cu_seqlens, q.device)
     # autocast would run the matrix products in half precision behind our back
     with torch.autocast(q.device.type, enabled=False):
         out, chunks_selected = _attend(

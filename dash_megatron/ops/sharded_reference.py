@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from dash_megatron.ops.entmax import entmax
-from dash_megatron.ops.reference import LOG2_E, MAX_BLOCK_SCORES, _log_prior, _Router, score_factors, wide
+from dash_megatron.ops.reference import LOG2_E, MAX_BLOCK_SCORES, _log_prior, wide
 from dash_megatron.ops.sharded import KeyBuffer, QueryChunks
-
-Router = _Router
+from dash_megatron.ops.types import Router
 
 
 class Routed(NamedTuple):
@@ -81,7 +80,7 @@ def _route(q: Tensor, summary: Tensor, chunk: Tensor, first: Tensor, router: Rou
     """Log prior [H, n, c] and number of chunks selected [H, n]."""
     (n, Hq, D), (H, c, _) = q.shape, summary.shape
     rows_HRD = q.view(n, H, Hq // H, D).permute(1, 2, 0, 3).reshape(H, -1, D)
-    factor = score_factors(router, chunk - first, H, q.dtype) * D**-0.5
+    factor = router.score_factors(chunk - first, H, q.dtype) * D**-0.5
     if isinstance(factor, Tensor):
         factor = factor[:, None, :, None]
     z_HGnc = (rows_HRD @ summary.mT).view(H, -1, n, c) * factor

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dash_megatron.files import write_whole
 from dash_megatron.layers import DashCoreAttention
-from dash_megatron.ops.diagnostics import RouterSettings
 from dash_megatron.ops.entmax import entmax
+from dash_megatron.ops.types import Router
 
 ALPHAS = {"softmax": None, "1.5-entmax": 1.5, "2-entmax": 2.0}
 """Alpha of each way to probabilities."""
@@ -155,7 +155,7 @@ def _of_run(run_dir: str | Path, step: int | None, length: int | None, device: s
     found: dict[int, list[Tensor]] = {}
 
     def observe(layer: int, core: DashCoreAttention, q: Tensor, k: Tensor, w: Tensor) -> None:
-        for count, z in _scores_by_chunks(q, k, w, core.router_settings):
+        for count, z in _scores_by_chunks(q, k, w, core.router):
             found.setdefault(count, []).append(z.cpu())
 
     with open_run(run_dir, step, length, device) as run:
@@ -170,10 +170,10 @@ def _of_run(run_dir: str | Path, step: int | None, length: int | None, device: s
 
 
 def _scores_by_chunks(
-    q: Tensor, k: Tensor, w: Tensor, settings: RouterSettings, most: int = QUERIES
+    q: Tensor, k: Tensor, w: Tensor, router: Router, most: int = QUERIES
 ) -> Iterator[tuple[int, Tensor]]:
     """For growing numbers n of chunks, scores [S, G, n] of queries with n to 9/8 n past chunks on the last n, by kv head."""
-    chunk_size = settings.chunk_size
+    chunk_size = router.chunk_size
     num_tokens, num_heads = q.shape[1], k.shape[2]
     full = num_tokens // chunk_size
     k_cWHD = k[0, : full * chunk_size].float().unflatten(0, (full, chunk_size))
@@ -188,6 +188,7 @@ def _scores_by_chunks(
         own = tokens // chunk_size
         window = own[:, None] - count + torch.arange(count, device=q.device)
         for head in range(num_heads):
-            factor = settings.of_head(head).score_factors(torch.tensor([count], device=q.device)).item()
-            scale = factor / math.sqrt(q.shape[-1])
+            of_head = router.of_heads(slice(head, head + 1))
+            factor = of_head.score_factors(torch.tensor([count], device=q.device), 1, torch.float32)
+            scale = torch.as_tensor(factor, dtype=torch.float32).item() / math.sqrt(q.shape[-1])
             yield count, scale * torch.einsum("sgd,snd->sgn", q_NHGD[tokens, head], summary_cHD[window, head])

@@ -164,10 +164,10 @@ def study_routing(
     listed: dict[int, dict[int, float]] = {}
 
     def observe(layer: int, core: DashCoreAttention, q: Tensor, k: Tensor, w: Tensor) -> None:
-        samples[layer] = sample_routing(q, k, w, core.router_settings, max_queries=QUERIES)
-        share, per_cell = selection_map(q, k, w, core.router_settings)
+        samples[layer] = sample_routing(q, k, w, core.router, max_queries=QUERIES)
+        share, per_cell = selection_map(q, k, w, core.router)
         maps[layer] = SelectionMap(share.cpu(), per_cell)
-        shares = listed_share(q, k, w, core.router_settings)
+        shares = listed_share(q, k, w, core.router)
         listed[layer] = {tile: round(float(share.mean()), 4) for tile, share in shares.items()}
 
     with open_run(run_dir, step, length, device) as run:

@@ -60,9 +60,9 @@ class RoutingProbe:
     def _observe(
         self, layer: int, q: Tensor, k: Tensor, summary_query: Tensor, cu_seqlens: Tensor | None
     ) -> None:
-        settings = self._layers[layer].router_settings
+        router = self._layers[layer].router
         try:
-            self._found[layer] = sample_routing(q, k, summary_query, settings, cu_seqlens)
+            self._found[layer] = sample_routing(q, k, summary_query, router, cu_seqlens)
         except torch.OutOfMemoryError as error:
             self._every = 0
             logger.error(

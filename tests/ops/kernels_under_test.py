@@ -4,10 +4,13 @@ import importlib
 import os
 import sys
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import torch
 import triton
+
+from dash_megatron.ops.types import Router
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -27,3 +30,10 @@ def import_kernels(*names: str) -> tuple[ModuleType, ...]:
             del sys.modules[name]
     with mock.patch.dict(os.environ, {} if CUDA else {"TRITON_INTERPRET": "1"}):
         return tuple(importlib.import_module(f"dash_megatron.ops.kernels.{name}") for name in names)
+
+
+def with_router(settings: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `dash_attention` as its implementations take them: the router's constants as one value."""
+    constants = {name: value for name, value in settings.items() if name in Router._fields}
+    others = {name: value for name, value in settings.items() if name not in Router._fields}
+    return {"router": Router(**constants), **others}

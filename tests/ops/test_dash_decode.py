@@ -6,6 +6,7 @@ import torch
 from benchmarks import decode as benchmark
 from dash_megatron.ops import DashCache, dash_attention, dash_decode
 from dash_megatron.ops.decode_reference import decode_reference
+from dash_megatron.ops.types import Router
 from tests.ops.decode_sequences import BORDERS, ROUTER, C, Sequences, relative_error
 from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels
 
@@ -108,7 +109,9 @@ def test_every_shape_and_dtype_is_near_the_reference(name, dtype, short, launch)
         x.double()
         for x in (sequences.at([n - 1 for n in sequences.lengths])[0], cache.k, cache.v, cache.summary)
     )
-    expected, _ = decode_reference(*tensors, cache.lengths, None, chunk_size, 1.0, *list(ROUTER.values())[1:])
+    expected, _ = decode_reference(
+        *tensors, cache.lengths, None, Router(chunk_size, **{**ROUTER, "scaling_factor": 1.0})
+    )
     assert out.dtype == dtype
     assert relative_error(out, expected) < TOLERANCE[dtype][0]
 
@@ -242,7 +245,7 @@ def test_the_ops_pass_torchs_own_checks():
     tensors = (cache.k, cache.v, cache.summary, cache.lengths)
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
-        decode.decode, (q, *tensors, cache.page_table, None, 1.0, C, 2.0, True, 1.5, 0.0), test_utils=utils
+        decode.decode, (q, *tensors, cache.page_table, None, C, 1.0, 2.0, True, 1.5, 0.0), test_utils=utils
     )
     cache.lengths.zero_()
     for x in tensors[:3]:

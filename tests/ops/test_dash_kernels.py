@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dash_megatron.ops.reference import dash_attention_reference
-from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels
+from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels, with_router
 
 dash, geometry, configs = import_kernels("dash", "geometry", "configs")
 
@@ -54,7 +54,7 @@ def _inputs(N, B=1, Hq=4, Hkv=2, D=16, C=16, dtype=torch.float32, structured=Fal
 
 def _run(attend, leaves, upstream, **settings):
     """Output, gradients, also that of factors for each head, and chunk counts."""
-    out, selected = attend(*leaves, **{**SETTINGS, **settings})
+    out, selected = attend(*leaves, **with_router({**SETTINGS, **settings}))
     leaves = [*leaves, *(x for x in settings.values() if isinstance(x, torch.Tensor) and x.requires_grad)]
     grads = torch.autograd.grad(out, leaves, upstream, allow_unused=True, materialize_grads=True)
     return out.detach(), grads, selected
@@ -239,7 +239,7 @@ def test_changing_future_tokens_leaves_past_outputs_alone():
     late = [x.detach().clone() for x in leaves]
     for x in late[:3]:
         x[:, 37:] += 1
-    out_late, _ = dash.dash_attention_triton(*late, **SETTINGS)
+    out_late, _ = dash.dash_attention_triton(*late, **with_router(SETTINGS))
     assert torch.equal(out[:, :37], out_late[:, :37])
     assert not torch.equal(out[:, 37:], out_late[:, 37:])
 
@@ -298,7 +298,7 @@ def test_inputs_may_be_slices_of_one_fused_projection():
     upstream = torch.randn(2, 40, 4, 16, generator=generator).to(DEVICE)
     results = []
     for attend, x in ((dash.dash_attention_triton, fused), (dash_attention_reference, fused.double())):
-        out, _ = attend(x[:, :, :4], x[:, :, 4:6], x[:, :, 6:], w.to(x.dtype), **SETTINGS)
+        out, _ = attend(x[:, :, :4], x[:, :, 4:6], x[:, :, 6:], w.to(x.dtype), **with_router(SETTINGS))
         results.append((out, *torch.autograd.grad(out, fused, upstream.to(x.dtype))))
     for x, expected in zip(*results, strict=True):
         assert _relative_error(x, expected) < 1e-5
@@ -314,7 +314,9 @@ def test_torch_compile_and_checkpointing_give_the_eager_bits():
     leaves, upstream = _inputs(50)
 
     def attend(q, k, v, w):
-        return dash.dash_attention_triton(q * 1.5, k, v, w, **SETTINGS, deterministic=True)[0] * 2
+        return (
+            dash.dash_attention_triton(q * 1.5, k, v, w, **with_router(SETTINGS), deterministic=True)[0] * 2
+        )
 
     eager = attend(*leaves)
     expected = torch.autograd.grad(eager, leaves, upstream)
@@ -351,7 +353,7 @@ def test_no_length_scaling_gives_the_bits_of_a_plain_factor():
 def test_other_dtypes_and_too_many_heads_are_refused():
     leaves, _ = _inputs(8)
     with pytest.raises(ValueError, match=r"q\.dtype=torch\.float64"):
-        dash.dash_attention_triton(*(x.double() for x in leaves), **SETTINGS)
+        dash.dash_attention_triton(*(x.double() for x in leaves), **with_router(SETTINGS))
     wide = torch.zeros(1, 8, 64, 16, device=DEVICE), *torch.zeros(2, 1, 8, 1, 16, device=DEVICE)
     with pytest.raises(ValueError, match="32 heads"):
-        dash.dash_attention_triton(*wide, torch.zeros(1, 16, device=DEVICE), **SETTINGS)
+        dash.dash_attention_triton(*wide, torch.zeros(1, 16, device=DEVICE), **with_router(SETTINGS))

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from dash_megatron.ops.entmax import entmax
+from dash_megatron.ops.types import Router
 from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels
 
 (dash,) = import_kernels("dash")
@@ -70,13 +71,7 @@ def test_single_tokens_of_long_sequences_equal_float64(name, monkeypatch):
     upstream[tokens] = noise(len(tokens), Hkv, G, D)
     leaves = [x.requires_grad_() for x in (q.view(1, N, Hq, D), k[None], v[None], w)]
     out, _ = dash.dash_attention_triton(
-        *leaves,
-        chunk_size=C,
-        scaling_factor=1.0,
-        sigma=SIGMA,
-        estimate_diagonal=True,
-        alpha=1.5,
-        cu_seqlens=None,
+        *leaves, Router(chunk_size=C, scaling_factor=1.0, sigma=SIGMA), cu_seqlens=None
     )
     grads = torch.autograd.grad(out, leaves, upstream.view(1, N, Hq, D))
 

@@ -8,6 +8,7 @@ import torch
 
 from dash_megatron.ops.reference import dash_attention_reference
 from dash_megatron.ops.sharded import KeyBuffer, QueryChunks
+from dash_megatron.ops.types import Router
 from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels
 
 sharded, geometry = import_kernels("sharded", "geometry")
@@ -42,7 +43,7 @@ class Sequence:
         self.d_out = noise(N, Hq, D)
         self.method = {"sigma": 2.0, "estimate_diagonal": True, "alpha": 1.5} | method
         self.method["scaling_factor"] = scaling_factor
-        self.router = sharded.Router(**self.method)
+        self.router = Router(chunk_size=C, **self.method)
         self.head_scaling = None if head_scaling is None else torch.tensor(head_scaling, device=DEVICE)
         self.bounds, self.chunks = [0], []
         for length in lengths:
@@ -79,13 +80,11 @@ class Sequence:
         """Output, gradients and chunk counts of the reference in float64."""
         leaves = [x[None].double().requires_grad_() for x in (self.q, self.k, self.v)]
         leaves.append(self.w.double().requires_grad_())
-        method = dict(self.method)
+        router = self.router
         heads = [] if self.head_scaling is None else [self.head_scaling.double().requires_grad_()]
         for x in heads:
-            method["scaling_factor"] = method["scaling_factor"] * x
-        out, selected = dash_attention_reference(
-            *leaves, chunk_size=self.C, cu_seqlens=_int(self.bounds), **method
-        )
+            router = router._replace(scaling_factor=router.scaling_factor * x)
+        out, selected = dash_attention_reference(*leaves, router, _int(self.bounds))
         grads = torch.autograd.grad(out, [*leaves, *heads], self.d_out[None].double())
         return out.detach()[0], [*(x[0] for x in grads[:3]), *grads[3:]], selected[0]
 

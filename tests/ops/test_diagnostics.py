@@ -11,14 +11,14 @@ from dash_megatron.ops import diagnostics as module
 from dash_megatron.ops.diagnostics import (
     MEASURES,
     NEAR_THRESHOLD,
-    RouterSettings,
     listed_share,
     sample_routing,
     selection_map,
 )
+from dash_megatron.ops.types import Router
 
 C, D = 4, 32
-SETTINGS = RouterSettings(C, 4.0, 2.0, True, 1.5)
+ROUTER = Router(C, 4.0, 2.0, True, 1.5)
 
 
 def inputs(B: int = 1, N: int = 61, Hq: int = 4, Hkv: int = 2, seed: int = 0) -> list[torch.Tensor]:
@@ -28,12 +28,12 @@ def inputs(B: int = 1, N: int = 61, Hq: int = 4, Hkv: int = 2, seed: int = 0) ->
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def by_hand(q, k, w, settings, lengths):
+def by_hand(q, k, w, router, lengths):
     """`MEASURES` [H, N] by loops; the attention of chunks from the reference, given values that say which chunk they are of."""
     cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
     chunk = torch.cat([torch.arange(length) // C for length in lengths])
     v = F.one_hot(chunk, D).float()[None, :, None].expand_as(k)
-    options = {**settings._asdict(), "cu_seqlens": cu_seqlens, "backend": "reference"}
+    options = {**router._asdict(), "cu_seqlens": cu_seqlens, "backend": "reference"}
     out, routing = dash_attention(q, k, v.contiguous(), w, return_routing=True, **options)
     H, G = k.shape[2], q.shape[2] // k.shape[2]
     mass = out[0].view(-1, H, G, D).mean(2)
@@ -49,17 +49,17 @@ def by_hand(q, k, w, settings, lengths):
             if own:
                 keys = k[0, start : start + own * C, h].view(own, C, D)
                 beta = (keys @ w[h] / math.sqrt(D)).softmax(1)
-                factors = settings.scaling_factor
+                factors = router.scaling_factor
                 factor = float(factors[h] if isinstance(factors, torch.Tensor) else factors)
-                factor *= 1 + settings.length_scaling * math.log(own)
+                factor *= 1 + router.length_scaling * math.log(own)
                 z = factor / math.sqrt(D) * q[0, i].view(H, G, D)[h]
-                p = entmax(z @ (beta[..., None] * keys).sum(1).T, settings.alpha).mean(0)
+                p = entmax(z @ (beta[..., None] * keys).sum(1).T, router.alpha).mean(0)
                 inside = p[p > 0]
                 near = (p > 0) & (p < NEAR_THRESHOLD * inside.mean())
                 row["entropy"] = -(inside * inside.log()).sum()
                 row["effective_chunks"] = row["entropy"].exp()
                 row["evenness"] = row["entropy"] / math.log(own) if own > 1 else math.nan
-                row["prior_spread"] = inside.log().std(correction=0) / settings.sigma
+                row["prior_spread"] = inside.log().std(correction=0) / router.sigma
                 row["near_threshold_chunks"] = near.sum() / len(inside)
                 row["near_threshold_mass"] = p[near].sum()
                 row["near_threshold_attention"] = mass[i, h, :own][near].sum()
@@ -71,23 +71,23 @@ def by_hand(q, k, w, settings, lengths):
 @pytest.mark.parametrize("blocks", ["one block", "many blocks"])
 @pytest.mark.parametrize("lengths", [[61], [1, 30, 4, 26]], ids=["one document", "packed"])
 @pytest.mark.parametrize(
-    "settings",
+    "router",
     [
-        SETTINGS,
-        RouterSettings(C, 9.0, 1.0, False, 2.0),
-        RouterSettings(C, torch.tensor([2.0, 6.0]), 2.0, True, 1.5, length_scaling=0.5),
+        ROUTER,
+        Router(C, 9.0, 1.0, False, 2.0),
+        Router(C, torch.tensor([2.0, 6.0]), 2.0, True, 1.5, length_scaling=0.5),
     ],
     ids=["centred prior", "plain prior", "scaled by head and length"],
 )
 def test_measures_of_every_query_are_those_of_the_reference(
-    settings: RouterSettings, lengths: list[int], blocks: str, monkeypatch: pytest.MonkeyPatch
+    router: Router, lengths: list[int], blocks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if blocks == "many blocks":
         monkeypatch.setattr(module, "MAX_SCORES", 1000)
     q, k, w = inputs()
-    expected = by_hand(q, k, w, settings, lengths)
+    expected = by_hand(q, k, w, router, lengths)
     cu_seqlens = None if len(lengths) == 1 else F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
-    samples = sample_routing(q, k, w, settings, cu_seqlens, max_queries=61)
+    samples = sample_routing(q, k, w, router, cu_seqlens, max_queries=61)
     assert samples.token.tolist() == list(range(61))
     for name in MEASURES:
         tolerance = 5e-3 if name == "prior_spread" else 1e-4  # the logarithm magnifies what is almost zero
@@ -106,9 +106,9 @@ def test_measures_of_every_query_are_those_of_the_reference(
 
 def test_rows_of_a_batch_are_documents_of_their_own() -> None:
     q, k, w = inputs(B=2, N=21)
-    samples = sample_routing(q, k, w, SETTINGS, max_queries=42)
+    samples = sample_routing(q, k, w, ROUTER, max_queries=42)
     for row in range(2):
-        alone = sample_routing(q[row : row + 1], k[row : row + 1], w, SETTINGS, max_queries=21)
+        alone = sample_routing(q[row : row + 1], k[row : row + 1], w, ROUTER, max_queries=21)
         half = slice(21 * row, 21 * row + 21)
         for name in MEASURES:
             torch.testing.assert_close(samples.values[name][:, half], alone.values[name], equal_nan=True)
@@ -118,8 +118,8 @@ def test_buckets_double_and_samples_are_spread_over_them_and_over_the_places_in_
     lengths = [4096, 1024, 3072]
     cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
     q, k, w = inputs(N=8192, Hq=1, Hkv=1)
-    settings = RouterSettings(16, *SETTINGS[1:])
-    samples = sample_routing(q, k, w, settings, cu_seqlens, max_queries=256)
+    router = Router(16, *ROUTER[1:])
+    samples = sample_routing(q, k, w, router, cu_seqlens, max_queries=256)
     assert samples.edges == (0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
     assert len(samples.token) == 256
     assert torch.bincount(samples.bucket).tolist() == [28] * 4 + [28, 29, 29, 29, 29]
@@ -134,7 +134,7 @@ def test_buckets_double_and_samples_are_spread_over_them_and_over_the_places_in_
         )
         if len(chosen):
             assert len(set((position[chosen] % 16).tolist())) >= 9
-    exact = sample_routing(q, k, w, settings, cu_seqlens, max_queries=8192)
+    exact = sample_routing(q, k, w, router, cu_seqlens, max_queries=8192)
     for name in ("density", "entropy", "own_share"):
         assert samples.head_means(name).item() == pytest.approx(exact.head_means(name).item(), rel=0.05)
     means = exact.bucket_means("density")
@@ -145,14 +145,14 @@ def test_buckets_double_and_samples_are_spread_over_them_and_over_the_places_in_
     selected, share = (exact.values[name][0, inside] for name in ("chunks_selected", "density"))
     assert means[0, 5].item() == pytest.approx((selected.sum() / (selected / share).sum()).item())
     _, routing = dash_attention(
-        q, k, k, w, return_routing=True, cu_seqlens=cu_seqlens, backend="reference", **settings._asdict()
+        q, k, k, w, return_routing=True, cu_seqlens=cu_seqlens, backend="reference", **router._asdict()
     )
     assert exact.head_means("density").item() == pytest.approx(routing.density.item(), rel=1e-5)
 
 
 def test_the_histogram_of_weights_counts_selected_chunks() -> None:
     q, k, w = inputs()
-    samples = sample_routing(q, k, w, SETTINGS, max_queries=61)
+    samples = sample_routing(q, k, w, ROUTER, max_queries=61)
     assert samples.weights.sum(1).tolist() == pytest.approx([1, 1])
     below = sum(edge <= math.log10(NEAR_THRESHOLD) + 1e-6 for edge in module.WEIGHT_BINS[1:])
     values = samples.values
@@ -163,16 +163,16 @@ def test_the_histogram_of_weights_counts_selected_chunks() -> None:
 
 def test_a_map_shows_the_share_of_tokens_that_selected_each_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, w = inputs(N=30)
-    share, per_cell = selection_map(q, k, w, SETTINGS)
+    share, per_cell = selection_map(q, k, w, ROUTER)
     assert (share.shape, per_cell) == ((2, 8, 8), 1)
-    samples = sample_routing(q, k, w, SETTINGS, max_queries=30)
+    samples = sample_routing(q, k, w, ROUTER, max_queries=30)
     assert share[:, torch.arange(8), torch.arange(8)].eq(1).all()
     assert share.isnan().equal(torch.ones(8, 8).triu(1).bool().expand(2, 8, 8))
     for row in range(8):
         tokens = slice(row * C, min(row * C + C, 30))
         mean = samples.values["chunks_selected"][:, tokens].mean(1)
         torch.testing.assert_close(share[:, row].nansum(1), mean)
-    coarse, per_cell = selection_map(q, k, w, SETTINGS, max_cells=4)
+    coarse, per_cell = selection_map(q, k, w, ROUTER, max_cells=4)
     assert per_cell == 2
     # 8 tokens and 2 chunks, all of them available
     assert coarse[0, 3, 1].item() == pytest.approx(
@@ -180,16 +180,16 @@ def test_a_map_shows_the_share_of_tokens_that_selected_each_chunk(monkeypatch: p
     )
     # 4 tokens with one chunk of their own, 4 with that and one more
     assert coarse[0, 0, 0].item() == pytest.approx((4 + 4 * share[0, 1, :2].sum()) / 12)
-    few, _ = selection_map(q, k, w, SETTINGS, tokens_per_cell=2)
+    few, _ = selection_map(q, k, w, ROUTER, tokens_per_cell=2)
     assert (few.nan_to_num() * 2).eq((few.nan_to_num() * 2).round()).all()
     monkeypatch.setattr(module, "MAX_SCORES", 100)
-    pieces, _ = selection_map(q, k, w, SETTINGS, max_cells=4)
+    pieces, _ = selection_map(q, k, w, ROUTER, max_cells=4)
     assert torch.equal(pieces.nan_to_num(-1), coarse.nan_to_num(-1))
 
 
 def test_tiles_visit_what_any_of_their_tokens_selected() -> None:
     q, k, w = inputs(N=30)
-    shares = listed_share(q, k, w, SETTINGS)
+    shares = listed_share(q, k, w, ROUTER)
     assert list(shares) == [1, 2, 4]
     for head in range(2):
         summaries = k[0, :28, head].float().view(7, C, -1)
@@ -201,29 +201,29 @@ def test_tiles_visit_what_any_of_their_tokens_selected() -> None:
             z = torch.einsum(
                 "sgd,cd->sgc", q[0, chunk * C : chunk * C + C, group].float(), summary_cD[:chunk]
             )
-            z *= SETTINGS.scaling_factor * q.shape[-1] ** -0.5
-            selected = entmax(z, SETTINGS.alpha).mean(1) > 0
+            z *= ROUTER.scaling_factor * q.shape[-1] ** -0.5
+            selected = entmax(z, ROUTER.alpha).mean(1) > 0
             for tile in shares:
                 for begin in range(0, C, tile):
                     visited[tile] += tile * int(selected[begin : begin + tile].any(0).sum())
         for tile, share in shares.items():
             assert share[head].item() == pytest.approx(visited[tile] / (C * sum(range(1, 7))))
-    few = listed_share(q, k, w, SETTINGS, max_chunks=3)
+    few = listed_share(q, k, w, ROUTER, max_chunks=3)
     assert few[1].lt(few[4]).all()
     with pytest.raises(ValueError, match="two chunks of 4"):
-        listed_share(q[:, :7], k[:, :7], w, SETTINGS)
+        listed_share(q[:, :7], k[:, :7], w, ROUTER)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_a_gpu_measures_the_same() -> None:
     q, k, w = inputs(N=3000)
     cu_seqlens = torch.tensor([0, 700, 3000], dtype=torch.int32)
-    expected = sample_routing(q, k, w, SETTINGS, cu_seqlens)
-    found = sample_routing(q.cuda(), k.cuda(), w.cuda(), SETTINGS, cu_seqlens.cuda())
+    expected = sample_routing(q, k, w, ROUTER, cu_seqlens)
+    found = sample_routing(q.cuda(), k.cuda(), w.cuda(), ROUTER, cu_seqlens.cuda())
     assert torch.equal(found.token.cpu(), expected.token)
     for name in ("density", "entropy", "own_share", "near_threshold_mass"):
         torch.testing.assert_close(
             found.head_means(name).cpu(), expected.head_means(name), atol=1e-3, rtol=1e-3
         )
-    share, _ = selection_map(q.cuda(), k.cuda(), w.cuda(), SETTINGS)
-    assert (share.cpu() - selection_map(q, k, w, SETTINGS).share).nan_to_num().abs().mean() < 1e-3
+    share, _ = selection_map(q.cuda(), k.cuda(), w.cuda(), ROUTER)
+    assert (share.cpu() - selection_map(q, k, w, ROUTER).share).nan_to_num().abs().mean() < 1e-3

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from dash_megatron.config import ParallelConfig
 from dash_megatron.ops import dash_attention
 from dash_megatron.ops.sharded import stages
+from dash_megatron.ops.types import Router
 from dash_megatron.parallel import destroy_process_groups, init_process_groups, read_launch
 from dash_megatron.parallel.context.communication import (
     ContextGroup,
@@ -192,9 +193,7 @@ def _attend_chunks(case: Case, leaves: list[torch.Tensor], shard: Any, group: Co
     if shard.chunks.there is not None:
         rows = [move_rows(x, shard.chunks.there, shard.chunks.back, group) for x in rows]
     functions = stages(case.backend, rows[0])
-    router = functions.Router(
-        case.scaling_factor, 2.0, case.estimate_diagonal, case.alpha, case.length_scaling
-    )
+    router = Router(CHUNK, case.scaling_factor, 2.0, case.estimate_diagonal, case.alpha, case.length_scaling)
     side = DashSide(functions, router, CHUNK, shard.chunks, group)
     out, _ = sharded_dash_attention(*rows, w, side, case.comm, *leaves[4:])
     return out if shard.chunks.there is None else move_rows(out, shard.chunks.back, shard.chunks.there, group)

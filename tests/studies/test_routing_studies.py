@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dash_megatron.__main__ import main
-from dash_megatron.ops.diagnostics import RouterSettings
+from dash_megatron.ops.types import Router
 from dash_megatron.studies import dispersion as module
 from dash_megatron.studies import routing
 from dash_megatron.studies.dispersion import dispersion, group_mean
@@ -56,8 +56,8 @@ def test_scores_of_a_run_are_of_queries_that_have_so_many_past_chunks() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(1, 100, 4, 8, generator=generator), torch.randn(1, 100, 2, 8, generator=generator)
     found: dict[int, list[Any]] = {}
-    settings = RouterSettings(8, torch.tensor([1.0, 3.0]), 2.0, True, 1.5, length_scaling=0.5)
-    for count, z in module._scores_by_chunks(q, k, torch.zeros(2, 8), settings, most=3):
+    router = Router(8, torch.tensor([1.0, 3.0]), 2.0, True, 1.5, length_scaling=0.5)
+    for count, z in module._scores_by_chunks(q, k, torch.zeros(2, 8), router, most=3):
         found.setdefault(count, []).append(z)
     assert {count: [list(z.shape) for z in scores] for count, scores in found.items()} == {
         4: [[3, 2, 4]] * 2,

@@ -12,7 +12,8 @@ from PIL import Image
 
 from dash_megatron.__main__ import main
 from dash_megatron.config import config_from_dict
-from dash_megatron.ops.diagnostics import MEASURES, RouterSettings
+from dash_megatron.ops.diagnostics import MEASURES
+from dash_megatron.ops.types import Router
 from dash_megatron.studies import dispersion
 from dash_megatron.training.metrics import MetricsWriter, read_metrics
 from dash_megatron.training.routing import RoutingProbe
@@ -23,7 +24,7 @@ from tests.training.workers import train_all
 class Layer:
     """A core attention, as far as a probe is concerned."""
 
-    router_settings = RouterSettings(4, 4.0, 2.0, True, 1.5)
+    router = Router(4, 4.0, 2.0, True, 1.5)
     observer: Any = None
 
     def attend(self) -> None:

@@ -8,8 +8,8 @@ from torch import Tensor
 from dash_megatron.ops.kernels.configs import Config
 from dash_megatron.ops.kernels.geometry import Lists, Sizes, own_places
 from dash_megatron.ops.kernels.hopper import HOPPER_ROWS, fits_hopper
-from dash_megatron.ops.kernels.route import Router
 from dash_megatron.ops.kernels.tiles import LOG2_E, load_keys, load_rows, own_keys, tile_place
+from dash_megatron.ops.types import Router
 
 
 @triton.jit

@@ -15,10 +15,11 @@ from dash_megatron.ops.kernels.backward_q import entmax_jacobian_root, prior_to_
 from dash_megatron.ops.kernels.configs import Config
 from dash_megatron.ops.kernels.geometry import Lists, Sizes, own_places
 from dash_megatron.ops.kernels.hopper import HOPPER_ROWS, fits_hopper
-from dash_megatron.ops.kernels.route import Router
+from dash_megatron.ops.kernels.route import score_scale
 from dash_megatron.ops.kernels.summarize import summary_gradients
 from dash_megatron.ops.kernels.tiles import LOG2_E, load_rows
 from dash_megatron.ops.kernels.transpose import Division, Transposed
+from dash_megatron.ops.types import Router
 
 # Keys of a chunk that the Hopper kernel takes.
 HOPPER_KEYS = 64
@@ -249,7 +250,7 @@ def _sum_parts(
         q, k, v, d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, log_prior, d_prior, factor,
         *transposed, *division, *sums, ds_sum, *keys, *queries, keys.stride(1),
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        D**-0.5 * LOG2_E, D**-0.5, router.score_scale(D), router.scaling_factor * D**-0.5,
+        D**-0.5 * LOG2_E, D**-0.5, score_scale(router, D), router.scaling_factor * D**-0.5,
         router.exponent, router.inv_sigma, keys.shape[2],
         HKV=sizes.num_kv_heads, G=sizes.group, GP=sizes.padded_group, D=D, BLOCK_D=sizes.block_d, T=T,
         C=sizes.chunk_size, KEYS=config.keys, ROWS=min(config.block if config.block > 1 else 64, sizes.tile_rows),
@@ -383,7 +384,7 @@ def sum_d_summary(
     Hkv, nc, D = summary.shape
     _d_summary_kernel[(Hkv * nc,)](
         q, tau, mean_dp, summary, log_prior, d_prior, factor, *transposed, d_summary, q.stride(0), q.stride(1),
-        router.score_scale(D), router.scaling_factor * D**-0.5, router.exponent, router.inv_sigma, nc,
+        score_scale(router, D), router.scaling_factor * D**-0.5, router.exponent, router.inv_sigma, nc,
         HKV=Hkv, G=sizes.group, GP=sizes.padded_group, D=D, BLOCK_D=sizes.block_d, T=sizes.tile_tokens,
         ALPHA_15=router.alpha == 1.5, num_warps=4,
     )  # fmt: skip

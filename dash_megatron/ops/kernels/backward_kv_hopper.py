@@ -18,9 +18,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from dash_megatron.ops.kernels.configs import Config
 from dash_megatron.ops.kernels.geometry import Sizes
 from dash_megatron.ops.kernels.hopper import ELEMENTS, HOPPER_ROWS
-from dash_megatron.ops.kernels.route import Router
 from dash_megatron.ops.kernels.tiles import LOG2_E
 from dash_megatron.ops.kernels.transpose import Division, Transposed
+from dash_megatron.ops.types import Router
 
 
 @gluon.jit

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from dash_megatron.ops.kernels.configs import Config
 from dash_megatron.ops.kernels.geometry import Lists, Sizes, own_places
-from dash_megatron.ops.kernels.route import Router, power, routing_products
+from dash_megatron.ops.kernels.route import power, routing_products, score_scale
 from dash_megatron.ops.kernels.summarize import saturate
 from dash_megatron.ops.kernels.tiles import LOG2_E, load_keys, load_rows, own_keys, tile_place
+from dash_megatron.ops.types import Router
 
 
 @triton.jit
@@ -265,7 +266,7 @@ def backward_router(
     d_log = torch.zeros(sizes.num_kv_heads, sizes.tiles_per_head, device=q.device) if learned else None
     _router_bwd_kernel[(sizes.num_tiles,)](
         q, summary, tau, dq, d_summary, mean_dp, lists.chunk, lists.log_prior, d_prior, lists.offset, lists.counts,
-        chunks[0], chunks[1], factor, d_log, q.stride(0), q.stride(1), router.score_scale(sizes.head_dim),
+        chunks[0], chunks[1], factor, d_log, q.stride(0), q.stride(1), score_scale(router, sizes.head_dim),
         router.scaling_factor * sizes.head_dim**-0.5, router.exponent, router.inv_sigma, sizes.num_chunks,
         summary.shape[1],
         HKV=sizes.num_kv_heads, G=sizes.group, GP=sizes.padded_group, D=sizes.head_dim, BLOCK_D=sizes.block_d,

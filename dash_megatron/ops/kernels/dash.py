@@ -14,9 +14,10 @@ from dash_megatron.ops.kernels.backward_kv import backward_kv
 from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
 from dash_megatron.ops.kernels.configs import Plan, plan
 from dash_megatron.ops.kernels.geometry import Lists, Sizes, check_supported, layout, measure
-from dash_megatron.ops.kernels.route import Router, route, split_scaling
+from dash_megatron.ops.kernels.route import factors, has_factors, route
 from dash_megatron.ops.kernels.summarize import summarize
 from dash_megatron.ops.kernels.transpose import divide, transpose
+from dash_megatron.ops.types import Router
 
 
 class Saved(NamedTuple):
@@ -40,10 +41,10 @@ def _prepare(q: Tensor, k: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -
 
 
 def _factors(router: Router, sizes: Sizes, chunks: Tensor, head_scaling: Tensor | None) -> Tensor | None:
-    if not router.has_factors(head_scaling):
+    if not has_factors(router, head_scaling):
         return None
     past = torch.arange(sizes.num_chunks, device=chunks.device) - chunks[2]
-    return router.factors(past, sizes.num_kv_heads, head_scaling)
+    return factors(router, past, sizes.num_kv_heads, head_scaling)
 
 
 def _one_row(x: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ def _forward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     launches, sizes = _prepare(q, k, chunk_size, cu_seqlens)
-    router = Router(scaling_factor, sigma, estimate_diagonal, alpha, length_scaling)
+    router = Router(chunk_size, scaling_factor, sigma, estimate_diagonal, alpha, length_scaling)
     chunks, offsets = layout(sizes, q.shape[0], cu_seqlens, q.device)
     rows_q, rows_k, rows_v, w = _one_row(q), _dense_rows(k), _dense_rows(v), w.contiguous()
     summary = summarize(rows_k, w, chunks, sizes)
@@ -144,7 +145,7 @@ def _backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     launches, sizes = _prepare(q, k, chunk_size, cu_seqlens)
-    router = Router(scaling_factor, sigma, estimate_diagonal, alpha, length_scaling)
+    router = Router(chunk_size, scaling_factor, sigma, estimate_diagonal, alpha, length_scaling)
     factor = _factors(router, sizes, chunks, head_scaling)
     lists = Lists(list_chunk, list_log_prior, list_offset, list_count)
     rows_q, rows_k, rows_v, rows_w = _one_row(q), _dense_rows(k), _dense_rows(v), w.contiguous()
@@ -201,14 +202,8 @@ def dash_attention_triton(
     k: Tensor,
     v: Tensor,
     summary_query: Tensor,
-    *,
-    chunk_size: int,
-    scaling_factor: float | Tensor,
-    sigma: float,
-    estimate_diagonal: bool,
-    alpha: float,
+    router: Router,
     cu_seqlens: Tensor | None,
-    length_scaling: float = 0.0,
     deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to the chunks an entmax router selects, with its log probabilities as a prior (arXiv 2605.18753).
@@ -221,8 +216,7 @@ def dash_attention_triton(
         q: queries after RoPE [B, N, Hq, D]; float16, bfloat16 or float32, accumulated in float32.
         k, v: keys after RoPE, and values [B, N, Hkv, D].
         summary_query: [Hkv, D].
-        chunk_size: 16, 32, 64 or 128.
-        scaling_factor, sigma, estimate_diagonal, alpha, length_scaling: as in `dash_attention`.
+        router: its chunk size is 16, 32, 64 or 128.
         cu_seqlens: [documents + 1] (then B == 1), or None for one document per batch row.
         deterministic: gradients are the same to the last bit in every run, at some cost in time; None asks
             `torch.are_deterministic_algorithms_enabled`.
@@ -233,9 +227,6 @@ def dash_attention_triton(
     check_supported(q, k.shape[2])
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    head_scaling, number = split_scaling(scaling_factor)
-    out, selected, *_ = _forward(
-        q, k, v, summary_query, head_scaling, cu_seqlens, chunk_size, number, float(sigma), estimate_diagonal,
-        float(alpha), float(length_scaling), deterministic,
-    )  # fmt: skip
+    head_scaling, numbers = router.split()
+    out, selected, *_ = _forward(q, k, v, summary_query, head_scaling, cu_seqlens, *numbers, deterministic)
     return out, selected

@@ -16,8 +16,9 @@ from dash_megatron.ops.kernels.configs import _device, _stages
 from dash_megatron.ops.kernels.decode_attend import decode_attend_kernel, decode_sum_kernel
 from dash_megatron.ops.kernels.decode_route import decode_score_kernel, decode_threshold_kernel
 from dash_megatron.ops.kernels.geometry import check_supported, next_power_of_two
-from dash_megatron.ops.kernels.route import Router
+from dash_megatron.ops.kernels.route import score_scale
 from dash_megatron.ops.kernels.tiles import LOG2_E
+from dash_megatron.ops.types import Router
 
 # Up to this many bytes of summaries, the programs of the attention route for themselves.
 SHORT_BYTES = 64 * 1024
@@ -115,7 +116,7 @@ def _route_long(
     decode_score_kernel[(blocks * B * shapes.HKV,)](
         q, summary, lengths, page_table, head_scaling, x, q.stride(0), q.stride(1),
         summary.stride(0), summary.stride(1), summary.stride(2), stride_table,
-        summary.shape[1], max_chunks, blocks, router.score_scale(D),
+        summary.shape[1], max_chunks, blocks, score_scale(router, D),
         **shapes._asdict(), BLOCK_S=launch.block_chunks, PAGED=page_table is not None,
         LENGTH_SCALING=router.length_scaling, DEPENDENT=launch.dependent,
         num_warps=8 if shapes.BLOCK_D * q.element_size() > 512 else 4,
@@ -153,7 +154,7 @@ def _attend(
         q, k, v, summary, lengths, page_table, head_scaling, *routed, chunk, place, log_prior, part, lse, stats, out, selected,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2),
         summary.stride(0), summary.stride(1), summary.stride(2), stride_table,
-        summary.shape[1], max_chunks, words, S, D**-0.5 * LOG2_E, router.score_scale(D), router.exponent,
+        summary.shape[1], max_chunks, words, S, D**-0.5 * LOG2_E, score_scale(router, D), router.exponent,
         1e-3 if alpha_15 else 1e-6, router.inv_sigma,
         **shapes._asdict(), KEYS=launch.keys, BLOCK_E=16, CHUNKS=max(16, next_power_of_two(max_chunks)),
         WORDS=next_power_of_two(words), PAGED=page_table is not None, ALPHA_15=alpha_15,
@@ -180,8 +181,8 @@ def decode(
     lengths: Tensor,
     page_table: Tensor | None,
     head_scaling: Tensor | None,
-    scaling_factor: float,
     chunk_size: int,
+    scaling_factor: float,
     sigma: float,
     estimate_diagonal: bool,
     alpha: float,
@@ -201,7 +202,7 @@ def decode(
     max_chunks = summary.shape[1] * (1 if page_table is None else page_table.shape[1])
     stride_table = 0 if page_table is None else page_table.stride(0)
     shapes = _Shapes(Hkv, G, max(16, next_power_of_two(G)), D, next_power_of_two(D), chunk_size)
-    router = Router(scaling_factor, sigma, estimate_diagonal, alpha, length_scaling)
+    router = Router(chunk_size, scaling_factor, sigma, estimate_diagonal, alpha, length_scaling)
     launch = plan_decode(q, Hkv, max_chunks, chunk_size)
     routed: tuple[Tensor | None, ...] = (None, None, None)
     if not launch.short:

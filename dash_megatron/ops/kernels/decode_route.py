@@ -69,7 +69,7 @@ def score_chunks(
 
 @triton.jit
 def scale_of(scale, head_scaling, i_h, past, LENGTH_SCALING: tl.constexpr):
-    """What turns q.s into x for a head of a sequence with `past` whole past chunks; see `Router.factors`."""
+    """What turns q.s into x for a head of a sequence with `past` whole past chunks; see `route.factors`."""
     if head_scaling is not None:
         scale *= tl.load(head_scaling + i_h).to(tl.float32)
     if LENGTH_SCALING != 0:

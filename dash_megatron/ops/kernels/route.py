@@ -3,8 +3,6 @@
 Scores stay on chip and are computed again in every pass. Thresholds are those of `x = (alpha - 1) z`.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -14,53 +12,35 @@ from dash_megatron.ops.kernels.configs import Config
 from dash_megatron.ops.kernels.geometry import Lists, Sizes
 from dash_megatron.ops.kernels.summarize import saturate
 from dash_megatron.ops.kernels.tiles import tile_place
+from dash_megatron.ops.types import Router
 
 
-class Router(NamedTuple):
-    """The method's numbers."""
-
-    scaling_factor: float
-    sigma: float
-    estimate_diagonal: bool
-    alpha: float
-    length_scaling: float = 0.0
-
-    @property
-    def exponent(self) -> float:
-        """Of p = [x - tau]_+ ** exponent."""
-        return 1 / (self.alpha - 1)
-
-    @property
-    def inv_sigma(self) -> float:
-        return 1 / self.sigma if self.estimate_diagonal else 1.0
-
-    def score_scale(self, head_dim: int) -> float:
-        """What turns q.s into x."""
-        return (self.alpha - 1) * self.scaling_factor * head_dim**-0.5
-
-    def has_factors(self, head_scaling: Tensor | None) -> bool:
-        """Whether `factors` gives any."""
-        return head_scaling is not None or self.length_scaling != 0
-
-    def factors(self, past: Tensor, num_kv_heads: int, head_scaling: Tensor | None) -> Tensor | None:
-        """What the scores of a chunk's queries are multiplied by besides, float32 [Hkv, chunks]; None for one everywhere.
-
-        Args:
-            past: how many chunks of its document lie before each chunk, [chunks].
-            num_kv_heads: Hkv.
-            head_scaling: a factor for each key/value head [Hkv], if there is one.
-        """
-        if not self.has_factors(head_scaling):
-            return None
-        heads = past.new_ones(num_kv_heads) if head_scaling is None else head_scaling
-        return heads.float()[:, None] * (1 + self.length_scaling * past.clamp_min(1).float().log())
+def score_scale(router: Router, head_dim: int) -> float:
+    """What turns q.s into x, where the router's scaling factor is a number."""
+    assert not isinstance(router.scaling_factor, Tensor)
+    return (router.alpha - 1) * router.scaling_factor * head_dim**-0.5
 
 
-def split_scaling(scaling_factor: float | Tensor) -> tuple[Tensor | None, float]:
-    """A factor for each key/value head [Hkv], if it is a tensor, and the number for all heads."""
-    if isinstance(scaling_factor, Tensor):
-        return scaling_factor, 1.0
-    return None, float(scaling_factor)
+def has_factors(router: Router, head_scaling: Tensor | None) -> bool:
+    """Whether `factors` gives any."""
+    return head_scaling is not None or router.length_scaling != 0
+
+
+def factors(router: Router, past: Tensor, num_kv_heads: int, head_scaling: Tensor | None) -> Tensor | None:
+    """What the scores of a chunk's queries are multiplied by besides `score_scale`; None for one everywhere.
+
+    Args:
+        router: its scaling factor is a number.
+        past: how many chunks of its document precede each chunk, [chunks].
+        num_kv_heads: Hkv.
+        head_scaling: a factor for each key/value head [Hkv], if there is one.
+
+    Returns:
+        float32 [Hkv, chunks].
+    """
+    by_head = router._replace(scaling_factor=1.0 if head_scaling is None else head_scaling)
+    found = by_head.score_factors(past, num_kv_heads, torch.float32)
+    return found if isinstance(found, Tensor) else None
 
 
 @triton.jit
@@ -342,7 +322,7 @@ def route(
         summary: [Hkv, chunks, D].
         chunks, offsets: from `layout`.
         number: which summary is a chunk's own, int32 [chunks]; None if chunks and summaries are numbered alike.
-        factor: of `Router.factors`, [Hkv, chunks].
+        factor: of `factors`, [Hkv, chunks].
 
     Returns:
         The lists; thresholds [tokens, Hq]; mean log2 probability [tokens, Hkv] of a token's past chunks (zero if the
@@ -360,7 +340,7 @@ def route(
         _route_kernel[(sizes.num_tiles,)](
             q, summary, tau, lists.chunk, lists.log_prior, lists.offset, lists.counts, mean_log, selected,
             chunks[0], chunks[1], chunks[2], number, factor, q.stride(0), q.stride(1),
-            router.score_scale(sizes.head_dim), router.exponent, tolerance, sizes.num_chunks, summary.shape[1],
+            score_scale(router, sizes.head_dim), router.exponent, tolerance, sizes.num_chunks, summary.shape[1],
             HKV=Hkv, G=sizes.group, GP=sizes.padded_group, D=sizes.head_dim, BLOCK_D=sizes.block_d, T=T,
             TILES_PER_CHUNK=sizes.tiles_per_chunk, BLOCK_S=config.block, ALPHA_15=router.alpha == 1.5,
             CENTRE=router.estimate_diagonal, SOLVE=SOLVE, COUNT=COUNT, EMIT=EMIT,

@@ -18,13 +18,12 @@ from dash_megatron.ops.kernels.backward_kv import backward_kv_alone, sum_d_summa
 from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
 from dash_megatron.ops.kernels.configs import Plan, plan
 from dash_megatron.ops.kernels.geometry import Lists, Sizes, check_supported, list_offsets, size_tiles
-from dash_megatron.ops.kernels.route import Router
 from dash_megatron.ops.kernels.transpose import divide, transpose
 from dash_megatron.ops.sharded import KeyBuffer, QueryChunks
+from dash_megatron.ops.types import Router
 
 __all__ = [
     "Routed",
-    "Router",
     "attend",
     "attend_backward",
     "listed",
@@ -212,7 +211,7 @@ def route(
         q: [n, Hq, D], all rows in chunks; float16, bfloat16 or float32.
         summary: of all chunks of the whole sequence [Hkv, num_chunks, D], as `summarize` gives them.
         queries: where the chunks of q lie.
-        router: the method's numbers.
+        router: its scaling factor is a number.
         chunk_size: 16, 32, 64 or 128.
         head_scaling: multiplies the router's scaling factor, for each key/value head [Hkv].
     """
@@ -220,7 +219,7 @@ def route(
     past = _past(queries)
     lists, *rest = routing.route(
         _rows(q), summary.contiguous(), _chunks(queries), list_offsets(sizes, past), sizes, router,
-        launches.route, queries.number.contiguous(), router.factors(past, len(summary), head_scaling),
+        launches.route, queries.number.contiguous(), routing.factors(router, past, len(summary), head_scaling),
     )  # fmt: skip
     return Routed(*lists, *rest)
 
@@ -257,7 +256,7 @@ def route_backward(
     launches, sizes = _prepare(q, len(summary), queries, chunk_size)
     q, summary, chunks = _rows(q), summary.contiguous(), _chunks(queries)
     dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    factor = router.factors(_past(queries), len(summary), head_scaling)
+    factor = routing.factors(router, _past(queries), len(summary), head_scaling)
     d_summary, mean_dp, d_log_factor = backward_router(
         q, summary, routed.tau, dq, d_prior, routed.lists, chunks, sizes, router, launches.router, deterministic,
         factor, head_scaling is not None,

@@ -13,12 +13,12 @@ from dash_megatron.ops.kernels.backward_kv import backward_kv
 from dash_megatron.ops.kernels.backward_q import backward_q
 from dash_megatron.ops.kernels.configs import Plan, plan
 from dash_megatron.ops.kernels.geometry import Lists, Sizes, check_supported, size_tiles
-from dash_megatron.ops.kernels.route import Router
 from dash_megatron.ops.kernels.transpose import divide, transpose
 from dash_megatron.ops.topk.grid import Grid, selected_mask
+from dash_megatron.ops.types import Router
 
 # A prior is taken as it is, and there are no routing scores.
-FLAT = Router(scaling_factor=1.0, sigma=1.0, estimate_diagonal=False, alpha=1.5)
+FLAT = Router(estimate_diagonal=False)
 
 
 def _prepare(q: Tensor, k: Tensor, grid: Grid) -> tuple[Plan, Sizes, Tensor]:

@@ -8,11 +8,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from dash_megatron.ops.attention import Routing, routing_of
+from dash_megatron.ops.attention import routing_of
 from dash_megatron.ops.reference import wide
 from dash_megatron.ops.topk.backend import check_tensors, count_selected, find_backend
 from dash_megatron.ops.topk.grid import make_grid
 from dash_megatron.ops.topk.reference import mean_pool
+from dash_megatron.ops.types import Routing
 from dash_megatron.topk_selection import Selection
 
 

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dash_megatron.ops.attention import Routing, routing_of
+from dash_megatron.ops.attention import routing_of
 from dash_megatron.ops.reference import wide
 from dash_megatron.ops.topk.backend import check_tensors, find_backend
 from dash_megatron.ops.topk.grid import Block, Grid, make_grid
 from dash_megatron.ops.topk.reference import in_pieces, visible_kernels
+from dash_megatron.ops.types import Routing
 from dash_megatron.topk_selection import Selection, check_window
 
 # Query rows of one piece of the attention to compressed keys: fewer skip more of the causal triangle, more keep a GPU busy.

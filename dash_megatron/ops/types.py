@@ -1,0 +1,93 @@
+"""The values that travel through `ops`: the router's constants, and what routing gave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Router(NamedTuple):
+    """The constants of a DashAttention router, immutable; names and meaning are those of the published models' config."""
+
+    chunk_size: int = 64
+    """Tokens per chunk."""
+    scaling_factor: float | Tensor = 1.0
+    """Factor on the routing scores, above 0: a larger one selects fewer chunks. A tensor [Hkv] has one for each key/value
+    head."""
+    sigma: float = 2.0
+    """Temperature of the log prior, above 0; not used where `estimate_diagonal` is False."""
+    estimate_diagonal: bool = True
+    """Whether the log prior of past chunks is centred around that of the token's own chunk."""
+    alpha: float = 1.5
+    """Of the entmax, in (1, 2]."""
+    length_scaling: float = 0.0
+    """Scores of a token with n past chunks are multiplied by 1 + length_scaling * ln(n) too (arXiv 2506.16640)."""
+
+    def of_heads(self, heads: slice) -> Router:
+        """The same router for some of the key/value heads."""
+        if not isinstance(self.scaling_factor, Tensor):
+            return self
+        return self._replace(scaling_factor=self.scaling_factor[heads])
+
+    def split(self) -> tuple[Tensor | None, Router]:
+        """Plain numbers and a tensor, as custom ops take them.
+
+        Returns:
+            The factor of each key/value head [Hkv], or None where all heads have the same, and a router whose
+            `scaling_factor` is a number: 1 beside a tensor, so that the two multiply to this router's factor.
+        """
+        head_scaling = self.scaling_factor if isinstance(self.scaling_factor, Tensor) else None
+        number = float(self.scaling_factor) if head_scaling is None else 1.0
+        rest = float(self.sigma), self.estimate_diagonal, float(self.alpha), float(self.length_scaling)
+        return head_scaling, Router(self.chunk_size, number, *rest)
+
+    def score_factors(self, past_T: Tensor, num_kv_heads: int, dtype: torch.dtype) -> float | Tensor:
+        """What the products of T queries and the chunk summaries are multiplied by, besides 1/sqrt(D).
+
+        Args:
+            past_T: integers [T]: how many chunks of its document precede each query's own chunk.
+            num_kv_heads: Hkv.
+            dtype: of a tensor that is returned.
+
+        Returns:
+            A number where all heads and queries share it, otherwise a tensor [Hkv, T].
+        """
+        heads = self.scaling_factor
+        if not isinstance(heads, Tensor):
+            if self.length_scaling == 0:
+                return heads
+            heads = torch.full((num_kv_heads,), heads, dtype=dtype, device=past_T.device)
+        return heads.to(dtype)[:, None] * (1 + self.length_scaling * past_T.clamp_min(1).to(dtype).log())
+
+    @property
+    def exponent(self) -> float:
+        """Of the entmax, p = [(alpha - 1) z - tau]_+ ** exponent."""
+        return 1 / (self.alpha - 1)
+
+    @property
+    def inv_sigma(self) -> float:
+        """What the log prior is multiplied by: 1 / sigma, or 1 where sigma is not used."""
+        return 1 / self.sigma if self.estimate_diagonal else 1.0
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router selected, for logging and for density control; carries no gradient."""
+
+    chunks_selected: Tensor
+    """int32 [B, N, Hkv]: chunks each token attends to, its own included."""
+    chunks_available: Tensor
+    """float32 scalar: mean over tokens of the causally available chunks, the token's own included."""
+
+    @property
+    def density(self) -> Tensor:
+        """float32 scalar: selected chunks of all tokens, key/value heads and batch over available ones.
+
+        This is the share of the query-key pairs of full attention that is attended to, up to the causal mask inside the
+        own chunk. Every token weighs as much as it has chunks available: the mean of the tokens' own shares would be near
+        1 wherever documents are short.
+        """
+        return self.chunks_selected.float().mean() / self.chunks_available
