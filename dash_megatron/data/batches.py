@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from dash_megatron.config.training import micro_batches
-from dash_megatron.ops.derived import LONGEST_DOCUMENT, derived
 from dash_megatron.parallel.context.layout import ContextShard, shard_sequence
 
 
@@ -38,10 +37,13 @@ class PackedBatch:
     """int64 [1, T]: 0 at the start of each document, then counting up."""
     cu_seqlens: Tensor
     """int32 [documents + 1]: where each document starts, and T at the end."""
+    max_seqlen: int
+    """Tokens of the longest document."""
     sample_ids: list[int]
     """Index in the dataset of each row; -1 for a padding row."""
     context: ContextShard | None = None
-    """Which of the tokens are here, where context-parallel ranks share them; `cu_seqlens` stays that of all."""
+    """Which of the tokens are here, where context-parallel ranks share them; `cu_seqlens` and `max_seqlen` stay those of
+    all."""
 
     def shard(self, rank: int, size: int, chunk_size: int | None) -> PackedBatch:
         """This context-parallel rank's tokens.
@@ -59,12 +61,7 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Copy all tensors to a device."""
-        moved = self._map("to", device, non_blocking=non_blocking)
-        if not self.cu_seqlens.is_cuda:
-            # known here, and a stall there
-            longest = int(self.cu_seqlens.diff().max())
-            derived(moved.cu_seqlens, LONGEST_DOCUMENT, lambda: longest)
-        return moved
+        return self._map("to", device, non_blocking=non_blocking)
 
     def pin_memory(self) -> PackedBatch:
         """Copy all tensors to page-locked memory, so that `to(non_blocking=True)` overlaps with work."""
@@ -143,6 +140,7 @@ def pack_samples(
         loss_mask=loss_mask_BN.reshape(1, num_tokens),
         position_ids=position_ids.reshape(1, num_tokens),
         cu_seqlens=torch.cat([starts, starts.new_tensor([num_tokens])]).to(torch.int32),
+        max_seqlen=int((ends - starts).max()),
         sample_ids=ids,
     )
 

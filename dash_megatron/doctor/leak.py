@@ -12,6 +12,7 @@ from dash_megatron.doctor.small import NUM_DOCUMENTS, build, documents_batch, ti
 from dash_megatron.layers import DashGPTModel
 from dash_megatron.layers.sharding import split_of
 from dash_megatron.parallel import tensor_group
+from dash_megatron.training.loss import token_losses
 
 _CHANGED = 1
 # Of a gradient's norm, where kernels add up keys' gradients in pieces whose borders all documents' lists decide: a leak is
@@ -65,7 +66,7 @@ def _losses_and_gradients(
     assert config.model.vocab_size is not None
     model.zero_grad()
     batch = documents_batch(config, changed).to(device)
-    loss_BN = model(batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens, batch.context)
+    loss_BN = token_losses(model, batch)
     (loss_BN * batch.loss_mask).sum().backward()
     weight = model.embedding.word_embeddings.weight
     first = tensor_group().rank() * len(weight) if split_of(weight) is not None else 0

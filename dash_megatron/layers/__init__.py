@@ -7,8 +7,8 @@ from dash_megatron.layers.model import (
     build_model,
     dash_layers,
     init_weights,
-    judging,
     routing_means,
+    scoring,
     take_context_bytes,
 )
 
@@ -22,7 +22,7 @@ __all__ = [
     "build_model",
     "dash_layers",
     "init_weights",
-    "judging",
     "routing_means",
+    "scoring",
     "take_context_bytes",
 ]

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dash_megatron.config import Config
+from dash_megatron.layers.argmax import is_argmax
 from dash_megatron.layers.baselines import ZEROS, InfLLMv2CoreAttention, NSACoreAttention
 from dash_megatron.layers.core_attention import (
     CoreAttention,
@@ -29,11 +30,9 @@ from dash_megatron.layers.core_attention import (
     PackedDocuments,
     RoutingMeans,
 )
-from dash_megatron.layers.likeliest import is_likeliest
 from dash_megatron.layers.norm import RMSNorm
 from dash_megatron.layers.rotary import PackedRotaryEmbedding, attention_factor
 from dash_megatron.layers.sharding import mark_splits, shard, split_of, whole_shape
-from dash_megatron.ops.derived import LONGEST_DOCUMENT, derived
 from dash_megatron.parallel.context.layout import ContextShard
 
 CORE_ATTENTION: dict[str, type[CoreAttention]] = {
@@ -49,8 +48,8 @@ MAX_LOGITS = 2**28
 class DashGPTModel(GPTModel):
     """Megatron-core's `GPTModel` on packed documents, on any device."""
 
-    words: int | None = None
-    """While labels are judged, rows of the embedding table that are words; see `judging`."""
+    scored_vocab_size: int | None = None
+    """While labels are scored, rows of the embedding table that are tokens; see `scoring`."""
 
     def __init__(self, *args: Any, rotary: PackedRotaryEmbedding, **kwargs: Any) -> None:
         super().__init__(*args, position_embedding_type="none", **kwargs)
@@ -66,15 +65,15 @@ class DashGPTModel(GPTModel):
             return gather_from_tensor_model_parallel_region(
                 super()._postprocess(hidden_states, *args, labels=None, **kwargs)
             )
-        # Sequence parallel: hidden_states is this rank's share of the tokens, and the output layer puts the shares of
-        # all ranks behind one another, so that a piece of each share needs the labels of the same piece of each share.
+        # Sequence parallel: hidden_states is this rank's share of the tokens, and the output layer concatenates the shares
+        # of all ranks, so that a piece of each share needs the labels of the same piece of each share.
         ranks = self.config.tensor_model_parallel_size
         shares = ranks if self.config.sequence_parallel else 1
         batch, local_tokens = hidden_states.shape[1], hidden_states.shape[0]
-        # logits of 128K tokens and 128K words would fill the largest GPU
+        # logits of 128K tokens and a vocabulary of 128K would fill the largest GPU
         tokens_at_once = max(1, MAX_LOGITS * ranks // (batch * self.vocab_size * shares))
-        words = self.words
-        if local_tokens <= tokens_at_once and words is None:
+        vocab_size = self.scored_vocab_size
+        if local_tokens <= tokens_at_once and vocab_size is None:
             return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
         weight = (
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
@@ -84,7 +83,9 @@ class DashGPTModel(GPTModel):
             logits, target_BN = self.output_layer(hidden, weight=weight)[0], target_BSN.flatten(1)
             # before the loss, which Megatron computes in the logits' own memory
             right_BN = (
-                None if words is None else is_likeliest(logits, target_BN, words, self.pg_collection.tp)
+                None
+                if vocab_size is None
+                else is_argmax(logits, target_BN, vocab_size, self.pg_collection.tp)
             )
             found = self.compute_language_model_loss(target_BN, logits)
             if right_BN is not None:
@@ -116,6 +117,7 @@ class DashGPTModel(GPTModel):
         labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         context: ContextShard | None = None,
+        max_seqlen: int | None = None,
     ) -> Tensor:
         """Predict the next token.
 
@@ -126,37 +128,38 @@ class DashGPTModel(GPTModel):
             cu_seqlens: int32 [documents + 1], where documents start; needs B == 1. None: one document a row.
             context: under context parallelism, which tokens of the sequence these N are; `cu_seqlens` is then that of
                 the whole sequence.
+            max_seqlen: tokens of the longest document, or a bound on them; None: all tokens, because asking the device
+                would stall it.
 
         Returns:
-            Cross entropy in nats, float32 [B, N], or logits [B, N, vocabulary] where labels is None. Within `judging`,
-            float32 [B, N, 2]: cross entropy, and 1 or 0 for labels that are the likeliest word or not.
+            Cross entropy in nats, float32 [B, N], or logits [B, N, vocabulary] where labels is None. Within `scoring`,
+            float32 [B, N, 2]: cross entropy, and 1 or 0 for labels that are the argmax or not.
         """
         packed = None
         if cu_seqlens is not None:
-            # where nobody told, a bound is enough: asking the device would stall it
-            bound = tokens.shape[1] if context is None else context.num_tokens
-            longest = derived(cu_seqlens, LONGEST_DOCUMENT, lambda: bound)
+            if max_seqlen is None:
+                max_seqlen = tokens.shape[1] if context is None else context.num_tokens
             # sbhd: documents are marked, yet tensors keep [N, B, H, D] and RoPE takes its angles as they are
             packed = PackedDocuments(
                 qkv_format="sbhd",
                 cu_seqlens_q=cu_seqlens,
                 cu_seqlens_kv=cu_seqlens,
-                max_seqlen_q=longest,
-                max_seqlen_kv=longest,
+                max_seqlen_q=max_seqlen,
+                max_seqlen_kv=max_seqlen,
                 context=context,
             )
         return super().forward(tokens, position_ids, None, labels=labels, packed_seq_params=packed)
 
 
 @contextlib.contextmanager
-def judging(model: torch.nn.Module, words: int) -> Iterator[None]:
-    """Let a `DashGPTModel` also say of each label whether it is the likeliest of the first `words` rows of its table."""
-    judge = cast(DashGPTModel, model)
-    judge.words = words
+def scoring(model: torch.nn.Module, vocab_size: int) -> Iterator[None]:
+    """Let a `DashGPTModel` also say of each label whether it is the argmax of the first `vocab_size` logits."""
+    scorer = cast(DashGPTModel, model)
+    scorer.scored_vocab_size = vocab_size
     try:
         yield
     finally:
-        judge.words = None
+        scorer.scored_vocab_size = None
 
 
 class RecomputedTransformerLayer(TransformerLayer):

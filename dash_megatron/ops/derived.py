@@ -8,8 +8,6 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 T = TypeVar("T")
-# Key of a bound on the tokens of a document, which whoever made the documents may leave.
-LONGEST_DOCUMENT = "longest document"
 
 # By the tensor itself, not its values, which reading would stall a GPU; forgotten when the tensor is.
 _derived: Any = WeakTensorKeyDictionary()

@@ -215,5 +215,6 @@ def _whole_batches(shards: list[dict[str, Tensor]], folder: Path) -> list[Packed
             torch.cat([part[name] for part in parts], dim=1)[:, order] for name in _TENSORS[:4]
         )
         ids = [int(number) for number in parts[0]["sample_ids"]]
-        batches.append(PackedBatch(tokens, labels, loss_mask, position_ids, cu_seqlens, ids))
+        longest = int(cu_seqlens.diff().max())
+        batches.append(PackedBatch(tokens, labels, loss_mask, position_ids, cu_seqlens, longest, ids))
     return batches

@@ -28,6 +28,16 @@ def global_target_tokens(batches: Sequence[PackedBatch], device: torch.device) -
     return count.clamp_min(1).float()
 
 
+def token_losses(model: torch.nn.Module, batch: PackedBatch) -> Tensor:
+    """Loss of every label of a batch, in nats: float32 [1, T].
+
+    Within `dash_megatron.layers.scoring` it is float32 [1, T, 2], as `DashGPTModel.forward` returns it.
+    """
+    return model(
+        batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens, batch.context, batch.max_seqlen
+    )
+
+
 def share_of_global_mean(model: torch.nn.Module, batch: PackedBatch, global_targets: Tensor) -> Tensor:
     """This micro-batch's share of the global batch's mean loss, in nats.
 
@@ -35,5 +45,5 @@ def share_of_global_mean(model: torch.nn.Module, batch: PackedBatch, global_targ
     is a sum over its own targets divided by the number of targets of all: documents, micro-batches and processes with
     few targets weigh no more than their tokens. Tensor-parallel ranks all have the share of the tokens they read together.
     """
-    loss_BN = model(batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens, batch.context)
+    loss_BN = token_losses(model, batch)
     return (loss_BN * batch.loss_mask).sum() / global_targets

@@ -1,6 +1,6 @@
 """Tasks of `python -m dash_megatron evaluate`, scored on the model that trains, in the layout it trains in.
 
-An answer is right if each of its tokens is the likeliest one after the prompt and the right tokens before it, so that one
+An answer is right if each of its tokens is the argmax after the prompt and the right tokens before it, so that one
 forward pass over prompt and answer tells, on all processes together, as validation computes its losses.
 """
 
@@ -18,9 +18,10 @@ from dash_megatron.data.blend import blend_prefixes
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.evaluation.items import Item, make_sample, task_items
 from dash_megatron.evaluation.text import LocalText, tokens_for_lines
-from dash_megatron.layers import judging
+from dash_megatron.layers import scoring
 from dash_megatron.parallel import context_parallel_group
 from dash_megatron.training.engine import Engine
+from dash_megatron.training.loss import token_losses
 from dash_megatron.training.metrics import TaskScore
 from dash_megatron.training.sources import batch_source
 
@@ -92,7 +93,7 @@ class TaskScorer:
 
     def __init__(self, config: Config, tokenizer: Tokenizer, device: torch.device) -> None:
         self.rows = TaskRows(config, tokenizer)
-        self.words = tokenizer.vocab_size
+        self.vocab_size = tokenizer.vocab_size
         self.device = device
         # as few rows of padding as there can be; a sample is one document, whatever is in it
         self.source = batch_source(
@@ -116,13 +117,10 @@ class TaskScorer:
         # score, loss and samples of each task and length
         sums_K3 = torch.zeros(len(self.rows.kinds), 3, dtype=torch.float64)
         self.source.load_state_dict({"consumed_samples": 0})
-        with judging(engine.module, self.words):
+        with scoring(engine.module, self.vocab_size):
             for batch in self.source:
                 beat()
-                there = batch.to(self.device)
-                found_BN2 = engine.model(
-                    there.tokens, there.position_ids, there.labels, there.cu_seqlens, there.context
-                )
+                found_BN2 = token_losses(engine.model, batch.to(self.device))
                 self._add(sums_K3, batch, found_BN2[0].double().cpu())
         sums_K3 = sums_K3.to(self.device)
         # of a sample that several processes have copies of, all three are in the sums as often, and that cancels
@@ -142,7 +140,7 @@ class TaskScorer:
             for row, index in here
             for first, end in self.rows.spans(index)
         ]
-        # of each answer: tokens that are not the likeliest, loss, and tokens
+        # of each answer: tokens that are not the argmax, loss, and tokens
         table_S3 = torch.zeros(len(spans), 3, dtype=torch.float64)
         token_N = torch.arange(len(found_N2)) if batch.context is None else batch.context.token
         for number, (first, end) in enumerate(spans):

@@ -14,6 +14,7 @@ from dash_megatron.data.batches import BatchSource
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.evaluation.buckets import buckets
 from dash_megatron.training.engine import Engine
+from dash_megatron.training.loss import token_losses
 from dash_megatron.training.metrics import PositionLoss, TaskScore
 from dash_megatron.training.sources import batch_source, open_rows
 from dash_megatron.training.task_scores import TaskScorer
@@ -107,7 +108,7 @@ def validate(
     for batch in source:
         beat()
         batch = batch.to(device)
-        loss_BN = model(batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens, batch.context)
+        loss_BN = token_losses(model, batch)
         bucket_BN = torch.bucketize(batch.position_ids, ends_K, right=True)
         inside_KN = (bucket_BN == numbers_K1) & batch.loss_mask
         sums_2K[0] += torch.where(inside_KN, loss_BN, 0.0).sum(1, dtype=torch.float64)

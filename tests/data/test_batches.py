@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -55,6 +57,7 @@ def test_packing_equals_a_walk_over_the_tokens(pack_documents):
             assert batch.position_ids.tolist() == [positions]
             assert batch.loss_mask.tolist() == [mask]
             assert batch.cu_seqlens.tolist() == cu_seqlens
+            assert batch.max_seqlen == max(end - start for start, end in pairwise(cu_seqlens))
             assert num_target_tokens(batch) == sum(mask)
 
 

@@ -15,7 +15,7 @@ from dash_megatron.config import TASK_NAMES, config_from_dict
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.evaluation.items import make_sample
 from dash_megatron.evaluation.tasks import TASKS
-from dash_megatron.layers.likeliest import is_likeliest
+from dash_megatron.layers.argmax import is_argmax
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
 from dash_megatron.parallel.groups import destroy_model_groups, make_model_groups
 from dash_megatron.training.metrics import read_metrics
@@ -35,7 +35,7 @@ TOLERANCE = 1e-4
 # logits of two tokens over six rows, the last of which only pad the table
 LOGITS = torch.tensor([[0.0, 3.0, 1.0, 3.0, 2.0, 9.0], [5.0, torch.nan, 1.0, 2.0, 0.0, 0.0]])
 # by label: the first of equal ones, no padding of the table, and nothing where a logit is no number
-LIKELIEST = {words: [[label == 1, 0] for label in range(6)] for words in ("5", "3")}
+ARGMAX = {vocab_size: [[label == 1, 0] for label in range(6)] for vocab_size in ("5", "3")}
 
 
 @pytest.fixture
@@ -53,22 +53,22 @@ def tree(tiny_config: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def judge_halves(folder: str) -> None:
-    """Which labels are the likeliest to processes that hold equal parts of `LOGITS`; each leaves what it found."""
+def score_halves(folder: str) -> None:
+    """Which labels are the argmax to processes that hold equal parts of `LOGITS`; each leaves what it found."""
     rank, part = dist.get_rank(), LOGITS.shape[1] // dist.get_world_size()
     logits_NBV = LOGITS[:, None, rank * part : (rank + 1) * part].contiguous()
     found = {
-        words: [
-            is_likeliest(logits_NBV, torch.full((1, 2), label), words, dist.group.WORLD)[0].tolist()
+        vocab_size: [
+            is_argmax(logits_NBV, torch.full((1, 2), label), vocab_size, dist.group.WORLD)[0].tolist()
             for label in range(LOGITS.shape[1])
         ]
-        for words in (5, 3)  # the last process has some of them, or none
+        for vocab_size in (5, 3)  # the last process has some of them, or none
     }
-    (Path(folder) / f"likeliest_{rank}.json").write_text(json.dumps(found))
+    (Path(folder) / f"argmax_{rank}.json").write_text(json.dumps(found))
 
 
 def train_layouts(trees: list[dict[str, Any]], folder: str) -> None:
-    """Train runs of different layouts after one another, then `judge_halves`."""
+    """Train runs of different layouts after one another, then `score_halves`."""
     module = keep_process_groups()
     for number, tree in enumerate(trees):
         config = config_from_dict(tree)
@@ -76,7 +76,7 @@ def train_layouts(trees: list[dict[str, Any]], folder: str) -> None:
             destroy_model_groups()
             make_model_groups(config.parallel)
         module.Trainer(config).run()
-    judge_halves(folder)
+    score_halves(folder)
     destroy_process_groups()
 
 
@@ -110,7 +110,7 @@ def test_scores_are_those_of_evaluate_on_the_checkpoint_in_every_layout(
         scores += [means["score"] for means in last["copy"].values()]
     assert min(scores) > 0, "nothing is right anywhere"
     for rank in (0, 1):
-        assert json.loads((tmp_path / f"likeliest_{rank}.json").read_text()) == LIKELIEST
+        assert json.loads((tmp_path / f"argmax_{rank}.json").read_text()) == ARGMAX
 
 
 @pytest.fixture
@@ -161,9 +161,9 @@ def test_an_answer_is_right_if_all_of_its_tokens_are(tree: dict[str, Any], one_p
     assert found["copy"]["128"] == {"score": 1.0, "nll": 2.5}
 
 
-def test_one_process_judges_labels_as_several_do(one_process: torch.device, tmp_path: Path) -> None:
-    judge_halves(str(tmp_path))
-    assert json.loads((tmp_path / "likeliest_0.json").read_text()) == LIKELIEST
+def test_one_process_scores_labels_as_several_do(one_process: torch.device, tmp_path: Path) -> None:
+    score_halves(str(tmp_path))
+    assert json.loads((tmp_path / "argmax_0.json").read_text()) == ARGMAX
 
 
 def test_what_has_no_sample_is_told_before_training(tree: dict[str, Any], one_process: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Whether a label is what the model would say."""
+"""Whether a label is the model's top-1 prediction."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def is_likeliest(logits_NBV: Tensor, labels_BN: Tensor, words: int, group: dist.ProcessGroup) -> Tensor:
-    """Tell which labels have the largest logit of all words; of equal ones only the first has it, as argmax says.
+def is_argmax(logits_NBV: Tensor, labels_BN: Tensor, vocab_size: int, group: dist.ProcessGroup) -> Tensor:
+    """Tell which labels have the largest logit; of equal logits the first one is the argmax.
 
     Args:
-        logits_NBV: those that this tensor-parallel rank's part of the table gives, [N, B, rows of the part].
+        logits_NBV: this tensor-parallel rank's logits, [N, B, rows of its shard of the embedding table].
         labels_BN: int64 [B, N].
-        words: rows of the whole table that are words; those behind them only pad it, and never win.
-        group: the tensor-parallel ranks, in the order of their parts; collective.
+        vocab_size: rows of the whole table that are tokens; those after them only pad it and never win.
+        group: the tensor-parallel ranks, in the order of their shards; collective.
 
     Returns:
-        Float32 [B, N], 1 or 0, the same on every rank. A logit that is no number makes it 0.
+        Float32 [B, N], 1 or 0, the same on every rank. Where a logit is NaN it is 0.
     """
     rows = logits_NBV.shape[-1]
     first = group.rank() * rows
-    own = max(0, min(rows, words - first))
+    own = max(0, min(rows, vocab_size - first))
     nothing = rows * group.size()  # no label
     if own:
         value, number = logits_NBV[..., :own].max(-1)
-        # what is no number beats every number, and is no word
+        # NaN beats every number, and is no token
         number = torch.where(value.isnan(), nothing, number + first)
         value = value.float().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     else:
