@@ -12,7 +12,7 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("folder", help="folder of `python -m dash_megatron convert to-hf`")
 parser.add_argument("--prompt", required=True)
 parser.add_argument("--max-new-tokens", type=int, default=100)
-parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token")
+parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy: always the argmax")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument(
     "--device", default="cpu", help="cuda uses the kernels of dash_megatron where it is installed"
