@@ -22,7 +22,8 @@ def render_reference() -> str:
         "# Configuration reference",
         "",
         "Generated from the sections in `dash_megatron/config/` by `make docs`. A run is one YAML file of these sections; any key",
-        "can be overridden on the command line: `train.py --config FILE section.key=value`.",
+        "can be overridden on the command line: `train.py --config FILE section.key=value`. Why each key exists is in",
+        "[configuration-evidence.md](configuration-evidence.md).",
         "",
         f"`run_dir` (text, required): {Config.model_fields['run_dir'].description}",
     ]

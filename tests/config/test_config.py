@@ -1,5 +1,7 @@
 """Reading, overriding and checking configs, and the page generated from them."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 import yaml
 
 from dash_megatron.config import Config, ConfigError, config_from_dict, load_config
+from dash_megatron.config.section import section_of
 from docs.tools.configuration import render_reference
 
 ROOT = Path(__file__).parents[2]
@@ -226,6 +229,21 @@ def test_every_field_has_a_docstring() -> None:
         section = field.annotation
         fields = getattr(section, "model_fields", {name: field})
         assert all(inner.description for inner in fields.values()), name
+
+
+def keys_below(section: type[pydantic.BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        inner = section_of(field)
+        yield from [prefix + name] if inner is None else keys_below(inner, f"{prefix}{name}.")
+
+
+def test_every_key_has_one_line_of_evidence() -> None:
+    page = (ROOT / "docs" / "configuration-evidence.md").read_text()
+    listed = re.findall(r"^\| `([\w.]+)` \| \S.*\|$", page, re.MULTILINE)
+    assert listed == list(dict.fromkeys(listed))
+    assert set(listed) == set(keys_below(Config)), (
+        "docs/configuration-evidence.md lacks keys, or lists unknown ones"
+    )
 
 
 def test_the_configuration_page_is_current() -> None:

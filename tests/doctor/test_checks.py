@@ -15,7 +15,7 @@ import yaml
 
 from dash_megatron.__main__ import main
 from dash_megatron.config import Config, config_from_dict
-from dash_megatron.doctor import cli, disk, kernels
+from dash_megatron.doctor import disk, examine, kernels
 from dash_megatron.doctor.examine import choose_checks
 from dash_megatron.doctor.inputs import check_data_files
 from dash_megatron.doctor.leak import check_leak
@@ -79,10 +79,10 @@ def test_a_doctor_that_is_told_to_end_cleans_up(config: Config, monkeypatch: pyt
         time.sleep(10)
         return Finding()
 
-    monkeypatch.setattr(cli, "CHECKS", (Check("end", 60, be_ended, merge_largest),))
+    monkeypatch.setattr(examine, "CHECKS", (Check("end", 60, be_ended, merge_largest),))
     try:
         with pytest.raises(SystemExit) as ended:
-            cli.examine(config, environment={})
+            examine.examine(config, environment={})
     finally:
         destroy_process_groups()
     assert ended.value.code == 143
