@@ -11,6 +11,6 @@ class ExitCode(enum.IntEnum):
     CONFIG_ERROR = 2
     """A setting, a file or the machine is wrong: starting again would fail again."""
     HALTED = 3
-    """The run stopped itself, for example after too many losses that were no number: someone must look."""
+    """The run stopped itself, for example after too many non-finite losses: a person must look."""
     REQUEUE = 75
-    """Asked to stop, and saved: start again to go on. (EX_TEMPFAIL of sysexits.h.)"""
+    """The run was asked to stop and has saved: start it again to continue. (EX_TEMPFAIL of sysexits.h.)"""

@@ -5,10 +5,10 @@ from pathlib import Path
 
 
 def write_whole(path: Path, text: str, make_folder: bool = False) -> None:
-    """Write UTF-8 text, newlines as they are, or leave what was there.
+    """Write UTF-8 text, newlines as they are, so that the file is replaced as a whole or stays as it was.
 
-    Without `make_folder` a folder that is missing is an error: a run's folder may be away with its file system, and what
-    was written meanwhile would be lost under it.
+    Without `make_folder` a missing folder is an error: the file system of a run's folder may be unmounted, and what is
+    written under its mount point would be lost.
     """
     if make_folder:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Files of one JSON object a step, which survive kills, restarts and full disks."""
+"""Files with one line for each step, a JSON object, which survive kills, restarts and full disks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dash_megatron.retry import retry
 
 
 class JsonLines:
-    """Appends to such a file, which the first line makes.
+    """Appends lines to such a file, which is made with the first line.
 
     Args:
         path: the file.
@@ -50,7 +50,7 @@ class JsonLines:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """Read all objects; a last line cut short by a kill is left out.
+    """Read all objects; a last line cut short by a kill is skipped.
 
     Raises:
         ValueError: a line before the last is damaged.

@@ -1,4 +1,4 @@
-"""Floating-point operations a model must do per token, and how fast a device could do them at best."""
+"""Floating-point operations that a model does per token, parameter counts, and the peak speed of devices."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _compression_parameters(config: Config) -> int:
     return D * (config.attention.nsa.kernel_size + 2 * D)
 
 
-def _choice_flops(config: Config, context: float) -> float:
+def _selection_flops(config: Config, context: float) -> float:
     """Operations of one layer for one token, apart from attention to the chunks counted as selected."""
     model, attention = config.model, config.attention
     width, chunk = model.heads * model.channels_per_head, attention.chunk_size
@@ -88,5 +88,5 @@ def training_flops_per_token(
         else:
             # on average a token sees half of its own chunk
             attended = min(context, (selected - 0.5) * chunk)
-            total += 12 * width * attended + _choice_flops(config, context)
+            total += 12 * width * attended + _selection_flops(config, context)
     return total

@@ -16,7 +16,7 @@ from dash_megatron.parallel.context.layout import ContextShard, shard_sequence
 
 
 class RowDataset(Protocol):
-    """What `BatchSource` needs: a length, and rows that hold tokens and labels, both int64 [seq_length]."""
+    """What `BatchSource` reads: a number of rows, each with tokens and labels, both int64 [seq_length]."""
 
     def __len__(self) -> int: ...
 
@@ -25,7 +25,7 @@ class RowDataset(Protocol):
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch: its rows behind one another, T = rows * seq_length tokens in all."""
+    """One micro-batch: its rows, concatenated to T = rows * seq_length tokens."""
 
     tokens: Tensor
     """int64 [1, T]"""
@@ -36,21 +36,22 @@ class PackedBatch:
     position_ids: Tensor
     """int64 [1, T]: 0 at the start of each document, then counting up."""
     cu_seqlens: Tensor
-    """int32 [documents + 1]: where each document starts, and T at the end."""
+    """int32 [documents + 1]: the position at which each document starts, and T at the end."""
     max_seqlen: int
     """Tokens of the longest document."""
     sample_ids: list[int]
-    """Index in the dataset of each row; -1 for a padding row."""
+    """The index of each row in the dataset; -1 for a padding row."""
     context: ContextShard | None = None
-    """Which of the tokens are here, where context-parallel ranks share them; `cu_seqlens` and `max_seqlen` stay those of
-    all."""
+    """Which tokens this rank holds, where context-parallel ranks share them; None where it holds all. `cu_seqlens` and
+    `max_seqlen` describe all tokens in any case."""
 
     def shard(self, rank: int, size: int, chunk_size: int | None) -> PackedBatch:
-        """This context-parallel rank's tokens.
+        """The part of the batch that one context-parallel rank holds.
 
         Args:
-            rank, size: among the ranks that share the batch.
-            chunk_size: of DashAttention; None where no layer routes.
+            rank: place of the rank among those that share the batch.
+            size: number of ranks that share the batch.
+            chunk_size: tokens of a chunk of DashAttention; None where no layer routes.
         """
         if size == 1:
             return self
@@ -78,7 +79,7 @@ class PackedBatch:
 
 
 def num_target_tokens(batch: PackedBatch) -> Tensor:
-    """Count the tokens that the loss averages over: int64, a scalar tensor on the batch's device."""
+    """The number of tokens that the loss averages over, an int64 scalar tensor on the batch's device."""
     return batch.loss_mask.sum()
 
 
@@ -89,22 +90,21 @@ def pack_samples(
     sample_ids: Sequence[int] | None = None,
     max_context: int | None = None,
 ) -> PackedBatch:
-    """Put rows behind one another and mark where documents start.
+    """Concatenate rows and mark where documents start.
 
     Args:
         rows: each with tokens and labels, int64 [seq_length], and optionally loss_mask [seq_length].
         eod: the token that ends a document.
-        pack_documents: True: a document starts at each row start and after each eod. False: at row starts
-            alone, so that a row attends across the documents in it. The loss never crosses from an eod to the
-            next document.
+        pack_documents: True starts a document at each row start and after each eod; False at row starts only, so
+            that a row attends across the documents in it. The label of an eod never counts in the loss.
         sample_ids: dataset index of each row; -1 marks a padding row, which counts in no loss. Default: 0, 1,
             and so on.
-        max_context: also start a document at every multiple of it within a row. The loss does not stop there: a
-            token before such a cut is still asked for the one after it, which it can tell from what it sees, so
-            that targets are the same at every length. None: rows are not cut.
+        max_context: also start a document at every multiple of this number of tokens within a row. The loss does
+            not stop there: the last token before such a cut still predicts the token after it, so that targets are
+            the same at every length. None: rows are not cut.
 
     Returns:
-        A PackedBatch with T = len(rows) * seq_length. An eod in last place leaves no empty document behind.
+        A PackedBatch with T = len(rows) * seq_length. An eod at the end of a row adds no empty document.
     """
     if not rows:
         raise ValueError(
@@ -146,26 +146,28 @@ def pack_samples(
 
 
 class BatchSource:
-    """Hand each data-parallel rank its micro-batches, by consumed samples alone.
+    """The micro-batches of one data-parallel rank, addressed by the number of samples consumed.
 
     The global batch of a step is samples [consumed, consumed + global_batch) of the dataset, however it is
-    divided: rank r of R takes rows [(m * R + r) * micro_batch, ...) of it in its micro-batch m.
+    split: rank r of R reads its rows [(m * R + r) * micro_batch, (m * R + r + 1) * micro_batch) in micro-batch m.
     `consumed_samples` and the number of steps that read them are therefore the whole state, and a run may resume
     with another number of ranks, micro-batch size or global batch.
 
     Args:
-        dataset: rows in the order in which they are to be seen, as `build_dataset` gives it.
-        global_batch: samples a step, over all ranks.
+        dataset: rows in the order in which they are read, as `build_dataset` returns it.
+        global_batch: samples per step, over all ranks.
         micro_batch: rows in one `PackedBatch`.
         eod: the token that ends a document.
         pack_documents: see `pack_samples`.
-        data_parallel_rank, data_parallel_size: this rank's place among the ranks that see different data.
+        data_parallel_rank, data_parallel_size: this rank's place among the ranks that read different data, and their
+            number.
         num_workers: threads that read ahead, two micro-batches each; 0 reads when asked.
         pad_last: fill an incomplete last global batch with rows that count in no loss, so that an evaluation
-            sees every row once with any number of ranks. Otherwise those rows are left out.
+            reads every row once with any number of ranks. Otherwise those rows are skipped.
         pin_memory: hand out batches in page-locked memory.
-        context_rank, context_size, chunk_size: hand out this rank's share of every batch, see `PackedBatch.shard`.
-        max_context: most tokens of context by the number of steps before, see `pack_samples`; None: whole rows.
+        context_rank, context_size, chunk_size: which part of every batch to return, see `PackedBatch.shard`.
+        max_context: function from the number of finished steps to the most tokens of context, see `pack_samples`; None:
+            rows are not cut.
 
     Raises:
         ValueError: an argument breaks a rule, or the dataset has no further global batch.
@@ -213,12 +215,12 @@ class BatchSource:
 
     @property
     def remaining_steps(self) -> int:
-        """Global batches that the dataset still has."""
+        """The number of global batches left in the dataset."""
         remaining = max(0, len(self.dataset) - self.consumed_samples)
         return -(-remaining // self.global_batch) if self.pad_last else remaining // self.global_batch
 
     def next_batch(self) -> PackedBatch:
-        """Give this rank's next micro-batch; after `accumulation_steps` the global batch is consumed."""
+        """This rank's next micro-batch; after `accumulation_steps` of them the global batch is consumed."""
         if self.remaining_steps == 0:
             raise ValueError(
                 f"the dataset has {len(self.dataset)} samples and {self.consumed_samples} are consumed: no "
@@ -237,25 +239,25 @@ class BatchSource:
         return batch
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """Go through what is left of the dataset, whole global batches only."""
+        """The micro-batches of the global batches left in the dataset."""
         while self.remaining_steps:
             yield self.next_batch()
 
     def pack(
         self, rows: Sequence[Mapping[str, Tensor]], sample_ids: Sequence[int], max_context: int | None = None
     ) -> PackedBatch:
-        """Make a micro-batch of given rows, and take this rank's share of it; see `pack_samples`."""
+        """This rank's part of a micro-batch of the given rows; see `pack_samples`."""
         batch = pack_samples(rows, self.eod, self.pack_documents, sample_ids, max_context)
         return batch.shard(*self.share)
 
     def state_dict(self) -> dict[str, int]:
-        """Give the position: samples and number of finished global batches; one under way counts as not begun."""
+        """The position: consumed samples and finished steps; a global batch under way counts as not begun."""
         return {"consumed_samples": self.consumed_samples, "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go to the first sample the saved run had not consumed, whatever its ranks and batch sizes.
+        """Go to the first sample that the saved run had not consumed, whatever its ranks and batch sizes.
 
-        A state that does not say how many steps it took is taken for one of steps of this global batch.
+        A state without a number of steps is read as one whose steps had this global batch.
         """
         consumed = state["consumed_samples"]
         if not isinstance(consumed, int) or consumed < 0:

@@ -1,4 +1,4 @@
-"""Read tokens from a .bin file in a way that survives a file system that is away for a minute."""
+"""Read tokens from a .bin file, trying again while a file system is unavailable."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dash_megatron.retry import retry
 
 
 class BinReader:
-    """Reads pieces of a file at given places, from any number of threads, and takes the place of Megatron's readers.
+    """Reads parts of a file at given offsets, from any number of threads, in place of Megatron's readers.
 
     Args:
         path: the .bin file; opened at the first read.
-        seconds: how long a read that fails is tried again.
+        seconds: for how long a failed read is tried again.
     """
 
     def __init__(self, path: str, seconds: float = 120.0) -> None:
@@ -25,10 +25,10 @@ class BinReader:
         self._file: int | None = None
 
     def read(self, dtype: Any, count: int, offset: int) -> np.ndarray:
-        """Read `count` numbers of a type from byte `offset` on.
+        """Read `count` numbers of type `dtype`, starting at byte `offset`.
 
         Raises:
-            OSError: the file cannot be read, or ends before the last of them.
+            OSError: the file cannot be read, or ends before the last number.
         """
         numbers = np.empty(count, dtype=dtype)
         if count:
@@ -43,7 +43,7 @@ class BinReader:
     def _fill(self, buffer: memoryview, offset: int) -> None:
         file = self._file
         if file is None:
-            # two threads may both open it: the file of the slower one is used once and kept open, no more
+            # two threads may both open the file; the handle that loses stays open, which does no harm
             file = self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             done = 0

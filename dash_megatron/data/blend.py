@@ -1,4 +1,4 @@
-"""Blends as the config writes them: prefixes of `.bin/.idx` pairs, each with an optional weight in front."""
+"""Blends as a config writes them: prefixes of `.bin/.idx` pairs, each optionally preceded by a weight."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dash_megatron.data.sidecar import Sidecar
 
 
 def parse_blend(entries: Sequence[str]) -> list[str | tuple[float, str]]:
-    """Split `"0.7 data/web"` into weight and prefix; an entry without a number in front is a prefix."""
+    """Split entries such as `"0.7 data/web"` into weight and prefix; an entry without a leading number is a prefix."""
     blend: list[str | tuple[float, str]] = []
     for entry in entries:
         weight, _, prefix = entry.strip().partition(" ")
@@ -25,10 +25,10 @@ def blend_prefixes(entries: Sequence[str]) -> list[str]:
 
 
 def unigram_entropy(entries: Sequence[str]) -> float:
-    """Loss in nats per token of a model that knows the tokens' frequencies and nothing else.
+    """Entropy of the tokens' frequencies in nats: the loss per token of a model that knows nothing else.
 
     Args:
-        entries: a blend as the config writes it; the mean over its data sets is by tokens.
+        entries: a blend as a config writes it; its data sets are averaged by their numbers of tokens.
 
     Raises:
         FileNotFoundError, ValueError: a data set has no readable sidecar.

@@ -87,21 +87,20 @@ def build_dataset(
     cache_dir: str | os.PathLike[str],
     split_name: str = "train",
 ) -> TokenRows:
-    """Check the data, then give its rows in the order in which training, or an evaluation, is to see them.
+    """Check the data, and return its rows in the order in which training or an evaluation reads them.
 
     Row i depends on the blend, seq_length and seed, and on nothing else: with a larger num_samples the order
-    goes on where it ended, so that a run may be resumed with more steps. A pass over the data is repeated, in
-    another order, as often as num_samples needs.
+    continues where it ended, so that a run may be resumed with more steps. The data is passed over as often as
+    num_samples needs, each time in another order.
 
     Args:
         blend: prefixes of .bin/.idx pairs, or (weight, prefix) pairs; prefixes without weights are mixed by
             their size.
-        seq_length: tokens in a row; rows are cut from the documents, which lie behind one another in random
-            order.
-        num_samples: rows wanted; None: one pass over every prefix.
+        seq_length: tokens in a row; rows are cut from the documents, concatenated in random order.
+        num_samples: number of rows; None: one pass over every prefix.
         seed: fixes the order.
-        tokenizer: has to be the one that made the data.
-        cache_dir: where Megatron's index files are kept; any number of processes may build at once.
+        tokenizer: the one that made the data.
+        cache_dir: folder of Megatron's index files; any number of processes may build at once.
         split_name: "train", or "valid", which is at most one pass long. Weights do not count in one pass.
 
     Raises:
@@ -167,13 +166,13 @@ def _parse_blend(blend: Blend, field: str) -> tuple[list[str], list[float] | Non
 
 @dataclass(frozen=True)
 class _MegatronTokenizer:
-    """The few facts that Megatron's datasets ask of a tokenizer, cheap to send to data workers."""
+    """The attributes that Megatron's datasets read from a tokenizer."""
 
     vocab_size: int
     eod: int
     fingerprint: str
     pad: int = -1
-    """No token, so that Megatron takes no real one for padding."""
+    """No token id, so that Megatron takes no real token for padding."""
 
     @property
     def unique_identifiers(self) -> dict[str, str]:
@@ -204,10 +203,9 @@ def _one_pass(
 ) -> GPTDataset:
     """One pass over a prefix, in random order; its index is built once and read from `cache_dir` afterwards.
 
-    Megatron writes its index files in place, and knows them by path and settings only. They are therefore
-    built in a folder of their own that gets its name, with a digest of the data in it, when they are
-    complete: no process sees half an index, a killed one leaves none, and data made anew does not meet the
-    index of its predecessor.
+    Megatron writes its index files in place, and tells them apart by path and settings only. They are therefore
+    built in a temporary folder, which is renamed to a digest of the data when they are complete: no process sees
+    half an index, a killed process leaves none, and replaced data does not meet the index of its predecessor.
     """
     key = [edges_digest(f"{prefix}.idx"), seq_length, seed, split_name, tokenizer.fingerprint]
     folder = cache_dir / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
@@ -254,7 +252,7 @@ def _build_aside(build: Any, folder: Path) -> None:
 
 
 class _Repeated(torch.utils.data.Dataset[Any]):
-    """A pass over the data, repeated: each time the same rows, in another order.
+    """Several passes over the same rows, each in another order.
 
     Megatron's own repetition shuffles over all passes together, so that its order changes with the number of
     samples; a run that is resumed with more steps would see some rows again and miss others.

@@ -1,7 +1,7 @@
 """Megatron's .idx format, read and written without torch and without a Python object for each document.
 
-PREFIX.bin holds the tokens of all documents behind one another; PREFIX.idx says of which type they are and
-how long each document is. Megatron's own builder keeps a list entry for each document and imports torch,
+PREFIX.bin holds the tokens of all documents, concatenated; PREFIX.idx holds their type and the length of each
+document. Megatron's own builder keeps a list entry for each document and imports torch,
 which is slow to start in every tokenising process; the files are equal byte for byte.
 """
 
@@ -24,7 +24,7 @@ _EDGE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class IndexSummary:
-    """What PREFIX.idx says of PREFIX.bin."""
+    """The facts in PREFIX.idx about PREFIX.bin."""
 
     dtype: np.dtype
     documents: int
@@ -45,7 +45,7 @@ def edges_digest(path: str | os.PathLike[str]) -> str:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Give the smallest type for the ids of a vocabulary: uint16, or int32 from 65537 ids on."""
+    """The smallest integer type that holds the ids of a vocabulary: uint16, or int32 from 65537 ids on."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
 
 
@@ -53,7 +53,7 @@ def write_index(path: str | os.PathLike[str], lengths: np.ndarray, dtype: np.dty
     """Write an .idx file in which each sequence is a document.
 
     Args:
-        path: where to write; whoever needs it atomic renames it afterwards.
+        path: the file to write. The write is not atomic: a caller that needs that renames the file afterwards.
         lengths: int [documents], tokens in each document.
         dtype: type of a token in the .bin file.
     """
@@ -70,7 +70,7 @@ def read_lengths(prefix: str | os.PathLike[str]) -> tuple[np.ndarray, np.dtype, 
     """Read the lengths in PREFIX.idx, checking that it is whole.
 
     Returns:
-        Lengths (int32 [sequences], on disk until used), the tokens' type, and the number of documents.
+        Lengths (int32 [sequences], a memory map), the type of a token, and the number of documents.
 
     Raises:
         FileNotFoundError: PREFIX.idx is missing.
@@ -104,7 +104,7 @@ def read_lengths(prefix: str | os.PathLike[str]) -> tuple[np.ndarray, np.dtype, 
 
 
 def read_index(prefix: str | os.PathLike[str]) -> IndexSummary:
-    """Sum up PREFIX.idx; errors as in `read_lengths`."""
+    """The facts in PREFIX.idx; errors as in `read_lengths`."""
     lengths, dtype, documents = read_lengths(prefix)
     tokens = int(np.sum(lengths, dtype=np.int64))
     return IndexSummary(dtype=dtype, documents=documents, tokens=tokens, bin_bytes=tokens * dtype.itemsize)

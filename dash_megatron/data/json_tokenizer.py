@@ -23,7 +23,7 @@ _PROBES = (
 
 
 class JsonTokenizer:
-    """A tokenizer.json, as transformers uses it without special tokens. Their names inside a text are text.
+    """A tokenizer.json, used as transformers uses it, without special tokens: their names inside a text are plain text.
 
     Args:
         path: the file. `tokenizer_config.json` or `special_tokens_map.json` beside it name the end of sequence.
@@ -70,7 +70,7 @@ class JsonTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode_bytes(self, ids: list[int]) -> bytes:
-        """The UTF-8 of the text that ids of the vocabulary stand for, with U+FFFD for parts of characters."""
+        """The UTF-8 of the text that token ids stand for, with U+FFFD for parts of characters."""
         return self._tokenizer.decode(ids, skip_special_tokens=True).encode()
 
     def _name_of(self, role: str) -> str | None:

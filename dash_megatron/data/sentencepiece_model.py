@@ -13,7 +13,7 @@ SPACE_SYMBOL = "\u2581"
 _PROBES = ("a", "  two  spaces ", "\t\n\n x\r\n", "e\u0301 \u00e9", "\uff21\ufb01\u00b2", "\x00")
 
 # sentencepiece writes a space as U+2581 and reads U+2581 as a space, and it cannot see bytes that are not
-# UTF-8 (which surrogateescape shows as U+DC80 to U+DCFF). Both are therefore spelt out in byte pieces.
+# UTF-8 (which surrogateescape shows as U+DC80 to U+DCFF). Both are therefore encoded as byte pieces.
 _NEEDS_BYTE_PIECES = re.compile(f"([\udc80-\udcff{SPACE_SYMBOL}]+)")
 
 # Encoding slows down and takes more memory with the length of a text; the cut depends on the text alone, so
@@ -22,7 +22,7 @@ _MAX_SEGMENT_CHARACTERS = 1 << 18
 
 
 class SentencePieceModel:
-    """A sentencepiece model, through which every byte string passes unharmed.
+    """A sentencepiece model that encodes and decodes every byte string without loss.
 
     Args:
         path: a BPE model with byte fallback that keeps text as it is, but for a space that it may put before it (Llama 2).
@@ -70,7 +70,7 @@ class SentencePieceModel:
         return ids
 
     def decode_bytes(self, ids: list[int]) -> bytes:
-        """The bytes that ids of the vocabulary stand for, without the space that encoding put before the text."""
+        """The bytes that token ids stand for, without the space that encoding put before the text."""
         table = self._piece_bytes
         data = b"".join([table[token_id] for token_id in ids])
         return data.removeprefix(b" ") if self.has_prefix else data

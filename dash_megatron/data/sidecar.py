@@ -1,4 +1,4 @@
-"""PREFIX.idx.json: what a .bin/.idx pair cannot say of itself, above all which tokenizer made it."""
+"""PREFIX.idx.json: facts that a .bin/.idx pair does not hold, above all which tokenizer made it."""
 
 import json
 import os
@@ -33,7 +33,7 @@ class Sidecar:
     bin_digest: str
     """See `edges_digest`."""
     unigram_entropy_nats: float
-    """Loss of a model that knows the tokens' frequencies and nothing else."""
+    """Entropy of the tokens' frequencies: the loss of a model that knows nothing else."""
 
     def write(self, prefix: str | os.PathLike[str]) -> None:
         """Write PREFIX.idx.json, whole or not at all."""
@@ -70,12 +70,17 @@ class Sidecar:
 
 
 def sidecar_path(prefix: str | os.PathLike[str]) -> Path:
-    """Give the path of the sidecar of PREFIX.bin and PREFIX.idx."""
+    """The path of the sidecar of PREFIX.bin and PREFIX.idx."""
     return Path(f"{os.fspath(prefix)}.idx.json")
 
 
 def check_data(prefix: str, tokenizer: Tokenizer, seq_length: int) -> Sidecar:
-    """Check that PREFIX.bin and PREFIX.idx are whole, long enough, and of this tokenizer; raise otherwise."""
+    """Read the sidecar of PREFIX.bin and PREFIX.idx after checking that they are whole, long enough and of this tokenizer.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the data is damaged, replaced, empty, shorter than a row, or of another tokenizer.
+    """
     index = read_index(prefix)
     check_bin_size(prefix, index)
     sidecar = Sidecar.read(prefix)
@@ -114,7 +119,7 @@ def check_data(prefix: str, tokenizer: Tokenizer, seq_length: int) -> Sidecar:
 def describe(
     prefix: str | os.PathLike[str], *, tokenizer_fingerprint: str, vocab_size: int, eod: int
 ) -> Sidecar:
-    """Count the tokens of PREFIX.bin, reading it once as a stream, and make its sidecar.
+    """Make the sidecar of PREFIX.bin, reading the file once to count its tokens.
 
     Raises:
         FileNotFoundError: a file is missing.

@@ -10,8 +10,8 @@ from dash_megatron.data.sentencepiece_model import SentencePieceModel
 class Tokenizer:
     """Encode text or bytes to token ids and back.
 
-    A sentencepiece model loses no byte. A tokenizer.json keeps what it keeps under transformers, for whose
-    `AutoTokenizer` it encodes and decodes alike, without special tokens.
+    A sentencepiece model loses no byte. A tokenizer.json encodes and decodes as transformers' `AutoTokenizer` does without
+    special tokens, and loses what that loses.
 
     Args:
         path: a sentencepiece BPE model with byte fallback, as `python -m data_tools.train_tokenizer` writes it or Llama 2
@@ -34,17 +34,17 @@ class Tokenizer:
             JsonTokenizer(self.path) if json else SentencePieceModel(self.path)
         )
         self.fingerprint: str = self._model.fingerprint
-        """Digest of what decides about ids."""
+        """Digest of everything that the ids depend on."""
         self.vocab_size: int = self._model.vocab_size
         self.bos: int = self._model.bos
-        """Begin of sequence, which encoding never adds; -1 where there is none."""
+        """The id of the begin of sequence, which encoding never adds; -1 where there is none."""
         self.eod: int = self._model.eod
-        """End of document: the model's end of sequence."""
+        """The id that ends a document: the model's end of sequence."""
         self.has_prefix: bool = self._model.has_prefix
-        """Whether a space is put before a text, and taken away by decoding."""
+        """Whether encoding puts a space before a text, which decoding removes."""
 
     def encode(self, text: str | bytes) -> list[int]:
-        """Turn text, or any bytes at all, into token ids; no bos, eod or unk is ever among them.
+        """Encode text, or any bytes, as token ids; bos, eod and unk are never among them.
 
         Args:
             text: bytes are read as UTF-8 where they are UTF-8. What is not, and lone surrogates in a str, a sentencepiece
@@ -53,7 +53,7 @@ class Tokenizer:
         return self._model.encode(text)
 
     def decode_bytes(self, ids: list[int]) -> bytes:
-        """Give the bytes that the ids stand for; control tokens such as bos and eod stand for none.
+        """The bytes that the ids stand for; control tokens such as bos and eod stand for none.
 
         A tokenizer.json gives those of `decode`.
 
@@ -69,5 +69,5 @@ class Tokenizer:
         return self._model.decode_bytes(ids)
 
     def decode(self, ids: list[int]) -> str:
-        """Give the text of the ids, with U+FFFD for bytes that are not UTF-8."""
+        """The text of the ids, with U+FFFD for bytes that are not UTF-8."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")

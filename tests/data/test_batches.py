@@ -302,7 +302,7 @@ def test_an_exhausted_dataset_says_what_to_change():
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_a_division_that_does_not_fit_is_named(changes, message):
+def test_a_split_that_does_not_fit_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         BatchSource(Numbers(5), **({"global_batch": 4, "micro_batch": 1, "eod": EOD} | changes))
 
