@@ -42,7 +42,7 @@ def adam_state(adam: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]
 
 
 def fragments(module: torch.nn.Module, optimizer: Any, adam: torch.optim.Optimizer) -> dict[str, Fragment]:
-    """This process's fragments by parameter name; parameters of which it keeps nothing are left out.
+    """This process's fragments by parameter name; parameters of which it keeps nothing have none.
 
     Args:
         module: the model.

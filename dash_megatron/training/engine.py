@@ -97,12 +97,12 @@ class Engine:
             self._plain_grad_norm = float(torch.nn.utils.get_total_norm(gradients))
         self._engine.step()
 
-    def leave_out_update(self, leave_out: bool) -> None:
-        """Decide whether the coming update is left out: gradients are cleared, weights and moments stay.
+    def skip_update(self, skip: bool) -> None:
+        """Decide whether the coming update is skipped: gradients are cleared, weights and moments stay.
 
-        One whose gradient norm is no number is left out anyway.
+        One whose gradient norm is non-finite (NaN or inf) is skipped anyway.
         """
-        self._adam.leave_out = leave_out
+        self._adam.skip = skip
 
     def _norm_of_this_update(self) -> float:
         return self._plain_grad_norm if self._optimizer_is_plain else float(self._optimizer._global_grad_norm)
@@ -185,20 +185,20 @@ class Engine:
 
 
 class _GuardedAdamW(torch.optim.AdamW):
-    """AdamW that leaves out an update when told to, or when the global gradient norm is no number.
+    """AdamW that skips an update when told to, or when the global gradient norm is non-finite (NaN or inf).
 
-    DeepSpeed knows that norm only within its own step, right before it calls this one. Its wrappers leave out such
+    DeepSpeed knows that norm only within its own step, right before it calls this one. Its wrappers skip such
     updates too, except those of bf16 under ZeRO 1 and 2; without ZeRO nothing does.
     """
 
-    leave_out = False
+    skip = False
     norm_of_this_update: Callable[[], float] | None = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Update, or only make the state that the first update would find."""
         norm = self.norm_of_this_update
-        if not self.leave_out and (norm is None or math.isfinite(norm())):
+        if not self.skip and (norm is None or math.isfinite(norm())):
             return super().step(closure)
         for group in self.param_groups:
             for parameter in group["params"]:

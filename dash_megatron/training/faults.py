@@ -1,4 +1,4 @@
-"""Batches whose loss or gradient is wrong: which updates are left out, and what is kept of them for a replay."""
+"""Batches whose loss or gradient is wrong: which updates are skipped, and what is kept of them for a replay."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from dash_megatron.checkpoint.files import write_tensors
 from dash_megatron.config import FaultsConfig
 from dash_megatron.data.batches import PackedBatch
 from dash_megatron.files import write_whole
+from dash_megatron.parallel import context_rank, data_rank, tensor_group
 from dash_megatron.retry import retry
 
 logger = logging.getLogger(__name__)
@@ -30,15 +32,15 @@ _TENSORS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens")
 
 @dataclass(frozen=True)
 class Fault:
-    """An update that was left out, as `<run>/faults/step_00000123/fault.json` holds it."""
+    """An update that was skipped, as `<run>/faults/step_00000123/fault.json` holds it."""
 
     step: int
     """The update that it would have been, counted from 1."""
     reason: str
     loss: float
-    """Of the global batch, in nats; may be no number."""
+    """Of the global batch, in nats; may be non-finite (NaN or inf)."""
     grad_norm: float
-    """Before clipping; may be no number."""
+    """Before clipping; may be non-finite (NaN or inf)."""
     first_sample: int
     """The global batch is this training sample and those that follow it."""
     num_samples: int
@@ -53,7 +55,7 @@ class Fault:
 
 
 class Guard:
-    """Judges every step by numbers that all processes share, so that all decide alike.
+    """Decides which updates to skip, by numbers that all processes share, so that all decide alike.
 
     Args:
         config: policies.
@@ -63,15 +65,15 @@ class Guard:
     def __init__(self, config: FaultsConfig, global_batch: int) -> None:
         self.config = config
         self.global_batch = global_batch
-        self.left_out: set[int] = set()
+        self.skipped_batches: set[int] = set()
         """First samples of the global batches without an update, ahead too where a rollback went back past them."""
         self.losses: deque[float] = deque(maxlen=config.loss_window)
         """Of the last updates that were made."""
 
-    def judge_loss(self, step: int, first_sample: int, loss: float) -> Fault | None:
-        """Say before the update whether it is to be left out."""
-        if first_sample in self.left_out:
-            return Fault(step, "left out before", loss, 0.0, first_sample, self.global_batch, "known")
+    def check_loss(self, step: int, first_sample: int, loss: float) -> Fault | None:
+        """Say before the update whether it is to be skipped; None: it is to be made."""
+        if first_sample in self.skipped_batches:
+            return Fault(step, "skipped before", loss, 0.0, first_sample, self.global_batch, "known")
         if not math.isfinite(loss):
             return self._fault(step, f"the loss is {loss}", loss, first_sample, self.config.non_finite)
         limit = self.spike_limit()
@@ -80,8 +82,8 @@ class Guard:
             return self._fault(step, reason, loss, first_sample, self.config.loss_spike_policy)
         return None
 
-    def judge_gradient(self, step: int, first_sample: int, loss: float, grad_norm: float) -> Fault | None:
-        """Say after `Engine.step`, which leaves such an update out by itself, whether it was; else count its loss."""
+    def check_gradient(self, step: int, first_sample: int, loss: float, grad_norm: float) -> Fault | None:
+        """Say after `Engine.step`, which skips non-finite gradients by itself, whether it did; else count the loss."""
         if not math.isfinite(grad_norm):
             reason = f"the gradient norm is {grad_norm}"
             return self._fault(step, reason, loss, first_sample, self.config.non_finite, grad_norm)
@@ -94,28 +96,28 @@ class Guard:
             return None
         return statistics.fmean(self.losses) + self.config.loss_spike * statistics.pstdev(self.losses)
 
-    def skipped(self, consumed_samples: int) -> int:
-        """How many of the updates up to this place in the data were left out."""
-        return sum(first < consumed_samples for first in self.left_out)
+    def num_skipped(self, consumed_samples: int) -> int:
+        """How many of the updates up to this place in the data were skipped."""
+        return sum(first < consumed_samples for first in self.skipped_batches)
 
     def _fault(
         self, step: int, reason: str, loss: float, first_sample: int, policy: str, grad_norm: float = math.nan
     ) -> Fault:
-        self.left_out.add(first_sample)
+        self.skipped_batches.add(first_sample)
         in_a_row, first = 0, first_sample
-        while first in self.left_out:
+        while first in self.skipped_batches:
             in_a_row, first = in_a_row + 1, first - self.global_batch
         if in_a_row >= self.config.max_in_a_row and policy != "halt":
             policy, reason = "halt", f"{reason}, as in {in_a_row} steps in a row something was wrong"
         return Fault(step, reason, loss, grad_norm, first_sample, self.global_batch, policy)
 
     def state_dict(self) -> dict[str, list[Any]]:
-        """What a resumed run needs to judge alike; plain numbers."""
-        return {"left_out": sorted(self.left_out), "losses": list(self.losses)}
+        """What a resumed run needs to decide alike, as JSON holds it."""
+        return {"left_out": sorted(self.skipped_batches), "losses": list(self.losses)}
 
     def load_state_dict(self, state: Mapping[str, list[Any]]) -> None:
         """Take up a saved state; batches marked since stay marked, so that a rollback does not meet them again."""
-        self.left_out |= set(state["left_out"])
+        self.skipped_batches |= set(state["left_out"])
         self.losses.clear()
         self.losses.extend(state["losses"])
 
@@ -123,6 +125,12 @@ class Guard:
 def fault_folder(run_dir: str | Path, step: int) -> Path:
     """Where a step's fault is kept."""
     return Path(run_dir) / "faults" / f"step_{step:08d}"
+
+
+def keep_fault(run_dir: str | Path, fault: Fault, batches: list[PackedBatch]) -> None:
+    """`write_fault` on the processes of a run, of which those that share all tokens write once."""
+    if dist.get_rank(tensor_group()) == 0:
+        write_fault(run_dir, fault, batches, data_rank(), context_rank(), main=dist.get_rank() == 0)
 
 
 def write_fault(

@@ -1,4 +1,4 @@
-"""Signs of trouble in a run that still trains: hangs, slow processes, routers that no longer choose."""
+"""Signs of trouble in a run that still trains: hangs, slow processes, routers that no longer select."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class CollapseAlarm:
             state = _collapse(density, chunks)
             if state is None or density is None or chunks is None:
                 if self._since.pop(layer, 0) >= self.steps:
-                    logger.warning("step %d: layer %d's router chooses again", step, layer)
+                    logger.warning("step %d: layer %d's router selects again", step, layer)
                 continue
             self._since[layer] = self._since.get(layer, 0) + 1
             if self._since[layer] == self.steps:
@@ -153,7 +153,7 @@ class CollapseAlarm:
 
 
 def _collapse(density: float | None, chunks: float | None) -> str | None:
-    # both at their bounds: there is one chunk only, and nothing to choose
+    # both at their bounds: there is one chunk only, and nothing to select
     if density is None or chunks is None or (density >= _EVERYTHING) == (chunks <= _ONLY_THE_OWN):
         return None
     return "every chunk" if density >= _EVERYTHING else "only the own chunk"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -103,8 +104,25 @@ class StepTotals:
         return [self._values[3 + 5 * layer : 8 + 5 * layer] for layer in range(self.num_layers)]
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """What a finished training step gave, from which its metrics are made."""
+
+    step: int
+    """Number of the step, counted from 1."""
+    totals: StepTotals
+    """Loss and routing, reduced over all processes."""
+    lr: float
+    grad_norm: float
+    """Global, before clipping; NaN or inf where the update was skipped for it."""
+    skipped: int
+    """Updates skipped since the start of the run."""
+    scaling_factors: list[float | None]
+    """By layer, that the next step routes with; None without a router."""
+
+
 class Meter:
-    """Turns totals into metrics, and keeps time.
+    """Turns results of steps into metrics, and keeps time.
 
     Args:
         config: the run.
@@ -121,11 +139,15 @@ class Meter:
         self.peak = peak_flops(torch.cuda.get_device_name(device)) if self.on_gpu else None
         self.tokens_per_step = config.training.global_batch * config.data.seq_length
         self.seconds_per_step = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Start the clock: what was before is no training."""
         self._start, self._steps = time.perf_counter(), 0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out what is not training."""
+        """Stop the clock for what is not training."""
         begin = time.perf_counter()
         yield
         self._start += time.perf_counter() - begin
@@ -141,19 +163,17 @@ class Meter:
         self._start, self._steps = now, 0
 
     def measure(
-        self,
-        step: int,
-        totals: StepTotals,
-        lr: float,
-        grad_norm: float,
-        valid: Validation,
-        skipped: int,
-        alarms: int,
-        slowest: tuple[int, float],
-        factors: list[float | None],
+        self, result: StepResult, valid: Validation, *, alarms: int, slowest: tuple[int, float]
     ) -> StepMetrics:
-        """Metrics of a step, with rates of the last lap; `slowest` is a rank and its time over the median, `factors` are
-        those of the next step by layer."""
+        """Metrics of a step, with rates of the last lap.
+
+        Args:
+            result: of the step.
+            valid: what validation found after it.
+            alarms: layers whose router has collapsed.
+            slowest: rank of the busiest process, and its time over the median of all.
+        """
+        totals = result.totals
         density, selected = totals.densities, totals.chunks_selected
         routed = [value for value in density if value is not None]
         by_layer = {layer: value for layer, value in enumerate(selected) if value is not None}
@@ -165,15 +185,15 @@ class Meter:
             for chunks in (by_layer, None)
         )
         return StepMetrics(
-            step=step,
+            step=result.step,
             loss=totals.loss,
             valid_loss=valid.loss,
             valid_loss_by_position=valid.by_position,
             tasks=valid.tasks,
-            lr=lr,
-            grad_norm=grad_norm,
-            tokens=step * self.tokens_per_step,
-            context_length=self.config.data.context_length_at(step - 1),
+            lr=result.lr,
+            grad_norm=result.grad_norm,
+            tokens=result.step * self.tokens_per_step,
+            context_length=self.config.data.context_length_at(result.step - 1),
             tokens_per_second=rate,
             model_tflops_per_second=model_flops / 1e12,
             dense_equivalent_tflops_per_second=dense_flops / 1e12,
@@ -181,13 +201,13 @@ class Meter:
             density=sum(routed) / len(routed) if routed else None,
             density_per_layer=density,
             chunks_selected_per_layer=selected,
-            scaling_factor_per_layer=factors,
+            scaling_factor_per_layer=result.scaling_factors,
             context_imbalance=totals.context_imbalance,
             context_bytes_forward_per_layer=totals.context_bytes(0),
             context_bytes_backward_per_layer=totals.context_bytes(1),
             processes=self.world_size,
             gpu_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else None,
-            skipped=skipped,
+            skipped=result.skipped,
             alarms=alarms,
             slowest_rank=slowest[0],
             slowest_over_median=slowest[1],

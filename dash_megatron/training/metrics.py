@@ -25,7 +25,7 @@ class TaskScore(TypedDict):
     """Means over the samples of a task."""
 
     score: float
-    """Share of the answers that are the likeliest ones."""
+    """Share of the answers all of whose tokens are the model's top-1 predictions."""
     nll: float
     """Loss per token of the answers, nats."""
 
@@ -51,7 +51,7 @@ class StepMetrics(TypedDict):
     context_length: int
     """Most tokens of context in the step, as `data.seq_length_curriculum` says."""
     tokens_per_second: float
-    """Mean since the last logged step, all processes together, validation and saving left out."""
+    """Mean since the last logged step, all processes together, without validation and saving."""
     model_tflops_per_second: float
     """Per process, attention counted at the measured density."""
     dense_equivalent_tflops_per_second: float
@@ -76,7 +76,7 @@ class StepMetrics(TypedDict):
     gpu_memory_gib: float | None
     """Most that tensors of rank 0 have held of its GPU at once since it started; null without one."""
     skipped: int
-    """Updates left out since the start of the run."""
+    """Updates skipped since the start of the run."""
     alarms: int
     """Layers whose router has collapsed: it selects nothing but the own chunk, or everything."""
     slowest_rank: int
@@ -180,7 +180,7 @@ def _scalars(name: str, value: Any) -> Iterator[tuple[str, float | None]]:
 
 
 def read_metrics(run_dir: str | Path) -> list[StepMetrics]:
-    """Read `metrics.jsonl`; a last line cut short by a kill is left out.
+    """Read `metrics.jsonl`; a last line cut short by a kill is skipped.
 
     Raises:
         FileNotFoundError: the run has none.

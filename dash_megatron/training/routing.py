@@ -1,4 +1,4 @@
-"""How routers choose while a run trains: measured in rank 0's own forward pass, for `routing.jsonl` and TensorBoard.
+"""What routers select while a run trains: measured in rank 0's own forward pass, for `routing.jsonl` and TensorBoard.
 
 Nothing here communicates, so that no process waits in a collective for one that measures, and nothing is computed again:
 core attentions show queries and keys that they have anyway.

@@ -26,7 +26,7 @@ def sample_from_run(
         run_dir: the run's folder.
         prompt: any text; empty starts a document.
         max_new_tokens: stop after so many tokens, at the end of the document, or at `data.seq_length`.
-        temperature: divides the logits; 0 takes the likeliest token.
+        temperature: divides the logits; 0 takes the argmax.
         seed: fixes the draw.
         step: which checkpoint; None: the newest.
 

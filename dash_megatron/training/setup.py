@@ -15,6 +15,7 @@ import yaml
 from dash_megatron.config import Config
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.files import write_whole
+from dash_megatron.ops.fingerprint import implementation_fingerprint
 
 
 def set_up_logging(is_main: bool) -> None:
@@ -51,6 +52,15 @@ def check_same_implementation(fingerprint: str) -> None:
         raise ValueError(
             f"processes would compute different results: {listed}. Start all from one environment and one checkout"
         )
+
+
+def about_this_code(device: torch.device) -> dict[str, str]:
+    """What a checkpoint says of its making: the commit, what results depend on, and the kind of device."""
+    return {
+        "commit": code_commit(),
+        "implementation": implementation_fingerprint(),
+        "device": device_name(device),
+    }
 
 
 def device_name(device: torch.device) -> str:

@@ -28,6 +28,19 @@ def open_rows(config: Config, split: str, num_samples: int, tokenizer: Tokenizer
     )
 
 
+def training_source(config: Config, tokenizer: Tokenizer, device: torch.device) -> BatchSource:
+    """This process's share of all batches of the run; collective. Raises as `build_dataset`."""
+    num_samples = config.training.steps * config.training.global_batch
+    return batch_source(
+        config,
+        open_rows(config, "train", num_samples, tokenizer),
+        tokenizer.eod,
+        device,
+        num_workers=config.data.num_workers,
+        max_context=config.data.context_length_at,
+    )
+
+
 def batch_source(
     config: Config, rows: RowDataset, eod: int, device: torch.device, **settings: Any
 ) -> BatchSource:

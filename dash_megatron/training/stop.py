@@ -77,17 +77,17 @@ def _noted_by_the_thread(number: int, frame: object) -> None:
     """A handler there has to be, or the signal would have its usual effect."""
 
 
-def agree(stop: bool, left_out: bool) -> bool:
+def agree(stop: bool, skipped: bool) -> bool:
     """Whether any process is asked to stop; collective, on the CPU, so that it never waits for the device.
 
     Args:
         stop: this process was asked.
-        left_out: it left out the step's update.
+        skipped: it skipped the step's update.
 
     Raises:
-        RuntimeError: some processes made an update that others left out, so that their weights differ.
+        RuntimeError: some processes made an update that others skipped, so that their weights differ.
     """
-    flags = torch.tensor([stop, left_out, not left_out], dtype=torch.int32)
+    flags = torch.tensor([stop, skipped, not skipped], dtype=torch.int32)
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     if flags[1] and flags[2]:
         raise RuntimeError(

@@ -17,13 +17,13 @@ def train_with_faults(cases: list[dict[str, Any]], folder: str) -> None:
     """Train each case; rank 0 writes `<folder>/<name>.pt`: final weights, which steps changed anything, and the error.
 
     A case has `name`, `tree`, and optionally: `bad`, samples whose processing gives a loss (`how="loss"`) or a gradient
-    (`how="gradient"`) that is no number, on the one rank that reads them; `left_out`, what the guard knows beforehand;
+    (`how="gradient"`) that is NaN, on the one rank that reads them; `skipped`, what the guard knows beforehand;
     `stop`, the step after which the run is killed.
     """
     module = keep_process_groups()
     for case in cases:
         trainer = module.Trainer(config_from_dict(case["tree"]))
-        trainer.guard.left_out |= set(case.get("left_out", ()))
+        trainer.guard.skipped_batches |= set(case.get("skipped", ()))
         plain = module.share_of_global_mean
         module.share_of_global_mean = _poisoned(plain, set(case.get("bad", ())), case.get("how", "loss"))
         changed = _watch_steps(trainer, case.get("stop"))
@@ -95,7 +95,7 @@ def train_with_a_slow_rank(tree: dict[str, Any], slow: int, seconds: float) -> N
 
 
 def disagree(folder: str) -> None:
-    """One rank leaves an update out, the other does not; each writes what it was told."""
+    """One rank skips an update, the other does not; each writes what it was told."""
     import os
 
     from dash_megatron.config import ParallelConfig

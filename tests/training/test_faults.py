@@ -33,7 +33,7 @@ def cases_of(tree: dict[str, Any], folder: Path, stage: int, precision: str) -> 
         return {"name": f"{name}_{stage}_{precision}", "tree": changed, **values}
 
     return [
-        case("left_out", "left_out", left_out=[FIRST_OF_BAD]),
+        case("skipped", "skipped", skipped=[FIRST_OF_BAD]),
         case("gradient", "gradient", bad=[BAD], how="gradient"),
         # killed after it went back, passed the bad batch and saved; then started again
         case("killed", "rollback", "rollback", bad=[BAD], stop=5),
@@ -49,10 +49,10 @@ def test_a_bad_batch_on_one_rank_leaves_no_trace_whatever_the_policy_and_zero_st
     for stage, precision in LAYOUTS:
         results = {
             name: torch.load(tmp_path / f"{name}_{stage}_{precision}.pt", weights_only=False)
-            for name in ("left_out", "gradient", "killed", "rollback")
+            for name in ("skipped", "gradient", "killed", "rollback")
         }
         where = f"ZeRO {stage} {precision}"
-        for name in ("left_out", "gradient"):
+        for name in ("skipped", "gradient"):
             unchanged = [step for step, changed in results[name]["changed"] if not changed]
             assert unchanged == [4], f"{where} {name}"
         assert results["killed"]["changed"] == [
@@ -64,7 +64,7 @@ def test_a_bad_batch_on_one_rank_leaves_no_trace_whatever_the_policy_and_zero_st
             (5, True),
         ]
         for name in ("gradient", "rollback"):
-            for weight, expected in results["left_out"]["weights"].items():
+            for weight, expected in results["skipped"]["weights"].items():
                 assert torch.equal(results[name]["weights"][weight], expected), f"{where} {name} {weight}"
             lines = read_metrics(tmp_path / f"{name}_{stage}_{precision}")
             assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6], f"{where} {name}"
@@ -72,7 +72,7 @@ def test_a_bad_batch_on_one_rank_leaves_no_trace_whatever_the_policy_and_zero_st
             losses = [line["loss"] for line in lines]
             assert math.isnan(losses[3]) == (name != "gradient")
             expected_losses = [
-                line["loss"] for line in read_metrics(tmp_path / f"left_out_{stage}_{precision}")
+                line["loss"] for line in read_metrics(tmp_path / f"skipped_{stage}_{precision}")
             ]
             assert losses[:3] + losses[4:] == expected_losses[:3] + expected_losses[4:]
 
@@ -92,7 +92,7 @@ def test_a_bad_batch_is_kept_with_its_facts(
         1: [[5], [7]],
     }
     log = (tmp_path / "rank_0.log").read_text()
-    assert "training samples 4 to 7): update left out, batch kept in" in log
+    assert "training samples 4 to 7): update skipped, batch kept in" in log
 
 
 def test_too_many_bad_batches_in_a_row_end_the_run_whatever_the_policy(
@@ -128,7 +128,7 @@ def train(guard: Guard, losses: list[float], first: int = 0) -> list[str]:
     """Policies of the faults found, "" where there is none."""
     found = []
     for index, loss in enumerate(losses, first):
-        fault = guard.judge_loss(index + 1, 4 * index, loss) or guard.judge_gradient(
+        fault = guard.check_loss(index + 1, 4 * index, loss) or guard.check_gradient(
             index + 1, 4 * index, loss, 1.0
         )
         found.append(fault.policy if fault else "")
@@ -141,12 +141,12 @@ SPIKES = FaultsConfig(loss_spike=4, loss_window=4, loss_spike_policy="skip")
 def test_a_loss_far_above_the_last_ones_is_a_spike_and_a_new_level_is_none() -> None:
     guard = Guard(SPIKES, 4)
     assert train(guard, [9.0, 3.0, 3.1, 2.9, 3.0, 3.1, 2.9, 3.2, 9.0, 3.0]) == [""] * 8 + ["skip", ""]
-    assert guard.skipped(consumed_samples=40) == 1
+    assert guard.num_skipped(consumed_samples=40) == 1
     assert list(guard.losses) == [3.1, 2.9, 3.2, 3.0]  # the spike is no measure of the next
     assert train(Guard(FaultsConfig(loss_window=2), 4), [3.0, 3.0, 3.0, 1e6]) == [""] * 4
 
 
-def test_a_resumed_guard_judges_as_one_that_was_not_interrupted() -> None:
+def test_a_resumed_guard_decides_as_one_that_was_not_interrupted() -> None:
     whole, first, second = (Guard(SPIKES, 4) for _ in range(3))
     losses = [3.0, 3.1, 2.9, 3.3, 3.0, 8.0, 3.0, 3.45, 2.7, 3.6]
     train(first, losses[:7])

@@ -53,7 +53,7 @@ def package_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatc
     return caplog
 
 
-def test_a_router_at_its_floor_or_ceiling_raises_one_alarm_until_it_chooses_again(package_log: Any) -> None:
+def test_a_router_at_its_floor_or_ceiling_raises_one_alarm_until_it_selects_again(package_log: Any) -> None:
     alarm = CollapseAlarm(steps=3)
     # floor; ceiling; free; one chunk only, where both are the same; no router
     collapsed = ([0.13, 0.9995, 0.5, 1.0, None], [1.0, 8.0, 4.0, 1.0, None])
@@ -66,7 +66,7 @@ def test_a_router_at_its_floor_or_ceiling_raises_one_alarm_until_it_chooses_agai
     assert "step 3: layer 1's router has selected every chunk for 3 steps" in texts[1]
     alarm.update(6, [0.5, 0.9995, 0.5, 1.0, None], [4.0, 8.0, 4.0, 1.0, None])
     assert alarm.alarms == 1
-    assert "step 6: layer 0's router chooses again" in package_log.records[-1].getMessage()
+    assert "step 6: layer 0's router selects again" in package_log.records[-1].getMessage()
 
 
 def test_a_disk_that_was_full_for_a_moment_leaves_whole_lines(

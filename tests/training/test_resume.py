@@ -66,7 +66,7 @@ def test_an_interrupted_run_ends_bit_identical_to_one_that_was_not(
         assert torch.equal(weight, resumed[name]), name
 
 
-def test_no_sample_is_read_twice_and_none_is_left_out(
+def test_no_sample_is_read_twice_and_none_is_skipped(
     tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
     tree = run_of(tiny_config, tmp_path / "run", checkpoint={"every": 2}, training={"steps": 4})

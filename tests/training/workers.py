@@ -120,7 +120,7 @@ def _measured_steps(trainer: Any, steps: int) -> dict[str, Any]:
 
     engine.step = watched_step
     first = engine.full_weights()
-    totals, _ = trainer.train_step()
+    totals = trainer.train_step().totals
     result = {"loss": totals.loss, "norm": engine.grad_norm(), "gradients": gradients}
     result["density"] = totals.densities
     for _ in range(steps - 1):
