@@ -1,16 +1,19 @@
 """Time DashAttention's Triton kernels against dense attention on one GPU, stage by stage: `python benchmarks/attention.py`.
 
 Prints one table per case and writes everything as JSON. A case whose check against float64 fails is not timed.
+Without a GPU, `TRITON_INTERPRET=1 python benchmarks/attention.py --tiny` walks through everything on a few tokens.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
-import math
-import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,39 +23,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.inputs import default_device, device_name, kernels_run
+from benchmarks.stages import Case, Stages, make_inputs
+from benchmarks.timing import dense_backends, milliseconds, wait
+from dash_megatron.ops import dash_attention
 from dash_megatron.ops.fingerprint import implementation_fingerprint
-from dash_megatron.ops.kernels import configs, dash, geometry
-from dash_megatron.ops.kernels.attend import attend
-from dash_megatron.ops.kernels.backward_kv import backward_kv
-from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
-from dash_megatron.ops.kernels.route import route
-from dash_megatron.ops.kernels.summarize import summarize
-from dash_megatron.ops.kernels.transpose import divide, transpose
-from dash_megatron.ops.reference import dash_attention_reference
-from dash_megatron.ops.types import Router
 
 # Largest relative errors of bfloat16 output and gradients before a case is refused.
 ALLOWED_OUT, ALLOWED_GRAD = 1e-2, 4e-2
 CHECK_TOKENS = 4096
 REFERENCE_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class Case:
-    """One benchmark input."""
-
-    name: str
-    tokens: int
-    heads: int = 32
-    kv_heads: int = 2
-    topics: int = 10
-    run: int = 32
-    """Consecutive queries that share a topic."""
-    scaling_factor: float = 1.0
-    chunk_size: int = 64
-    head_dim: int = 128
-    structured: bool = True
-
+DEVICE = default_device()
 
 CASES = [
     Case("16K 32/2 25%", 16384, topics=4),
@@ -87,33 +68,43 @@ MORE_CASES = [
         for size in (64, 32)
     ),
 ]
+TINY_CASES = [
+    Case(
+        f"{tokens} tokens, {topics} topics",
+        tokens,
+        heads=2,
+        kv_heads=1,
+        topics=topics,
+        head_dim=16,
+        chunk_size=16,
+    )
+    for tokens, topics in ((48, 2), (64, 2), (64, 10))
+]
 
 
-def make_inputs(case: Case, tokens: int, seed: int = 0) -> tuple[list[Tensor], Tensor]:
-    """Leaves q, k, v, summary_query in bfloat16 and an upstream gradient; topics are the dial on density."""
-    torch.manual_seed(seed)
-    Hkv, D = case.kv_heads, case.head_dim
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-
-    topics = noise(Hkv, case.topics, D)
-    heads = torch.arange(Hkv, device="cuda")
-
-    def topic(run: int) -> Tensor:
-        pick = torch.randint(case.topics, (math.ceil(tokens / run), Hkv), device="cuda")
-        return topics[heads, pick].repeat_interleave(run, dim=0)[None, :tokens]
-
-    q, k = noise(1, tokens, case.heads, D), noise(1, tokens, Hkv, D)
-    if case.structured:
-        k += topic(case.chunk_size)
-        q = 0.35 * q + topic(case.run).repeat_interleave(case.heads // Hkv, dim=2)
-    leaves = [q, k, noise(1, tokens, Hkv, D), 0.1 * noise(Hkv, D)]
-    return [x.requires_grad_() for x in leaves], noise(1, tokens, case.heads, D)
+def attend(case: Case, leaves: list[Tensor], backend: str = "triton") -> Tensor:
+    """DashAttention's output for a case's leaves."""
+    q, k, v, w = leaves
+    router: dict[str, Any] = {
+        "chunk_size": case.chunk_size,
+        "scaling_factor": case.scaling_factor,
+        "sigma": 1.0,
+    }
+    return dash_attention(q, k, v, w, **router, backend=backend)
 
 
-def make_router(case: Case) -> Router:
-    return Router(case.chunk_size, case.scaling_factor, sigma=1.0)
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Let gradients be the same to the last bit in every run; memory is not filled before it is written."""
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        memory.fill_uninitialized_memory = fill
 
 
 def relative_error(x: Tensor, expected: Tensor) -> float:
@@ -122,11 +113,11 @@ def relative_error(x: Tensor, expected: Tensor) -> float:
 
 def check(case: Case) -> dict[str, float]:
     """Relative errors against float64 on the case's inputs, cut to a length where that fits; raises if too large."""
-    leaves, upstream = make_inputs(case, min(case.tokens, CHECK_TOKENS))
-    out, _ = dash.dash_attention_triton(*leaves, make_router(case), None)
+    leaves, upstream = make_inputs(case, min(case.tokens, CHECK_TOKENS), DEVICE)
+    out = attend(case, leaves)
     grads = torch.autograd.grad(out, leaves, upstream)
     doubles = [x.detach().double().requires_grad_() for x in leaves]
-    expected, _ = dash_attention_reference(*doubles, make_router(case), None)
+    expected = attend(case, doubles, "reference")
     expected_grads = torch.autograd.grad(expected, doubles, upstream.double())
     errors = {"out": relative_error(out, expected)}
     for name, grad, wanted in zip(("dq", "dk", "dv", "dw"), grads, expected_grads, strict=True):
@@ -137,25 +128,9 @@ def check(case: Case) -> dict[str, float]:
     return errors
 
 
-def milliseconds(function: Callable[[], object], budget_ms: float = 250.0) -> float:
-    """Median time of a call by CUDA events, after one call that compiles and one that tells how often to repeat."""
-    function()
-
-    def once() -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-    repeats = max(3, min(20, int(budget_ms / max(once(), 1e-3))))
-    return statistics.median(once() for _ in range(repeats))
-
-
 def time_dense(case: Case, backend: SDPBackend) -> tuple[float, float]:
     """Forward, and forward with backward, of dense causal attention."""
-    leaves, upstream = make_inputs(case, case.tokens)
+    leaves, upstream = make_inputs(case, case.tokens, DEVICE)
     q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in leaves[:3])
     upstream = upstream.transpose(1, 2)
 
@@ -167,122 +142,50 @@ def time_dense(case: Case, backend: SDPBackend) -> tuple[float, float]:
         with torch.no_grad():
             return forward()
 
-    return milliseconds(forward_without_grad), milliseconds(
-        lambda: torch.autograd.grad(forward(), (q, k, v), upstream)
-    )
-
-
-class Stages:
-    """Every stage of one forward and backward as a function to time; each keeps what the next ones need."""
-
-    def __init__(self, case: Case, plan: configs.Plan | None = None, deterministic: bool = False) -> None:
-        leaves, upstream = make_inputs(case, case.tokens)
-        self.q, self.k, self.v = (x.detach()[0] for x in leaves[:3])
-        self.w, self.d_out = leaves[3].detach(), upstream[0]
-        self.plan = plan or configs.plan(
-            self.q.device, self.q.dtype, case.head_dim, case.chunk_size, case.heads // case.kv_heads
-        )
-        self.router = make_router(case)
-        self.sizes = geometry.measure(self.q[None], self.k[None], case.chunk_size, None, self.plan.tile_rows)
-        self.deterministic = deterministic
-
-    def layout(self) -> None:
-        self.chunks, self.offsets = geometry.layout(self.sizes, 1, None, self.q.device)
-
-    def summarize(self) -> None:
-        self.summary = summarize(self.k, self.w, self.chunks, self.sizes)
-
-    def route(self) -> None:
-        self.lists, self.tau, self.mean_log, self.selected = route(
-            self.q,
-            self.summary,
-            self.chunks,
-            self.offsets,
-            self.sizes,
-            self.router,
-            self.plan.route,
-        )
-
-    def attend(self) -> None:
-        self.out, self.lse = attend(
-            self.q, self.k, self.v, self.lists, self.mean_log, self.chunks, self.sizes, self.router,
-            self.plan.attend,
-        )  # fmt: skip
-
-    def backward_queries(self) -> None:
-        self.dq, self.d_prior, self.delta, self.centred_lse = backward_q(
-            self.q, self.k, self.v, self.out, self.d_out, self.lse, self.lists, self.mean_log, self.chunks,
-            self.sizes, self.router, self.plan.queries,
-        )  # fmt: skip
-
-    def backward_router(self) -> None:
-        self.d_summary, self.mean_dp, _ = backward_router(
-            self.q, self.summary, self.tau, self.dq, self.d_prior, self.lists, self.chunks, self.sizes,
-            self.router, self.plan.router, self.deterministic,
-        )  # fmt: skip
-
-    def transpose(self) -> None:
-        self.transposed = transpose(self.lists, self.chunks, self.sizes)
-        parts = min(self.plan.parts, self.sizes.least_work)
-        self.division = divide(self.transposed, self.chunks, self.sizes, parts)
-
-    def backward_keys(self) -> None:
-        self.dk, self.dv, self.dw = backward_kv(
-            self.q, self.k, self.v, self.w, self.d_out, self.centred_lse, self.delta, self.tau, self.mean_log, self.mean_dp,
-            self.summary, self.d_summary, self.d_prior, self.lists, self.transposed, self.division, self.chunks,
-            self.sizes, self.router, self.plan.keys, self.deterministic,
-        )  # fmt: skip
-
-    FORWARD = ("layout", "summarize", "route", "attend")
-    BACKWARD = ("backward_queries", "backward_router", "transpose", "backward_keys")
-
-    def run(self, *names: str) -> None:
-        for name in names:
-            getattr(self, name)()
-
-    def density(self) -> float:
-        """Mean over tokens of chunks selected over chunks causally available."""
-        available = torch.arange(len(self.q), device="cuda") // self.sizes.chunk_size + 1
-        return (self.selected.double() / available[:, None]).mean().item()
-
-    def products(self) -> float:
-        """Floating-point operations of one matrix product over everything listed, own chunks included."""
-        blocks = int(self.lists.counts.sum(dtype=torch.int64)) + self.sizes.num_tiles
-        return 2.0 * blocks * self.sizes.tile_rows * self.sizes.chunk_size * self.sizes.head_dim
+    both = milliseconds(lambda: torch.autograd.grad(forward(), (q, k, v), upstream), DEVICE)
+    return milliseconds(forward_without_grad, DEVICE), both
 
 
 def time_ours(case: Case) -> tuple[dict[str, float], int, dict[str, float]]:
     """Milliseconds of whole calls, bytes a forward and backward takes beyond inputs, output and gradients, and `spread`."""
-    leaves, upstream = make_inputs(case, case.tokens)
+    leaves, upstream = make_inputs(case, case.tokens, DEVICE)
 
     def forward() -> Tensor:
-        return dash.dash_attention_triton(*leaves, make_router(case), None)[0]
+        return attend(case, leaves)
 
     def forward_without_grad() -> Tensor:
         with torch.no_grad():
             return forward()
 
-    def both(deterministic: bool = False) -> tuple[Tensor, ...]:
-        out, _ = dash.dash_attention_triton(*leaves, make_router(case), None, deterministic=deterministic)
+    def both() -> tuple[Tensor, ...]:
+        out = attend(case, leaves)
         return out, *torch.autograd.grad(out, leaves, upstream)
 
-    both()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    results = both()
-    extra = torch.cuda.max_memory_allocated() - before - sum(x.numel() * x.element_size() for x in results)
-    del results
+    extra = extra_memory(both)
     total = {
-        "forward": milliseconds(forward_without_grad),
-        "forward and backward": milliseconds(both),
-        "forward and backward, deterministic": milliseconds(lambda: both(True)),
+        "forward": milliseconds(forward_without_grad, DEVICE),
+        "forward and backward": milliseconds(both, DEVICE),
     }
+    with deterministic():
+        total["forward and backward, deterministic"] = milliseconds(both, DEVICE)
     return total, extra, spread(both)
 
 
-def spread(both: Callable[[], tuple[Tensor, ...]], runs: int = 5) -> dict[str, float]:
+def extra_memory(both: Callable[[], tuple[Tensor, ...]]) -> int:
+    """Bytes that a call takes at its peak beyond what it returns; 0 without a GPU."""
+    if DEVICE.type != "cuda":
+        return 0
+    both()
+    wait(DEVICE)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = both()
+    return torch.cuda.max_memory_allocated() - before - sum(x.numel() * x.element_size() for x in results)
+
+
+def spread(both: Callable[[], tuple[Tensor, ...]]) -> dict[str, float]:
     """Largest relative difference of the output and the gradients between runs on the same inputs: what atomics do."""
+    runs = 5 if DEVICE.type == "cuda" else 2
     first, worst = both(), dict.fromkeys(("out", "dq", "dk", "dv", "dw"), 0.0)
     for _ in range(runs - 1):
         for name, x, again in zip(worst, first, both(), strict=True):
@@ -291,20 +194,17 @@ def spread(both: Callable[[], tuple[Tensor, ...]], runs: int = 5) -> dict[str, f
     return worst
 
 
-def time_case(case: Case, dense: dict[str, tuple[float, float]]) -> dict[str, object]:
+def time_case(case: Case, dense: dict[str, tuple[float, float]]) -> dict[str, Any]:
     """All figures of one case, in milliseconds, TFLOP/s and bytes."""
     total, extra, differences = time_ours(case)
-    stages = Stages(case)
+    stages = Stages(case, DEVICE)
     names = (*Stages.FORWARD, *Stages.BACKWARD)
     stages.run(*names)
-    times = {
-        name: milliseconds(lambda name=name: stages.run(name)) for name in names if name != "backward_router"
-    }
-    # adds to dq in place: what it adds to does not change its time
-    times["backward_router"] = milliseconds(stages.backward_router)
+    # the router's backward adds to dq in place: what it adds to does not change its time
+    times = {name: milliseconds(getattr(stages, name), DEVICE) for name in names}
     density, product = stages.density(), stages.products()
     rates = {"attend": 2 * product, "backward_queries": 3 * product, "backward_keys": 4 * product}
-    result = {
+    result: dict[str, Any] = {
         "case": asdict(case),
         "density": density,
         "tiles": {"rows": stages.sizes.tile_rows, "tokens": stages.sizes.tile_tokens},
@@ -338,20 +238,19 @@ def time_case(case: Case, dense: dict[str, tuple[float, float]]) -> dict[str, ob
 
 
 def time_reference(case: Case) -> tuple[float, float]:
-    leaves, upstream = make_inputs(case, case.tokens)
+    leaves, upstream = make_inputs(case, case.tokens, DEVICE)
 
     def both() -> tuple[Tensor, ...]:
-        out, _ = dash_attention_reference(*leaves, make_router(case), None)
-        return torch.autograd.grad(out, leaves, upstream)
+        return torch.autograd.grad(attend(case, leaves, "reference"), leaves, upstream)
 
     def forward() -> Tensor:
         with torch.no_grad():
-            return dash_attention_reference(*leaves, make_router(case), None)[0]
+            return attend(case, leaves, "reference")
 
-    return milliseconds(forward), milliseconds(both)
+    return milliseconds(forward, DEVICE), milliseconds(both, DEVICE)
 
 
-def print_table(result: dict[str, object]) -> None:
+def print_table(result: dict[str, Any]) -> None:
     case, total = result["case"], result["milliseconds"]
     print(
         f"\n{case['name']}: density {result['density']:.1%}, tiles of {result['tiles']['tokens']} tokens, "
@@ -374,52 +273,79 @@ def print_table(result: dict[str, object]) -> None:
     print("  " + ", ".join(parts), flush=True)
 
 
-def main() -> None:
+class Suite:
+    """Runs cases; what many of them share, their checks and dense attention, is done once."""
+
+    def __init__(self, flash: bool) -> None:
+        self.dense = {name: x for name, x in dense_backends(DEVICE).items() if flash or name != "flash"}
+        self.dense_of: dict[tuple[int, ...], dict[str, tuple[float, float]]] = {}
+        self.errors_of: dict[Case, dict[str, float]] = {}
+
+    def run(self, case: Case) -> dict[str, Any]:
+        """Check, time and print one case."""
+        try:
+            # cut to the length of the check, many cases are the same
+            short = replace(case, tokens=min(case.tokens, CHECK_TOKENS), name="")
+            if short not in self.errors_of:
+                self.errors_of[short] = check(case)
+            errors = self.errors_of[short]
+        except AssertionError as error:
+            print(f"\nREFUSED {error}", flush=True)
+            return {"case": asdict(case), "refused": str(error)}
+        print(f"\n{case.name}: relative errors " + ", ".join(f"{k} {v:.1e}" for k, v in errors.items()))
+        key = case.tokens, case.heads, case.kv_heads, case.head_dim
+        if key not in self.dense_of:
+            self.dense_of[key] = {name: time_dense(case, backend) for name, backend in self.dense.items()}
+        dense = dict(self.dense_of[key])
+        if case.tokens <= REFERENCE_TOKENS:
+            dense["reference"] = time_reference(case)
+        result = {**time_case(case, dense), "errors": errors}
+        print_table(result)
+        return result
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="*", help="names of cases; default: those of the goals")
     parser.add_argument(
         "--more", action="store_true", help="also other run lengths, group sizes and densities"
     )
+    parser.add_argument("--tiny", action="store_true", help="a few hundred tokens, narrow heads, any device")
     parser.add_argument("--json", default="attention.json", help="file to write")
     parser.add_argument("--no-flash", action="store_true", help="skip dense flash attention")
-    args = parser.parse_args()
-    cases = CASES + (MORE_CASES if args.more else [])
-    if args.cases:
-        by_name = {c.name: c for c in CASES + MORE_CASES}
-        cases = [by_name[name] for name in args.cases]
+    options = parser.parse_args()
+    if not kernels_run(DEVICE):
+        parser.error(
+            "there is no GPU; set TRITON_INTERPRET=1 and add --tiny to run the kernels in Triton's interpreter"
+        )
+    by_name = {case.name: case for case in CASES + MORE_CASES + TINY_CASES}
+    unknown = set(options.cases or []) - set(by_name)
+    if unknown:
+        parser.error(f"--cases {sorted(unknown)} must be among {list(by_name)}")
+    if options.cases:
+        options.cases = [by_name[name] for name in options.cases]
+    else:
+        options.cases = TINY_CASES if options.tiny else CASES + (MORE_CASES if options.more else [])
+    return options
+
+
+def main() -> None:
+    """Run from the command line."""
+    options = parse()
     header = {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": device_name(DEVICE),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cudnn": torch.backends.cudnn.version(),
         "implementation": implementation_fingerprint(),
     }
     print(header)
-    results, dense_of, errors_of = [], {}, {}
-    for case in cases:
-        try:
-            # cut to the length of the check, many cases are the same
-            short = replace(case, tokens=min(case.tokens, CHECK_TOKENS), name="")
-            if short not in errors_of:
-                errors_of[short] = check(case)
-            errors = errors_of[short]
-        except AssertionError as error:
-            print(f"\nREFUSED {error}", flush=True)
-            results.append({"case": asdict(case), "refused": str(error)})
-            continue
-        print(f"\n{case.name}: relative errors " + ", ".join(f"{k} {v:.1e}" for k, v in errors.items()))
-        key = case.tokens, case.heads, case.kv_heads, case.head_dim
-        if key not in dense_of:
-            dense_of[key] = {"cudnn": time_dense(case, SDPBackend.CUDNN_ATTENTION)}
-            if not args.no_flash:
-                dense_of[key]["flash"] = time_dense(case, SDPBackend.FLASH_ATTENTION)
-        dense = dict(dense_of[key])
-        if case.tokens <= REFERENCE_TOKENS:
-            dense["reference"] = time_reference(case)
-        results.append({**time_case(case, dense), "errors": errors})
-        print_table(results[-1])
-        Path(args.json).write_text(json.dumps({**header, "results": results}, indent=1))
-        torch.cuda.empty_cache()
+    suite, results = Suite(flash=not options.no_flash), []
+    for case in options.cases:
+        results.append(suite.run(case))
+        Path(options.json).write_text(json.dumps({**header, "results": results}, indent=1))
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -2,24 +2,27 @@
 
 A graph has one call a layer, of so many layers that what each reads comes from memory, as in a model. Dense attention is
 whatever of torch's is fastest on the same caches. Prints one table per case and writes everything as JSON. A case whose
-check against float64 fails is not timed.
+check against float64 fails is not timed. Without a GPU, `--tiny` walks through everything on a few tokens, with the kernels
+under TRITON_INTERPRET=1 and otherwise with the reference.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import math
-import statistics
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.inputs import Inputs, default_device, device_name, kernels_run
+from benchmarks.timing import Attention, dense_decoders, graph_microseconds, wait
 from dash_megatron.ops import DashCache, dash_decode
-from dash_megatron.ops.decode_reference import decode_reference
 from dash_megatron.ops.fingerprint import implementation_fingerprint
 
 # Largest relative error of the bfloat16 output before a case is refused.
@@ -29,7 +32,8 @@ SELECTED_BYTES, USUAL_DENSITY = 100e6, 0.06
 MIN_LAYERS, MAX_LAYERS = 2, 128
 REPLAYS = 30
 SWEPT_SPLITS = (3, 7, 15, 23, 31, 47, 63, 127)
-ROUTER = {"scaling_factor": 1.0, "sigma": 1.0, "estimate_diagonal": True, "alpha": 1.5}
+DEVICE = default_device()
+BACKEND = "triton" if kernels_run(DEVICE) else "reference"
 
 
 @dataclass(frozen=True)
@@ -74,36 +78,34 @@ MORE_CASES = [
 ]
 
 
-def make_layer(case: Case, seed: int, device: str) -> tuple[DashCache, Tensor]:
+TINY_CASES = [
+    Case("64 tokens", 1, 64, topics=3, heads=4, chunk_size=16, head_dim=16),
+    Case("2 x 64 paged", 2, 64, topics=3, heads=4, chunk_size=16, head_dim=16, page_size=16),
+]
+
+
+def decode(q: Tensor, cache: DashCache, backend: str = BACKEND) -> tuple[Tensor, Tensor]:
+    """The last token's output and the number of chunks it selected."""
+    return dash_decode(q, cache, scaling_factor=1.0, sigma=1.0, backend=backend, return_selected=True)
+
+
+def make_layer(case: Case, seed: int) -> tuple[DashCache, Tensor]:
     """A cache that holds `tokens` of every sequence, in bfloat16, and the last one's query; topics are the dial on density."""
-    generator = torch.Generator(device).manual_seed(seed)
     B, N, Hkv, D, C = case.batch, case.tokens, case.kv_heads, case.head_dim, case.chunk_size
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=torch.bfloat16, generator=generator)
-
-    topics, heads = noise(Hkv, case.topics, D), torch.arange(Hkv, device=device)
-
-    def topic(*shape: int) -> Tensor:
-        return topics[heads, torch.randint(case.topics, (*shape, Hkv), device=device, generator=generator)]
-
+    inputs = Inputs(case.topics, Hkv, D, DEVICE, seed=seed)
     if case.page_size is None:
-        cache = DashCache.contiguous(B, N, Hkv, D, chunk_size=C, device=device)
+        cache = DashCache.contiguous(B, N, Hkv, D, chunk_size=C, device=DEVICE)
     else:
-        pages = torch.randperm(B * N // case.page_size, device=device, generator=generator)
+        pages = torch.randperm(B * N // case.page_size, device=DEVICE, generator=inputs.generator)
         cache = DashCache.paged(
             len(pages), pages.int().view(B, -1), Hkv, D, page_size=case.page_size, chunk_size=C
         )
-    k = noise(B, N, Hkv, D)
-    k.view(B, N // C, C, Hkv, D).add_(topic(B, N // C)[:, :, None])
-    cu_seqlens = torch.arange(B + 1, device=device, dtype=torch.int32) * N
-    cache.prefill(k.flatten(0, 1), noise(B * N, Hkv, D), 0.1 * noise(Hkv, D), cu_seqlens)
-    q = 0.35 * noise(B, case.heads, D) + topic(B).repeat_interleave(case.heads // Hkv, dim=1)
-    return cache, q
-
-
-def make_layers(case: Case, count: int, device: str) -> list[tuple[DashCache, Tensor]]:
-    return [make_layer(case, seed, device) for seed in range(count)]
+    k = inputs.gather_keys(inputs.noise(B, N, Hkv, D), C)
+    cu_seqlens = torch.arange(B + 1, device=DEVICE, dtype=torch.int32) * N
+    v, w = inputs.noise(B * N, Hkv, D), 0.1 * inputs.noise(Hkv, D)
+    cache.prefill(k.flatten(0, 1), v, w, cu_seqlens, BACKEND)
+    q = inputs.gather_queries(inputs.noise(B, 1, case.heads, D), 1)
+    return cache, q[:, 0]
 
 
 def density(case: Case, selected: Tensor) -> float:
@@ -113,72 +115,21 @@ def density(case: Case, selected: Tensor) -> float:
 
 def check(cache: DashCache, q: Tensor) -> float:
     """Relative error against float64 on the same cache; raises if too large."""
-    out = dash_decode(q, cache, **ROUTER)
+    out, _ = decode(q, cache)
     worst = 0.0
     for b in range(min(cache.batch, 2)):
         rows = slice(b, b + 1) if cache.page_table is None else slice(None)
         table = None if cache.page_table is None else cache.page_table[b : b + 1]
-        tensors = (x.double() for x in (q[b : b + 1], cache.k[rows], cache.v[rows], cache.summary[rows]))
-        expected, _ = decode_reference(
-            *tensors, cache.lengths[b : b + 1], table, cache.chunk_size, *ROUTER.values()
-        )
+        k, v, summary = (x[rows].double() for x in (cache.k, cache.v, cache.summary))
+        alone = DashCache(k, v, summary, cache.lengths[b : b + 1], cache.chunk_size, table)
+        expected, _ = decode(q[b : b + 1].double(), alone, "reference")
         worst = max(worst, ((out[b].double() - expected[0]).norm() / expected.norm()).item())
     if not worst <= ALLOWED_ERROR:
         raise AssertionError(f"relative error {worst}, must be at most {ALLOWED_ERROR}; not timed")
     return worst
 
 
-def graph_microseconds(
-    calls: list[Callable[[], object]], before: Callable[[], object] = lambda: None
-) -> float:
-    """Median time of one of the calls, all in one CUDA graph; `before` runs ahead of every replay and is not timed."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        before()
-        for call in calls:
-            call()
-    stream.synchronize()
-    before()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(REPLAYS + 3):
-        before()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return 1e3 * statistics.median(times[3:]) / len(calls)
-
-
-def dense_attentions() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Ways to attend densely with q [B, Hq, D] to k and v [B, N, Hkv, D]; some may not run everywhere."""
-
-    def with_gqa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
-        return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
-
-    def group_as_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows = q.unflatten(1, (k.shape[2], -1))
-        return F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2)).flatten(1, 2)
-
-    def on(backend: SDPBackend, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with sdpa_kernel(backend):
-                return attend(q, k, v)
-
-        return call
-
-    backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-    ways = {"": with_gqa, ", group as rows": group_as_rows}
-    return {f"{b}{w}": on(backend, way) for b, backend in backends.items() for w, way in ways.items()}
-
-
-def flex_decoding() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def flex_decoding() -> Attention:
     """Torch's compiled flash decoding."""
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -189,14 +140,14 @@ def flex_decoding() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 def time_dense(layers: list[tuple[DashCache, Tensor]], flex: bool) -> dict[str, float | str]:
     """Microseconds of every way of dense attention that runs, or why it does not."""
     times: dict[str, float | str] = {}
-    ways = dense_attentions() | ({"flex": flex_decoding()} if flex else {})
-    for name, attend in ways.items():
-        calls = [lambda cache=cache, q=q, attend=attend: attend(q, cache.k, cache.v) for cache, q in layers]
+    ways = dense_decoders(DEVICE) | ({"flex": flex_decoding()} if flex else {})
+    for name, way in ways.items():
+        calls = [partial(way, q, cache.k, cache.v) for cache, q in layers]
         try:
-            times[name] = graph_microseconds(calls)
+            times[name] = graph_microseconds(calls, DEVICE)
         except RuntimeError as error:
             times[name] = str(error).splitlines()[0]
-            torch.cuda.synchronize()
+            wait(DEVICE)
     return times
 
 
@@ -205,8 +156,8 @@ def time_kernels(layers: list[tuple[DashCache, Tensor]]) -> dict[str, float]:
     calls = [layers[i % len(layers)] for i in range(20)]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for cache, q in calls:
-            dash_decode(q, cache, **ROUTER)
-        torch.cuda.synchronize()
+            decode(q, cache)
+        wait(DEVICE)
     return {event.key: event.device_time_total / len(calls) for event in profile.key_averages()}
 
 
@@ -220,46 +171,50 @@ def time_append(layers: list[tuple[DashCache, Tensor]]) -> float:
         torch._foreach_copy_(kept, [lengths - 1] * len(kept))
 
     try:
-        return graph_microseconds(
-            [lambda cache=cache, k=k: cache.append(k, k, w) for cache, k in tokens], before
-        )
+        calls = [partial(cache.append, k, k, w, backend=BACKEND) for cache, k in tokens]
+        return graph_microseconds(calls, DEVICE, before)
     finally:
         torch._foreach_copy_(kept, [lengths] * len(kept))
 
 
 def sweep(layers: list[tuple[DashCache, Tensor]]) -> dict[str, float]:
     """Microseconds of decodes launched otherwise than by rule: one or two changes at a time."""
-    from dash_megatron.ops.kernels import decode
+    from dash_megatron.ops.kernels import decode as kernel
 
     cache, q = layers[0]
-    plan = decode.plan_decode
-    usual = plan(q, cache.k.shape[2], cache.capacity // cache.chunk_size, cache.chunk_size)
-    changes: list[dict[str, int | bool]] = [{}, {"dependent": not usual.dependent}]
-    changes += [{"splits": s} for s in SWEPT_SPLITS] + [
-        {"splits": s, "dependent": False} for s in SWEPT_SPLITS
-    ]
+    plan = kernel.plan_decode
+    chunks = cache.capacity // cache.chunk_size
+    usual = plan(q, cache.k.shape[2], chunks, cache.chunk_size)
+    splits = [s for s in SWEPT_SPLITS if s <= chunks]
+    changes: list[dict[str, int | bool]] = [{}, *({"splits": s} for s in splits)]
+    if DEVICE.type == "cuda":  # nothing else launches a kernel before the one it depends on has ended
+        changes.append({"dependent": not usual.dependent})
+        changes += [{"splits": s, "dependent": False} for s in splits]
     changes += [{"block_scores": s} for s in (1024, 2048, 4096)]
     if cache.capacity <= 32768:
         changes += [{"short": not usual.short}, {"short": not usual.short, "warps": 8}]
     times: dict[str, float] = {}
-    try:
-        for change in changes:
-            decode.plan_decode = lambda *args, change=change: plan(*args)._replace(**change)
-            calls = [lambda cache=cache, q=q: dash_decode(q, cache, **ROUTER) for cache, q in layers]
-            times[json.dumps(change)] = graph_microseconds(calls)
-    finally:
-        decode.plan_decode = plan
+    for change in changes:
+
+        def changed(*arguments: Any, change: dict[str, Any] = change) -> Any:
+            return plan(*arguments)._replace(**change)
+
+        with mock.patch.object(kernel, "plan_decode", changed):
+            times[json.dumps(change)] = time_decode(layers)
     return times
 
 
-def time_case(case: Case, args: argparse.Namespace) -> dict[str, object]:
+def time_decode(layers: list[tuple[DashCache, Tensor]]) -> float:
+    """Microseconds of one layer's decode."""
+    return graph_microseconds([partial(decode, q, cache) for cache, q in layers], DEVICE)
+
+
+def time_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """All figures of one case, in microseconds."""
-    layers = make_layers(case, case.layers, "cuda")
+    layers = [make_layer(case, seed) for seed in range(MIN_LAYERS if args.tiny else case.layers)]
     error = check(*layers[0])
-    ours = graph_microseconds(
-        [lambda cache=cache, q=q: dash_decode(q, cache, **ROUTER) for cache, q in layers]
-    )
-    selected = torch.cat([dash_decode(q, cache, **ROUTER, return_selected=True)[1] for cache, q in layers])
+    ours = time_decode(layers)
+    selected = torch.cat([decode(q, cache)[1] for cache, q in layers])
     dense = time_dense(layers, args.flex) if case.page_size is None else {}
     figures = [x for x in dense.values() if not isinstance(x, str)]
     return {
@@ -276,7 +231,7 @@ def time_case(case: Case, args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def print_table(result: dict[str, object]) -> None:
+def print_table(result: dict[str, Any]) -> None:
     case, speedup = result["case"], result["speedup"]
     print(
         f"\n{case['name']}: density {result['density']:.1%}, {result['layers']} layers, error {result['error']:.1e}"
@@ -292,42 +247,57 @@ def print_table(result: dict[str, object]) -> None:
             )
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="*", help="names of cases; default: those of the goals")
     parser.add_argument("--more", action="store_true", help="also other lengths, layouts and densities")
+    parser.add_argument("--tiny", action="store_true", help="a few tokens and two layers, any device")
     parser.add_argument("--output", default="decode.json", help="file to write")
     parser.add_argument(
-        "--kernels", action="store_true", help="also the time of each kernel, outside of a graph"
+        "--kernels", action="store_true", help="also the time of each kernel, outside of a graph; needs a GPU"
     )
-    parser.add_argument("--sweep", action="store_true", help="also other launch configurations")
+    parser.add_argument(
+        "--sweep", action="store_true", help="also other launch configurations; needs the kernels"
+    )
     parser.add_argument(
         "--flex", action="store_true", help="also torch's flex attention, which it has to compile"
     )
-    args = parser.parse_args()
-    by_name = {case.name: case for case in CASES + MORE_CASES}
-    unknown = set(args.cases or []) - set(by_name)
+    options = parser.parse_args()
+    by_name = {case.name: case for case in CASES + MORE_CASES + TINY_CASES}
+    unknown = set(options.cases or []) - set(by_name)
     if unknown:
         parser.error(f"--cases {sorted(unknown)} must be among {list(by_name)}")
-    cases = (
-        [by_name[name] for name in args.cases] if args.cases else CASES + (MORE_CASES if args.more else [])
-    )
+    if options.kernels and DEVICE.type != "cuda":
+        parser.error("--kernels needs a GPU, whose profiler tells the kernels apart")
+    if options.sweep and BACKEND != "triton":
+        parser.error("--sweep needs the kernels: a GPU, or TRITON_INTERPRET=1")
+    if options.cases:
+        options.cases = [by_name[name] for name in options.cases]
+    else:
+        options.cases = TINY_CASES if options.tiny else CASES + (MORE_CASES if options.more else [])
+    return options
+
+
+def main() -> None:
+    """Run from the command line."""
+    options = parse()
     header = {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": device_name(DEVICE),
         "cudnn": torch.backends.cudnn.version(),
         "implementation": implementation_fingerprint(),
     }
     print(header)
-    results: list[dict[str, object]] = []
-    for case in cases:
+    results: list[dict[str, Any]] = []
+    for case in options.cases:
         try:
-            results.append(time_case(case, args))
+            results.append(time_case(case, options))
             print_table(results[-1])
         except AssertionError as error:
             print(f"\nREFUSED {case.name}: {error}", flush=True)
             results.append({"case": asdict(case), "refused": str(error)})
-        Path(args.output).write_text(json.dumps({**header, "results": results}, indent=1))
-        torch.cuda.empty_cache()
+        Path(options.output).write_text(json.dumps({**header, "results": results}, indent=1))
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
+from dash_megatron.hf.fast_cache import FastLayer
 from dash_megatron.hf.modeling_dash import DashForCausalLM, DashSelfAttention
 from dash_megatron.ops import DashCache, dash_decode
 
@@ -78,7 +79,9 @@ def dial_decoding(model: DashForCausalLM, cache: StaticCache, context: int, targ
 
     def probe(attention: DashSelfAttention) -> Callable[..., Tensor]:
         def attend(q: Tensor, *_: Any) -> Tensor:
-            store, q_nHD = cache.layers[attention.index].store, q[:, :, 0]
+            layer, q_nHD = cache.layers[attention.index], q[:, :, 0]
+            assert isinstance(layer, FastLayer)
+            store = layer.store
             densities.append(dial(attention, q_nHD, store, lengths, target))
             router = {key: x for key, x in attention.router._asdict().items() if key != "chunk_size"}
             out = dash_decode(q_nHD, share(store, lengths), **router, backend=attention.backend)

@@ -19,10 +19,10 @@ Without a GPU, `--tiny` walks through everything with the reference.
 import argparse
 import gc
 import json
-import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, StaticCache
 
-from benchmarks.decode import dense_attentions, graph_microseconds
 from benchmarks.dialing import SPARE_TOKENS, attentions, dial_decoding, dial_prefill, random_tokens, replaced
+from benchmarks.inputs import TINY_MODEL, Inputs, default_device, device_name
+from benchmarks.timing import Attention, dense_decoders, graph_microseconds, seconds_of, wait
 from dash_megatron.config import load_config
 from dash_megatron.hf.config import llama_config
 from dash_megatron.hf.fast_cache import fast_layer
@@ -43,16 +44,11 @@ KINDS = ("dash", "full")
 TOPICS = 10
 # Tokens of a prompt that is computed before one is timed.
 WARM_TOKENS = 32768
-TINY = [
-    "parallel.context=1",
-    "model.layers=2", "model.hidden_size=64", "model.heads=8", "model.kv_heads=2", "model.ffn_hidden_size=96",
-    "model.vocab_size=320", "attention.chunk_size=16",
-]  # fmt: skip
 
 
 def build_model(options: argparse.Namespace, device: torch.device) -> DashForCausalLM:
     """The config's model with random weights, bfloat16 on a GPU."""
-    config = load_config(options.config, [*(TINY if options.tiny else []), *options.overrides])
+    config = load_config(options.config, [*(TINY_MODEL if options.tiny else []), *options.overrides])
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shape = llama_config(config, config.model.vocab_size or options.vocab_size, dtype, end_token=0)
     shape.max_position_embeddings = max(*options.contexts, *options.prefill, 1) + SPARE_TOKENS
@@ -80,10 +76,9 @@ def fill(model: DashForCausalLM, cache: StaticCache, kind: str, context: int) ->
     start = torch.zeros(1, dtype=torch.int64, device=device)
     for index, attention in enumerate(attentions(model)):
         C, H, D = attention.router.chunk_size, attention.kv_heads, attention.head_dim
-        topic_HtD = torch.randn(H, TOPICS, D, dtype=model.dtype, device=device)
-        which_c = torch.randint(TOPICS, (context // C,), device=device)
-        k, v = (torch.randn(1, H, context, D, dtype=model.dtype, device=device) for _ in range(2))
-        k.view(H, context // C, C, D).add_(topic_HtD[:, which_c, None])
+        inputs = Inputs(TOPICS, H, D, device, model.dtype, seed=index)
+        k_NHD = inputs.gather_keys(inputs.noise(1, context, H, D), C)
+        k, v = (x.transpose(1, 2).contiguous() for x in (k_NHD, inputs.noise(1, context, H, D)))
         dash_layer(cache, index)
         if kind == "full":
             cache.update(k, v, index)
@@ -92,43 +87,27 @@ def fill(model: DashForCausalLM, cache: StaticCache, kind: str, context: int) ->
             fast_layer(cache, index, C, *places).write(k, v, *places)
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call."""
-    wait(device)
-    begin = time.perf_counter()
-    call()
-    wait(device)
-    return time.perf_counter() - begin
-
-
-def fastest_full(cache: StaticCache, q: Tensor) -> tuple[str, Callable[..., Tensor]]:
+def fastest_full(cache: StaticCache, q: Tensor) -> tuple[str, Attention]:
     """The way of torch's to attend fully with q [1, Hq, D] that is fastest on the cache's first layers, and its name."""
     times: dict[str, float] = {}
-    ways = dense_attentions()
-    for name, attend in ways.items():
-        calls = [
-            lambda layer=layer, attend=attend: attend(
-                q, *(x[:, :, : layer.filled].transpose(1, 2) for x in (layer.keys, layer.values))
-            )
-            for layer in cache.layers[:4]
-        ]
+    ways = dense_decoders(q.device)
+    first: list[Any] = cache.layers[:4]
+    layers = [
+        [x[:, :, : layer.filled].transpose(1, 2) for x in (layer.keys, layer.values)] for layer in first
+    ]
+    for name, way in ways.items():
         try:
-            times[name] = graph_microseconds(calls)
+            times[name] = graph_microseconds([partial(way, q, k, v) for k, v in layers], q.device)
         except RuntimeError as error:
             print(f"    {name} does not run: {str(error).splitlines()[0]}", flush=True)
-            torch.cuda.synchronize()
+            wait(q.device)
     print("    " + ", ".join(f"{name} {x:.0f} us" for name, x in times.items()), flush=True)
     best = min(times, key=lambda name: times[name])
     return best, ways[best]
 
 
-def time_steps(model: DashForCausalLM, cache: StaticCache, position: int, graph: bool) -> float:
-    """Seconds of one step from a random token to the choice of the next, by replays of a CUDA graph where `graph`."""
+def time_steps(model: DashForCausalLM, cache: StaticCache, position: int) -> float:
+    """Seconds of one step from a random token to the choice of the next, on a GPU by replays of a CUDA graph."""
     token = random_tokens(model, 1, 1)
     places = torch.full((1, 1), position, device=model.device)
 
@@ -141,49 +120,27 @@ def time_steps(model: DashForCausalLM, cache: StaticCache, position: int, graph:
 
     step()
     wait(model.device)
-    if graph:
-        return graph_microseconds([step], before) / 1e6
-    times = []
-    for _ in range(5):
-        before()
-        times.append(seconds_of(step, model.device))
-    return statistics.median(times)
+    return graph_microseconds([step], model.device, before) / 1e6
 
 
 def decode_case(
     model: DashForCausalLM, kind: str, context: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Figures of decoding after `context` tokens."""
-    cuda = model.device.type == "cuda"
     cache = StaticCache(config=model.config, max_cache_len=context + SPARE_TOKENS)
     fill(model, cache, kind, context)
-    way, override = "", nullcontext()
     if kind == "dash":
-        density = dial_decoding(model, cache, context, options.density)
+        density, way = dial_decoding(model, cache, context, options.density), ""
+        override: AbstractContextManager[None] = nullcontext()
     else:
-        density = 1.0
-        if cuda:
-            q = torch.randn(1, model.config.num_attention_heads, attentions(model)[0].head_dim, device="cuda")
-            way, attend = fastest_full(cache, q.to(model.dtype))
-
-            def fully(_: DashSelfAttention) -> Callable[..., Tensor]:
-                return lambda q, k, v, *_: attend(q[:, :, 0], k.transpose(1, 2), v.transpose(1, 2))[
-                    :, :, None
-                ]
-
-            override = replaced(model, "_attend_fully", fully)
+        shape = 1, model.config.num_attention_heads, attentions(model)[0].head_dim
+        density, q = 1.0, torch.randn(shape, dtype=model.dtype, device=model.device)
+        way, attend = fastest_full(cache, q)
+        override = attending_by(model, attend)
     with override:
-        settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "past_key_values": cache}
-
-        def generate(tokens: int) -> None:
-            # all but the last token are in the cache
-            prompt = random_tokens(model, 1, cache.get_seq_length() + 1)
-            mask = torch.ones_like(prompt)
-            model.generate(prompt, attention_mask=mask, max_new_tokens=tokens, **settings)
-
-        generate(2)
-        seconds = seconds_of(lambda: generate(options.tokens), model.device)
-        step = time_steps(model, cache, cache.get_seq_length() - 1, graph=cuda)
+        time_generate(model, cache, 2)
+        seconds = time_generate(model, cache, options.tokens)
+        step = time_steps(model, cache, cache.get_seq_length() - 1)
     return {
         "density": density,
         "attention": way,
@@ -191,6 +148,29 @@ def decode_case(
         "step_milliseconds": step * 1e3,
         "tokens_per_second": 1 / step,
     }
+
+
+def attending_by(model: DashForCausalLM, attend: Attention) -> AbstractContextManager[None]:
+    """Let full attention of one token go through `attend` in every layer."""
+
+    def fully(_: DashSelfAttention) -> Callable[..., Tensor]:
+        return lambda q, k, v, *_: attend(q[:, :, 0], k.transpose(1, 2), v.transpose(1, 2))[:, :, None]
+
+    return replaced(model, "_attend_fully", fully)
+
+
+def time_generate(model: DashForCausalLM, cache: StaticCache, tokens: int) -> float:
+    """Seconds that `model.generate` takes for some tokens after those in the cache."""
+    # all but the last token are in the cache
+    prompt = random_tokens(model, 1, cache.get_seq_length() + 1)
+    settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings |= {
+        "attention_mask": torch.ones_like(prompt),
+        "max_new_tokens": tokens,
+        "past_key_values": cache,
+    }
+    generating: Any = model  # by its types, transformers does not take it for a model that generates
+    return seconds_of(lambda: generating.generate(prompt, **settings), model.device)
 
 
 def prefill_case(
@@ -290,10 +270,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Run from the command line."""
     options, begin = parse(arguments), time.perf_counter()
-    cuda = torch.cuda.is_available()
-    model = build_model(options, torch.device("cuda" if cuda else "cpu"))
+    device = default_device()
+    model = build_model(options, device)
     header = {
-        "gpu": torch.cuda.get_device_name() if cuda else "none",
+        "gpu": device_name(device),
         "torch": torch.__version__,
         "config": options.config,
         "implementation": implementation_fingerprint(),

@@ -15,6 +15,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 TOTALS = ("forward", "forward and backward")
+# Dense attention that times are compared with; "math" is all there is without a GPU.
+NAMES = {"cudnn": "cuDNN", "math": "dense"}
 COLORS = {"forward": "tab:blue", "forward and backward": "tab:orange"}
 
 
@@ -27,24 +29,25 @@ def main() -> None:
     parser.add_argument("--topics", type=int, default=10, help="density dial of the plot against length")
     options = parser.parse_args()
     measured = json.loads(options.json.read_text())
-    rows = [row for row in measured["results"] if "refused" not in row and _is_standard(row["case"])]
+    first = measured["results"][0]["case"]
+    rows = [row for row in measured["results"] if "refused" not in row and _is_like(row["case"], first)]
+    dense = "cudnn" if "cudnn" in rows[0]["dense"] else "math"
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.8))
-    _against_density(axes[0], [row for row in rows if row["case"]["tokens"] == options.tokens])
-    _against_length(axes[1], [row for row in rows if row["case"]["topics"] == options.topics])
-    figure.suptitle(f"{measured['gpu']}, bf16, 32 query and 2 key/value heads, D = 128, C = 64")
+    _against_density(axes[0], [row for row in rows if row["case"]["tokens"] == options.tokens], dense)
+    _against_length(axes[1], [row for row in rows if row["case"]["topics"] == options.topics], dense)
+    heads = f"{first['heads']} query and {first['kv_heads']} key/value heads"
+    figure.suptitle(f"{measured['gpu']}, bf16, {heads}, D = {first['head_dim']}, C = {first['chunk_size']}")
     figure.tight_layout()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.output, dpi=150)
 
 
-def _is_standard(case: dict[str, Any]) -> bool:
-    """The benchmark's own inputs: 32/2 heads, topics that runs of 32 queries share, scaling 1."""
-    return (case["heads"], case["kv_heads"], case["run"], case["structured"]) == (32, 2, 32, True) and case[
-        "scaling_factor"
-    ] == 1
+def _is_like(case: dict[str, Any], first: dict[str, Any]) -> bool:
+    """Whether a case differs from the first one in nothing but its length and its density."""
+    return all(case[key] == first[key] for key in first.keys() - {"name", "tokens", "topics"})
 
 
-def _against_density(axis: Any, rows: list[dict[str, Any]]) -> None:
+def _against_density(axis: Any, rows: list[dict[str, Any]], dense: str) -> None:
     rows = sorted(rows, key=lambda row: row["density"])
     density = np.array([row["density"] for row in rows])
     for index, name in enumerate(TOTALS):
@@ -54,8 +57,8 @@ def _against_density(axis: Any, rows: list[dict[str, Any]]) -> None:
         line = np.array([0, density.max()])
         label = f"{offset:.1f} ms + {slope / 100:.2f} ms per % of density"
         axis.plot(100 * line, offset + slope * line, "-", lw=1, color=COLORS[name], label=label)
-        dense = rows[0]["dense"]["cudnn"][index]
-        axis.axhline(dense, ls="--", lw=1, color=COLORS[name], label=f"cuDNN, {name}: {dense:.0f} ms")
+        time = rows[0]["dense"][dense][index]
+        axis.axhline(time, ls="--", lw=1, color=COLORS[name], label=f"{NAMES[dense]}, {name}: {time:.0f} ms")
     axis.set_xlabel("density measured (% of causal chunks)")
     axis.set_ylabel("milliseconds")
     axis.set_title(f"{rows[0]['case']['tokens']} tokens")
@@ -64,17 +67,17 @@ def _against_density(axis: Any, rows: list[dict[str, Any]]) -> None:
     axis.legend(fontsize=8)
 
 
-def _against_length(axis: Any, rows: list[dict[str, Any]]) -> None:
+def _against_length(axis: Any, rows: list[dict[str, Any]], dense: str) -> None:
     rows = sorted(rows, key=lambda row: row["case"]["tokens"])
     tokens = [row["case"]["tokens"] / 1024 for row in rows]
     for index, name in enumerate(TOTALS):
         ours = [row["milliseconds"][name] for row in rows]
-        dense = [row["dense"]["cudnn"][index] for row in rows]
+        others = [row["dense"][dense][index] for row in rows]
         axis.plot(tokens, ours, "o-", color=COLORS[name], label=f"DashAttention, {name}")
-        axis.plot(tokens, dense, "s--", color=COLORS[name], label=f"cuDNN, {name}")
+        axis.plot(tokens, others, "s--", color=COLORS[name], label=f"{NAMES[dense]}, {name}")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.set_xticks(tokens, [f"{count:.0f}K" for count in tokens])
+    axis.set_xticks(tokens, [f"{count:g}K" for count in tokens])
     axis.set_xlabel("tokens")
     axis.set_ylabel("milliseconds")
     share = [row["density"] for row in rows]

@@ -4,25 +4,35 @@
 
 Weights are random, so that nothing is known of the routing a trained model would have: every layer's scaling factor is
 searched until the layer selects the density asked for; the density reported is the one measured. The share of
-attention is what a step saves when core attention hands its values through instead.
+attention is what a step saves when core attention hands its values through instead. `--tiny` makes the config's model so
+small, and its sequences so short, that any device runs it in seconds.
 """
+
+from __future__ import annotations
 
 import argparse
 import gc
 import json
 import statistics
-import time
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.inputs import TINY_MODEL, device_name
+from benchmarks.timing import seconds_of
 from dash_megatron.config import Config, config_from_dict, load_config
 from dash_megatron.config.flops import peak_flops, training_flops_per_token
 from dash_megatron.data.batches import PackedBatch, pack_samples
 from dash_megatron.layers import (
     DashCoreAttention,
     FullCoreAttention,
+    RoutingMeans,
     build_model,
     init_weights,
     routing_means,
@@ -32,6 +42,7 @@ from dash_megatron.training.engine import Engine
 from dash_megatron.training.loss import share_of_global_mean
 
 NO_TOKEN = -1
+TINY_STEP = [*TINY_MODEL, "data.seq_length=256", "training.micro_batch=1"]
 
 
 def main() -> None:
@@ -42,9 +53,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps timed, after two to warm up")
     parser.add_argument("--vocab-size", type=int, default=32768, help="where the config has none")
     parser.add_argument("--json", type=Path, help="write the results there too")
+    parser.add_argument("--tiny", action="store_true", help="two narrow layers, 256 tokens, any device")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_args()
-    config = load_config(options.config, options.overrides)
+    options = parser.parse_intermixed_args()
+    config = load_config(options.config, [*(TINY_STEP if options.tiny else []), *options.overrides])
     launch = read_launch({})
     device = init_process_groups(launch, config.parallel)
     cases = [("full", None), *(("dash", density) for density in options.densities)]
@@ -80,12 +92,12 @@ def _measure(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = _time_steps(engine, batch, options.steps, device)
-    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
+    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     means = routing_means(engine.module)
     chunks = {layer: mean.chunks_selected.item() for layer, mean in means.items()}
     context = (batch.position_ids + 1).float().mean().item()
     flops = training_flops_per_token(config, vocab_size, context, chunks if means else None)
-    _hand_values_through(engine.module)
+    hand_values_through(engine.module)
     without = _time_steps(engine, batch, options.steps, device)
     tokens = batch.tokens.numel()
     del model, engine
@@ -94,13 +106,18 @@ def _measure(
         torch.cuda.empty_cache()
     return {
         "kind": kind,
-        "density": sum(m.density.item() for m in means.values()) / len(means) if means else 1.0,
+        "density": _density(means.values()) if means else 1.0,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "peak_memory_gib": memory,
         "attention_share": 1 - without / seconds,
         "model_tflops_per_second": flops * tokens / seconds / 1e12,
     }
+
+
+def _density(means: Iterable[RoutingMeans]) -> float:
+    """Mean over layers of chunks selected over chunks available."""
+    return statistics.mean((x.chunks_selected / x.chunks_available).item() for x in means)
 
 
 def _random_batch(config: Config, vocab_size: int) -> PackedBatch:
@@ -134,33 +151,30 @@ def _time_steps(engine: Engine, batch: PackedBatch, steps: int, device: torch.de
     targets = batch.loss_mask.sum().float()
     # weights must not move away from the dialled density while the clock runs
     engine.set_lr(0.0)
-    seconds = []
-    for _ in range(steps + 2):
-        _synchronize(device)
-        begin = time.perf_counter()
+
+    def step() -> None:
         engine.backward(share_of_global_mean(engine.model, batch, targets))
         engine.step()
-        _synchronize(device)
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds[2:])
+
+    return statistics.median([seconds_of(step, device) for _ in range(steps + 2)][2:])
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def hand_values_through(model: torch.nn.Module) -> None:
+    """From now on every core attention gives each query head the values of its own token."""
 
+    def values(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        return value.repeat_interleave(query.shape[2] // value.shape[2], dim=2).flatten(2)
 
-def _hand_values_through(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, DashCoreAttention | FullCoreAttention):
-            module._attend = lambda q, k, v, packed: v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
+            module.forward = values  # type: ignore[method-assign]
 
 
 def _print_header(config: Config, device: torch.device) -> None:
     training = config.training
     print(
         f"{config.run_dir}: {config.data.seq_length} tokens x {training.micro_batch}, {training.precision}, "
-        f"recompute {training.recompute}, ZeRO {config.zero.stage}, {_name(device)}, torch {torch.__version__}"
+        f"recompute {training.recompute}, ZeRO {config.zero.stage}, {device_name(device)}, torch {torch.__version__}"
     )
     print(
         f"{'attention':>10} {'density':>8} {'s/step':>8} {'tokens/s':>9} {'memory':>9} {'attention':>10} {'MFU':>6} {'speed-up':>9}",
@@ -170,18 +184,15 @@ def _print_header(config: Config, device: torch.device) -> None:
 
 def _print_row(results: list[dict[str, Any]], device: torch.device) -> None:
     """The newest result; the first is what others are compared with."""
-    row, peak = results[-1], peak_flops(_name(device))
+    row, peak = results[-1], peak_flops(device_name(device))
+    memory = "-" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.1f} GiB"
     utilization = f"{row['model_tflops_per_second'] * 1e12 / peak:.0%}" if peak else "-"
     print(
         f"{row['kind']:>10} {row['density']:>8.1%} {row['seconds']:>8.3f} {row['tokens_per_second']:>9,.0f} "
-        f"{row['peak_memory_gib']:>5.1f} GiB {row['attention_share']:>10.0%} {utilization:>6} "
+        f"{memory:>9} {row['attention_share']:>10.0%} {utilization:>6} "
         f"{results[0]['seconds'] / row['seconds']:>8.2f}x",
         flush=True,
     )
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """Find launch configurations on this GPU and pin them: `python benchmarks/tune_kernels.py` writes configs.json.
 
 Each stage is timed alone, on the benchmark's inputs. Training never tunes: it reads the table.
+Without a GPU, `TRITON_INTERPRET=1 python benchmarks/tune_kernels.py --tiny` walks through everything on a few tokens.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -9,14 +12,21 @@ import multiprocessing
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
-from attention import Case, Stages, milliseconds
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.inputs import default_device, device_name, kernels_run
+from benchmarks.stages import Case, Stages
+from benchmarks.timing import milliseconds
 from dash_megatron.ops.kernels.configs import Config, Plan, plan, shape_key
 
-TOKENS = 32768
+TOKENS, TINY_TOKENS = 32768, 64
+TABLE = "dash_megatron/ops/kernels/configs.json"
+DEVICE = default_device()
 STAGE_METHOD = {
     "route": "route",
     "attend": "attend",
@@ -47,13 +57,13 @@ def candidates(stage: str, chunk_size: int) -> list[Config]:
     return [Config(*values, chunk_size) for values in tries[stage]]
 
 
-def try_time(stages: Stages, stage: str, chosen: Plan) -> float:
+def try_time(stages: Stages, stage: str, launches: Plan) -> float:
     """Milliseconds of one stage, infinite for a configuration that does not fit the GPU."""
-    stages.plan = chosen
+    stages.plan = launches
     try:
         if stage == "keys":
             stages.run("transpose")
-        return milliseconds(lambda: stages.run(STAGE_METHOD[stage]), budget_ms=40)
+        return milliseconds(getattr(stages, STAGE_METHOD[stage]), DEVICE, budget_ms=40)
     except (
         triton.runtime.errors.OutOfResources,
         triton.compiler.errors.CompilationError,
@@ -64,16 +74,22 @@ def try_time(stages: Stages, stage: str, chosen: Plan) -> float:
         return float("inf")
 
 
+def with_config(launches: Plan, stage: str, config: Config) -> Plan:
+    """The same launches, but for one stage."""
+    changed: dict[str, Any] = {stage: config}
+    return launches._replace(**changed)
+
+
 def compile_one(case: Case, tile_rows: int, stage: str, config: Config) -> None:
     """Run a stage once on a few tokens, which leaves its kernel in Triton's cache for the process that times it.
 
     Sixteen chunks: Triton compiles anew for numbers that sixteen does not divide.
     """
     start = first_plan(case, tile_rows)
-    stages = Stages(replace(case, tokens=16 * case.chunk_size), start)
+    stages = Stages(replace(case, tokens=16 * case.chunk_size), DEVICE, start)
     names = (*Stages.FORWARD, *Stages.BACKWARD)
     stages.run(*names[: names.index(STAGE_METHOD[stage])])
-    try_time(stages, stage, start._replace(**{stage: config}))
+    try_time(stages, stage, with_config(start, stage, config))
 
 
 def compile_all(case: Case, tile_rows: int, processes: int) -> None:
@@ -89,61 +105,90 @@ def compile_all(case: Case, tile_rows: int, processes: int) -> None:
 
 def first_plan(case: Case, tile_rows: int) -> Plan:
     group = case.heads // case.kv_heads
-    start = plan(torch.device("cuda", 0), torch.bfloat16, case.head_dim, case.chunk_size, group)
+    start = plan(DEVICE, torch.bfloat16, case.head_dim, case.chunk_size, group)
     return start._replace(tile_rows=tile_rows)
 
 
-def tune_tile(case: Case, tile_rows: int, verbose: bool) -> tuple[float, dict[str, list[int]]]:
-    """The best configuration of every stage for one size of query tiles, and their total time."""
+def tune_tile(case: Case, tile_rows: int, most_candidates: int | None) -> tuple[float, dict[str, list[int]]]:
+    """The best configuration of every stage for one size of query tiles, and their total time.
+
+    Args:
+        case: the shape to tune for.
+        tile_rows: rows of a query tile.
+        most_candidates: of each stage, how many are tried; None: all.
+    """
     best = first_plan(case, tile_rows)
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    stages = Stages(case, best)
+    multiprocessors = count_multiprocessors()
+    stages = Stages(case, DEVICE, best)
     stages.run(*Stages.FORWARD)
     total, per_multiprocessor = 0.0, 2
     for stage in STAGE_METHOD:
         timed = []
-        for config in candidates(stage, case.chunk_size):
+        for config in candidates(stage, case.chunk_size)[:most_candidates]:
             for per in (1, 2, 3) if stage == "keys" else (per_multiprocessor,):
-                trial = best._replace(**{stage: config}, parts=per * multiprocessors)
+                trial = with_config(best, stage, config)._replace(parts=per * multiprocessors)
                 timed.append((try_time(stages, stage, trial), config, per))
         timed.sort(key=lambda x: x[0])
         milliseconds_best, config, per_multiprocessor = timed[0]
-        best = best._replace(**{stage: config}, parts=per_multiprocessor * multiprocessors)
+        best = with_config(best, stage, config)._replace(parts=per_multiprocessor * multiprocessors)
         stages.plan = best
         stages.run(STAGE_METHOD[stage])
         total += milliseconds_best
-        if verbose:
-            shown = ", ".join(f"{list(c)}x{p} {ms:.2f}" for ms, c, p in timed[:5])
-            print(f"  rows {tile_rows} {stage}: {shown}", flush=True)
+        shown = ", ".join(f"{list(c)}x{p} {ms:.2f}" for ms, c, p in timed[:5])
+        print(f"  rows {tile_rows} {stage}: {shown}", flush=True)
     entry = {stage: list(getattr(best, stage)) for stage in STAGE_METHOD}
     return total, {"tile_rows": [tile_rows], **entry, "parts_per_multiprocessor": [per_multiprocessor]}
 
 
-def main() -> None:
+def count_multiprocessors() -> int:
+    """Of the GPU, or 1."""
+    return torch.cuda.get_device_properties(0).multi_processor_count if DEVICE.type == "cuda" else 1
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--groups", nargs="+", type=int, default=[16, 4, 1])
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--chunk-size", type=int, default=64)
     parser.add_argument("--tile-rows", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--processes", type=int, default=8, help="that compile at a time")
-    parser.add_argument("--table", default="dash_megatron/ops/kernels/configs.json")
-    args = parser.parse_args()
-    path = Path(args.table)
-    table = json.loads(path.read_text()) if path.exists() else {}
-    of_gpu = table.setdefault(torch.cuda.get_device_name(), {})
-    for group in args.groups:
-        key = shape_key(torch.bfloat16, args.head_dim, args.chunk_size, group)
+    parser.add_argument(
+        "--tiny", action="store_true", help="one candidate a stage on a few tokens, any device"
+    )
+    parser.add_argument("--table", help=f"file to add to; default: {TABLE}, with --tiny none")
+    options = parser.parse_args()
+    if not kernels_run(DEVICE):
+        parser.error(
+            "there is no GPU; set TRITON_INTERPRET=1 and add --tiny to run the kernels in Triton's interpreter"
+        )
+    if options.table is None and not options.tiny:
+        options.table = TABLE
+    return options
+
+
+def main() -> None:
+    """Run from the command line."""
+    options = parse()
+    path = Path(options.table) if options.table else None
+    table = json.loads(path.read_text()) if path and path.exists() else {}
+    of_gpu = table.setdefault(device_name(DEVICE), {})
+    tokens, heads = (TINY_TOKENS, max(options.groups)) if options.tiny else (TOKENS, 32)
+    for group in options.groups:
+        key = shape_key(torch.bfloat16, options.head_dim, options.chunk_size, group)
         print(key, flush=True)
         case = Case(
-            key, TOKENS, heads=32, kv_heads=32 // group, chunk_size=args.chunk_size, head_dim=args.head_dim
-        )
-        for rows in args.tile_rows:
-            compile_all(case, rows, args.processes)
-        tried = [tune_tile(case, rows, verbose=True) for rows in args.tile_rows]
+            key, tokens, heads=heads, kv_heads=heads // group, chunk_size=options.chunk_size,
+            head_dim=options.head_dim,
+        )  # fmt: skip
+        if DEVICE.type == "cuda":
+            for rows in options.tile_rows:
+                compile_all(case, rows, options.processes)
+        tried = [tune_tile(case, rows, 1 if options.tiny else None) for rows in options.tile_rows]
         total, of_gpu[key] = min(tried, key=lambda x: x[0])
         print(f"  best: {total:.2f} ms {of_gpu[key]}", flush=True)
-        path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        if path:
+            path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

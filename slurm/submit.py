@@ -225,10 +225,10 @@ def submit(script: str, runs: list[Run], stamp: str, command: str) -> str:
             f"sbatch {batch} gave no answer for 5 minutes; look with squeue before trying again"
         ) from error
     if done.returncode:
-        error = done.stderr.strip()
-        if NO_ANSWER.search(error):  # only the answer may be lost: a second sbatch could be a second job
-            raise ValueError(f"sbatch {batch} got no answer: {error}; look with squeue before trying again")
-        raise ValueError(f"sbatch {batch} refused: {error}")
+        message = done.stderr.strip()
+        if NO_ANSWER.search(message):  # only the answer may be lost: a second sbatch could be a second job
+            raise ValueError(f"sbatch {batch} got no answer: {message}; look with squeue before trying again")
+        raise ValueError(f"sbatch {batch} refused: {message}")
     job = done.stdout.strip().split(";")[0]
     time = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     for index, run in enumerate(runs):

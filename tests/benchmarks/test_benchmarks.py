@@ -1,0 +1,135 @@
+"""Every benchmark runs at toy size without a GPU, with the kernels in Triton's interpreter, and reports plausible figures."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dash_megatron.config import ParallelConfig, config_from_dict
+from tests.conftest import NO_GPU
+
+ROOT = Path(__file__).parents[2]
+STAGES = [
+    "layout",
+    "summarize",
+    "route",
+    "attend",
+    "backward_queries",
+    "backward_router",
+    "transpose",
+    "backward_keys",
+]
+COVERED_ELSEWHERE = {"generate": "tests/hf/test_generate_benchmark.py", "dialing": "part of generate"}
+PARTS = {"inputs", "stages", "timing"}
+
+
+def _run(*command: str, interpreted: bool = True) -> str:
+    environment = os.environ | NO_GPU | ({"TRITON_INTERPRET": "1"} if interpreted else {})
+    arguments = [sys.executable, *command]
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert not done.returncode, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_attention_times_every_stage_and_its_json_is_drawn(tmp_path: Path) -> None:
+    measured, picture = tmp_path / "attention.json", tmp_path / "attention.png"
+    table = _run("benchmarks/attention.py", "--tiny", "--json", str(measured))
+    results = json.loads(measured.read_text())["results"]
+    assert [row["case"]["tokens"] for row in results] == [48, 64, 64]
+    for row in results:
+        assert row["case"]["name"] in table
+        assert 0.5 < row["density"] <= 1.0
+        assert list(row["stages"]) == STAGES
+        assert all(time > 0 for time in (*row["stages"].values(), *row["milliseconds"].values()))
+        assert set(row["dense"]) == {"math", "reference"}
+        assert not any(row["spread"].values())
+    length = ["--tokens", "64", "--topics", "2"]
+    _run("benchmarks/plot_attention.py", str(measured), "--output", str(picture), *length)
+    assert picture.stat().st_size > 20_000
+
+
+def test_decode_times_caches_of_both_layouts(tmp_path: Path) -> None:
+    measured = tmp_path / "decode.json"
+    _run("-m", "benchmarks.decode", "--tiny", "--sweep", "--output", str(measured))
+    contiguous, paged = json.loads(measured.read_text())["results"]
+    for row in (contiguous, paged):
+        assert 0.2 < row["density"] <= 1.0
+        assert row["ours"] > 0
+        assert {"{}", '{"splits": 3}', '{"block_scores": 1024}'} <= row["sweep"].keys()
+    assert contiguous["speedup"] > 0
+    assert contiguous["append"] > 0
+    assert not paged["dense"]
+
+
+def test_tuning_finds_a_configuration_for_every_stage(tmp_path: Path) -> None:
+    table = tmp_path / "configs.json"
+    shape = ["--groups", "2", "--head-dim", "16", "--chunk-size", "16", "--tile-rows", "32"]
+    _run("benchmarks/tune_kernels.py", "--tiny", *shape, "--table", str(table))
+    entry = json.loads(table.read_text())["CPU"]["bfloat16 D=16 C=16 G=2"]
+    stages = {"route", "attend", "queries", "router", "keys"}
+    assert entry.keys() == stages | {"tile_rows", "parts_per_multiprocessor"}
+    assert all(len(entry[stage]) == 4 for stage in stages)
+
+
+def test_a_whole_step_is_timed_with_full_attention_and_at_a_density(tmp_path: Path) -> None:
+    measured = tmp_path / "step.json"
+    arguments = ["--densities", "0.4", "--steps", "1", "--json", str(measured), "data.seq_length=512"]
+    _run("benchmarks/step.py", "--config", "configs/1b_16k.yaml", "--tiny", *arguments, interpreted=False)
+    full, dash = json.loads(measured.read_text())["results"]
+    assert (full["kind"], full["density"]) == ("full", 1.0)
+    assert dash["kind"] == "dash"
+    # two layers of two heads: the density moves in steps of some chunks
+    assert dash["density"] == pytest.approx(0.4, abs=0.1)
+    for row in (full, dash):
+        assert row["tokens_per_second"] > 0
+        assert row["attention_share"] < 1
+
+
+@pytest.fixture
+def single_process() -> Iterator[None]:
+    from dash_megatron.parallel import destroy_process_groups, init_process_groups, read_launch
+
+    init_process_groups(read_launch({}), ParallelConfig())
+    yield
+    destroy_process_groups()
+
+
+@pytest.mark.usefixtures("single_process")
+@pytest.mark.parametrize("kind", ["dash", "full"])
+def test_a_step_without_attention_calls_none(kind: str, tiny_config: dict[str, Any]) -> None:
+    from benchmarks.step import hand_values_through
+    from dash_megatron.layers import build_model, init_weights
+    from dash_megatron.layers.core_attention import CoreAttention
+
+    tiny_config["attention"]["kind"] = kind
+    config = config_from_dict(tiny_config)
+    model = build_model(config, 320, torch.device("cpu"))
+    init_weights(model, 0, config.model.init_std)
+    cores = [module for module in model.modules() if isinstance(module, CoreAttention)]
+    assert len(cores) == 2
+    tokens = torch.arange(32)[None]
+    x = {name: torch.randn(32, 1, heads, 16) for name, heads in (("query", 4), ("key", 2), ("value", 2))}
+    attended = cores[0](**x, attention_mask=None)
+    hand_values_through(model)
+    out = cores[0](**x, attention_mask=None)
+    assert attended.shape == out.shape == (32, 1, 64)
+    assert not torch.equal(attended, out)
+    assert torch.equal(out.view(32, 1, 2, 2, 16), x["value"][:, :, :, None].expand(-1, -1, -1, 2, -1))
+    for core in cores:
+        core.routing = None
+    loss = model(tokens, tokens, tokens, None)
+    assert torch.isfinite(loss).all()
+    assert all(core.routing is None for core in cores)
+
+
+def test_every_benchmark_is_run_by_a_test() -> None:
+    here = Path(__file__).read_text()
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        if path.stem not in PARTS and path.stem not in COVERED_ELSEWHERE:
+            assert f"benchmarks/{path.name}" in here or f"benchmarks.{path.stem}" in here, path.name
