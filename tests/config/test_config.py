@@ -109,9 +109,7 @@ def test_configs_cannot_be_changed(path: Path) -> None:
         ("run_dir.x=1", "run_dir is a value, not a section"),
     ],
 )
-def test_a_wrong_setting_is_an_error_that_names_field_value_and_rule(
-    override: str, message: str, path: Path
-) -> None:
+def test_a_wrong_setting_names_field_value_and_rule(override: str, message: str, path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(path, [override])
     assert message in str(error.value)
@@ -166,15 +164,13 @@ def test_a_wrong_setting_is_an_error_that_names_field_value_and_rule(
         ),
     ],
 )
-def test_a_way_of_splitting_that_does_not_fit_is_an_error_that_names_field_value_and_rule(
-    overrides: list[str], message: str, path: Path
-) -> None:
+def test_a_wrong_layout_names_field_value_and_rule(overrides: list[str], message: str, path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(path, overrides)
     assert message in str(error.value)
 
 
-def test_every_process_that_shares_a_model_counts_as_one_data_parallel_process(path: Path) -> None:
+def test_processes_that_share_a_model_are_one_data_parallel_rank(path: Path) -> None:
     split = ["parallel.tensor=2", "parallel.sequence=true", "parallel.context=2", "data.seq_length=256"]
     config = load_config(path, split)
     assert [config.data_parallel_size(world_size) for world_size in (4, 8)] == [1, 2]
@@ -193,7 +189,7 @@ def test_a_missing_key_and_a_missing_file_say_so(tmp_path: Path) -> None:
         load_config(tmp_path / "list.yaml")
 
 
-def test_global_batch_is_split_over_processes_and_the_message_states_the_arithmetic(path: Path) -> None:
+def test_a_global_batch_that_does_not_split_states_the_arithmetic(path: Path) -> None:
     config = load_config(path, ["training.micro_batch=2"])
     assert [config.accumulation_steps(world_size) for world_size in (1, 2, 4)] == [4, 2, 1]
     with pytest.raises(

@@ -62,7 +62,7 @@ def test_packing_equals_a_walk_over_the_tokens(pack_documents):
 
 
 @pytest.mark.parametrize("pack_documents", [True, False], ids=["packed", "rows alone"])
-def test_a_shorter_context_cuts_every_row_and_changes_neither_tokens_nor_targets(pack_documents):
+def test_a_shorter_context_cuts_rows_and_keeps_tokens_and_targets(pack_documents):
     generator = torch.Generator().manual_seed(0)
     for max_context in (2, 4, 12):
         texts = torch.randint(0, 6, (3, 13), generator=generator).tolist()
@@ -99,7 +99,7 @@ def test_no_loss_is_taken_across_documents():
         assert batch.loss_mask.tolist() == [[True, False, True, True, False, False]]
 
 
-def test_a_row_starts_a_document_even_where_the_row_before_did_not_end_one():
+def test_a_row_starts_a_document_whatever_the_row_before_ended():
     batch = pack_samples([row([5, 6, 7]), row([7, 8, 9])], EOD)
     assert batch.cu_seqlens.tolist() == [0, 2, 4]
     assert batch.position_ids.tolist() == [[0, 1, 0, 1]]
@@ -151,7 +151,7 @@ def test_the_global_batch_is_the_same_however_it_is_divided(ranks, micro_batch):
     assert sorted(set(tokens) - {EOD}) == [18, 19, 20, 21]
 
 
-def test_resuming_reads_the_next_unseen_sample_with_the_same_and_with_other_ranks():
+def test_resuming_reads_the_next_sample_with_any_number_of_ranks():
     def read(ranks, micro_batch, global_batch, state, steps):
         seen = []
         sources = [
@@ -258,7 +258,7 @@ def test_going_elsewhere_drops_what_was_read_ahead():
     assert source.next_batch().sample_ids == [50]
 
 
-def test_an_incomplete_last_batch_is_left_out_or_padded_without_loss():
+def test_an_incomplete_last_batch_is_skipped_or_padded():
     dataset = Numbers(7)
     assert len(list(BatchSource(dataset, global_batch=4, micro_batch=2, eod=EOD))) == 2
 

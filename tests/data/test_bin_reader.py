@@ -30,7 +30,7 @@ def test_a_file_that_is_away_for_a_moment_is_waited_for(numbers: Path) -> None:
     assert BinReader(str(numbers), seconds=30).read(np.uint16, 1, 0).tolist() == [0]
 
 
-def test_a_file_cut_short_while_it_is_read_is_an_error_that_names_it(numbers: Path) -> None:
+def test_a_file_cut_short_while_it_is_read_is_named(numbers: Path) -> None:
     reader = BinReader(str(numbers), seconds=30)
     assert reader.read(np.uint16, 2, 0).tolist() == [0, 1]
     os.truncate(numbers, 100)

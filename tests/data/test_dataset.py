@@ -41,9 +41,7 @@ def rows_of(dataset) -> list[tuple[int, ...]]:
     return [tuple(dataset[index]["tokens"].tolist()) for index in range(len(dataset))]
 
 
-def test_rows_are_cut_from_the_documents_and_labels_are_the_next_tokens(
-    write_data, build, tmp_path, tokenizer
-):
+def test_rows_are_cut_from_documents_and_labels_are_next_tokens(write_data, build, tmp_path, tokenizer):
     documents = numbered(0, 40)
     dataset = build([write_data(tmp_path / "a", documents)], num_samples=None)
     stream_length = sum(len(document) + 1 for document in documents)
@@ -61,7 +59,7 @@ def test_rows_are_cut_from_the_documents_and_labels_are_the_next_tokens(
             assert tuple(text[left + 1 : right]) in known
 
 
-def test_the_order_is_the_same_each_time_and_another_with_another_seed(write_data, build, tmp_path):
+def test_the_order_depends_on_the_seed_and_is_the_same_each_time(write_data, build, tmp_path):
     prefix = write_data(tmp_path / "a", numbered(0, 40))
     first = rows_of(build([prefix]))
     assert rows_of(build([prefix])) == first
@@ -246,9 +244,7 @@ def test_a_corpus_shorter_than_one_row_is_refused(write_data, build, tmp_path):
     assert len(build([write_data(tmp_path / "a", [[5] * SEQ_LENGTH])], num_samples=None)) == 1
 
 
-def test_a_token_id_outside_the_vocabulary_is_refused_before_the_first_row(
-    write_data, build, tmp_path, tokenizer
-):
+def test_a_token_id_outside_the_vocabulary_is_refused_at_the_start(write_data, build, tmp_path, tokenizer):
     prefix = write_data(tmp_path / "a", numbered(0, 40))
     path = sidecar_path(prefix)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"max_token_id": tokenizer.vocab_size}))
@@ -256,9 +252,7 @@ def test_a_token_id_outside_the_vocabulary_is_refused_before_the_first_row(
         build([prefix])
 
 
-def test_a_token_id_damaged_inside_a_large_file_is_caught_when_it_is_read(
-    write_data, build, tmp_path, tokenizer
-):
+def test_a_damaged_token_id_in_a_large_file_is_caught_when_read(write_data, build, tmp_path, tokenizer):
     prefix = write_data(tmp_path / "a", [[5] * 1_300_000])
     with open(f"{prefix}.bin", "r+b") as file:
         file.seek(1_300_000)

@@ -62,7 +62,7 @@ def test_text_never_yields_control_or_unknown_tokens(tokenizer):
         assert not special & set(tokenizer.encode(data))
 
 
-def test_bytes_that_are_no_text_decode_to_the_replacement_character(tokenizer):
+def test_bytes_that_are_not_utf8_decode_to_the_replacement_sign(tokenizer):
     assert tokenizer.decode(tokenizer.encode(b"a\xffb")) == "a\ufffdb"
 
 

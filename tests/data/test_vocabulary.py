@@ -22,7 +22,7 @@ def config_of(model: dict[str, Any], tokenizer: str | None, tensor: int = 1) -> 
     )
 
 
-def test_rows_are_the_config_s_or_the_tokenizer_s_vocabulary_padded(tokenizer: Tokenizer) -> None:
+def test_rows_come_from_the_config_or_the_padded_tokenizer(tokenizer: Tokenizer) -> None:
     assert vocabulary_rows(config_of({"vocab_size": 96}, None)) == 96
     rows = [vocabulary_rows(config_of({}, str(tokenizer.path), tensor)) for tensor in (1, 3)]
     assert rows == [320, 384]
