@@ -64,7 +64,7 @@ def check_kernels(session: Session) -> Finding:
         allowed_out, allowed_gradient = TOLERANCE[dtype]
         allowed = {name: allowed_out if name == "out" else allowed_gradient for name in errors}
         figures[f"{short} output error"] = errors["out"]
-        # one that is no number comes first
+        # one that is NaN comes first
         gradients = [error for name, error in errors.items() if name != "out"]
         figures[f"{short} gradient error"] = max(gradients, key=lambda error: (math.isnan(error), error))
         figures[f"{short} share of tokens with other chunks"] = 1 - same

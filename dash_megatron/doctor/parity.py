@@ -66,7 +66,7 @@ def check_parity(session: Session) -> Finding:
         worst = max(list(errors)[1:], key=lambda name: errors[name])
         figures |= {f"{backend} loss error": errors["loss"], f"{backend} gradient error": errors[worst]}
         for name, limit in (("loss", allowed[0]), (worst, allowed[1])):
-            # a number that is none fails too
+            # NaN fails too
             if not errors[name] <= limit:
                 what = name if name == "loss" else f"gradient of {name}"
                 problems.append(

@@ -52,7 +52,7 @@ class Replay:
 
     @property
     def is_finite(self) -> bool:
-        """Whether everything is a number."""
+        """Whether all losses, gradients and outputs of modules are finite."""
         losses = [sample.loss for sample in self.samples]
         return self.first_module is None and all(map(math.isfinite, [*losses, self.gradient_norm]))
 
@@ -102,7 +102,7 @@ def replay_batches(model: DashGPTModel, batches: Sequence[PackedBatch], seq_leng
         for batch in batches:
             there = batch.to(device)
             loss_BN = model(there.tokens, there.position_ids, there.labels, there.cu_seqlens)
-            # not a product, in which what is masked could be no number
+            # not a product, in which what is masked could be NaN
             kept = loss_BN[there.loss_mask]
             (kept.sum() / targets).backward()
             result.samples += _sample_losses(loss_BN.detach().float().cpu()[0], batch, seq_length)
@@ -203,7 +203,7 @@ def _mean(loss: Tensor, mask: Tensor) -> float:
 
 
 def _badness(value: float) -> float:
-    """Sorts what is no number behind all numbers."""
+    """Sorts NaN and inf above all finite values."""
     return value if math.isfinite(value) else math.inf
 
 

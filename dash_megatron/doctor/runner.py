@@ -187,9 +187,9 @@ def _merge(findings: Sequence[Finding], pick: Callable[[list[Figure]], Figure]) 
     figures: dict[str, Figure] = {}
     for name in {name: None for finding in findings for name in finding.figures}:
         values = [finding.figures[name] for finding in findings if name in finding.figures]
-        # a value that is no number is the worst of all
-        no_number = [value for value in values if value != value]
-        figures[name] = values[0] if isinstance(values[0], str) else (no_number or [pick(values)])[0]
+        # NaN is the worst of all values
+        nan = [value for value in values if value != value]
+        figures[name] = values[0] if isinstance(values[0], str) else (nan or [pick(values)])[0]
     return Finding(status, figures, "; ".join(told))
 
 

@@ -145,13 +145,13 @@ class TaskJob(Job):
 
 
 def _score_answers(model: LanguageModel, samples: list[Sample]) -> list[dict[str, Any]]:
-    """One pass over prompts with their answers: share of answers all of whose tokens are the likeliest ones."""
+    """One pass over prompts with their answers: share of answers all of whose tokens are top-1 predictions."""
     found = model.answers([sample.ids for sample in samples], [sample.prompt_tokens for sample in samples])
     return [_score_answer(sample, *pair) for sample, pair in zip(samples, found, strict=True)]
 
 
-def _score_answer(sample: Sample, losses: Tensor, likeliest: Tensor) -> dict[str, Any]:
-    right = likeliest == torch.tensor(sample.ids[sample.prompt_tokens :])
+def _score_answer(sample: Sample, losses: Tensor, predicted: Tensor) -> dict[str, Any]:
+    right = predicted == torch.tensor(sample.ids[sample.prompt_tokens :])
     parts = [slice(a - sample.prompt_tokens, b - sample.prompt_tokens) for a, b in sample.spans]
     return {
         "score": sum(bool(right[part].all()) for part in parts) / len(parts),

@@ -25,7 +25,7 @@ from dash_megatron.layers.model import MAX_LOGITS
 
 
 class LanguageModel(ABC):
-    """Losses, likeliest tokens and greedy continuations of token rows.
+    """Losses, top-1 predictions and greedy continuations of token rows.
 
     Rows of different lengths are padded after their last token, which no token before it can see.
     """
@@ -53,7 +53,7 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def greedy(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """Continue prompts by the likeliest token each time, up to the end of the document or `max_new_tokens`."""
+        """Continue prompts by the argmax each time, up to the end of the document or `max_new_tokens`."""
 
     @torch.no_grad()
     def losses(self, tokens_BN: Tensor) -> Tensor:
@@ -67,18 +67,18 @@ class LanguageModel(ABC):
 
     @torch.no_grad()
     def answers(self, rows: list[list[int]], firsts: list[int]) -> list[tuple[Tensor, Tensor]]:
-        """For the tokens of each row from number `firsts` on: their loss, float32, and the likeliest tokens, int64."""
+        """For the tokens of each row from number `firsts` on: their loss, float32, and the argmax of the logits that predict them, int64."""
         hidden = self.hidden(pad_right(rows))
         found = []
         for x, row, first in zip(hidden, rows, firsts, strict=True):
             logits = self.logits(x[first - 1 : len(row) - 1])
             labels = torch.tensor(row[first:], device=self.device)
             losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-            found.append((losses.cpu(), self.likeliest(logits).cpu()))
+            found.append((losses.cpu(), self.argmax(logits).cpu()))
         return found
 
-    def likeliest(self, logits: Tensor) -> Tensor:
-        """The likeliest token of each, never a row that only pads the table."""
+    def argmax(self, logits: Tensor) -> Tensor:
+        """The top-1 token of logits [..., rows of the table], int64 [...]; never a row that only pads the table."""
         return logits[..., : self.tokenizer.vocab_size].argmax(-1)
 
     def _table_rows(self, hidden: Tensor) -> int:
@@ -128,7 +128,7 @@ class RunModel(LanguageModel):
             hidden = self.hidden(pad_right([rows[number] for number in open_rows]))
             last = torch.tensor([len(rows[number]) - 1 for number in open_rows], device=self.device)
             ends = hidden[torch.arange(len(open_rows), device=self.device), last]
-            tokens = self.likeliest(self.logits(ends)).tolist()
+            tokens = self.argmax(self.logits(ends)).tolist()
             for number, token in zip(open_rows, tokens, strict=True):
                 rows[number].append(token)
             open_rows = [number for number in open_rows if rows[number][-1] != self.tokenizer.eod]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.hf import modeling_dash, probe
 from dash_megatron.hf.card import model_card
 from dash_megatron.hf.config import MODEL_FILE, llama_config
-from dash_megatron.hf.folder import take, write_pieces
+from dash_megatron.hf.folder import new_folder, take, write_pieces
 from dash_megatron.hf.names import pieces, to_hugging_face
 from dash_megatron.hf.tokenizer import export_tokenizer
 from dash_megatron.json_lines import read_json_lines
@@ -46,27 +45,16 @@ def export_run(
         FileNotFoundError: the run has no such checkpoint, or its tokenizer is gone.
         ValueError: an argument is wrong, or the exported model computes something else. `output` does not exist then.
     """
-    output = Path(output)
     if dtype not in DTYPES:
         raise ValueError(f"--dtype={dtype} must be one of {list(DTYPES)}")
-    if output.exists():
-        raise ValueError(f"{output} exists already; remove it or choose another folder")
-    config, step, weights = open_weights(run_dir, step)
-    if config.attention.kind in ("infllmv2", "nsa"):
-        raise ValueError(
-            f"{run_dir} has attention.kind={config.attention.kind}, a baseline that no Hugging Face model file computes; "
-            "only runs of attention.kind=dash and full are exported"
-        )
-    partial = output.parent / f".{output.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        report = _write(partial, config, step, weights, DTYPES[dtype])
-        os.rename(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return report
+    with new_folder(Path(output)) as folder:
+        config, step, weights = open_weights(run_dir, step)
+        if config.attention.kind in ("infllmv2", "nsa"):
+            raise ValueError(
+                f"{run_dir} has attention.kind={config.attention.kind}, a baseline that no Hugging Face model file "
+                "computes; only runs of attention.kind=dash and full are exported"
+            )
+        return _write(folder, config, step, weights, DTYPES[dtype])
 
 
 def _write(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,6 +19,29 @@ from dash_megatron.hf.names import Piece
 MODEL_SECTIONS = "model.yaml"
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Fill a folder that appears whole or not at all: under a hidden name beside it, renamed at the end.
+
+    Args:
+        output: the folder to make.
+
+    Raises:
+        ValueError: it exists already.
+    """
+    if output.exists():
+        raise ValueError(f"{output} exists already; remove it or choose another folder")
+    partial = output.parent / f".{output.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.rename(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def write_pieces(

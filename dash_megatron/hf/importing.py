@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from dash_megatron.config import AttentionConfig, ModelConfig
 from dash_megatron.hf.config import multipliers, sections_of
-from dash_megatron.hf.folder import MODEL_SECTIONS, FolderWeights, take, write_pieces
+from dash_megatron.hf.folder import MODEL_SECTIONS, FolderWeights, new_folder, take, write_pieces
 from dash_megatron.hf.names import Piece, from_hugging_face, pieces
 from dash_megatron.hf.tokenizer import import_tokenizer
 
@@ -44,31 +42,24 @@ def import_folder(source: str | Path, output: str | Path) -> Imported:
             unknown or of another shape. `output` does not exist then.
     """
     source, output = Path(source), Path(output)
-    if output.exists():
-        raise ValueError(f"{output} exists already; remove it or choose another folder")
-    if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"{source} has no config.json; give a folder that transformers could load")
-    tree = json.loads((source / "config.json").read_text())
-    weights = FolderWeights(source)
-    model, attention = _sections(tree, set(weights), source)
-    factors = multipliers(tree)
-    vocab_size = int(tree["vocab_size"])
-    _check_names(weights, pieces(model, attention, vocab_size), source)
-    if model.tie_embeddings and factors != (1.0, 1.0, 1.0):
-        # the embedding and the output projection, one table so far, are scaled differently
-        model = model.model_copy(update={"tie_embeddings": False})
-    parts = pieces(model, attention, vocab_size)
-    partial = output.parent / f".{output.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        write_pieces(partial, parts, lambda piece: _convert(weights, piece, model, factors, source))
-        sections = _write_sections(partial, model, attention)
-        tokenizer = import_tokenizer(source, partial)
-        os.rename(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with new_folder(output) as folder:
+        if not (source / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{source} has no config.json; give a folder that transformers could load"
+            )
+        tree = json.loads((source / "config.json").read_text())
+        weights = FolderWeights(source)
+        model, attention = _sections(tree, set(weights), source)
+        factors = multipliers(tree)
+        vocab_size = int(tree["vocab_size"])
+        _check_names(weights, pieces(model, attention, vocab_size), source)
+        if model.tie_embeddings and factors != (1.0, 1.0, 1.0):
+            # the embedding and the output projection, one table so far, are scaled differently
+            model = model.model_copy(update={"tie_embeddings": False})
+        parts = pieces(model, attention, vocab_size)
+        write_pieces(folder, parts, lambda piece: _convert(weights, piece, model, factors, source))
+        sections = _write_sections(folder, model, attention)
+        tokenizer = import_tokenizer(source, folder)
     return Imported(sections, None if tokenizer is None else output / tokenizer)
 
 

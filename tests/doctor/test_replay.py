@@ -125,7 +125,7 @@ def test_the_newest_checkpoint_at_or_before_the_step_is_taken_and_the_first_brok
     text = capsys.readouterr().out
     assert "weights of step 6" in text
     assert "first module with an output that is not finite: decoder.layers.1.mlp.linear_fc1" in text
-    # what is no number comes first
+    # what is not finite comes first
     groups = [line for line in text.splitlines() if "decoder.layers.0.mlp" in line or "embedding;" in line]
     assert any("nan" in line for line in groups)
     assert re.search(r"^8 +nan", text, re.MULTILINE)

@@ -75,7 +75,7 @@ def _other_fingerprint() -> Any:
 
 
 def _wrong_exchange() -> Any:
-    """Gradients of keys that other ranks attended to are left out."""
+    """Gradients of keys that other ranks attended to are dropped."""
 
     def own_share_only(self: ContextGroup, shares: torch.Tensor) -> torch.Tensor:
         return shares[self.rank].clone()

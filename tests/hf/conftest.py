@@ -75,7 +75,7 @@ def training_logits(config: Config, weights: dict[str, Tensor], tokens: Tensor) 
 def write_run(tiny_config: dict[str, Any], tmp_path: Path) -> Callable[..., tuple[Config, dict[str, Tensor]]]:
     """`write_run(name)` writes a checkpoint of random weights of `MODELS[name]` and gives back config and weights.
 
-    Weights are large, so that routers choose, and no norm or summary query is left at its initial value.
+    Weights are large, so that routers select, and no norm or summary query is left at its initial value.
     """
 
     def write(name: str, **changes: Any) -> tuple[Config, dict[str, Tensor]]:

@@ -64,7 +64,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_routers_choose_in_the_probe_and_both_models_choose_alike(
+def test_routers_select_in_the_probe_and_both_models_select_alike(
     name: str, write_run: Callable[..., Any], tmp_path: Path, tokens: Tensor
 ) -> None:
     config, weights = write_run(name)

@@ -21,7 +21,7 @@ GREEDY = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_t
 
 
 def _model(dtype: torch.dtype = torch.float64, **changes: Any) -> DashForCausalLM:
-    """Two layers of large random weights, so that routers choose: the first with DashAttention, as all or but the last."""
+    """Two layers of large random weights, so that routers select: the first with DashAttention, as all or but the last."""
     shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "vocab_size": 320, "num_hidden_layers": 2, "chunk_size": 16}
     router = {"scaling_factor": 3.0, "sigma": 2.0, "estimate_diagonal": True, "alpha": 1.5}

@@ -1,4 +1,4 @@
-"""How routers choose, measured while a run trains, and drawn from its checkpoint."""
+"""What routers select, measured while a run trains, and drawn from its checkpoint."""
 
 import json
 import logging

@@ -34,7 +34,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 TOLERANCE = 1e-4
 # logits of two tokens over six rows, the last of which only pad the table
 LOGITS = torch.tensor([[0.0, 3.0, 1.0, 3.0, 2.0, 9.0], [5.0, torch.nan, 1.0, 2.0, 0.0, 0.0]])
-# by label: the first of equal ones, no padding of the table, and nothing where a logit is no number
+# by label: the first of equal ones, no padding of the table, and nothing where a logit is NaN
 ARGMAX = {vocab_size: [[label == 1, 0] for label in range(6)] for vocab_size in ("5", "3")}
 
 

@@ -199,7 +199,7 @@ def break_weights(tree: dict[str, Any]) -> None:
         Path(tree["run_dir"], "error.json").write_text(json.dumps(str(error)))
 
 
-def test_a_loss_that_is_no_number_stops_the_run_names_samples_and_saves_nothing(
+def test_a_non_finite_loss_stops_the_run_names_samples_and_saves_nothing(
     tiny_config: dict[str, Any], run_processes: Any
 ) -> None:
     run_processes(1, break_weights, {**tiny_config, "faults": {"non_finite": "halt"}})

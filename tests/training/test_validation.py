@@ -51,6 +51,6 @@ def test_losses_are_averaged_by_position_in_the_document_and_padding_rows_count_
     for start, end in [(0, 64), (64, 128), (128, 256)]:
         inside = [loss for position, loss in losses if start <= position < end]
         expected.append({"from": start, "to": end, "loss": sum(inside) / len(inside)})
-    # the last bucket, which no document reaches, is left out
+    # the last bucket, which no document reaches, is not listed
     assert found.by_position == [pytest.approx(part) for part in expected]
     assert found.loss == pytest.approx(sum(loss for _, loss in losses) / len(losses))
