@@ -21,7 +21,7 @@ from dash_megatron.config import Config, ParallelConfig
 from dash_megatron.hf.modeling_dash import DashForCausalLM
 from dash_megatron.layers import DashCoreAttention, build_model
 from dash_megatron.ops import sharded_reference
-from dash_megatron.ops.sharded import QueryChunks
+from dash_megatron.ops.shards import QueryChunks
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
 
 # Largest difference of two float64 runs, in logits; a wrong row or constant shows in whole units.
@@ -266,10 +266,8 @@ def _selection(core: DashCoreAttention, query: Tensor, key: Tensor) -> Tensor:
     start = number * attention.chunk_size
     end = (start + attention.chunk_size).clamp_max(num_tokens)
     chunks = QueryChunks(start, end, number, torch.zeros_like(number), len(number), len(number) ** 2)
-    summary = sharded_reference.summarize(key[:, 0], core.summary_query, start, end, attention.chunk_size)
-    routed = sharded_reference.route(
-        query[:, 0], summary, chunks, core.fixed_router, attention.chunk_size, core.head_scaling()
-    )
+    summary = sharded_reference.summarize(key[:, 0], core.summary_query, chunks, attention.chunk_size)
+    routed = sharded_reference.route(query[:, 0], summary, chunks, core.fixed_router, core.head_scaling())
     assert core.routing is not None, "the layer has run"
     torch.testing.assert_close(routed.selected.float().mean(), core.routing.chunks_selected)
-    return routed.bias > float("-inf")
+    return sharded_reference.State(*routed.state).bias > float("-inf")

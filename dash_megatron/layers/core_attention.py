@@ -26,17 +26,14 @@ from torch.utils.checkpoint import checkpoint
 from dash_megatron.config import AttentionConfig
 from dash_megatron.ops import dash_attention
 from dash_megatron.ops.reference import wide
-from dash_megatron.ops.sharded import stages
 from dash_megatron.ops.types import Router, Routing
 from dash_megatron.parallel.context.communication import (
     ContextGroup,
     heads_for_rows,
-    move_rows,
     rows_for_heads,
 )
 from dash_megatron.parallel.context.exchange import sharded_dash_attention
 from dash_megatron.parallel.context.layout import ChunkLayout, ContextShard
-from dash_megatron.parallel.context.sides import DashSide
 
 
 @dataclass
@@ -212,22 +209,23 @@ class DashCoreAttention(CoreAttention):
         return out
 
     def _attend_shards(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments) -> Tensor:
-        attention, shard, group = self.attention, packed.context, self.context_group
+        shard = packed.context
         assert shard is not None, "the batch was sharded"
         assert shard.chunks is not None, "by chunks"
-        assert group is not None
-        layout = shard.chunks
-        q, k, v = (x[0] for x in (q, k, v))
-        if layout.there is not None and layout.back is not None:
-            q, k, v = (move_rows(x, layout.there, layout.back, group) for x in (q, k, v))
-        functions = stages(attention.backend, q)
-        side = DashSide(functions, self.fixed_router, attention.chunk_size, layout, group)
+        assert self.context_group is not None
         out, selected = sharded_dash_attention(
-            q, k, v, self.summary_query, side, self.context_comm, self.head_scaling()
+            q[0],
+            k[0],
+            v[0],
+            self.summary_query,
+            self.fixed_router,
+            shard.chunks,
+            self.context_group,
+            exchange=self.context_comm,
+            backend=self.attention.backend,
+            head_scaling=self.head_scaling(),
         )
-        self.routing = _shard_means(selected, layout, shard.rows)
-        if layout.there is not None and layout.back is not None:
-            out = move_rows(out, layout.back, layout.there, group)
+        self.routing = _shard_means(selected, shard.chunks, shard.rows)
         return out[None]
 
 

@@ -17,12 +17,21 @@ from torch import Tensor
 
 from dash_megatron.ops.entmax import entmax
 from dash_megatron.ops.reference import LOG2_E, MAX_BLOCK_SCORES, _log_prior, wide
-from dash_megatron.ops.sharded import KeyBuffer, QueryChunks
+from dash_megatron.ops.shards import (
+    Attended,
+    AttentionGradients,
+    KeyBuffer,
+    OutputGradient,
+    QueryChunks,
+    Routed,
+    RoutedQueries,
+    RouterGradients,
+)
 from dash_megatron.ops.types import Router
 
 
-class Routed(NamedTuple):
-    """What the router chose for every row of q."""
+class State(NamedTuple):
+    """`Routed.state`: what the router selected for every row of q."""
 
     bias: Tensor
     """[H, n, c]: log prior (natural), 0 at the own chunk, -inf where not selected."""
@@ -30,8 +39,6 @@ class Routed(NamedTuple):
     """int64 [n]: number of the row's own chunk."""
     slot: Tensor
     """int64 [n]: place of the row in its chunk."""
-    selected: Tensor
-    """int32 [n, H]: chunks selected, the own one included."""
 
 
 def _slots(k: Tensor, row: Tensor, length: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
@@ -60,19 +67,21 @@ def _summary(k: Tensor, w: Tensor, start: Tensor, end: Tensor, chunk_size: int) 
     return torch.einsum("hct,hctd->hcd", score_HcC.softmax(-1), k_HcCD)
 
 
-def summarize(k: Tensor, w: Tensor, start: Tensor, end: Tensor, chunk_size: int) -> Tensor:
-    """Summaries [H, chunks, D] of k [m, H, D], whose chunks are rows start to end; zero for empty chunks."""
+def summarize(k: Tensor, w: Tensor, chunks: QueryChunks, chunk_size: int) -> Tensor:
+    """As `Stages.summarize`, in k's dtype but at least float32."""
     k, w = wide(k, w)
-    return _summary(k, w, start, end, chunk_size)
+    return _summary(k, w, chunks.start, chunks.end, chunk_size)
 
 
 def summarize_backward(
-    d_summary: Tensor, k: Tensor, w: Tensor, start: Tensor, end: Tensor, chunk_size: int
+    d_summary: Tensor, k: Tensor, w: Tensor, chunks: QueryChunks, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of k [m, H, D] and w [H, D] from that of the summaries."""
+    """As `Stages.summarize_backward`."""
     with torch.enable_grad():
         k, w = (x.detach().requires_grad_() for x in wide(k, w))
-        dk, dw = torch.autograd.grad(_summary(k, w, start, end, chunk_size), (k, w), d_summary.to(k.dtype))
+        dk, dw = torch.autograd.grad(
+            _summary(k, w, chunks.start, chunks.end, chunk_size), (k, w), d_summary.to(k.dtype)
+        )
     return dk, dw
 
 
@@ -108,38 +117,39 @@ def _with_heads(router: Router, head_scaling: Tensor | None) -> Router:
 
 
 def route(
-    q: Tensor, summary: Tensor, queries: QueryChunks, router: Router, chunk_size: int, head_scaling: Tensor | None = None
-) -> Routed:  # fmt: skip
-    """Choose chunks for q [n, Hq, D] among all summaries [H, c, D]; `head_scaling` [H] multiplies the router's factor."""
-    chunk, slot, first = _places(queries, len(q))
+    q: Tensor, summary: Tensor, chunks: QueryChunks, router: Router, head_scaling: Tensor | None = None
+) -> Routed:
+    """As `Stages.route`."""
+    chunk, slot, first = _places(chunks, len(q))
     router = _with_heads(router, head_scaling)
     q, summary = wide(q, summary)
     bias, selected = _route(q, summary, chunk, first, router)
-    return Routed(bias, chunk, slot, selected.mT.contiguous())
+    return Routed(selected.mT.contiguous(), State(bias, chunk, slot))
 
 
 def listed(routed: Routed, num_chunks: int) -> Tensor:
-    """Bool [H, c]: past chunks that at least one row selected."""
-    own = torch.arange(num_chunks, device=routed.bias.device) == routed.chunk[:, None]
-    return ((routed.bias > -math.inf) & ~own).any(1)
+    """As `Stages.listed`."""
+    state = State(*routed.state)
+    own = torch.arange(num_chunks, device=state.bias.device) == state.chunk[:, None]
+    return ((state.bias > -math.inf) & ~own).any(1)
 
 
 def route_backward(
-    routed: Routed, d_prior: Tensor, q: Tensor, summary: Tensor, queries: QueryChunks, router: Router, chunk_size: int,
-    head_scaling: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Gradients of q [n, Hq, D], of the summaries [H, c, D], and of `head_scaling` [H] from that of the log priors."""
-    chunk, _, first = _places(queries, len(q))
+    d_prior: Tensor, queries: RoutedQueries, summary: Tensor, head_scaling: Tensor | None = None
+) -> RouterGradients:
+    """As `Stages.route_backward`."""
+    q, router = queries.q, queries.router
+    chunk, _, first = _places(queries.chunks, len(q))
     with torch.enable_grad():
         given = (q, summary) if head_scaling is None else (q, summary, head_scaling)
         q, summary, *heads = leaves = [x.detach().requires_grad_() for x in wide(*given)]
         bias, _ = _route(q, summary, chunk, first, _with_heads(router, heads[0] if heads else None))
         dq, d_summary, *d_heads = torch.autograd.grad(bias, leaves, d_prior)
-    return dq, d_summary, d_heads[0] if d_heads else None
+    return RouterGradients(dq, d_summary, d_heads[0] if d_heads else None)
 
 
 def _blocks(
-    q: Tensor, routed: Routed, keys: KeyBuffer, chunk_size: int
+    q: Tensor, state: State, keys: KeyBuffer, chunk_size: int
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Cut the queries into blocks: rows, chunks that the block needs, and what scores are made of.
 
@@ -153,28 +163,25 @@ def _blocks(
     slot_C = torch.arange(chunk_size, device=q.device)
     for start in range(0, n, size):
         rows = slice(start, start + size)
-        bias_HTc = routed.bias[:, rows]
+        bias_HTc = state.bias[:, rows]
         number_w = torch.nonzero((bias_HTc > -math.inf).any(1).any(0) & held_c).flatten()
         if not len(number_w):
             continue
-        late_TwC = (number_w == routed.chunk[rows, None])[..., None] & (
-            slot_C > routed.slot[rows, None, None]
-        )
+        late_TwC = (number_w == state.chunk[rows, None])[..., None] & (slot_C > state.slot[rows, None, None])
         hidden_HTwC = (slot_C >= keys.length[:, number_w, None])[:, None] | late_TwC
         bias_HTwC = bias_HTc[:, :, number_w, None].masked_fill(hidden_HTwC, -math.inf)
         q_HGTD = q[rows].view(-1, H, Hq // H, D).permute(1, 2, 0, 3) * D**-0.5
         yield rows, number_w, q_HGTD, bias_HTwC[:, None]
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, routed: Routed, queries: QueryChunks, keys: KeyBuffer, router: Router, chunk_size: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output [n, Hq, D] and base-2 log-sum-exp [n, Hq] (float64) over the keys in the buffer; 0 and -inf where it has none."""
-    q, k, v = wide(q, k, v)
+def attend(queries: RoutedQueries, k: Tensor, v: Tensor, keys: KeyBuffer) -> Attended:
+    """As `Stages.attend`; the log-sum-exp is float64."""
+    q, k, v = wide(queries.q, k, v)
+    state, chunk_size = State(*queries.routed.state), queries.router.chunk_size
     out = torch.zeros_like(q)
     # rounded to float32, a large log-sum-exp would scale all weights of its row
     lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float64, device=q.device)
-    for rows, number, q_HGTD, bias_HGTwC in _blocks(q, routed, keys, chunk_size):
+    for rows, number, q_HGTD, bias_HGTwC in _blocks(q, state, keys, chunk_size):
         row, length = keys.row[:, number], keys.length[:, number]
         (k_HSD, v_HSD) = (_slots(x, row, length, chunk_size)[0].flatten(1, 2) for x in (k, v))
         scores = q_HGTD @ k_HSD[:, None].mT + bias_HGTwC.flatten(-2)
@@ -182,27 +189,25 @@ def attend(
         weights = (scores - part.clamp_min(torch.finfo(q.dtype).min)[..., None]).exp()
         out[rows] = (weights @ v_HSD[:, None]).permute(2, 0, 1, 3).flatten(1, 2)
         lse[rows] = part.double().permute(2, 0, 1).flatten(1) * LOG2_E
-    return out, lse
+    return Attended(out, lse)
 
 
 def new_d_prior(routed: Routed) -> Tensor:
-    """What the calls of `attend_backward` fill, each for its chunks: the gradient of the log priors."""
-    return torch.zeros_like(routed.bias)
+    """As `Stages.new_d_prior`: zeros [H, n, c]."""
+    return torch.zeros_like(State(*routed.state).bias)
 
 
 def attend_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, routed: Routed, queries: QueryChunks,
-    keys: KeyBuffer, router: Router, chunk_size: int, d_prior: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q through attention to this buffer [n, Hq, D], and of k and v [m, H, D]; `d_prior` is filled in place.
-
-    `out` and `lse` are those of attention to all buffers.
-    """
-    d_out, q, k, v, out = wide(d_out, q, k, v, out)
+    gradient: OutputGradient, queries: RoutedQueries, k: Tensor, v: Tensor, keys: KeyBuffer
+) -> AttentionGradients:
+    """As `Stages.attend_backward`."""
+    lse = gradient.merged.lse
+    d_out, q, k, v, out = wide(gradient.d_out, queries.q, k, v, gradient.merged.out)
+    state, chunk_size = State(*queries.routed.state), queries.router.chunk_size
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     (_, Hq, D), H = q.shape, k.shape[1]
     delta = (d_out.double() * out).sum(-1).to(q.dtype)
-    for rows, number, q_HGTD, bias_HGTwC in _blocks(q, routed, keys, chunk_size):
+    for rows, number, q_HGTD, bias_HGTwC in _blocks(q, state, keys, chunk_size):
         row, length = keys.row[:, number], keys.length[:, number]
         (k_HSD, v_HSD) = (_slots(x, row, length, chunk_size)[0].flatten(1, 2) for x in (k, v))
         lse_HGT, delta_HGT = (x[rows].view(-1, H, Hq // H).permute(1, 2, 0) for x in (lse / LOG2_E, delta))
@@ -214,5 +219,5 @@ def attend_backward(
         _add_slots((d_scores.mT @ q_HGTD).sum(1).view(shape), row, length, dk, chunk_size)
         _add_slots((weights.mT @ d_out_HGTD).sum(1).view(shape), row, length, dv, chunk_size)
         d_bias_HTw = d_scores.unflatten(-1, (-1, chunk_size)).sum((1, -1))
-        d_prior[:, rows][..., number] += d_bias_HTw
-    return dq, dk, dv
+        gradient.d_prior[:, rows][..., number] += d_bias_HTw
+    return AttentionGradients(dq, dk, dv)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dash_megatron.ops.reference import dash_attention_reference
-from dash_megatron.ops.sharded import KeyBuffer, QueryChunks
+from dash_megatron.ops.shards import Attended, KeyBuffer, OutputGradient, QueryChunks, RoutedQueries
 from dash_megatron.ops.types import Router
 from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels
 
@@ -166,7 +166,7 @@ def _run(x, layout):
     """Output, gradients of q, k, v, w and factors, and chunk counts of both ranks together; all float32."""
     C, Hkv, D = x.C, x.k.shape[1], x.q.shape[2]
     spans = [(x.rows(numbers), x.queries(numbers)) for numbers in x.ranks]
-    summaries = [sharded.summarize(x.k[rows], x.w, qs.start, qs.end, C) for rows, qs in spans]
+    summaries = [sharded.summarize(x.k[rows], x.w, qs, C) for rows, qs in spans]
     summary = summaries[0].new_full((Hkv, x.num_chunks, D), NAN)
     for numbers, part in zip(x.ranks, summaries, strict=True):
         summary[:, numbers] = part[:, : len(numbers)]
@@ -177,18 +177,17 @@ def _run(x, layout):
     d_summary, d_heads = 0, []
     for numbers, (rows, qs) in zip(x.ranks, spans, strict=True):
         q = x.q[rows]
-        routed = sharded.route(q, summary, qs, x.router, C, x.head_scaling)
+        routed = sharded.route(q, summary, qs, x.router, x.head_scaling)
         selected[rows] = routed.selected
-        common = (routed, qs)
+        queries = RoutedQueries(q, qs, x.router, routed)
         buffers = layout(x, numbers, sharded.listed(routed, x.num_chunks))
-        parts = [sharded.attend(q, k, v, *common, keys, x.router, C) for keys, k, v, _ in buffers]
+        parts = [sharded.attend(queries, k, v, keys) for keys, k, v, _ in buffers]
         rank_out, lse = _merge(parts)
         out[rows] = rank_out
         d_prior = sharded.new_d_prior(routed)
+        gradient = OutputGradient(x.d_out[rows], Attended(rank_out, lse), d_prior)
         for keys, k, v, places in buffers:
-            grads = sharded.attend_backward(
-                x.d_out[rows], q, k, v, rank_out, lse, *common, keys, x.router, C, d_prior
-            )
+            grads = sharded.attend_backward(gradient, queries, k, v, keys)
             assert all(y.dtype == torch.float32 for y in grads)
             dq[rows] += grads[0]
             for total, part in zip((dk, dv), grads[1:], strict=True):
@@ -196,16 +195,14 @@ def _run(x, layout):
                     total[:, h].index_add_(0, tokens, part[buffer_rows, h])
                     part[buffer_rows, h] = 0
                 assert torch.equal(part, torch.zeros_like(part)), "rows of no chunk have no gradient"
-        router_dq, part, d_head = sharded.route_backward(
-            routed, d_prior, q, summary, qs, x.router, C, x.head_scaling
-        )
+        router_dq, part, d_head = sharded.route_backward(d_prior, queries, summary, x.head_scaling)
         d_heads.append(d_head)
         dq[rows] += router_dq
         d_summary = d_summary + part
     for numbers, (rows, qs) in zip(x.ranks, spans, strict=True):
         local = torch.zeros(Hkv, len(qs.start), D, device=DEVICE)
         local[:, : len(numbers)] = d_summary[:, numbers]
-        part, part_dw = sharded.summarize_backward(local, x.k[rows], x.w, qs.start, qs.end, C)
+        part, part_dw = sharded.summarize_backward(local, x.k[rows], x.w, qs, C)
         dk[rows] += part
         dw += part_dw
     return out, [dq, dk, dv, dw, *([] if x.head_scaling is None else [sum(d_heads)])], selected
@@ -290,10 +287,9 @@ def test_lists_that_are_counted_first_give_the_same_bits(monkeypatch):
     results = []
     for bound in (geometry.MAX_BOUNDED_BYTES, 0):
         monkeypatch.setattr(geometry, "MAX_BOUNDED_BYTES", bound)
-        routed = sharded.route(x.q[rows], summary, qs, x.router, x.C)
-        results.append(
-            (len(routed.list_chunk), *sharded.attend(x.q[rows], k, v, routed, qs, keys, x.router, x.C))
-        )
+        routed = sharded.route(x.q[rows], summary, qs, x.router)
+        queries = RoutedQueries(x.q[rows], qs, x.router, routed)
+        results.append((len(sharded.State(*routed.state).list_chunk), *sharded.attend(queries, k, v, keys)))
     (bounded_room, *bounded), (counted_room, *counted) = results
     assert counted_room < bounded_room
     assert all(torch.equal(a, b) for a, b in zip(bounded, counted, strict=True))
@@ -305,11 +301,12 @@ def test_summary_gradients_are_the_same_bits_in_every_run_if_asked(method):
     numbers = x.ranks[0]
     q, qs = x.q[x.rows(numbers)], x.queries(numbers)
     summary = torch.randn(2, x.num_chunks, 16, generator=generator).to(DEVICE)
-    routed = sharded.route(q, summary, qs, x.router, x.C)
+    routed = sharded.route(q, summary, qs, x.router)
+    list_log_prior = sharded.State(*routed.state).list_log_prior
     # per probability: the logarithm's own slope is unbounded near the threshold, where rounding decides
-    d_prior = torch.randn(routed.list_log_prior.shape, generator=generator).to(DEVICE)
-    d_prior = d_prior * routed.list_log_prior.exp()
-    arguments = (routed, d_prior, q, summary, qs, x.router, x.C)
+    d_prior = torch.randn(list_log_prior.shape, generator=generator).to(DEVICE)
+    d_prior = d_prior * list_log_prior.exp()
+    arguments = (d_prior, RoutedQueries(q, qs, x.router, routed), summary)
     dq, d_summary, _ = sharded.route_backward(*arguments)
     torch.use_deterministic_algorithms(True)
     try:
@@ -325,11 +322,11 @@ def test_a_window_without_keys_gives_nothing():
     numbers = x.ranks[0]
     rows, qs = x.rows(numbers), x.queries(numbers)
     summary = torch.randn(2, x.num_chunks, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    routed = sharded.route(x.q[rows], summary, qs, x.router, x.C)
+    queries = RoutedQueries(x.q[rows], qs, x.router, sharded.route(x.q[rows], summary, qs, x.router))
     # the first chunk is a document of its own
     keys, k, v, _ = _buffer(x, [[0]] * 2, 0, 1)
     others = torch.arange(len(rows), device=DEVICE) >= x.chunks[0][1]
-    out, lse = sharded.attend(x.q[rows], k, v, routed, qs, keys, x.router, x.C)
+    out, lse = sharded.attend(queries, k, v, keys)
     assert torch.equal(out[others], torch.zeros_like(out[others]))
     assert torch.equal(lse[others], torch.full_like(lse[others], float("-inf")))
     assert lse[~others].isfinite().all()
@@ -338,12 +335,11 @@ def test_a_window_without_keys_gives_nothing():
         c for c in x.ranks[1] if not any(x.chunks[d][2] == x.chunks[c][2] and d > c for d in numbers)
     )
     keys, k, v, _ = _buffer(x, [[other]] * 2, other, other + 1)
-    out, lse = sharded.attend(x.q[rows], k, v, routed, qs, keys, x.router, x.C)
+    out, lse = sharded.attend(queries, k, v, keys)
     assert torch.equal(out, torch.zeros_like(out))
-    d_prior = sharded.new_d_prior(routed).fill_(7)
-    grads = sharded.attend_backward(
-        x.d_out[rows], x.q[rows], k, v, out, lse.zero_(), routed, qs, keys, x.router, x.C, d_prior
-    )
+    d_prior = sharded.new_d_prior(queries.routed).fill_(7)
+    gradient = OutputGradient(x.d_out[rows], Attended(out, lse.zero_()), d_prior)
+    grads = sharded.attend_backward(gradient, queries, k, v, keys)
     assert all(torch.equal(y, torch.zeros_like(y)) for y in grads)
     assert torch.equal(d_prior, torch.full_like(d_prior, 7))
 
@@ -352,11 +348,12 @@ def test_listed_chunks_are_those_that_some_row_selected():
     x = Sequence(G=2, scaling_factor=6.0)
     numbers = x.ranks[0]
     summary = torch.randn(2, x.num_chunks, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    routed = sharded.route(x.q[x.rows(numbers)], summary, x.queries(numbers), x.router, x.C)
+    routed = sharded.route(x.q[x.rows(numbers)], summary, x.queries(numbers), x.router)
+    state = sharded.State(*routed.state)
     expected = torch.zeros(2, x.num_chunks, dtype=torch.bool, device=DEVICE)
-    for tile, (offset, count) in enumerate(zip(routed.list_offset, routed.list_count, strict=True)):
-        head = tile // (len(routed.list_count) // 2)
-        expected[head, routed.list_chunk[offset : offset + count].long()] = True
+    for tile, (offset, count) in enumerate(zip(state.list_offset, state.list_count, strict=True)):
+        head = tile // (len(state.list_count) // 2)
+        expected[head, state.list_chunk[offset : offset + count].long()] = True
     listed = sharded.listed(routed, x.num_chunks)
     assert torch.equal(listed, expected)
     assert 0 < listed.sum() < listed.numel()
@@ -367,4 +364,4 @@ def test_queries_the_kernels_cannot_take_are_refused():
     numbers = x.ranks[0]
     summary = torch.zeros(2, x.num_chunks, 16, device=DEVICE)
     with pytest.raises(ValueError, match=r"q\.dtype=torch\.float64"):
-        sharded.route(x.q[x.rows(numbers)].double(), summary, x.queries(numbers), x.router, x.C)
+        sharded.route(x.q[x.rows(numbers)].double(), summary, x.queries(numbers), x.router)

@@ -11,18 +11,15 @@ import torch.nn.functional as F
 
 from dash_megatron.config import ParallelConfig
 from dash_megatron.ops import dash_attention
-from dash_megatron.ops.sharded import stages
 from dash_megatron.ops.types import Router
 from dash_megatron.parallel import destroy_process_groups, init_process_groups, read_launch
 from dash_megatron.parallel.context.communication import (
     ContextGroup,
     heads_for_rows,
-    move_rows,
     rows_for_heads,
 )
 from dash_megatron.parallel.context.exchange import sharded_dash_attention
 from dash_megatron.parallel.context.layout import shard_sequence
-from dash_megatron.parallel.context.sides import DashSide
 
 CHUNK = 16
 
@@ -189,11 +186,18 @@ def _attend_heads(case: Case, leaves: list[torch.Tensor], group: ContextGroup) -
 
 
 def _attend_chunks(case: Case, leaves: list[torch.Tensor], shard: Any, group: ContextGroup) -> torch.Tensor:
-    rows, w = leaves[:3], leaves[3]
-    if shard.chunks.there is not None:
-        rows = [move_rows(x, shard.chunks.there, shard.chunks.back, group) for x in rows]
-    functions = stages(case.backend, rows[0])
     router = Router(CHUNK, case.scaling_factor, 2.0, case.estimate_diagonal, case.alpha, case.length_scaling)
-    side = DashSide(functions, router, CHUNK, shard.chunks, group)
-    out, _ = sharded_dash_attention(*rows, w, side, case.comm, *leaves[4:])
-    return out if shard.chunks.there is None else move_rows(out, shard.chunks.back, shard.chunks.there, group)
+    q, k, v, w, *factors = leaves
+    out, _ = sharded_dash_attention(
+        q,
+        k,
+        v,
+        w,
+        router,
+        shard.chunks,
+        group,
+        exchange=case.comm,
+        backend=case.backend,
+        head_scaling=factors[0] if factors else None,
+    )
+    return out

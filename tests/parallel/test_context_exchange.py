@@ -148,9 +148,9 @@ def shape_of(shard: Any, routed: bool) -> ContextShape:
 
 
 def sent_and_returned(shard: Any) -> tuple[int, int]:
-    if shard.chunks.there is None:
+    if shard.chunks.alignment is None:
         return 0, 0
-    return sum(shard.chunks.there.send_counts), sum(shard.chunks.back.send_counts)
+    return tuple(sum(moves.send_counts) for moves in shard.chunks.alignment)
 
 
 def test_bytes_sent_are_those_of_the_formulas(run_processes: Any, tmp_path: Path) -> None:
@@ -216,17 +216,22 @@ def test_alignment_puts_whole_chunks_on_one_rank_and_moves_little(documents: str
     cu_seqlens = torch.tensor(DOCUMENTS[documents], dtype=torch.int32)
     shards = [shard_sequence(cu_seqlens, rank, size, CHUNK) for rank in range(size)]
     sent = (
-        [[shard.token[shard.chunks.there.send].split(shard.chunks.there.send_counts) for shard in shards]]
-        if (shards[0].chunks.there is not None)
+        [
+            [
+                shard.token[shard.chunks.alignment.there.send].split(shard.chunks.alignment.there.send_counts)
+                for shard in shards
+            ]
+        ]
+        if (shards[0].chunks.alignment is not None)
         else []
     )
     numbers, moved = [], 0
     for shard in shards:
         received = [parts[shard.rank] for parts in sent[0]] if sent else []
         tokens = torch.cat([shard.token, *received])
-        if shard.chunks.there is not None:
-            tokens = tokens[shard.chunks.there.gather]
-            moved += sum(shard.chunks.there.send_counts)
+        if shard.chunks.alignment is not None:
+            tokens = tokens[shard.chunks.alignment.there.gather]
+            moved += sum(shard.chunks.alignment.there.send_counts)
         for start, end, number, first in zip(*shard.chunks.queries[:4], strict=True):
             chunk = tokens[start:end]
             assert torch.equal(chunk, torch.arange(chunk[0], chunk[0] + len(chunk)))

@@ -1,4 +1,4 @@
-"""The stages of DashAttention as plain functions, for queries and keys in different buffers; see `ops/sharded.py`.
+"""The stages of DashAttention as plain functions, for queries and keys in different buffers; see `ops/shards.py`.
 
 The kernels are those of `dash.py`. A call of `attend` takes the part of every query tile's list whose chunks lie in the
 buffer's window, and turns chunk numbers into rows of the buffer once, so that the kernels find keys by row.
@@ -19,11 +19,19 @@ from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
 from dash_megatron.ops.kernels.configs import Plan, plan
 from dash_megatron.ops.kernels.geometry import Lists, Sizes, check_supported, list_offsets, size_tiles
 from dash_megatron.ops.kernels.transpose import divide, transpose
-from dash_megatron.ops.sharded import KeyBuffer, QueryChunks
+from dash_megatron.ops.shards import (
+    Attended,
+    AttentionGradients,
+    KeyBuffer,
+    OutputGradient,
+    QueryChunks,
+    Routed,
+    RoutedQueries,
+    RouterGradients,
+)
 from dash_megatron.ops.types import Router
 
 __all__ = [
-    "Routed",
     "attend",
     "attend_backward",
     "listed",
@@ -37,8 +45,8 @@ __all__ = [
 BLOCK_ENTRIES = 128
 
 
-class Routed(NamedTuple):
-    """What the router chose for every query tile and row of q; tensors only, so that autograd can save it."""
+class State(NamedTuple):
+    """`Routed.state`: what the router selected for every query tile and row of q."""
 
     list_chunk: Tensor
     """The `Lists` of the query tiles, of all past chunks."""
@@ -49,8 +57,6 @@ class Routed(NamedTuple):
     """float32 [n, Hq]: threshold of the entmax."""
     mean_log: Tensor
     """float32 [n, Hkv]: mean log2 probability of the past chunks selected; zero if the prior is not centred."""
-    selected: Tensor
-    """int32 [n, Hkv]: chunks selected, the own one included."""
 
     @property
     def lists(self) -> Lists:
@@ -108,12 +114,13 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _prepare(q: Tensor, num_kv_heads: int, queries: QueryChunks, chunk_size: int) -> tuple[Plan, Sizes]:
+def _prepare(q: Tensor, num_kv_heads: int, chunks: QueryChunks, router: Router) -> tuple[Plan, Sizes]:
     check_supported(q, num_kv_heads)
-    launches = plan(q.device, q.dtype, q.shape[2], chunk_size, q.shape[1] // num_kv_heads, hopper=False)
-    num_local = len(queries.start)
+    chunk_size, groups = router.chunk_size, q.shape[1] // num_kv_heads
+    launches = plan(q.device, q.dtype, q.shape[2], chunk_size, groups, hopper=False)
+    num_local, bound = len(chunks.start), chunks.list_bound
     return launches, size_tiles(
-        len(q), q.shape[1:], num_kv_heads, chunk_size, num_local, queries.list_bound, launches.tile_rows
+        len(q), q.shape[1:], num_kv_heads, chunk_size, num_local, bound, launches.tile_rows
     )
 
 
@@ -122,29 +129,30 @@ def _key_sizes(k: Tensor, start: Tensor, chunk_size: int) -> Sizes:
     return size_tiles(len(k), k.shape[1:], k.shape[1], chunk_size, len(start), 0, chunk_size)
 
 
-def _chunks(queries: QueryChunks) -> Tensor:
-    return torch.stack([queries.start, queries.end, queries.first])
+def _spans(chunks: QueryChunks) -> Tensor:
+    """First row, one past the last, and first chunk of the document: int32 [3, local chunks]."""
+    return torch.stack([chunks.start, chunks.end, chunks.first])
 
 
-def _past(queries: QueryChunks) -> Tensor:
+def _past(chunks: QueryChunks) -> Tensor:
     """How many chunks of its document lie before each local chunk; 0 for an empty one."""
-    return torch.where(queries.end > queries.start, queries.number - queries.first, 0)
+    return torch.where(chunks.end > chunks.start, chunks.number - chunks.first, 0)
 
 
-def _in_window(queries: QueryChunks, keys: KeyBuffer) -> Tensor:
+def _in_window(chunks: QueryChunks, keys: KeyBuffer) -> Tensor:
     """Bool [local chunks]: whether the window has the chunk itself."""
-    return (queries.number >= keys.first) & (queries.number < keys.last) & (queries.end > queries.start)
+    return (chunks.number >= keys.first) & (chunks.number < keys.last) & (chunks.end > chunks.start)
 
 
-def _own_keys(queries: QueryChunks, keys: KeyBuffer) -> Tensor:
+def _own_keys(chunks: QueryChunks, keys: KeyBuffer) -> Tensor:
     """First row and one past the last in the buffer of each local chunk's own keys: int32 [2, Hkv, local chunks]."""
-    here = _in_window(queries, keys)
-    number = torch.where(here, queries.number, 0)
+    here = _in_window(chunks, keys)
+    number = torch.where(here, chunks.number, 0)
     start, length = (x.index_select(1, number) for x in (keys.row, keys.length))
     return torch.stack([start, start + length * here])
 
 
-def _keys_and_queries(queries: QueryChunks, keys: KeyBuffer) -> tuple[Tensor, Tensor]:
+def _keys_and_queries(chunks: QueryChunks, keys: KeyBuffer) -> tuple[Tensor, Tensor]:
     """First and one past the last row of the keys, and of this rank's queries, of the window's chunks.
 
     Both int32 [2, Hkv, window]. A chunk has no queries where the buffer does not hold its keys.
@@ -152,183 +160,136 @@ def _keys_and_queries(queries: QueryChunks, keys: KeyBuffer) -> tuple[Tensor, Te
     row, length = (x[:, keys.first : keys.last] for x in (keys.row, keys.length))
     width = keys.last - keys.first
     # what lies elsewhere meets in one more column
-    place = torch.where(_in_window(queries, keys), queries.number - keys.first, width).long()
+    place = torch.where(_in_window(chunks, keys), chunks.number - keys.first, width).long()
     spans = torch.zeros(2, width + 1, dtype=torch.int32, device=row.device)
-    spans[:, place] = torch.stack([queries.start, queries.end])
+    spans[:, place] = torch.stack([chunks.start, chunks.end])
     start, end = (x[:width].expand_as(row) for x in spans)
     return torch.stack([row, row + length]), torch.stack([start, torch.where(length > 0, end, start)])
 
 
-def _window(routed: Routed, keys: KeyBuffer, sizes: Sizes) -> tuple[Lists, Lists]:
+def _window(state: State, keys: KeyBuffer, sizes: Sizes) -> tuple[Lists, Lists]:
     """The parts of the lists in the window: with chunk numbers, and with rows of the buffer in their place."""
-    row = torch.empty_like(routed.list_chunk)
-    offset, count = torch.empty_like(routed.list_offset), torch.empty_like(routed.list_count)
+    row = torch.empty_like(state.list_chunk)
+    offset, count = torch.empty_like(state.list_offset), torch.empty_like(state.list_count)
     _window_kernel[(sizes.num_tiles,)](
-        routed.list_chunk, routed.list_offset, routed.list_count, keys.row.contiguous(), row, offset, count,
+        state.list_chunk, state.list_offset, state.list_count, keys.row.contiguous(), row, offset, count,
         keys.first, keys.last, keys.row.shape[1], sizes.tiles_per_head, BLOCK=BLOCK_ENTRIES, num_warps=1,
     )  # fmt: skip
-    lists = Lists(routed.list_chunk, routed.list_log_prior, offset, count)
+    lists = Lists(state.list_chunk, state.list_log_prior, offset, count)
     return lists, lists._replace(chunk=row)
 
 
-def summarize(k: Tensor, w: Tensor, start: Tensor, end: Tensor, chunk_size: int) -> Tensor:
-    """Softmax-weighted mean key of every chunk.
+def summarize(k: Tensor, w: Tensor, chunks: QueryChunks, chunk_size: int) -> Tensor:
+    """As `Stages.summarize`, for float16, bfloat16 or float32.
 
-    Args:
-        k: keys [m, Hkv, D]; float16, bfloat16 or float32.
-        w: summary queries [Hkv, D].
-        start, end: first row and one past the last of every chunk, int32 [chunks]; equal for an empty one.
-        chunk_size: the most rows a chunk has.
-
-    Returns:
-        [Hkv, chunks, D], float32 beside float32 keys and otherwise float16; zero for empty chunks.
+    Summaries are float32 beside float32 keys and otherwise float16.
     """
-    sizes = _key_sizes(k, start, chunk_size)
-    return summaries.summarize(_rows(k), _rows(w), torch.stack([start, end]), sizes)
+    sizes = _key_sizes(k, chunks.start, chunk_size)
+    return summaries.summarize(_rows(k), _rows(w), torch.stack([chunks.start, chunks.end]), sizes)
 
 
 def summarize_backward(
-    d_summary: Tensor, k: Tensor, w: Tensor, start: Tensor, end: Tensor, chunk_size: int
+    d_summary: Tensor, k: Tensor, w: Tensor, chunks: QueryChunks, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Float32 gradients of k [m, Hkv, D], zero in rows of no chunk, and of w [Hkv, D].
-
-    `d_summary` is float32 [Hkv, chunks, D]; the other arguments are those of `summarize`.
-    """
-    sizes = _key_sizes(k, start, chunk_size)
+    """As `Stages.summarize_backward`; gradients are float32."""
+    sizes = _key_sizes(k, chunks.start, chunk_size)
     return summaries.summarize_backward(
-        d_summary.float().contiguous(), _rows(k), _rows(w), torch.stack([start, end]), sizes
+        d_summary.float().contiguous(), _rows(k), _rows(w), torch.stack([chunks.start, chunks.end]), sizes
     )
 
 
 def route(
-    q: Tensor, summary: Tensor, queries: QueryChunks, router: Router, chunk_size: int, head_scaling: Tensor | None = None
-) -> Routed:  # fmt: skip
-    """Solve the entmax of every row and list the chunks that each query tile selected.
+    q: Tensor, summary: Tensor, chunks: QueryChunks, router: Router, head_scaling: Tensor | None = None
+) -> Routed:
+    """As `Stages.route`: solve the entmax of every row and list the chunks that each query tile selected.
 
     Waits for the device only where lists are too long to be allocated for every chunk being selected.
-
-    Args:
-        q: [n, Hq, D], all rows in chunks; float16, bfloat16 or float32.
-        summary: of all chunks of the whole sequence [Hkv, num_chunks, D], as `summarize` gives them.
-        queries: where the chunks of q lie.
-        router: its scaling factor is a number.
-        chunk_size: 16, 32, 64 or 128.
-        head_scaling: multiplies the router's scaling factor, for each key/value head [Hkv].
     """
-    launches, sizes = _prepare(q, len(summary), queries, chunk_size)
-    past = _past(queries)
-    lists, *rest = routing.route(
-        _rows(q), summary.contiguous(), _chunks(queries), list_offsets(sizes, past), sizes, router,
-        launches.route, queries.number.contiguous(), routing.factors(router, past, len(summary), head_scaling),
+    launches, sizes = _prepare(q, len(summary), chunks, router)
+    past = _past(chunks)
+    lists, tau, mean_log, selected = routing.route(
+        _rows(q), summary.contiguous(), _spans(chunks), list_offsets(sizes, past), sizes, router,
+        launches.route, chunks.number.contiguous(), routing.factors(router, past, len(summary), head_scaling),
     )  # fmt: skip
-    return Routed(*lists, *rest)
+    return Routed(selected, State(*lists, tau, mean_log))
 
 
 def listed(routed: Routed, num_chunks: int) -> Tensor:
-    """Bool [Hkv, num_chunks]: past chunks that at least one row selected."""
-    Hkv, tiles = routed.selected.shape[1], len(routed.list_count)
+    """As `Stages.listed`."""
+    state = State(*routed.state)
+    Hkv, tiles = routed.selected.shape[1], len(state.list_count)
     marks = torch.zeros(Hkv, num_chunks, dtype=torch.uint8, device=routed.selected.device)
     _listed_kernel[(tiles,)](
-        routed.list_chunk, routed.list_offset, routed.list_count, marks, num_chunks, tiles // Hkv,
+        state.list_chunk, state.list_offset, state.list_count, marks, num_chunks, tiles // Hkv,
         BLOCK=BLOCK_ENTRIES, num_warps=1,
     )  # fmt: skip
     return marks.view(torch.bool)
 
 
 def route_backward(
-    routed: Routed, d_prior: Tensor, q: Tensor, summary: Tensor, queries: QueryChunks, router: Router, chunk_size: int,
-    head_scaling: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Gradients through the router, from that of the log priors.
+    d_prior: Tensor, queries: RoutedQueries, summary: Tensor, head_scaling: Tensor | None = None
+) -> RouterGradients:
+    """As `Stages.route_backward`; gradients are float32.
 
     Under `torch.use_deterministic_algorithms` the gradient of the summaries is summed in order, at some cost in time,
     and otherwise with atomics.
-
-    Args:
-        d_prior: of `new_d_prior`, filled by calls of `attend_backward` for all chunks.
-        routed, q, summary, queries, router, chunk_size, head_scaling: of `route`.
-
-    Returns:
-        Float32 gradients of q through the router alone [n, Hq, D] and, from these rows, of the summaries
-        [Hkv, num_chunks, D] and of `head_scaling`, if there is one.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
-    launches, sizes = _prepare(q, len(summary), queries, chunk_size)
-    q, summary, chunks = _rows(q), summary.contiguous(), _chunks(queries)
+    chunks, router, state = queries.chunks, queries.router, State(*queries.routed.state)
+    launches, sizes = _prepare(queries.q, len(summary), chunks, router)
+    q, summary, spans = _rows(queries.q), summary.contiguous(), _spans(chunks)
     dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    factor = routing.factors(router, _past(queries), len(summary), head_scaling)
+    factor = routing.factors(router, _past(chunks), len(summary), head_scaling)
     d_summary, mean_dp, d_log_factor = backward_router(
-        q, summary, routed.tau, dq, d_prior, routed.lists, chunks, sizes, router, launches.router, deterministic,
+        q, summary, state.tau, dq, d_prior, state.lists, spans, sizes, router, launches.router, deterministic,
         factor, head_scaling is not None,
     )  # fmt: skip
     if deterministic:
-        transposed = transpose(routed.lists, chunks, sizes, (0, summary.shape[1]))
+        transposed = transpose(state.lists, spans, sizes, (0, summary.shape[1]))
         d_summary = sum_d_summary(
-            q, routed.tau, mean_dp, summary, routed.list_log_prior, d_prior, transposed, sizes, router,
-            token_factors(factor, queries.start, len(q)),
+            q, state.tau, mean_dp, summary, state.list_log_prior, d_prior, transposed, sizes, router,
+            token_factors(factor, chunks.start, len(q)),
         )  # fmt: skip
     if head_scaling is None or d_log_factor is None:
-        return dq, d_summary, None
-    return dq, d_summary, d_log_factor / head_scaling
+        return RouterGradients(dq, d_summary, None)
+    return RouterGradients(dq, d_summary, d_log_factor / head_scaling)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, routed: Routed, queries: QueryChunks, keys: KeyBuffer, router: Router, chunk_size: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attend to what of each row's own and listed chunks the window has.
-
-    Args:
-        q: [n, Hq, D].
-        k, v: the buffer [m, Hkv, D], in q's dtype. Within the window it holds every chunk that a list names.
-        routed: of `route` for the same q and queries.
-        queries, keys: where the chunks lie.
-        router, chunk_size: as in `route`.
-
-    Returns:
-        Output [n, Hq, D] and base-2 log-sum-exp of the scores [n, Hq], both float32; 0 and -inf for a row that sees no
-        key here. Calls whose windows share no chunk are merged by weights 2 ** lse.
-    """
-    launches, sizes = _prepare(q, k.shape[1], queries, chunk_size)
-    _, lists = _window(routed, keys, sizes)
-    return attention.attend(
-        _rows(q), _rows(k), _rows(v), lists, routed.mean_log, _chunks(queries), sizes, router, launches.attend,
-        _own_keys(queries, keys),
+def attend(queries: RoutedQueries, k: Tensor, v: Tensor, keys: KeyBuffer) -> Attended:
+    """As `Stages.attend`; output and log-sum-exp are float32."""
+    q, chunks, router, state = queries.q, queries.chunks, queries.router, State(*queries.routed.state)
+    launches, sizes = _prepare(q, k.shape[1], chunks, router)
+    _, lists = _window(state, keys, sizes)
+    out, lse = attention.attend(
+        _rows(q), _rows(k), _rows(v), lists, state.mean_log, _spans(chunks), sizes, router, launches.attend,
+        _own_keys(chunks, keys),
     )  # fmt: skip
+    return Attended(out, lse)
 
 
 def new_d_prior(routed: Routed) -> Tensor:
-    """What calls of `attend_backward` fill, each for the chunks in its window: the gradient of the log priors."""
-    return torch.empty_like(routed.list_log_prior)
+    """As `Stages.new_d_prior`; each call of `attend_backward` writes it for the chunks in its window."""
+    return torch.empty_like(State(*routed.state).list_log_prior)
 
 
 def attend_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, routed: Routed, queries: QueryChunks,
-    keys: KeyBuffer, router: Router, chunk_size: int, d_prior: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients through attention to one buffer.
-
-    Args:
-        d_out: [n, Hq, D], of the merged output.
-        out, lse: merged over all buffers, [n, Hq, D] and float32 [n, Hq].
-        d_prior: of `new_d_prior`; written for the chunks in the window.
-        q, k, v, routed, queries, keys, router, chunk_size: of `attend`.
-
-    Returns:
-        Float32 gradients of q [n, Hq, D], k and v [m, Hkv, D]; those of k and v are zero in rows that nothing attends to.
-    """
-    launches, sizes = _prepare(q, k.shape[1], queries, chunk_size)
-    q, k, v, chunks = _rows(q), _rows(k), _rows(v), _chunks(queries)
-    d_out, out, lse = d_out.to(q.dtype).contiguous(), out.contiguous(), lse.contiguous()
-    lists, row_lists = _window(routed, keys, sizes)
+    gradient: OutputGradient, queries: RoutedQueries, k: Tensor, v: Tensor, keys: KeyBuffer
+) -> AttentionGradients:
+    """As `Stages.attend_backward`; gradients are float32."""
+    chunks, router, state = queries.chunks, queries.router, State(*queries.routed.state)
+    launches, sizes = _prepare(queries.q, k.shape[1], chunks, router)
+    q, k, v, spans = _rows(queries.q), _rows(k), _rows(v), _spans(chunks)
+    d_out, out, lse = gradient.d_out.to(q.dtype).contiguous(), *(x.contiguous() for x in gradient.merged)
+    lists, row_lists = _window(state, keys, sizes)
     dq, _, delta, centred_lse = backward_q(
-        q, k, v, out, d_out, lse, row_lists, routed.mean_log, chunks, sizes, router, launches.queries,
-        _own_keys(queries, keys), d_prior,
+        q, k, v, out, d_out, lse, row_lists, state.mean_log, spans, sizes, router, launches.queries,
+        _own_keys(chunks, keys), gradient.d_prior,
     )  # fmt: skip
-    places, own_queries = _keys_and_queries(queries, keys)
-    transposed = transpose(lists, chunks, sizes, (keys.first, keys.last))
-    division = divide(transposed, chunks, sizes, launches.parts, own_queries)
+    places, own_queries = _keys_and_queries(chunks, keys)
+    transposed = transpose(lists, spans, sizes, (keys.first, keys.last))
+    division = divide(transposed, spans, sizes, launches.parts, own_queries)
     dk, dv = backward_kv_alone(
-        q, k, v, d_out, centred_lse, delta, routed.mean_log, lists, transposed, division, places, own_queries,
+        q, k, v, d_out, centred_lse, delta, state.mean_log, lists, transposed, division, places, own_queries,
         sizes, router, launches.keys,
     )  # fmt: skip
-    return dq, dk, dv
+    return AttentionGradients(dq, dk, dv)

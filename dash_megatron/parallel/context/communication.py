@@ -16,16 +16,25 @@ Exchange = Callable[[Tensor], Tensor]
 
 
 class Pending:
-    """A tensor that is on its way."""
+    """A tensor that is on its way.
 
-    def __init__(self, result: Tensor, work: Any = None, device: torch.device | None = None) -> None:
+    Args:
+        result: what is being filled.
+        work: what fills it.
+        device: where it is wanted, if not where it arrives.
+    """
+
+    def __init__(
+        self, result: Tensor, work: Sequence[dist.Work | None], device: torch.device | None = None
+    ) -> None:
         self._result, self._work, self._device = result, work, device
 
     def wait(self) -> Tensor:
         """The tensor, once it has arrived."""
-        for work in self._work if isinstance(self._work, list) else [self._work] if self._work else []:
-            work.wait()
-        self._work = None
+        for work in self._work:
+            if work is not None:
+                work.wait()
+        self._work = ()
         return self._result if self._device is None else self._result.to(self._device)
 
 
@@ -66,7 +75,7 @@ class ContextGroup:
         out = x.new_empty(self.size, *x.shape)
         work = dist.all_gather_into_tensor(out.view(-1), x.view(-1), self.group, async_op=True)
         self._count((self.size - 1) * x.nbytes)
-        return Pending(out, work, device)
+        return Pending(out, [work], device)
 
     def all_to_all(
         self, x: Tensor, send_counts: Sequence[int] | None = None, receive_counts: Sequence[int] | None = None
@@ -80,7 +89,7 @@ class ContextGroup:
         receive, send = (None if c is None else list(c) for c in (receive_counts, send_counts))
         work = dist.all_to_all_single(out, x, receive, send, self.group, async_op=True)
         self._count((x.shape[0] - own_rows) * x[:1].nbytes)
-        return Pending(out, work, device)
+        return Pending(out, [work], device)
 
     def shift(self, x: Tensor) -> Pending:
         """Send x to the next rank and receive as much from the one before."""
@@ -154,3 +163,15 @@ def heads_for_rows(x: Tensor, group: ContextGroup) -> Tensor:
 def rows_for_heads(x: Tensor, group: ContextGroup) -> Tensor:
     """The reverse of `heads_for_rows`."""
     return _ThereAndBack.apply(x, group.rows_for_heads, group.heads_for_rows, group)
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Bool [rows, n] as bytes [rows, ceil(n / 8)]."""
+    bits = torch.nn.functional.pad(bits, (0, -bits.shape[1] % 8)).unflatten(1, (-1, 8))
+    return (bits * (1 << torch.arange(8, device=bits.device))).sum(-1).to(torch.uint8)
+
+
+def unpack_bits(packed: Tensor, n: int) -> Tensor:
+    """The reverse of `pack_bits`."""
+    bits = packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    return bits.flatten(1)[:, :n].bool()

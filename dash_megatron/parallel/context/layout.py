@@ -3,20 +3,21 @@
 A sequence of N tokens is cut into 2P equal pieces; rank r holds pieces r and 2P - 1 - r (zigzag), so that causal work
 is the same for all. DashAttention wants whole chunks, and with packed documents a chunk may straddle the border of two
 pieces: its tail moves to the rank that holds its head for the time of attention, at most chunk_size - 1 tokens a border.
-Pieces with borders moved so are called aligned. A rank's rows are those of its two pieces behind one another.
+Pieces with borders moved so are called aligned. A rank's rows are those of its two pieces, concatenated.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dash_megatron.ops.sharded import QueryChunks
+from dash_megatron.ops.shards import QueryChunks
 
 
 class Moves(NamedTuple):
@@ -30,6 +31,19 @@ class Moves(NamedTuple):
     """Of each rank."""
     gather: Tensor
     """int64: every new row's place among the old rows followed by the received ones."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Moves:
+        """Apply a function to every tensor."""
+        return self._replace(send=function(self.send), gather=function(self.gather))
+
+
+class Alignment(NamedTuple):
+    """How rows move to whole chunks and home again."""
+
+    there: Moves
+    """From rows to aligned rows."""
+    back: Moves
+    """From aligned rows to rows."""
 
 
 class ChunkPlaces(NamedTuple):
@@ -52,6 +66,11 @@ class ChunkPlaces(NamedTuple):
     pieces: tuple[int, ...]
     """Number of the first chunk of each of the 2P aligned pieces, and the number of chunks."""
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> ChunkPlaces:
+        """Apply a function to every tensor."""
+        owner, local, row, length = (function(x) for x in self[:4])
+        return self._replace(owner=owner, local=local, row=row, length=length)
+
 
 class ChunkLayout(NamedTuple):
     """One rank's chunks, and everybody's."""
@@ -61,10 +80,16 @@ class ChunkLayout(NamedTuple):
     places: ChunkPlaces
     windows: tuple[tuple[tuple[int, int], ...], ...]
     """Per rank: its runs of chunks, first and one past the last, that queries of this rank may attend to."""
-    there: Moves | None
-    """From rows to aligned rows; None where every border is aligned anyway."""
-    back: Moves | None
-    """And back."""
+    alignment: Alignment | None
+    """How this rank's rows are aligned; None where every border is aligned anyway."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ChunkLayout:
+        """Apply a function to every tensor."""
+        alignment = self.alignment
+        if alignment is not None:
+            alignment = Alignment(*(moves.map(function) for moves in alignment))
+        queries, places = self.queries.map(function), self.places.map(function)
+        return self._replace(queries=queries, places=places, alignment=alignment)
 
 
 @dataclass(frozen=True)
@@ -89,24 +114,16 @@ class ContextShard:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ContextShard:
         """Copy all tensors to a device."""
-        return _map(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> ContextShard:
         """Copy all tensors to page-locked memory."""
-        return _map(self, lambda tensor: tensor.pin_memory())
+        return self._map(lambda tensor: tensor.pin_memory())
 
-
-def _map(value: Any, function: Any) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map(part, function) for part in value))
-    if isinstance(value, ContextShard):
-        parts = {
-            field.name: _map(getattr(value, field.name), function) for field in dataclasses.fields(value)
-        }
-        return ContextShard(**parts)
-    return value
+    def _map(self, function: Callable[[Tensor], Tensor]) -> ContextShard:
+        chunks = None if self.chunks is None else self.chunks.map(function)
+        cu_seqlens, token = function(self.cu_seqlens), function(self.token)
+        return dataclasses.replace(self, cu_seqlens=cu_seqlens, token=token, chunks=chunks)
 
 
 def piece_owner(piece: int, size: int) -> int:
@@ -182,7 +199,7 @@ def _lay_out(bounds: np.ndarray, rank: int, size: int, chunk_size: int) -> Chunk
     aligned = np.append(start, bounds[-1])[pieces]
     owner_of_piece = np.array([piece_owner(piece, size) for piece in range(2 * size)])
     piece = np.repeat(np.arange(2 * size), np.diff(pieces))
-    # a rank's second piece lies behind its first
+    # a rank's second piece follows its first
     lead_rows, lead_chunks = np.diff(aligned), np.diff(pieces)
     rows_before = np.where(np.arange(2 * size) < size, 0, lead_rows[owner_of_piece])
     chunks_before = np.where(np.arange(2 * size) < size, 0, lead_chunks[owner_of_piece])
@@ -216,11 +233,10 @@ def _lay_out(bounds: np.ndarray, rank: int, size: int, chunk_size: int) -> Chunk
         tuple((int(pieces[p]), int(pieces[p + 1])) for p in (peer, 2 * size - 1 - peer) if reached[p])
         for peer in range(size)
     )
-    there = back = None
+    alignment = None
     if (aligned != borders).any():
-        there = _moves(borders, aligned, rank, size)
-        back = _moves(aligned, borders, rank, size)
-    return ChunkLayout(queries, places, windows, there, back)
+        alignment = Alignment(_moves(borders, aligned, rank, size), _moves(aligned, borders, rank, size))
+    return ChunkLayout(queries, places, windows, alignment)
 
 
 def _moves(old: np.ndarray, new: np.ndarray, rank: int, size: int) -> Moves:
