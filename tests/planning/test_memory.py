@@ -130,7 +130,7 @@ def test_the_measured_peaks_of_1b_steps_are_met_within_10_percent(
 def test_the_measured_peaks_of_studies_without_recomputation_are_met_within_10_percent(
     study: str, run: str, peak_gib: float
 ) -> None:
-    # torch's own allocations: `gpu_memory_gib` in the archives of docs/results/quality.md
+    # torch's own allocations: `gpu_memory_gib` in the summaries of docs/results/quality
     runs = {run.name: run for run in expand(load_study(ROOT / f"{study}.yaml"))}
     use = memory_use(
         runs[run].config, replace(ALONE, recompute="none"), 16384, Hardware(reserved_gib=0),

@@ -1,0 +1,198 @@
+"""Condense a study's runs into one small JSON file: `python -m docs.tools.study_summary STUDY_FOLDER [...] --output FILE`.
+
+The files of `docs/results/quality` are such summaries. They hold what the runs were trained with, what they came to, coarse
+curves and mean evaluation scores; metrics of every step and scores of every sample stay with the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import yaml
+
+from dash_megatron.training.metrics import StepMetrics, read_metrics
+
+# Points of a training curve: each is the mean over the steps logged since the last one.
+CURVE_POINTS = 60
+_MISSING = "<missing>"
+
+
+def summarize(folders: Iterable[Path]) -> dict[str, Any]:
+    """The summary of all runs in `<folder>/runs` of each folder, by the run's name.
+
+    Returns:
+        `config`: the settings that all runs share, by dotted key. `runs`: for each run the settings that differ (`config`),
+        its `results`, its `curve`, its `validations` and its `evaluations`. `fits`: what `study fit` wrote, if it did.
+
+    Raises:
+        FileNotFoundError: a run without config or metrics.
+    """
+    paths = [path for folder in folders for path in sorted((folder / "runs").iterdir()) if path.is_dir()]
+    configs = {path.name: _flat(yaml.safe_load((path / "config.yaml").read_text())) for path in paths}
+    first = next(iter(configs.values()))
+    shared = {
+        key: value
+        for key, value in first.items()
+        if all(config.get(key, _MISSING) == value for config in configs.values())
+    }
+    summary: dict[str, Any] = {"config": shared, "runs": {}}
+    for path in paths:
+        own = {key: value for key, value in configs[path.name].items() if key not in shared}
+        summary["runs"][path.name] = {"config": own, **_summarize_run(path)}
+    fits = [folder / "fits.json" for folder in folders if (folder / "fits.json").is_file()]
+    if fits:
+        summary["fits"] = json.loads(fits[0].read_text())
+    return summary
+
+
+def config_of(summary: dict[str, Any], run: str) -> dict[str, Any]:
+    """The config that a run of a summary was trained with, as nested sections."""
+    tree: dict[str, Any] = {}
+    for key, value in {**summary["config"], **summary["runs"][run]["config"]}.items():
+        *sections, name = key.split(".")
+        inner = tree
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = copy.deepcopy(value)
+    return tree
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted key; an empty section stays a value."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        # steps and layers are keys that are numbers, within one setting
+        is_section = isinstance(value, dict) and value and all(isinstance(name, str) for name in value)
+        flat |= _flat(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
+    return flat
+
+
+def _summarize_run(path: Path) -> dict[str, Any]:
+    lines = read_metrics(path)
+    last = lines[-1]
+    tail = [line for line in lines if line["step"] > 0.9 * last["step"]]
+    validated = [line for line in lines if line["valid_loss"] is not None]
+    return {
+        "results": {
+            "step": last["step"],
+            "tokens": last["tokens"],
+            "loss": _round(fmean(line["loss"] for line in tail)),
+            "valid_loss": validated[-1]["valid_loss"] if validated else None,
+            "density": _mean(line["density"] for line in tail),
+            "density_per_layer": _round(last["density_per_layer"]),
+            "scaling_factor_per_layer": _round(last["scaling_factor_per_layer"]),
+            "tokens_per_second": _round(median(line["tokens_per_second"] for line in lines)),
+            "gpu_memory_gib": _round(max(line["gpu_memory_gib"] or 0.0 for line in lines)),
+            "skipped": last["skipped"],
+        },
+        "curve": _curve(lines),
+        "validations": [_validation(line) for line in validated],
+        "evaluations": {
+            folder.name: _evaluation(folder)
+            for folder in sorted((path / "evaluation").glob("*"))
+            if folder.is_dir()
+        },
+    }
+
+
+def _curve(lines: Sequence[StepMetrics]) -> dict[str, list[Any]]:
+    """Training loss and density by step, each the mean over the steps logged since the point before."""
+    points = min(CURVE_POINTS, len(lines))
+    bounds = [round(index * len(lines) / points) for index in range(points + 1)]
+    parts = [lines[start:end] for start, end in pairwise(bounds)]
+    return {
+        "step": [part[-1]["step"] for part in parts],
+        "loss": [_mean(line["loss"] for line in part) for part in parts],
+        "density": [_mean(line["density"] for line in part) for part in parts],
+    }
+
+
+def _validation(line: StepMetrics) -> dict[str, Any]:
+    """Loss over all positions and by position, and scores of tasks, as one step logged them."""
+    by_position = line.get("valid_loss_by_position") or []
+    return {
+        "step": line["step"],
+        "loss": _round(line["valid_loss"]),
+        "loss_by_position": {str(bucket["to"]): _round(bucket["loss"]) for bucket in by_position},
+        **({"tasks": _round(line["tasks"])} if line.get("tasks") else {}),
+    }
+
+
+def _evaluation(folder: Path) -> dict[str, Any]:
+    """Means by task and length of what `evaluate` wrote for each sample: number of samples, and score or loss.
+
+    Perplexity has the mean loss over all windows, over all their positions and by position.
+    """
+    found: dict[str, Any] = {}
+    results = folder / "results.json"
+    written = json.loads(results.read_text())["tasks"] if results.is_file() else {}
+    for path in sorted(folder.glob("*.jsonl")):
+        samples = defaultdict(list)
+        for sample in map(json.loads, path.read_text().splitlines()):
+            samples[str(sample["length"])].append(sample)
+        if path.stem == "perplexity":
+            found[path.stem] = {length: _windows(x) for length, x in written.get(path.stem, {}).items()}
+        else:
+            found[path.stem] = {
+                length: {
+                    "samples": len(x),
+                    "score": _mean(sample["score"] for sample in x),
+                    "nll": _mean(sample["nll"] for sample in x),
+                }
+                for length, x in samples.items()
+            }
+    return found
+
+
+def _windows(result: dict[str, Any]) -> dict[str, Any]:
+    by_position = {str(bucket["to"]): _round(bucket["nll"]) for bucket in result["buckets"]}
+    return {"samples": result["windows"], "nll": _round(result["nll"]), "nll_by_position": by_position}
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the numbers among the values; None where there are none."""
+    numbers = [value for value in values if value is not None]
+    return _round(fmean(numbers)) if numbers else None
+
+
+def _round(value: Any) -> Any:
+    """Five digits of every number in nested lists and sections."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _round(x) for key, x in value.items()}
+    return [_round(x) for x in value] if isinstance(value, list) else value
+
+
+def to_text(summary: dict[str, Any]) -> str:
+    """JSON with one line for each entry of a run, which keeps the file small and its differences readable."""
+    runs = summary["runs"]
+    lines = ["{", f'"config": {json.dumps(summary["config"], indent=1)},']
+    if "fits" in summary:
+        lines.append(f'"fits": {json.dumps(summary["fits"])},')
+    lines.append('"runs": {')
+    for name, run in runs.items():
+        entries = ",\n  ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in run.items())
+        lines.append(f" {json.dumps(name)}: {{\n  {entries}\n }}" + ("," if name != list(runs)[-1] else ""))
+    return "\n".join([*lines, "}", "}"]) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path, metavar="STUDY_FOLDER", help="a study's `output`")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON to write")
+    options = parser.parse_args(arguments)
+    options.output.write_text(to_text(summarize(options.folders)))
+
+
+if __name__ == "__main__":
+    main()
