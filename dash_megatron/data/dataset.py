@@ -107,14 +107,7 @@ def build_dataset(
         FileNotFoundError: a file is missing.
         ValueError: an argument breaks a rule, or the data is empty, short, truncated or of another tokenizer.
     """
-    if split_name not in ("train", "valid"):
-        raise ValueError(f"split_name={split_name!r} must be 'train' or 'valid'")
-    if seq_length < 1:
-        raise ValueError(f"data.seq_length={seq_length} must be at least 1")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"training.seed={seed} must lie in [0, 2**32), numpy's range; pick a smaller one")
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples={num_samples} must be at least 1; set training.steps to 1 or more")
+    _check_arguments(seq_length, num_samples, seed, split_name)
     field = f"data.{split_name}"
     prefixes, weights = _parse_blend(blend, field)
     for prefix in prefixes:
@@ -138,6 +131,17 @@ def build_dataset(
     else:
         dataset = _blended(passes, weights or [float(length) for length in lengths], num_samples, seed)
     return TokenRows(dataset, num_samples, tokenizer.vocab_size, ", ".join(prefixes))
+
+
+def _check_arguments(seq_length: int, num_samples: int | None, seed: int, split_name: str) -> None:
+    if split_name not in ("train", "valid"):
+        raise ValueError(f"split_name={split_name!r} must be 'train' or 'valid'")
+    if seq_length < 1:
+        raise ValueError(f"data.seq_length={seq_length} must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"training.seed={seed} must lie in [0, 2**32), numpy's range; pick a smaller one")
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples={num_samples} must be at least 1; set training.steps to 1 or more")
 
 
 def _parse_blend(blend: Blend, field: str) -> tuple[list[str], list[float] | None]:
