@@ -29,7 +29,7 @@ class EvaluationConfig(Section):
     """Validation sequences per validation, always the same ones."""
     tasks: tuple[str, ...] = ()
     """Tasks of `python -m dash_megatron evaluate` that are scored during training, always on the same samples, made from the
-    text of `data.valid`. A sample counts as right where every token of the answer is the argmax of the logits.
+    text of `data.valid`. An answer counts as right where each of its tokens is the argmax of the logits.
     docs/evaluation.md lists the tasks."""
     tasks_every: int = Field(default=0, ge=0)
     """Steps between scores of `tasks`; 0 = never. A run that scores them also does so after the last step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from typing import Any
 
@@ -68,6 +69,7 @@ def _type_text(field: Any) -> str:
     text = text if text and not typing.get_args(annotation) else str(annotation)
     for old, new in (("typing.Any", "any"), ("str", "text"), (" | None", " or null"), ("|", "or")):
         text = text.replace(old, new)
+    text = re.sub(r"tuple\[(\w+), \.\.\.\]", r"list of \1", text)
     bounds = [
         f"{sign} {getattr(rule, name)}"
         for rule in field.metadata
