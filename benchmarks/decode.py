@@ -22,8 +22,10 @@ from torch import Tensor
 
 from benchmarks.inputs import Inputs, default_device, device_name, kernels_run
 from benchmarks.timing import Attention, dense_decoders, graph_microseconds, wait
-from dash_megatron.ops import DashCache, dash_decode
+from dash_megatron.ops import DashCache
+from dash_megatron.ops.decode import decode_and_count
 from dash_megatron.ops.fingerprint import implementation_fingerprint
+from dash_megatron.ops.types import Router
 
 # Largest relative error of the bfloat16 output before a case is refused.
 ALLOWED_ERROR = 1e-2
@@ -86,7 +88,7 @@ TINY_CASES = [
 
 def decode(q: Tensor, cache: DashCache, backend: str = BACKEND) -> tuple[Tensor, Tensor]:
     """The last token's output and the number of chunks it selected."""
-    return dash_decode(q, cache, scaling_factor=1.0, sigma=1.0, backend=backend, return_selected=True)
+    return decode_and_count(q, cache, Router(cache.chunk_size, sigma=1.0), backend)
 
 
 def make_layer(case: Case, seed: int) -> tuple[DashCache, Tensor]:

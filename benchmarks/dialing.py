@@ -11,7 +11,9 @@ from transformers import StaticCache
 
 from dash_megatron.hf.fast_cache import FastLayer
 from dash_megatron.hf.modeling_dash import DashForCausalLM, DashSelfAttention
-from dash_megatron.ops import DashCache, dash_decode
+from dash_megatron.ops import DashCache
+from dash_megatron.ops.decode import decode_and_count
+from dash_megatron.ops.types import Router
 
 # Tokens, or places of a prompt, that a layer's density is measured on.
 PROBES = 16
@@ -58,17 +60,18 @@ def dial(
     """
     shared = share(cache, lengths)
     available = (lengths - 1) // cache.chunk_size + 1
-    router = {key: x for key, x in attention.router._asdict().items() if key != "chunk_size"}
-    low, high, density = 2.0**-4, 2.0**16, 1.0
+    router = Router(**attention.router._asdict())
+    low, high, middle, density = 2.0**-4, 2.0**16, 1.0, 1.0
     for _ in range(ROUNDS):
-        router["scaling_factor"] = (low * high) ** 0.5
-        _, selected = dash_decode(q_nHD, shared, **router, backend=attention.backend, return_selected=True)
+        middle = (low * high) ** 0.5
+        router = router._replace(scaling_factor=middle)
+        _, selected = decode_and_count(q_nHD, shared, router, attention.backend)
         density = (selected / available[:, None]).mean().item()
         if density > target:
-            low = router["scaling_factor"]
+            low = middle
         else:
-            high = router["scaling_factor"]
-    attention.router = attention.router._replace(scaling_factor=router["scaling_factor"])
+            high = middle
+    attention.router = attention.router._replace(scaling_factor=middle)
     return density
 
 
@@ -83,9 +86,8 @@ def dial_decoding(model: DashForCausalLM, cache: StaticCache, context: int, targ
             assert isinstance(layer, FastLayer)
             store = layer.store
             densities.append(dial(attention, q_nHD, store, lengths, target))
-            router = {key: x for key, x in attention.router._asdict().items() if key != "chunk_size"}
-            out = dash_decode(q_nHD, share(store, lengths), **router, backend=attention.backend)
-            return out[:, :, None]
+            router = Router(**attention.router._asdict())
+            return decode_and_count(q_nHD, share(store, lengths), router, attention.backend)[0][:, :, None]
 
         return attend
 

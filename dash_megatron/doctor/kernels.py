@@ -12,7 +12,8 @@ from torch import Tensor
 from dash_megatron.config import Config
 from dash_megatron.doctor.runner import Figure, Finding
 from dash_megatron.doctor.session import Session
-from dash_megatron.ops import dash_attention
+from dash_megatron.layers.core_attention import router_of
+from dash_megatron.ops.attention import attention_and_routing
 
 # Relative errors |x - ref| / |ref| allowed, of the output and of gradients, as in the kernels' tests.
 TOLERANCE = {torch.float32: (2e-4, 2e-3), torch.bfloat16: (1e-2, 4e-2)}
@@ -124,24 +125,12 @@ def make_inputs(config: Config, dtype: torch.dtype, device: torch.device) -> Inp
 
 
 def _run(config: Config, inputs: Inputs, backend: str) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    settings = config.attention
+    attention = config.attention
+    # of a list, that of the sparsest layer
+    scaling_factor = max(map(attention.layer_scaling_factor, range(config.model.layers)))
+    router = router_of(attention, scaling_factor)
     q, k, v, summary_query = inputs.leaves
-    out, routing = dash_attention(
-        q,
-        k,
-        v,
-        summary_query,
-        chunk_size=settings.chunk_size,
-        # of a list, that of the sparsest layer
-        scaling_factor=max(map(settings.layer_scaling_factor, range(config.model.layers))),
-        sigma=settings.sigma,
-        estimate_diagonal=settings.estimate_diagonal,
-        alpha=settings.alpha,
-        cu_seqlens=inputs.cu_seqlens,
-        backend=backend,
-        return_routing=True,
-        length_scaling=settings.length_scaling,
-    )
+    out, routing = attention_and_routing(q, k, v, summary_query, router, inputs.cu_seqlens, backend)
     gradients = torch.autograd.grad(
         out, inputs.leaves, inputs.d_out, allow_unused=True, materialize_grads=True
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dash_megatron.ops import DashCache, dash_attention, dash_decode
-from dash_megatron.ops.attention import TRITON_CHUNK_SIZES, _resolve_backend
+from dash_megatron.ops.backend import TRITON_CHUNK_SIZES, pick_backend
 
 # Columns that a cache which grows has room for beyond its prompt, before it doubles.
 SPARE_COLUMNS = 256
@@ -232,7 +232,7 @@ def _pack(x: Tensor, real: Tensor | None) -> Tensor:
 
 def _runs(backend: str, q: Tensor, k: Tensor, chunk_size: int) -> bool:
     if backend == "auto":
-        return q.is_cuda and _resolve_backend(backend, q)[0] == "triton" and _fits(q, k, chunk_size)
+        return q.is_cuda and pick_backend(backend, q) == "triton" and _fits(q, k, chunk_size)
     return backend != "torch"
 
 

@@ -37,7 +37,6 @@ class InfLLMv2CoreAttention(CoreAttention):
             chunk_size=self.attention.chunk_size,
             cu_seqlens=None if packed is None else packed.cu_seqlens_q,
             backend=self.attention.backend,
-            return_routing=True,
         )
         self.routing = RoutingMeans.of(routing)
         return out
@@ -87,7 +86,6 @@ class NSACoreAttention(CoreAttention):
             chunk_size=self.attention.chunk_size,
             cu_seqlens=None if packed is None else packed.cu_seqlens_q,
             backend=self.attention.backend,
-            return_routing=True,
         )
         self.routing = RoutingMeans.of(routing)
         return out

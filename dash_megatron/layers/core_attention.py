@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dash_megatron.config import AttentionConfig
-from dash_megatron.ops import dash_attention
+from dash_megatron.ops.attention import attention_and_routing
 from dash_megatron.ops.reference import wide
 from dash_megatron.ops.types import Router, Routing
 from dash_megatron.parallel.context.communication import (
@@ -134,6 +134,18 @@ class CoreAttention(MegatronModule):
         raise NotImplementedError
 
 
+def router_of(attention: AttentionConfig, scaling_factor: float) -> Router:
+    """The router that a config describes, for a layer with this scaling factor."""
+    return Router(
+        attention.chunk_size,
+        scaling_factor,
+        attention.sigma,
+        attention.estimate_diagonal,
+        attention.alpha,
+        attention.length_scaling,
+    )
+
+
 class DashCoreAttention(CoreAttention):
     """DashAttention (arXiv 2605.18753) as Megatron core attention.
 
@@ -160,15 +172,7 @@ class DashCoreAttention(CoreAttention):
     @property
     def fixed_router(self) -> Router:
         """The router that the config describes; the learned factors of `head_scaling` are still to be multiplied."""
-        attention = self.attention
-        return Router(
-            attention.chunk_size,
-            self.scaling_factor,
-            attention.sigma,
-            attention.estimate_diagonal,
-            attention.alpha,
-            attention.length_scaling,
-        )
+        return router_of(self.attention, self.scaling_factor)
 
     @property
     def router(self) -> Router:
@@ -195,15 +199,8 @@ class DashCoreAttention(CoreAttention):
         cu_seqlens = None if packed is None else packed.cu_seqlens_q
         if self.observer is not None:
             self.observer(q, k, summary_query, cu_seqlens)
-        out, routing = dash_attention(
-            q,
-            k,
-            v,
-            summary_query,
-            **router._asdict(),
-            cu_seqlens=cu_seqlens,
-            backend=self.attention.backend,
-            return_routing=True,
+        out, routing = attention_and_routing(
+            q, k, v, summary_query, router, cu_seqlens, self.attention.backend
         )
         self.routing = RoutingMeans.of(routing)
         return out

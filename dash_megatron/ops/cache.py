@@ -3,27 +3,8 @@
 import torch
 from torch import Tensor
 
-from dash_megatron.ops.attention import CHUNK_SIZES, DTYPES, _resolve_backend
-
-
-def _summary_dtype(dtype: torch.dtype) -> torch.dtype:
-    """As in training: bfloat16 would round summaries eight times as coarsely as float16."""
-    return torch.float16 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def _check_size(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be an int of at least 1; pass the size wanted")
-
-
-def _seen(x: object) -> str:
-    if not isinstance(x, Tensor):
-        return repr(x)
-    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
-
-
-def _is(x: object, dtype: torch.dtype, shape: list[int], device: torch.device) -> bool:
-    return isinstance(x, Tensor) and x.dtype == dtype and list(x.shape) == shape and x.device == device
+from dash_megatron.ops.backend import pick_backend
+from dash_megatron.ops.checks import HALF_DTYPES, check_cache, check_size, describe, is_tensor, summary_dtype
 
 
 class DashCache:
@@ -60,41 +41,7 @@ class DashCache:
         Raises:
             ValueError: a tensor does not fit the layout; the message names it, its value, the rule and the remedy.
         """
-        if isinstance(chunk_size, bool) or chunk_size not in CHUNK_SIZES:
-            raise ValueError(
-                f"chunk_size={chunk_size!r} must be a power of two from 1 to 128, as an int; try 64"
-            )
-        if not isinstance(k, Tensor) or k.ndim != 4 or k.dtype not in DTYPES or k.numel() == 0:
-            raise ValueError(
-                f"k={_seen(k)} must be [pages, page_size, Hkv, D], not empty, of a dtype in {[str(d) for d in DTYPES]}; "
-                "see DashCache.paged"
-            )
-        pages, page_size, heads, dim = k.shape
-        if page_size % chunk_size:
-            raise ValueError(
-                f"page_size={page_size} (k.shape[1]) must be a multiple of chunk_size={chunk_size}; "
-                f"try {max(chunk_size, page_size // chunk_size * chunk_size)}"
-            )
-        expected = {
-            "v": (v, k.dtype, [*k.shape]),
-            "summary": (summary, _summary_dtype(k.dtype), [pages, page_size // chunk_size, heads, dim]),
-            "lengths": (lengths, torch.int32, [pages if page_table is None else len(page_table)]),
-        }
-        if page_table is not None:
-            table_shape = list(page_table.shape) if page_table.ndim == 2 else ["B", "max_pages"]
-            expected["page_table"] = (page_table, torch.int32, table_shape)
-        for name, (x, dtype, shape) in expected.items():
-            if not _is(x, dtype, shape, k.device):
-                raise ValueError(
-                    f"{name}={_seen(x)} must be {str(dtype).removeprefix('torch.')} {shape} on {k.device}, as k "
-                    f"{_seen(k)} with chunk_size={chunk_size} asks; allocate it so"
-                )
-        tables = [x for x in (lengths, page_table) if x is not None]
-        if k.stride() != v.stride() or any(x.stride(-1) != 1 for x in (k, summary, *tables)):
-            raise ValueError(
-                f"k.stride()={k.stride()} and v.stride()={v.stride()} must be equal, and the last dimension of all tensors "
-                "dense; allocate k and v alike"
-            )
+        check_cache(k, v, summary, lengths, page_table, chunk_size)
         self.k, self.v, self.summary, self.lengths, self.page_table = k, v, summary, lengths, page_table
         self.chunk_size = chunk_size
         self._arrived = torch.zeros_like(lengths)
@@ -112,8 +59,8 @@ class DashCache:
         device: torch.device | str | None = None,
     ) -> "DashCache":
         """Allocate an empty cache of `batch` sequences with room for `max_length` tokens each, rounded up to whole chunks."""
-        _check_size("max_length", max_length)
-        _check_size("chunk_size", chunk_size)
+        check_size("max_length", max_length)
+        check_size("chunk_size", chunk_size)
         page_size = -(-max_length // chunk_size) * chunk_size
         return cls._allocate(batch, page_size, num_kv_heads, head_dim, chunk_size, dtype, device, batch, None)
 
@@ -132,11 +79,11 @@ class DashCache:
         """Allocate an empty pool of `num_pages` pages on the device of `page_table`, int32 [B, max_pages], which is kept."""
         if not isinstance(page_table, Tensor) or page_table.ndim != 2 or page_table.numel() == 0:
             raise ValueError(
-                f"page_table={_seen(page_table)} must be int32 [B, max_pages], not empty; "
+                f"page_table={describe(page_table)} must be int32 [B, max_pages], not empty; "
                 "try torch.zeros(B, max_pages, dtype=torch.int32)"
             )
         batch, device = len(page_table), page_table.device
-        _check_size("num_pages", num_pages)
+        check_size("num_pages", num_pages)
         return cls._allocate(
             num_pages, page_size, num_kv_heads, head_dim, chunk_size, dtype, device, batch, page_table
         )
@@ -156,11 +103,11 @@ class DashCache:
     ) -> "DashCache":
         sizes = {"batch": batch, "page_size": page_size, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         for name, size in {**sizes, "chunk_size": chunk_size}.items():
-            _check_size(name, size)
+            check_size(name, size)
         k = torch.empty(pages, page_size, num_kv_heads, head_dim, dtype=dtype, device=device)
         chunks = page_size // chunk_size
         summary = torch.empty(
-            pages, chunks, num_kv_heads, head_dim, dtype=_summary_dtype(dtype), device=device
+            pages, chunks, num_kv_heads, head_dim, dtype=summary_dtype(dtype), device=device
         )
         lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         return cls(k, torch.empty_like(k), summary, lengths, chunk_size, page_table)
@@ -258,22 +205,22 @@ class DashCache:
 
     def _check_new(self, k: Tensor, v: Tensor, summary_query: Tensor, shape: list[int], layout: str) -> None:
         dtype, device = self.k.dtype, self.k.device
-        half = dtype in (torch.float16, torch.bfloat16)
+        half = dtype in HALF_DTYPES
         for name, x, wanted, dtypes in (
             ("k", k, shape, (dtype,)),
             ("v", v, shape, (dtype,)),
             ("summary_query", summary_query, shape[1:], (dtype, torch.float32) if half else (dtype,)),
         ):
-            if not any(_is(x, allowed, wanted, device) for allowed in dtypes) or x.numel() == 0:
+            if not any(is_tensor(x, allowed, wanted, device) for allowed in dtypes) or x.numel() == 0:
                 raise ValueError(
-                    f"{name}={_seen(x)} must be {str(dtype).removeprefix('torch.')} {wanted} on {device}, "
+                    f"{name}={describe(x)} must be {str(dtype).removeprefix('torch.')} {wanted} on {device}, "
                     f"{'[Hkv, D]' if name == 'summary_query' else layout} of the cache; reshape or cast {name}"
                 )
 
     def _check_table(self, name: str, x: Tensor, dtype: torch.dtype, shape: list[int]) -> None:
-        if not _is(x, dtype, shape, self.k.device):
+        if not is_tensor(x, dtype, shape, self.k.device):
             raise ValueError(
-                f"{name}={_seen(x)} must be {str(dtype).removeprefix('torch.')} {shape} on {self.k.device}; "
+                f"{name}={describe(x)} must be {str(dtype).removeprefix('torch.')} {shape} on {self.k.device}; "
                 f"build it with torch.tensor(..., dtype={dtype})"
             )
 
@@ -284,7 +231,7 @@ class DashCache:
             added = 1 if active is None else active.int()
             self._check_room((self.lengths + (added if cu_seqlens is None else cu_seqlens.diff())).tolist())
         new, pool = (k, v, w), (self.k, self.v, self.summary, self.lengths)
-        if _resolve_backend(backend, k)[0] == "triton":
+        if pick_backend(backend, k) == "triton":
             from dash_megatron.ops.kernels.decode_cache import cache_write
 
             cache_write(*new, *pool, self._arrived, self.page_table, cu_seqlens, active, self.chunk_size)

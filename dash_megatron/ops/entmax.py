@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dash_megatron.ops.checks import check_alpha
+
 # A dozen steps settle ordinary scores; this bounds the loop whatever they are.
 MAX_NEWTON_STEPS = 100
 
@@ -92,14 +94,6 @@ class _Entmax(torch.autograd.Function):
         total = r.sum(-1, keepdim=True)
         mean = (r * dp).sum(-1, keepdim=True) / torch.where(total > 0, total, 1)
         return r * (dp - mean), None
-
-
-def check_alpha(alpha: float) -> None:
-    """Raise ValueError unless `alpha` is a number in (1, 2]."""
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 1 < alpha <= 2:
-        raise ValueError(
-            f"alpha={alpha!r} must be a number above 1 and at most 2; try 1.5 (2 is sparsemax; for alpha = 1 use softmax)"
-        )
 
 
 def entmax(z: Tensor, alpha: float = 1.5, dim: int = -1) -> Tensor:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from dash_megatron.ops import sharded_reference
-from dash_megatron.ops.attention import _resolve_backend
+from dash_megatron.ops.backend import pick_backend
 from dash_megatron.ops.shards import Stages
 
 
@@ -17,7 +17,7 @@ def stages(backend: str, q: Tensor) -> Stages:
     Raises:
         ValueError: the backend cannot run here.
     """
-    if _resolve_backend(backend, q)[0] == "reference":
+    if pick_backend(backend, q) == "reference":
         return sharded_reference
     # imported late: Triton is not everywhere
     from dash_megatron.ops.kernels import sharded

@@ -3,7 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from dash_megatron.ops import DashCache, dash_decode
+from dash_megatron.ops import DashCache
+from dash_megatron.ops.decode import decode_and_count
+from dash_megatron.ops.types import Router
 from tests.ops.kernels_under_test import CUDA, DEVICE
 
 ROUTER = {"scaling_factor": 3.0, "sigma": 2.0, "estimate_diagonal": True, "alpha": 1.5}
@@ -68,7 +70,7 @@ class Sequences:
         """The float64 reference of decoding: output, and number of chunks selected."""
         cache = self.cache(chunk_size=chunk_size, dtype=torch.float64)
         q = self.fill(cache, "reference")
-        return dash_decode(q, cache, **{**ROUTER, **router}, backend="reference", return_selected=True)
+        return decode_and_count(q, cache, Router(chunk_size, **{**ROUTER, **router}), "reference")
 
 
 def relative_error(x, expected):

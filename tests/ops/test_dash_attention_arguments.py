@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dash_megatron.ops import attention, dash_attention
+from dash_megatron.ops import backend, dash_attention
+from dash_megatron.ops.backend import pick_backend
 
 
 def _fail_to_import():
@@ -15,7 +16,7 @@ def _fail_to_import():
 
 
 def test_auto_on_cpu_is_the_reference_and_says_so_once(caplog, monkeypatch):
-    monkeypatch.setattr(attention, "_announced", set())
+    monkeypatch.setattr(backend, "_announced", set())
     inputs = torch.randn(1, 8, 4, 8), *torch.randn(2, 1, 8, 2, 8), torch.randn(2, 8)
     with caplog.at_level(logging.INFO, logger="dash_megatron"):
         outs = [dash_attention(*inputs, chunk_size=4, backend="auto") for _ in range(2)]
@@ -26,7 +27,7 @@ def test_auto_on_cpu_is_the_reference_and_says_so_once(caplog, monkeypatch):
 
 
 def test_triton_that_cannot_be_imported_is_a_value_error_with_the_reason(monkeypatch):
-    monkeypatch.setattr(attention, "_import_triton_kernels", _fail_to_import)
+    monkeypatch.setattr(backend, "_import_triton_kernels", _fail_to_import)
     inputs = torch.randn(1, 8, 4, 8), *torch.randn(2, 1, 8, 2, 8), torch.randn(2, 8)
     with pytest.raises(ValueError, match=r"backend='triton'.*No module named 'triton'.*backend='reference'"):
         dash_attention(*inputs, backend="triton")
@@ -34,22 +35,22 @@ def test_triton_that_cannot_be_imported_is_a_value_error_with_the_reason(monkeyp
 
 def test_auto_on_cuda_is_triton_if_it_can_be_imported_and_otherwise_the_reference(monkeypatch):
     q = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.bfloat16)
-    monkeypatch.setattr(attention, "_import_triton_kernels", lambda: print)
-    assert attention._resolve_backend("auto", q) == ("triton", print)
-    monkeypatch.setattr(attention, "_import_triton_kernels", _fail_to_import)
-    assert attention._resolve_backend("auto", q) == ("reference", attention.dash_attention_reference)
+    monkeypatch.setattr(backend, "_import_triton_kernels", lambda: None)
+    assert pick_backend("auto", q) == "triton"
+    monkeypatch.setattr(backend, "_import_triton_kernels", _fail_to_import)
+    assert pick_backend("auto", q) == "reference"
 
 
 def test_float64_takes_the_reference_on_cuda_too_and_triton_refuses_it(monkeypatch):
     q = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.float64)
-    monkeypatch.setattr(attention, "_import_triton_kernels", lambda: print)
-    assert attention._resolve_backend("auto", q) == ("reference", attention.dash_attention_reference)
+    monkeypatch.setattr(backend, "_import_triton_kernels", lambda: None)
+    assert pick_backend("auto", q) == "reference"
     with pytest.raises(ValueError, match=r"q.dtype=torch.float64 must be float32.*backend='reference'"):
-        attention._resolve_backend("triton", q)
+        pick_backend("triton", q)
 
 
 def test_triton_refuses_cpu_tensors_unless_interpreted_and_chunks_too_small_for_it(monkeypatch):
-    monkeypatch.setattr(attention, "_import_triton_kernels", lambda: print)
+    monkeypatch.setattr(backend, "_import_triton_kernels", lambda: None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     inputs = torch.randn(1, 8, 4, 8), *torch.randn(2, 1, 8, 2, 8), torch.randn(2, 8)
     with pytest.raises(ValueError, match=r"backend='triton' must have CUDA tensors.*backend='reference'"):

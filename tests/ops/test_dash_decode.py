@@ -5,6 +5,7 @@ import torch
 
 from benchmarks import decode as benchmark
 from dash_megatron.ops import DashCache, dash_attention, dash_decode
+from dash_megatron.ops.decode import decode_and_count
 from dash_megatron.ops.decode_reference import decode_reference
 from dash_megatron.ops.types import Router
 from tests.ops.decode_sequences import BORDERS, ROUTER, C, Sequences, relative_error
@@ -19,7 +20,7 @@ LENGTHS = (*BORDERS, 300 * C + 5, 513 * C) if CUDA else BORDERS
 
 def _decode(sequences, cache, **router):
     q = sequences.fill(cache)
-    return dash_decode(q, cache, **{**ROUTER, **router}, backend="triton", return_selected=True)
+    return decode_and_count(q, cache, Router(cache.chunk_size, **{**ROUTER, **router}), "triton")
 
 
 @pytest.fixture
@@ -200,7 +201,7 @@ def test_an_empty_sequence_has_zero_output_and_no_chunks(backend, form, launch):
     cache = sequences.cache()
     sequences.prefill(cache, [0, 0], [C + 1, 0], backend)
     q, _, _ = sequences.at([C, 0])
-    out, selected = dash_decode(q, cache, backend=backend, return_selected=True)
+    out, selected = decode_and_count(q, cache, Router(cache.chunk_size), backend)
     assert out[0].isfinite().all()
     assert out[0].any()
     assert not out[1].any()
@@ -280,7 +281,7 @@ def test_a_cuda_graph_follows_sequences_as_they_grow_and_change(capacity):
 
     def step():
         cache.append(k, v, sequences.w, backend="triton")
-        return dash_decode(q, cache, scaling_factor=1.0, backend="triton", return_selected=True)
+        return decode_and_count(q, cache, Router(cache.chunk_size), "triton")
 
     step()
     torch.cuda.synchronize()
@@ -296,9 +297,7 @@ def test_a_cuda_graph_follows_sequences_as_they_grow_and_change(capacity):
             cache_lengths = cache.lengths.clone()
             graph.replay()
             assert torch.equal(cache.lengths, cache_lengths + 1)
-            expected, expected_selected = dash_decode(
-                q, cache, scaling_factor=1.0, backend="triton", return_selected=True
-            )
+            expected, expected_selected = decode_and_count(q, cache, Router(cache.chunk_size), "triton")
             assert torch.equal(out, expected)
             assert torch.equal(selected, expected_selected)
         reference = dash_decode(q, cache, scaling_factor=1.0, backend="reference")
@@ -314,7 +313,7 @@ def test_benchmark_inputs_are_full_caches_whose_density_topics_dial():
         for cache, q in layers:
             assert cache.capacity == case.tokens
             assert cache.lengths.tolist() == [case.tokens] * 2
-            out, selected = dash_decode(q, cache, sigma=1.0, return_selected=True)
+            out, selected = decode_and_count(q, cache, Router(cache.chunk_size, sigma=1.0))
             assert out.isfinite().all()
             densities.append(benchmark.density(case, selected))
         assert not torch.equal(layers[0][0].k, layers[1][0].k)

@@ -52,7 +52,7 @@ def weights(selection=SELECTION, dtype=torch.float64, seed=1):
 
 def attend(kind, tokens, learned, selection=SELECTION, **options):
     """Output and routing of a baseline."""
-    options = {"chunk_size": C, "return_routing": True, "selection": selection, **options}
+    options = {"chunk_size": C, "selection": selection, **options}
     if kind == "infllmv2":
         return infllmv2_attention(*tokens[:3], **options)
     options.setdefault("window", WINDOW)

@@ -44,10 +44,10 @@ def inputs(N, Hq, Hkv, D, dtype, B=1):
 def run(kind, leaves, **options):
     if kind == "infllmv2":
         leaves = leaves[:3]
-        out, routing = infllmv2_attention(*leaves, SELECTION, return_routing=True, **options)
+        out, routing = infllmv2_attention(*leaves, SELECTION, **options)
     else:
         compressions = Compression(*leaves[4:7]), Compression(*leaves[7:])
-        out, routing = nsa_attention(*leaves[:4], *compressions, SELECTION, return_routing=True, **options)
+        out, routing = nsa_attention(*leaves[:4], *compressions, SELECTION, **options)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     return out.detach(), torch.autograd.grad(out, leaves, upstream), routing
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dash_megatron.ops.derived import derived
+from dash_megatron.ops.tensor_cache import cached
 
 # Lists up to this many bytes are allocated for every chunk being selected, which needs no look at the device; above,
 # the selected chunks are counted first and the host waits for their number.
@@ -185,7 +185,7 @@ def layout(
     """`chunk_table` and `bounded_offsets`, remembered by shapes or by `cu_seqlens`; the caller's own to keep."""
     if cu_seqlens is not None:
         key = "layout", sizes, batch
-        chunks, offsets = derived(cu_seqlens, key, lambda: _make_layout(sizes, batch, cu_seqlens, device))
+        chunks, offsets = cached(cu_seqlens, key, lambda: _make_layout(sizes, batch, cu_seqlens, device))
     elif device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # what a CUDA graph allocates dies with the graph
         return _make_layout(sizes, batch, None, device)

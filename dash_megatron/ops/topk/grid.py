@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dash_megatron.ops.derived import derived
+from dash_megatron.ops.tensor_cache import cached
 from dash_megatron.topk_selection import Selection
 
 # Scores alive at once, in elements: fewer skip more of the causal triangle, more keep a GPU busy.
@@ -91,7 +91,7 @@ def make_grid(batch: int, num_tokens: int, chunk_size: int, cu_seqlens: Tensor |
     Waits for the device if packed, once for all layers that get the same `cu_seqlens`.
     """
     key = ("grid", batch, num_tokens, chunk_size, str(device))
-    return derived(cu_seqlens, key, lambda: _make_grid(batch, num_tokens, chunk_size, cu_seqlens, device))
+    return cached(cu_seqlens, key, lambda: _make_grid(batch, num_tokens, chunk_size, cu_seqlens, device))
 
 
 def _make_grid(batch: int, num_tokens: int, chunk_size: int, cu_seqlens: Tensor | None, device: Any) -> Grid:

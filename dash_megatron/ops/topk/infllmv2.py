@@ -3,45 +3,17 @@
 Papers: MiniCPM4 (arXiv 2506.07900), InfLLM-V2 (arXiv 2509.24663).
 """
 
-from typing import Literal, overload
-
 import torch
 from torch import Tensor
 
 from dash_megatron.ops.attention import routing_of
+from dash_megatron.ops.checks import check_chunk_size, check_cu_seqlens, check_tensors
 from dash_megatron.ops.reference import wide
-from dash_megatron.ops.topk.backend import check_tensors, count_selected, find_backend
+from dash_megatron.ops.topk.backend import count_selected, find_backend
 from dash_megatron.ops.topk.grid import make_grid
 from dash_megatron.ops.topk.reference import mean_pool
 from dash_megatron.ops.types import Routing
 from dash_megatron.topk_selection import Selection
-
-
-@overload
-def infllmv2_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selection: Selection = ...,
-    chunk_size: int = ...,
-    cu_seqlens: Tensor | None = ...,
-    backend: str = ...,
-    return_routing: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def infllmv2_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selection: Selection = ...,
-    chunk_size: int = ...,
-    cu_seqlens: Tensor | None = ...,
-    backend: str = ...,
-    *,
-    return_routing: Literal[True],
-) -> tuple[Tensor, Routing]: ...
 
 
 def infllmv2_attention(
@@ -52,8 +24,7 @@ def infllmv2_attention(
     chunk_size: int = 64,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
-    return_routing: bool = False,
-) -> Tensor | tuple[Tensor, Routing]:
+) -> tuple[Tensor, Routing]:
     """Causal attention to a fixed number of chunks (arXiv 2506.07900, arXiv 2509.24663).
 
     Keys are averaged over overlapping kernels. A token's softmax over the kernels that lie wholly in its past, summed
@@ -69,15 +40,16 @@ def infllmv2_attention(
         chunk_size: tokens per chunk, a power of two up to 128 (16 or more for Triton).
         cu_seqlens: boundaries of packed documents, int32 [documents + 1], then B == 1; they are read by the host.
         backend: as in `dash_attention`. Triton rounds averaged keys to q's dtype before it scores them.
-        return_routing: also return how many chunks were selected.
 
     Returns:
-        Output [B, N, Hq, D] in q's dtype, accumulated in float32 or better; with `return_routing`, also a `Routing`.
+        Output [B, N, Hq, D] in q's dtype, accumulated in float32 or better, and a `Routing`.
 
     Raises:
         ValueError: an argument is wrong; the message names it, its value, the rule and the remedy.
     """
-    check_tensors(q, k, v, chunk_size, cu_seqlens)
+    check_tensors(q, k, v)
+    check_chunk_size(chunk_size)
+    check_cu_seqlens(cu_seqlens, q)
     selection.check(chunk_size)
     attend, select, _ = find_backend(backend, q, chunk_size)
     B, N, _, _ = q.shape
@@ -88,7 +60,5 @@ def infllmv2_attention(
         pooled = mean_pool(wide(rows_k.detach())[0], selection)
         selected = select(rows_q, pooled, grid, selection, "max")
         out = grid.gather(attend(rows_q, rows_k, rows_v, selected, grid)).view(q.shape)
-    if not return_routing:
-        return out
     count = grid.gather(count_selected(selected)).view(B, N, -1)
     return out, routing_of(count, chunk_size, cu_seqlens)

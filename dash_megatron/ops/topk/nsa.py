@@ -6,7 +6,7 @@ the branches share keys and values, and the window is made of whole chunks. How 
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dash_megatron.ops.attention import routing_of
+from dash_megatron.ops.checks import check_chunk_size, check_cu_seqlens, check_tensors
 from dash_megatron.ops.reference import wide
-from dash_megatron.ops.topk.backend import check_tensors, find_backend
+from dash_megatron.ops.topk.backend import find_backend
 from dash_megatron.ops.topk.grid import Block, Grid, make_grid
 from dash_megatron.ops.topk.reference import in_pieces, visible_kernels
 from dash_megatron.ops.types import Routing
@@ -121,41 +122,6 @@ def _count_either(selected_SHK: Tensor, recent_SHW: Tensor, grid: Grid) -> Tenso
     return (1 + num_recent + selected_before.sum(-1)).int()
 
 
-@overload
-def nsa_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Tensor,
-    compress_k: Compression,
-    compress_v: Compression,
-    selection: Selection = ...,
-    window: int = ...,
-    chunk_size: int = ...,
-    cu_seqlens: Tensor | None = ...,
-    backend: str = ...,
-    return_routing: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def nsa_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Tensor,
-    compress_k: Compression,
-    compress_v: Compression,
-    selection: Selection = ...,
-    window: int = ...,
-    chunk_size: int = ...,
-    cu_seqlens: Tensor | None = ...,
-    backend: str = ...,
-    *,
-    return_routing: Literal[True],
-) -> tuple[Tensor, Routing]: ...
-
-
 def nsa_attention(
     q: Tensor,
     k: Tensor,
@@ -168,8 +134,7 @@ def nsa_attention(
     chunk_size: int = 64,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
-    return_routing: bool = False,
-) -> Tensor | tuple[Tensor, Routing]:
+) -> tuple[Tensor, Routing]:
     """Native Sparse Attention (arXiv 2502.11089): a gated sum of three causal attentions.
 
     The first attends to compressed keys and values of overlapping kernels, those that lie wholly in the token's past.
@@ -190,15 +155,17 @@ def nsa_attention(
         cu_seqlens: boundaries of packed documents, int32 [documents + 1], then B == 1; they are read by the host.
         backend: as in `dash_attention`. Triton rounds compressed keys and values, which are computed in float32, to q's
             dtype; torch attends to them, and on a GPU the last bits of gradients may differ from run to run.
-        return_routing: also return how many chunks the second or the third attends to.
 
     Returns:
-        Output [B, N, Hq, D] in q's dtype, accumulated in float32 or better; with `return_routing`, also a `Routing`.
+        Output [B, N, Hq, D] in q's dtype, accumulated in float32 or better, and a `Routing` of the chunks that the second or the
+        third attends to.
 
     Raises:
         ValueError: an argument is wrong; the message names it, its value, the rule and the remedy.
     """
-    check_tensors(q, k, v, chunk_size, cu_seqlens)
+    check_tensors(q, k, v)
+    check_chunk_size(chunk_size)
+    check_cu_seqlens(cu_seqlens, q)
     selection.check(chunk_size)
     _check_own(q, k, gates, (compress_k, compress_v), selection, window, chunk_size)
     attend, select, dtype = find_backend(backend, q, chunk_size)
@@ -221,8 +188,6 @@ def nsa_attention(
         out = sum(
             (part * gate.to(part.dtype)[..., None] for part, gate in gated), torch.zeros_like(parts[0])
         ).to(q.dtype)
-    if not return_routing:
-        return out
     count = grid.gather(_count_either(selected, recent, grid)).view(B, N, -1)
     return out, routing_of(count, chunk_size, cu_seqlens)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dash_megatron.ops import dash_attention
-from dash_megatron.ops.derived import derived
+from dash_megatron.ops.tensor_cache import cached
 from dash_megatron.ops.topk import grid
 from dash_megatron.ops.topk.infllmv2 import infllmv2_attention
 from dash_megatron.topk_selection import Selection
@@ -25,7 +25,7 @@ def test_a_tensor_is_asked_once_for_each_key_and_anew_after_it_was_written_into(
     calls = []
 
     def ask(cu_seqlens, key):
-        return derived(cu_seqlens, key, lambda: calls.append(key) or cu_seqlens.tolist())
+        return cached(cu_seqlens, key, lambda: calls.append(key) or cu_seqlens.tolist())
 
     cu_seqlens = bounds(0, 3, 8)
     assert [ask(cu_seqlens, key) for key in "aabab"] == [[0, 3, 8]] * 5
@@ -36,7 +36,7 @@ def test_a_tensor_is_asked_once_for_each_key_and_anew_after_it_was_written_into(
     assert calls == ["a", "b", "a", "a"]
 
 
-def test_what_was_derived_goes_with_its_tensor():
+def test_what_was_cached_goes_with_its_tensor():
     class Value:
         alive = 0
 
@@ -47,7 +47,7 @@ def test_what_was_derived_goes_with_its_tensor():
             Value.alive -= 1
 
     cu_seqlens = bounds(0, 8)
-    derived(cu_seqlens, "value", Value)
+    cached(cu_seqlens, "value", Value)
     assert Value.alive == 1
     del cu_seqlens
     gc.collect()
@@ -59,7 +59,7 @@ def test_without_a_tensor_or_its_version_nothing_is_remembered():
     with torch.inference_mode():
         cu_seqlens = bounds(0, 8)
     for key in (None, None, cu_seqlens, cu_seqlens):
-        derived(key, "a", lambda: calls.append(1))
+        cached(key, "a", lambda: calls.append(1))
     assert len(calls) == 4
 
 
@@ -67,7 +67,7 @@ def test_without_a_tensor_or_its_version_nothing_is_remembered():
     ("module", "name", "attend"),
     [
         (geometry, "chunk_table", lambda x, w, b: dash_attention(*x, w, chunk_size=16, cu_seqlens=b, backend="triton")),
-        (grid, "_make_grid", lambda x, w, b: infllmv2_attention(*x, Selection(16, 16, 1), chunk_size=16, cu_seqlens=b, backend="triton")),
+        (grid, "_make_grid", lambda x, w, b: infllmv2_attention(*x, Selection(16, 16, 1), chunk_size=16, cu_seqlens=b, backend="triton")[0]),
     ],
     ids=["dash", "infllmv2"],
 )  # fmt: skip
