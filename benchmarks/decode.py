@@ -184,9 +184,9 @@ def sweep(layers: list[tuple[DashCache, Tensor]]) -> dict[str, float]:
     from dash_megatron.ops.kernels import decode as kernel
 
     cache, q = layers[0]
-    plan = kernel.plan_decode
+    find_launch = kernel.find_launch
     chunks = cache.capacity // cache.chunk_size
-    usual = plan(q, cache.k.shape[2], chunks, cache.chunk_size)
+    usual = find_launch(q, cache.k.shape[2], chunks, cache.chunk_size)
     splits = [s for s in SWEPT_SPLITS if s <= chunks]
     changes: list[dict[str, int | bool]] = [{}, *({"splits": s} for s in splits)]
     if DEVICE.type == "cuda":  # nothing else launches a kernel before the one it depends on has ended
@@ -199,9 +199,9 @@ def sweep(layers: list[tuple[DashCache, Tensor]]) -> dict[str, float]:
     for change in changes:
 
         def changed(*arguments: Any, change: dict[str, Any] = change) -> Any:
-            return plan(*arguments)._replace(**change)
+            return find_launch(*arguments)._replace(**change)
 
-        with mock.patch.object(kernel, "plan_decode", changed):
+        with mock.patch.object(kernel, "find_launch", changed):
             times[json.dumps(change)] = time_decode(layers)
     return times
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from benchmarks.inputs import Inputs
 from dash_megatron.ops.kernels import configs, geometry
-from dash_megatron.ops.kernels.attend import attend
+from dash_megatron.ops.kernels.attend import attend_forward
 from dash_megatron.ops.kernels.backward_kv import backward_kv
 from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
 from dash_megatron.ops.kernels.route import route
 from dash_megatron.ops.kernels.summarize import summarize
-from dash_megatron.ops.kernels.transpose import divide, transpose
+from dash_megatron.ops.kernels.transpose import partition_work, transpose
 from dash_megatron.ops.types import Router
 
 
@@ -51,20 +51,26 @@ class Stages:
     """Every stage of one forward and backward as a function to time; each keeps what the next ones need."""
 
     def __init__(
-        self, case: Case, device: torch.device, plan: configs.Plan | None = None, deterministic: bool = False
+        self,
+        case: Case,
+        device: torch.device,
+        launches: configs.Launches | None = None,
+        deterministic: bool = False,
     ) -> None:
         leaves, upstream = make_inputs(case, case.tokens, device)
         self.q, self.k, self.v = (x.detach()[0] for x in leaves[:3])
         self.w, self.d_out = leaves[3].detach(), upstream[0]
-        self.plan = plan or configs.plan(
+        self.launches = launches or configs.find_launches(
             self.q.device, self.q.dtype, case.head_dim, case.chunk_size, case.heads // case.kv_heads
         )
         self.router = Router(case.chunk_size, case.scaling_factor, sigma=1.0)
-        self.sizes = geometry.measure(self.q[None], self.k[None], case.chunk_size, None, self.plan.tile_rows)
+        self.sizes = geometry.measure(
+            self.q[None], self.k[None], case.chunk_size, None, self.launches.tile_rows
+        )
         self.deterministic = deterministic
 
     def layout(self) -> None:
-        self.chunks, self.offsets = geometry.layout(self.sizes, 1, None, self.q.device)
+        self.chunks, self.offsets = geometry.chunk_layout(self.sizes, 1, None, self.q.device)
 
     def summarize(self) -> None:
         self.summary = summarize(self.k, self.w, self.chunks, self.sizes)
@@ -77,37 +83,38 @@ class Stages:
             self.offsets,
             self.sizes,
             self.router,
-            self.plan.route,
+            self.launches.route,
         )
 
     def attend(self) -> None:
-        self.out, self.lse = attend(
-            self.q, self.k, self.v, self.lists, self.mean_log, self.chunks, self.sizes, self.router,
-            self.plan.attend,
+        self.out, self.lse = attend_forward(
+            self.q, self.k, self.v, self.lists, self.mean_log, self.chunks, self.sizes,
+            self.router.inv_sigma, self.launches.attend,
         )  # fmt: skip
 
     def backward_queries(self) -> None:
-        self.dq, self.d_prior, self.delta, self.centred_lse = backward_q(
-            self.q, self.k, self.v, self.out, self.d_out, self.lse, self.lists, self.mean_log, self.chunks,
-            self.sizes, self.router, self.plan.queries,
+        self.d_prior = torch.empty_like(self.lists.log_prior)
+        self.dq, self.delta, self.centred_lse = backward_q(
+            self.q, self.k, self.v, self.out, self.d_out, self.lse, self.lists, self.mean_log, self.d_prior, self.chunks,
+            self.sizes, self.router.inv_sigma, self.launches.queries,
         )  # fmt: skip
 
     def backward_router(self) -> None:
         self.d_summary, self.mean_dp, _ = backward_router(
             self.q, self.summary, self.tau, self.dq, self.d_prior, self.lists, self.chunks, self.sizes,
-            self.router, self.plan.router, self.deterministic,
+            self.router, self.launches.router, self.deterministic,
         )  # fmt: skip
 
     def transpose(self) -> None:
         self.transposed = transpose(self.lists, self.chunks, self.sizes)
-        parts = min(self.plan.parts, self.sizes.least_work)
-        self.division = divide(self.transposed, self.chunks, self.sizes, parts)
+        parts = min(self.launches.parts, self.sizes.least_work)
+        self.partition = partition_work(self.transposed, self.chunks, self.sizes, parts)
 
     def backward_keys(self) -> None:
         self.dk, self.dv, self.dw = backward_kv(
             self.q, self.k, self.v, self.w, self.d_out, self.centred_lse, self.delta, self.tau, self.mean_log, self.mean_dp,
-            self.summary, self.d_summary, self.d_prior, self.lists, self.transposed, self.division, self.chunks,
-            self.sizes, self.router, self.plan.keys, self.deterministic,
+            self.summary, self.d_summary, self.d_prior, self.lists, self.transposed, self.partition, self.chunks,
+            self.sizes, self.router, self.launches.keys, self.deterministic,
         )  # fmt: skip
 
     FORWARD = ("layout", "summarize", "route", "attend")

@@ -22,7 +22,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.inputs import default_device, device_name, kernels_run
 from benchmarks.stages import Case, Stages
 from benchmarks.timing import milliseconds
-from dash_megatron.ops.kernels.configs import Config, Plan, plan, shape_key
+from dash_megatron.ops.kernels.configs import (
+    HOPPER,
+    HOPPER_OVERLAP,
+    PLAIN,
+    STAGES,
+    Config,
+    Entry,
+    Launches,
+    find_launches,
+    shape_key,
+)
 
 TOKENS, TINY_TOKENS = 32768, 64
 TABLE = "dash_megatron/ops/kernels/configs.json"
@@ -37,8 +47,8 @@ STAGE_METHOD = {
 
 
 def candidates(stage: str, chunk_size: int) -> list[Config]:
-    """Warps, pipeline stages, block sizes and keys a step to try."""
-    tries = {
+    """Configurations to try, as warps, pipeline stages, and what else the stage has."""
+    summaries = {
         "route": [
             (8, 3, 32),
             (8, 2, 32),
@@ -49,17 +59,43 @@ def candidates(stage: str, chunk_size: int) -> list[Config]:
             (8, 2, 64),
             (4, 2, 64),
         ],
-        "attend": [(4, 5, 2), (4, 5, 1), (4, 4, 2), (8, 3, 0), (8, 2, 0), (4, 4, 0), (4, 3, 0)],
-        "queries": [(8, 3, 0), (8, 2, 0), (4, 3, 0), (4, 2, 0)],
         "router": [(4, 1, 32), (4, 1, 64), (8, 1, 32), (8, 2, 64)],
-        "keys": [(4, 2, 1), (4, 2, 64), (4, 2, 32), (4, 3, 32), (4, 1, 64), (8, 2, 64), (8, 2, 128)],
     }
-    return [Config(*values, chunk_size) for values in tries[stage]]
+    if stage in summaries:
+        return [Config(*values) for values in summaries[stage]]
+    tries = {
+        "attend": [
+            (4, 5, 0, HOPPER_OVERLAP),
+            (4, 5, 0, HOPPER),
+            (4, 4, 0, HOPPER_OVERLAP),
+            (8, 3, 0, PLAIN),
+            (8, 2, 0, PLAIN),
+            (4, 4, 0, PLAIN),
+            (4, 3, 0, PLAIN),
+        ],
+        "queries": [(8, 3, 0, PLAIN), (8, 2, 0, PLAIN), (4, 3, 0, PLAIN), (4, 2, 0, PLAIN)],
+        "keys": [
+            (4, 2, 64, HOPPER),
+            (4, 2, 64, PLAIN),
+            (4, 2, 32, PLAIN),
+            (4, 3, 32, PLAIN),
+            (4, 1, 64, PLAIN),
+            (8, 2, 64, PLAIN),
+            (8, 2, 128, PLAIN),
+        ],
+    }
+    return [Config(warps, stages, block, chunk_size, kernel) for warps, stages, block, kernel in tries[stage]]
 
 
-def try_time(stages: Stages, stage: str, launches: Plan) -> float:
+def table_entry(config: Config) -> dict[str, int | str]:
+    """The fields that differ from their defaults, as the table has them."""
+    defaults = Config._field_defaults
+    return {name: value for name, value in config._asdict().items() if value != defaults.get(name)}
+
+
+def try_time(stages: Stages, stage: str, launches: Launches) -> float:
     """Milliseconds of one stage, infinite for a configuration that does not fit the GPU."""
-    stages.plan = launches
+    stages.launches = launches
     try:
         if stage == "keys":
             stages.run("transpose")
@@ -74,7 +110,7 @@ def try_time(stages: Stages, stage: str, launches: Plan) -> float:
         return float("inf")
 
 
-def with_config(launches: Plan, stage: str, config: Config) -> Plan:
+def with_config(launches: Launches, stage: str, config: Config) -> Launches:
     """The same launches, but for one stage."""
     changed: dict[str, Any] = {stage: config}
     return launches._replace(**changed)
@@ -85,7 +121,7 @@ def compile_one(case: Case, tile_rows: int, stage: str, config: Config) -> None:
 
     Sixteen chunks: Triton compiles anew for numbers that sixteen does not divide.
     """
-    start = first_plan(case, tile_rows)
+    start = first_launches(case, tile_rows)
     stages = Stages(replace(case, tokens=16 * case.chunk_size), DEVICE, start)
     names = (*Stages.FORWARD, *Stages.BACKWARD)
     stages.run(*names[: names.index(STAGE_METHOD[stage])])
@@ -103,13 +139,13 @@ def compile_all(case: Case, tile_rows: int, processes: int) -> None:
         pool.starmap(compile_one, tasks, chunksize=1)
 
 
-def first_plan(case: Case, tile_rows: int) -> Plan:
+def first_launches(case: Case, tile_rows: int) -> Launches:
     group = case.heads // case.kv_heads
-    start = plan(DEVICE, torch.bfloat16, case.head_dim, case.chunk_size, group)
+    start = find_launches(DEVICE, torch.bfloat16, case.head_dim, case.chunk_size, group)
     return start._replace(tile_rows=tile_rows)
 
 
-def tune_tile(case: Case, tile_rows: int, most_candidates: int | None) -> tuple[float, dict[str, list[int]]]:
+def tune_tile(case: Case, tile_rows: int, most_candidates: int | None) -> tuple[float, Entry]:
     """The best configuration of every stage for one size of query tiles, and their total time.
 
     Args:
@@ -117,7 +153,7 @@ def tune_tile(case: Case, tile_rows: int, most_candidates: int | None) -> tuple[
         tile_rows: rows of a query tile.
         most_candidates: of each stage, how many are tried; None: all.
     """
-    best = first_plan(case, tile_rows)
+    best = first_launches(case, tile_rows)
     multiprocessors = count_multiprocessors()
     stages = Stages(case, DEVICE, best)
     stages.run(*Stages.FORWARD)
@@ -131,13 +167,13 @@ def tune_tile(case: Case, tile_rows: int, most_candidates: int | None) -> tuple[
         timed.sort(key=lambda x: x[0])
         milliseconds_best, config, per_multiprocessor = timed[0]
         best = with_config(best, stage, config)._replace(parts=per_multiprocessor * multiprocessors)
-        stages.plan = best
+        stages.launches = best
         stages.run(STAGE_METHOD[stage])
         total += milliseconds_best
         shown = ", ".join(f"{list(c)}x{p} {ms:.2f}" for ms, c, p in timed[:5])
         print(f"  rows {tile_rows} {stage}: {shown}", flush=True)
-    entry = {stage: list(getattr(best, stage)) for stage in STAGE_METHOD}
-    return total, {"tile_rows": [tile_rows], **entry, "parts_per_multiprocessor": [per_multiprocessor]}
+    entry = {stage: table_entry(getattr(best, stage)) for stage in STAGES}
+    return total, {"tile_rows": tile_rows, **entry, "parts_per_multiprocessor": per_multiprocessor}
 
 
 def count_multiprocessors() -> int:

@@ -23,13 +23,18 @@ TOLERANCE = {
 
 
 def import_kernels(*names: str) -> tuple[ModuleType, ...]:
-    """Modules of `dash_megatron.ops.kernels`. Whether kernels are interpreted is settled when they are first imported."""
+    """Modules of `dash_megatron.ops.kernels`, and "topk.triton". Whether kernels are interpreted is settled when they are first imported."""
     route = sys.modules.get("dash_megatron.ops.kernels.route")
     if not CUDA and isinstance(getattr(route, "_route_kernel", None), triton.JITFunction):
-        for name in [x for x in sys.modules if x.startswith("dash_megatron.ops.kernels")]:
+        for name in [
+            x
+            for x in sys.modules
+            if x.startswith(("dash_megatron.ops.kernels", "dash_megatron.ops.topk.triton"))
+        ]:
             del sys.modules[name]
+    full_names = [f"dash_megatron.ops.{x}" if "." in x else f"dash_megatron.ops.kernels.{x}" for x in names]
     with mock.patch.dict(os.environ, {} if CUDA else {"TRITON_INTERPRET": "1"}):
-        return tuple(importlib.import_module(f"dash_megatron.ops.kernels.{name}") for name in names)
+        return tuple(importlib.import_module(name) for name in full_names)
 
 
 def with_router(settings: dict[str, Any]) -> dict[str, Any]:

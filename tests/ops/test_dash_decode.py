@@ -26,10 +26,10 @@ def _decode(sequences, cache, **router):
 @pytest.fixture
 def launch(monkeypatch):
     """`launch(name=value)` changes how kernels are launched."""
-    plan = decode.plan_decode
+    find_launch = decode.find_launch
 
     def change(**changes):
-        monkeypatch.setattr(decode, "plan_decode", lambda *args: plan(*args)._replace(**changes))
+        monkeypatch.setattr(decode, "find_launch", lambda *args: find_launch(*args)._replace(**changes))
 
     return change
 

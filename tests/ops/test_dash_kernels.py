@@ -256,14 +256,14 @@ def test_lists_that_are_counted_first_give_the_same_bits(monkeypatch):
 
 @pytest.mark.parametrize("parts", [1, 3, 10_000])
 def test_gradients_do_not_depend_on_how_the_transposed_lists_are_cut(parts, monkeypatch):
-    plan = configs.plan
+    find_launches = configs.find_launches
 
     def cut(*args):
-        return plan(*args)._replace(parts=parts)
+        return find_launches(*args)._replace(parts=parts)
 
     leaves, upstream = _inputs(60, Hkv=1)
     _, expected, _ = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True)
-    monkeypatch.setattr(dash, "plan", cut)
+    monkeypatch.setattr(dash, "find_launches", cut)
     _, grads, _ = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True)
     for grad, other in zip(grads, expected, strict=True):
         assert _relative_error(grad, other) < 1e-5
@@ -271,13 +271,13 @@ def test_gradients_do_not_depend_on_how_the_transposed_lists_are_cut(parts, monk
 
 @pytest.mark.parametrize(("alpha", "Hq"), [(1.5, 3), (1.7, 1)])
 def test_many_blocks_of_summaries_equal_the_reference(alpha, Hq, monkeypatch):
-    plan = configs.plan
+    find_launches = configs.find_launches
 
     def small_blocks(*args):
-        usual = plan(*args)
+        usual = find_launches(*args)
         return usual._replace(route=usual.route._replace(block=16), router=usual.router._replace(block=16))
 
-    monkeypatch.setattr(dash, "plan", small_blocks)
+    monkeypatch.setattr(dash, "find_launches", small_blocks)
     leaves, upstream = _inputs(16 * 35 + 5, Hq=Hq, Hkv=1, structured=True)
     _check(leaves, upstream, alpha=alpha, scaling_factor=1.0, same_selection=not CUDA)
 

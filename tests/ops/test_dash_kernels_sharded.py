@@ -258,23 +258,25 @@ def test_bfloat16_is_near_the_reference():
 
 
 def test_heads_and_chunks_of_other_sizes_in_steps_of_few_keys_equal_the_reference(monkeypatch):
-    plan = sharded.plan
+    find_launches = sharded.find_launches
 
     def few_keys(*args, **kwargs):
-        usual = plan(*args, **kwargs)
+        usual = find_launches(*args, **kwargs)
         stages = {x: getattr(usual, x)._replace(keys=16) for x in ("attend", "queries", "keys")}
         return usual._replace(tile_rows=32, **stages)
 
-    monkeypatch.setattr(sharded, "plan", few_keys)
+    monkeypatch.setattr(sharded, "find_launches", few_keys)
     _check(Sequence(G=3, Hkv=1, D=24, C=32, lengths=(20, 100)), "compact windows")
 
 
 @pytest.mark.parametrize("parts", [1, 40])
 def test_transposed_lists_in_one_part_and_in_more_than_there_is_work_equal_the_reference(parts, monkeypatch):
-    plan = sharded.plan
+    find_launches = sharded.find_launches
     if CUDA:
         parts *= 1000
-    monkeypatch.setattr(sharded, "plan", lambda *args, **kwargs: plan(*args, **kwargs)._replace(parts=parts))
+    monkeypatch.setattr(
+        sharded, "find_launches", lambda *args, **kwargs: find_launches(*args, **kwargs)._replace(parts=parts)
+    )
     _check(Sequence(G=1, Hkv=1), "windows")
 
 

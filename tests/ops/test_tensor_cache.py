@@ -11,7 +11,7 @@ from dash_megatron.ops.topk.infllmv2 import infllmv2_attention
 from dash_megatron.topk_selection import Selection
 from tests.ops.kernels_under_test import DEVICE, import_kernels
 
-kernels = import_kernels("geometry", "dash", "topk_attend", "topk_scores")
+kernels = import_kernels("geometry", "dash", "topk.triton")
 geometry = kernels[0]
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

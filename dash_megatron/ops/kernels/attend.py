@@ -5,11 +5,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_megatron.ops.kernels.configs import Config
+from dash_megatron.ops.kernels.configs import PLAIN, Config
 from dash_megatron.ops.kernels.geometry import Lists, Sizes, own_places
 from dash_megatron.ops.kernels.hopper import HOPPER_ROWS, fits_hopper
-from dash_megatron.ops.kernels.tiles import LOG2_E, load_keys, load_rows, own_keys, tile_place
-from dash_megatron.ops.types import Router
+from dash_megatron.ops.kernels.tiles import (
+    LOG2_E,
+    load_keys,
+    load_rows,
+    load_tile,
+    own_key_rows,
+    query_tile,
+    tile_list,
+    tile_rows,
+)
 
 
 @triton.jit
@@ -49,27 +57,17 @@ def _attend_fwd_kernel(
     T: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, SHARDED: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = T * GP
-    TILES_PER_CHUNK: tl.constexpr = C // T
-    tiles_per_head = num_chunks * TILES_PER_CHUNK
-    i_h = tl.program_id(0) // tiles_per_head
-    # late tiles have the longest lists: start them first
-    i_tile = tiles_per_head - 1 - tl.program_id(0) % tiles_per_head
-    own, start, end = tile_place(i_tile, chunk_start, chunk_end, TILES_PER_CHUNK, T)
+    i_h, i_tile, own, start, end = query_tile(chunk_start, chunk_end, num_chunks, T, C)
     if start >= end:
         return
-    own_start, own_end = own_keys(key_start, key_end, stride_key, i_h, own)
+    own_start, own_end = own_key_rows(key_start, key_end, stride_key, i_h, own)
     if not SHARDED:
         first = tl.load(chunk_first + own)
         document = tl.load(chunk_start + first)
-    p_tile = i_h.to(tl.int64) * tiles_per_head + i_tile
-    offset, count = tl.load(list_offset + p_tile), tl.load(list_count + p_tile)
+    _, offset, count = tile_list(list_offset, list_count, i_h, i_tile, num_chunks * (C // T))
 
-    o_r, o_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    o_n, o_g = (start + o_r // GP).to(tl.int64), o_r % GP
-    m_row = (o_n < end) & (o_g < G)
-    p_head = (i_h * G + o_g)[:, None]
-    p_q = q + o_n[:, None] * stride_qn + p_head * stride_qh + o_d[None, :]
-    b_q = tl.load(p_q, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
+    o_r, o_d, o_n, o_g, m_row = tile_rows(start, end, G, GP, T, BLOCK_D)
+    b_q = load_tile(q, i_h, o_n, o_g, o_d, m_row, stride_qn, stride_qh, G, D)
     b_mean = tl.load(mean_log + o_n * HKV + i_h, mask=o_n < end, other=0.0)
     k += i_h.to(tl.int64) * stride_kh
     v += i_h.to(tl.int64) * stride_vh
@@ -77,7 +75,7 @@ def _attend_fwd_kernel(
     b_acc, b_sum = tl.zeros([ROWS, BLOCK_D], tl.float32), tl.zeros([ROWS], tl.float32)
     # of a token that sees nothing of the chunks listed, -inf would make NaN
     b_max = b_sum - (1e30 if SHARDED else float("inf"))
-    o_slot = i_tile % TILES_PER_CHUNK * T + o_r // GP
+    o_slot = i_tile % (C // T) * T + o_r // GP
     if not SHARDED:
         # own chunk first: every token sees itself, so the running maximum is finite ever after
         b_acc, b_sum, b_max = _attend_own(
@@ -109,15 +107,15 @@ def _attend_fwd_kernel(
         # a token that sees nothing here: output 0, log-sum-exp -inf
         b_max = tl.where(b_sum > 0, b_max, float("-inf"))
         b_sum = tl.where(b_sum > 0, b_sum, 1.0)
-    p_out = out + (o_n * (HKV * G))[:, None] * D + p_head * D + o_d[None, :]
+    p_out = out + (o_n * (HKV * G))[:, None] * D + (i_h * G + o_g)[:, None] * D + o_d[None, :]
     b_out = b_acc / b_sum[:, None]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_row[:, None] & (o_d < D)[None, :])
     tl.store(lse + o_n * (HKV * G) + i_h * G + o_g, b_max + tl.log2(b_sum), mask=m_row)
 
 
-def attend(
+def attend_forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Lists, mean_log: Tensor, chunks: Tensor,
-    sizes: Sizes, router: Router, config: Config, own: Tensor | None = None,
+    sizes: Sizes, inv_sigma: float, config: Config, own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [tokens, Hq, D] and base-2 log-sum-exp [tokens, Hq] of q [tokens, Hq, D], k and v [tokens, Hkv, D].
 
@@ -127,18 +125,21 @@ def attend(
     """
     sharded = own is not None
     own = own_places(own, chunks, sizes)
-    if not sharded and config.block and sizes.tile_rows == 2 * HOPPER_ROWS and fits_hopper(q, k, v, sizes):
-        from dash_megatron.ops.kernels.attend_hopper import attend_hopper
+    if (
+        not sharded
+        and config.kernel != PLAIN
+        and sizes.tile_rows == 2 * HOPPER_ROWS
+        and fits_hopper(q, k, v, sizes)
+    ):
+        from dash_megatron.ops.kernels.attend_hopper import attend_forward_hopper
 
-        return attend_hopper(q, k, v, lists, mean_log, chunks, sizes, router, config)
+        return attend_forward_hopper(q, k, v, lists, mean_log, chunks, sizes, inv_sigma, config)
     out = torch.empty(q.shape, dtype=torch.float32 if sharded else q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     _attend_fwd_kernel[(sizes.num_tiles,)](
-        q, k, v, out, lse, *lists, mean_log, chunks[0], chunks[1], chunks[2], own[0], own[1], own.stride(1),
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        sizes.head_dim**-0.5 * LOG2_E, router.inv_sigma, sizes.num_chunks,
-        HKV=sizes.num_kv_heads, G=sizes.group, GP=sizes.padded_group, D=sizes.head_dim, BLOCK_D=sizes.block_d,
-        T=sizes.tile_tokens, C=sizes.chunk_size, KEYS=config.keys, STAGES=config.num_stages,
-        SHARDED=sharded, num_warps=config.num_warps,
+        q, k, v, out, lse, *lists, mean_log, *chunks, *own, own.stride(1),
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        sizes.head_dim**-0.5 * LOG2_E, inv_sigma, sizes.num_chunks,
+        **sizes.constants, KEYS=config.keys, STAGES=config.num_stages, SHARDED=sharded, num_warps=config.num_warps,
     )  # fmt: skip
     return out, lse

@@ -18,11 +18,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from dash_megatron.ops.kernels.configs import Config
+from dash_megatron.ops.kernels.configs import HOPPER_OVERLAP, Config
 from dash_megatron.ops.kernels.geometry import Lists, Sizes
 from dash_megatron.ops.kernels.hopper import ELEMENTS, HOPPER_ROWS
 from dash_megatron.ops.kernels.tiles import LOG2_E
-from dash_megatron.ops.types import Router
 
 
 @gluon.jit
@@ -183,21 +182,21 @@ def _attend_hopper_kernel(
         )  # fmt: skip
 
 
-def attend_hopper(
+def attend_forward_hopper(
     q: Tensor, k: Tensor, v: Tensor, lists: Lists, mean_log: Tensor, chunks: Tensor,
-    sizes: Sizes, router: Router, config: Config,
+    sizes: Sizes, inv_sigma: float, config: Config,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `attend.attend`, for tensors that `fits_hopper` accepts."""
+    """As `attend_forward`, for tensors that `fits_hopper` accepts."""
     C, D = sizes.chunk_size, sizes.head_dim
     layout = gl.NVMMASharedLayout.get_default_for([C, D], ELEMENTS[q.dtype])
     k_desc, v_desc = (TensorDescriptor.from_tensor(x.flatten(1), [C, D], layout) for x in (k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     _attend_hopper_kernel[(sizes.num_tiles,)](
-        q, k_desc, v_desc, out, lse, *lists, mean_log, chunks[0], chunks[1], chunks[2], q.stride(0), q.stride(1),
-        sizes.head_dim**-0.5 * LOG2_E, router.inv_sigma, sizes.num_chunks,
+        q, k_desc, v_desc, out, lse, *lists, mean_log, *chunks, *q.stride()[:2],
+        sizes.head_dim**-0.5 * LOG2_E, inv_sigma, sizes.num_chunks,
         HKV=sizes.num_kv_heads, G=sizes.group, GP=sizes.padded_group, D=D, T=sizes.tile_tokens, C=C, ROWS=HOPPER_ROWS,
-        STAGES=config.num_stages, OVERLAP=config.block == 2,
+        STAGES=config.num_stages, OVERLAP=config.kernel == HOPPER_OVERLAP,
         Q_LAYOUT=gl.NVMMASharedLayout.get_default_for([HOPPER_ROWS, D], ELEMENTS[q.dtype]), num_warps=4,
     )  # fmt: skip
     return out, lse

@@ -11,37 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_megatron.ops.kernels.backward_q import entmax_jacobian_root, prior_to_probability
-from dash_megatron.ops.kernels.configs import Config
+from dash_megatron.ops.kernels.backward_summary import summary_gradient, token_factors
+from dash_megatron.ops.kernels.configs import HOPPER, Config
 from dash_megatron.ops.kernels.geometry import Lists, Sizes, own_places
 from dash_megatron.ops.kernels.hopper import HOPPER_ROWS, fits_hopper
 from dash_megatron.ops.kernels.route import score_scale
 from dash_megatron.ops.kernels.summarize import summary_gradients
 from dash_megatron.ops.kernels.tiles import LOG2_E, load_rows
-from dash_megatron.ops.kernels.transpose import Division, Transposed
+from dash_megatron.ops.kernels.transpose import Transposed, WorkPartition
 from dash_megatron.ops.types import Router
 
 # Keys of a chunk that the Hopper kernel takes.
 HOPPER_KEYS = 64
-
-
-@triton.jit
-def _summary_gradient(
-    b_q, b_summary, b_log, p_tau, p_mean_dp, p_d_prior, p_factor, m_n, score_scale, gradient_scale, exponent, inv_sigma,
-    G: tl.constexpr, ALPHA_15: tl.constexpr,
-):  # fmt: skip
-    """What rows `b_q` [ROWS, D], of which `m_n` list the chunk, add to its summary's gradient [D]."""
-    if p_factor is not None:
-        b_factor = tl.load(p_factor, mask=m_n, other=1.0)
-        score_scale *= b_factor
-        gradient_scale *= b_factor
-    b_dp = prior_to_probability(tl.load(p_d_prior, mask=m_n, other=0.0), b_log, inv_sigma, 1.0 / G)
-    b_tau = tl.load(p_tau, mask=m_n, other=float("inf"))
-    b_q = b_q.to(tl.float32)
-    b_x = tl.sum(b_q * b_summary[None, :], 1) * score_scale
-    b_r = tl.where(b_log > float("-inf"), entmax_jacobian_root(b_x, b_tau, exponent, ALPHA_15), 0.0)
-    b_mean_dp = tl.load(p_mean_dp, mask=m_n, other=0.0)
-    return tl.sum(b_q * (b_r * (b_dp - b_mean_dp) * gradient_scale)[:, None], 0)
 
 
 @triton.jit
@@ -144,7 +125,7 @@ def _dkv_kernel(
             b_dsc = b_p * (b_dp - b_delta[None, :])
             b_dk = tl.dot(b_dsc.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
             if SUMMARY:
-                b_ds += _summary_gradient(
+                b_ds += summary_gradient(
                     b_q, b_summary, b_log, tau + i_head + o_head, mean_dp + i_head + o_head,
                     d_prior + p_list * T + i_r // GP + o_rn,
                     None if factor is None else factor + i_n * HKV + i_h + o_rn * HKV,
@@ -166,11 +147,11 @@ def _dkv_kernel(
 def _finish_kernel(
     k, w, dk_sum, dv_sum, ds_sum, dk, dv, dw_chunk, row_part, key_start, key_end, stride_table,
     stride_kn, stride_kh, stride_wh, inv_sqrt_d, num_chunks, num_parts,
-    HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, SUMMARY: tl.constexpr,
+    HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, SUMMARY: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
     """Add the partial sums of one chunk in order, then the gradient through its summary.
 
-    If `w` is None just the former, and not for a row that is whole: its gradients are in place.
+    If `w` is None just the former. If DIRECT, not for a row that is whole: its gradients are in place.
     """
     i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i_row = i_h * num_chunks + i_c
@@ -180,7 +161,7 @@ def _finish_kernel(
     start, end = tl.load(key_start + p_table), tl.load(key_end + p_table)
     first_part, last_part = tl.load(row_part + i_row * 2), tl.load(row_part + i_row * 2 + 1)
     done = start >= end
-    if w is None:
+    if DIRECT:
         done = done | (first_part >= last_part)
     if done:
         if w is not None:
@@ -190,7 +171,7 @@ def _finish_kernel(
     m_k = o_n < end
     m_kd = m_k[:, None] & m_d[None, :]
     o_cd = o_c[:, None] * D + o_d[None, :]
-    # where the first piece lies: behind the slots if whole
+    # where the first sum lies: behind the slots of the parts if whole
     i_slot = tl.where(first_part == last_part, num_parts * 2 + i_row, first_part * 2 + 1)
     b_dk = tl.load(dk_sum + i_slot * C * D + o_cd, mask=m_kd, other=0.0)
     b_dv = tl.load(dv_sum + i_slot * C * D + o_cd, mask=m_kd, other=0.0)
@@ -223,77 +204,68 @@ class Summaries(NamedTuple):
     d_prior: Tensor
     factor: Tensor | None
     """Of `token_factors`."""
-
-
-def token_factors(factor: Tensor | None, start: Tensor, num_tokens: int) -> Tensor | None:
-    """Factors [Hkv, chunks] on routing scores, of the tokens: [tokens, Hkv]; `start` is every chunk's first token."""
-    if factor is None:
-        return None
-    token = torch.arange(num_tokens, dtype=start.dtype, device=start.device)
-    return factor.mT[torch.searchsorted(start, token, right=True) - 1].contiguous()
+    router: Router
 
 
 def _sum_parts(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, mean_log: Tensor,
-    log_prior: Tensor, transposed: Transposed, division: Division, keys: Tensor, queries: Tensor, sums: Tensor,
-    ds_sum: Tensor | None, summaries: Summaries | None, sizes: Sizes, router: Router, config: Config, direct: bool,
+    log_prior: Tensor, transposed: Transposed, partition: WorkPartition, keys: Tensor, queries: Tensor, sums: Tensor,
+    ds_sum: Tensor | None, summaries: Summaries | None, sizes: Sizes, inv_sigma: float, config: Config, direct: bool,
 ) -> None:  # fmt: skip
     """Fill the partial sums of dk and dv [2, slots, C, D] and, with `summaries`, of their gradient [slots, D].
 
     There are two slots a part, then one for each row, [Hkv, chunks]; if `direct`, in place of these the gradients of the
-    whole buffer [m, Hkv, D], into which rows go that one part does alone. `keys` and `queries`, int32 [2, Hkv, chunks], give first row and one past the last of every chunk's keys and of the
-    queries of the same chunk, equal if absent.
+    whole buffer [m, Hkv, D], into which rows go that one part does alone. `keys` and `queries`, int32 [2, Hkv, chunks],
+    give first row and one past the last of every chunk's keys and of the queries of the same chunk, equal if absent.
     """
-    D, T = sizes.head_dim, sizes.tile_tokens
-    tau, mean_dp, summary, d_prior, factor = summaries or (None,) * 5
-    _dkv_kernel[(len(division.row), sizes.chunk_size // config.keys)](
+    D = sizes.head_dim
+    tau, mean_dp, summary, d_prior, factor, router = summaries or (None,) * 6
+    # score scale, gradient scale and exponent
+    routing = (0.0, 0.0, 0.0)
+    if router is not None:
+        routing = score_scale(router, D), router.scaling_factor * D**-0.5, router.exponent
+    _dkv_kernel[(len(partition.row), sizes.chunk_size // config.keys)](
         q, k, v, d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, log_prior, d_prior, factor,
-        *transposed, *division, *sums, ds_sum, *keys, *queries, keys.stride(1),
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        D**-0.5 * LOG2_E, D**-0.5, score_scale(router, D), router.scaling_factor * D**-0.5,
-        router.exponent, router.inv_sigma, keys.shape[2],
-        HKV=sizes.num_kv_heads, G=sizes.group, GP=sizes.padded_group, D=D, BLOCK_D=sizes.block_d, T=T,
-        C=sizes.chunk_size, KEYS=config.keys, ROWS=min(config.block if config.block > 1 else 64, sizes.tile_rows),
-        STAGES=config.num_stages, ALPHA_15=router.alpha == 1.5, SUMMARY=summaries is not None,
-        DIRECT=direct, num_warps=config.num_warps,
+        *transposed, *partition, *sums, ds_sum, *keys, *queries, keys.stride(1),
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        D**-0.5 * LOG2_E, D**-0.5, *routing, inv_sigma, keys.shape[2],
+        **sizes.constants, KEYS=config.keys, ROWS=min(config.block, sizes.tile_rows), STAGES=config.num_stages,
+        ALPHA_15=router is not None and router.alpha == 1.5, SUMMARY=summaries is not None, DIRECT=direct,
+        num_warps=config.num_warps,
     )  # fmt: skip
 
 
 def _finish(
     k: Tensor, w: Tensor | None, sums: Tensor, ds_sum: Tensor | None, dk: Tensor, dv: Tensor, dw_chunk: Tensor | None,
-    division: Division, keys: Tensor, sizes: Sizes, deterministic: bool,
+    partition: WorkPartition, keys: Tensor, sizes: Sizes, deterministic: bool, direct: bool,
 ) -> None:  # fmt: skip
-    """Add up the partial sums; with `w` of all rows, and the gradient through the summaries, `dw_chunk` [Hkv, chunks, D]."""
+    """Add up the partial sums; with `w`, also the gradient through the summaries, `dw_chunk` [Hkv, chunks, D].
+
+    Unless `direct`, of all rows; otherwise the rows that one part did alone are in `dk` and `dv` already.
+    """
     nc, D = keys.shape[2], sizes.head_dim
-    ends = torch.stack([division.work[:-1], division.work[1:] - 1], dim=1)
-    row_part = torch.searchsorted(division.bound, ends, right=True) - 1
+    ends = torch.stack([partition.work[:-1], partition.work[1:] - 1], dim=1)
+    row_part = torch.searchsorted(partition.bound, ends, right=True) - 1
     _finish_kernel[(nc, sizes.num_kv_heads)](
         k, w, *sums, ds_sum, dk, dv, dw_chunk, row_part, *keys, keys.stride(1),
-        k.stride(0), k.stride(1), 0 if w is None else w.stride(0), D**-0.5, nc, len(division.row),
-        HKV=sizes.num_kv_heads, D=D, BLOCK_D=sizes.block_d, C=sizes.chunk_size, SUMMARY=deterministic, num_warps=8,
+        *k.stride()[:2], 0 if w is None else w.stride(0), D**-0.5, nc, len(partition.row),
+        HKV=sizes.num_kv_heads, D=D, BLOCK_D=sizes.block_d, C=sizes.chunk_size, SUMMARY=deterministic, DIRECT=direct,
+        num_warps=8,
     )  # fmt: skip
 
 
-def backward_kv(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, tau: Tensor,
-    mean_log: Tensor, mean_dp: Tensor, summary: Tensor, d_summary: Tensor, d_prior: Tensor, lists: Lists,
-    transposed: Transposed, division: Division, chunks: Tensor, sizes: Sizes, router: Router, config: Config,
-    deterministic: bool, factor: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of k and v, [tokens, Hkv, D] in their dtype, and of w, float32 [Hkv, D].
-
-    With `deterministic` the gradient of the summaries is summed here, in order, instead of taken from `d_summary`; only
-    then `factor`, that of `route`, matters.
-    """
-    C, D, Hkv, nc = sizes.chunk_size, sizes.head_dim, sizes.num_kv_heads, sizes.num_chunks
-    slots = 2 * len(division.row) + len(division.work) - 1
-    sums = torch.empty(2, slots, C, D, dtype=torch.float32, device=k.device)
-    ds_sum = torch.empty(slots, D, dtype=torch.float32, device=k.device) if deterministic else d_summary
-    places = own_places(None, chunks, sizes)
+def _sum_slots(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, mean_log: Tensor,
+    log_prior: Tensor, transposed: Transposed, partition: WorkPartition, chunks: Tensor, ds_sum: Tensor | None,
+    summaries: Summaries | None, sizes: Sizes, inv_sigma: float, config: Config,
+) -> Tensor:  # fmt: skip
+    """The partial sums of `_sum_parts` where keys lie with the queries, by the Hopper kernel where it fits."""
+    slots = _num_slots(partition)
+    sums = torch.empty(2, slots, sizes.chunk_size, sizes.head_dim, dtype=torch.float32, device=k.device)
     hopper = (
-        config.block == 1
-        and not deterministic
-        and C == HOPPER_KEYS
+        config.kernel == HOPPER
+        and summaries is None
+        and sizes.chunk_size == HOPPER_KEYS
         and sizes.group == sizes.padded_group
         and sizes.tile_rows % HOPPER_ROWS == 0
         and fits_hopper(q, k, v, sizes)
@@ -302,90 +274,83 @@ def backward_kv(
         from dash_megatron.ops.kernels.backward_kv_hopper import sum_hopper
 
         sum_hopper(
-            q, k, v, d_out, centred_lse, delta, mean_log, lists.log_prior, transposed, division, sums[0], sums[1],
-            chunks, sizes, router, config,
+            q, k, v, d_out, centred_lse, delta, mean_log, log_prior, transposed, partition, sums, chunks, sizes,
+            inv_sigma, config,
         )  # fmt: skip
     else:
-        summaries = None
-        if deterministic:
-            factor = token_factors(factor, chunks[0], len(q))
-            summaries = Summaries(tau, mean_dp, summary, d_prior, factor)
+        places = own_places(None, chunks, sizes)
         _sum_parts(
-            q, k, v, d_out, centred_lse, delta, mean_log, lists.log_prior, transposed, division, places, places, sums,
-            ds_sum, summaries, sizes, router, config, False,
+            q, k, v, d_out, centred_lse, delta, mean_log, log_prior, transposed, partition, places, places, sums,
+            ds_sum, summaries, sizes, inv_sigma, config, False,
         )  # fmt: skip
+    return sums
+
+
+def _num_slots(partition: WorkPartition) -> int:
+    """Two for each part, and one for each row."""
+    return 2 * len(partition.row) + len(partition.work) - 1
+
+
+def backward_kv(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, tau: Tensor,
+    mean_log: Tensor, mean_dp: Tensor, summary: Tensor, d_summary: Tensor, d_prior: Tensor, lists: Lists,
+    transposed: Transposed, partition: WorkPartition, chunks: Tensor, sizes: Sizes, router: Router, config: Config,
+    deterministic: bool, factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of k and v, [tokens, Hkv, D] in their dtype, and of w, float32 [Hkv, D].
+
+    With `deterministic` the gradient of the summaries is summed here, in order, instead of taken from `d_summary`; only
+    then `factor`, that of `route`, matters.
+    """
+    ds_sum, summaries = d_summary, None
+    if deterministic:
+        ds_sum = torch.empty(_num_slots(partition), sizes.head_dim, dtype=torch.float32, device=k.device)
+        factor = token_factors(factor, chunks[0], len(q))
+        summaries = Summaries(tau, mean_dp, summary, d_prior, factor, router)
+    sums = _sum_slots(
+        q, k, v, d_out, centred_lse, delta, mean_log, lists.log_prior, transposed, partition, chunks, ds_sum, summaries,
+        sizes, router.inv_sigma, config,
+    )  # fmt: skip
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    dw_chunk = torch.empty(Hkv, nc, D, dtype=torch.float32, device=k.device)
-    _finish(k, w, sums, ds_sum, dk, dv, dw_chunk, division, places, sizes, deterministic)
+    dw_chunk = torch.empty(summary.shape, dtype=torch.float32, device=k.device)
+    places = own_places(None, chunks, sizes)
+    _finish(k, w, sums, ds_sum, dk, dv, dw_chunk, partition, places, sizes, deterministic, False)
     return dk, dv, dw_chunk.sum(1)
 
 
-def backward_kv_alone(
+def backward_kv_lists(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, mean_log: Tensor, lists: Lists,
-    transposed: Transposed, division: Division, keys: Tensor, queries: Tensor, sizes: Sizes, router: Router,
+    transposed: Transposed, partition: WorkPartition, chunks: Tensor, sizes: Sizes, inv_sigma: float, config: Config,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of k and v [tokens, Hkv, D], in their dtype, through attention alone: there are no summaries."""
+    sums = _sum_slots(
+        q, k, v, d_out, centred_lse, delta, mean_log, lists.log_prior, transposed, partition, chunks, None, None,
+        sizes, inv_sigma, config,
+    )  # fmt: skip
+    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    places = own_places(None, chunks, sizes)
+    _finish(k, None, sums, None, dk, dv, None, partition, places, sizes, False, False)
+    return dk, dv
+
+
+def backward_kv_buffer(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, mean_log: Tensor, lists: Lists,
+    transposed: Transposed, partition: WorkPartition, keys: Tensor, queries: Tensor, sizes: Sizes, inv_sigma: float,
     config: Config,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Float32 gradients of a buffer's k and v [rows, Hkv, D] through attention alone; zero in rows of no chunk.
 
     `keys` and `queries` are those of `_sum_parts`, of the chunks in the window that was transposed.
     """
-    slots = 2 * len(division.row) * sizes.chunk_size * sizes.head_dim
+    slots = 2 * len(partition.row) * sizes.chunk_size * sizes.head_dim
     # The buffer may hold few of the window's chunks: no slots for all of these. Zero, since parts may be empty.
     sums = torch.zeros(2, slots + k.numel(), dtype=torch.float32, device=k.device)
     _sum_parts(
-        q, k, v, d_out, centred_lse, delta, mean_log, lists.log_prior, transposed, division, keys, queries, sums,
-        None, None, sizes, router, config, True,
+        q, k, v, d_out, centred_lse, delta, mean_log, lists.log_prior, transposed, partition, keys, queries, sums,
+        None, None, sizes, inv_sigma, config, True,
     )  # fmt: skip
     dk, dv = sums[:, slots:].unflatten(1, k.shape)
-    _finish(k, None, sums, None, dk, dv, None, division, keys, sizes, False)
+    _finish(k, None, sums, None, dk, dv, None, partition, keys, sizes, False, True)
     return dk, dv
-
-
-@triton.jit
-def _d_summary_kernel(
-    q, tau, mean_dp, summary, list_log_prior, d_prior, factor, row_place, row_entry, row_offset, d_summary,
-    stride_qn, stride_qh, score_scale, gradient_scale, exponent, inv_sigma, num_chunks,
-    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    T: tl.constexpr, ALPHA_15: tl.constexpr,
-):  # fmt: skip
-    """Gradient of one chunk's summary, tile by tile of those that list the chunk."""
-    i_row = tl.program_id(0).to(tl.int64)
-    i_h = i_row // num_chunks
-    o_r, o_d = tl.arange(0, T * GP), tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    b_summary = tl.load(summary + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
-    b_ds = tl.zeros([BLOCK_D], tl.float32)
-    for i_e in range(tl.load(row_offset + i_row), tl.load(row_offset + i_row + 1)):
-        place, entry = tl.load(row_place + i_e), tl.load(row_entry + i_e)
-        m_n = (o_r // GP < (place >> 32)) & (o_r % GP < G)
-        o_n, o_g = (place & 0x7FFFFFFF) + o_r // GP, i_h * G + o_r % GP
-        p_q = q + (o_n * stride_qn + o_g * stride_qh)[:, None] + o_d[None, :]
-        b_q = tl.load(p_q, mask=m_n[:, None] & m_d[None, :], other=0.0)
-        o_list, o_head = entry * T + o_r // GP, o_n * (HKV * G) + o_g
-        b_log = tl.load(list_log_prior + o_list, mask=m_n, other=float("-inf"))
-        b_ds += _summary_gradient(
-            b_q, b_summary, b_log, tau + o_head, mean_dp + o_head, d_prior + o_list,
-            None if factor is None else factor + o_n * HKV + i_h,
-            m_n, score_scale, gradient_scale, exponent, inv_sigma, G, ALPHA_15,
-        )  # fmt: skip
-    tl.store(d_summary + i_row * D + o_d, b_ds, mask=m_d)
-
-
-def sum_d_summary(
-    q: Tensor, tau: Tensor, mean_dp: Tensor, summary: Tensor, log_prior: Tensor, d_prior: Tensor,
-    transposed: Transposed, sizes: Sizes, router: Router, factor: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Gradient of the summaries, float32 [Hkv, chunks, D], summed in the order of the lists transposed over all chunks.
-
-    `factor` is that of `token_factors`.
-    """
-    d_summary = torch.empty(summary.shape, dtype=torch.float32, device=q.device)
-    Hkv, nc, D = summary.shape
-    _d_summary_kernel[(Hkv * nc,)](
-        q, tau, mean_dp, summary, log_prior, d_prior, factor, *transposed, d_summary, q.stride(0), q.stride(1),
-        score_scale(router, D), router.scaling_factor * D**-0.5, router.exponent, router.inv_sigma, nc,
-        HKV=Hkv, G=sizes.group, GP=sizes.padded_group, D=D, BLOCK_D=sizes.block_d, T=sizes.tile_tokens,
-        ALPHA_15=router.alpha == 1.5, num_warps=4,
-    )  # fmt: skip
-    return d_summary

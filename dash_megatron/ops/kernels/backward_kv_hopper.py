@@ -19,8 +19,7 @@ from dash_megatron.ops.kernels.configs import Config
 from dash_megatron.ops.kernels.geometry import Sizes
 from dash_megatron.ops.kernels.hopper import ELEMENTS, HOPPER_ROWS
 from dash_megatron.ops.kernels.tiles import LOG2_E
-from dash_megatron.ops.kernels.transpose import Division, Transposed
-from dash_megatron.ops.types import Router
+from dash_megatron.ops.kernels.transpose import Transposed, WorkPartition
 
 
 @gluon.jit
@@ -231,10 +230,10 @@ def _dkv_hopper_kernel(
 
 def sum_hopper(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, mean_log: Tensor,
-    log_prior: Tensor, transposed: Transposed, division: Division, dk_sum: Tensor, dv_sum: Tensor, chunks: Tensor,
-    sizes: Sizes, router: Router, config: Config,
+    log_prior: Tensor, transposed: Transposed, partition: WorkPartition, sums: Tensor, chunks: Tensor, sizes: Sizes,
+    inv_sigma: float, config: Config,
 ) -> None:  # fmt: skip
-    """Fill `dk_sum` and `dv_sum` as the plain kernel does, for chunks of 64 and tensors that `fits_hopper` accepts."""
+    """Fill the partial `sums` of dk and dv [2, slots, C, D] as the plain kernel does, for chunks of 64 and tensors that `fits_hopper` accepts."""
     C, D, G = sizes.chunk_size, sizes.head_dim, sizes.group
     tokens = HOPPER_ROWS // G
     element = ELEMENTS[q.dtype]
@@ -242,9 +241,9 @@ def sum_hopper(
     k_desc, v_desc = (TensorDescriptor.from_tensor(x.flatten(1), [C, D], kv_layout) for x in (k, v))
     layout = gl.NVMMASharedLayout.get_default_for([tokens, G, D], element)
     q_desc, do_desc = (TensorDescriptor.from_tensor(x, [tokens, G, D], layout) for x in (q, d_out))
-    _dkv_hopper_kernel[(len(division.row),)](
-        q_desc, do_desc, k_desc, v_desc, centred_lse, delta, mean_log, log_prior, *transposed, *division,
-        dk_sum, dv_sum, chunks[0], chunks[1], sizes.num_chunks, D**-0.5 * LOG2_E, D**-0.5, router.inv_sigma,
+    _dkv_hopper_kernel[(len(partition.row),)](
+        q_desc, do_desc, k_desc, v_desc, centred_lse, delta, mean_log, log_prior, *transposed, *partition,
+        *sums, chunks[0], chunks[1], sizes.num_chunks, D**-0.5 * LOG2_E, D**-0.5, inv_sigma,
         HKV=sizes.num_kv_heads, G=G, D=D, T=sizes.tile_tokens, C=C, TOKENS=tokens, STAGES=config.num_stages,
         num_warps=4, maxnreg=128,
     )  # fmt: skip

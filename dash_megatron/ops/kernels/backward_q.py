@@ -7,9 +7,19 @@ from torch import Tensor
 
 from dash_megatron.ops.kernels.configs import Config
 from dash_megatron.ops.kernels.geometry import Lists, Sizes, own_places
-from dash_megatron.ops.kernels.route import power, routing_products, score_scale
+from dash_megatron.ops.kernels.route import routing_products, score_scale
 from dash_megatron.ops.kernels.summarize import saturate
-from dash_megatron.ops.kernels.tiles import LOG2_E, load_keys, load_rows, own_keys, tile_place
+from dash_megatron.ops.kernels.threshold import power
+from dash_megatron.ops.kernels.tiles import (
+    LOG2_E,
+    load_keys,
+    load_rows,
+    load_tile,
+    own_key_rows,
+    query_tile,
+    tile_list,
+    tile_rows,
+)
 from dash_megatron.ops.types import Router
 
 
@@ -41,31 +51,23 @@ def _dq_kernel(
     T: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, SHARDED: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = T * GP
-    TILES_PER_CHUNK: tl.constexpr = C // T
-    tiles_per_head = num_chunks * TILES_PER_CHUNK
-    i_h = tl.program_id(0) // tiles_per_head
-    i_tile = tiles_per_head - 1 - tl.program_id(0) % tiles_per_head
-    own, start, end = tile_place(i_tile, chunk_start, chunk_end, TILES_PER_CHUNK, T)
+    i_h, i_tile, own, start, end = query_tile(chunk_start, chunk_end, num_chunks, T, C)
     if start >= end:
         return
-    own_start, own_end = own_keys(key_start, key_end, stride_key, i_h, own)
+    own_start, own_end = own_key_rows(key_start, key_end, stride_key, i_h, own)
     if not SHARDED:
         first = tl.load(chunk_first + own)
         document = tl.load(chunk_start + first)
-    p_tile = i_h.to(tl.int64) * tiles_per_head + i_tile
-    offset, count = tl.load(list_offset + p_tile), tl.load(list_count + p_tile)
+    _, offset, count = tile_list(list_offset, list_count, i_h, i_tile, num_chunks * (C // T))
 
-    o_r, o_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    o_n, o_g = (start + o_r // GP).to(tl.int64), o_r % GP
-    m_row = (o_n < end) & (o_g < G)
+    o_r, o_d, o_n, o_g, m_row = tile_rows(start, end, G, GP, T, BLOCK_D)
     m_rd = m_row[:, None] & (o_d < D)[None, :]
-    o_rd = (o_n * (HKV * G) + i_h * G + o_g)[:, None] * D + o_d[None, :]
-    p_q = q + o_n[:, None] * stride_qn + (i_h * G + o_g)[:, None] * stride_qh + o_d[None, :]
-    b_q = tl.load(p_q, mask=m_rd, other=0.0)
+    o_row = o_n * (HKV * G) + i_h * G + o_g
+    o_rd = o_row[:, None] * D + o_d[None, :]
+    b_q = load_tile(q, i_h, o_n, o_g, o_d, m_row, stride_qn, stride_qh, G, D)
     b_do = tl.load(d_out + o_rd, mask=m_rd, other=0.0)
     b_out = tl.load(out + o_rd, mask=m_rd, other=0.0)
     b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
-    o_row = o_n * (HKV * G) + i_h * G + o_g
     tl.store(delta + o_row, b_delta, mask=m_row)
     # absent rows get no weight anywhere
     b_lse = tl.load(lse + o_row, mask=m_row, other=float("inf"))
@@ -76,7 +78,7 @@ def _dq_kernel(
     v += i_h.to(tl.int64) * stride_vh
 
     b_dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    o_slot = i_tile % TILES_PER_CHUNK * T + o_r // GP
+    o_slot = i_tile % (C // T) * T + o_r // GP
     if not SHARDED:
         b_dq = _dq_own(
             b_dq, b_q, b_do, b_lse, b_delta, k, v, own_start, own_end, C, o_slot, stride_kn, stride_vn, scale,
@@ -85,8 +87,9 @@ def _dq_kernel(
 
     p_chunk = list_chunk + offset
     p_prior = list_log_prior + offset * T + o_r // GP
-    p_d_prior = d_prior + offset * T + tl.arange(0, T)
-    b_db = tl.zeros([T], tl.float32)
+    if d_prior is not None:
+        p_d_prior = d_prior + offset * T + tl.arange(0, T)
+        b_db = tl.zeros([T], tl.float32)
     i_chunk = tl.load(p_chunk, mask=count > 0, other=0)
     for i_s in tl.range(0, count * (C // KEYS), num_stages=STAGES):
         i_e, i_k = i_s // (C // KEYS), i_s % (C // KEYS) * KEYS
@@ -100,10 +103,11 @@ def _dq_kernel(
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
         b_ds = tl.exp2(b_s * scale + b_shift[:, None]) * (b_dp - b_delta[:, None])
-        # all heads of a group share the prior
-        b_part = tl.sum(tl.reshape(tl.sum(b_ds, 1), (T, GP)), 1)
-        b_db = b_part if KEYS == C else tl.where(i_k == 0, b_part, b_db + b_part)
-        tl.store(p_d_prior + i_e * T, b_db)
+        if d_prior is not None:
+            # all heads of a group share the prior
+            b_part = tl.sum(tl.reshape(tl.sum(b_ds, 1), (T, GP)), 1)
+            b_db = b_part if KEYS == C else tl.where(i_k == 0, b_part, b_db + b_part)
+            tl.store(p_d_prior + i_e * T, b_db)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
     if SHARDED:
         # after the list, as in the forward
@@ -156,27 +160,21 @@ def _router_bwd_kernel(
     chunk_start, chunk_end, factor, d_log_factor, stride_qn, stride_qh, scale, gradient_scale, exponent, inv_sigma,
     num_chunks, num_summaries,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    T: tl.constexpr, TILES_PER_CHUNK: tl.constexpr, BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr,
+    T: tl.constexpr, C: tl.constexpr, BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr,
     ATOMIC: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    tiles_per_head = num_chunks * TILES_PER_CHUNK
-    i_h = tl.program_id(0) // tiles_per_head
-    i_tile = tiles_per_head - 1 - tl.program_id(0) % tiles_per_head
-    i_c, start, end = tile_place(i_tile, chunk_start, chunk_end, TILES_PER_CHUNK, T)
+    i_h, i_tile, i_c, start, end = query_tile(chunk_start, chunk_end, num_chunks, T, C)
     if start >= end:
         return
     if factor is not None:
         row_factor = tl.load(factor + i_h * num_chunks + i_c)
         scale *= row_factor
         gradient_scale *= row_factor
-    p_tile = i_h.to(tl.int64) * tiles_per_head + i_tile
-    offset, count = tl.load(list_offset + p_tile), tl.load(list_count + p_tile)
-    o_r, o_d = tl.arange(0, T * GP), tl.arange(0, BLOCK_D)
-    o_n, o_g = (start + o_r // GP).to(tl.int64), o_r % GP
-    m_row = (o_n < end) & (o_g < G)
+    p_tile, offset, count = tile_list(list_offset, list_count, i_h, i_tile, num_chunks * (C // T))
+    _, o_d, o_n, o_g, m_row = tile_rows(start, end, G, GP, T, BLOCK_D)
     m_rd = m_row[:, None] & (o_d < D)[None, :]
-    p_q = q + o_n[:, None] * stride_qn + (i_h * G + o_g)[:, None] * stride_qh + o_d[None, :]
-    b_q = saturate(tl.load(p_q, mask=m_rd, other=0.0), summary.dtype.element_ty)
+    b_q = load_tile(q, i_h, o_n, o_g, o_d, m_row, stride_qn, stride_qh, G, D)
+    b_q = saturate(b_q, summary.dtype.element_ty)
     o_row = o_n * (HKV * G) + i_h * G + o_g
     # absent rows are outside every support
     b_tau = tl.load(tau + o_row, mask=m_row, other=float("inf"))
@@ -222,30 +220,27 @@ def _router_bwd_kernel(
 
 def backward_q(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, lists: Lists, mean_log: Tensor,
-    chunks: Tensor, sizes: Sizes, router: Router, config: Config, own: Tensor | None = None,
-    d_prior: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q through attention alone [tokens, Hq, D] and of the log priors [room, T].
+    d_prior: Tensor | None, chunks: Tensor, sizes: Sizes, inv_sigma: float, config: Config, own: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradient of q [tokens, Hq, D] through attention alone.
 
-    And, [tokens, Hq] each, rowsum(dO O) and the base-2 log-sum-exp with the prior's mean added. `own` is as in `attend`,
-    and the gradient of q float32 then; `d_prior`, if given, is written to where the lists have entries.
+    The gradient of the log priors is written to `d_prior` [room, T] where the lists have entries, unless it is None. `own` is
+    as in `attend_forward`, and the gradient of q float32 then.
+
+    Returns:
+        The gradient of q and, float32 [tokens, Hq] each, rowsum(dO O) and the base-2 log-sum-exp with the prior's mean added.
     """
     sharded = own is not None
     own = own_places(own, chunks, sizes)
     dq = torch.empty(q.shape, dtype=torch.float32 if sharded else q.dtype, device=q.device)
-    if d_prior is None:
-        d_prior = torch.empty_like(lists.log_prior)
     delta, centred_lse = torch.empty_like(lse), torch.empty_like(lse)
     _dq_kernel[(sizes.num_tiles,)](
-        q, k, v, out, d_out, lse, dq, d_prior, delta, centred_lse, *lists, mean_log, chunks[0], chunks[1], chunks[2],
-        own[0], own[1], own.stride(1),
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        sizes.head_dim**-0.5 * LOG2_E, sizes.head_dim**-0.5, router.inv_sigma, sizes.num_chunks,
-        HKV=sizes.num_kv_heads, G=sizes.group, GP=sizes.padded_group, D=sizes.head_dim, BLOCK_D=sizes.block_d,
-        T=sizes.tile_tokens, C=sizes.chunk_size, KEYS=config.keys, STAGES=config.num_stages,
-        SHARDED=sharded, num_warps=config.num_warps,
+        q, k, v, out, d_out, lse, dq, d_prior, delta, centred_lse, *lists, mean_log, *chunks, *own, own.stride(1),
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        sizes.head_dim**-0.5 * LOG2_E, sizes.head_dim**-0.5, inv_sigma, sizes.num_chunks,
+        **sizes.constants, KEYS=config.keys, STAGES=config.num_stages, SHARDED=sharded, num_warps=config.num_warps,
     )  # fmt: skip
-    return dq, d_prior, delta, centred_lse
+    return dq, delta, centred_lse
 
 
 def backward_router(
@@ -266,12 +261,10 @@ def backward_router(
     d_log = torch.zeros(sizes.num_kv_heads, sizes.tiles_per_head, device=q.device) if learned else None
     _router_bwd_kernel[(sizes.num_tiles,)](
         q, summary, tau, dq, d_summary, mean_dp, lists.chunk, lists.log_prior, d_prior, lists.offset, lists.counts,
-        chunks[0], chunks[1], factor, d_log, q.stride(0), q.stride(1), score_scale(router, sizes.head_dim),
+        chunks[0], chunks[1], factor, d_log, *q.stride()[:2], score_scale(router, sizes.head_dim),
         router.scaling_factor * sizes.head_dim**-0.5, router.exponent, router.inv_sigma, sizes.num_chunks,
         summary.shape[1],
-        HKV=sizes.num_kv_heads, G=sizes.group, GP=sizes.padded_group, D=sizes.head_dim, BLOCK_D=sizes.block_d,
-        T=sizes.tile_tokens, TILES_PER_CHUNK=sizes.tiles_per_chunk, BLOCK_S=config.block,
-        ALPHA_15=router.alpha == 1.5, ATOMIC=not deterministic,
+        **sizes.constants, BLOCK_S=config.block, ALPHA_15=router.alpha == 1.5, ATOMIC=not deterministic,
         # gradients can be too small for float16
         GRADIENT=tl.float32 if q.dtype == torch.float32 else tl.bfloat16,
         num_warps=config.num_warps, num_stages=config.num_stages,

@@ -1,21 +1,22 @@
 """Launch configurations: a pinned table per GPU and shape, and a rule for what the table does not hold.
 
 Nothing is ever tuned at run time: ranks that chose different configurations would compute different results.
-`benchmarks/tune_kernels.py` writes the table.
+`benchmarks/tune_kernels.py` writes the table, configs.json: GPU name -> shape (`shape_key`) -> `tile_rows` and
+`parts_per_multiprocessor`, integers, and for each stage of `Launches` the fields of a `Config` that differ from their defaults.
 """
 
 import json
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from dash_megatron.ops.kernels.geometry import next_power_of_two
 
 TABLE_FILE = Path(__file__).with_name("configs.json")
-# Values of `Config.block` that stand for a Hopper kernel.
-HOPPER_BLOCKS = {"attend": ([1], [2]), "keys": ([1],)}
+# Values of `Config.kernel`.
+PLAIN, HOPPER, HOPPER_OVERLAP = "plain", "hopper", "hopper-overlap"
 # Of Hopper, for tensors that are not on a GPU: what the interpreter runs should be what a GPU would.
 DEFAULT_SHARED_BYTES = 227 * 1024
 DEFAULT_MULTIPROCESSORS = 4
@@ -26,14 +27,20 @@ class Config(NamedTuple):
 
     num_warps: int
     num_stages: int
-    block: int
-    """Route and router: summaries a step. Attend: 1 or 2 takes the Hopper kernel where it fits, 2 with the next scores
-    computed during the softmax. Keys: query rows a step, or 1 for the Hopper kernel where it fits. Queries: unused."""
-    keys: int
+    block: int = 0
+    """Route and router: summaries a step. Keys: query rows a step of the plain kernel. Attend and queries: unused."""
+    keys: int = 0
     """Keys of a chunk a step or, in the pass over the transposed lists, a program. Route and router: unused."""
+    kernel: str = PLAIN
+    """Attend and keys: "hopper" takes the Hopper kernel where it fits, and elsewhere the plain one with the other numbers.
+    For attend, "hopper-overlap" also computes the next scores during the softmax."""
 
 
-class Plan(NamedTuple):
+# The fields of `Launches` that have a `Config`.
+STAGES = ("route", "attend", "queries", "router", "keys")
+
+
+class Launches(NamedTuple):
     """Configurations of all stages for one shape."""
 
     tile_rows: int
@@ -47,8 +54,12 @@ class Plan(NamedTuple):
     """Programs that share the transposed lists."""
 
 
+# A shape's numbers and, by stage, the fields of its configurations.
+Entry = dict[str, Any]
+
+
 @cache
-def _table() -> dict[str, dict[str, dict[str, list[int]]]]:
+def _table() -> dict[str, dict[str, Entry]]:
     return json.loads(TABLE_FILE.read_text())
 
 
@@ -57,7 +68,7 @@ def shape_key(dtype: torch.dtype, head_dim: int, chunk_size: int, group: int) ->
 
 
 @cache
-def _device(device: torch.device) -> tuple[str, int, int]:
+def device_limits(device: torch.device) -> tuple[str, int, int]:
     """Name, bytes of shared memory a program may use, and number of multiprocessors."""
     if device.type != "cuda":
         return device.type, DEFAULT_SHARED_BYTES, DEFAULT_MULTIPROCESSORS
@@ -65,16 +76,14 @@ def _device(device: torch.device) -> tuple[str, int, int]:
     return properties.name, properties.shared_memory_per_block_optin, properties.multi_processor_count  # type: ignore[attr-defined]
 
 
-def _stages(most: int, fixed_bytes: int, bytes_per_stage: int, shared_bytes: int) -> int:
+def stages_that_fit(most: int, fixed_bytes: int, bytes_per_stage: int, shared_bytes: int) -> int:
     """As many pipeline stages as fit, at least one."""
     while most > 1 and fixed_bytes + most * bytes_per_stage > shared_bytes:
         most -= 1
     return most
 
 
-def _rule(
-    itemsize: int, head_dim: int, chunk_size: int, group: int, shared_bytes: int
-) -> dict[str, list[int]]:
+def _rule(itemsize: int, head_dim: int, chunk_size: int, group: int, shared_bytes: int) -> Entry:
     """A configuration that fits any shape: smaller tiles for wider heads and float32."""
     padded_group = next_power_of_two(group)
     # some goes to changes of layout
@@ -88,39 +97,37 @@ def _rule(
     step_bytes = 2 * keys * row_bytes
     step = max(16, min(rows, 64 if row_bytes <= 256 else 32))
     wide = keys * row_bytes > 128 * 128
+    route_stages = stages_that_fit(3, rows * row_bytes, block * row_bytes, shared_bytes)
+    attend_stages = stages_that_fit(3, rows * row_bytes, step_bytes, shared_bytes)
+    queries_stages = stages_that_fit(2, 2 * rows * row_bytes, step_bytes, shared_bytes)
+    keys_stages = stages_that_fit(2, step_bytes, 4 * step * row_bytes, shared_bytes)
     return {
-        "tile_rows": [tile_rows],
-        "route": [warps, _stages(3, rows * row_bytes, block * row_bytes, shared_bytes), block, 0],
-        "attend": [warps, _stages(3, rows * row_bytes, step_bytes, shared_bytes), 0, keys],
-        "queries": [
-            8 if wide else warps,
-            _stages(2, 2 * rows * row_bytes, step_bytes, shared_bytes),
-            0,
-            keys,
-        ],
-        "router": [warps, 1, block, 0],
-        "keys": [8 if wide else 4, _stages(2, step_bytes, 4 * step * row_bytes, shared_bytes), step, keys],
-        "parts_per_multiprocessor": [2],
+        "tile_rows": tile_rows,
+        "route": {"num_warps": warps, "num_stages": route_stages, "block": block},
+        "attend": {"num_warps": warps, "num_stages": attend_stages, "keys": keys},
+        "queries": {"num_warps": 8 if wide else warps, "num_stages": queries_stages, "keys": keys},
+        "router": {"num_warps": warps, "num_stages": 1, "block": block},
+        "keys": {"num_warps": 8 if wide else 4, "num_stages": keys_stages, "block": step, "keys": keys},
+        "parts_per_multiprocessor": 2,
     }
 
 
 @cache
-def plan(
+def find_launches(
     device: torch.device, dtype: torch.dtype, head_dim: int, chunk_size: int, group: int, hopper: bool = True
-) -> Plan:
+) -> Launches:
     """The configurations to use for a shape on a device: from the table if it is there, otherwise by rule.
 
     Without `hopper` also by rule where the table's choice is a Hopper kernel: it would not suit the plain one.
     """
-    name, shared_bytes, multiprocessors = _device(device)
+    gpu, shared_bytes, multiprocessors = device_limits(device)
     entry = _rule(dtype.itemsize, head_dim, chunk_size, group, shared_bytes)
-    measured = _table().get(name, {}).get(shape_key(dtype, head_dim, chunk_size, group), {})
-    for stage, choice in measured.items():
-        if hopper or choice[2:3] not in HOPPER_BLOCKS.get(stage, ()):
-            entry[stage] = choice
-    stages = {stage: Config(*entry[stage]) for stage in ("route", "attend", "queries", "router", "keys")}
-    return Plan(
-        tile_rows=entry["tile_rows"][0],
-        parts=entry["parts_per_multiprocessor"][0] * multiprocessors,
-        **stages,
+    measured = _table().get(gpu, {}).get(shape_key(dtype, head_dim, chunk_size, group), {})
+    for name, choice in measured.items():
+        if hopper or name not in STAGES or Config(**choice).kernel == PLAIN:
+            entry[name] = choice
+    return Launches(
+        tile_rows=entry["tile_rows"],
+        parts=entry["parts_per_multiprocessor"] * multiprocessors,
+        **{stage: Config(**entry[stage]) for stage in STAGES},
     )

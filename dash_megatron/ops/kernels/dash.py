@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dash_megatron.ops.kernels.attend import attend
+from dash_megatron.ops.kernels.attend import attend_forward
 from dash_megatron.ops.kernels.backward_kv import backward_kv
 from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
-from dash_megatron.ops.kernels.configs import Plan, plan
-from dash_megatron.ops.kernels.geometry import Lists, Sizes, check_supported, layout, measure
+from dash_megatron.ops.kernels.configs import Launches, find_launches
+from dash_megatron.ops.kernels.geometry import Lists, Sizes, check_supported, chunk_layout, measure
 from dash_megatron.ops.kernels.route import factors, has_factors, route
 from dash_megatron.ops.kernels.summarize import summarize
-from dash_megatron.ops.kernels.transpose import divide, transpose
+from dash_megatron.ops.kernels.transpose import partition_work, transpose
 from dash_megatron.ops.types import Router
 
 
@@ -34,8 +34,8 @@ class Saved(NamedTuple):
     chunks: Tensor
 
 
-def _prepare(q: Tensor, k: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -> tuple[Plan, Sizes]:
-    launches = plan(q.device, q.dtype, q.shape[3], chunk_size, q.shape[2] // k.shape[2])
+def _prepare(q: Tensor, k: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -> tuple[Launches, Sizes]:
+    launches = find_launches(q.device, q.dtype, q.shape[3], chunk_size, q.shape[2] // k.shape[2])
     documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return launches, measure(q, k, chunk_size, documents, launches.tile_rows)
 
@@ -76,14 +76,16 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     launches, sizes = _prepare(q, k, chunk_size, cu_seqlens)
     router = Router(chunk_size, scaling_factor, sigma, estimate_diagonal, alpha, length_scaling)
-    chunks, offsets = layout(sizes, q.shape[0], cu_seqlens, q.device)
+    chunks, offsets = chunk_layout(sizes, q.shape[0], cu_seqlens, q.device)
     rows_q, rows_k, rows_v, w = _one_row(q), _dense_rows(k), _dense_rows(v), w.contiguous()
     summary = summarize(rows_k, w, chunks, sizes)
     factor = _factors(router, sizes, chunks, head_scaling)
     lists, tau, mean_log, selected = route(
         rows_q, summary, chunks, offsets, sizes, router, launches.route, factor=factor
     )
-    out, lse = attend(rows_q, rows_k, rows_v, lists, mean_log, chunks, sizes, router, launches.attend)
+    out, lse = attend_forward(
+        rows_q, rows_k, rows_v, lists, mean_log, chunks, sizes, router.inv_sigma, launches.attend
+    )
     saved = Saved(lse, tau, mean_log, summary, *lists, chunks)
     return out.view(q.shape), selected.view(q.shape[0], q.shape[1], k.shape[2]), *saved
 
@@ -150,8 +152,9 @@ def _backward(
     lists = Lists(list_chunk, list_log_prior, list_offset, list_count)
     rows_q, rows_k, rows_v, rows_w = _one_row(q), _dense_rows(k), _dense_rows(v), w.contiguous()
     rows_out, rows_d_out = out.flatten(0, 1).contiguous(), d_out.flatten(0, 1).contiguous()
-    dq, d_prior, delta, centred_lse = backward_q(
-        rows_q, rows_k, rows_v, rows_out, rows_d_out, lse, lists, mean_log, chunks, sizes, router,
+    d_prior = torch.empty_like(list_log_prior)
+    dq, delta, centred_lse = backward_q(
+        rows_q, rows_k, rows_v, rows_out, rows_d_out, lse, lists, mean_log, d_prior, chunks, sizes, router.inv_sigma,
         launches.queries,
     )  # fmt: skip
     d_summary, mean_dp, d_log_factor = backward_router(
@@ -159,10 +162,10 @@ def _backward(
         head_scaling is not None,
     )  # fmt: skip
     transposed = transpose(lists, chunks, sizes)
-    division = divide(transposed, chunks, sizes, min(launches.parts, sizes.least_work))
+    partition = partition_work(transposed, chunks, sizes, min(launches.parts, sizes.least_work))
     dk, dv, dw = backward_kv(
         rows_q, rows_k, rows_v, rows_w, rows_d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, d_summary,
-        d_prior, lists, transposed, division, chunks, sizes, router, launches.keys, deterministic, factor,
+        d_prior, lists, transposed, partition, chunks, sizes, router, launches.keys, deterministic, factor,
     )  # fmt: skip
     # an op returns tensors only
     d_scaling = q.new_empty(0)

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dash_megatron.ops.kernels.configs import _device, _stages
+from dash_megatron.ops.kernels.configs import device_limits, stages_that_fit
 from dash_megatron.ops.kernels.decode_attend import decode_attend_kernel, decode_sum_kernel
 from dash_megatron.ops.kernels.decode_route import decode_score_kernel, decode_threshold_kernel
 from dash_megatron.ops.kernels.geometry import check_supported, next_power_of_two
@@ -54,10 +54,10 @@ class Launch(NamedTuple):
         return self.short and self.splits == 1
 
 
-def plan_decode(q: Tensor, num_kv_heads: int, max_chunks: int, chunk_size: int) -> Launch:
+def find_launch(q: Tensor, num_kv_heads: int, max_chunks: int, chunk_size: int) -> Launch:
     """Choose by rule for q [B, Hq, D] and sequences of up to `max_chunks` chunks."""
     B, _, D = q.shape
-    _, shared_bytes, multiprocessors = _device(q.device)
+    _, shared_bytes, multiprocessors = device_limits(q.device)
     row_bytes = next_power_of_two(D) * q.element_size()
     rows = B * num_kv_heads
     summary_bytes = max(16, next_power_of_two(max_chunks)) * row_bytes
@@ -79,7 +79,7 @@ def plan_decode(q: Tensor, num_kv_heads: int, max_chunks: int, chunk_size: int) 
         block_scores=max(64, min(4096, next_power_of_two(max_chunks))),
         keys=keys,
         # two programs share a multiprocessor
-        stages=_stages(3, 16 * row_bytes, 2 * keys * row_bytes, shared_bytes // 2 - 8 * 1024),
+        stages=stages_that_fit(3, 16 * row_bytes, 2 * keys * row_bytes, shared_bytes // 2 - 8 * 1024),
         warps=8 if short and summary_bytes > SHORT_BYTES // 2 else 4,
         dependent=rows <= MOST_DEPENDENT_ROWS
         and q.is_cuda
@@ -203,7 +203,7 @@ def decode(
     stride_table = 0 if page_table is None else page_table.stride(0)
     shapes = _Shapes(Hkv, G, max(16, next_power_of_two(G)), D, next_power_of_two(D), chunk_size)
     router = Router(chunk_size, scaling_factor, sigma, estimate_diagonal, alpha, length_scaling)
-    launch = plan_decode(q, Hkv, max_chunks, chunk_size)
+    launch = find_launch(q, Hkv, max_chunks, chunk_size)
     routed: tuple[Tensor | None, ...] = (None, None, None)
     if not launch.short:
         routed = _route_long(

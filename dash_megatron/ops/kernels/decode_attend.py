@@ -12,12 +12,12 @@ from dash_megatron.ops.kernels.decode_route import (
     chunk_place,
     enter,
     load_queries,
-    probability,
     scale_of,
     score_chunks,
     sequence_place,
     solve_rows,
 )
+from dash_megatron.ops.kernels.threshold import probability
 from dash_megatron.ops.kernels.tiles import load_rows
 
 # Below it, a probability counts as this: float32 has nothing smaller without losing digits.
@@ -55,7 +55,7 @@ def _list_short(
         b_q, summary, o_place, m_c, i_h, stride_sp, stride_sc, stride_sh, chunks_per_page, scale, D, BLOCK_D
     )
     b_tau = solve_rows(b_x, past, exponent, tolerance, ALPHA_15)
-    b_p = probability(b_x, b_tau[:, None], exponent, ALPHA_15)
+    b_p = probability(tl.maximum(b_x - b_tau[:, None], 0.0), exponent, ALPHA_15)
     b_p = tl.where((tl.arange(0, ROWS) < G)[:, None], b_p, 0.0)
     b_mean = tl.sum(b_p, 0) * (1.0 / G)
     b_selected = (b_mean > 0).to(tl.int32)
@@ -101,7 +101,7 @@ def _list_long(
         m_e = o_e < last
         o_c = tl.load(list_chunk + o_e, mask=m_e, other=0)
         b_x = tl.load(x + o_c[None, :], mask=m_g & m_e[None, :], other=float("-inf"))
-        b_mean = tl.sum(probability(b_x, b_tau[:, None], exponent, ALPHA_15), 0) * (1.0 / G)
+        b_mean = tl.sum(probability(tl.maximum(b_x - b_tau[:, None], 0.0), exponent, ALPHA_15), 0) * (1.0 / G)
         b_log = tl.where(m_e, tl.log2(tl.maximum(b_mean, LEAST_PROBABILITY)), 0.0)
         o_place = chunk_place(page_table, i_b, o_c, m_e, stride_table, chunks_per_page, PAGED)
         tl.store(list_place + o_e, o_place, mask=m_e)

@@ -7,8 +7,8 @@ head then finds its threshold and leaves one bit a chunk. Short caches: every pr
 import triton
 import triton.language as tl
 
-from dash_megatron.ops.kernels.route import _quadratic_step, power
 from dash_megatron.ops.kernels.summarize import saturate
+from dash_megatron.ops.kernels.threshold import power, probability, threshold_bounds, threshold_step
 
 
 @triton.jit
@@ -78,15 +78,8 @@ def scale_of(scale, head_scaling, i_h, past, LENGTH_SCALING: tl.constexpr):
 
 
 @triton.jit
-def probability(b_x, b_tau, exponent, ALPHA_15: tl.constexpr):
-    b_u = tl.maximum(b_x - b_tau, 0.0)
-    return b_u * b_u if ALPHA_15 else power(b_u, exponent)
-
-
-@triton.jit
-def threshold_sums(b_x, b_tau, exponent, ALPHA_15: tl.constexpr):
-    """Terms of the three sums that move tau: count, u and u ** 2 of u = [x - tau]_+; for other alphas its two powers."""
-    b_u = tl.maximum(b_x - b_tau, 0.0)
+def threshold_terms(b_u, exponent, ALPHA_15: tl.constexpr):
+    """Terms of the three sums that move tau: count, u and u ** 2 of u = [x - tau]_+; for other alphas zero and its two powers."""
     if ALPHA_15:
         return (b_u > 0).to(tl.float32), b_u, b_u * b_u
     return b_u * 0, power(b_u, exponent - 1), power(b_u, exponent)
@@ -103,30 +96,13 @@ def sum_three(b_0, b_1, b_2, axis: tl.constexpr):
 
 
 @triton.jit
-def threshold_step(b_tau, b_low, b_high, b_s0, b_s1, b_s2, exponent, passes, ALPHA_15: tl.constexpr):
-    """The next tau, between its bounds."""
-    if ALPHA_15:
-        b_move = _quadratic_step(b_s0, b_s1, b_s2, passes)
-    else:
-        b_norm = tl.exp2(tl.log2(tl.maximum(b_s2, 1e-30)) / exponent)
-        b_move = (b_norm - 1) * tl.exp2((exponent - 1) * tl.log2(b_norm)) / tl.maximum(b_s1, 1e-30)
-    return tl.minimum(tl.maximum(b_tau + b_move, b_low), b_high)
-
-
-@triton.jit
-def threshold_bounds(b_top, past, exponent):
-    """The best chunk has everything at most, and an equal share at least."""
-    return b_top - 1, b_top - tl.exp2(-tl.log2(past.to(tl.float32)) / exponent)
-
-
-@triton.jit
 def solve_rows(b_x, past, exponent, tolerance, ALPHA_15: tl.constexpr):
     """Thresholds [ROWS] of scores [ROWS, chunks] that fit into registers; past > 0 of them are finite."""
     b_low, b_high = threshold_bounds(tl.max(b_x, 1), past, exponent)
     b_tau = b_low
     passes, moved = 0, tolerance + 1
     while (moved > tolerance) & (passes < 60):
-        b_0, b_1, b_2 = threshold_sums(b_x, b_tau[:, None], exponent, ALPHA_15)
+        b_0, b_1, b_2 = threshold_terms(tl.maximum(b_x - b_tau[:, None], 0.0), exponent, ALPHA_15)
         b_s0, b_s1, b_s2 = sum_three(b_0, b_1, b_2, 1)
         b_next = threshold_step(b_tau, b_low, b_high, b_s0, b_s1, b_s2, exponent, passes, ALPHA_15)
         moved = tl.max(tl.abs(b_next - b_tau), 0)
@@ -187,7 +163,7 @@ def decode_threshold_kernel(
         b_s1, b_s2 = b_s0, b_s0
         for i_c in range(0, past, BLOCK):
             b_x = tl.load(x + i_c + o_n, mask=i_c + o_n < past, other=float("-inf"))
-            b_0, b_1, b_2 = threshold_sums(b_x, threshold, exponent, ALPHA_15)
+            b_0, b_1, b_2 = threshold_terms(tl.maximum(b_x - threshold, 0.0), exponent, ALPHA_15)
             b_s0, b_s1, b_s2 = b_s0 + b_0, b_s1 + b_1, b_s2 + b_2
         s0, s1, s2 = sum_three(b_s0, b_s1, b_s2, 0)
         following = threshold_step(threshold, low, high, s0, s1, s2, exponent, passes, ALPHA_15)
@@ -200,6 +176,8 @@ def decode_threshold_kernel(
     for i_c in range(0, past, BLOCK):
         b_x = tl.load(x + i_c + o_n, mask=i_c + o_n < past, other=float("-inf"))
         # as the mean over the group counts it
-        b_bit = (probability(b_x, threshold, exponent, ALPHA_15) * inv_group > 0).to(tl.int32)
+        b_bit = (probability(tl.maximum(b_x - threshold, 0.0), exponent, ALPHA_15) * inv_group > 0).to(
+            tl.int32
+        )
         b_bit = tl.reshape(b_bit, (BLOCK // 32, 32)) << tl.arange(0, 32)[None, :]
         tl.store(bits + i_c // 32 + o_w, tl.sum(b_bit, 1), mask=i_c + o_w * 32 < past)

@@ -65,6 +65,19 @@ class Sizes(NamedTuple):
         return next_power_of_two(self.head_dim)
 
     @property
+    def constants(self) -> dict[str, int]:
+        """What kernels over query tiles know when they are compiled."""
+        return {
+            "HKV": self.num_kv_heads,
+            "G": self.group,
+            "GP": self.padded_group,
+            "D": self.head_dim,
+            "BLOCK_D": self.block_d,
+            "T": self.tile_tokens,
+            "C": self.chunk_size,
+        }
+
+    @property
     def lists_are_bounded(self) -> bool:
         """Whether lists have room for every chunk, so that nothing is counted and the host never waits."""
         return self.list_bound * 4 * (1 + self.tile_tokens) <= MAX_BOUNDED_BYTES
@@ -167,7 +180,7 @@ def chunk_table(sizes: Sizes, batch: int, cu_seqlens: Tensor | None, device: tor
     return torch.stack([start, end, torch.where(exists, first, chunk)]).int()
 
 
-def _make_layout(
+def _make_chunk_layout(
     sizes: Sizes, batch: int, cu_seqlens: Tensor | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     chunks = chunk_table(sizes, batch, cu_seqlens, device)
@@ -175,22 +188,24 @@ def _make_layout(
 
 
 @lru_cache(maxsize=32)
-def _unpacked_layout(sizes: Sizes, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    return _make_layout(sizes, batch, None, device)
+def _unpacked_chunk_layout(sizes: Sizes, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    return _make_chunk_layout(sizes, batch, None, device)
 
 
-def layout(
+def chunk_layout(
     sizes: Sizes, batch: int, cu_seqlens: Tensor | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """`chunk_table` and `bounded_offsets`, remembered by shapes or by `cu_seqlens`; the caller's own to keep."""
     if cu_seqlens is not None:
-        key = "layout", sizes, batch
-        chunks, offsets = cached(cu_seqlens, key, lambda: _make_layout(sizes, batch, cu_seqlens, device))
+        key = "chunk layout", sizes, batch
+        chunks, offsets = cached(
+            cu_seqlens, key, lambda: _make_chunk_layout(sizes, batch, cu_seqlens, device)
+        )
     elif device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # what a CUDA graph allocates dies with the graph
-        return _make_layout(sizes, batch, None, device)
+        return _make_chunk_layout(sizes, batch, None, device)
     else:
-        chunks, offsets = _unpacked_layout(sizes, batch, device)
+        chunks, offsets = _unpacked_chunk_layout(sizes, batch, device)
     return chunks.clone(), offsets.clone()
 
 

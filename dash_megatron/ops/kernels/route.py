@@ -11,7 +11,14 @@ from torch import Tensor
 from dash_megatron.ops.kernels.configs import Config
 from dash_megatron.ops.kernels.geometry import Lists, Sizes
 from dash_megatron.ops.kernels.summarize import saturate
-from dash_megatron.ops.kernels.tiles import tile_place
+from dash_megatron.ops.kernels.threshold import (
+    power,
+    probability,
+    quadratic_step,
+    threshold_bounds,
+    threshold_step,
+)
+from dash_megatron.ops.kernels.tiles import load_tile, tile_number, tile_place, tile_rows
 from dash_megatron.ops.types import Router
 
 
@@ -53,28 +60,6 @@ def routing_products(b_q, summary, o_c, m_c, D: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
-def power(b_u, exponent):
-    """u ** exponent of u >= 0, with 0 at 0 for any exponent, zero included."""
-    return tl.where(b_u > 0, tl.exp2(exponent * tl.log2(tl.where(b_u > 0, b_u, 1.0))), 0.0)
-
-
-@triton.jit
-def _quadratic_step(b_s0, b_s1, b_s2, passes):
-    """Move of tau from the count, sum and sum of squares of u = [x - tau]_+, for alpha 1.5.
-
-    Exact if no score enters or leaves the support on the way, and of third order in the error otherwise. Where so many
-    scores would leave that the quadratic has no root, a Newton step on the norm: it climbs to the root from the left.
-    Also after 8 passes, since exact steps could swing about the root for ever.
-    """
-    b_root = b_s1 * b_s1 - b_s0 * (b_s2 - 1)
-    b_s1 = tl.maximum(b_s1, 1e-20)
-    b_norm = tl.sqrt(b_s2)
-    b_newton = (b_norm - 1) * b_norm / b_s1
-    b_exact = (b_s2 - 1) / (b_s1 + tl.sqrt(tl.maximum(b_root, 0.0)))
-    return tl.where((b_root >= 0) & (passes < 8), b_exact, b_newton)
-
-
-@triton.jit
 def _guess_block(
     b_q, summary, i_s, own, scale, b_max, b_tau, b_s0, b_s1, b_s2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr, MASKED: tl.constexpr,
@@ -98,7 +83,7 @@ def _guess_block(
     b_s0 += tl.sum((b_u > 0).to(tl.float32), 1)
     b_s1 += tl.sum(b_u, 1)
     b_s2 += tl.sum(b_u * b_u, 1)
-    b_move = tl.maximum(_quadratic_step(b_s0, b_s1, b_s2, 0), 0.0)
+    b_move = tl.maximum(quadratic_step(b_s0, b_s1, b_s2, 0), 0.0)
     b_s2 += b_move * (b_move * b_s0 - 2 * b_s1)
     return b_max, b_next + b_move, b_s0, b_s1 - b_move * b_s0, b_s2
 
@@ -131,42 +116,13 @@ def solve_threshold(
     whole = first + (own - first) // BLOCK_S * BLOCK_S
     for i_s in range(first, whole, BLOCK_S):
         b_max, b_tau, b_s0, b_s1, b_s2 = _guess_block(
-            b_q,
-            summary,
-            i_s,
-            own,
-            scale,
-            b_max,
-            b_tau,
-            b_s0,
-            b_s1,
-            b_s2,
-            D,
-            BLOCK_D,
-            BLOCK_S,
-            ALPHA_15,
-            False,
-        )
+            b_q, summary, i_s, own, scale, b_max, b_tau, b_s0, b_s1, b_s2, D, BLOCK_D, BLOCK_S, ALPHA_15, False
+        )  # fmt: skip
     if whole < own:
         b_max, b_tau, b_s0, b_s1, b_s2 = _guess_block(
-            b_q,
-            summary,
-            whole,
-            own,
-            scale,
-            b_max,
-            b_tau,
-            b_s0,
-            b_s1,
-            b_s2,
-            D,
-            BLOCK_D,
-            BLOCK_S,
-            ALPHA_15,
-            True,
-        )
-    # the best chunk has at least an equal share and at most everything
-    b_low, b_high = b_max - 1, b_max - tl.exp2(-tl.log2((own - first).to(tl.float32)) / exponent)
+            b_q, summary, whole, own, scale, b_max, b_tau, b_s0, b_s1, b_s2, D, BLOCK_D, BLOCK_S, ALPHA_15, True
+        )  # fmt: skip
+    b_low, b_high = threshold_bounds(b_max, own - first, exponent)
     b_tau = tl.minimum(tl.maximum(b_tau, b_low), b_high)
     passes, moved = 0, tolerance + 1
     while (moved > tolerance) & (passes < 60):
@@ -181,12 +137,7 @@ def solve_threshold(
                 b_q, summary, whole, own, scale, exponent, b_tau, D, BLOCK_D, BLOCK_S, ALPHA_15, True
             )
             b_s0, b_s1, b_s2 = b_s0 + b_0, b_s1 + b_1, b_s2 + b_2
-        if ALPHA_15:
-            b_move = _quadratic_step(b_s0, b_s1, b_s2, passes)
-        else:
-            b_norm = tl.exp2(tl.log2(tl.maximum(b_s2, 1e-30)) / exponent)
-            b_move = (b_norm - 1) * tl.exp2((exponent - 1) * tl.log2(b_norm)) / tl.maximum(b_s1, 1e-30)
-        b_next = tl.minimum(tl.maximum(b_tau + b_move, b_low), b_high)
+        b_next = threshold_step(b_tau, b_low, b_high, b_s0, b_s1, b_s2, exponent, passes, ALPHA_15)
         moved = tl.max(tl.abs(b_next - b_tau), 0)
         b_tau = b_next
         passes += 1
@@ -203,7 +154,7 @@ def _emit_block(
     o_c = i_s + tl.arange(0, BLOCK_S)
     b_x = routing_products(b_q, summary, o_c, o_c < own, D, BLOCK_D, MASKED)
     b_u = tl.maximum(b_x * scale - b_tau[:, None], 0.0)
-    b_p = b_u * b_u if ALPHA_15 else power(b_u, exponent)
+    b_p = probability(b_u, exponent, ALPHA_15)
     b_p = tl.where(m_row[:, None] & (o_c < own)[None, :], b_p, 0.0) if MASKED else b_p
     # [T, BLOCK_S]
     b_mean = tl.sum(tl.reshape(b_p, (T, GP, BLOCK_S)), 1) * inv_group
@@ -260,16 +211,14 @@ def _route_kernel(
     chunk_start, chunk_end, chunk_first, chunk_number, factor, stride_qn, stride_qh, scale, exponent, tolerance,
     num_chunks, num_summaries,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    T: tl.constexpr, TILES_PER_CHUNK: tl.constexpr, BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr,
+    T: tl.constexpr, C: tl.constexpr, BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr,
     CENTRE: tl.constexpr, SOLVE: tl.constexpr, COUNT: tl.constexpr, EMIT: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = T * GP
-    tiles_per_head = num_chunks * TILES_PER_CHUNK
-    i_h = tl.program_id(0) // tiles_per_head
-    # late tiles have the most chunks before them: start them first
-    i_tile = tiles_per_head - 1 - tl.program_id(0) % tiles_per_head
+    tiles_per_head = num_chunks * (C // T)
+    i_h, i_tile = tile_number(tiles_per_head)
     p_tile = i_h.to(tl.int64) * tiles_per_head + i_tile
-    i_c, start, end = tile_place(i_tile, chunk_start, chunk_end, TILES_PER_CHUNK, T)
+    i_c, start, end = tile_place(i_tile, chunk_start, chunk_end, C // T, T)
     if start >= end:
         tl.store(list_count + p_tile, 0)
         return
@@ -278,13 +227,9 @@ def _route_kernel(
         own = tl.load(chunk_number + i_c)
     if factor is not None:
         scale *= tl.load(factor + i_h * num_chunks + i_c)
-    o_r, o_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    o_n, o_g = (start + o_r // GP).to(tl.int64), o_r % GP
-    m_row = (o_n < end) & (o_g < G)
-    p_q = q + o_n[:, None] * stride_qn + (i_h * G + o_g)[:, None] * stride_qh + o_d[None, :]
-    b_q = saturate(
-        tl.load(p_q, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0), summary.dtype.element_ty
-    )
+    _, o_d, o_n, o_g, m_row = tile_rows(start, end, G, GP, T, BLOCK_D)
+    b_q = load_tile(q, i_h, o_n, o_g, o_d, m_row, stride_qn, stride_qh, G, D)
+    b_q = saturate(b_q, summary.dtype.element_ty)
     summary += i_h.to(tl.int64) * num_summaries * D
     p_tau = tau + o_n * (HKV * G) + i_h * G + o_g
     b_tau = tl.zeros([ROWS], tl.float32)
@@ -320,7 +265,7 @@ def route(
     Args:
         q: [tokens, Hq, D].
         summary: [Hkv, chunks, D].
-        chunks, offsets: from `layout`.
+        chunks, offsets: from `chunk_layout`.
         number: which summary is a chunk's own, int32 [chunks]; None if chunks and summaries are numbered alike.
         factor: of `factors`, [Hkv, chunks].
 
@@ -339,11 +284,9 @@ def route(
     def launch(lists: Lists, SOLVE: bool, COUNT: bool, EMIT: bool) -> None:
         _route_kernel[(sizes.num_tiles,)](
             q, summary, tau, lists.chunk, lists.log_prior, lists.offset, lists.counts, mean_log, selected,
-            chunks[0], chunks[1], chunks[2], number, factor, q.stride(0), q.stride(1),
+            *chunks, number, factor, *q.stride()[:2],
             score_scale(router, sizes.head_dim), router.exponent, tolerance, sizes.num_chunks, summary.shape[1],
-            HKV=Hkv, G=sizes.group, GP=sizes.padded_group, D=sizes.head_dim, BLOCK_D=sizes.block_d, T=T,
-            TILES_PER_CHUNK=sizes.tiles_per_chunk, BLOCK_S=config.block, ALPHA_15=router.alpha == 1.5,
-            CENTRE=router.estimate_diagonal, SOLVE=SOLVE, COUNT=COUNT, EMIT=EMIT,
+            **sizes.constants, BLOCK_S=config.block, ALPHA_15=router.alpha == 1.5, CENTRE=router.estimate_diagonal, SOLVE=SOLVE, COUNT=COUNT, EMIT=EMIT,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 

@@ -11,14 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_megatron.ops.kernels import attend as attention
 from dash_megatron.ops.kernels import route as routing
 from dash_megatron.ops.kernels import summarize as summaries
-from dash_megatron.ops.kernels.backward_kv import backward_kv_alone, sum_d_summary, token_factors
+from dash_megatron.ops.kernels.attend import attend_forward
+from dash_megatron.ops.kernels.backward_kv import backward_kv_buffer
 from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
-from dash_megatron.ops.kernels.configs import Plan, plan
+from dash_megatron.ops.kernels.backward_summary import sum_d_summary, token_factors
+from dash_megatron.ops.kernels.configs import Launches, find_launches
 from dash_megatron.ops.kernels.geometry import Lists, Sizes, check_supported, list_offsets, size_tiles
-from dash_megatron.ops.kernels.transpose import divide, transpose
+from dash_megatron.ops.kernels.transpose import partition_work, transpose
 from dash_megatron.ops.shards import (
     Attended,
     AttentionGradients,
@@ -114,10 +115,10 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _prepare(q: Tensor, num_kv_heads: int, chunks: QueryChunks, router: Router) -> tuple[Plan, Sizes]:
+def _prepare(q: Tensor, num_kv_heads: int, chunks: QueryChunks, router: Router) -> tuple[Launches, Sizes]:
     check_supported(q, num_kv_heads)
     chunk_size, groups = router.chunk_size, q.shape[1] // num_kv_heads
-    launches = plan(q.device, q.dtype, q.shape[2], chunk_size, groups, hopper=False)
+    launches = find_launches(q.device, q.dtype, q.shape[2], chunk_size, groups, hopper=False)
     num_local, bound = len(chunks.start), chunks.list_bound
     return launches, size_tiles(
         len(q), q.shape[1:], num_kv_heads, chunk_size, num_local, bound, launches.tile_rows
@@ -260,8 +261,8 @@ def attend(queries: RoutedQueries, k: Tensor, v: Tensor, keys: KeyBuffer) -> Att
     q, chunks, router, state = queries.q, queries.chunks, queries.router, State(*queries.routed.state)
     launches, sizes = _prepare(q, k.shape[1], chunks, router)
     _, lists = _window(state, keys, sizes)
-    out, lse = attention.attend(
-        _rows(q), _rows(k), _rows(v), lists, state.mean_log, _spans(chunks), sizes, router, launches.attend,
+    out, lse = attend_forward(
+        _rows(q), _rows(k), _rows(v), lists, state.mean_log, _spans(chunks), sizes, router.inv_sigma, launches.attend,
         _own_keys(chunks, keys),
     )  # fmt: skip
     return Attended(out, lse)
@@ -281,15 +282,15 @@ def attend_backward(
     q, k, v, spans = _rows(queries.q), _rows(k), _rows(v), _spans(chunks)
     d_out, out, lse = gradient.d_out.to(q.dtype).contiguous(), *(x.contiguous() for x in gradient.merged)
     lists, row_lists = _window(state, keys, sizes)
-    dq, _, delta, centred_lse = backward_q(
-        q, k, v, out, d_out, lse, row_lists, state.mean_log, spans, sizes, router, launches.queries,
-        _own_keys(chunks, keys), gradient.d_prior,
+    dq, delta, centred_lse = backward_q(
+        q, k, v, out, d_out, lse, row_lists, state.mean_log, gradient.d_prior, spans, sizes, router.inv_sigma,
+        launches.queries, _own_keys(chunks, keys),
     )  # fmt: skip
     places, own_queries = _keys_and_queries(chunks, keys)
     transposed = transpose(lists, spans, sizes, (keys.first, keys.last))
-    division = divide(transposed, spans, sizes, launches.parts, own_queries)
-    dk, dv = backward_kv_alone(
-        q, k, v, d_out, centred_lse, delta, state.mean_log, lists, transposed, division, places, own_queries,
-        sizes, router, launches.keys,
+    partition = partition_work(transposed, spans, sizes, launches.parts, own_queries)
+    dk, dv = backward_kv_buffer(
+        q, k, v, d_out, centred_lse, delta, state.mean_log, lists, transposed, partition, places, own_queries,
+        sizes, router.inv_sigma, launches.keys,
     )  # fmt: skip
     return AttentionGradients(dq, dk, dv)

@@ -15,6 +15,42 @@ def tile_place(i_tile, chunk_start, chunk_end, TILES_PER_CHUNK: tl.constexpr, T:
 
 
 @triton.jit
+def tile_number(tiles_per_head):
+    """Head and number within it of this program's query tile; late tiles come first: they have the most chunks before them."""
+    return tl.program_id(0) // tiles_per_head, tiles_per_head - 1 - tl.program_id(0) % tiles_per_head
+
+
+@triton.jit
+def query_tile(chunk_start, chunk_end, num_chunks, T: tl.constexpr, C: tl.constexpr):
+    """Head of this program's query tile and number within it; its chunk, and its first token and one past the last."""
+    i_h, i_tile = tile_number(num_chunks * (C // T))
+    own, start, end = tile_place(i_tile, chunk_start, chunk_end, C // T, T)
+    return i_h, i_tile, own, start, end
+
+
+@triton.jit
+def tile_list(list_offset, list_count, i_h, i_tile, tiles_per_head):
+    """Number of a tile among those of all heads, where its list begins, and how many entries it has."""
+    p_tile = i_h.to(tl.int64) * tiles_per_head + i_tile
+    return p_tile, tl.load(list_offset + p_tile), tl.load(list_count + p_tile)
+
+
+@triton.jit
+def tile_rows(start, end, G: tl.constexpr, GP: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Offsets of a tile's rows [T * GP] and of their dimensions [BLOCK_D]; token, head within its group, and existence of a row."""
+    o_r, o_d = tl.arange(0, T * GP), tl.arange(0, BLOCK_D)
+    o_n, o_g = (start + o_r // GP).to(tl.int64), o_r % GP
+    return o_r, o_d, o_n, o_g, (o_n < end) & (o_g < G)
+
+
+@triton.jit
+def load_tile(q, i_h, o_n, o_g, o_d, m_row, stride_qn, stride_qh, G: tl.constexpr, D: tl.constexpr):
+    """Queries [rows, BLOCK_D] at the offsets that `tile_rows` gives; zero where `m_row` is false and beyond D."""
+    p_q = q + o_n[:, None] * stride_qn + (i_h * G + o_g)[:, None] * stride_qh + o_d[None, :]
+    return tl.load(p_q, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
 def load_rows(x, o_n, stride_n, m_n, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows [n, BLOCK_D] of one head `x` at tokens `o_n`; zero where `m_n` is false and beyond D."""
     o_d = tl.arange(0, BLOCK_D)
@@ -32,7 +68,7 @@ def load_keys(x, start, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: 
 
 
 @triton.jit
-def own_keys(key_start, key_end, stride_key, i_h, own):
+def own_key_rows(key_start, key_end, stride_key, i_h, own):
     """First row and one past the last of the keys of a query tile's own chunk."""
     p_key = i_h.to(tl.int64) * stride_key + own
     return tl.load(key_start + p_key), tl.load(key_end + p_key)

@@ -1,4 +1,4 @@
-"""Transposed routing lists: for every chunk the tiles that list it, in order, and a fair division of them.
+"""Transposed routing lists: for every chunk the tiles that list it, in order, and an even partition of that work.
 
 A counting sort that gives the same order every time: tiles are cut into runs, one program counts (then places) the
 entries of a run tile by tile, and the places where runs begin are prefix sums.
@@ -31,8 +31,8 @@ class Transposed(NamedTuple):
     """int64 [rows + 1]."""
 
 
-class Division(NamedTuple):
-    """All work of the transposed pass, split evenly: part p does the work from bound[p] up to bound[p + 1].
+class WorkPartition(NamedTuple):
+    """All work of the transposed pass, split evenly (stream-K): part p does the work from bound[p] up to bound[p + 1].
 
     The work of a row is its own chunk's tiles, then its entries; work is numbered through all rows.
     """
@@ -49,7 +49,7 @@ class Division(NamedTuple):
 def _scatter_run_kernel(
     places, place_out, entry_out, list_chunk, list_offset, list_count, chunk_start, chunk_end,
     first, num_chunks, tiles_per_head, runs_per_head,
-    TILES_PER_CHUNK: tl.constexpr, T: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr, FILL: tl.constexpr,
+    T: tl.constexpr, C: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
     """Count how often the tiles of a run list each chunk or, if FILL, write their entries to the places counted."""
     i_h, i_run = tl.program_id(0) // runs_per_head, tl.program_id(0) % runs_per_head
@@ -59,7 +59,7 @@ def _scatter_run_kernel(
         count = tl.load(list_count + p_tile)
         if count > 0:
             offset = tl.load(list_offset + p_tile)
-            _, start, end = tile_place(i_tile, chunk_start, chunk_end, TILES_PER_CHUNK, T)
+            _, start, end = tile_place(i_tile, chunk_start, chunk_end, C // T, T)
             place = start.to(tl.int64) + ((end - start).to(tl.int64) << 32)
             for i_e in range(0, count, BLOCK):
                 o_e = i_e + tl.arange(0, BLOCK)
@@ -91,7 +91,7 @@ def transpose(
         _scatter_run_kernel[(runs * Hkv,)](
             places, place, entry, lists.chunk, lists.offset, lists.counts, chunks[0], chunks[1],
             first, nc, sizes.tiles_per_head, runs,
-            TILES_PER_CHUNK=sizes.tiles_per_chunk, T=sizes.tile_tokens, RUN=run, BLOCK=BLOCK_ENTRIES, FILL=FILL, num_warps=4,
+            T=sizes.tile_tokens, C=sizes.chunk_size, RUN=run, BLOCK=BLOCK_ENTRIES, FILL=FILL, num_warps=4,
         )  # fmt: skip
 
     counts = torch.zeros(Hkv, runs, nc, dtype=torch.int64, device=device)
@@ -102,9 +102,9 @@ def transpose(
     return Transposed(place, entry, offset)
 
 
-def divide(
+def partition_work(
     transposed: Transposed, chunks: Tensor, sizes: Sizes, parts: int, queries: Tensor | None = None
-) -> Division:
+) -> WorkPartition:
     """Give every part the same amount of work, wherever that cuts a row.
 
     `queries`, int32 [2, Hkv, window], gives first and one past the last row of the queries of each row's chunk, if the rows
@@ -120,4 +120,4 @@ def divide(
     bound = part * work[-1] // parts
     # the row whose work contains the bound; rows without work share their beginning with the next
     row = torch.searchsorted(work, bound[:-1], right=True) - 1
-    return Division(work, bound, row)
+    return WorkPartition(work, bound, row)

@@ -30,8 +30,7 @@ def find_backend(backend: str, q: Tensor, chunk_size: int) -> Backend:
     """
     if pick_backend(backend, q, chunk_size) == "reference":
         return Backend(attend_selected_reference, select_chunks_reference, wide(q.new_empty(0))[0].dtype)
-    from dash_megatron.ops.kernels.topk_attend import attend_selected_triton
-    from dash_megatron.ops.kernels.topk_scores import select_chunks_triton
+    from dash_megatron.ops.topk.triton import attend_selected_triton, select_chunks_triton
 
     return Backend(attend_selected_triton, select_chunks_triton, q.dtype)
 

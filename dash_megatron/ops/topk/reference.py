@@ -1,7 +1,7 @@
 """What the top-k baselines are made of, in plain torch: pooled keys, scores of chunks, attention to selected chunks.
 
-Letters are those of `grid.py`. On a GPU, kernels score the chunks and attend to them (`ops/kernels/topk_scores.py` and
-`ops/kernels/topk_attend.py`); the best chunks are picked from the scores by the same code everywhere.
+Letters are those of `grid.py`. On a GPU, kernels score the chunks and attend to them (`triton.py`); the best chunks are picked
+from the scores by the same code everywhere.
 """
 
 from collections.abc import Callable

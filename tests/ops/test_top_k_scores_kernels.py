@@ -8,7 +8,7 @@ from dash_megatron.ops.topk import reference
 from dash_megatron.topk_selection import Selection
 from tests.ops.kernels_under_test import CUDA, DEVICE, import_kernels
 
-(topk_scores,) = import_kernels("topk_scores")
+chunk_scores, topk_triton = import_kernels("chunk_scores", "topk.triton")
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -51,8 +51,11 @@ def scores_by_torch(q, pooled, grid, block, selection, reduce):
 def test_kernel_scores_a_documents_past_chunks_as_torch_does(size, stride, C, group, reduce):
     grid, selection = packed_grid(LENGTHS, C), Selection(kernel_size=size, kernel_stride=stride)
     q, pooled = tensors(grid, group, stride)
+    launches, sizes = topk_triton.prepare(q, pooled.shape[1], grid)
     for block in grid.blocks(1, most_rows=2 * C):
-        found = topk_scores.score_chunks(q, pooled, grid, block, selection, reduce)
+        found = chunk_scores.score_chunks(
+            q, pooled, grid.first_c, *block, size, stride, reduce, sizes, launches.route
+        )
         expected = scores_by_torch(q, pooled, grid, block, selection, reduce)
         own_T = torch.arange(block.start, block.end, device=DEVICE).repeat_interleave(C)[:, None]
         chunk_c = torch.arange(block.first, block.end, device=DEVICE)
@@ -67,12 +70,12 @@ def test_kernel_and_torch_select_alike_in_half_precision(reduce):
     grid = packed_grid([16384, 5000, 900] if CUDA else LENGTHS, C)
     selection = Selection(kernel_size=C // 2, kernel_stride=C // 4, top_k=16 if CUDA else 2)
     q, pooled = tensors(grid, 4, C // 4, torch.bfloat16)
-    found = topk_scores.select_chunks_triton(q, pooled, grid, selection, reduce)
+    found = topk_triton.select_chunks_triton(q, pooled, grid, selection, reduce)
     # the same rounded operands, so that only the order of sums differs
     expected = reference.select_chunks_reference(q, pooled, grid, selection, reduce)
     differ = (found.sort(-1).values != expected.sort(-1).values).any(-1)
     assert differ.float().mean() <= (1e-3 if CUDA else 0)
-    assert torch.equal(found, topk_scores.select_chunks_triton(q, pooled, grid, selection, reduce))
+    assert torch.equal(found, topk_triton.select_chunks_triton(q, pooled, grid, selection, reduce))
 
 
 @pytest.mark.parametrize("top_k", [0, 3, 50])

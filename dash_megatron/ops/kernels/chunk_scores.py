@@ -1,4 +1,4 @@
-"""Scores of chunks from pooled keys on the GPU, and the chunks that they select.
+"""Scores of chunks from pooled keys on the GPU, for selections of a fixed size.
 
 Scores of single pooled keys stay on chip: one pass over them finds every row's log-sum-exp, a second computes them again
 chunk by chunk. Neither looks beyond a row's past or document.
@@ -9,14 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_megatron.ops.kernels.configs import plan
-from dash_megatron.ops.kernels.geometry import check_supported, size_tiles
-from dash_megatron.ops.kernels.tiles import LOG2_E, load_rows
-from dash_megatron.ops.topk.grid import Block, Grid, top_chunks
-from dash_megatron.topk_selection import Selection
-
-# Scores of one piece, in units of those of `Grid.blocks`: `top_chunks` keeps int64 copies of them.
-SCORE_COST = 4
+from dash_megatron.ops.kernels.configs import Config
+from dash_megatron.ops.kernels.geometry import Sizes
+from dash_megatron.ops.kernels.tiles import LOG2_E, load_rows, load_tile, tile_number
 
 
 @triton.jit
@@ -51,17 +46,15 @@ def _score_chunks_kernel(
     # pooled keys that overlap a chunk
     OVERLAPS: tl.constexpr = PER_CHUNK + PARTS - 1
     MOST: tl.constexpr = PARTS if PARTS < PER_CHUNK else PER_CHUNK
-    i_h = (tl.program_id(0) // tiles_per_head).to(tl.int64)
-    # late tiles have the most keys before them: start them first
-    i_tile = tiles_per_head - 1 - tl.program_id(0) % tiles_per_head
+    i_h, i_tile = tile_number(tiles_per_head)
+    i_h = i_h.to(tl.int64)
     own = start_chunk + i_tile // (C // T)
     document = tl.load(chunk_first + own).to(tl.int32)
     start = start_chunk * C + i_tile * T
 
     o_r, o_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     o_n, o_g = start + o_r // GP, o_r % GP
-    p_q = q + o_n.to(tl.int64)[:, None] * stride_qn + (i_h * G + o_g)[:, None] * stride_qh + o_d[None, :]
-    b_q = tl.load(p_q, mask=(o_g < G)[:, None] & (o_d < D)[None, :], other=0.0)
+    b_q = load_tile(q, i_h, o_n.to(tl.int64), o_g, o_d, o_g < G, stride_qn, stride_qh, G, D)
     pooled += i_h * stride_ph
     # visible: those of the document that end at the row or before
     first, end = document * PER_CHUNK, tl.maximum(start + T + STRIDE - SIZE, 0) // STRIDE
@@ -92,44 +85,33 @@ def _score_chunks_kernel(
 
 
 def score_chunks(
-    q: Tensor, pooled: Tensor, grid: Grid, block: Block, selection: Selection, reduce: str
-) -> Tensor:
-    """Scores float32 [H, T, c] of the chunks first <= c < end for a block's rows; -inf outside the document's past.
+    q: Tensor, pooled: Tensor, chunk_first: Tensor, first: int, start: int, end: int, kernel_size: int, kernel_stride: int,
+    reduce: str, sizes: Sizes, config: Config,
+) -> Tensor:  # fmt: skip
+    """Scores float32 [H, T, c] of the chunks first <= c < end for the rows of the chunks start <= c < end.
+
+    They are -inf outside a row's past and document. A score is made of the softmax over the pooled keys that end at the row
+    or before, summed over the heads of a group.
 
     Args:
-        q: [S, Hq, D] on the grid; not divided by sqrt(D).
-        pooled: [J, H, D] in q's dtype, in dense rows.
-        grid, block: where the rows are, and which.
-        selection: kernels.
-        reduce: "max" or "sum", as in `chunk_scores`.
+        q: [S, Hq, D] in whole chunks, dense in D; not divided by sqrt(D).
+        pooled: [J, H, D] in q's dtype, in dense rows; one begins every `kernel_stride` rows and covers `kernel_size`.
+        chunk_first: the first chunk of each chunk's document, [S / chunk size].
+        first, start, end: as above; no row sees chunks before the first.
+        reduce: "max" of the pooled keys that overlap a chunk, or "sum", each as often as its strides lie in the chunk.
+        sizes: of q, with H key/value heads.
+        config: `block` pooled keys, or chunks, a step.
     """
-    (S, Hq, D), H, C = q.shape, pooled.shape[1], grid.chunk_size
-    launches = plan(q.device, q.dtype, D, C, Hq // H)
-    sizes = size_tiles(S, (Hq, D), H, C, grid.num_chunks, 0, launches.tile_rows)
-    rows, num_chunks = (block.end - block.start) * C, block.end - block.first
-    scores = torch.full((H, rows, num_chunks), -torch.inf, dtype=torch.float32, device=q.device)
+    rows, num_chunks = (end - start) * sizes.chunk_size, end - first
+    scores = torch.full(
+        (sizes.num_kv_heads, rows, num_chunks), -torch.inf, dtype=torch.float32, device=q.device
+    )
     tiles = rows // sizes.tile_tokens
-    _score_chunks_kernel[(tiles * H,)](
-        q, pooled, scores, grid.first_c, q.stride(0), q.stride(1), pooled.stride(0), pooled.stride(1), D**-0.5 * LOG2_E,
-        block.start, block.first, num_chunks, tiles,
-        G=sizes.group, GP=sizes.padded_group, D=D, BLOCK_D=sizes.block_d, T=sizes.tile_tokens, C=C,
-        SIZE=selection.kernel_size, STRIDE=selection.kernel_stride, SUM=reduce == "sum", BLOCK=launches.route.block,
-        num_warps=launches.route.num_warps, num_stages=launches.route.num_stages,
+    _score_chunks_kernel[(tiles * sizes.num_kv_heads,)](
+        q, pooled, scores, chunk_first, *q.stride()[:2], *pooled.stride()[:2], sizes.head_dim**-0.5 * LOG2_E,
+        start, first, num_chunks, tiles,
+        G=sizes.group, GP=sizes.padded_group, D=sizes.head_dim, BLOCK_D=sizes.block_d, T=sizes.tile_tokens,
+        C=sizes.chunk_size, SIZE=kernel_size, STRIDE=kernel_stride, SUM=reduce == "sum", BLOCK=config.block,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return scores
-
-
-@torch.no_grad()
-def select_chunks_triton(q: Tensor, pooled: Tensor, grid: Grid, selection: Selection, reduce: str) -> Tensor:
-    """As `select_chunks_reference`, for float16, bfloat16 and float32; pooled keys are rounded to q's dtype.
-
-    Probabilities are accumulated in float32. Every bit is the same in every run.
-    """
-    check_supported(q, pooled.shape[1])
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    pooled = pooled.to(q.dtype).contiguous()
-    selected = []
-    for block in grid.blocks(SCORE_COST * pooled.shape[1] * grid.num_chunks):
-        scores = score_chunks(q, pooled, grid, block, selection, reduce)
-        selected.append(top_chunks(scores, grid, block, selection))
-    return torch.cat(selected)

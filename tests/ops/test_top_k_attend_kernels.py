@@ -11,7 +11,7 @@ from dash_megatron.ops.topk.nsa import Compression, nsa_attention
 from dash_megatron.topk_selection import Selection
 from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels
 
-topk_attend, topk_scores = import_kernels("topk_attend", "topk_scores")
+(topk_triton,) = import_kernels("topk.triton")
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -21,8 +21,7 @@ SELECTION = Selection(kernel_size=8, kernel_stride=4, top_k=1, initial_blocks=1,
 @pytest.fixture(autouse=True)
 def kernels_imported_here(monkeypatch):
     """Those whose interpretation is settled, and lists made in several pieces."""
-    for module in (topk_attend, topk_scores):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(sys.modules, topk_triton.__name__, topk_triton)
     monkeypatch.setattr(grids, "MAX_BLOCK_SCORES", {"cpu": 16 * 16 * 12, "cuda": 2**20})
 
 
@@ -98,9 +97,9 @@ def test_lists_hold_what_any_token_of_a_tile_selected(monkeypatch):
     own = torch.arange(5).repeat_interleave(16)
     picked = torch.stack([torch.randperm(5, generator=generator)[:3] for _ in range(160)]).view(80, 2, 3)
     picked = picked.masked_fill(picked >= own[:, None, None], -1).to(DEVICE)
-    q, k = (torch.zeros(80, heads, 16, device=DEVICE) for heads in (2 * 16, 2))
-    _, sizes, _ = topk_attend._prepare(q, k, grid)
-    lists, T = topk_attend.make_lists(picked, grid, sizes), sizes.tile_tokens
+    q = torch.zeros(80, 2 * 16, 16, device=DEVICE)
+    _, sizes = topk_triton.prepare(q, 2, grid)
+    lists, T = topk_triton.make_lists(picked, grid, sizes), sizes.tile_tokens
     assert sizes.tiles_per_chunk > 1
     for h in range(2):
         for tile in range(80 // T):

@@ -1,0 +1,88 @@
+"""Gradient of the chunk summaries from the rows that list each chunk, summed in order; the deterministic way."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dash_megatron.ops.kernels.backward_q import entmax_jacobian_root, prior_to_probability
+from dash_megatron.ops.kernels.geometry import Sizes
+from dash_megatron.ops.kernels.route import score_scale
+from dash_megatron.ops.kernels.transpose import Transposed
+from dash_megatron.ops.types import Router
+
+
+@triton.jit
+def summary_gradient(
+    b_q, b_summary, b_log, p_tau, p_mean_dp, p_d_prior, p_factor, m_n, score_scale, gradient_scale, exponent, inv_sigma,
+    G: tl.constexpr, ALPHA_15: tl.constexpr,
+):  # fmt: skip
+    """What rows `b_q` [ROWS, D], of which `m_n` list the chunk, add to its summary's gradient [D]."""
+    if p_factor is not None:
+        b_factor = tl.load(p_factor, mask=m_n, other=1.0)
+        score_scale *= b_factor
+        gradient_scale *= b_factor
+    b_dp = prior_to_probability(tl.load(p_d_prior, mask=m_n, other=0.0), b_log, inv_sigma, 1.0 / G)
+    b_tau = tl.load(p_tau, mask=m_n, other=float("inf"))
+    b_q = b_q.to(tl.float32)
+    b_x = tl.sum(b_q * b_summary[None, :], 1) * score_scale
+    b_r = tl.where(b_log > float("-inf"), entmax_jacobian_root(b_x, b_tau, exponent, ALPHA_15), 0.0)
+    b_mean_dp = tl.load(p_mean_dp, mask=m_n, other=0.0)
+    return tl.sum(b_q * (b_r * (b_dp - b_mean_dp) * gradient_scale)[:, None], 0)
+
+
+def token_factors(factor: Tensor | None, start: Tensor, num_tokens: int) -> Tensor | None:
+    """Factors [Hkv, chunks] on routing scores, of the tokens: [tokens, Hkv]; `start` is every chunk's first token."""
+    if factor is None:
+        return None
+    token = torch.arange(num_tokens, dtype=start.dtype, device=start.device)
+    return factor.mT[torch.searchsorted(start, token, right=True) - 1].contiguous()
+
+
+@triton.jit
+def _d_summary_kernel(
+    q, tau, mean_dp, summary, list_log_prior, d_prior, factor, row_place, row_entry, row_offset, d_summary,
+    stride_qn, stride_qh, score_scale, gradient_scale, exponent, inv_sigma, num_chunks,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    T: tl.constexpr, ALPHA_15: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one chunk's summary, tile by tile of those that list the chunk."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_h = i_row // num_chunks
+    o_r, o_d = tl.arange(0, T * GP), tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    b_summary = tl.load(summary + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_ds = tl.zeros([BLOCK_D], tl.float32)
+    for i_e in range(tl.load(row_offset + i_row), tl.load(row_offset + i_row + 1)):
+        place, entry = tl.load(row_place + i_e), tl.load(row_entry + i_e)
+        m_n = (o_r // GP < (place >> 32)) & (o_r % GP < G)
+        o_n, o_g = (place & 0x7FFFFFFF) + o_r // GP, i_h * G + o_r % GP
+        p_q = q + (o_n * stride_qn + o_g * stride_qh)[:, None] + o_d[None, :]
+        b_q = tl.load(p_q, mask=m_n[:, None] & m_d[None, :], other=0.0)
+        o_list, o_head = entry * T + o_r // GP, o_n * (HKV * G) + o_g
+        b_log = tl.load(list_log_prior + o_list, mask=m_n, other=float("-inf"))
+        b_ds += summary_gradient(
+            b_q, b_summary, b_log, tau + o_head, mean_dp + o_head, d_prior + o_list,
+            None if factor is None else factor + o_n * HKV + i_h,
+            m_n, score_scale, gradient_scale, exponent, inv_sigma, G, ALPHA_15,
+        )  # fmt: skip
+    tl.store(d_summary + i_row * D + o_d, b_ds, mask=m_d)
+
+
+def sum_d_summary(
+    q: Tensor, tau: Tensor, mean_dp: Tensor, summary: Tensor, log_prior: Tensor, d_prior: Tensor,
+    transposed: Transposed, sizes: Sizes, router: Router, factor: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Gradient of the summaries, float32 [Hkv, chunks, D], summed in the order of the lists transposed over all chunks.
+
+    `factor` is that of `token_factors`.
+    """
+    d_summary = torch.empty(summary.shape, dtype=torch.float32, device=q.device)
+    Hkv, nc, D = summary.shape
+    _d_summary_kernel[(Hkv * nc,)](
+        q, tau, mean_dp, summary, log_prior, d_prior, factor, *transposed, d_summary, *q.stride()[:2],
+        score_scale(router, D), router.scaling_factor * D**-0.5, router.exponent, router.inv_sigma, nc,
+        HKV=Hkv, G=sizes.group, GP=sizes.padded_group, D=D, BLOCK_D=sizes.block_d, T=sizes.tile_tokens,
+        ALPHA_15=router.alpha == 1.5, num_warps=4,
+    )  # fmt: skip
+    return d_summary
