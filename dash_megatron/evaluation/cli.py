@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dash_megatron.config import RopeScaling
-    from dash_megatron.evaluation.jobs import Settings
+    from dash_megatron.evaluation.settings import Settings
 
 
 def add_evaluate(tools: Any) -> None:
@@ -87,9 +87,9 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 
 def _read(options: argparse.Namespace) -> tuple[Settings, RopeScaling | None]:
-    # imported late: they bring torch
+    # imported late, so that --help is fast
     from dash_megatron.config import read_rope_scaling
-    from dash_megatron.evaluation.jobs import FAMILIES, Settings
+    from dash_megatron.evaluation.settings import FAMILIES, Settings
 
     settings = Settings(
         tasks=options.tasks or FAMILIES,

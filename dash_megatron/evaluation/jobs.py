@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,49 +13,16 @@ import torch
 from torch import Tensor
 
 from dash_megatron.evaluation.buckets import buckets
-from dash_megatron.evaluation.items import DEPTHS, SEED, Item, make_sample, task_items
+from dash_megatron.evaluation.items import Item, make_sample, task_items
 from dash_megatron.evaluation.models import LanguageModel
 from dash_megatron.evaluation.samples import Sample
-from dash_megatron.evaluation.tasks import TASKS
+from dash_megatron.evaluation.settings import Settings
 from dash_megatron.evaluation.text import LocalText
 
-PERPLEXITY = "perplexity"
-FAMILIES = (PERPLEXITY, *TASKS)
-SCORES = ("answer", "generate")
 # raised whenever prompts or scores change, so that older results are not taken for new ones
 VERSION = 2
 # what a model may write beside the tokens of the answer
 EXTRA_TOKENS = 8
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to evaluate."""
-
-    tasks: tuple[str, ...] = FAMILIES
-    lengths: tuple[int, ...] = ()
-    """Tokens of prompt and answer; none: for the caller to choose."""
-    depths: int = DEPTHS
-    """Places of the needle of task `needle`, from the first line to the last."""
-    samples: int = 20
-    """Of each task and length, and for `needle` of each depth; windows of text for `perplexity`."""
-    score: str = "answer"
-    seed: int = SEED
-    batch_tokens: int = 32768
-    """Most tokens of a batch; a row longer than that is a batch of its own."""
-
-    def __post_init__(self) -> None:
-        unknown = [name for name in self.tasks if name not in FAMILIES]
-        if unknown or not self.tasks:
-            raise ValueError(f"--tasks {','.join(unknown)}: the known ones are {', '.join(FAMILIES)}")
-        if self.score not in SCORES:
-            raise ValueError(f"--score {self.score} must be one of {', '.join(SCORES)}")
-        if any(length < 2 for length in self.lengths):
-            raise ValueError(f"--lengths {list(self.lengths)}: each must be at least 2 tokens")
-        for name, least in (("depths", 2), ("samples", 1), ("batch_tokens", 1)):
-            if getattr(self, name) < least:
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option} {getattr(self, name)} must be at least {least}")
 
 
 class Job(ABC):

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")  # a file, never a window
 import matplotlib.pyplot as plt
 
-from dash_megatron.evaluation.jobs import PERPLEXITY
+from dash_megatron.evaluation.settings import PERPLEXITY
 
 
 def draw(results: dict[str, Any], output: Path) -> list[Path]:

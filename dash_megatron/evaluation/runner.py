@@ -12,8 +12,9 @@ from typing import Any
 
 from dash_megatron.evaluation.buckets import buckets
 from dash_megatron.evaluation.items import Item
-from dash_megatron.evaluation.jobs import PERPLEXITY, Job, PerplexityJob, Settings, TaskJob
+from dash_megatron.evaluation.jobs import Job, PerplexityJob, TaskJob
 from dash_megatron.evaluation.models import LanguageModel
+from dash_megatron.evaluation.settings import PERPLEXITY, Settings
 from dash_megatron.evaluation.text import LocalText
 from dash_megatron.files import write_whole
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from dash_megatron.config import RopeScaling
-from dash_megatron.evaluation.jobs import Settings
 from dash_megatron.evaluation.models import LanguageModel, open_model
 from dash_megatron.evaluation.pictures import draw
 from dash_megatron.evaluation.runner import RESULTS, evaluate
+from dash_megatron.evaluation.settings import Settings
 from dash_megatron.evaluation.text import LocalText, tokens_for_lines
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 
 from dash_megatron.config import AttentionConfig
-from dash_megatron.ops.topk.nsa import MAX_SHARED_BIAS
 from dash_megatron.planning.kernel_times import AttentionSeconds, AttentionWork, dash_stages
 
 BASELINES = ("infllmv2", "nsa")
 """Kinds of attention whose lists have a fixed length."""
+
+MAX_SHARED_BIAS = 2**28
+"""Elements of a mask that the backward of NSA's compressed branch shares: `dash_megatron.ops.topk.nsa.MAX_SHARED_BIAS`."""
 
 NOTE = (
     "attention of infllmv2 and nsa: kernels by the length of their lists, the rest by operations and bytes counted; beside the "
@@ -39,8 +41,8 @@ def share_of_pairs(chunks: int, selected: int) -> float:
 
 def selected_chunks(attention: AttentionConfig) -> int:
     """Chunks of the fixed list of `infllmv2`, or of NSA's second branch, the own one included."""
-    chosen = attention.nsa if attention.kind == "nsa" else attention.infllmv2
-    return chosen.initial_blocks + chosen.local_blocks + chosen.top_k
+    lists = attention.nsa if attention.kind == "nsa" else attention.infllmv2
+    return lists.initial_blocks + lists.local_blocks + lists.top_k
 
 
 def window_chunks(attention: AttentionConfig) -> int:
@@ -52,7 +54,7 @@ def density_of_lists(attention: AttentionConfig, context: float) -> float:
     """Selected over available chunks, as metrics report them, of tokens that see `context` tokens on average.
 
     Documents count as equally long. A chunk of NSA's two lists counts once; one of its `top_k` may also lie in the window,
-    which is left out.
+    which is not counted.
     """
     chunks = max(1, round(2 * context / attention.chunk_size))
     selected = selected_chunks(attention)

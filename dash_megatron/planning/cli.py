@@ -61,9 +61,12 @@ def _plan(options: argparse.Namespace) -> None:
     from dash_megatron.planning.step_time import Routing
     from dash_megatron.planning.table import plan
 
+    if options.top < 1:
+        raise ValueError(f"top={options.top} must be at least 1")
+    hardware = Hardware.of(options.gpu, options.memory_gib)
+    config = load_config(options.config, options.overrides)
     density = options.density
     if density is None:
-        config = load_config(options.config, options.overrides)
         density = config.attention.final_density(config.model.layers) or Routing.density
     routing = Routing(
         density=density,
@@ -72,16 +75,5 @@ def _plan(options: argparse.Namespace) -> None:
         listed_over_selected=options.listed,
         imbalance=options.imbalance,
     )
-    print(
-        plan(
-            options.config,
-            options.gpus,
-            options.overrides,
-            routing=routing,
-            hardware=Hardware.of(options.gpu, options.memory_gib),
-            price=options.price,
-            profile=options.profile,
-            top=options.top,
-            as_json=options.json,
-        )
-    )
+    planned = plan(options.config, config, options.gpus, routing, hardware, options.price, options.profile)
+    print(planned.to_json(options.top) if options.json else planned.to_text(options.top))

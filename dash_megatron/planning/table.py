@@ -6,12 +6,13 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from dash_megatron.config import Config, load_config
+from dash_megatron.config import Config
 from dash_megatron.planning.baseline_times import BASELINES, NOTE
 from dash_megatron.planning.layout import Hardware
-from dash_megatron.planning.profile import read_profile
+from dash_megatron.planning.profile import Profile, read_profile
 from dash_megatron.planning.search import estimate_configured, search
 from dash_megatron.planning.step_time import Routing, StepEstimate, effective_routing
 
@@ -33,36 +34,107 @@ COLUMNS = (
 RUN_COLUMNS = (*COLUMNS, "days", "cost")
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The layouts that a config could have on a number of GPUs, and the one that it asks for."""
+
+    name: str
+    """Of the config: its path."""
+    config: Config
+    gpus: int
+    routing: Routing
+    hardware: Hardware
+    price: float
+    """Of one GPU for an hour."""
+    profile: Profile | None
+    """Of the short run that `hardware` was corrected by."""
+    found: list[StepEstimate]
+    """Every layout that fits, fastest first."""
+    own: StepEstimate | None
+    """The config's own layout; None: it breaks a rule."""
+    problem: str
+    """The rule that the own layout breaks."""
+
+    def to_json(self, top: int) -> str:
+        """A JSON document of the `top` best layouts and the config's own."""
+
+        def estimated(estimate: StepEstimate) -> dict[str, Any]:
+            return as_dict(estimate, self.hardware) | whole_run(self.config, estimate, self.price)
+
+        document = {
+            "config": self.name,
+            "gpus": self.gpus,
+            "routing": dataclasses.asdict(self.routing),
+            "hardware": dataclasses.asdict(self.hardware),
+            "profile": None if self.profile is None else dataclasses.asdict(self.profile),
+            "configured": None if self.own is None else estimated(self.own),
+            "layouts": [estimated(estimate) for estimate in self.found[:top]],
+        }
+        return json.dumps(document, indent=2)
+
+    def to_text(self, top: int) -> str:
+        """A table of the `top` best layouts and the config's own, for a terminal."""
+        config, budget = self.config, self.hardware.budget_bytes
+        lines = [self._heading(), *([] if self.profile is None else [str(self.profile)]), ""]
+        lines += table([self._row(estimate) for estimate in self.found[:top]], RUN_COLUMNS)
+        lines += ["", "the config's own layout:"]
+        if self.own is None:
+            lines.append(f"does not run on {self.gpus} GPUs: {self.problem}")
+        else:
+            lines += table([self._row(self.own)], RUN_COLUMNS)
+            if self.own.memory.total > budget:
+                lines.append(f"needs more than the {budget / 2**30:.0f} GiB that a plan may fill")
+        if config.attention.kind in BASELINES:
+            lines += ["", NOTE]
+        lines += [
+            "",
+            f"days and cost: of training.steps={config.training.steps:,} without faults, at {self.price:g} an hour and GPU.",
+            "A model, not a measurement: docs/scaling.md says what it assumes.",
+        ]
+        return "\n".join(lines)
+
+    def _row(self, estimate: StepEstimate) -> list[str]:
+        run = whole_run(self.config, estimate, self.price)
+        return [*row(estimate), f"{run['days']:,.1f}", f"{run['cost']:,.0f}"]
+
+    def _heading(self) -> str:
+        batch, length = self.config.training.global_batch, self.config.data.seq_length
+        router = "full attention"
+        if self.config.attention.kind != "full":
+            router = f"density {self.routing.density:.0%} (memory for {self.routing.peak_density:.0%})"
+        hardware = self.hardware
+        return (
+            f"{self.name} on {self.gpus} {hardware.gpu} GPUs: {length:,} tokens x {batch} sequences = {length * batch:,} "
+            f"tokens a step, {router}; {len(self.found)} layouts fit into {hardware.budget_bytes / 2**30:.0f} of "
+            f"{hardware.memory_gib:.0f} GiB"
+        )
+
+
 def plan(
-    path: str,
+    name: str,
+    config: Config,
     gpus: int,
-    overrides: Sequence[str] = (),
     routing: Routing | None = None,
     hardware: Hardware | None = None,
     price: float = 3.0,
     profile: str | None = None,
-    top: int = 10,
-    as_json: bool = False,
-) -> str:
-    """Text that `plan` prints.
+) -> Plan:
+    """Estimate every layout that a config could have on a number of GPUs.
 
     Args:
-        path: YAML config; its layout is shown beside the found ones.
+        name: of the config, such as its path.
+        config: what is to be trained.
         gpus: processes, one a GPU.
-        overrides: `section.key=value`, as `train.py` takes them.
         routing: density and structure of the router.
         hardware: speeds and memory.
         price: of one GPU for an hour.
-        profile: folder of a short run on such GPUs, by which the speed of compute and the memory of activations are corrected; see `read_profile`.
-        top: layouts to show.
-        as_json: JSON instead of a table.
+        profile: folder of a short run on such GPUs, by which the speed of compute and the memory of activations are
+            corrected; see `read_profile`.
 
     Raises:
-        ValueError, FileNotFoundError: a wrong config or argument, or nothing fits.
+        ValueError, FileNotFoundError: a wrong argument or profile, or nothing fits.
     """
-    routing, hardware = routing or Routing(), hardware or Hardware()
-    if top < 1:
-        raise ValueError(f"top={top} must be at least 1")
+    hardware = hardware or Hardware()
     if not 0 <= price < math.inf:
         raise ValueError(f"price={price} must be a number of at least 0")
     measured = None if profile is None else read_profile(profile, hardware)
@@ -70,8 +142,7 @@ def plan(
         hardware = dataclasses.replace(
             hardware.slowed(measured.factor), activation_factor=measured.activation_factor
         )
-    config = load_config(path, overrides)
-    routing = effective_routing(config, routing)
+    routing = effective_routing(config, routing or Routing())
     found = search(config, gpus, routing, hardware)
     own: StepEstimate | None = None
     problem = ""
@@ -79,53 +150,11 @@ def plan(
         own = estimate_configured(config, gpus, routing, hardware)
     except ValueError as error:
         problem = str(error)
-    if as_json:
-        document = {
-            "config": str(path),
-            "gpus": gpus,
-            "routing": dataclasses.asdict(routing),
-            "hardware": dataclasses.asdict(hardware),
-            "profile": None if measured is None else dataclasses.asdict(measured),
-            "configured": None if own is None else as_dict(own, hardware) | whole_run(config, own, price),
-            "layouts": [as_dict(each, hardware) | whole_run(config, each, price) for each in found[:top]],
-        }
-        return json.dumps(document, indent=2)
-
-    def run_row(estimate: StepEstimate) -> list[str]:
-        run = whole_run(config, estimate, price)
-        return [*row(estimate), f"{run['days']:,.1f}", f"{run['cost']:,.0f}"]
-
-    lines = [_heading(path, config, gpus, routing, hardware, len(found)), ""]
-    if measured is not None:
-        lines[1:1] = [str(measured)]
-    lines += table([run_row(estimate) for estimate in found[:top]], RUN_COLUMNS)
-    lines += ["", "the config's own layout:"]
-    lines += table([run_row(own)], RUN_COLUMNS) if own else [f"does not run on {gpus} GPUs: {problem}"]
-    if own and own.memory.total > hardware.budget_bytes:
-        lines.append(f"needs more than the {hardware.budget_bytes / 2**30:.0f} GiB that a plan may fill")
-    if config.attention.kind in BASELINES:
-        lines += ["", NOTE]
-    lines += [
-        "",
-        f"days and cost: of training.steps={config.training.steps:,} without faults, at {price:g} an hour and GPU.",
-        "A model, not a measurement: docs/scaling.md says what it assumes.",
-    ]
-    return "\n".join(lines)
-
-
-def _heading(path: str, config: Config, gpus: int, routing: Routing, hardware: Hardware, count: int) -> str:
-    batch, length = config.training.global_batch, config.data.seq_length
-    router = "full attention"
-    if config.attention.kind != "full":
-        router = f"density {routing.density:.0%} (memory for {routing.peak_density:.0%})"
-    return (
-        f"{path} on {gpus} {hardware.gpu} GPUs: {length:,} tokens x {batch} sequences = {length * batch:,} tokens a step, {router}; "
-        f"{count} layouts fit into {hardware.budget_bytes / 2**30:.0f} of {hardware.memory_gib:.0f} GiB"
-    )
+    return Plan(name, config, gpus, routing, hardware, price, measured, found, own, problem)
 
 
 def whole_run(config: Config, estimate: StepEstimate, price: float) -> dict[str, float]:
-    """Days and cost of all steps, validation, checkpoints and faults left out."""
+    """Days and cost of all steps, validation, without checkpoints and faults."""
     hours = config.training.steps * estimate.seconds / 3600
     return {"days": hours / 24, "cost": hours * estimate.layout.gpus * price}
 

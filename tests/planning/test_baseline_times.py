@@ -83,4 +83,6 @@ def test_a_step_of_a_baseline_has_the_density_of_its_lists() -> None:
 
 def test_a_plan_says_that_baselines_were_never_measured() -> None:
     for kind, expected in (("nsa", True), ("dash", False)):
-        assert (NOTE in plan(str(CONFIG), 8, overrides=[f"attention.kind={kind}"])) == expected
+        assert (
+            NOTE in plan("run", load_config(CONFIG, [f"attention.kind={kind}"]), 8).to_text(top=1)
+        ) == expected

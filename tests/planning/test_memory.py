@@ -8,7 +8,7 @@ import torch
 
 from dash_megatron.config import Config, config_from_dict, load_config
 from dash_megatron.config.flops import parameter_count
-from dash_megatron.planning import memory
+from dash_megatron.planning import baseline_times, memory
 from dash_megatron.planning.layout import Hardware, Layout
 from dash_megatron.planning.memory import list_bytes, memory_use, rank_parameters
 from dash_megatron.planning.traffic import ContextComm
@@ -181,5 +181,7 @@ def test_recomputation_and_sharing_tokens_only_ever_save() -> None:
 def test_limits_are_those_of_the_code_they_describe() -> None:
     from dash_megatron.layers.model import MAX_LOGITS
     from dash_megatron.ops.kernels.geometry import MAX_BOUNDED_BYTES
+    from dash_megatron.ops.topk.nsa import MAX_SHARED_BIAS
 
     assert (memory.MAX_LOGITS, memory.MAX_BOUNDED_BYTES) == (MAX_LOGITS, MAX_BOUNDED_BYTES)
+    assert baseline_times.MAX_SHARED_BIAS == MAX_SHARED_BIAS

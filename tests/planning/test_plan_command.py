@@ -9,7 +9,6 @@ import yaml
 
 from dash_megatron.__main__ import main
 from dash_megatron.config import load_config
-from dash_megatron.planning.report import fill_in, sparse_ratio
 from dash_megatron.planning.search import estimate_configured
 from dash_megatron.planning.step_time import Routing
 
@@ -150,14 +149,6 @@ def test_a_layout_that_does_not_divide_is_named_beside_the_found_ones(
     assert "does not run on 4 GPUs: parallel.tensor=1 x parallel.context=8 = 8" in capsys.readouterr().out
 
 
-def test_the_quick_tables_of_the_page_are_current() -> None:
-    page = (ROOT / "docs" / "scaling.md").read_text()
-    names = ("kernels", "exchanges", "balance")
-    assert fill_in(page, names) == page, "run `python -m dash_megatron.planning.report --output docs/`"
-    with pytest.raises(ValueError, match="begin kernels"):
-        fill_in("", ["kernels"])
-
-
 def test_a_plan_is_for_the_density_that_the_config_ends_with(capsys: pytest.CaptureFixture[str]) -> None:
     def planned(*arguments: str) -> float:
         assert main(["plan", "--config", CONFIG, "--gpus", "64", "--json", *arguments]) == 0
@@ -178,8 +169,3 @@ def test_longer_lists_cost_attention(capsys: pytest.CaptureFixture[str]) -> None
     assert long["matmul"] == short["matmul"]
     assert main(["plan", "--config", CONFIG, "--gpus", "128", "--listed", "0.5"]) == 2
     assert "listed_over_selected=0.5 must be at least 1" in capsys.readouterr().err
-
-
-def test_sparse_saves_nothing_without_locality() -> None:
-    assert sparse_ratio(0.1, 0.0) == pytest.approx(1.0, abs=0.01)
-    assert sparse_ratio(0.02, 0.98) < 0.3

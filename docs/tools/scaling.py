@@ -1,4 +1,4 @@
-"""Fill in the tables of `docs/scaling.md` and draw its pictures: `python -m dash_megatron.planning.report --output docs/`.
+"""Fill in the tables of `docs/scaling.md` and draw its pictures: `python -m docs.tools.scaling --output docs/`.
 
 The page is prose by hand; what stands between `<!-- begin NAME -->` and `<!-- end -->` is written here.
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from dash_megatron.config import Config, load_config
-from dash_megatron.planning import balance, pictures
-from dash_megatron.planning.coverage import RouterInputs, coverage_of_topics, simulate
+from dash_megatron.planning.coverage import coverage_of_topics
 from dash_megatron.planning.kernel_times import (
     CASES,
     DENSE_CASES,
@@ -31,14 +31,35 @@ from dash_megatron.planning.search import EXCHANGES, search
 from dash_megatron.planning.step_time import Routing, StepEstimate
 from dash_megatron.planning.table import COLUMNS, row
 from dash_megatron.planning.traffic import ContextComm, ContextShape, context_exchange
+from docs.tools import balance
+from docs.tools import scaling_pictures as pictures
+from docs.tools.simulation import RouterInputs, simulate
 
 CONFIG = Path(__file__).parents[2] / "configs" / "8b_128k.yaml"
 LENGTHS = {"128K": (131072, 64), "512K": (524288, 16), "1M": (1048576, 8)}
 """Tokens of a sequence, and sequences of a step: 8M tokens each."""
-GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
-DENSITIES = (1.0, 0.25, 0.1, 0.05, 0.02)
-SEEDS = 3
-SIMULATED_CHUNKS = 512
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is computed for the tables and pictures."""
+
+    lengths: tuple[str, ...] = tuple(LENGTHS)
+    gpus: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
+    densities: tuple[float, ...] = (1.0, 0.25, 0.1, 0.05, 0.02)
+    table_gpus: tuple[int, ...] = (64, 512)
+    """GPUs whose best layouts are shown."""
+    table_densities: tuple[float, ...] = (1.0, 0.1, 0.02)
+    seeds: int = 3
+    """Sequences that each simulated figure is a mean of."""
+    chunks: int = 512
+    """Chunks of a simulated sequence."""
+
+
+WHOLE = Extent()
+"""What the page has."""
+SMALL = Extent(("128K",), (64,), (1.0, 0.1), (64,), (0.1,), seeds=1, chunks=128)
+"""A few of its figures, in seconds."""
 
 
 @lru_cache(maxsize=4)
@@ -63,30 +84,30 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows)])
 
 
-def throughput_table() -> str:
+def throughput_table(extent: Extent) -> str:
     """tokens/s/GPU of the best layout."""
     rows = []
-    for length in LENGTHS:
-        for density in DENSITIES:
-            found = [best(length, gpus, density) for gpus in GPUS]
+    for length in extent.lengths:
+        for density in extent.densities:
+            found = [best(length, gpus, density) for gpus in extent.gpus]
             cells = [f"{e.tokens_per_second_per_gpu:,.0f}" if e else "-" for e in found]
             rows.append([length, f"{density:.0%}", *cells])
-    return markdown(["tokens", "density", *(f"{gpus} GPUs" for gpus in GPUS)], rows)
+    return markdown(["tokens", "density", *(f"{gpus} GPUs" for gpus in extent.gpus)], rows)
 
 
-def layout_table() -> str:
+def layout_table(extent: Extent) -> str:
     """The best layouts themselves, at two sizes."""
     rows = []
-    for length in LENGTHS:
-        for gpus in (64, 512):
-            for density in (1.0, 0.1, 0.02):
+    for length in extent.lengths:
+        for gpus in extent.table_gpus:
+            for density in extent.table_densities:
                 estimate = best(length, gpus, density)
                 if estimate:
                     rows.append([length, str(gpus), f"{density:.0%}", *row(estimate)])
     return markdown(["tokens", "GPUs", "density", *COLUMNS], rows)
 
 
-def kernel_table() -> str:
+def kernel_table(_: Extent) -> str:
     """The fit beside what it was fitted to."""
     rows = []
     for case in CASES + GROUP_CASES + NARROW_CASES + SMALL_CHUNK_CASES:
@@ -112,7 +133,7 @@ def _against(measured: float, modelled: float) -> list[str]:
     return [f"{measured:.2f}", f"{modelled:.2f}", f"{modelled / measured - 1:+.0%}"]
 
 
-def exchange_table() -> str:
+def exchange_table(_: Extent) -> str:
     """MB one rank sends per layer for 8B at 128K over 8 context ranks."""
     shape = ContextShape(context=8, tokens=16384, heads=32, kv_heads=8, head_dim=128, chunk_size=64)
     rows = []
@@ -129,49 +150,49 @@ Simulated = tuple[float, float, float]
 
 
 @lru_cache(maxsize=256)
-def simulated(context: int, topics: int, locality: float, regions: int = 1) -> Simulated:
+def simulated(extent: Extent, context: int, topics: int, locality: float, regions: int = 1) -> Simulated:
     """Means over seeds."""
     found = [
         simulate(
             RouterInputs(
                 context=context,
-                chunks=SIMULATED_CHUNKS,
+                chunks=extent.chunks,
                 topics=topics,
                 locality=locality,
                 regions=regions,
                 seed=seed,
             )
         )
-        for seed in range(SEEDS)
+        for seed in range(extent.seeds)
     ]
     unequal = [(s.per_rank.max() / s.per_rank.mean()).item() for s in found]
     return (
-        sum(s.density for s in found) / SEEDS,
-        sum(s.coverage_of_past for s in found) / SEEDS,
-        sum(unequal) / SEEDS,
+        sum(s.density for s in found) / extent.seeds,
+        sum(s.coverage_of_past for s in found) / extent.seeds,
+        sum(unequal) / extent.seeds,
     )
 
 
-def coverage_table() -> str:
+def coverage_table(extent: Extent) -> str:
     """Coverage by simulation and by formula."""
     rows = []
     for context in (8, 32):
         for topics in (4, 10, 40):
             for locality in (0.0, 0.9, 0.99, 1.0):
-                density, coverage, _ = simulated(context, topics, locality)
-                formula = coverage_of_topics(1 / topics, locality, SIMULATED_CHUNKS * 2 / context)
+                density, coverage, _ = simulated(extent, context, topics, locality)
+                formula = coverage_of_topics(1 / topics, locality, extent.chunks * 2 / context)
                 cells = [f"{density:.1%}", f"{locality:.0%}", f"{coverage:.0%}", f"{formula:.0%}"]
                 rows.append([str(context), str(topics), *cells])
     columns = ["context ranks", "topics", "density", "locality", "selected by some query", "formula"]
     return markdown(columns, rows)
 
 
-def recency_table() -> str:
+def recency_table(extent: Extent) -> str:
     """Coverage where topics are found only nearby."""
     rows = []
     for regions in (1, 8, 32):
         for topics in (2, 10):
-            density, coverage, unequal = simulated(8, topics, 0.0, regions)
+            density, coverage, unequal = simulated(extent, 8, topics, 0.0, regions)
             rows.append([str(regions), str(topics), f"{density:.1%}", f"{coverage:.0%}", f"{unequal:.2f}"])
     return markdown(["regions", "topics of each", "density", "selected by some query", "max / mean"], rows)
 
@@ -202,7 +223,7 @@ def balance_cases() -> dict[str, list[float]]:
     return results
 
 
-def balance_table() -> str:
+def balance_table(_: Extent) -> str:
     """The same as a table."""
     rows = [[name, *(f"{x:.2f}" for x in values)] for name, values in balance_cases().items()]
     return markdown(["work of a query", *(f"{ranks} ranks" for ranks in pictures.RANKS)], rows)
@@ -221,7 +242,7 @@ def sparse_ratio(density: float, locality: float, context: int = 8, tokens: int 
     return total("sparse") / total("all_gather")
 
 
-TABLES: dict[str, Callable[[], str]] = {
+TABLES: dict[str, Callable[[Extent], str]] = {
     "throughput": throughput_table,
     "layouts": layout_table,
     "kernels": kernel_table,
@@ -232,7 +253,7 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def fill_in(page: str, names: Iterable[str] = TABLES) -> str:
+def fill_in(page: str, names: Iterable[str] = TABLES, extent: Extent = WHOLE) -> str:
     """The page with fresh tables between its markers.
 
     Raises:
@@ -242,27 +263,30 @@ def fill_in(page: str, names: Iterable[str] = TABLES) -> str:
         marked = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not marked.search(page):
             raise ValueError(f"the page has no <!-- begin {name} --> ... <!-- end -->")
-        page = marked.sub(f"\\g<1>{TABLES[name]()}\n\\g<2>", page, count=1)
+        page = marked.sub(f"\\g<1>{TABLES[name](extent)}\n\\g<2>", page, count=1)
     return page
 
 
-def draw(folder: Path) -> None:
+def draw(folder: Path, extent: Extent = WHOLE) -> None:
     """Write the four pictures."""
     curves = {
         length: {
-            density: [(gpus, e) for gpus in GPUS if (e := best(length, gpus, density))]
-            for density in DENSITIES
+            density: [(gpus, e) for gpus in extent.gpus if (e := best(length, gpus, density))]
+            for density in extent.densities
         }
-        for length in LENGTHS
+        for length in extent.lengths
     }
     pictures.draw_throughput(curves, folder / "scaling_throughput.png")
-    bars = {length: [(d, e) for d in DENSITIES if (e := best(length, 64, d))] for length in LENGTHS}
+    bars = {
+        length: [(density, e) for density in extent.densities if (e := best(length, 64, density))]
+        for length in extent.lengths
+    }
     pictures.draw_composition(bars, folder / "scaling_step.png")
     points = {
-        topics: [(x, simulated(8, topics, x)[1]) for x in pictures.LOCALITIES] for topics in (4, 10, 40)
+        topics: [(x, simulated(extent, 8, topics, x)[1]) for x in pictures.LOCALITIES]
+        for topics in (4, 10, 40)
     }
-    runs = SIMULATED_CHUNKS * 2 / 8
-    pictures.draw_sparse(points, runs, sparse_ratio, folder / "scaling_sparse.png")
+    pictures.draw_sparse(points, extent.chunks * 2 / 8, sparse_ratio, folder / "scaling_sparse.png")
     pictures.draw_balance(balance_cases(), folder / "scaling_balance.png")
 
 
@@ -270,11 +294,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Rewrite the tables of the page in the output folder, and the pictures in its `results`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of scaling.md")
+    parser.add_argument("--small", action="store_true", help="a few of the figures only, to try it out")
     options = parser.parse_args(arguments)
+    extent = SMALL if options.small else WHOLE
     page = options.output / "scaling.md"
-    page.write_text(fill_in(page.read_text(encoding="utf-8")), encoding="utf-8")
+    page.write_text(fill_in(page.read_text(encoding="utf-8"), extent=extent), encoding="utf-8")
     (options.output / "results").mkdir(exist_ok=True)
-    draw(options.output / "results")
+    draw(options.output / "results", extent)
     print(page)
 
 

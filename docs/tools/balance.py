@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dash_megatron.planning.coverage import zigzag_owner
+from docs.tools.simulation import zigzag_owner
 
 
 def imbalance(work_c: Tensor, context: int) -> float:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from dash_megatron.planning.balance import denser_part, draw_documents, growing, imbalance, packed
-from dash_megatron.planning.coverage import RouterInputs, coverage_of_topics, simulate, zigzag_owner
+from dash_megatron.planning.coverage import coverage_of_topics
+from docs.tools.balance import denser_part, draw_documents, growing, imbalance, packed
+from docs.tools.simulation import RouterInputs, simulate, zigzag_owner
 
 
 def test_zigzag_gives_every_rank_a_piece_from_the_front_and_one_from_the_back() -> None:

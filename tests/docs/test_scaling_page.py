@@ -1,0 +1,39 @@
+"""The tables and pictures of docs/scaling.md are made by docs/tools/scaling.py."""
+
+from pathlib import Path
+
+import pytest
+
+from docs.tools import scaling
+from docs.tools.scaling import fill_in, sparse_ratio
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_quick_tables_of_the_page_are_current() -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    names = ("kernels", "exchanges", "balance")
+    assert fill_in(page, names) == page, "run `python -m docs.tools.scaling --output docs/`"
+    with pytest.raises(ValueError, match="begin kernels"):
+        fill_in("", ["kernels"])
+
+
+def test_sparse_saves_nothing_without_locality() -> None:
+    assert sparse_ratio(0.1, 0.0) == pytest.approx(1.0, abs=0.01)
+    assert sparse_ratio(0.02, 0.98) < 0.3
+
+
+def test_the_page_and_its_pictures_are_made_in_one_go_at_small_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in scaling.TABLES:
+        text = f"<!-- begin {name} -->\n<!-- end -->\n"
+        with (tmp_path / "scaling.md").open("a") as page:
+            page.write(text)
+    scaling.main(["--output", str(tmp_path), "--small"])
+    page = (tmp_path / "scaling.md").read_text()
+    assert page.count("\n| --- |") == len(scaling.TABLES)
+    pictures = {path.name for path in (tmp_path / "results").iterdir()}
+    parts = ("throughput", "step", "sparse", "balance")
+    assert pictures == {f"scaling_{part}.png" for part in parts}
+    assert pictures == {path.name for path in (ROOT / "docs" / "results").glob("scaling_*.png")}
