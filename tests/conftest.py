@@ -64,6 +64,65 @@ def _context(cuda: bool) -> multiprocessing.context.BaseContext:
     return context
 
 
+class Started:
+    """A function in a process of its own, forked from one that has imported what takes seconds, its output in a file.
+
+    Args:
+        log: the file.
+        function: module-level; an exception of it ends the process with code 1.
+        arguments: of the function.
+        environment: variables beside this process's; GPUs are hidden.
+    """
+
+    def __init__(self, log: Path, function: Callable[..., None], *arguments: Any, **environment: str) -> None:
+        self.log = log
+        self.log.touch()
+        variables = {**os.environ, **NO_GPU, "OMP_NUM_THREADS": "1", **environment}
+        self.process = _context(cuda=False).Process(
+            target=_entry, args=(function, variables, arguments, str(log)), daemon=False
+        )
+        self.process.start()
+
+    def wait_for(self, text: str, seconds: float = 120) -> None:
+        """Wait until a line of the output begins with `text`."""
+        deadline = time.monotonic() + seconds
+        while True:
+            ended = not self.process.is_alive()
+            output = self.log.read_text()
+            if any(line.startswith(text) for line in output.splitlines()):
+                return
+            if ended or time.monotonic() > deadline:
+                pytest.fail(f"the process ended, or took too long, before {text!r}:\n{output}")
+            time.sleep(0.02)
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the process."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def end(self, seconds: float = 120) -> tuple[int | None, str]:
+        """Wait for the end; gives the exit code, negative after a signal and None after `seconds`, and all output."""
+        self.process.join(seconds)
+        code = self.process.exitcode
+        self.kill()
+        return code, self.log.read_text()
+
+    def kill(self) -> None:
+        """End the process, if it has not ended."""
+        self.process.kill()
+        self.process.join()
+
+
+def train_command(*arguments: str) -> None:
+    """What `python train.py` does with arguments; for `Started`."""
+    import train
+
+    sys.argv = ["train.py", *arguments]
+    code = train.main()
+    sys.stdout.flush()
+    os._exit(code)
+
+
 def run_in_processes(
     folder: Path,
     count: int,

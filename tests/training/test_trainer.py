@@ -15,6 +15,7 @@ import yaml
 
 from dash_megatron.config import load_config
 from dash_megatron.training.metrics import StepMetrics, read_metrics
+from tests.conftest import Started, train_command
 from tests.training.workers import keep_process_groups, train_all
 
 ROOT = Path(__file__).parents[2]
@@ -83,8 +84,9 @@ def test_training_on_cpu_compiles_nothing(config_file: str, tmp_path: Path) -> N
 def test_torchrun_starts_two_processes_that_train_as_one(
     config_file: str, tiny_config: dict[str, Any], tmp_path: Path
 ) -> None:
-    alone = start(["--config", config_file, f"run_dir={tmp_path / 'alone'}"])
-    assert alone.returncode == 0, alone.stderr
+    alone = ["--config", config_file, f"run_dir={tmp_path / 'alone'}"]
+    code, output = Started(tmp_path / "log", train_command, *alone).end()
+    assert code == 0, output
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     together = start(["--config", config_file], torchrun)
     assert together.returncode == 0, together.stderr
@@ -112,7 +114,7 @@ def test_torchrun_starts_two_processes_that_train_as_one(
     ],
 )
 def test_a_wrong_setting_is_one_line_and_exit_code_2_before_any_process_group(
-    override: str, message: str, config_file: str
+    override: str, message: str, config_file: str, tmp_path: Path
 ) -> None:
     # two processes are announced and the other never comes: whoever waits for it, hangs
     launcher = {
@@ -124,10 +126,20 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2_before_any_process_group(
     }
     if override.startswith("data.train"):
         launcher = {}  # data is looked at by all processes together
-    result = start(["--config", config_file, override], **launcher)
-    assert result.returncode == 2, result.stderr
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+    code, output = Started(
+        tmp_path / "log", train_command, "--config", config_file, override, **launcher
+    ).end()
+    assert code == 2, output
+    assert message in output
+    assert "Traceback" not in output
+
+
+def test_an_error_goes_to_standard_error_alone(config_file: str) -> None:
+    result = start(["--config", config_file, "model.layer=3"])
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: model.layer=3 is not a known key")
+    assert result.stderr.count("\n") == 1
+    assert not result.stdout
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
