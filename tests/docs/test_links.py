@@ -17,7 +17,7 @@ LINK = re.compile(r"!?\[(?P<text>[^]]*)\]\((?P<target>[^) ]+)\)")
 # paths of the repository, wherever a page names one
 FOLDERS = "benchmarks|configs|dash_megatron|data_tools|docs|examples|slurm|studies|tests"
 FILE = re.compile(rf"(?<![\w./])(?:{FOLDERS})/[\w*./-]*\.(?:json|jsonl|md|png|py|sbatch|sh|yaml)\b")
-MODULE = re.compile(r"python -m ((?:benchmarks|dash_megatron|data_tools|tests)[\w.]*)")
+MODULE = re.compile(r"python -m ((?:benchmarks|dash_megatron|data_tools|docs|tests)[\w.]*)")
 CODE_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
