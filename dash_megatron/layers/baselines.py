@@ -17,16 +17,12 @@ from dash_megatron.layers.core_attention import CoreAttention, PackedDocuments, 
 from dash_megatron.ops.topk.infllmv2 import infllmv2_attention
 from dash_megatron.ops.topk.nsa import Compression, nsa_attention
 
-# The parameters below that start at zero: kernels are compressed to their means, all gates are half open.
+# Parameters below that start at zero, so that a compressed key or value is the mean of its kernel and every gate 1/2.
 ZEROS = ("key_pool", "value_pool", "key_mlp_out", "value_mlp_out", "gate_weight", "gate_bias")
 
 
 class InfLLMv2CoreAttention(CoreAttention):
     """InfLLM v2 (arXiv 2506.07900, 2509.24663) as Megatron core attention; it has no parameters."""
-
-    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        self.routing: RoutingMeans | None = None
 
     def _attend_here(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
         out, routing = infllmv2_attention(
@@ -45,8 +41,8 @@ class InfLLMv2CoreAttention(CoreAttention):
 class NSACoreAttention(CoreAttention):
     """Native Sparse Attention (arXiv 2502.11089) as Megatron core attention.
 
-    Owns the compressions of keys and values, of every kv head, and the gates, of every query head. A gate is a sigmoid of
-    a linear function of the head's query, because core attention sees nothing else of the token.
+    Owns the weights that compress keys and values, for every kv head, and those of the gates, for every query head. A gate
+    is the sigmoid of a linear function of the head's query, because core attention sees nothing else of the token.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
@@ -67,7 +63,6 @@ class NSACoreAttention(CoreAttention):
         self.gate_weight = weight(heads, 3, D)
         # one dimension, like other weights that do not decay
         self.gate_bias = weight(heads * 3)
-        self.routing: RoutingMeans | None = None
 
     def _attend_here(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
         # to eight columns, which matrix products of a GPU need to be fast

@@ -1,9 +1,9 @@
 """Core attention modules that a Megatron-core `SelfAttention` calls: DashAttention and full attention.
 
-Both take what `SelfAttention` hands over: query [N, B, Hq, D], key and value [N, B, Hkv, D] after RoPE, and
-`packed_seq_params` whose `cu_seqlens_q` marks packed documents (B == 1). Both return [N, B, Hq * D]. Heads are
-those of this tensor-parallel rank; under context parallelism N counts this rank's tokens, and
-`packed_seq_params.context` says which they are.
+Every kind takes what `SelfAttention` hands over: query [N, B, Hq, D], key and value [N, B, Hkv, D] after RoPE, and
+`packed_seq_params`, whose `cu_seqlens_q` says where packed documents start (then B == 1). It returns [N, B, Hq * D]. Heads
+are those of this tensor-parallel rank. Under context parallelism N counts this rank's tokens, and
+`packed_seq_params.context` says which they are; ranks then exchange heads (`a2a`, any kind) or keys (DashAttention only).
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ from dash_megatron.parallel.context.layout import ChunkLayout, ContextShard
 
 @dataclass
 class PackedDocuments(PackedSeqParams):
-    """Where packed documents start and, under context parallelism, which tokens are here."""
+    """Where packed documents start, how long the longest is and, under context parallelism, which tokens are here."""
 
     context: ContextShard | None = None
+    """This rank's tokens of a sequence that several ranks share; the fields of Megatron's class are those of all."""
 
 
 class RoutingMeans(NamedTuple):
-    """What one layer's router selected in its last forward pass, averaged over tokens and kv heads."""
+    """What one layer selected in its last forward pass, averaged over tokens and kv heads."""
 
     chunks_available: Tensor
     """Float32 scalar: causally available chunks, the token's own chunk included."""
@@ -53,12 +54,22 @@ class RoutingMeans(NamedTuple):
 
     @classmethod
     def of(cls, routing: Routing) -> RoutingMeans:
-        """Of what an attention call returned."""
+        """The means of what an attention call returned."""
         return cls(routing.chunks_available, routing.chunks_selected.float().mean())
 
 
 class CoreAttention(MegatronModule):
-    """What all kinds share: the arguments of Megatron's builder, recomputation and the layout of tensors."""
+    """What all kinds of attention share: Megatron's arguments, recomputation, and the exchange of heads.
+
+    A kind has `_attend_here`, for whole sequences.
+
+    Args:
+        config, layer_number, attn_mask_type, attention_type, cp_comm_type, softmax_scale, pg_collection: Megatron's; layers
+            are counted from 1.
+        attention: the run's `attention` section.
+        context_comm: what context-parallel ranks exchange, `parallel.context_comm`.
+        recompute: compute attention again in the backward instead of keeping what it needs.
+    """
 
     def __init__(
         self,
@@ -92,6 +103,8 @@ class CoreAttention(MegatronModule):
         self.context_group: ContextGroup | None = None
         if pg_collection is not None and pg_collection.cp.size() > 1:
             self.context_group = ContextGroup(pg_collection.cp)
+        self.routing: RoutingMeans | None = None
+        """What the last forward pass selected; None before it, and for full attention."""
 
     def forward(
         self,
@@ -104,11 +117,11 @@ class CoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedDocuments | None = None,
     ) -> Tensor:
-        """Attend; see the module's docstring for shapes."""
+        """Attend; the module's docstring has the shapes."""
         assert attention_mask is None, "masks come from causality and packed_seq_params"
         assert attention_bias is None, "attention takes no bias"
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-        attend: Any = self._attend_here
+        attend = self._attend_here
         if self.context_group is not None:
             self.context_group.counts = self.training
             attend = self._attend_heads if self.context_comm == "a2a" else self._attend_shards
@@ -119,18 +132,28 @@ class CoreAttention(MegatronModule):
         return out.transpose(0, 1).flatten(2)
 
     def _attend_here(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
-        """All tokens of the sequence, and the heads given."""
+        """Attend within whole sequences.
+
+        Args:
+            q: [B, N, heads, D], all tokens of some of this tensor-parallel rank's heads: all of them, or those that the
+                exchange of heads gave to this context-parallel rank.
+            k, v: [B, N, key/value heads, D].
+            packed: where documents start; None: one document a row.
+
+        Returns:
+            [B, N, heads, D].
+        """
         raise NotImplementedError
 
-    def _attend_heads(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments) -> Tensor:
-        """Context parallelism: all heads of some tokens become all tokens of some heads, and back."""
+    def _attend_heads(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
+        """Exchange all heads of some tokens for all tokens of some heads, attend, and exchange them back."""
         assert self.context_group is not None
         q, k, v = (heads_for_rows(x[0], self.context_group)[None] for x in (q, k, v))
         out = self._attend_here(q, k, v, packed)
         return rows_for_heads(out[0].contiguous(), self.context_group)[None]
 
-    def _attend_shards(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments) -> Tensor:
-        """Context parallelism: some tokens, whose keys lie on other ranks too."""
+    def _attend_shards(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
+        """Attend with the tokens that are here to keys of other ranks too; the config refuses it but for DashAttention."""
         raise NotImplementedError
 
 
@@ -165,7 +188,6 @@ class DashCoreAttention(CoreAttention):
         if self.attention.learned_scaling:
             self.log_scaling = torch.nn.Parameter(torch.zeros(kv_heads, dtype=config.params_dtype))
             set_tensor_model_parallel_attributes(self.log_scaling, True, 0, 1)
-        self.routing: RoutingMeans | None = None
         self.observer: Callable[[Tensor, Tensor, Tensor, Tensor | None], None] | None = None
         """While set, every forward pass shows it queries and keys after RoPE, the summary query and `cu_seqlens`."""
 
@@ -205,11 +227,11 @@ class DashCoreAttention(CoreAttention):
         self.routing = RoutingMeans.of(routing)
         return out
 
-    def _attend_shards(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments) -> Tensor:
-        shard = packed.context
+    def _attend_shards(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
+        assert self.context_group is not None
+        shard = packed and packed.context
         assert shard is not None, "the batch was sharded"
         assert shard.chunks is not None, "by chunks"
-        assert self.context_group is not None
         out, selected = sharded_dash_attention(
             q[0],
             k[0],
@@ -227,7 +249,13 @@ class DashCoreAttention(CoreAttention):
 
 
 def _shard_means(selected: Tensor, layout: ChunkLayout, num_rows: int) -> RoutingMeans:
-    """Means over the aligned rows of a rank, so weighted that the mean over ranks is the mean over all tokens."""
+    """Means over the aligned rows of a rank, so weighted that the mean over ranks is the mean over all tokens.
+
+    Args:
+        selected: chunks selected for each aligned row, int32 [n, Hkv].
+        layout: where the chunks of the aligned rows lie.
+        num_rows: this rank's tokens before they were aligned, as many on every rank.
+    """
     queries = layout.queries
     row = torch.arange(len(selected), dtype=queries.start.dtype, device=queries.start.device)
     chunk = torch.searchsorted(queries.start, row, right=True) - 1
@@ -254,7 +282,7 @@ class FullCoreAttention(CoreAttention):
 
 
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[B, N, H, D] in and out."""
+    """Causal attention of whole rows, [B, N, H, D] in and out."""
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -266,7 +294,7 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _packed_flash_attention(q: Tensor, k: Tensor, v: Tensor, packed: PackedSeqParams) -> Tensor:
-    """Causal attention inside each document, [1, N, H, D] in and out, one launch for all documents."""
+    """Causal attention inside each document, one launch for all documents; [1, N, H, D] in and out."""
     from torch.nn.attention.varlen import varlen_attn
 
     cu_seqlens, longest = packed.cu_seqlens_q, packed.max_seqlen_q
@@ -279,6 +307,6 @@ def _packed_flash_attention(q: Tensor, k: Tensor, v: Tensor, packed: PackedSeqPa
 
 
 def _causal_argument(varlen_attn: Any) -> dict[str, Any]:
-    """How this torch spells causal: the first releases had a flag, later ones have a window."""
+    """The argument that makes this torch's `varlen_attn` causal: a flag in its first releases, a window in later ones."""
     parameters = inspect.signature(varlen_attn).parameters
     return {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}

@@ -302,8 +302,7 @@ def routing_means(model: torch.nn.Module) -> dict[int, RoutingMeans]:
     return {
         module.layer_number - 1: module.routing
         for module in model.modules()
-        if isinstance(module, DashCoreAttention | InfLLMv2CoreAttention | NSACoreAttention)
-        and module.routing is not None
+        if isinstance(module, CoreAttention) and module.routing is not None
     }
 
 

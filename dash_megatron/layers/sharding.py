@@ -41,7 +41,7 @@ def split_of(parameter: Tensor) -> Split | None:
 
 
 def splits(model: torch.nn.Module) -> dict[str, Split]:
-    """How each split parameter is split, by name; parameters that are not split are left out."""
+    """How each split parameter is split, by name; parameters that are not split are skipped."""
     found = {name: split_of(parameter) for name, parameter in model.named_parameters()}
     return {name: split for name, split in found.items() if split is not None}
 

@@ -28,7 +28,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
     MASTER_PORT override both.
 
     Raises:
-        ValueError: a variable of the launcher is missing or no number.
+        ValueError: a variable of the launcher is missing or not a number.
     """
     if "RANK" in environment:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")

@@ -40,7 +40,7 @@ def test_every_weight_learns_and_layers_report_their_density(kind: str) -> None:
     assert sum(isinstance(module, core) for module in model.modules()) == 2
     assert sum(p.numel() for p in model.parameters()) == parameter_count(config, VOCABULARY)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for step in range(2):  # weights behind those that start at zero have no gradient at first
+    for step in range(2):  # weights after those that start at zero have no gradient at first
         optimizer.zero_grad()
         model(tokens_of(128), positions_of(128), labels=tokens_of(128, seed=1)).mean().backward()
         dead = [name for name, p in model.named_parameters() if not p.grad.abs().sum() > 0]
@@ -123,12 +123,12 @@ def test_what_a_baseline_cannot_do_is_refused_when_the_config_is_read(
 def test_operations_count_what_each_baseline_reads() -> None:
     plain = training_flops_per_token(baseline_of("infllmv2"), VOCABULARY, 100)
     width = 64
-    chosen = training_flops_per_token(baseline_of("infllmv2"), VOCABULARY, 100, {0: 3.0, 1: 3.0})
-    assert plain - chosen == pytest.approx(2 * (12 * width * (100 - 2.5 * 16) - 2 * width * 100 / 4))
+    selected = training_flops_per_token(baseline_of("infllmv2"), VOCABULARY, 100, {0: 3.0, 1: 3.0})
+    assert plain - selected == pytest.approx(2 * (12 * width * (100 - 2.5 * 16) - 2 * width * 100 / 4))
     native = training_flops_per_token(baseline_of("nsa"), VOCABULARY, 100, {0: 3.0, 1: 3.0})
     compression = 6 * 2 * 2 * 16 * (8 + 2 * 16) / 4
     again = 12 * width * (100 / 4 + 0.5 * 16)
-    assert native - chosen == pytest.approx(2 * (compression + again - 2 * width * 100 / 4))
+    assert native - selected == pytest.approx(2 * (compression + again - 2 * width * 100 / 4))
 
 
 def test_a_plan_takes_the_density_that_the_baseline_fixes() -> None:

@@ -69,7 +69,7 @@ def test_recomputation_and_scoring_in_pieces_leave_gradients_alone(
     cases = [
         (mode, with_changes(tree, training={"recompute": mode})) for mode in ("none", "attention", "full")
     ]
-    # 128 tokens and 320 words: four pieces
+    # 128 tokens and a vocabulary of 320: four pieces
     run_processes(2, one_step, cases, str(tmp_path), 32 * 320)
     expected = torch.load(tmp_path / "reference.pt")
     for name, _ in cases:

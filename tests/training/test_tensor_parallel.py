@@ -116,7 +116,7 @@ def test_recomputation_and_scoring_in_pieces_leave_gradients_alone(
             MODELS, ("attention", "full"), (1, 3), (False, True)
         )
     ]
-    # 128 tokens and 320 words: pieces of 40 tokens, or of 20 of each rank's 64, and a shorter last one
+    # 128 tokens and a vocabulary of 320: pieces of 40 tokens, or of 20 of each rank's 64, and a shorter last one
     run_processes(2, one_step, cases, str(tmp_path), 20 * 320)
     for name, _ in cases:
         assert_same_step(torch.load(tmp_path / f"{name}.pt"), expected[name.split("_")[0]], TOLERANCE)
