@@ -5,19 +5,20 @@ python benchmarks/plot_attention.py attention.json --output docs/results/kernels
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dash_megatron.drawing import COLORS, GRID, plt, save
 
 TOTALS = ("forward", "forward and backward")
 # Dense attention that times are compared with; "math" is all there is without a GPU.
 NAMES = {"cudnn": "cuDNN", "math": "dense"}
-COLORS = {"forward": "tab:blue", "forward and backward": "tab:orange"}
+COLOR_OF = dict(zip(TOTALS, COLORS, strict=False))
 
 
 def main() -> None:
@@ -39,7 +40,7 @@ def main() -> None:
     figure.suptitle(f"{measured['gpu']}, bf16, {heads}, D = {first['head_dim']}, C = {first['chunk_size']}")
     figure.tight_layout()
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.output, dpi=150)
+    save(figure, options.output, dpi=150)
 
 
 def _is_like(case: dict[str, Any], first: dict[str, Any]) -> bool:
@@ -52,18 +53,20 @@ def _against_density(axis: Any, rows: list[dict[str, Any]], dense: str) -> None:
     density = np.array([row["density"] for row in rows])
     for index, name in enumerate(TOTALS):
         times = np.array([row["milliseconds"][name] for row in rows])
-        axis.plot(100 * density, times, "o", color=COLORS[name], label=f"DashAttention, {name}")
+        axis.plot(100 * density, times, "o", color=COLOR_OF[name], label=f"DashAttention, {name}")
         slope, offset = np.polyfit(density, times, 1)
         line = np.array([0, density.max()])
         label = f"{offset:.1f} ms + {slope / 100:.2f} ms per % of density"
-        axis.plot(100 * line, offset + slope * line, "-", lw=1, color=COLORS[name], label=label)
+        axis.plot(100 * line, offset + slope * line, "-", lw=1, color=COLOR_OF[name], label=label)
         time = rows[0]["dense"][dense][index]
-        axis.axhline(time, ls="--", lw=1, color=COLORS[name], label=f"{NAMES[dense]}, {name}: {time:.0f} ms")
+        axis.axhline(
+            time, ls="--", lw=1, color=COLOR_OF[name], label=f"{NAMES[dense]}, {name}: {time:.0f} ms"
+        )
     axis.set_xlabel("density measured (% of causal chunks)")
     axis.set_ylabel("milliseconds")
     axis.set_title(f"{rows[0]['case']['tokens']} tokens")
     axis.set_ylim(0)
-    axis.grid(alpha=0.3)
+    axis.grid(alpha=GRID)
     axis.legend(fontsize=8)
 
 
@@ -73,8 +76,8 @@ def _against_length(axis: Any, rows: list[dict[str, Any]], dense: str) -> None:
     for index, name in enumerate(TOTALS):
         ours = [row["milliseconds"][name] for row in rows]
         others = [row["dense"][dense][index] for row in rows]
-        axis.plot(tokens, ours, "o-", color=COLORS[name], label=f"DashAttention, {name}")
-        axis.plot(tokens, others, "s--", color=COLORS[name], label=f"{NAMES[dense]}, {name}")
+        axis.plot(tokens, ours, "o-", color=COLOR_OF[name], label=f"DashAttention, {name}")
+        axis.plot(tokens, others, "s--", color=COLOR_OF[name], label=f"{NAMES[dense]}, {name}")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(tokens, [f"{count:g}K" for count in tokens])
@@ -82,7 +85,7 @@ def _against_length(axis: Any, rows: list[dict[str, Any]], dense: str) -> None:
     axis.set_ylabel("milliseconds")
     share = [row["density"] for row in rows]
     axis.set_title(f"density {min(share):.0%} to {max(share):.0%}")
-    axis.grid(alpha=0.3, which="both")
+    axis.grid(alpha=GRID, which="both")
     axis.legend(fontsize=8)
 
 

@@ -5,11 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # a file, never a window
-import matplotlib.pyplot as plt
-
+from dash_megatron.drawing import GRID, HEAT_MAP, plt, save, tokens_axis
 from dash_megatron.evaluation.settings import PERPLEXITY
 
 
@@ -34,17 +30,7 @@ def draw(results: dict[str, Any], output: Path) -> list[Path]:
 
 def _save(figure: Any, results: dict[str, Any], path: Path) -> Path:
     figure.suptitle(results["model"]["name"])
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
-
-
-def _tokens_axis(axis: Any, places: list[int]) -> None:
-    """A logarithmic axis with a number of tokens at each place, not with powers of 2."""
-    axis.set_xscale("log", base=2)
-    crowded = len(places) > 8
-    axis.set_xticks(places, [f"{place:,}" for place in places], rotation=45 if crowded else 0)
-    axis.minorticks_off()
+    return save(figure, path, dpi=150)
 
 
 def _perplexity(by_length: dict[str, Any]) -> Any:
@@ -58,10 +44,10 @@ def _perplexity(by_length: dict[str, Any]) -> Any:
             ms=4,
             label=f"{length} tokens: {summary['nll']:.3f} (perplexity {summary['perplexity']:.4g})",
         )
-    _tokens_axis(axis, sorted({bucket["to"] for each in by_length.values() for bucket in each["buckets"]}))
+    tokens_axis(axis, sorted({bucket["to"] for each in by_length.values() for bucket in each["buckets"]}))
     axis.set_xlabel("end of the bucket of positions (tokens)")
     axis.set_ylabel("loss (nats per token)")
-    axis.grid(alpha=0.3)
+    axis.grid(alpha=GRID)
     axis.legend()
     return figure
 
@@ -71,8 +57,7 @@ def _needle(by_length: dict[str, Any]) -> Any:
     grid = [[summary["depths"][depth]["score"] for summary in by_length.values()] for depth in depths]
     size = (2.5 + 0.9 * len(by_length), 2 + 0.45 * len(depths))
     figure, axis = plt.subplots(figsize=(max(5, size[0]), max(3.5, size[1])), layout="constrained")
-    # from dark to light for all eyes, and on paper
-    image = axis.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    image = axis.imshow(grid, vmin=0, vmax=1, cmap=HEAT_MAP, aspect="auto")
     axis.set_xticks(range(len(by_length)), list(by_length))
     axis.set_yticks(range(len(depths)), [f"{100 * float(depth):.0f}" for depth in depths])
     axis.set_xlabel("length (tokens)")
@@ -112,10 +97,10 @@ def _scores(tasks: dict[str, Any], trained_length: int) -> Any:
                 label=name,
             )
         axis.axvline(trained_length, color="gray", ls="--", lw=1, label="length of training")
-        _tokens_axis(axis, places)
+        tokens_axis(axis, places)
         axis.set_xlabel("length (tokens)")
         axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
+        axis.grid(alpha=GRID)
     axes[0][0].set_ylim(-0.05, 1.05)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
     return figure

@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from dash_megatron.drawing import COLORS, GRID, plt, save
 
-matplotlib.use("Agg")  # a file, never a window
-import matplotlib.pyplot as plt
-
-# colours that colour-blind people tell apart (Okabe and Ito); lines and marks tell groups apart
-_COLORS = {"softmax": "#000000", "1.5-entmax": "#0072B2", "2-entmax": "#D55E00"}
+_COLORS = {"softmax": COLORS[6], "1.5-entmax": COLORS[0], "2-entmax": COLORS[1]}
+# lines and marks tell groups apart
 _LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 _LABELS = {
     "effective_chunks": "effective chunks, exp(entropy)",
@@ -57,9 +54,7 @@ def draw_dispersion(report: dict[str, Any], path: Path) -> Path:
     for axis in axes[-1]:
         axis.set_xlabel("past chunks")
     _legend(figure, styles)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
-    return path
+    return save(figure, path, dpi=80)
 
 
 def _draw(axis: Any, found: dict[str, Any], measure: str, styles: dict[int, tuple[str, str]]) -> None:
@@ -72,7 +67,7 @@ def _draw(axis: Any, found: dict[str, Any], measure: str, styles: dict[int, tupl
     axis.set_xscale("log", base=2)
     axis.set_xticks(found["chunks"][::2], [str(count) for count in found["chunks"][::2]])
     axis.minorticks_off()
-    axis.grid(alpha=0.3)
+    axis.grid(alpha=GRID)
 
 
 def _legend(figure: Any, styles: dict[int, tuple[str, str]]) -> None:

@@ -7,13 +7,10 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal
 
-import matplotlib
-
-matplotlib.use("Agg")  # a file, never a window
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from dash_megatron.drawing import GRID, layer_colors, line_style, plt, save
 from dash_megatron.studies.collect import compared, dense_twins
 from dash_megatron.studies.fit import frontier
 from dash_megatron.studies.plan import human
@@ -22,9 +19,6 @@ from dash_megatron.studies.scores import draw_scores, means_over_runs, read_scor
 from dash_megatron.studies.study_file import Study
 from dash_megatron.training.metrics import read_metrics
 
-# colours that colour-blind people tell apart (Okabe and Ito), and markers for those who print
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "osD^vPX"
 _MAX_PANELS = 6
 _LENGTH = re.compile(r" seq_length=\S+")
 
@@ -63,25 +57,20 @@ def draw_study(
 
 def _styles(rows: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
     variants = dict.fromkeys(row["variant"] for row in rows)
-    return {
-        # the second time round, a color comes with the next marker
-        variant: (_COLORS[index % len(_COLORS)], _MARKERS[(index + index // len(_COLORS)) % len(_MARKERS)])
-        for index, variant in enumerate(variants)
-    }
+    return {variant: line_style(index) for index, variant in enumerate(variants)}
 
 
 def _figure(xlabel: str, ylabel: str) -> tuple[Any, Any]:
     figure, axis = plt.subplots(figsize=(8, 5))
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
-    axis.grid(alpha=0.3)
+    axis.grid(alpha=GRID)
     return figure, axis
 
 
 def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _save_beside_twins(figure: Any, axes: Any, path: Path) -> None:
@@ -159,7 +148,7 @@ def _loss_by_position(study: Study, rows: list[dict[str, Any]], path: Path) -> s
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.set_xlabel("position in the document, up to (tokens)")
         axis.set_ylabel(f"{label} (nats)")
-        axis.grid(alpha=0.3)
+        axis.grid(alpha=GRID)
     _save_beside_twins(figure, axes[0], path)
     text = "Loss of the last validation by position in the document, of the largest runs; means over seeds."
     return text + (" On the right, less that of the full-attention twin: below 0 is better." if twins else "")
@@ -230,7 +219,7 @@ def _pareto(rows: list[dict[str, Any]], quality: str, path: Path) -> str:
         axis.set_xlim(0, 105)
         axis.set_xlabel("density (% of available chunks selected)")
         axis.set_ylabel(f"{label} (nats)")
-        axis.grid(alpha=0.3)
+        axis.grid(alpha=GRID)
     _save_beside_twins(figure, axes[0], path)
     text = (
         f"{quality[0].upper()}{quality[1:]} against density, mean over layers that select; larger marks are larger models, "
@@ -252,25 +241,19 @@ def _density_by_layer(study: Study, rows: list[dict[str, Any]], path: Path) -> s
     )
     for axis in axes.flat[len(runs) :]:
         axis.set_visible(False)
-    colors = plt.get_cmap("viridis")
     for axis, run in zip(axes.flat, runs, strict=False):
         metrics = read_metrics(run.folder)
         layers = len(metrics[0]["density_per_layer"])
-        for layer in range(layers):
+        for layer, color in layer_colors(range(layers)).items():
             points = [(line["step"], line["density_per_layer"][layer]) for line in metrics]
             known = [(step, 100 * value) for step, value in points if value is not None]
             if known:
                 label = f"layer {layer}" if layer in (0, layers - 1) else None
-                axis.plot(
-                    *zip(*known, strict=True),
-                    color=colors(layer / max(1, layers - 1) * 0.9),
-                    lw=1,
-                    label=label,
-                )
+                axis.plot(*zip(*known, strict=True), color=color, lw=1, label=label)
         axis.set_title(run.name, fontsize=8, wrap=True)
         axis.set_ylim(0, 105)
         axis.set_xlabel("optimizer step")
-        axis.grid(alpha=0.3)
+        axis.grid(alpha=GRID)
         axis.legend(fontsize=7)
     axes[0][0].set_ylabel("density (%)")
     _save(figure, path)

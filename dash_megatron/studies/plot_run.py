@@ -6,13 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # a file, never a window
-import matplotlib.pyplot as plt
-
 from dash_megatron.config import load_config
 from dash_megatron.data.blend import unigram_entropy
+from dash_megatron.drawing import GRID, layer_colors, plt, save
 from dash_megatron.training.metrics import StepMetrics, read_metrics
 
 
@@ -44,9 +40,7 @@ def plot_run(run_dir: str | Path, output: str | Path | None = None) -> Path:
     figure.suptitle(Path(run_dir).name)
     figure.tight_layout()
     path = Path(output) if output else Path(run_dir) / "training.png"
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+    return save(figure, path, dpi=150)
 
 
 def _corpus_entropy(run_dir: str | Path) -> float | None:
@@ -82,22 +76,20 @@ def _plot_losses(axis: Any, metrics: Sequence[StepMetrics], entropy: float | Non
             entropy, color="gray", ls="--", lw=1, label=f"unigram entropy of the corpus, {entropy:.2f}"
         )
     axis.set_ylabel("loss (nats per token)")
-    axis.grid(alpha=0.3)
+    axis.grid(alpha=GRID)
     axis.legend()
 
 
 def _plot_density(axis: Any, metrics: Sequence[StepMetrics]) -> None:
     num_layers = len(metrics[0]["density_per_layer"])
-    colors = plt.get_cmap("viridis")
-    for layer in range(num_layers):
+    for layer, color in layer_colors(range(num_layers)).items():
         points = [(m["step"], m["density_per_layer"][layer]) for m in metrics]
         points = [(step, density) for step, density in points if density is not None]
         if points:
             steps, density = zip(*points, strict=True)
-            color = colors(layer / max(1, num_layers - 1))
             label = f"layer {layer}" if num_layers <= 16 or layer in (0, num_layers - 1) else None
             axis.plot(steps, [100 * value for value in density], color=color, lw=1, label=label)
     axis.set_ylim(0, 105)
     axis.set_ylabel("density (% of available chunks selected)")
-    axis.grid(alpha=0.3)
+    axis.grid(alpha=GRID)
     axis.legend(ncols=2)

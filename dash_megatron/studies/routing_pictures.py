@@ -6,14 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # a file, never a window
-import matplotlib.pyplot as plt
 import numpy as np
 
-# perceptually even, and the same to colour-blind people
-_MAP = "cividis"
+from dash_megatron.drawing import GRID, HEAT_MAP, layer_colors, plt, save
+
 # More cells than so many are drawn without their numbers.
 _MOST_NUMBERS = 400
 _PANELS_A_ROW = 4
@@ -52,8 +48,7 @@ def draw_routing(report: dict[str, Any], shares: dict[int, np.ndarray], folder: 
     for name, figure in figures.items():
         title = f"{report['run']}: one validation document of {report['tokens']:,} tokens"
         figure.suptitle(title)
-        figure.savefig(folder / name, dpi=110)
-        plt.close(figure)
+        save(figure, folder / name)
     return [folder / name for name in figures]
 
 
@@ -70,7 +65,7 @@ def _heads(report: dict[str, Any]) -> Any:
     )
     for axis, (name, label) in zip(axes, _HEADS.items(), strict=True):
         grid = np.array([record["heads"][name] for record in records.values()], dtype=float) * 100
-        image = axis.imshow(grid, cmap=_MAP, aspect="auto", vmin=0, vmax=max(1.0, np.nanmax(grid)))
+        image = axis.imshow(grid, cmap=HEAT_MAP, aspect="auto", vmin=0, vmax=max(1.0, np.nanmax(grid)))
         axis.set_xticks(range(count))
         axis.set_yticks(range(len(records)), [str(layer) for layer in records])
         axis.set_xlabel("kv head")
@@ -87,18 +82,10 @@ def _heads(report: dict[str, Any]) -> Any:
     return figure
 
 
-def _layer_colors(records: dict[int, Any]) -> dict[int, Any]:
-    # the brightest end is too pale for lines
-    return {
-        layer: plt.get_cmap("viridis")(0.88 * index / max(1, len(records) - 1))
-        for index, layer in enumerate(records)
-    }
-
-
 def _layer_legend(figure: Any, records: dict[int, Any]) -> None:
     """A few layers from first to last: colours run from dark to light."""
     chosen = sorted({list(records)[round(x)] for x in np.linspace(0, len(records) - 1, min(6, len(records)))})
-    colors = _layer_colors(records)
+    colors = layer_colors(list(records))
     lines = [plt.Line2D([], [], color=colors[layer], marker="o", ms=4) for layer in chosen]
     figure.legend(
         lines,
@@ -111,7 +98,7 @@ def _layer_legend(figure: Any, records: dict[int, Any]) -> None:
 
 def _positions(report: dict[str, Any]) -> Any:
     records, edges = _routed(report), report["edges"]
-    colors = _layer_colors(records)
+    colors = layer_colors(list(records))
     banded = len(records) <= 8 and len(next(iter(records.values()))["heads"]["density"]) > 1
     figure, axes = plt.subplots(2, 2, figsize=(10, 7.5), sharex=True, layout="constrained")
     for axis, (name, (label, factor)) in zip(axes.flat, _POSITIONS.items(), strict=True):
@@ -133,7 +120,7 @@ def _positions(report: dict[str, Any]) -> Any:
         axis.set_xticks(
             range(len(edges) - 1), [_tokens(end) for end in edges[1:]], rotation=45 if len(edges) > 9 else 0
         )
-        axis.grid(alpha=0.3)
+        axis.grid(alpha=GRID)
     kind = "means, and bands over all kv heads" if banded else "means over kv heads"
     for axis in axes[1]:
         axis.set_xlabel(f"end of the bucket of positions (tokens)\n{kind}")
@@ -160,7 +147,7 @@ def _chunks(report: dict[str, Any], shares: dict[int, np.ndarray]) -> Any:
     for axis in axes.flat[len(shares) :]:
         axis.set_visible(False)
     size = next(iter(shares.values())).shape[-1] * report["chunks_per_cell"]
-    colors = plt.get_cmap(_MAP).with_extremes(bad="white")
+    colors = plt.get_cmap(HEAT_MAP).with_extremes(bad="white")
     for axis, (layer, share) in zip(axes.flat, shares.items(), strict=False):
         image = axis.imshow(
             100 * share.mean(0),
@@ -189,7 +176,7 @@ def _chunks(report: dict[str, Any], shares: dict[int, np.ndarray]) -> Any:
 
 def _threshold(report: dict[str, Any]) -> Any:
     records = _routed(report)
-    colors, near = _layer_colors(records), report["near_threshold"]
+    colors, near = layer_colors(list(records)), report["near_threshold"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=(1.1, 1))
     middle = [
         10 ** ((a + b) / 2) for a, b in zip(report["weight_bins"], report["weight_bins"][1:], strict=False)
@@ -214,7 +201,7 @@ def _threshold(report: dict[str, Any]) -> Any:
     left.set_ylim(bottom=0)
     left.set_xlabel("router's weight of a selected past chunk over the mean of its query's")
     left.set_ylabel("selected past chunks (%, bins of 0.1 decade)")
-    left.grid(alpha=0.3)
+    left.grid(alpha=GRID)
     _near_bars(right, records)
     spread = [np.nanmean(np.array(r["heads"]["prior_spread"], dtype=float)) for r in records.values()]
     right.set_title(
@@ -242,5 +229,5 @@ def _near_bars(axis: Any, records: dict[int, Any]) -> None:
     axis.set_xlabel("layer")
     axis.set_ylabel("near the threshold (%), mean of heads")
     axis.set_ylim(top=1.3 * max(axis.get_ylim()[1], 0.1))
-    axis.grid(alpha=0.3, axis="y")
+    axis.grid(alpha=GRID, axis="y")
     axis.legend(title="share of", ncols=3, fontsize=8, columnspacing=1, loc="upper center")

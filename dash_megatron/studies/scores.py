@@ -8,8 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
-
+from dash_megatron.drawing import GRID, plt, save
 from dash_megatron.evaluation.runner import RESULTS
 
 
@@ -88,15 +87,14 @@ def draw_scores(
         axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}K")
         axis.set_ylim(-0.03, 1.03)
         axis.set_xlabel("tokens")
-        axis.grid(alpha=0.3)
+        axis.grid(alpha=GRID)
     axes[0][0].set_ylabel("score")
     handles: dict[str, Any] = {}
     for axis in axes.flat:
         handles |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.tight_layout(rect=(0, 0.6 / size[1], 1, 1))
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
     text = "Scores of tasks by the length of prompt and answer, means over seeds; the dashed line is data.seq_length"
     stretched = any(place.stretched for found in scores.values() for place in found)
     return text + (", dotted lines are with RoPE stretched for the evaluation." if stretched else ".")

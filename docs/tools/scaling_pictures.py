@@ -7,12 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # a file, never a window
-import matplotlib.pyplot as plt
 import numpy as np
 
+from dash_megatron.drawing import GRID, plt, save
 from dash_megatron.planning.coverage import coverage_of_topics
 from dash_megatron.planning.step_time import StepEstimate
 
@@ -38,8 +35,7 @@ def _save(figure: plt.Figure, path: Path, legend_of: Any = None, title: str | No
         bottom = 0.13 if title else 0.08
         figure.legend(handles, labels, title=title, loc="lower center", ncols=len(labels))
     figure.tight_layout(rect=(0, bottom, 1, 1))
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path, dpi=130)
 
 
 def draw_throughput(curves: Curves, path: Path) -> None:
@@ -58,7 +54,7 @@ def draw_throughput(curves: Curves, path: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.set_title(f"8B, {length} tokens")
         axis.set_xlabel("GPUs")
-        axis.grid(alpha=0.3)
+        axis.grid(alpha=GRID)
     axes[0][0].set_ylabel("tokens per second and GPU (model)")
     _save(figure, path, legend_of=axes[0][0], title="density")
 
@@ -117,7 +113,7 @@ def draw_sparse(
     right.set_title("128K tokens over 8 ranks, by formula")
     right.set_ylim(0, 1.05)
     for axis in (left, right):
-        axis.grid(alpha=0.3)
+        axis.grid(alpha=GRID)
         axis.legend()
     _save(figure, path)
 
@@ -135,6 +131,6 @@ def draw_balance(cases: dict[str, list[float]], path: Path) -> None:
     axis.set_xticks(RANKS, [str(ranks) for ranks in RANKS])
     axis.set_xlabel("context ranks (zigzag)")
     axis.set_ylabel("attention of the busiest rank / mean")
-    axis.grid(alpha=0.3)
+    axis.grid(alpha=GRID)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _save(figure, path)

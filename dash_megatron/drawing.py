@@ -1,0 +1,48 @@
+"""Matplotlib, set up once for all pictures: they are files, never windows, and share colours, markers and token axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+__all__ = ["COLORS", "GRID", "HEAT_MAP", "layer_colors", "line_style", "plt", "save", "tokens_axis"]
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's, which colour-blind people tell apart."""
+MARKERS = "osD^vPX"
+HEAT_MAP = "cividis"
+"""From dark to light for all eyes, and on paper."""
+GRID = 0.3
+"""Opacity of grid lines."""
+
+
+def line_style(index: int) -> tuple[str, str]:
+    """Colour and marker of a line; the second time round, a colour comes with the next marker."""
+    return COLORS[index % len(COLORS)], MARKERS[(index + index // len(COLORS)) % len(MARKERS)]
+
+
+def layer_colors(layers: Sequence[int]) -> dict[int, Any]:
+    """A colour for each layer, from dark to light; the brightest end is too pale for lines."""
+    colors = plt.get_cmap("viridis")
+    return {layer: colors(0.9 * index / max(1, len(layers) - 1)) for index, layer in enumerate(layers)}
+
+
+def tokens_axis(axis: Any, places: Sequence[int]) -> None:
+    """Make the horizontal axis logarithmic, with a number of tokens at each place instead of powers of 2."""
+    axis.set_xscale("log", base=2)
+    crowded = len(places) > 8
+    axis.set_xticks(places, [f"{place:,}" for place in places], rotation=45 if crowded else 0)
+    axis.minorticks_off()
+
+
+def save(figure: Any, path: Path, dpi: int = 110) -> Path:
+    """Write a figure as PNG and forget it; gives the path."""
+    figure.savefig(path, dpi=dpi)
+    plt.close(figure)
+    return path
