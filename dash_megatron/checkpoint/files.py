@@ -33,12 +33,16 @@ FORMAT = 1
 
 
 def state_file(rank: int) -> str:
-    """Name of a process's file."""
+    """Name of the file that a process writes, by its global rank."""
     return f"state_{rank:05d}.safetensors"
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write a safetensors file, all the way to the disk, and give its manifest entry."""
+    """Write a safetensors file, wait until it is on the disk, and give its manifest entry.
+
+    Raises:
+        OSError: the file could not be written.
+    """
     try:
         save_file(tensors, path)
     except SafetensorError as error:  # it tells a full disk in words only
@@ -50,7 +54,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> dict[str, Any]:
-    """Write a JSON file, all the way to the disk, and give its manifest entry."""
+    """Write a JSON file, wait until it is on the disk, and give its manifest entry."""
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     return _sealed(path)
 
@@ -76,7 +80,7 @@ def checksum(path: Path) -> str:
 
 
 def damage(folder: Path, share: int = 0, shares: int = 1) -> str | None:
-    """What is wrong with a checkpoint's files; None: they are as they were written.
+    """Compare a checkpoint's files with its manifest; gives what is wrong, or None where they are as they were written.
 
     Args:
         folder: the checkpoint.
@@ -102,9 +106,9 @@ def damage(folder: Path, share: int = 0, shares: int = 1) -> str | None:
 
 
 def agreed_damage(folder: Path, seconds: float = 0.0) -> str | None:
-    """As `damage`, the same on all processes, which divide the reading; collective.
+    """As `damage`, with the same result on all processes, which divide the reading; collective.
 
-    Where no processes have joined, this one reads everything, once.
+    Without a process group this process reads everything, and once only.
 
     Args:
         folder: the checkpoint, the same on all processes.

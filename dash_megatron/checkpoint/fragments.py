@@ -1,4 +1,7 @@
-"""Which part of every master weight and of Adam's moments this process keeps, whatever the ZeRO stage."""
+"""Which part of every master weight and of Adam's moments this process keeps, under every ZeRO stage.
+
+DeepSpeed has no public interface for this: its optimizers' attributes are read here, and nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Fragment:
-    """A process's part of one parameter: consecutive elements of it, flattened (of its tensor-parallel shard)."""
+    """A process's part of one parameter: consecutive elements of its flattened tensor-parallel shard."""
 
     start: int
-    """First element."""
+    """Its first element in the flattened shard."""
     master: Tensor
-    """float32: the tensor that Adam updates, which may hold parts of other parameters too."""
+    """The float32 tensor that Adam updates; it may hold parts of other parameters too."""
     offset: int
-    """Where in `master` this part begins."""
+    """Where in the flattened `master` this part begins."""
     numel: int
 
     def views(self, adam: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -32,7 +35,7 @@ class Fragment:
 
 
 def adam_state(adam: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:
-    """Adam's state of a tensor it updates; zeros where it has not updated it yet, as it would make them itself."""
+    """Adam's state of a tensor that it updates; before the first update the zeros that Adam would make itself."""
     state = adam.state[master]
     if not state:
         fused = any(group.get("fused") or group.get("capturable") for group in adam.param_groups)
@@ -42,7 +45,7 @@ def adam_state(adam: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]
 
 
 def fragments(module: torch.nn.Module, optimizer: Any, adam: torch.optim.Optimizer) -> dict[str, Fragment]:
-    """This process's fragments by parameter name; parameters of which it keeps nothing have none.
+    """This process's fragments by parameter name, without parameters of which it keeps nothing.
 
     Args:
         module: the model.
@@ -97,7 +100,7 @@ def local_shapes(module: torch.nn.Module) -> dict[str, list[int]]:
 
 
 def refresh_weights(optimizer: Any) -> None:
-    """Make the weights that the model computes with from the master weights; collective."""
+    """Copy the master weights into the weights that the model computes with; collective."""
     if hasattr(optimizer, "fp16_partitioned_groups_flat"):  # ZeRO 3
         optimizer._partition_all_parameters()
         for group in range(len(optimizer.fp16_groups)):

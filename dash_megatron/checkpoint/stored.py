@@ -16,14 +16,14 @@ from dash_megatron.layers.sharding import Split, join, whole_shape
 
 
 class StoredState:
-    """Reads a checkpoint's weights and moments, by parameter and range; on CPU, without process groups.
+    """Reads a checkpoint's weights and moments by parameter and range of elements, on the CPU and without process groups.
 
     Args:
         folder: the checkpoint.
 
     Raises:
-        FileNotFoundError: there is no description.
-        ValueError: it is none, or of an unknown format.
+        FileNotFoundError: the folder has no description.
+        ValueError: the description is not JSON, or of an unknown format.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,7 +45,13 @@ class StoredState:
                 self._places.setdefault((name, held["tensor_rank"]), {})[start] = file
 
     def read(self, kind: str, name: str, tensor_rank: int, start: int, numel: int) -> Tensor:
-        """Elements of a flattened parameter of a tensor-parallel rank of the run that wrote it: float32 [numel].
+        """Read elements `start` to `start + numel` of a flattened parameter, float32 [numel].
+
+        Args:
+            kind: `weight`, `exp_avg` or `exp_avg_sq`.
+            name: of the parameter.
+            tensor_rank: whose shard is meant, among the tensor-parallel ranks of the run that saved.
+            start, numel: which elements of the flattened shard.
 
         Raises:
             ValueError: the files do not hold all of them, or one is damaged.
@@ -63,27 +69,27 @@ class StoredState:
         return result
 
     def shard(self, kind: str, name: str, tensor_rank: int) -> Tensor:
-        """A parameter of one tensor-parallel rank, in its shape."""
+        """Read a tensor-parallel rank's shard of a parameter, in its shape."""
         shape = self.shapes[name]
         return self.read(kind, name, tensor_rank, 0, torch.Size(shape).numel()).view(shape)
 
     def whole(self, kind: str, name: str) -> Tensor:
-        """A parameter, whole."""
+        """Read a parameter and join the shards of all tensor-parallel ranks."""
         split = self.splits.get(name)
         ranks = range(self.tensor_size if split is not None else 1)
         return join([self.shard(kind, name, rank) for rank in ranks], split)
 
     def whole_shape(self, name: str) -> list[int]:
-        """Shape of a parameter, whole."""
+        """Shape of a parameter without tensor parallelism."""
         return whole_shape(self.shapes[name], self.splits.get(name), self.tensor_size)
 
     def random_state(self, rank: int) -> dict[str, Tensor]:
-        """Random states of a process, by device."""
+        """Read the states of a process's random generators, by device."""
         tensors = self._all(state_file(rank), "random/")
         return {key.removeprefix("random/"): tensor for key, tensor in tensors.items()}
 
     def probe(self) -> dict[str, Tensor]:
-        """The row of tokens whose loss is known."""
+        """Read the row of tokens whose loss `checkpoint.json` holds."""
         return self._all(PROBE)
 
     def _all(self, name: str, prefix: str = "") -> dict[str, Tensor]:
@@ -101,9 +107,9 @@ class StoredState:
 
 
 class CheckpointWeights(Mapping[str, Tensor]):
-    """A checkpoint's float32 master weights by parameter name, each read and made whole when asked for.
+    """A checkpoint's float32 master weights by parameter name, each read and joined from its shards on access.
 
-    Files are mapped, not read: what is asked for takes memory, and what was given back and dropped takes none.
+    Files are memory-mapped: only the weights that a caller holds take memory.
     """
 
     def __init__(self, state: StoredState) -> None:
@@ -124,10 +130,10 @@ class CheckpointWeights(Mapping[str, Tensor]):
 def describe_fragments(
     ranks: Sequence[tuple[int, dict[str, int]]],
 ) -> dict[str, dict[str, Any]]:
-    """The description's part about fragments.
+    """Say which fragments each file holds, as `checkpoint.json` keeps it.
 
     Args:
-        ranks: of each process its tensor-parallel rank and the first elements of what it keeps.
+        ranks: for each process its tensor-parallel rank, and by parameter name the first element of its fragment.
     """
     return {
         state_file(rank): {"tensor_rank": tensor_rank, "starts": starts}

@@ -1,4 +1,4 @@
-"""The whole weights of a run's checkpoint, saved by any layout, and the model that has them, on one process."""
+"""The whole weights of a run's checkpoint, whatever layout saved it, and a model on one process that has them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _with_factors(attention: AttentionConfig, layers: int, factors: Mapping[str,
 
 
 def load_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, int, dict[str, Tensor]]:
-    """As `open_weights`, with all weights read."""
+    """As `open_weights`, but read all weights into memory."""
     config, step, weights = open_weights(run_dir, step)
     return config, step, dict(weights)
 
@@ -68,9 +68,9 @@ def load_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, 
 def whole_model(
     config: Config, weights: Mapping[str, Tensor], on_cpu: bool = False
 ) -> Iterator[tuple[DashGPTModel, torch.device]]:
-    """The model with whole weights, in evaluation mode, and where it is; no other process may be part of it.
+    """Build the model with whole weights on this process alone, in evaluation mode; gives it and its device.
 
-    It is on the GPU where there is one, unless `on_cpu`, and in bfloat16 there if it was trained so.
+    The model is on the GPU if there is one, unless `on_cpu`; on the GPU it is in bfloat16 if it was trained in bf16.
 
     Args:
         config, weights: of `load_weights`.

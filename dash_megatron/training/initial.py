@@ -29,10 +29,10 @@ def load_initial_weights(
 ) -> AttentionConfig | None:
     """Fill a model with a folder's weights, of which each process keeps its tensor-parallel shard; collective.
 
-    Every process reads the weights; the check of a run's checkpoint for damage they divide.
+    Every process reads all weights; the processes divide the check of a run's checkpoint for damage.
 
-    What the attention itself learns stays as it is where the folder lacks it, because a dense model has none of it: the
-    summary queries of DashAttention, of which zero summarizes by the mean, and the compression and gates of NSA.
+    A dense model has none of what sparse attention itself learns: the summary queries of DashAttention, or the compression
+    and gates of NSA. Where the folder lacks them they keep their initial values; a summary query of zero averages keys.
 
     Args:
         model: on any device, its weights initialized and not yet sharded by ZeRO.
@@ -47,19 +47,7 @@ def load_initial_weights(
         ValueError: a checkpoint is damaged, a tensor is missing, unknown or of another shape, or the run's model is another one.
     """
     folder = Path(folder)
-    weights: Mapping[str, Tensor]
-    attention = None
-    if agreed_steps(folder):
-        source, _, weights = open_weights(folder)
-        saved, attention = source.model, source.attention
-    elif (folder / MODEL_SECTIONS).is_file():
-        saved = ModelConfig.model_validate(yaml.safe_load((folder / MODEL_SECTIONS).read_text())["model"])
-        weights = FolderWeights(folder)
-    else:
-        raise FileNotFoundError(
-            f"training.init_from={folder} has neither a run's checkpoints nor {MODEL_SECTIONS}; name a run that has "
-            "saved, or a folder made with `python -m dash_megatron convert from-hf`"
-        )
+    saved, attention, weights = _open(folder)
     _check_model(config, saved, folder)
     group = model.pg_collection.tp
     parameters = dict(model.named_parameters())
@@ -87,6 +75,20 @@ def load_initial_weights(
             max(fresh.values()),
         )
     return attention
+
+
+def _open(folder: Path) -> tuple[ModelConfig, AttentionConfig | None, Mapping[str, Tensor]]:
+    """The model section, the attention section if it is a run's folder, and the weights, read when asked for."""
+    if agreed_steps(folder):
+        config, _, weights = open_weights(folder)
+        return config.model, config.attention, weights
+    if (folder / MODEL_SECTIONS).is_file():
+        sections = yaml.safe_load((folder / MODEL_SECTIONS).read_text())
+        return ModelConfig.model_validate(sections["model"]), None, FolderWeights(folder)
+    raise FileNotFoundError(
+        f"training.init_from={folder} has neither a run's checkpoints nor {MODEL_SECTIONS}; name a run that has "
+        "saved, or a folder made with `python -m dash_megatron convert from-hf`"
+    )
 
 
 def _check_model(config: ModelConfig, other: ModelConfig, folder: Path) -> None:

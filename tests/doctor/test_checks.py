@@ -106,7 +106,7 @@ def test_checks_keep_their_order_and_versions_come_always() -> None:
     assert [check.name for check in choose_checks("resume,disk")] == ["versions", "disk", "resume"]
 
 
-def test_data_that_is_missing_or_cut_short_fails_and_every_fault_is_named(
+def test_missing_or_cut_data_fails_and_every_fault_is_named(
     session: Session, tiny_data: Path, tmp_path: Path
 ) -> None:
     assert check_data_files(session).status == "ok"
@@ -240,7 +240,7 @@ def test_one_process_has_no_parity_to_check(session: Session) -> None:
     assert check_parity(session).status == "skipped"
 
 
-def test_the_small_run_of_a_large_config_keeps_layout_heads_and_sequences(config: Config) -> None:
+def test_the_small_run_of_a_large_config_keeps_layout_and_heads(config: Config) -> None:
     large = changed(
         config,
         model={"layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 128, "hidden_size": 4096},
@@ -269,7 +269,7 @@ def test_the_small_run_of_a_large_config_keeps_layout_heads_and_sequences(config
     assert small_run(large, 16, Path("/x")).data.cache_dir == str(index)
 
 
-def test_a_small_run_that_fails_is_told_by_the_end_of_its_output_and_removed(
+def test_a_small_run_that_fails_shows_its_last_output_and_is_removed(
     session: Session, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     broken = tmp_path / "python"
@@ -295,7 +295,7 @@ LOSSES = {1: 5.0, 2: 4.5, 3: 4.25, 4: 4.125}
         ((0, 2), {**LOSSES, 3: float("nan")}, "the loss of step 3 is nan"),
     ],
 )
-def test_a_resumed_run_must_have_the_same_losses_from_the_saved_step_on(
+def test_a_resumed_run_must_have_the_same_losses_after_the_save(
     began: tuple[int, int], again: dict[int, float], message: str
 ) -> None:
     finding = compare_starts(began, [LOSSES, again])

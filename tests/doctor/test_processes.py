@@ -10,7 +10,7 @@ from dash_megatron.doctor.examine import CHECKS
 from tests.doctor.workers import examine_broken
 
 
-def test_two_processes_agree_on_what_is_sound_and_on_what_is_broken_and_name_one_that_hangs(
+def test_two_processes_agree_on_every_check_and_name_one_that_hangs(
     tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
     """One test, because processes take long to start."""

@@ -60,7 +60,7 @@ def weights_of(config: Config, change: Callable[[dict[str, torch.Tensor]], None]
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", "float32"), ("bf16", "bfloat16")])
-def test_a_sound_batch_shows_the_loss_of_each_sample_in_the_precision_of_the_run_and_is_exit_code_0(
+def test_a_sound_batch_shows_each_samples_loss_in_the_runs_precision(
     precision: str, dtype: str, kept: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     training = kept.training.model_copy(update={"precision": precision})
@@ -104,7 +104,7 @@ def test_losses_and_gradients_are_those_of_the_global_batch(
     assert result.is_finite
 
 
-def test_the_newest_checkpoint_at_or_before_the_step_is_taken_and_the_first_broken_module_named(
+def test_replay_takes_the_checkpoint_before_and_names_the_module(
     kept: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = []
@@ -131,7 +131,7 @@ def test_the_newest_checkpoint_at_or_before_the_step_is_taken_and_the_first_brok
     assert re.search(r"^8 +nan", text, re.MULTILINE)
 
 
-def test_a_gradient_that_is_no_number_is_found_though_every_output_is_finite(
+def test_a_non_finite_gradient_is_found_though_outputs_are_finite(
     kept: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     build = replay.build_model

@@ -26,7 +26,7 @@ def test_one_failure_fails_all_and_its_message_names_the_ranks() -> None:
     assert (merged.status, merged.message) == ("failed", "rank 2-3: too hot")
 
 
-def test_the_largest_error_counts_and_one_that_is_no_number_most_of_all() -> None:
+def test_the_largest_error_counts_and_nan_most_of_all() -> None:
     findings = [Finding(figures={"error": value}) for value in (0.1, 0.3, 0.2)]
     assert merge_largest(findings).figures == {"error": 0.3}
     for place in range(3):

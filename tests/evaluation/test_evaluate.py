@@ -162,7 +162,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     assert len(path.read_text().splitlines()) == 6  # of other settings, beside the old ones
 
 
-def test_a_stretched_rope_gives_what_a_run_with_it_gives_and_keeps_its_results_apart(
+def test_a_stretched_rope_scores_as_a_run_with_it_in_its_own_folder(
     write_run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, weights = write_run("dash")

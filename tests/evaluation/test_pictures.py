@@ -25,7 +25,7 @@ def test_lengths_stand_as_numbers_where_they_were_measured() -> None:
     plt.close("all")
 
 
-def test_the_loss_of_answers_stands_beside_their_scores_where_it_is_known() -> None:
+def test_losses_of_answers_stand_beside_their_scores() -> None:
     read = {"copy": {"64": {"score": 0.0, "nll": 3.0}, "128": {"score": 0.0, "nll": 4.0}}}
     scores, losses = pictures._scores(read, trained_length=64).axes
     assert list(scores.lines[0].get_ydata()) == [0.0, 0.0]

@@ -21,9 +21,7 @@ class Letters(Tokenizer):
 
 @pytest.mark.parametrize("longest", [1, 40, 400])
 @pytest.mark.parametrize("template", [4, 300])
-def test_a_sample_fills_its_length_within_a_sixty_fourth_of_it_or_one_unit(
-    longest: int, template: int
-) -> None:
+def test_a_sample_fills_its_length_to_within_1_64_or_one_unit(longest: int, template: int) -> None:
     generator = random.Random(longest)
     units = ["x" * generator.randint(1, longest) for _ in range(20_000)]
     units[3000:6000] = ["y"] * 3000

@@ -87,7 +87,7 @@ def test_routers_select_in_the_probe_and_both_models_select_alike(
 
 
 @torch.no_grad()
-def test_plain_transformers_loads_a_dense_llama_and_names_what_it_ignores(
+def test_transformers_loads_a_dense_llama_and_names_what_it_ignores(
     write_run: Callable[..., Any], tmp_path: Path, tokens: Tensor
 ) -> None:
     config, weights = write_run("full")

@@ -114,7 +114,7 @@ def test_pieces_of_a_padded_prompt_give_the_logits_of_all_at_once(
     torch.testing.assert_close(torch.cat(parts, 1)[real], expected[real], atol=TOLERANCE, rtol=0)
 
 
-def test_a_prompt_with_padding_gives_the_logits_and_gradients_of_the_model_file_alone(tokens: Tensor) -> None:
+def test_a_padded_prompt_gives_the_logits_and_gradients_of_the_file(tokens: Tensor) -> None:
     model, real = _model().requires_grad_(True), _left_padding(tokens, 21).bool()
     results = []
     for backend in ("reference", "torch"):
@@ -155,7 +155,7 @@ def test_rows_can_be_repeated_and_selected(tokens: Tensor) -> None:
 @pytest.mark.parametrize(
     "make_cache", [DynamicCache, lambda: StaticCache(LlamaConfig(num_hidden_layers=2), 160)]
 )
-def test_a_cache_changes_hands_in_the_middle_of_a_text_and_can_be_reset(
+def test_a_cache_changes_hands_in_mid_text_and_can_be_reset(
     make_cache: Callable[[], Any], tokens: Tensor
 ) -> None:
     model, mask, cache = _model(), _left_padding(tokens, 21), make_cache()
@@ -174,7 +174,7 @@ def test_a_cache_changes_hands_in_the_middle_of_a_text_and_can_be_reset(
         assert cache.get_seq_length() == 0
 
 
-def test_what_needs_a_gradient_through_the_cache_is_left_to_the_model_file(tokens: Tensor) -> None:
+def test_a_gradient_through_the_cache_is_left_to_the_model_file(tokens: Tensor) -> None:
     model = _use(_model().requires_grad_(True), "reference")
     cache = model(tokens[:, :70]).past_key_values
     model(tokens[:, 70:71], past_key_values=cache).logits.square().mean().backward()
@@ -183,7 +183,7 @@ def test_what_needs_a_gradient_through_the_cache_is_left_to_the_model_file(token
     assert model.model.embed_tokens.weight.grad[tokens[0, 5]].abs().max() > 0
 
 
-def test_a_static_cache_keeps_its_place_and_refuses_more_than_it_holds(tokens: Tensor) -> None:
+def test_a_static_cache_refuses_more_than_it_holds(tokens: Tensor) -> None:
     model, cache = _use(_model(), "reference"), StaticCache(LlamaConfig(num_hidden_layers=2), 100)
     places = set()
     for _ in range(2):

@@ -107,7 +107,7 @@ def test_a_dense_model_computes_the_same_under_full_attention(
 
 
 @torch.no_grad()
-def test_a_dense_model_continues_with_native_sparse_attention_whose_own_weights_start_fresh(
+def test_a_dense_model_goes_on_with_nsa_whose_own_weights_start_fresh(
     tiny_config: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path / "hf")
@@ -128,7 +128,7 @@ def test_a_dense_model_continues_with_native_sparse_attention_whose_own_weights_
 
 
 @torch.no_grad()
-def test_scaled_embeddings_branches_and_logits_are_folded_into_the_weights(tmp_path: Path) -> None:
+def test_multipliers_of_minicpm_are_folded_into_the_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True)).save_pretrained(tmp_path / "hf")
     tree = json.loads((tmp_path / "hf" / "config.json").read_text())

@@ -83,7 +83,7 @@ def test_pieces_of_a_prompt_through_the_cache_give_its_logits(
 
 @pytest.mark.parametrize("name", ["dash", "mixed"])
 @torch.no_grad()
-def test_a_static_cache_and_a_prompt_in_pieces_generate_what_a_dynamic_cache_does(
+def test_static_caches_and_prompts_in_pieces_generate_the_same(
     name: str, exported: Callable[..., Any], tokens: Tensor
 ) -> None:
     model, *_ = exported(name)

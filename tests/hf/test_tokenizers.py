@@ -98,7 +98,7 @@ def test_a_run_encodes_and_decodes_as_transformers(source: Path) -> None:
     assert ours.decode([ours.bos, *ours.encode("a b"), ours.eod]) == "a b"
 
 
-def test_a_sentencepiece_model_with_a_space_before_texts_encodes_as_itself_and_loses_no_byte(
+def test_a_sentencepiece_model_with_a_prefix_space_loses_no_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_llama2(tmp_path / "source")

@@ -165,7 +165,7 @@ def test_a_rank_without_targets_neither_hangs_nor_changes_the_step(
             assert relative_error(found["weights"][name], weight) <= TOLERANCE, (comm, name)
 
 
-def test_metrics_report_balance_and_bytes_of_a_step_without_its_validation(
+def test_metrics_report_balance_and_bytes_without_validation(
     tree: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
     tree = with_changes(

@@ -30,7 +30,7 @@ def tree(tiny_config: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def test_a_growing_context_survives_resumes_and_split_sequences_and_counts_its_operations(
+def test_a_growing_context_survives_resumes_and_split_sequences(
     tree: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
     one = run_of(tree, tmp_path / "one")

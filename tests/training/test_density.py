@@ -56,7 +56,7 @@ def test_a_schedule_is_followed_with_straight_lines_between_its_steps() -> None:
     assert [history[step][0] for step in (399, 799, 1599)] == pytest.approx([0.8, 0.5, 0.2], abs=0.05)
 
 
-def test_a_target_out_of_reach_does_not_move_factors_without_end_and_is_told_once(
+def test_a_target_out_of_reach_stops_moving_factors_and_is_told_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     _, controller, layers = simulate(0.01, 3000, slopes=(0.0,))

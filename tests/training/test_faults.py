@@ -41,7 +41,7 @@ def cases_of(tree: dict[str, Any], folder: Path, stage: int, precision: str) -> 
     ]
 
 
-def test_a_bad_batch_on_one_rank_leaves_no_trace_whatever_the_policy_and_zero_stage(
+def test_a_bad_batch_on_one_rank_leaves_no_trace(
     tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
     cases = [case for layout in LAYOUTS for case in cases_of(tiny_config, tmp_path, *layout)]
@@ -95,7 +95,7 @@ def test_a_bad_batch_is_kept_with_its_facts(
     assert "training samples 4 to 7): update skipped, batch kept in" in log
 
 
-def test_too_many_bad_batches_in_a_row_end_the_run_whatever_the_policy(
+def test_too_many_bad_batches_in_a_row_end_the_run(
     tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
     training = {**tiny_config["training"], "steps": 12}
@@ -138,7 +138,7 @@ def train(guard: Guard, losses: list[float], first: int = 0) -> list[str]:
 SPIKES = FaultsConfig(loss_spike=4, loss_window=4, loss_spike_policy="skip")
 
 
-def test_a_loss_far_above_the_last_ones_is_a_spike_and_a_new_level_is_none() -> None:
+def test_a_loss_far_above_the_last_is_a_spike_and_a_new_level_none() -> None:
     guard = Guard(SPIKES, 4)
     assert train(guard, [9.0, 3.0, 3.1, 2.9, 3.0, 3.1, 2.9, 3.2, 9.0, 3.0]) == [""] * 8 + ["skip", ""]
     assert guard.num_skipped(consumed_samples=40) == 1

@@ -40,7 +40,7 @@ def reference(tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("processes", "micro_batches"), [(1, 4), (2, 2), (4, 1)])
-def test_loss_and_every_gradient_do_not_depend_on_the_split_or_zero_stage(
+def test_loss_and_gradients_do_not_depend_on_split_or_zero_stage(
     processes: int,
     micro_batches: int,
     reference: dict[str, Any],

@@ -53,7 +53,7 @@ def package_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatc
     return caplog
 
 
-def test_a_router_at_its_floor_or_ceiling_raises_one_alarm_until_it_selects_again(package_log: Any) -> None:
+def test_a_collapsed_router_raises_one_alarm_until_it_selects_again(package_log: Any) -> None:
     alarm = CollapseAlarm(steps=3)
     # floor; ceiling; free; one chunk only, where both are the same; no router
     collapsed = ([0.13, 0.9995, 0.5, 1.0, None], [1.0, 8.0, 4.0, 1.0, None])

@@ -21,7 +21,7 @@ from tests.training.workers import begin_all, one_step, train_all
 TARGET = {"kind": "dash", "target_density": 0.75, "scaling_factor": 300.0}
 
 
-def test_a_run_goes_on_from_another_of_any_layout_with_its_weights_and_scaling_factors(
+def test_a_run_begins_with_the_weights_and_factors_of_any_layout(
     tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
     first = run_of(
@@ -72,7 +72,7 @@ def left_by_ranks(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{name}_{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def test_processes_that_begin_from_a_run_check_each_of_its_files_once_between_them(
+def test_processes_check_each_file_of_an_initial_run_once(
     first: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
     start = started_from(tmp_path / "first", first)

@@ -24,7 +24,7 @@ def test_a_resumed_run_drops_the_lines_of_steps_it_does_again(tmp_path: Path) ->
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
 
 
-def test_a_last_line_cut_short_is_skipped_and_a_damaged_one_before_it_is_an_error(tmp_path: Path) -> None:
+def test_a_cut_last_line_is_skipped_and_an_earlier_one_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(line_of(1)) + "\n" + json.dumps(line_of(2))[:9])
     assert [line["step"] for line in read_metrics(tmp_path)] == [1]

@@ -66,7 +66,7 @@ def values(line: Any, *names: str) -> list[float]:
     return [-1.0 if part is None else part for part in parts]
 
 
-def test_a_checkpoint_of_0_1_gives_whole_weights_and_the_moved_factors(old_run: Path) -> None:
+def test_a_checkpoint_of_0_1_gives_whole_weights_and_factors(old_run: Path) -> None:
     config, step, weights = open_weights(old_run)
     assert step == 4
     moved, full = config.attention.scaling_factor

@@ -77,7 +77,7 @@ def test_no_sample_is_read_twice_and_none_is_skipped(
     assert sorted(read) == list(range(4 * tree["training"]["global_batch"]))
 
 
-def test_only_the_newest_checkpoints_stay_and_a_half_written_one_is_no_checkpoint(
+def test_only_the_newest_checkpoints_stay_and_half_ones_never_count(
     tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
     tree = run_of(tiny_config, tmp_path / "run", checkpoint={"every": 1, "keep": 2})
@@ -95,7 +95,7 @@ def test_a_checkpoint_of_another_model_is_refused(
         run_processes(1, train_all, [(first, None), (second, None)])
 
 
-def test_another_order_of_samples_or_other_attention_after_a_resume_is_a_warning(
+def test_a_resume_with_other_samples_or_attention_is_a_warning(
     tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
     first = run_of(tiny_config, tmp_path / "run", training={"steps": 2})

@@ -79,7 +79,7 @@ def test_too_little_memory_to_measure_ends_no_run(tmp_path: Path, monkeypatch: p
     assert "it stops here and training goes on: of 80 GiB" in error
 
 
-def test_a_run_without_a_router_is_told_that_there_is_nothing_to_measure(
+def test_a_run_without_a_router_is_told_there_is_none_to_measure(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(logging.getLogger("dash_megatron"), "propagate", True)
@@ -151,7 +151,7 @@ def trained(tiny_config: dict[str, Any], run_processes: Any, run_dir: Path) -> l
     return read_lines(run_dir)
 
 
-def test_a_run_keeps_its_routing_beside_its_metrics_and_study_routing_draws_it(
+def test_a_run_keeps_its_routing_and_study_routing_draws_it(
     tiny_config: dict[str, Any],
     run_processes: Any,
     tmp_path: Path,

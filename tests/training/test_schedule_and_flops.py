@@ -40,7 +40,7 @@ def test_cosine_begins_where_warm_up_ends() -> None:
     assert learning_rate(100, config) == pytest.approx(0.0)
 
 
-def test_wsd_is_stable_then_falls_linearly_to_the_floor_at_the_last_step() -> None:
+def test_wsd_is_stable_then_falls_linearly_to_the_floor() -> None:
     config = config_of(schedule={"kind": "wsd", "warmup_steps": 10, "decay_steps": 20, "min_lr_ratio": 0.0})
     assert {learning_rate(step, config) for step in range(9, 81)} == {1.0}
     assert learning_rate(81, config) == pytest.approx(0.95)

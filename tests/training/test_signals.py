@@ -55,7 +55,7 @@ def test_a_run_stopped_by_signals_ends_as_one_that_was_not(
     assert exact_metrics(run) == exact_metrics(tmp_path / "whole")
 
 
-def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(
+def test_a_signal_to_one_process_stops_both_after_the_same_step(
     tiny_config: dict[str, Any], tmp_path: Path
 ) -> None:
     arguments = config_of(tiny_config, tmp_path)
@@ -121,14 +121,14 @@ def test_a_second_order_to_stop_exits_at_once(waiting_process: Started) -> None:
     assert "exiting without saving" in output
 
 
-def test_warnings_of_the_scheduler_may_be_repeated_and_an_order_may_follow(waiting_process: Started) -> None:
+def test_scheduler_warnings_may_be_repeated_and_an_order_may_follow(waiting_process: Started) -> None:
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
         waiting_process.send_signal(number)
         time.sleep(1.2)
         assert waiting_process.process.is_alive()
 
 
-def test_a_run_folder_that_cannot_be_written_is_one_line_and_exit_code_2(
+def test_a_run_folder_that_cannot_be_written_is_exit_code_2(
     tiny_config: dict[str, Any], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("no folder")

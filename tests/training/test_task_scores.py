@@ -89,7 +89,7 @@ def assert_same_tasks(found: dict[str, Any], expected: dict[str, Any]) -> None:
             assert found[task][length]["nll"] == pytest.approx(means["nll"], rel=TOLERANCE), (task, length)
 
 
-def test_scores_are_those_of_evaluate_on_the_checkpoint_in_every_layout(
+def test_scores_in_every_layout_are_those_of_evaluate(
     tree: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
     trees = [

@@ -146,7 +146,7 @@ def test_logits_are_whole_on_every_rank(tree: dict[str, Any], run_processes: Any
         torch.testing.assert_close(torch.load(tmp_path / f"{name}_{rank}.pt"), one, rtol=1e-4, atol=1e-5)
 
 
-def test_a_resumed_run_is_bit_identical_and_its_checkpoint_gives_whole_weights(
+def test_a_resumed_run_is_bit_identical_and_has_whole_weights(
     tree: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
     tree = with_changes(
@@ -195,6 +195,6 @@ def test_shards_join_to_the_weight_they_were_cut_from(split: Split) -> None:
     assert torch.equal(join(shards, split), whole)
 
 
-def test_a_rank_of_a_gated_layer_holds_its_gate_rows_and_then_its_up_rows() -> None:
+def test_a_rank_holds_its_gate_rows_and_then_its_up_rows() -> None:
     rows = torch.arange(8)[:, None]
     assert shard(rows, Split(0, 2), 1, 2).flatten().tolist() == [2, 3, 6, 7]

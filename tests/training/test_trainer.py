@@ -39,7 +39,7 @@ def config_file(tiny_config: dict[str, Any], tmp_path: Path) -> str:
     return str(path)
 
 
-def test_train_runs_alone_and_leaves_config_metrics_tensorboard_and_a_checkpoint(
+def test_train_alone_leaves_config_metrics_tensorboard_checkpoint(
     config_file: str, tiny_config: dict[str, Any]
 ) -> None:
     overrides = ["training.steps=3", "logging.tensorboard=true", "evaluation.every=2", "evaluation.samples=3"]
@@ -113,7 +113,7 @@ def test_torchrun_starts_two_processes_that_train_as_one(
         ("parallel.sequence=true", "parallel.sequence=true needs parallel.tensor > 1"),
     ],
 )
-def test_a_wrong_setting_is_one_line_and_exit_code_2_before_any_process_group(
+def test_a_wrong_setting_is_exit_code_2_before_any_process_group(
     override: str, message: str, config_file: str, tmp_path: Path
 ) -> None:
     # two processes are announced and the other never comes: whoever waits for it, hangs
@@ -211,7 +211,7 @@ def break_weights(tree: dict[str, Any]) -> None:
         Path(tree["run_dir"], "error.json").write_text(json.dumps(str(error)))
 
 
-def test_a_non_finite_loss_stops_the_run_names_samples_and_saves_nothing(
+def test_a_non_finite_loss_names_its_samples_and_saves_nothing(
     tiny_config: dict[str, Any], run_processes: Any
 ) -> None:
     run_processes(1, break_weights, {**tiny_config, "faults": {"non_finite": "halt"}})

@@ -32,7 +32,7 @@ def one_process() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def test_losses_are_averaged_by_position_in_the_document_and_padding_rows_count_nowhere(
+def test_losses_are_averaged_by_position_without_padding_rows(
     one_process: None,
 ) -> None:
     def loss_by_position(tokens: torch.Tensor, positions: torch.Tensor, *_: object) -> torch.Tensor:
