@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dash_megatron.parallel.context.layout import Moves, from_ranks_to_sequence, from_sequence_to_ranks
 
-Exchange = Callable[[Tensor], Tensor]
+Transfer = Callable[[Tensor], Tensor]
 
 
 class Pending:
@@ -139,13 +139,13 @@ class _ThereAndBack(torch.autograd.Function):
     """An exchange of rows and its reverse, which takes gradients home."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Exchange, back: Exchange, group: ContextGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, there: Transfer, back: Transfer, group: ContextGroup) -> Tensor:
         ctx.back, ctx.group = back, group
         with group.counting("forward"):
             return there(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         with ctx.group.counting("backward"):
             return ctx.back(gradient), None, None, None
 

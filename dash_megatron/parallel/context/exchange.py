@@ -287,7 +287,7 @@ class _ShardedDash(torch.autograd.Function):
         return out, routed.selected
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor, _: Any) -> Any:
+    def backward(ctx: Any, d_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
         q, k, v, w, head_scaling, out, lse, summary, selected, *state = ctx.saved_tensors
         exchange: ContextExchange = ctx.exchange
         router: Router = ctx.router

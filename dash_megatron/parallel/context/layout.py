@@ -1,9 +1,9 @@
 """How one packed sequence is split over context-parallel ranks, and where its chunks lie; plain host arithmetic.
 
 A sequence of N tokens is cut into 2P equal pieces; rank r holds pieces r and 2P - 1 - r (zigzag), so that causal work
-is the same for all. DashAttention wants whole chunks, and with packed documents a chunk may straddle the border of two
-pieces: its tail moves to the rank that holds its head for the time of attention, at most chunk_size - 1 tokens a border.
-Pieces with borders moved so are called aligned. A rank's rows are those of its two pieces, concatenated.
+is the same for all. The rows of a rank are those of its two pieces, concatenated. DashAttention needs whole chunks, and with
+packed documents a chunk may straddle the border of two pieces: for the time of attention its tail moves to the rank that
+holds its head, at most chunk_size - 1 tokens a border. Pieces with borders moved so, and their rows, are called aligned.
 """
 
 from __future__ import annotations
@@ -57,14 +57,10 @@ class ChunkPlaces(NamedTuple):
     """int32 [chunks]: its first row among that rank's rows."""
     length: Tensor
     """int32 [chunks]: its tokens."""
-    counts: tuple[int, ...]
-    """Chunks of each rank."""
     max_chunks: int
     """Most chunks of a rank."""
     max_rows: int
     """Most aligned rows of a rank."""
-    pieces: tuple[int, ...]
-    """Number of the first chunk of each of the 2P aligned pieces, and the number of chunks."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> ChunkPlaces:
         """Apply a function to every tensor."""
@@ -109,7 +105,7 @@ class ContextShard:
 
     @property
     def rows(self) -> int:
-        """Tokens of this rank."""
+        """Tokens of this rank, before they are aligned."""
         return self.num_tokens // self.size
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ContextShard:
@@ -126,9 +122,14 @@ class ContextShard:
         return dataclasses.replace(self, cu_seqlens=cu_seqlens, token=token, chunks=chunks)
 
 
+def pieces_of(rank: int, size: int) -> tuple[int, int]:
+    """The two pieces of the zigzag split that a rank holds, in the order of its rows."""
+    return rank, 2 * size - 1 - rank
+
+
 def piece_owner(piece: int, size: int) -> int:
-    """Rank that holds a piece of the zigzag split."""
-    return piece if piece < size else 2 * size - 1 - piece
+    """The rank that holds a piece of the zigzag split."""
+    return min(pieces_of(piece, size))
 
 
 def zigzag_tokens(num_tokens: int, rank: int, size: int) -> Tensor:
@@ -139,7 +140,7 @@ def zigzag_tokens(num_tokens: int, rank: int, size: int) -> Tensor:
             f"try {max(1, num_tokens // (2 * size)) * 2 * size}"
         )
     pieces = torch.arange(num_tokens).view(2 * size, -1)
-    return torch.cat([pieces[rank], pieces[2 * size - 1 - rank]])
+    return torch.cat([pieces[piece] for piece in pieces_of(rank, size)])
 
 
 def from_ranks_to_sequence(rows_of_ranks: Tensor) -> Tensor:
@@ -156,15 +157,16 @@ def from_sequence_to_ranks(sequence: Tensor, size: int) -> Tensor:
 
 
 def shard_sequence(cu_seqlens: Tensor, rank: int, size: int, chunk_size: int | None) -> ContextShard:
-    """Work out a rank's share.
+    """Work out which tokens of a packed sequence a context-parallel rank holds, and where all chunks lie.
 
     Args:
         cu_seqlens: int32 [documents + 1] on the host: where the documents of the sequence start, and N.
-        rank, size: among the context-parallel ranks.
+        rank: the rank's number among those that share the sequence.
+        size: how many ranks share the sequence.
         chunk_size: of DashAttention; None where no layer routes.
 
     Raises:
-        ValueError: N is no multiple of 2 * size * chunk_size.
+        ValueError: N is not a multiple of 2 * size * chunk_size.
     """
     bounds = cu_seqlens.numpy().astype(np.int64)
     num_tokens = int(bounds[-1])
@@ -187,50 +189,27 @@ def shard_sequence(cu_seqlens: Tensor, rank: int, size: int, chunk_size: int | N
 
 
 def _lay_out(bounds: np.ndarray, rank: int, size: int, chunk_size: int) -> ChunkLayout:
-    lengths = np.diff(bounds)
-    chunks_of = -(-lengths // chunk_size)
-    end_of = np.cumsum(chunks_of)
-    first = np.repeat(end_of - chunks_of, chunks_of)
-    start = np.repeat(bounds[:-1], chunks_of) + (np.arange(len(first)) - first) * chunk_size
-    end = np.append(start[1:], bounds[-1])
-
+    """The layout of all chunks of documents that start at `bounds`; the last bound is the number of tokens."""
+    start, end, first = _chunks(bounds, chunk_size)
     borders = np.arange(2 * size + 1) * (int(bounds[-1]) // (2 * size))
+    # a chunk belongs to the piece that its first token is in: number of each piece's first chunk, and its first token
     pieces = np.searchsorted(start, borders)
     aligned = np.append(start, bounds[-1])[pieces]
-    owner_of_piece = np.array([piece_owner(piece, size) for piece in range(2 * size)])
-    piece = np.repeat(np.arange(2 * size), np.diff(pieces))
-    # a rank's second piece follows its first
-    lead_rows, lead_chunks = np.diff(aligned), np.diff(pieces)
-    rows_before = np.where(np.arange(2 * size) < size, 0, lead_rows[owner_of_piece])
-    chunks_before = np.where(np.arange(2 * size) < size, 0, lead_chunks[owner_of_piece])
-    row = start - aligned[piece] + rows_before[piece]
-    local = np.arange(len(start)) - pieces[piece] + chunks_before[piece]
-    counts = np.bincount(owner_of_piece, lead_chunks, size).astype(int)
-    rows = np.bincount(owner_of_piece, lead_rows, size).astype(int)
 
-    mine = np.concatenate([np.arange(pieces[p], pieces[p + 1]) for p in (rank, 2 * size - 1 - rank)])
-    int32 = lambda x: torch.from_numpy(x.astype(np.int32))  # noqa: E731
+    places = _places(start, end, pieces, aligned, size)
+    mine = np.concatenate([np.arange(pieces[p], pieces[p + 1]) for p in pieces_of(rank, size)])
+    row, length = places.row[mine], places.length[mine]
     queries = QueryChunks(
-        start=int32(row[mine]),
-        end=int32(row[mine] + end[mine] - start[mine]),
-        number=int32(mine),
-        first=int32(first[mine]),
+        start=row,
+        end=row + length,
+        number=_int32(mine),
+        first=_int32(first[mine]),
         num_chunks=len(start),
         list_bound=int((mine - first[mine]).sum()),
     )
-    places = ChunkPlaces(
-        owner=torch.from_numpy(owner_of_piece[piece]),
-        local=torch.from_numpy(local),
-        row=int32(row),
-        length=int32(end - start),
-        counts=tuple(counts.tolist()),
-        max_chunks=int(counts.max()),
-        max_rows=int(rows.max()),
-        pieces=tuple(pieces.tolist()),
-    )
     reached = [((mine >= pieces[p]) & (first[mine] < pieces[p + 1])).any() for p in range(2 * size)]
     windows = tuple(
-        tuple((int(pieces[p]), int(pieces[p + 1])) for p in (peer, 2 * size - 1 - peer) if reached[p])
+        tuple((int(pieces[p]), int(pieces[p + 1])) for p in pieces_of(peer, size) if reached[p])
         for peer in range(size)
     )
     alignment = None
@@ -239,11 +218,44 @@ def _lay_out(bounds: np.ndarray, rank: int, size: int, chunk_size: int) -> Chunk
     return ChunkLayout(queries, places, windows, alignment)
 
 
+def _chunks(bounds: np.ndarray, chunk_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First token, one past the last, and number of the first chunk of the document, of every chunk."""
+    chunks_of = -(-np.diff(bounds) // chunk_size)
+    first = np.repeat(np.cumsum(chunks_of) - chunks_of, chunks_of)
+    start = np.repeat(bounds[:-1], chunks_of) + (np.arange(len(first)) - first) * chunk_size
+    return start, np.append(start[1:], bounds[-1]), first
+
+
+def _places(
+    start: np.ndarray, end: np.ndarray, pieces: np.ndarray, aligned: np.ndarray, size: int
+) -> ChunkPlaces:
+    """Where chunks lie, from their first and last tokens and from the first chunk and token of every piece."""
+    owner = np.array([piece_owner(piece, size) for piece in range(2 * size)])
+    num_rows, num_chunks = np.diff(aligned), np.diff(pieces)
+    # a rank's second piece follows its first
+    second = np.arange(2 * size) >= size
+    rows_before = np.where(second, num_rows[owner], 0)
+    chunks_before = np.where(second, num_chunks[owner], 0)
+    piece = np.repeat(np.arange(2 * size), num_chunks)
+    return ChunkPlaces(
+        owner=torch.from_numpy(owner[piece]),
+        local=torch.from_numpy(np.arange(len(start)) - pieces[piece] + chunks_before[piece]),
+        row=_int32(start - aligned[piece] + rows_before[piece]),
+        length=_int32(end - start),
+        max_chunks=int(np.bincount(owner, num_chunks, size).max()),
+        max_rows=int(np.bincount(owner, num_rows, size).max()),
+    )
+
+
+def _int32(x: np.ndarray) -> Tensor:
+    return torch.from_numpy(x.astype(np.int32))
+
+
 def _moves(old: np.ndarray, new: np.ndarray, rank: int, size: int) -> Moves:
     """What a rank sends and receives when the borders of the pieces change from `old` to `new`."""
 
     def tokens_of(borders: np.ndarray, owner: int) -> np.ndarray:
-        return np.concatenate([np.arange(borders[p], borders[p + 1]) for p in (owner, 2 * size - 1 - owner)])
+        return np.concatenate([np.arange(borders[p], borders[p + 1]) for p in pieces_of(owner, size)])
 
     # tokens between an old border and the new one, by the ranks they leave and enter
     sent: dict[tuple[int, int], list[np.ndarray]] = {}
