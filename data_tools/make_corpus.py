@@ -18,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data_tools.arguments import add_max_bad_lines, add_text_key, make_parser, run
 from data_tools.atomic import TEMPORARY_SUFFIX, atomic_write, remove_files, sync_and_rename
 from data_tools.readers import UNFINISHED, BadLineCounter, Document, find_inputs, read_folders, read_inputs
 
@@ -212,15 +213,11 @@ def _finish(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.make_corpus", description=__doc__.splitlines()[0]
-    )
+    parser = make_parser("make_corpus", __doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for the shards and manifest.json")
     parser.add_argument("--stdlib", action="store_true", help="take in the Python standard library")
     parser.add_argument("--input", nargs="+", default=[], metavar="PATH", help="files, or folders to search")
-    parser.add_argument(
-        "--text-key", default="text", help="key or column that holds the text (default: text)"
-    )
+    add_text_key(parser)
     parser.add_argument(
         "--join-folders",
         action="store_true",
@@ -228,27 +225,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--shard-mb", type=float, default=64.0, help="size of a shard (default: 64)")
     parser.add_argument("--max-mb", type=float, help="stop after this much text (default: take all)")
-    parser.add_argument("--max-bad-lines", type=int, default=0, help="bad lines to tolerate (default: 0)")
-    options = parser.parse_args(arguments)
-    try:
-        manifest = make_corpus(
-            options.output,
-            stdlib=options.stdlib,
-            inputs=options.input,
-            text_key=options.text_key,
-            join_folders=options.join_folders,
-            shard_mb=options.shard_mb,
-            max_mb=options.max_mb,
-            max_bad_lines=options.max_bad_lines,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(
+    add_max_bad_lines(parser)
+    return run(parser, arguments, _make)
+
+
+def _make(options: argparse.Namespace) -> str:
+    manifest = make_corpus(
+        options.output,
+        stdlib=options.stdlib,
+        inputs=options.input,
+        text_key=options.text_key,
+        join_folders=options.join_folders,
+        shard_mb=options.shard_mb,
+        max_mb=options.max_mb,
+        max_bad_lines=options.max_bad_lines,
+    )
+    return (
         f"{options.output}: {manifest['documents']} documents, {manifest['bytes'] / 1e6:.1f} MB of text in "
         f"{len(manifest['shards'])} shards, {manifest['bad_lines']} bad lines"
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.evaluation.tasks import needles_with_questions, pairs_with_questions
 from dash_megatron.evaluation.text import break_lines
+from data_tools.arguments import add_text_key, make_parser, run
 from data_tools.atomic import atomic_write
 from data_tools.readers import BadLineCounter, read_inputs
 
@@ -134,9 +135,7 @@ def make_retrieval(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.make_retrieval", description=__doc__.splitlines()[0]
-    )
+    parser = make_parser("make_retrieval", __doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
     parser.add_argument(
         "--text", nargs="+", required=True, metavar="PATH", help="filler: as make_corpus --input"
@@ -152,29 +151,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--tokens", type=float, required=True, help="about how many to make")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--text-key", default="text", help="key or column that holds the text (default: text)"
-    )
+    add_text_key(parser)
     parser.add_argument("--max-mb", type=float, default=64.0, help="of filler to read (default: 64)")
-    options = parser.parse_args(arguments)
-    try:
-        number = make_retrieval(
-            options.output,
-            options.text,
-            options.tokenizer,
-            tuple(options.lengths),
-            options.tokens,
-            seed=options.seed,
-            text_key=options.text_key,
-            max_mb=options.max_mb,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(
+    return run(parser, arguments, _make)
+
+
+def _make(options: argparse.Namespace) -> str:
+    number = make_retrieval(
+        options.output,
+        options.text,
+        options.tokenizer,
+        tuple(options.lengths),
+        options.tokens,
+        seed=options.seed,
+        text_key=options.text_key,
+        max_mb=options.max_mb,
+    )
+    return (
         f"{options.output}: {number} documents of about {options.lengths[0]} to {options.lengths[1]} tokens"
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dash_megatron.data.tokenizer import Tokenizer
+from data_tools.arguments import add_input, add_max_bad_lines, add_text_key, make_parser, run
 from data_tools.atomic import atomic_write
 from data_tools.readers import BadLineCounter, find_inputs
 from data_tools.shards import (
@@ -246,10 +247,8 @@ def _merge(units: list[Unit], output: Path, options: Options, manifest: dict[str
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.tokenize_corpus", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="corpus folders or files")
+    parser = make_parser("tokenize_corpus", __doc__)
+    add_input(parser)
     parser.add_argument("--tokenizer", type=Path, required=True, help="model file of train_tokenizer")
     parser.add_argument(
         "--output", type=Path, required=True, help="folder for train and valid .bin, .idx, .idx.json"
@@ -259,36 +258,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="which documents those are (default: 0)")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
-    parser.add_argument(
-        "--text-key", default="text", help="key or column that holds the text (default: text)"
-    )
+    add_text_key(parser)
     parser.add_argument(
         "--shard-mb", type=float, help="input in a shard (default: a 256th of it, 1 to 64 MB)"
     )
-    parser.add_argument("--max-bad-lines", type=int, default=0, help="bad lines to tolerate (default: 0)")
-    options = parser.parse_args(arguments)
+    add_max_bad_lines(parser)
+    return run(parser, arguments, _tokenize, (ValueError, OSError, RuntimeError))
+
+
+def _tokenize(options: argparse.Namespace) -> str:
     start = time.monotonic()
-    try:
-        manifest = tokenize_corpus(
-            options.input,
-            options.tokenizer,
-            options.output,
-            valid_fraction=options.valid_fraction,
-            seed=options.seed,
-            workers=options.workers,
-            text_key=options.text_key,
-            shard_mb=options.shard_mb,
-            max_bad_lines=options.max_bad_lines,
-        )
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(
+    manifest = tokenize_corpus(
+        options.input,
+        options.tokenizer,
+        options.output,
+        valid_fraction=options.valid_fraction,
+        seed=options.seed,
+        workers=options.workers,
+        text_key=options.text_key,
+        shard_mb=options.shard_mb,
+        max_bad_lines=options.max_bad_lines,
+    )
+    return (
         f"{options.output}: train {manifest['train_documents']} documents, {manifest['train_tokens']} "
         f"tokens; valid {manifest['valid_documents']} documents, {manifest['valid_tokens']} tokens; "
         f"{manifest['bad_lines']} bad lines; {time.monotonic() - start:.1f} s"
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 import sentencepiece
 
 from dash_megatron.data.tokenizer import Tokenizer
+from data_tools.arguments import add_input, add_max_bad_lines, add_text_key, make_parser, run
 from data_tools.atomic import atomic_write
 from data_tools.readers import BadLineCounter, find_inputs, read_inputs
 
@@ -179,44 +180,38 @@ def _explain(message: str, vocab_size: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.train_tokenizer", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="corpus folders or files")
+    parser = make_parser("train_tokenizer", __doc__)
+    add_input(parser)
     parser.add_argument("--output", type=Path, required=True, help="model file to write")
     parser.add_argument("--vocab-size", type=int, required=True)
-    parser.add_argument(
-        "--text-key", default="text", help="key or column that holds the text (default: text)"
-    )
+    add_text_key(parser)
     parser.add_argument(
         "--max-mb", type=float, default=100.0, help="text to train on, a sample (default: 100)"
     )
     parser.add_argument(
         "--character-coverage", type=float, default=0.9995, help="default: 0.9995; the rest is bytes"
     )
-    parser.add_argument("--max-bad-lines", type=int, default=0, help="bad lines to tolerate (default: 0)")
-    options = parser.parse_args(arguments)
-    try:
-        tokenizer, bytes_per_token = train(
-            options.input,
-            options.output,
-            vocab_size=options.vocab_size,
-            text_key=options.text_key,
-            max_mb=options.max_mb,
-            character_coverage=options.character_coverage,
-            max_bad_lines=options.max_bad_lines,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    add_max_bad_lines(parser)
+    return run(parser, arguments, _train)
+
+
+def _train(options: argparse.Namespace) -> str:
+    tokenizer, bytes_per_token = train(
+        options.input,
+        options.output,
+        vocab_size=options.vocab_size,
+        text_key=options.text_key,
+        max_mb=options.max_mb,
+        character_coverage=options.character_coverage,
+        max_bad_lines=options.max_bad_lines,
+    )
     measured = (
         "no document held out" if bytes_per_token is None else f"{bytes_per_token:.2f} bytes a token held out"
     )
-    print(
+    return (
         f"{options.output}: {tokenizer.vocab_size} pieces, {measured}, fingerprint "
         f"{tokenizer.fingerprint[:12]}"
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,32 +10,29 @@ from pathlib import Path
 
 from dash_megatron.data.sidecar import describe, sidecar_path
 from dash_megatron.data.tokenizer import Tokenizer
+from data_tools.arguments import make_parser, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.write_sidecar", description=__doc__.splitlines()[0]
-    )
+    parser = make_parser("write_sidecar", __doc__)
     parser.add_argument(
         "--prefix", required=True, help="path of the .bin and .idx files without their ending"
     )
     parser.add_argument("--tokenizer", type=Path, required=True, help="the model file that made the data")
-    options = parser.parse_args(arguments)
-    try:
-        tokenizer = Tokenizer(options.tokenizer)
-        sidecar = describe(
-            options.prefix,
-            tokenizer_fingerprint=tokenizer.fingerprint,
-            vocab_size=tokenizer.vocab_size,
-            eod=tokenizer.eod,
-        )
-        sidecar.write(options.prefix)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{sidecar_path(options.prefix)}: {sidecar.documents} documents, {sidecar.tokens} tokens")
-    return 0
+    return run(parser, arguments, _describe)
+
+
+def _describe(options: argparse.Namespace) -> str:
+    tokenizer = Tokenizer(options.tokenizer)
+    sidecar = describe(
+        options.prefix,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.eod,
+    )
+    sidecar.write(options.prefix)
+    return f"{sidecar_path(options.prefix)}: {sidecar.documents} documents, {sidecar.tokens} tokens"
 
 
 if __name__ == "__main__":
