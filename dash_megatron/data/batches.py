@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -56,26 +56,33 @@ class PackedBatch:
         if size == 1:
             return self
         context = shard_sequence(self.cu_seqlens, rank, size, chunk_size)
-        names = ("tokens", "labels", "loss_mask", "position_ids")
-        rows = {name: getattr(self, name)[:, context.token] for name in names}
-        return replace(self, **rows, context=context)
+        return replace(
+            self,
+            tokens=self.tokens[:, context.token],
+            labels=self.labels[:, context.token],
+            loss_mask=self.loss_mask[:, context.token],
+            position_ids=self.position_ids[:, context.token],
+            context=context,
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Copy all tensors to a device."""
-        return self._map("to", device, non_blocking=non_blocking)
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
         """Copy all tensors to page-locked memory, so that `to(non_blocking=True)` overlaps with work."""
-        return self._map("pin_memory")
+        return self._map(lambda x: x.pin_memory())
 
-    def _map(self, method: str, *args: Any, **kwargs: Any) -> PackedBatch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        mapped = {
-            name: getattr(value, method)(*args, **kwargs)
-            for name, value in values.items()
-            if isinstance(value, Tensor | ContextShard)
-        }
-        return replace(self, **mapped)
+    def _map(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
+        return replace(
+            self,
+            tokens=function(self.tokens),
+            labels=function(self.labels),
+            loss_mask=function(self.loss_mask),
+            position_ids=function(self.position_ids),
+            cu_seqlens=function(self.cu_seqlens),
+            context=None if self.context is None else self.context.map(function),
+        )
 
 
 def num_target_tokens(batch: PackedBatch) -> Tensor:

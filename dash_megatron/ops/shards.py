@@ -39,7 +39,7 @@ class QueryChunks(NamedTuple):
 
 
 class KeyBuffer(NamedTuple):
-    """Which chunks' keys a buffer holds, and where; heads may be laid out differently."""
+    """Which chunks' keys a buffer holds, and where; each head may hold other chunks, in another order."""
 
     row: Tensor
     """int32 [Hkv, chunks of the whole sequence]: first row of the chunk in the buffer."""

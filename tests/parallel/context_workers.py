@@ -139,7 +139,8 @@ def attend_together(cases: dict[str, Case], folder: str) -> None:
 def _attend_rank(case: Case, group: ContextGroup) -> tuple[list[torch.Tensor], dict[str, Any]]:
     whole = inputs_of(case)
     chunk_size = CHUNK if case.kind == "dash" else None
-    shard = shard_sequence(case.cu_seqlens, group.rank, group.size, chunk_size).to(case.device)
+    shard = shard_sequence(case.cu_seqlens, group.rank, group.size, chunk_size)
+    shard = shard.map(lambda x: x.to(case.device))
     *rows, w = [x[shard.token].clone() for x in whole[:3]] + [whole[3].clone()]
     leaves = [*(x.requires_grad_() for x in (*rows, w)), *head_scaling_of(case)]
     if case.comm == "a2a":

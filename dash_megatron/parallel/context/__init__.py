@@ -1,1 +1,1 @@
-"""Context parallelism: how one sequence is laid out over ranks, how ranks communicate, and how attention exchanges keys."""
+"""Context parallelism: how one sequence is split over ranks, how ranks communicate, and how attention exchanges keys."""

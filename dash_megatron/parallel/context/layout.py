@@ -108,15 +108,8 @@ class ContextShard:
         """Tokens of this rank, before they are aligned."""
         return self.num_tokens // self.size
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> ContextShard:
-        """Copy all tensors to a device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> ContextShard:
-        """Copy all tensors to page-locked memory."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> ContextShard:
+    def map(self, function: Callable[[Tensor], Tensor]) -> ContextShard:
+        """Apply a function to every tensor."""
         chunks = None if self.chunks is None else self.chunks.map(function)
         cu_seqlens, token = function(self.cu_seqlens), function(self.token)
         return dataclasses.replace(self, cu_seqlens=cu_seqlens, token=token, chunks=chunks)
