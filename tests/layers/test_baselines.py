@@ -112,9 +112,7 @@ def test_layers_may_differ() -> None:
         ),
     ],
 )
-def test_what_a_baseline_cannot_do_is_refused_when_the_config_is_read(
-    sections: dict[str, Any], message: str
-) -> None:
+def test_what_a_baseline_cannot_do_is_refused_with_the_config(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         config_of(**sections)
     assert message in str(error.value)

@@ -108,7 +108,7 @@ def test_summary_query_starts_at_zero_and_is_sharded_by_kv_head() -> None:
     assert (query.tensor_model_parallel, query.partition_dim) == (True, 0)
 
 
-def test_learned_scaling_starts_at_one_is_sharded_by_kv_head_and_multiplies_the_layers_factor() -> None:
+def test_learned_scaling_starts_at_one_and_is_split_by_kv_head() -> None:
     config = config_of(attention={"learned_scaling": True, "scaling_factor": 3.0, "length_scaling": 0.5})
     model = model_of(config)
     assert sum(p.numel() for p in model.parameters()) == parameter_count(config, VOCABULARY)
@@ -129,7 +129,7 @@ def test_learned_scaling_starts_at_one_is_sharded_by_kv_head_and_multiplies_the_
     assert torch.equal(module(q, k, v, None), expected.transpose(0, 1).flatten(2))
 
 
-def test_core_attention_is_the_public_op_with_the_configured_constants() -> None:
+def test_core_attention_is_the_public_op_with_the_configs_values() -> None:
     constants = {
         "chunk_size": 16,
         "scaling_factor": 3.0,
@@ -148,7 +148,7 @@ def test_core_attention_is_the_public_op_with_the_configured_constants() -> None
     assert module.routing.chunks_selected == routing.chunks_selected.float().mean()
 
 
-def test_full_attention_is_softmax_over_the_past_with_shared_kv_heads() -> None:
+def test_full_attention_is_softmax_over_past_keys() -> None:
     module = model_of(config_of(attention={"kind": "full"})).decoder.layers[0].self_attention.core_attention
     q, k, v = torch.randn(40, 1, 4, 16), torch.randn(40, 1, 2, 16), torch.randn(40, 1, 2, 16)
     k_all, v_all = (x.repeat_interleave(2, dim=2) for x in (k, v))
@@ -230,7 +230,7 @@ def test_every_config_has_its_size_listed_here() -> None:
 
 
 @pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())
-def test_configs_build_on_the_meta_device_with_their_parameter_count(name: str, parameters: int) -> None:
+def test_configs_build_with_their_parameter_count(name: str, parameters: int) -> None:
     config = load_config(CONFIGS / f"{name}.yaml")
     vocab_size = config.model.vocab_size or 4096
     model = build_model(config, vocab_size, "meta")
@@ -240,7 +240,7 @@ def test_configs_build_on_the_meta_device_with_their_parameter_count(name: str, 
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["told", "not-told"])
-def test_attention_gets_the_longest_document_where_the_batch_knows_it(
+def test_attention_gets_the_longest_document_of_the_batch(
     told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bounds = []
@@ -294,7 +294,7 @@ def test_the_activation_is_compiled_on_cuda_only(device: str) -> None:
 
 @NEEDS_CUDA
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_compiled_activation_has_the_same_bits_whatever_the_number_of_rows(dtype: torch.dtype) -> None:
+def test_the_compiled_activation_has_the_same_bits_for_any_rows(dtype: torch.dtype) -> None:
     """A resumed run compiles for another first shape than the run that it goes on from."""
     x, upstream = (torch.randn(512, 1, size, dtype=dtype, device="cuda") for size in (192, 96))
 

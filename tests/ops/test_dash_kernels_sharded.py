@@ -257,7 +257,7 @@ def test_bfloat16_is_near_the_reference():
     _check(x, "windows", same_selection=False)
 
 
-def test_heads_and_chunks_of_other_sizes_in_steps_of_few_keys_equal_the_reference(monkeypatch):
+def test_other_sizes_in_steps_of_few_keys_equal_the_reference(monkeypatch):
     find_launches = sharded.find_launches
 
     def few_keys(*args, **kwargs):
@@ -270,7 +270,7 @@ def test_heads_and_chunks_of_other_sizes_in_steps_of_few_keys_equal_the_referenc
 
 
 @pytest.mark.parametrize("parts", [1, 40])
-def test_transposed_lists_in_one_part_and_in_more_than_there_is_work_equal_the_reference(parts, monkeypatch):
+def test_transposed_lists_in_any_parts_equal_the_reference(parts, monkeypatch):
     find_launches = sharded.find_launches
     if CUDA:
         parts *= 1000

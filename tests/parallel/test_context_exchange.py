@@ -50,9 +50,7 @@ def kinds_and_comms() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_every_exchange_gives_the_output_and_gradients_of_one_process(
-    size: int, run_processes: Any, tmp_path: Path
-) -> None:
+def test_every_exchange_gives_what_one_process_gives(size: int, run_processes: Any, tmp_path: Path) -> None:
     cases = {
         f"{kind}_{comm}_{documents}": Case(bounds, kind, comm, heads=(24, 12))
         for (kind, comm), (documents, bounds) in itertools.product(kinds_and_comms(), DOCUMENTS.items())
@@ -90,7 +88,7 @@ def test_every_exchange_serves_the_triton_kernels(run_processes: Any, tmp_path: 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_exchange_serves_the_kernels_of_ranks_that_share_a_gpu(
+def test_every_exchange_serves_kernels_of_ranks_that_share_a_gpu(
     dtype: torch.dtype, run_processes: Any, tmp_path: Path
 ) -> None:
     documents = {"one": (0, 4096), "packed": (0, 1000, 1001, 2048, 3333, 4096)}
@@ -116,9 +114,7 @@ def test_every_exchange_serves_the_kernels_of_ranks_that_share_a_gpu(
             assert error(x.double(), y) <= limits[what != "output"], (name, what)
 
 
-def test_a_token_changes_neither_earlier_tokens_nor_other_documents(
-    run_processes: Any, tmp_path: Path
-) -> None:
+def test_a_token_changes_no_earlier_token_and_no_other_document(run_processes: Any, tmp_path: Path) -> None:
     bounds, token = DOCUMENTS["packed"], 150
     cases = {
         f"{kind}_{comm}_{changed}": Case(bounds, kind, comm, changed_token=changed)
@@ -170,9 +166,7 @@ def test_bytes_sent_are_those_of_the_formulas(run_processes: Any, tmp_path: Path
             assert PassBytes(traffic["forward"], traffic["backward"]) == expected, name
 
 
-def test_sparse_sends_what_was_selected_and_never_more_than_all_gather(
-    run_processes: Any, tmp_path: Path
-) -> None:
+def test_sparse_sends_what_was_selected_and_at_most_everything(run_processes: Any, tmp_path: Path) -> None:
     bounds = (0, 2048)
     routings = {"dense": (0.01, 0), "random": (3.0, 0), "sharp": (30.0, 0), "local": (30.0, 2)}
     cases = {

@@ -56,7 +56,7 @@ def test_one_rank_alone_sends_nothing(kind: ContextComm) -> None:
     assert context_exchange(kind, alone, sent_chunks=0) == PassBytes(0, 0)
 
 
-def test_sparse_with_everything_selected_is_the_all_gather_and_its_requests() -> None:
+def test_sparse_of_everything_is_all_gather_and_its_requests() -> None:
     whole = ContextShape(context=4, tokens=16, heads=6, kv_heads=2, head_dim=8, chunk_size=4)
     sparse = context_exchange("sparse", whole, sent_chunks=3 * 4 * 2)
     dense = context_exchange("all_gather", whole)
@@ -88,13 +88,11 @@ def test_rings_and_tensor_parallelism() -> None:
     # 100 parameters are 200 bytes, of which a ring of 4 sends 150
     [(0, 300, 0), (1, 150, 150), (2, 5 * 150, 150), (3, 5 * 150, 5 * 3 * 150)],
 )
-def test_zero_moves_gradients_and_parameters_as_often_as_its_stage_says(
-    stage: int, gradients: int, parameters: int
-) -> None:
+def test_zero_moves_as_much_as_its_stage_says(stage: int, gradients: int, parameters: int) -> None:
     assert zero_step(100, stage, 4, micro_batches=5, gathers=3) == ZeroBytes(gradients, parameters)
 
 
-def test_zero_by_all_reduce_doubles_the_gradients_of_stages_1_and_2_alone() -> None:
+def test_zero_by_all_reduce_doubles_gradients_of_stages_1_and_2() -> None:
     assert [zero_step(100, stage, 4, reduce_scatter=False).gradients for stage in range(4)] == [
         300,
         300,
