@@ -1,0 +1,30 @@
+"""The pictures of the quality page come from its summary, and the page says what the fit in them finds."""
+
+from pathlib import Path
+
+import pytest
+
+from docs.tools.quality_pictures import KINDS, draw_curves, draw_positions, fit_knee, read_runs
+
+PAGE = Path(__file__).parents[2] / "docs" / "results" / "quality.md"
+
+
+def test_the_page_gives_the_fit_of_end_losses_to_knees() -> None:
+    runs = read_runs()
+    fit = fit_knee(runs)
+    text = PAGE.read_text()
+    assert f"{len(runs)} end losses" in text
+    assert len({run.kind for run in runs}) == len(KINDS) == 9
+    assert f"R² = {fit.explained:.2f}" in text
+    assert f"ends {100 * fit.slope:.3f} ±" in text
+
+
+def test_the_page_gives_the_end_losses_of_the_summary() -> None:
+    text = PAGE.read_text()
+    for run in read_runs():
+        assert f"{run.losses[-1]:.3f}" in text
+
+
+@pytest.mark.parametrize("draw", [draw_curves, draw_positions])
+def test_pictures_are_drawn(draw, tmp_path: Path) -> None:
+    assert draw(read_runs(), tmp_path).stat().st_size > 10_000
