@@ -24,11 +24,13 @@ from PIL import Image
 from dash_megatron.__main__ import main
 from dash_megatron.evaluation.cli import check_arguments
 from dash_megatron.planning.baseline_times import NOTE
+from dash_megatron.studies import jobs as jobs_module
 from dash_megatron.studies import pictures, scores
 from dash_megatron.studies import submit as submit_module
 from dash_megatron.studies.collect import collect, dense_twins
 from dash_megatron.studies.cost import mean_piece_context
 from dash_megatron.studies.fit import fit_compute, fit_parametric, frontier
+from dash_megatron.studies.local import environments
 from dash_megatron.studies.plan import as_row
 from dash_megatron.studies.runs import StudyRun, expand
 from dash_megatron.studies.study_file import load_study
@@ -392,7 +394,7 @@ def test_submit_evaluates_what_is_trained_once_and_again_where_it_failed(
 ) -> None:
     script = tmp_path / "fake_evaluate.py"
     script.write_text(EVALUATOR.replace("FAILS", "'h64'"))
-    monkeypatch.setattr(submit_module, "EVALUATE", (sys.executable, str(script)))
+    monkeypatch.setattr(jobs_module, "EVALUATE", (sys.executable, str(script)))
     path = write_study(
         points=SIZES[:2],
         evaluate={"short": "--tasks copy", "twice": "--rope-scaling '{rope_type: linear, factor: 2}'"},
@@ -539,9 +541,7 @@ def test_submit_trains_several_at_once_each_on_the_next_gpu(
 
 def test_runs_that_outnumber_gpus_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def places(at_once: int, processes: int) -> list[str | None]:
-        return [
-            place.get("CUDA_VISIBLE_DEVICES") for place in submit_module._environments(at_once, processes)
-        ]
+        return [place.get("CUDA_VISIBLE_DEVICES") for place in environments(at_once, processes)]
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     assert places(3, 1) == ["0", "1", "2"]

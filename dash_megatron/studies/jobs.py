@@ -1,0 +1,107 @@
+"""What is left to do for the runs of a study, and the queue that gives it out."""
+
+from __future__ import annotations
+
+import fnmatch
+import shlex
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dash_megatron.studies.runs import StudyRun
+from dash_megatron.studies.study_file import Study, StudyError
+
+# beside the results of an evaluation, what it was asked for
+ARGUMENTS = "arguments.txt"
+EVALUATE = (sys.executable, "-m", "dash_megatron", "evaluate")
+
+
+def is_finished(run: StudyRun) -> bool:
+    """Whether a run's last checkpoint is published: a run saves after its last step, whatever the config says."""
+    return (run.folder / "checkpoints" / f"step_{run.config.training.steps:08d}").is_dir()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is left to do for a run."""
+
+    study: Study
+    run: StudyRun
+    evaluations: dict[str, list[str]]
+    """Commands by name."""
+
+    @property
+    def start(self) -> Path | None:
+        """Folder of the weights that it begins with."""
+        start = self.run.config.training.init_from
+        return Path(start).resolve() if start else None
+
+
+class JobQueue:
+    """Jobs in their order, but none before the run is done whose weights it begins with."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self._waiting = list(enumerate(jobs))
+        self._unfinished = {job.run.folder.resolve() for job in jobs}
+        self._at_work = 0
+        self._changed = threading.Condition()
+
+    def take(self) -> tuple[int, Job] | None:
+        """The next job and its place in the order, once there is one; None: no more."""
+        with self._changed:
+            while self._waiting:
+                ready = [entry for entry in self._waiting if entry[1].start not in self._unfinished]
+                # runs that wait for each other say so themselves
+                if ready or not self._at_work:
+                    entry = (ready or self._waiting)[0]
+                    self._waiting.remove(entry)
+                    self._at_work += 1
+                    return entry
+                self._changed.wait()
+            return None
+
+    def done(self, job: Job) -> None:
+        """A job ended, well or not."""
+        with self._changed:
+            self._unfinished.discard(job.run.folder.resolve())
+            self._at_work -= 1
+            self._changed.notify_all()
+
+
+def missing_evaluations(study: Study, run: StudyRun) -> dict[str, list[str]]:
+    """Commands of the study's evaluations of a run that have no results yet, or those of other arguments, by name."""
+    if not study.evaluate:
+        return {}
+    # imported late: it brings torch
+    from dash_megatron.evaluation.runner import RESULTS
+
+    commands = {}
+    for name, arguments in study.evaluate.items():
+        output = run.folder / "evaluation" / name
+        told = output / ARGUMENTS
+        # results without that file are of evaluations by hand
+        changed = told.is_file() and told.read_text(encoding="utf-8") != arguments
+        if changed or not (output / RESULTS).is_file():
+            commands[name] = [*EVALUATE, str(run.folder), *shlex.split(arguments), "--output", str(output)]
+    return commands
+
+
+def select_jobs(every: dict[str, Job], only: Sequence[str]) -> list[Job]:
+    """The jobs whose runs patterns name, by `STUDY/NAME` or the name alone, in the order of the patterns; without any, all.
+
+    Raises:
+        ValueError: a pattern fits no run.
+    """
+    selected: dict[str, Job] = {}
+    for pattern in only:
+        found = {
+            name: job
+            for name, job in every.items()
+            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(job.run.name, pattern)
+        }
+        if not found:
+            raise StudyError(f"--only {pattern} fits no run; `study plan` lists them: {', '.join(every)}")
+        selected |= {name: job for name, job in found.items() if name not in selected}
+    return list((selected if only else every).values())

@@ -1,0 +1,200 @@
+"""Runs of studies on this machine: a number of them at once, started again after faults, evaluated when they are trained."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from dash_megatron.exit_codes import ExitCode
+from dash_megatron.files import write_whole
+from dash_megatron.studies.jobs import ARGUMENTS, Job, JobQueue, is_finished
+from dash_megatron.studies.runs import StudyRun
+from dash_megatron.studies.study_file import StudyError
+
+ROOT = Path(__file__).resolve().parents[2]
+_NOT_AGAIN = {ExitCode.CONFIG_ERROR: "its config or machine is wrong", ExitCode.HALTED: "it halted itself"}
+
+
+def repository_script(name: str) -> str:
+    """Path of a script of this repository.
+
+    Raises:
+        ValueError: the package is installed without it.
+    """
+    path = ROOT / name
+    if not path.is_file():
+        raise StudyError(
+            f"{path} does not exist; run from an editable install of the repository (`make env`)"
+        )
+    return str(path)
+
+
+def train_command(processes: int) -> list[str]:
+    """The command that trains, without its config: `train.py`, under torchrun where there are several processes."""
+    if processes == 1:
+        return [sys.executable, repository_script("train.py")]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
+    return [*launcher, repository_script("train.py")]
+
+
+class LocalRuns:
+    """Runs on this machine, `at_once` at a time; what each prints goes to `<run_dir>/study.log`."""
+
+    def __init__(self, command: list[str], restarts: int, environments: list[dict[str, str]]) -> None:
+        self.command, self.restarts = command, restarts
+        self._environments = environments
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._stop: int | None = None
+
+    def run_all(self, jobs: list[tuple[Job, Path]]) -> int:
+        """Train and evaluate each, with its config; 0, 1 or 75 as `submit_studies` says."""
+        orders = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before = {number: signal.signal(number, self._pass_on) for number in orders}
+        try:
+            waiting = JobQueue([job for job, _ in jobs])
+            with ThreadPoolExecutor(len(self._environments)) as pool:
+                places = [pool.submit(self._place, waiting, jobs, place) for place in self._environments]
+                finished = {number for place in places for number in place.result()}
+        finally:
+            for order, handler in before.items():
+                signal.signal(order, handler)
+        if self._stop is not None:
+            print("stopped as asked; `study submit` goes on from here", flush=True)
+            return int(ExitCode.REQUEUE)
+        failed = [job.run.name for number, (job, _) in enumerate(jobs) if number not in finished]
+        if failed:
+            print(f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}", flush=True)
+        return 1 if failed else 0
+
+    def _place(
+        self, waiting: JobQueue, jobs: list[tuple[Job, Path]], environment: dict[str, str]
+    ) -> list[int]:
+        """Do one job after the other, in one environment; the places in the order of those that went well."""
+        finished = []
+        while (entry := waiting.take()) is not None:
+            number, job = entry
+            try:
+                title = f"[{number + 1}/{len(jobs)}] {job.run.name}"
+                if self._work(title, job, jobs[number][1], environment):
+                    finished.append(number)
+            finally:
+                waiting.done(job)
+        return finished
+
+    def _work(self, title: str, job: Job, config: Path, environment: dict[str, str]) -> bool:
+        """Train and evaluate one run and say how it went; whether all is done."""
+        if self._stop is not None:
+            return False
+        run = job.run
+        started = time.monotonic()
+        problem = None
+        if not is_finished(run):
+            print(f"{title}: {run.config.training.steps} steps", flush=True)
+            problem = self._attempts(title, run, config, environment)
+        for name, command in job.evaluations.items():
+            if problem or self._stop is not None:
+                break
+            print(f"{title}: evaluation {name}", flush=True)
+            code = self._call(command, run.folder, environment)
+            problem = f"evaluation {name} ended with exit code {code}" if code else None
+            if not code:
+                write_whole(run.folder / "evaluation" / name / ARGUMENTS, job.study.evaluate[name])
+        if self._stop is not None:
+            return False
+        took = f"finished in {time.monotonic() - started:.0f} s"
+        print(
+            f"{title}: " + (f"failed: {problem}; see {run.folder}/study.log" if problem else took), flush=True
+        )
+        return not problem
+
+    def _attempts(self, title: str, run: StudyRun, config: Path, environment: dict[str, str]) -> str | None:
+        """What went wrong; None: the run is finished, or everything stops."""
+        for attempt in range(self.restarts + 1):
+            code = self._start(run, config, environment)
+            if self._stop is not None:
+                return None
+            if code == ExitCode.REQUEUE:  # somebody asked that process alone
+                self._pass_on(signal.SIGTERM)
+                return None
+            if code == ExitCode.DONE:
+                return None if is_finished(run) else "train.py ended well without its last checkpoint"
+            if code in _NOT_AGAIN:
+                return f"exit code {code}: {_NOT_AGAIN[ExitCode(code)]}"
+            if attempt < self.restarts:
+                print(f"{title}: exit code {code}: started again", flush=True)
+        return f"exit code {code} in each of {self.restarts + 1} starts"
+
+    def _start(self, run: StudyRun, config: Path, environment: dict[str, str]) -> int:
+        """Train until the process ends; its exit code, under torchrun that of `train.py`."""
+        run.folder.mkdir(parents=True, exist_ok=True)
+        tell = run.folder / "study.exit"
+        tell.unlink(missing_ok=True)
+        command = [*self.command, "--config", str(config)]
+        code = self._call(command, run.folder, {**environment, "DASH_EXIT_FILE": str(tell)})
+        if code and tell.is_file():
+            # torchrun gives 1 for everything
+            codes = [int(line.split("\t")[0]) for line in tell.read_text().splitlines() if line[:1].isdigit()]
+            return max(codes, default=code) if ExitCode.REQUEUE not in codes else int(ExitCode.REQUEUE)
+        return code
+
+    def _call(self, command: list[str], folder: Path, environment: dict[str, str]) -> int:
+        """The exit code of a command; what it prints goes to the folder's `study.log`."""
+        with open(folder / "study.log", "ab") as log:
+            log.write(f"$ {shlex.join(command)}\n".encode())
+            log.flush()
+            # a session of its own: Ctrl-C reaches it through `_pass_on`, once
+            process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env={**os.environ, **environment},
+            )
+            self._processes.add(process)
+            if self._stop is not None:  # asked before it was among them
+                process.send_signal(self._stop)
+            code = process.wait()
+            self._processes.discard(process)
+        return code
+
+    def _pass_on(self, number: int, frame: object = None) -> None:
+        self._stop = number
+        for process in list(self._processes):
+            process.send_signal(number)
+
+
+def environments(at_once: int, processes: int) -> list[dict[str, str]]:
+    """Variables of each place in which a run trains: its GPUs, the next ones of this machine, and its CPU cores.
+
+    Where places outnumber GPUs, they share them; a single place gets whatever there is.
+    """
+    if at_once == 1:
+        return [{}]
+    # imported late: only counting GPUs needs it
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+    threads = max(1, (os.cpu_count() or 1) // (at_once * processes))
+    places = []
+    for place in range(at_once):
+        variables = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
+        if len(gpus) > processes:
+            mine = [gpus[(place * processes + rank) % len(gpus)] for rank in range(processes)]
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+        places.append(variables)
+    return places
