@@ -6,20 +6,9 @@ from torch import Tensor
 
 from dash_megatron.ops.backend import pick_backend
 from dash_megatron.ops.checks import check_cu_seqlens, check_flag, check_router, check_tensors
-from dash_megatron.ops.reference import dash_attention_reference, document_positions
-from dash_megatron.ops.tensor_cache import cached
+from dash_megatron.ops.chunk_grid import routing_of
+from dash_megatron.ops.sequence_reference import dash_attention_reference
 from dash_megatron.ops.types import Router, Routing
-
-
-def routing_of(chunks_selected: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -> Routing:
-    """A `Routing` of the chunks selected, int32 [B, N, Hkv]; the other arguments are those of `dash_attention`."""
-    num_tokens, device = chunks_selected.shape[1], chunks_selected.device
-    available = cached(
-        cu_seqlens,
-        ("mean of available chunks", num_tokens, chunk_size, device),
-        lambda: (document_positions(num_tokens, cu_seqlens, device) // chunk_size + 1).float().mean(),
-    )
-    return Routing(chunks_selected, available)
 
 
 @overload

@@ -1,4 +1,4 @@
-"""Decoding in plain torch, one sequence after the other: what the kernels must equal, and the CPU path.
+"""Decoding in plain torch, one sequence after another, by `reference.py`: the CPU path, and what the kernels must equal.
 
 It reads lengths and page tables on the host. Tensors are those of a `DashCache`.
 """
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dash_megatron.ops.reference import _attend_block, _Block, wide
+from dash_megatron.ops.reference import Places, attend, route, wide
 from dash_megatron.ops.types import Router
 
 
@@ -19,6 +19,7 @@ def _pages(page_table: Tensor | None, sequence: int, place: Tensor, per_page: in
 
 
 def _summarize_chunk(k_CHD: Tensor, w_HD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Summary [H, D] of a whole chunk: `reference.summarize`, but for the order in which the softmax is summed."""
     k_CHD, w_HD = wide(k_CHD, w_HD.to(k_CHD.dtype) if k_CHD.dtype == torch.float64 else w_HD)
     weight_CH = (torch.einsum("chd,hd->ch", k_CHD, w_HD) * k_CHD.shape[-1] ** -0.5).softmax(0)
     summary_HD = torch.einsum("ch,chd->hd", weight_CH, k_CHD)
@@ -70,7 +71,7 @@ def decode_reference(
     page_table: Tensor | None,
     router: Router,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the last token of every sequence, by the code of the training reference.
+    """Attention of the last token of every sequence, by the functions that training is made of.
 
     Arguments are those of `dash_decode` and the tensors of its cache; computed in float64 if q is, otherwise in float32.
 
@@ -87,16 +88,19 @@ def decode_reference(
         past, slot = divmod(length - 1, C)
         tokens = _pages(page_table, b, torch.arange(length, device=q.device), k.shape[1])
         chunks = _pages(page_table, b, torch.arange(past, device=q.device), summary.shape[1])
-        # the rest of the own chunk is empty, and its summary is not made yet
-        room = (0, 0, 0, 0, 0, C - 1 - slot)
         q_HGD, k_SHD, v_SHD, summary_cHD = wide(
             q[b].unflatten(0, (Hkv, -1)), k[tokens], v[tokens], summary[chunks]
         )
-        q_BHGTD = (q_HGD * D**-0.5)[None, :, :, None]
-        k_BHSD, v_BHSD = (F.pad(x, room).transpose(0, 1)[None] for x in (k_SHD, v_SHD))
-        summary_BHcD = F.pad(summary_cHD.to(k_SHD.dtype), (0, 0, 0, 0, 0, 1)).transpose(0, 1)[None]
-        own_T, slot_T = torch.tensor([[past], [slot]], device=q.device)
-        block = _Block(own_T, slot_T, torch.zeros_like(own_T), first_chunk=0, own_chunk=past)
-        out_BHGTD, count_BHT = _attend_block(q_BHGTD, k_BHSD, v_BHSD, summary_BHcD, block, router)
-        out[b], selected[b] = out_BHGTD.reshape(Hq, D).to(q.dtype), count_BHT.flatten()
+        # the rest of the own chunk is empty, and its summary is not made yet
+        k_HcCD, v_HcCD = (
+            F.pad(x, (0, 0, 0, 0, 0, C - 1 - slot)).transpose(0, 1).unflatten(1, (-1, C)) for x in (k_SHD, v_SHD)
+        )
+        summary_HcD = F.pad(summary_cHD.to(k_SHD.dtype), (0, 0, 0, 0, 0, 1)).transpose(0, 1)
+        q_HG1D = (q_HGD * D**-0.5)[:, :, None]
+        chunk_c = torch.arange(past + 1, device=q.device)
+        own_1, slot_1 = torch.tensor([[past], [slot]], device=q.device)
+        places = Places(own_1, slot_1, torch.zeros_like(own_1))
+        bias_H1c, count_H1 = route(q_HG1D, summary_HcD, places.past(chunk_c), places.own(chunk_c), router)
+        out_HG1D = attend(q_HG1D, k_HcCD, v_HcCD, bias_H1c, places.hidden(chunk_c[past:], C))
+        out[b], selected[b] = out_HG1D.reshape(Hq, D).to(q.dtype), count_H1.flatten()
     return out, selected

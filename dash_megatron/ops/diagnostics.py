@@ -14,15 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dash_megatron.ops.entmax import entmax
-from dash_megatron.ops.reference import (
-    _Grid,
-    _log_prior,
-    _make_grid,
-    _summarize,
-    _to_grid,
-    document_positions,
-)
+from dash_megatron.ops.chunk_grid import ChunkGrid, document_positions
+from dash_megatron.ops.reference import Places, log_prior, probabilities, summarize
 from dash_megatron.ops.types import Router
 
 MEASURES = {
@@ -125,69 +118,117 @@ def _choose(position_N: Tensor, edges: tuple[int, ...], count: int) -> tuple[Ten
     return token_S, bucket_N[token_S], torch.tensor(weights, device=token_S.device)[by_token]
 
 
-def _flatten(
-    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, chunk_size: int
-) -> tuple[Tensor, Tensor, Tensor, _Grid]:
-    """Rows behind one another: queries [N, H, G, D], keys [N, H, D], positions [N] and the grid of chunks."""
-    B, N, Hq, D = q.shape
-    if cu_seqlens is None and B > 1:
-        cu_seqlens = torch.arange(0, (B + 1) * N, N, dtype=torch.int32, device=q.device)
-    Hkv = k.shape[2]
-    grid = _make_grid(B * N, chunk_size, cu_seqlens, q.device)
-    position_N = document_positions(B * N, cu_seqlens, q.device)
-    return q.reshape(B * N, Hkv, Hq // Hkv, D), k.reshape(B * N, Hkv, D), position_N, grid
+class _Head(NamedTuple):
+    """One key/value head of a row of tokens."""
+
+    q_NGD: Tensor
+    k_cWD: Tensor
+    """Keys on the grid, float32."""
+    summary_cD: Tensor
+    router: Router
+    grid: ChunkGrid
+
+    def queries(self, tokens: Tensor | slice) -> Tensor:
+        """Queries [S, G, D] of these tokens divided by sqrt(D), float32."""
+        return self.q_NGD[tokens].float() * self.q_NGD.shape[-1] ** -0.5
+
+    def probabilities(self, q_SGD: Tensor, past_Sc: Tensor, chunks: slice) -> Tensor:
+        """Group mean [S, c] of the entmax over past chunks."""
+        factor = self.router.score_factors(past_Sc.sum(-1), 1, q_SGD.dtype)
+        if isinstance(factor, Tensor):
+            factor = factor[0, :, None, None]
+        z_SGc = factor * (q_SGD @ self.summary_cD[chunks].mT)
+        # the queries as a batch, with one query each
+        return probabilities(z_SGc[:, :, None], past_Sc[:, None, None], self.router.alpha)[:, 0]
 
 
-def _chunks_of_head(k_NHD: Tensor, summary_query: Tensor, head: int, grid: _Grid) -> tuple[Tensor, Tensor]:
-    """Keys [c, W, D] of one head by chunk, and its summaries [c, D], float32."""
-    k_BHSD = _to_grid(k_NHD[None, :, head : head + 1].float(), grid)
-    summary_cD = _summarize(k_BHSD, summary_query[head : head + 1].float(), grid)[0, 0]
-    return k_BHSD.view(grid.num_chunks, grid.num_slots, -1), summary_cD
+class _Row(NamedTuple):
+    """Tokens of all rows of a batch, concatenated."""
+
+    q_NHGD: Tensor
+    k_NHD: Tensor
+    position_N: Tensor
+    grid: ChunkGrid
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> _Row:
+        B, N, Hq, D = q.shape
+        if cu_seqlens is None and B > 1:
+            cu_seqlens = torch.arange(0, (B + 1) * N, N, dtype=torch.int32, device=q.device)
+        Hkv = k.shape[2]
+        return cls(
+            q.reshape(B * N, Hkv, Hq // Hkv, D),
+            k.reshape(B * N, Hkv, D),
+            document_positions(B * N, cu_seqlens, q.device),
+            ChunkGrid.of(B * N, chunk_size, cu_seqlens, q.device),
+        )
+
+    def heads(self, summary_query: Tensor, router: Router) -> Iterator[_Head]:
+        """The key/value heads one by one, for memory."""
+        for head in range(self.k_NHD.shape[1]):
+            only = slice(head, head + 1)
+            k_1HcWD = self.grid.by_chunk(self.grid.spread(self.k_NHD[None, :, only].float()))
+            summary_1HcD = summarize(k_1HcWD, self.grid.filled(), summary_query[only].float())
+            yield _Head(
+                self.q_NHGD[:, head], k_1HcWD[0, 0], summary_1HcD[0, 0], router.of_heads(only), self.grid
+            )
+
+    def places(self, token_S: Tensor) -> Places:
+        """Where tokens stand."""
+        grid = self.grid
+        return Places(grid.chunk_N[token_S], grid.slot_N[token_S], grid.first_chunk_N[token_S])
 
 
-def _route(q_SGD: Tensor, summary_cD: Tensor, past_Sc: Tensor, router: Router) -> Tensor:
-    """Group mean [S, c] of the entmax over past chunks; `q_SGD` comes divided by sqrt(D)."""
-    factor = router.score_factors(past_Sc.sum(1), 1, torch.float32)
-    if isinstance(factor, Tensor):
-        factor = factor[0, :, None, None]
-    z_SGc = factor * (q_SGD @ summary_cD.mT)
-    return entmax(z_SGc.masked_fill(~past_Sc[:, None], -math.inf), router.alpha).mean(1)
+class _Block(NamedTuple):
+    """Sampled queries, rising, and the chunks that they may need."""
+
+    token_S: Tensor
+    places: Places
+    first: int
+    end: int
+    """One past the last chunk."""
+
+    @property
+    def chunks(self) -> slice:
+        return slice(self.first, self.end)
+
+    @property
+    def chunk_c(self) -> Tensor:
+        """Numbers of the chunks."""
+        return torch.arange(self.first, self.end, device=self.token_S.device)
+
+
+def _blocks(row: _Row, token_S: Tensor, scores_per_chunk: int) -> Iterator[_Block]:
+    """Cut rising tokens into blocks with at most as many scores as may be alive."""
+    rows = max(1, MAX_SCORES // (row.grid.num_chunks * scores_per_chunk))
+    for part in token_S.split(rows):
+        places = row.places(part)
+        first, end = torch.stack([places.first_chunk_T.min(), places.chunk_T.max() + 1]).tolist()
+        yield _Block(part, places, first, end)
 
 
 def _attention_by_chunk(q_SGD: Tensor, k_cWD: Tensor, bias_Sc: Tensor, hidden_ScW: Tensor) -> Tensor:
     """Share [S, c] of each query's final attention, mean over the group, that chunks get."""
-    c, W, D = k_cWD.shape
-    scores_SGcW = (q_SGD @ k_cWD.reshape(c * W, D).mT).unflatten(-1, (c, W))
+    scores_SGcW = (q_SGD @ k_cWD.flatten(0, 1).mT).unflatten(-1, k_cWD.shape[:2])
     scores_SGcW = scores_SGcW.masked_fill(hidden_ScW[:, None], -math.inf)
     return (scores_SGcW.logsumexp(-1) + bias_Sc[:, None]).softmax(-1).mean(1)
 
 
-class _Places(NamedTuple):
-    """Where the S queries of one block stand."""
-
-    chunk_S: Tensor
-    slot_S: Tensor
-    first_chunk_S: Tensor
-
-    def masks(self, first: int, end: int) -> tuple[Tensor, Tensor]:
-        """Which of the chunks from `first` to `end` are past, and which is the own: bool [S, c] each."""
-        chunk_c = torch.arange(first, end, device=self.chunk_S.device)
-        own_Sc = chunk_c == self.chunk_S[:, None]
-        return (chunk_c >= self.first_chunk_S[:, None]) & (chunk_c < self.chunk_S[:, None]), own_Sc
-
-
-def _measure(
-    q_SGD: Tensor, k_cWD: Tensor, summary_cD: Tensor, places: _Places, first: int, router: Router
-) -> tuple[dict[str, Tensor], Tensor]:
-    """`MEASURES` [S] of one key/value head, given chunks from number `first` on, and counts [S, bins] of weights."""
-    past_Sc, own_Sc = places.masks(first, first + len(summary_cD))
-    p_Sc = _route(q_SGD, summary_cD, past_Sc, router)
-    bias, selected = _log_prior(p_Sc[None, None], own_Sc, router)
-    bias_Sc, selected_S = bias[0, 0], selected[0, 0].float()
-    slot_W = torch.arange(k_cWD.shape[1], device=q_SGD.device)
-    hidden_ScW = own_Sc[..., None] & (slot_W > places.slot_S[:, None, None])
+def _measure(head: _Head, block: _Block) -> tuple[dict[str, Tensor], Tensor]:
+    """`MEASURES` [S] of one key/value head, and counts [S, bins] of weights."""
+    q_SGD, k_cWD = head.queries(block.token_S), head.k_cWD[block.chunks]
+    past_Sc, own_Sc = block.places.past(block.chunk_c), block.places.own(block.chunk_c)
+    p_Sc = head.probabilities(q_SGD, past_Sc, block.chunks)
+    bias_Sc, selected_S = log_prior(p_Sc, own_Sc, head.router)
+    hidden_ScW = block.places.hidden(block.chunk_c, k_cWD.shape[1])
     attention_Sc = _attention_by_chunk(q_SGD, k_cWD, bias_Sc, hidden_ScW)
+    return _values(p_Sc, bias_Sc, selected_S.float(), attention_Sc, past_Sc, own_Sc)
 
+
+def _values(
+    p_Sc: Tensor, bias_Sc: Tensor, selected_S: Tensor, attention_Sc: Tensor, past_Sc: Tensor, own_Sc: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What `_measure` returns, from probabilities, log priors, chunks selected and shares of attention."""
     inside_Sc, num_past_S, num_inside_S = p_Sc > 0, past_Sc.sum(1).float(), selected_S - 1
     relative_Sc = p_Sc * num_inside_S[:, None]
     near_Sc = inside_Sc & (relative_Sc < NEAR_THRESHOLD)
@@ -220,17 +261,6 @@ def _histogram(relative_Sc: Tensor, inside_Sc: Tensor) -> Tensor:
     return counts.scatter_add(1, bin_Sc, inside_Sc.float())
 
 
-def _blocks(
-    grid: _Grid, token_S: Tensor, scores_per_chunk: int
-) -> Iterator[tuple[Tensor, _Places, int, int]]:
-    """Pieces of rising tokens: their tokens, places, first chunk needed, and one past the last."""
-    rows = max(1, MAX_SCORES // (grid.num_chunks * scores_per_chunk))
-    for part in token_S.split(rows):
-        places = _Places(grid.chunk_N[part], grid.slot_N[part], grid.first_chunk_N[part])
-        first, end = torch.stack([places.first_chunk_S.min(), places.chunk_S.max() + 1]).tolist()
-        yield part, places, first, end
-
-
 @torch.no_grad()
 def sample_routing(
     q: Tensor,
@@ -254,19 +284,14 @@ def sample_routing(
             more buckets, one each.
     """
     with torch.autocast(q.device.type, enabled=False):
-        q_NHGD, k_NHD, position_N, grid = _flatten(q, k, cu_seqlens, router.chunk_size)
-        H, G, D = q_NHGD.shape[1:]
-        edges = _bucket_edges(q.shape[1] if cu_seqlens is None else len(q_NHGD), router.chunk_size)
-        token_S, bucket_S, weight_S = _choose(position_N, edges, max_queries)
+        row = _Row.of(q, k, cu_seqlens, router.chunk_size)
+        edges = _bucket_edges(q.shape[1] if cu_seqlens is None else len(row.q_NHGD), router.chunk_size)
+        token_S, bucket_S, weight_S = _choose(row.position_N, edges, max_queries)
+        blocks = list(_blocks(row, token_S, row.grid.num_slots * row.q_NHGD.shape[2]))
         values: list[dict[str, Tensor]] = []
         weights = []
-        for head in range(H):  # one by one, for memory
-            of_head = router.of_heads(slice(head, head + 1))
-            k_cWD, summary_cD = _chunks_of_head(k_NHD, summary_query, head, grid)
-            found = []
-            for part, places, first, end in _blocks(grid, token_S, grid.num_slots * G):
-                q_SGD = q_NHGD[part, head].float() * D**-0.5
-                found.append(_measure(q_SGD, k_cWD[first:end], summary_cD[first:end], places, first, of_head))
+        for head in row.heads(summary_query, router):
+            found = [_measure(head, block) for block in blocks]
             values.append({name: torch.cat([part[name] for part, _ in found]) for name in MEASURES})
             total = weight_S @ torch.cat([counts for _, counts in found])
             weights.append(total / total.sum())
@@ -305,10 +330,10 @@ def selection_map(
     `sample_routing`, with B == 1.
     """
     with torch.autocast(q.device.type, enabled=False):
-        q_NHGD, k_NHD, _, grid = _flatten(q, k, None, router.chunk_size)
-        N, H, G, D = q_NHGD.shape
-        per_cell = -(-grid.num_chunks // max_cells)
-        cells, tokens_of_cell = -(-grid.num_chunks // per_cell), per_cell * router.chunk_size
+        row = _Row.of(q, k, None, router.chunk_size)
+        (N, H, G, _), num_chunks = row.q_NHGD.shape, row.grid.num_chunks
+        per_cell = -(-num_chunks // max_cells)
+        cells, tokens_of_cell = -(-num_chunks // per_cell), per_cell * router.chunk_size
         starts = range(0, N, tokens_of_cell)
         sizes = [min(tokens_of_cell, N - start) for start in starts]
         token_S = torch.cat(
@@ -317,18 +342,16 @@ def selection_map(
                 for start, size in zip(starts, sizes, strict=True)
             ]
         )
+        blocks = list(_blocks(row, token_S, G))
         pairs = torch.zeros(H, 2, cells, cells, device=q.device)
-        for head in range(H):
-            of_head = router.of_heads(slice(head, head + 1))
-            _, summary_cD = _chunks_of_head(k_NHD, summary_query, head, grid)
-            for part, places, first, end in _blocks(grid, token_S, G):
-                q_SGD = q_NHGD[part, head].float() * D**-0.5
-                past_Sc, own_Sc = places.masks(first, end)
-                selected_Sc = (_route(q_SGD, summary_cD[first:end], past_Sc, of_head) > 0) | own_Sc
-                both = torch.stack([selected_Sc, past_Sc | own_Sc]).float()
-                padded = torch.nn.functional.pad(both, (0, cells * per_cell - end))
+        for head, counts in zip(row.heads(summary_query, router), pairs, strict=True):
+            for block in blocks:
+                past_Sc, own_Sc = block.places.past(block.chunk_c), block.places.own(block.chunk_c)
+                p_Sc = head.probabilities(head.queries(block.token_S), past_Sc, block.chunks)
+                both = torch.stack([(p_Sc > 0) | own_Sc, past_Sc | own_Sc]).float()
+                padded = torch.nn.functional.pad(both, (0, cells * per_cell - block.end))
                 by_cell = padded.unflatten(-1, (cells, per_cell)).sum(-1)
-                pairs[head].index_add_(1, places.chunk_S // per_cell, by_cell)
+                counts.index_add_(1, block.places.chunk_T // per_cell, by_cell)
     return SelectionMap(share=pairs[:, 0] / pairs[:, 1], chunks_per_cell=per_cell)
 
 
@@ -343,22 +366,19 @@ def listed_share(
     ones of one document (B == 1). T goes through the powers of two up to the chunk size.
     """
     with torch.autocast(q.device.type, enabled=False):
-        q_NHGD, k_NHD, _, grid = _flatten(q, k, None, router.chunk_size)
-        (N, H, _, D), C = q_NHGD.shape, router.chunk_size
+        row, C = _Row.of(q, k, None, router.chunk_size), router.chunk_size
+        N, H = row.q_NHGD.shape[:2]
         past = N // C - 1
         if past < 1:
             raise ValueError(f"q has {N} tokens and must have two chunks of {C}; give a longer document")
         chunks = (1 + _spread(past, min(past, max_chunks), q.device)).tolist()
         tiles = [1 << power for power in range(C.bit_length())]
         visited = {tile: torch.zeros(H, device=q.device) for tile in tiles}
-        for head in range(H):
-            _, summary_cD = _chunks_of_head(k_NHD, summary_query, head, grid)
+        for number, head in enumerate(row.heads(summary_query, router)):
             for chunk in chunks:
-                q_SGD = q_NHGD[chunk * C : (chunk + 1) * C, head].float() * D**-0.5
+                q_SGD = head.queries(slice(chunk * C, (chunk + 1) * C))
                 past_Sc = torch.ones(C, chunk, dtype=torch.bool, device=q.device)
-                selected_Sc = (
-                    _route(q_SGD, summary_cD[:chunk], past_Sc, router.of_heads(slice(head, head + 1))) > 0
-                )
+                selected_Sc = head.probabilities(q_SGD, past_Sc, slice(0, chunk)) > 0
                 for tile, sums in visited.items():
-                    sums[head] += tile * selected_Sc.unflatten(0, (-1, tile)).any(1).sum()
+                    sums[number] += tile * selected_Sc.unflatten(0, (-1, tile)).any(1).sum()
     return {tile: sums / (C * sum(chunks)) for tile, sums in visited.items()}

@@ -1,8 +1,7 @@
-"""The stages of DashAttention in plain torch, for queries and keys that lie in different buffers.
+"""The stages of DashAttention under context parallelism in plain torch: queries and keys lie in different buffers.
 
-What `kernels/sharded.py` computes on the GPU, by the same names: summarize chunks, route this rank's queries over the
-summaries of the whole sequence, attend to the chunks that a buffer holds, and the backward of each. Calls of `attend`
-on buffers with different chunks are merged through their log-sum-exp.
+The maths is that of `reference.py`, on chunks that are gathered from buffers. What is added: the log-sum-exp of a buffer's
+scores, through which attention to several buffers is merged, and a backward of attention that starts from the merged one.
 
 Letters: H key/value heads, G query heads per key/value head, n rows of q, m rows of k, c chunks of the whole sequence,
 w of them in the window of a buffer, C slots per chunk.
@@ -15,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dash_megatron.ops.entmax import entmax
-from dash_megatron.ops.reference import LOG2_E, MAX_BLOCK_SCORES, _log_prior, wide
+from dash_megatron.ops import reference
+from dash_megatron.ops.reference import LOG2_E, MAX_BLOCK_SCORES, Places, attention_scores, wide
 from dash_megatron.ops.shards import (
     Attended,
     AttentionGradients,
@@ -36,9 +35,13 @@ class State(NamedTuple):
     bias: Tensor
     """[H, n, c]: log prior (natural), 0 at the own chunk, -inf where not selected."""
     chunk: Tensor
-    """int64 [n]: number of the row's own chunk."""
     slot: Tensor
-    """int64 [n]: place of the row in its chunk."""
+    first_chunk: Tensor
+    """int64 [n] each: the `Places` of the rows."""
+
+    @property
+    def places(self) -> Places:
+        return Places(self.chunk, self.slot, self.first_chunk)
 
 
 def _slots(k: Tensor, row: Tensor, length: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
@@ -58,19 +61,15 @@ def _add_slots(gradient_HwCD: Tensor, row: Tensor, length: Tensor, out: Tensor, 
     out.index_put_((rows, head_H), gradient_HwCD[head_H, chunk_w, slot], accumulate=True)
 
 
-def _summary(k: Tensor, w: Tensor, start: Tensor, end: Tensor, chunk_size: int) -> Tensor:
-    row, length = (x.expand(k.shape[1], -1) for x in (start, end - start))
-    k_HcCD, filled_HcC = _slots(k, row, length, chunk_size)
-    score_HcC = torch.einsum("hctd,hd->hct", k_HcCD, w * k.shape[2] ** -0.5)
-    # an empty chunk has equal weights of zero keys
-    score_HcC = torch.where(filled_HcC, score_HcC, torch.finfo(k.dtype).min)
-    return torch.einsum("hct,hctd->hcd", score_HcC.softmax(-1), k_HcCD)
+def _summarize(k: Tensor, w: Tensor, chunks: QueryChunks, chunk_size: int) -> Tensor:
+    row, length = (x.expand(k.shape[1], -1) for x in (chunks.start, chunks.end - chunks.start))
+    return reference.summarize(*_slots(k, row, length, chunk_size), w)
 
 
 def summarize(k: Tensor, w: Tensor, chunks: QueryChunks, chunk_size: int) -> Tensor:
     """As `Stages.summarize`, in k's dtype but at least float32."""
     k, w = wide(k, w)
-    return _summary(k, w, chunks.start, chunks.end, chunk_size)
+    return _summarize(k, w, chunks, chunk_size)
 
 
 def summarize_backward(
@@ -79,58 +78,54 @@ def summarize_backward(
     """As `Stages.summarize_backward`."""
     with torch.enable_grad():
         k, w = (x.detach().requires_grad_() for x in wide(k, w))
-        dk, dw = torch.autograd.grad(
-            _summary(k, w, chunks.start, chunks.end, chunk_size), (k, w), d_summary.to(k.dtype)
-        )
+        dk, dw = torch.autograd.grad(_summarize(k, w, chunks, chunk_size), (k, w), d_summary.to(k.dtype))
     return dk, dw
 
 
-def _route(q: Tensor, summary: Tensor, chunk: Tensor, first: Tensor, router: Router) -> tuple[Tensor, Tensor]:
-    """Log prior [H, n, c] and number of chunks selected [H, n]."""
-    (n, Hq, D), (H, c, _) = q.shape, summary.shape
-    rows_HRD = q.view(n, H, Hq // H, D).permute(1, 2, 0, 3).reshape(H, -1, D)
-    factor = router.score_factors(chunk - first, H, q.dtype) * D**-0.5
-    if isinstance(factor, Tensor):
-        factor = factor[:, None, :, None]
-    z_HGnc = (rows_HRD @ summary.mT).view(H, -1, n, c) * factor
-    number_c = torch.arange(c, device=q.device)
-    past_nc = (number_c >= first[:, None]) & (number_c < chunk[:, None])
-    p_HGnc = entmax(z_HGnc.masked_fill(~past_nc, -math.inf), router.alpha)
-    bias_1Hnc, selected_1Hn = _log_prior(p_HGnc.mean(1)[None], number_c == chunk[:, None], router)
-    return bias_1Hnc[0], selected_1Hn[0]
+def _by_head(x: Tensor, num_kv_heads: int) -> Tensor:
+    """Rows [n, Hq, ...] as [H, G, n, ...]."""
+    return x.unflatten(1, (num_kv_heads, -1)).movedim(0, 2)
 
 
-def _places(queries: QueryChunks, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Own chunk, slot and first chunk of the document, int64 [n] each, of every row."""
+def _by_row(x_HGT: Tensor) -> Tensor:
+    """[H, G, T, ...] as rows [T, Hq, ...]."""
+    return x_HGT.movedim(2, 0).flatten(1, 2)
+
+
+def _places(queries: QueryChunks, num_rows: int) -> Places:
+    """Where the rows of a rank stand."""
     length = (queries.end - queries.start).long()
     chunk, first, start = (
         x.long().repeat_interleave(length) for x in (queries.number, queries.first, queries.start)
     )
     assert len(chunk) == num_rows, "every row of q lies in a chunk"
-    return chunk, torch.arange(num_rows, device=chunk.device) - start, first
+    return Places(chunk, torch.arange(num_rows, device=chunk.device) - start, first)
 
 
-def _with_heads(router: Router, head_scaling: Tensor | None) -> Router:
-    if head_scaling is None:
-        return router
-    return router._replace(scaling_factor=router.scaling_factor * head_scaling)
+def _route(
+    q: Tensor, summary: Tensor, places: Places, router: Router, head_scaling: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Log prior [H, n, c] and number of chunks selected [H, n]."""
+    if head_scaling is not None:
+        router = router._replace(scaling_factor=router.scaling_factor * head_scaling)
+    number_c = torch.arange(summary.shape[1], device=q.device)
+    masks = places.past(number_c), places.own(number_c)
+    return reference.route(_by_head(q, len(summary)), summary, *masks, router, scale=q.shape[2] ** -0.5)
 
 
 def route(
     q: Tensor, summary: Tensor, chunks: QueryChunks, router: Router, head_scaling: Tensor | None = None
 ) -> Routed:
     """As `Stages.route`."""
-    chunk, slot, first = _places(chunks, len(q))
-    router = _with_heads(router, head_scaling)
-    q, summary = wide(q, summary)
-    bias, selected = _route(q, summary, chunk, first, router)
-    return Routed(selected.mT.contiguous(), State(bias, chunk, slot))
+    places = _places(chunks, len(q))
+    bias, selected = _route(*wide(q, summary), places, router, head_scaling)
+    return Routed(selected.mT.contiguous(), State(bias, *places))
 
 
 def listed(routed: Routed, num_chunks: int) -> Tensor:
     """As `Stages.listed`."""
     state = State(*routed.state)
-    own = torch.arange(num_chunks, device=state.bias.device) == state.chunk[:, None]
+    own = state.places.own(torch.arange(num_chunks, device=state.bias.device))
     return ((state.bias > -math.inf) & ~own).any(1)
 
 
@@ -138,40 +133,56 @@ def route_backward(
     d_prior: Tensor, queries: RoutedQueries, summary: Tensor, head_scaling: Tensor | None = None
 ) -> RouterGradients:
     """As `Stages.route_backward`."""
-    q, router = queries.q, queries.router
-    chunk, _, first = _places(queries.chunks, len(q))
+    places = State(*queries.routed.state).places
     with torch.enable_grad():
-        given = (q, summary) if head_scaling is None else (q, summary, head_scaling)
+        given = (queries.q, summary) if head_scaling is None else (queries.q, summary, head_scaling)
         q, summary, *heads = leaves = [x.detach().requires_grad_() for x in wide(*given)]
-        bias, _ = _route(q, summary, chunk, first, _with_heads(router, heads[0] if heads else None))
+        bias, _ = _route(q, summary, places, queries.router, heads[0] if heads else None)
         dq, d_summary, *d_heads = torch.autograd.grad(bias, leaves, d_prior)
     return RouterGradients(dq, d_summary, d_heads[0] if d_heads else None)
 
 
-def _blocks(
-    q: Tensor, state: State, keys: KeyBuffer, chunk_size: int
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Cut the queries into blocks: rows, chunks that the block needs, and what scores are made of.
+class _Block(NamedTuple):
+    """Some of the queries, and the chunks of a buffer that they attend to."""
 
-    Yields the rows as a slice, the chunk numbers [w], q [H, G, T, D] scaled, and the bias [H, 1, T, w, C], which is
-    -inf for slots that a row may not see.
-    """
+    rows: slice
+    number_w: Tensor
+    """Numbers of the chunks."""
+    row: Tensor
+    """[H, w]: first row of each chunk in the buffer."""
+    length: Tensor
+    """[H, w]: its rows."""
+    q_HGTD: Tensor
+    """Queries divided by sqrt(D)."""
+    scores: Tensor
+    """[H, G, T, w * C]: attention scores, -inf where a query does not attend."""
+    k_HSD: Tensor
+    """Keys [H, w * C, D]."""
+
+
+def _blocks(
+    q: Tensor, k: Tensor, state: State, keys: KeyBuffer, chunk_size: int
+) -> Iterator[_Block]:
+    """Cut the queries into blocks; those that attend to nothing in the buffer are skipped."""
     (n, Hq, D), H = q.shape, keys.row.shape[0]
     held_c = keys.length.amax(0) > 0
     held_c[: keys.first] = held_c[keys.last :] = False
     size = max(16, MAX_BLOCK_SCORES // max(1, Hq * int(held_c.sum()) * chunk_size))
-    slot_C = torch.arange(chunk_size, device=q.device)
     for start in range(0, n, size):
         rows = slice(start, start + size)
         bias_HTc = state.bias[:, rows]
         number_w = torch.nonzero((bias_HTc > -math.inf).any(1).any(0) & held_c).flatten()
         if not len(number_w):
             continue
-        late_TwC = (number_w == state.chunk[rows, None])[..., None] & (slot_C > state.slot[rows, None, None])
-        hidden_HTwC = (slot_C >= keys.length[:, number_w, None])[:, None] | late_TwC
-        bias_HTwC = bias_HTc[:, :, number_w, None].masked_fill(hidden_HTwC, -math.inf)
-        q_HGTD = q[rows].view(-1, H, Hq // H, D).permute(1, 2, 0, 3) * D**-0.5
-        yield rows, number_w, q_HGTD, bias_HTwC[:, None]
+        row, length = keys.row[:, number_w], keys.length[:, number_w]
+        q_HGTD = _by_head(q[rows], H) * D**-0.5
+        k_HwCD, filled_HwC = _slots(k, row, length, chunk_size)
+        places = Places(*(x[rows] for x in state.places))
+        hidden_HTwC = places.hidden(number_w, chunk_size) | ~filled_HwC[:, None]
+        # the heads of a group as a batch, each of which has a group of one
+        bias_H1Tw, hidden_H11TwC = bias_HTc[:, None, :, number_w], hidden_HTwC[:, None, None]
+        scores = attention_scores(q_HGTD[:, :, None], k_HwCD[:, None], bias_H1Tw, hidden_H11TwC)
+        yield _Block(rows, number_w, row, length, q_HGTD, scores[:, :, 0].flatten(-2), k_HwCD.flatten(1, 2))
 
 
 def attend(queries: RoutedQueries, k: Tensor, v: Tensor, keys: KeyBuffer) -> Attended:
@@ -181,14 +192,12 @@ def attend(queries: RoutedQueries, k: Tensor, v: Tensor, keys: KeyBuffer) -> Att
     out = torch.zeros_like(q)
     # rounded to float32, a large log-sum-exp would scale all weights of its row
     lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float64, device=q.device)
-    for rows, number, q_HGTD, bias_HGTwC in _blocks(q, state, keys, chunk_size):
-        row, length = keys.row[:, number], keys.length[:, number]
-        (k_HSD, v_HSD) = (_slots(x, row, length, chunk_size)[0].flatten(1, 2) for x in (k, v))
-        scores = q_HGTD @ k_HSD[:, None].mT + bias_HGTwC.flatten(-2)
-        part = scores.logsumexp(-1)
-        weights = (scores - part.clamp_min(torch.finfo(q.dtype).min)[..., None]).exp()
-        out[rows] = (weights @ v_HSD[:, None]).permute(2, 0, 1, 3).flatten(1, 2)
-        lse[rows] = part.double().permute(2, 0, 1).flatten(1) * LOG2_E
+    for block in _blocks(q, k, state, keys, chunk_size):
+        v_HSD = _slots(v, block.row, block.length, chunk_size)[0].flatten(1, 2)
+        part = block.scores.logsumexp(-1)
+        weights = (block.scores - part.clamp_min(torch.finfo(q.dtype).min)[..., None]).exp()
+        out[block.rows] = _by_row(weights @ v_HSD[:, None])
+        lse[block.rows] = _by_row(part.double()) * LOG2_E
     return Attended(out, lse)
 
 
@@ -205,19 +214,17 @@ def attend_backward(
     d_out, q, k, v, out = wide(gradient.d_out, queries.q, k, v, gradient.merged.out)
     state, chunk_size = State(*queries.routed.state), queries.router.chunk_size
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    (_, Hq, D), H = q.shape, k.shape[1]
+    D, H = q.shape[2], k.shape[1]
     delta = (d_out.double() * out).sum(-1).to(q.dtype)
-    for rows, number, q_HGTD, bias_HGTwC in _blocks(q, state, keys, chunk_size):
-        row, length = keys.row[:, number], keys.length[:, number]
-        (k_HSD, v_HSD) = (_slots(x, row, length, chunk_size)[0].flatten(1, 2) for x in (k, v))
-        lse_HGT, delta_HGT = (x[rows].view(-1, H, Hq // H).permute(1, 2, 0) for x in (lse / LOG2_E, delta))
-        d_out_HGTD = d_out[rows].view(-1, H, Hq // H, D).permute(1, 2, 0, 3)
-        weights = (q_HGTD @ k_HSD[:, None].mT + bias_HGTwC.flatten(-2) - lse_HGT[..., None]).exp().to(q.dtype)
+    for block in _blocks(q, k, state, keys, chunk_size):
+        v_HSD = _slots(v, block.row, block.length, chunk_size)[0].flatten(1, 2)
+        lse_HGT, delta_HGT, d_out_HGTD = (_by_head(x[block.rows], H) for x in (lse / LOG2_E, delta, d_out))
+        weights = (block.scores - lse_HGT[..., None]).exp().to(q.dtype)
         d_scores = weights * (d_out_HGTD @ v_HSD[:, None].mT - delta_HGT[..., None])
-        dq[rows] = (d_scores @ k_HSD[:, None]).permute(2, 0, 1, 3).flatten(1, 2) * D**-0.5
-        shape = (H, len(number), chunk_size, D)
-        _add_slots((d_scores.mT @ q_HGTD).sum(1).view(shape), row, length, dk, chunk_size)
-        _add_slots((weights.mT @ d_out_HGTD).sum(1).view(shape), row, length, dv, chunk_size)
+        dq[block.rows] = _by_row(d_scores @ block.k_HSD[:, None]) * D**-0.5
+        for x_HSD, out in (((d_scores.mT @ block.q_HGTD).sum(1), dk), ((weights.mT @ d_out_HGTD).sum(1), dv)):
+            x_HwCD = x_HSD.unflatten(1, (-1, chunk_size))
+            _add_slots(x_HwCD, block.row, block.length, out, chunk_size)
         d_bias_HTw = d_scores.unflatten(-1, (-1, chunk_size)).sum((1, -1))
-        gradient.d_prior[:, rows][..., number] += d_bias_HTw
+        gradient.d_prior[:, block.rows][..., block.number_w] += d_bias_HTw
     return AttentionGradients(dq, dk, dv)

@@ -17,6 +17,7 @@ from torch import Tensor
 from dash_megatron.files import write_whole
 from dash_megatron.layers import DashCoreAttention
 from dash_megatron.ops.entmax import entmax
+from dash_megatron.ops.reference import summarize
 from dash_megatron.ops.types import Router
 
 ALPHAS = {"softmax": None, "1.5-entmax": 1.5, "2-entmax": 2.0}
@@ -137,13 +138,13 @@ def _made_up(seed: int) -> Iterable[tuple[str, _Source]]:
     needle[..., 0] = NEEDLE
     topic = normal(TOPICS, HEAD_DIM)
     summary_query = 0.1 * normal(HEAD_DIM)
-    summaries = []
-    for chunk in torch.randint(TOPICS, (most,), generator=generator).tolist():
-        k_WD = topic[chunk] + normal(CHUNK_SIZE, HEAD_DIM)
-        summaries.append((k_WD @ summary_query / math.sqrt(HEAD_DIM)).softmax(0) @ k_WD)
+    topic_c = torch.randint(TOPICS, (most,), generator=generator)
+    k_cWD = torch.stack([topic[chunk] + normal(CHUNK_SIZE, HEAD_DIM) for chunk in topic_c.tolist()])
+    filled_cW = torch.ones(most, CHUNK_SIZE, dtype=torch.bool)
+    summary_cD = summarize(k_cWD[None], filled_cW, summary_query[None])[0]
     wanted = torch.randint(TOPICS, (QUERIES,), generator=generator)
     q = topic[wanted, None] + 0.35 * normal(QUERIES, heads, HEAD_DIM)
-    topics = q @ torch.stack(summaries).T / math.sqrt(HEAD_DIM)
+    topics = q @ summary_cD.T / math.sqrt(HEAD_DIM)
     for name, z_SGc in (("random", random), ("needle", needle), ("topics", topics)):
         scores = [[z_SGc[..., :count]] for count in CHUNKS]
         yield name, _Source(INPUTS[name], GROUPS, list(CHUNKS), scores)
@@ -176,9 +177,9 @@ def _scores_by_chunks(
     chunk_size = router.chunk_size
     num_tokens, num_heads = q.shape[1], k.shape[2]
     full = num_tokens // chunk_size
-    k_cWHD = k[0, : full * chunk_size].float().unflatten(0, (full, chunk_size))
-    beta = (torch.einsum("cwhd,hd->cwh", k_cWHD, w.float()) / math.sqrt(q.shape[-1])).softmax(1)
-    summary_cHD = (beta[..., None] * k_cWHD).sum(1)
+    k_HcWD = k[0, : full * chunk_size].float().unflatten(0, (full, chunk_size)).permute(2, 0, 1, 3)
+    filled_cW = torch.ones(full, chunk_size, dtype=torch.bool, device=k.device)
+    summary_HcD = summarize(k_HcWD, filled_cW, w.float())
     q_NHGD = q[0].float().unflatten(1, (num_heads, -1))
     for count in _RUN_CHUNKS:
         first, end = count * chunk_size, min(num_tokens, (count + count // 8 + 1) * chunk_size)
@@ -191,4 +192,4 @@ def _scores_by_chunks(
             of_head = router.of_heads(slice(head, head + 1))
             factor = of_head.score_factors(torch.tensor([count], device=q.device), 1, torch.float32)
             scale = torch.as_tensor(factor, dtype=torch.float32).item() / math.sqrt(q.shape[-1])
-            yield count, scale * torch.einsum("sgd,snd->sgn", q_NHGD[tokens, head], summary_cHD[window, head])
+            yield count, scale * torch.einsum("sgd,snd->sgn", q_NHGD[tokens, head], summary_HcD[head, window])

@@ -6,8 +6,8 @@ Papers: MiniCPM4 (arXiv 2506.07900), InfLLM-V2 (arXiv 2509.24663).
 import torch
 from torch import Tensor
 
-from dash_megatron.ops.attention import routing_of
 from dash_megatron.ops.checks import check_chunk_size, check_cu_seqlens, check_tensors
+from dash_megatron.ops.chunk_grid import routing_of
 from dash_megatron.ops.reference import wide
 from dash_megatron.ops.topk.backend import count_selected, find_backend
 from dash_megatron.ops.topk.grid import make_grid

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dash_megatron.ops.attention import routing_of
 from dash_megatron.ops.checks import check_chunk_size, check_cu_seqlens, check_tensors
+from dash_megatron.ops.chunk_grid import routing_of
 from dash_megatron.ops.reference import wide
 from dash_megatron.ops.topk.backend import find_backend
 from dash_megatron.ops.topk.grid import Block, Grid, make_grid

@@ -1,0 +1,136 @@
+"""DashAttention of whole sequences in plain torch: the CPU path of training, and what the kernels must equal.
+
+Queries are taken block by block, so that scores of later chunks are never made; where the scores of all blocks would be too
+many to keep for the backward, every block is recomputed there. Letters are those of `reference.py`, with B batch and N tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dash_megatron.ops.chunk_grid import ChunkGrid
+from dash_megatron.ops.reference import MAX_BLOCK_SCORES, Places, attend, route, summarize
+from dash_megatron.ops.types import Router
+
+# Most tokens in a query block: enough rows for the matrix products, few enough to skip most of the causal triangle.
+MAX_BLOCK_TOKENS = 128
+MIN_BLOCK_TOKENS = 16
+# Scores kept for the backward, in elements of all blocks together: above, every block is recomputed in the backward.
+MAX_KEPT_SCORES = 2**25
+
+
+class Block(NamedTuple):
+    """Consecutive queries and the chunks that they may need."""
+
+    start: int
+    """First token."""
+    end: int
+    """One past the last token."""
+    first_chunk: int
+    """First chunk of the first token's document."""
+    own_chunk: int
+    """The first token's own chunk: causal masking inside a chunk starts here."""
+    end_chunk: int
+    """One past the last token's own chunk."""
+
+
+def query_blocks(grid: ChunkGrid, num_tokens: int, rows_per_token: int) -> tuple[list[Block], int]:
+    """Cut the tokens into blocks; returns them and the number of scores of all blocks together."""
+    size = MAX_BLOCK_TOKENS
+    while True:
+        start = torch.arange(0, num_tokens, size, device=grid.chunk_N.device)
+        end = (start + size).clamp_max(num_tokens)
+        first_chunk, end_chunk = grid.first_chunk_N[start], grid.chunk_N[end - 1] + 1
+        scores = (end - start) * (end_chunk - first_chunk) * grid.num_slots * rows_per_token
+        most, total = torch.stack([scores.max(), scores.sum()]).tolist()
+        if most <= MAX_BLOCK_SCORES or size <= MIN_BLOCK_TOKENS:
+            blocks = torch.stack([start, end, first_chunk, grid.chunk_N[start], end_chunk], dim=1)
+            return [Block(*block) for block in blocks.tolist()], total
+        size //= 2
+
+
+def _attend_block(
+    q_BHGTD: Tensor,
+    k_BHcWD: Tensor,
+    v_BHcWD: Tensor,
+    summary_BHcD: Tensor,
+    places: Places,
+    block: Block,
+    router: Router,
+) -> tuple[Tensor, Tensor]:
+    """Output [B, H, G, T, D] and chunks selected [B, H, T] of one block, given the chunks that it may need."""
+    chunk_c = torch.arange(block.first_chunk, block.end_chunk, device=q_BHGTD.device)
+    bias_BHTc, count_BHT = route(q_BHGTD, summary_BHcD, places.past(chunk_c), places.own(chunk_c), router)
+    # past chunks of a document are full, so what is hidden in the own chunk covers the empty slots too
+    hidden_TcW = places.hidden(chunk_c[block.own_chunk - block.first_chunk :], k_BHcWD.shape[-2])
+    return attend(q_BHGTD, k_BHcWD, v_BHcWD, bias_BHTc, hidden_TcW), count_BHT
+
+
+def _attend_sequence(
+    q: Tensor, k: Tensor, v: Tensor, summary_query: Tensor, grid: ChunkGrid, router: Router
+) -> tuple[Tensor, Tensor]:
+    """What `dash_attention_reference` returns, in the dtype of the inputs."""
+    B, N, Hq, D = q.shape
+    Hkv = k.shape[2]
+    q_BHGND = q.mul(D**-0.5).view(B, N, Hkv, Hq // Hkv, D).permute(0, 2, 3, 1, 4)
+    k_BHSD, v_BHSD = grid.spread(k), grid.spread(v)
+    summary_BHcD = summarize(grid.by_chunk(k_BHSD), grid.filled(), summary_query)
+
+    blocks, num_scores = query_blocks(grid, N, rows_per_token=B * Hq)
+    recompute = torch.is_grad_enabled() and len(blocks) > 1 and num_scores > MAX_KEPT_SCORES
+    outputs, counts = [], []
+    for block in blocks:
+        tokens, chunks = slice(block.start, block.end), slice(block.first_chunk, block.end_chunk)
+        slots = slice(block.first_chunk * grid.num_slots, block.end_chunk * grid.num_slots)
+        args = (
+            q_BHGND[:, :, :, tokens],
+            grid.by_chunk(k_BHSD[:, :, slots]),
+            grid.by_chunk(v_BHSD[:, :, slots]),
+            summary_BHcD[:, :, chunks],
+            Places(grid.chunk_N[tokens], grid.slot_N[tokens], grid.first_chunk_N[tokens]),
+            block,
+            router,
+        )
+        if recompute:
+            out, count = checkpoint(_attend_block, *args, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out, count = _attend_block(*args)
+        outputs.append(out)
+        counts.append(count)
+    out_BNHGD = torch.cat(outputs, dim=3).permute(0, 3, 1, 2, 4)
+    return out_BNHGD.reshape(B, N, Hq, D), torch.cat(counts, dim=2).transpose(1, 2).contiguous()
+
+
+def dash_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    summary_query: Tensor,
+    router: Router,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Attend to the chunks an entmax router selects, with its log probabilities as a prior (arXiv 2605.18753).
+
+    Differentiable in all tensors, the router's scaling factor included. Arguments are those of `dash_attention`, which checks
+    them.
+
+    Args:
+        q: queries after RoPE [B, N, Hq, D]; computed in float64 if float64, otherwise in float32.
+        k, v: keys after RoPE, and values [B, N, Hkv, D].
+        summary_query: [Hkv, D].
+        router: its constants.
+        cu_seqlens: [documents + 1] (then B == 1), or None for one document per batch row.
+
+    Returns:
+        Output [B, N, Hq, D] in q's dtype, and the number of chunks selected, the own one included, int32 [B, N, Hkv].
+    """
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    grid = ChunkGrid.of(q.shape[1], router.chunk_size, cu_seqlens, q.device)
+    # autocast would run the matrix products in half precision behind our back
+    with torch.autocast(q.device.type, enabled=False):
+        out, chunks_selected = _attend_sequence(
+            q.to(dtype), k.to(dtype), v.to(dtype), summary_query.to(dtype), grid, router
+        )
+    return out.to(q.dtype), chunks_selected
