@@ -55,7 +55,9 @@ class ChunkGrid:
     """Whether there are several documents, so that slots may be empty in the middle."""
 
     @classmethod
-    def of(cls, num_tokens: int, chunk_size: int, cu_seqlens: Tensor | None, device: torch.device) -> ChunkGrid:
+    def of(
+        cls, num_tokens: int, chunk_size: int, cu_seqlens: Tensor | None, device: torch.device
+    ) -> ChunkGrid:
         """The grid of one document, or of packed documents; waits for the device if packed."""
         position_N = document_positions(num_tokens, cu_seqlens, device)
         if cu_seqlens is None:

@@ -93,7 +93,8 @@ def decode_reference(
         )
         # the rest of the own chunk is empty, and its summary is not made yet
         k_HcCD, v_HcCD = (
-            F.pad(x, (0, 0, 0, 0, 0, C - 1 - slot)).transpose(0, 1).unflatten(1, (-1, C)) for x in (k_SHD, v_SHD)
+            F.pad(x, (0, 0, 0, 0, 0, C - 1 - slot)).transpose(0, 1).unflatten(1, (-1, C))
+            for x in (k_SHD, v_SHD)
         )
         summary_HcD = F.pad(summary_cHD.to(k_SHD.dtype), (0, 0, 0, 0, 0, 1)).transpose(0, 1)
         q_HG1D = (q_HGD * D**-0.5)[:, :, None]

@@ -118,7 +118,8 @@ def route(
 ) -> Routed:
     """As `Stages.route`."""
     places = _places(chunks, len(q))
-    bias, selected = _route(*wide(q, summary), places, router, head_scaling)
+    q, summary = wide(q, summary)
+    bias, selected = _route(q, summary, places, router, head_scaling)
     return Routed(selected.mT.contiguous(), State(bias, *places))
 
 
@@ -160,9 +161,7 @@ class _Block(NamedTuple):
     """Keys [H, w * C, D]."""
 
 
-def _blocks(
-    q: Tensor, k: Tensor, state: State, keys: KeyBuffer, chunk_size: int
-) -> Iterator[_Block]:
+def _blocks(q: Tensor, k: Tensor, state: State, keys: KeyBuffer, chunk_size: int) -> Iterator[_Block]:
     """Cut the queries into blocks; those that attend to nothing in the buffer are skipped."""
     (n, Hq, D), H = q.shape, keys.row.shape[0]
     held_c = keys.length.amax(0) > 0

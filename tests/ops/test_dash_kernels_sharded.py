@@ -6,7 +6,7 @@ Two ranks of a packed sequence are played one after the other in one process.
 import pytest
 import torch
 
-from dash_megatron.ops.reference import dash_attention_reference
+from dash_megatron.ops.sequence_reference import dash_attention_reference
 from dash_megatron.ops.shards import Attended, KeyBuffer, OutputGradient, QueryChunks, RoutedQueries
 from dash_megatron.ops.types import Router
 from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dash_megatron.ops import Routing, dash_attention, reference
+from dash_megatron.ops import Routing, dash_attention, reference, sequence_reference
+from dash_megatron.ops.chunk_grid import ChunkGrid
 from tests.ops.dash_by_hand import learned, oracle
 
 # (absolute, relative) differences allowed, by the dtype of the inputs.
@@ -136,7 +137,7 @@ def test_autocast_does_not_lower_the_precision():
 def test_gradient_of_every_input_passes_gradcheck(settings, wrt, monkeypatch):
     leaves, _ = _inputs(N=13, D=3, seed=3)
     means = []
-    take_mean = reference._mean_log_p
+    take_mean = reference.mean_log_p
 
     def frozen_mean(*args):
         # the mean of the log prior carries no gradient, so finite differences must not move it either
@@ -144,7 +145,7 @@ def test_gradient_of_every_input_passes_gradcheck(settings, wrt, monkeypatch):
             means.append(take_mean(*args))
         return means[0]
 
-    monkeypatch.setattr(reference, "_mean_log_p", frozen_mean)
+    monkeypatch.setattr(reference, "mean_log_p", frozen_mean)
     names = ["q", "k", "v", "summary_query", "scaling_factor"]
     leaves.append(_factors(6.0, 4.0))
     inputs = {name: x.detach() for name, x in zip(names, leaves, strict=True)}
@@ -211,8 +212,8 @@ def test_a_zero_summary_query_summarizes_a_chunk_by_its_mean_key():
 def test_a_short_chunk_is_summarized_over_the_tokens_it_has(summary_scale):
     (_, k, _, w), _ = _inputs(N=11)
     for cu_seqlens, parts in ((None, (4, 4, 3)), (_cu_seqlens(6, 5), (4, 2, 4, 1))):
-        grid = reference._make_grid(11, 4, cu_seqlens, k.device)
-        summary = reference._summarize(reference._to_grid(k, grid), summary_scale * w, grid)
+        grid = ChunkGrid.of(11, 4, cu_seqlens, k.device)
+        summary = reference.summarize(grid.by_chunk(grid.spread(k)), grid.filled(), summary_scale * w)
         for c, chunk in enumerate(k.transpose(1, 2).split(parts, dim=2)):
             weight = (summary_scale * torch.einsum("bhtd,hd->bht", chunk, w) / math.sqrt(8)).softmax(-1)
             _assert_close(summary[:, :, c], torch.einsum("bht,bhtd->bhd", weight, chunk), torch.float64)
@@ -267,14 +268,14 @@ def test_extreme_logits_give_finite_outputs_and_gradients(estimate_diagonal, dty
 @pytest.mark.parametrize(("max_scores", "num_blocks"), [(2**24, 9), (0, 17)], ids=["large", "halved"])
 def test_many_blocks_equal_a_single_block(max_scores, num_blocks, kept_scores, cu_seqlens, monkeypatch):
     leaves, upstream = _inputs(N=200)
-    monkeypatch.setattr(reference, "MAX_BLOCK_TOKENS", 256)
+    monkeypatch.setattr(sequence_reference, "MAX_BLOCK_TOKENS", 256)
     single = _run(leaves, upstream, cu_seqlens=cu_seqlens)
     # 24 divides neither the chunks nor the documents
-    monkeypatch.setattr(reference, "MAX_BLOCK_TOKENS", 24)
-    monkeypatch.setattr(reference, "MAX_KEPT_SCORES", kept_scores)
-    monkeypatch.setattr(reference, "MAX_BLOCK_SCORES", max_scores)
-    grid = reference._make_grid(200, 4, cu_seqlens, leaves[0].device)
-    assert len(reference._query_blocks(grid, 200, 4)[0]) == num_blocks
+    monkeypatch.setattr(sequence_reference, "MAX_BLOCK_TOKENS", 24)
+    monkeypatch.setattr(sequence_reference, "MAX_KEPT_SCORES", kept_scores)
+    monkeypatch.setattr(sequence_reference, "MAX_BLOCK_SCORES", max_scores)
+    grid = ChunkGrid.of(200, 4, cu_seqlens, leaves[0].device)
+    assert len(sequence_reference.query_blocks(grid, 200, 4)[0]) == num_blocks
     many = _run(leaves, upstream, cu_seqlens=cu_seqlens)
     assert torch.equal(single[2], many[2])
     for a, b in zip([single[0], *single[1]], [many[0], *many[1]], strict=True):
@@ -292,7 +293,7 @@ def test_recomputed_blocks_keep_no_scores_for_the_backward(monkeypatch):
 
     num_weights = 4 * 200 * 200 // 2
     assert kept_elements() > num_weights
-    monkeypatch.setattr(reference, "MAX_KEPT_SCORES", 0)
+    monkeypatch.setattr(sequence_reference, "MAX_KEPT_SCORES", 0)
     assert kept_elements() < num_weights / 2
 
 
