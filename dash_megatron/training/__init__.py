@@ -1,1 +1,1 @@
-"""Training: the trainer, the DeepSpeed engine, schedules, checkpoints and metrics."""
+"""Training: the trainer, the DeepSpeed engine, the learning rate, faults, validation and metrics."""

@@ -1,4 +1,4 @@
-"""Density on demand: every layer's scaling factor is moved until its router selects the share of chunks asked for."""
+"""Control of density: each layer's scaling factor is moved until its router selects the share of chunks asked for."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class DensityController:
     from the same measurements.
 
     Args:
-        attention: of the config.
+        attention: section of the config.
         layers: core attentions with a router by layer, counted from 0; their `scaling_factor` is what moves.
     """
 
@@ -69,7 +69,13 @@ class DensityController:
                 )
 
     def begin_as(self, earlier: AttentionConfig) -> None:
-        """Begin with the factors of the run whose weights are taken; without a target, the config's own count."""
+        """Take over the scaling factors of the run whose weights this one starts from.
+
+        Without a target of its own, this run keeps the factors of its config, and is warned where they differ.
+
+        Args:
+            earlier: the attention section of that run, with the factors it ended with.
+        """
         if earlier.kind != "dash":
             return
         factors = {layer: earlier.layer_scaling_factor(layer) for layer in self._cores}
@@ -86,18 +92,18 @@ class DensityController:
             )
 
     def factors(self, layers: int) -> list[float | None]:
-        """The factor of each layer; None without a router."""
+        """The scaling factor of each layer; None for layers without a router."""
         return [self._cores[i].scaling_factor if i in self._cores else None for i in range(layers)]
 
     def state_dict(self) -> dict[str, Any]:
-        """What goes on in a later start; empty without a target."""
+        """Factors and running means, as JSON holds them in a checkpoint; empty without a target."""
         if self._attention.target_density is None:
             return {}
         factors = {str(layer): core.scaling_factor for layer, core in self._cores.items()}
         return {"factors": factors, "means": {str(layer): mean for layer, mean in self._means.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there. Where a target was given up, factors stay where it had moved them."""
+        """Take up what `state_dict` gave. Without a target now, factors stay where an earlier target had moved them."""
         for layer, core in self._cores.items():
             core.scaling_factor = state.get("factors", {}).get(str(layer), core.scaling_factor)
         self._means = {int(layer): mean for layer, mean in state.get("means", {}).items()}

@@ -1,4 +1,4 @@
-"""DeepSpeed, and nothing but: the only file that imports it."""
+"""The model and its optimizer under DeepSpeed's ZeRO; no other file imports DeepSpeed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Engine:
             eps=config.optimizer.eps,
             fused=device.type == "cuda",
         )
-        # it prints its memory, whatever the log level
+        # DeepSpeed prints its memory use here, whatever the log level
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model,
@@ -93,7 +93,7 @@ class Engine:
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def step(self) -> None:
-        """Count a micro-batch; on the step's last one clip, update weights and clear gradients."""
+        """Count a micro-batch; on the last one of a step clip gradients, update weights and clear gradients."""
         if self._optimizer_is_plain and self._engine.is_gradient_accumulation_boundary():
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._plain_grad_norm = float(torch.nn.utils.get_total_norm(gradients))
@@ -102,7 +102,7 @@ class Engine:
     def skip_update(self, skip: bool) -> None:
         """Decide whether the coming update is skipped: gradients are cleared, weights and moments stay.
 
-        One whose gradient norm is non-finite (NaN or inf) is skipped anyway.
+        An update whose gradient norm is non-finite (NaN or inf) is skipped in any case.
         """
         self._adam.skip = skip
 
@@ -121,21 +121,21 @@ class Engine:
         )
 
     def full_gradients(self) -> dict[str, Tensor]:
-        """Every parameter's gradient, whole and in float32, between the last `backward` and `step`; collective."""
+        """The whole gradient of every parameter in float32, between the last `backward` and `step`; collective."""
         return {
             name: self._whole(_full_gradient(parameter), split_of(parameter))
             for name, parameter in self.module.named_parameters()
         }
 
     def full_weights(self) -> dict[str, Tensor]:
-        """Every parameter, whole and in float32, from the master weights where there are any; collective."""
+        """Every whole parameter in float32, from the master weights where there are any; collective."""
         return {
             name: self._whole(_full_weight(parameter), split_of(parameter))
             for name, parameter in self.module.named_parameters()
         }
 
     def _whole(self, shard: Tensor, split: Split | None) -> Tensor:
-        """Join the shards of all tensor-parallel ranks."""
+        """Join the shards of a tensor of all tensor-parallel ranks; collective."""
         if split is None or self.tensor_size == 1:
             return shard
         shards = [torch.empty_like(shard) for _ in range(self.tensor_size)]
@@ -143,7 +143,7 @@ class Engine:
         return join(shards, split)
 
     def state(self) -> dict[str, Tensor]:
-        """What this process alone keeps of the master weights and of Adam's moments: float32 views of them.
+        """Float32 views of the master weights and Adam's moments that this process alone keeps.
 
         Keys are `weight/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`; `fragment_starts` says which part of NAME it is.
         """
@@ -156,11 +156,11 @@ class Engine:
         }
 
     def fragment_starts(self) -> dict[str, int]:
-        """First element, in each flattened parameter, of what this process keeps of it."""
+        """By parameter name: where, in the flattened parameter, the elements begin that this process keeps."""
         return {name: fragment.start for name, fragment in self._fragments().items()}
 
     def adam_steps(self) -> int:
-        """Updates that Adam has made."""
+        """How many updates Adam has made."""
         return max(int(adam_state(self._adam, f.master)["step"]) for f in self._fragments().values())
 
     @torch.no_grad()
@@ -170,7 +170,7 @@ class Engine:
         Args:
             read: `read(kind, name, start, numel)` gives elements of a flattened parameter of this tensor-parallel rank;
                 kinds are those of `state`.
-            adam_steps: updates that made them.
+            adam_steps: how many updates made them.
         """
         for name, fragment in self._fragments().items():
             for kind, view in fragment.views(self._adam).items():
@@ -179,7 +179,7 @@ class Engine:
         refresh_weights(self._optimizer)
 
     def local_shapes(self) -> dict[str, list[int]]:
-        """Shape of every parameter, whole but for tensor parallelism."""
+        """Shape of every parameter before ZeRO shards it: that of its tensor-parallel shard."""
         return local_shapes(self.module)
 
     def _fragments(self) -> dict[str, Fragment]:
@@ -198,7 +198,7 @@ class _GuardedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Update, or only make the state that the first update would find."""
+        """Update weights; where the update is skipped, only make the moments that a first update would make."""
         norm = self.norm_of_this_update
         if not self.skip and (norm is None or math.isfinite(norm())):
             return super().step(closure)
@@ -209,7 +209,7 @@ class _GuardedAdamW(torch.optim.AdamW):
 
 
 def _is_sharded(parameter: torch.nn.Parameter) -> bool:
-    """ZeRO 1 and 2 link parameters to shards of the optimizer; ZeRO 3 shards the parameters."""
+    """Whether ZeRO shards the parameter (stage 3) or links it to a shard of the optimizer (stages 1 and 2)."""
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
 
 
@@ -228,7 +228,7 @@ def _full_gradient(parameter: torch.nn.Parameter) -> Tensor:
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms, summary queries and learned factors do not."""
+    """Two groups of parameters: matrices, with weight decay; norms, summary queries and learned factors, without."""
     decayed: list[Tensor] = []
     kept: list[Tensor] = []
     for name, parameter in model.named_parameters():

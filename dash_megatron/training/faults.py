@@ -35,19 +35,19 @@ class Fault:
     """An update that was skipped, as `<run>/faults/step_00000123/fault.json` holds it."""
 
     step: int
-    """The update that it would have been, counted from 1."""
+    """Number of the update that was skipped, counted from 1."""
     reason: str
     loss: float
-    """Of the global batch, in nats; may be non-finite (NaN or inf)."""
+    """Loss of the global batch, in nats; may be non-finite (NaN or inf)."""
     grad_norm: float
-    """Before clipping; may be non-finite (NaN or inf)."""
+    """Global gradient norm before clipping; may be non-finite (NaN or inf)."""
     first_sample: int
-    """The global batch is this training sample and those that follow it."""
+    """Number of the first training sample of the global batch; the others follow it."""
     num_samples: int
     policy: str
-    """What is done: skip, rollback, halt, or known where an earlier rollback had marked the batch."""
+    """What the run does: skip, rollback or halt; known, where an earlier rollback had marked the batch."""
     checkpoint: int | None = None
-    """Step of the newest checkpoint."""
+    """Step of the newest checkpoint when the fault was found."""
 
     def __str__(self) -> str:
         last = self.first_sample + self.num_samples - 1
@@ -58,7 +58,7 @@ class Guard:
     """Decides which updates to skip, by numbers that all processes share, so that all decide alike.
 
     Args:
-        config: policies.
+        config: the policies of a run.
         global_batch: samples of a step.
     """
 
@@ -66,12 +66,12 @@ class Guard:
         self.config = config
         self.global_batch = global_batch
         self.skipped_batches: set[int] = set()
-        """First samples of the global batches without an update, ahead too where a rollback went back past them."""
+        """First sample of each global batch whose update is skipped; after a rollback some of them are still to come."""
         self.losses: deque[float] = deque(maxlen=config.loss_window)
-        """Of the last updates that were made."""
+        """Losses of the last updates that were made."""
 
     def check_loss(self, step: int, first_sample: int, loss: float) -> Fault | None:
-        """Say before the update whether it is to be skipped; None: it is to be made."""
+        """Decide before an update whether to skip it: the fault, or None where the update is to be made."""
         if first_sample in self.skipped_batches:
             return Fault(step, "skipped before", loss, 0.0, first_sample, self.global_batch, "known")
         if not math.isfinite(loss):
@@ -83,7 +83,10 @@ class Guard:
         return None
 
     def check_gradient(self, step: int, first_sample: int, loss: float, grad_norm: float) -> Fault | None:
-        """Say after `Engine.step`, which skips non-finite gradients by itself, whether it did; else count the loss."""
+        """Tell after `Engine.step`, which skips non-finite gradients itself, whether it did: the fault, or None.
+
+        The loss of an update that was made is remembered, to find spikes.
+        """
         if not math.isfinite(grad_norm):
             reason = f"the gradient norm is {grad_norm}"
             return self._fault(step, reason, loss, first_sample, self.config.non_finite, grad_norm)
@@ -91,13 +94,13 @@ class Guard:
         return None
 
     def spike_limit(self) -> float | None:
-        """The largest loss that is no spike; None while there are too few losses to tell."""
+        """The loss above which a step counts as a spike; None while too few losses are known."""
         if self.config.loss_spike is None or len(self.losses) < self.config.loss_window:
             return None
         return statistics.fmean(self.losses) + self.config.loss_spike * statistics.pstdev(self.losses)
 
     def num_skipped(self, consumed_samples: int) -> int:
-        """How many of the updates up to this place in the data were skipped."""
+        """How many updates were skipped among those that read samples before `consumed_samples`."""
         return sum(first < consumed_samples for first in self.skipped_batches)
 
     def _fault(
@@ -112,23 +115,23 @@ class Guard:
         return Fault(step, reason, loss, grad_norm, first_sample, self.global_batch, policy)
 
     def state_dict(self) -> dict[str, list[Any]]:
-        """What a resumed run needs to decide alike, as JSON holds it."""
+        """What a resumed run needs to decide as this one would, as JSON holds it in a checkpoint."""
         return {"left_out": sorted(self.skipped_batches), "losses": list(self.losses)}
 
     def load_state_dict(self, state: Mapping[str, list[Any]]) -> None:
-        """Take up a saved state; batches marked since stay marked, so that a rollback does not meet them again."""
+        """Take up a saved state. Batches marked after it was saved stay marked: a rollback does not train on them again."""
         self.skipped_batches |= set(state["left_out"])
         self.losses.clear()
         self.losses.extend(state["losses"])
 
 
 def fault_folder(run_dir: str | Path, step: int) -> Path:
-    """Where a step's fault is kept."""
+    """Folder in which the fault of a step is kept."""
     return Path(run_dir) / "faults" / f"step_{step:08d}"
 
 
 def keep_fault(run_dir: str | Path, fault: Fault, batches: list[PackedBatch]) -> None:
-    """`write_fault` on the processes of a run, of which those that share all tokens write once."""
+    """Call `write_fault` on every process of a run but those whose tensor-parallel group has written already."""
     if dist.get_rank(tensor_group()) == 0:
         write_fault(run_dir, fault, batches, data_rank(), context_rank(), main=dist.get_rank() == 0)
 
@@ -143,14 +146,14 @@ def write_fault(
 ) -> None:
     """Write this process's micro-batches of a fault, and from one process its facts, each file whole or not at all.
 
-    A disk that does not take them is a warning: the run is worth more than its faults.
+    Where the disk does not take them, that is logged, and the run goes on.
 
     Args:
         run_dir: the run's folder.
-        fault: its facts.
-        batches: as read, with this context-parallel rank's tokens alone.
+        fault: what is known of it.
+        batches: as read: of context-parallel ranks, each has its own tokens only.
         data_rank, context_rank: name the file; of tensor-parallel ranks, which read the same, one writes.
-        main: write the facts.
+        main: whether this process writes `fault.json`.
     """
     folder = fault_folder(run_dir, fault.step)
     tensors: dict[str, Tensor] = {}
@@ -204,7 +207,7 @@ def read_fault(folder: str | Path) -> tuple[Fault, dict[int, list[PackedBatch]]]
 
 
 def _whole_batches(shards: list[dict[str, Tensor]], folder: Path) -> list[PackedBatch]:
-    """Join the context-parallel ranks' tokens of each micro-batch."""
+    """Put the tokens of all context-parallel ranks of each micro-batch into their order."""
     batches = []
     for index in range(len({name.split(".")[0] for name in shards[0]})):
         parts = [

@@ -36,20 +36,20 @@ class Watchdog:
         faulthandler.enable(file=2)
 
     def beat(self) -> None:
-        """Progress was made: start waiting anew."""
+        """Tell that progress was made: the time starts anew."""
         if self.seconds:
             faulthandler.dump_traceback_later(self.seconds, exit=True, file=2)
 
     def stop(self) -> None:
-        """Nothing is to be expected any more."""
+        """Switch the watchdog off: no more progress is expected."""
         faulthandler.cancel_dump_traceback_later()
 
 
 class BusyTime:
-    """Time that this process spends waiting for data and in forward passes: what it does before it meets the others.
+    """Measures how long this process waits for data and computes forward passes, before it meets other processes.
 
     On a GPU, forward passes are timed by events, which are read when the step has waited for the device anyway.
-    With ZeRO 3, tensor or context parallelism forward passes meet others too, and a slow process shows in theirs.
+    With ZeRO 3, tensor or context parallelism, forward passes communicate too, and a slow process slows those of others.
 
     Args:
         device: what this process computes on.
@@ -64,14 +64,14 @@ class BusyTime:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """Count the time within, by the clock."""
+        """Add the wall-clock time spent within."""
         begin = time.perf_counter()
         yield
         self._seconds += time.perf_counter() - begin
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
-        """Count the time within, by the device."""
+        """Add the time that the device spends on what is launched within."""
         if self.device.type != "cuda":
             with self.reading():
                 yield
@@ -83,12 +83,12 @@ class BusyTime:
         self._events.append((begin, end))
 
     def end_of_step(self) -> None:
-        """Read the events; the device has passed them."""
+        """Read the timers of the step's forward passes, which the device has finished."""
         self._seconds += sum(begin.elapsed_time(end) for begin, end in self._events) / 1e3
         self._events.clear()
 
     def slowest(self) -> tuple[int, float]:
-        """Give the process that was busiest since the last call, and its time over the median; collective."""
+        """The rank that was busiest since the last call, and its time over the median of all ranks; collective."""
         times = torch.zeros(dist.get_world_size(), dtype=torch.float64)
         times[dist.get_rank()] = self._seconds
         dist.all_reduce(times)
@@ -99,7 +99,7 @@ class BusyTime:
         return rank, seconds[rank] / max(statistics.median_low(seconds), 1e-9)
 
     def warn_of(self, rank: int, over_median: float, limit: float) -> None:
-        """Name a process that is slower than `limit` times the median."""
+        """Log a warning that names the rank and its host, if its time is above `limit` times the median."""
         if over_median > limit:
             logger.warning(
                 "rank %d on %s takes %.2f times the median to read data and compute; look at its GPU clocks and disks",
@@ -121,12 +121,12 @@ class CollapseAlarm:
         self._since: dict[int, int] = {}
 
     def update(self, step: int, densities: Sequence[float | None], selected: Sequence[float | None]) -> None:
-        """Look at a step's routing.
+        """Take in the routing of a step.
 
         Args:
-            step: its number.
-            densities: selected over available chunks, a mean for each layer; None without a router.
-            selected: chunks that a token selects, its own included, likewise.
+            step: number of the step.
+            densities: selected over available chunks of each layer, a mean; None without a router.
+            selected: chunks per token that each layer selects, own chunk included, a mean; None without a router.
         """
         for layer, (density, chunks) in enumerate(zip(densities, selected, strict=True)):
             state = _collapse(density, chunks)
@@ -148,7 +148,7 @@ class CollapseAlarm:
 
     @property
     def alarms(self) -> int:
-        """Layers whose router has collapsed."""
+        """Number of layers whose router has collapsed."""
         return sum(count >= self.steps for count in self._since.values())
 
 

@@ -1,4 +1,4 @@
-"""Start a run from given weights: another run's, or a folder that `convert from-hf` made."""
+"""Start a run from the weights of another run, or of a folder that `convert from-hf` made."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _open(folder: Path) -> tuple[ModelConfig, AttentionConfig | None, Mapping[st
 
 
 def _check_model(config: ModelConfig, other: ModelConfig, folder: Path) -> None:
-    """Shapes do not show everything: constants such as `rope_theta` must be the folder's too."""
+    """Check that constants which no shape shows, such as `rope_theta`, are those of the folder."""
     for name in ModelConfig.model_fields:
         new, old = getattr(config, name), getattr(other, name)
         if name == "head_dim":

@@ -13,7 +13,7 @@ from dash_megatron.parallel import gradient_group
 
 
 def global_target_tokens(batches: Sequence[PackedBatch], device: torch.device) -> Tensor:
-    """Real target tokens in the micro-batches of all processes that read different tokens; collective.
+    """Count the target tokens that enter the loss, in the micro-batches of all processes; collective.
 
     Args:
         batches: this process's micro-batches of one step.

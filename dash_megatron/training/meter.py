@@ -1,4 +1,4 @@
-"""Measure a training step: loss and routing over all processes, and the time that training itself took."""
+"""Measures training steps: loss and routing over all processes, and the time that training itself takes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dash_megatron.training.validation import Validation
 
 
 class StepTotals:
-    """Sums over the micro-batches of one step, then over the processes.
+    """Loss and routing of one step, summed over its micro-batches, then over the processes.
 
     Args:
         num_layers: layers of the model.
@@ -54,7 +54,7 @@ class StepTotals:
             self._sums[row : row + 2] += self._sums.new_tensor(sent)
 
     def reduce(self) -> None:
-        """Add up over all processes; collective, and waits for the device."""
+        """Add up the sums of all processes; collective, and waits for the device."""
         self._compare_context_ranks()
         dist.all_reduce(self._sums)
         # tensor-parallel ranks have copies of these; of routing, which belongs to kv heads, they have their own
@@ -62,7 +62,7 @@ class StepTotals:
         self._values = self._sums.tolist()
 
     def _compare_context_ranks(self) -> None:
-        """Selected chunks of the busiest rank over the mean of the ranks that share its sequences; the worst of all."""
+        """Selected chunks of the busiest rank over the mean of the ranks that share its sequences; the largest in the run."""
         group = context_parallel_group()
         most = self._sums[4::5].sum()
         mean = most / dist.get_world_size(group)
@@ -73,31 +73,35 @@ class StepTotals:
 
     @property
     def loss(self) -> float:
-        """Mean over the global batch's targets, nats: shares of it were added."""
+        """Mean loss of the global batch's target tokens, in nats."""
         return self._values[0]
 
     @property
     def context(self) -> float:
-        """Mean number of tokens that a token may attend to, itself included."""
+        """Mean number of tokens that a token may attend to causally, itself included."""
         return self._values[1] / self._values[2]
 
     @property
     def densities(self) -> list[float | None]:
-        """Of each layer, all selected chunks over all available ones; None without a router."""
+        """Selected over causally available chunks of each layer; None without a router."""
         return [row[1] / row[0] if row[2] else None for row in self._rows()]
 
     @property
     def chunks_selected(self) -> list[float | None]:
-        """Of each layer, per token; None without a router."""
+        """Selected chunks per token of each layer, own chunk included; None without a router."""
         return [row[1] / row[2] if row[2] else None for row in self._rows()]
 
     @property
     def context_imbalance(self) -> float:
-        """Selected chunks of a context-parallel rank, most over mean."""
+        """Most selected chunks of a context-parallel rank over the mean of its group; 1 without routers."""
         return self._imbalance.item()
 
     def context_bytes(self, column: int) -> list[float]:
-        """Bytes that a process sent in each layer, mean over processes; column 0: forward, 1: backward."""
+        """Bytes that a process sent to context-parallel peers in each layer, mean over processes.
+
+        Args:
+            column: 0 for forward passes, 1 for backward passes.
+        """
         return [row[3 + column] / dist.get_world_size() for row in self._rows()]
 
     def _rows(self) -> list[list[float]]:
@@ -106,7 +110,7 @@ class StepTotals:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a finished training step gave, from which its metrics are made."""
+    """What a finished training step gave; its metrics are made of it."""
 
     step: int
     """Number of the step, counted from 1."""
@@ -114,11 +118,11 @@ class StepResult:
     """Loss and routing, reduced over all processes."""
     lr: float
     grad_norm: float
-    """Global, before clipping; NaN or inf where the update was skipped for it."""
+    """Global gradient norm before clipping; non-finite where the update was skipped for it."""
     skipped: int
     """Updates skipped since the start of the run."""
     scaling_factors: list[float | None]
-    """By layer, that the next step routes with; None without a router."""
+    """Scaling factor of each layer for the next step; None without a router."""
 
 
 class Meter:
@@ -142,22 +146,22 @@ class Meter:
         self.start()
 
     def start(self) -> None:
-        """Start the clock: what was before is no training."""
+        """Start the clock: the time before was not spent on training."""
         self._start, self._steps = time.perf_counter(), 0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop the clock for what is not training."""
+        """Stop the clock within: for work that is not training."""
         begin = time.perf_counter()
         yield
         self._start += time.perf_counter() - begin
 
     def count_step(self) -> None:
-        """One more step since the last `lap`."""
+        """Count a step since the last `lap`."""
         self._steps += 1
 
     def lap(self) -> None:
-        """Set `seconds_per_step` to the mean since the last lap, and begin a new one."""
+        """Set `seconds_per_step` to the mean over the steps since the last lap, and begin a new lap."""
         now = time.perf_counter()
         self.seconds_per_step = (now - self._start) / max(1, self._steps)
         self._start, self._steps = now, 0
@@ -165,10 +169,10 @@ class Meter:
     def measure(
         self, result: StepResult, valid: Validation, *, alarms: int, slowest: tuple[int, float]
     ) -> StepMetrics:
-        """Metrics of a step, with rates of the last lap.
+        """Make the metrics of a step, with the rates of the last lap.
 
         Args:
-            result: of the step.
+            result: what the step gave.
             valid: what validation found after it.
             alarms: layers whose router has collapsed.
             slowest: rank of the busiest process, and its time over the median of all.

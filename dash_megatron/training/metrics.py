@@ -22,12 +22,12 @@ PositionLoss = TypedDict("PositionLoss", {"from": int, "to": int, "loss": float}
 
 
 class TaskScore(TypedDict):
-    """Means over the samples of a task."""
+    """Mean scores over the samples of a task at one length."""
 
     score: float
     """Share of the answers all of whose tokens are the model's top-1 predictions."""
     nll: float
-    """Loss per token of the answers, nats."""
+    """Mean loss per token of the answers, in nats."""
 
 
 class StepMetrics(TypedDict):
@@ -38,51 +38,51 @@ class StepMetrics(TypedDict):
     loss: float
     """Mean cross entropy of the step's target tokens, in nats."""
     valid_loss: float | None
-    """The same on the validation samples, at steps that validate."""
+    """Mean cross entropy of the validation samples' target tokens, in nats; null at steps that do not validate."""
     valid_loss_by_position: list[PositionLoss] | None
-    """Its parts, in order; without positions that no document of the samples has."""
+    """`valid_loss` by position in the document, in order; without positions that no document of the samples has."""
     tasks: dict[str, dict[str, TaskScore]] | None
-    """By name and length, at steps that score `evaluation.tasks`."""
+    """Scores of `evaluation.tasks` by name and length; null at steps that do not score."""
     lr: float
     grad_norm: float
-    """Before clipping."""
+    """Global gradient norm before clipping."""
     tokens: int
     """Tokens read since the start of the run."""
     context_length: int
-    """Most tokens of context in the step, as `data.seq_length_curriculum` says."""
+    """Longest context of the step in tokens, by `data.seq_length_curriculum`."""
     tokens_per_second: float
-    """Mean since the last logged step, all processes together, without validation and saving."""
+    """Tokens per second of all processes together, mean since the last logged step, without validation and saving."""
     model_tflops_per_second: float
-    """Per process, attention counted at the measured density."""
+    """Model TFLOP/s per process, with attention counted at the measured density."""
     dense_equivalent_tflops_per_second: float
-    """Per process, attention counted as if every layer were full attention."""
+    """TFLOP/s per process that full attention in every layer would need for the same tokens per second."""
     model_flops_utilization: float | None
     """`model_tflops_per_second` over the device's bf16 peak; null where that is unknown."""
     density: float | None
     """Mean of `density_per_layer`; null without a router."""
     density_per_layer: list[float | None]
-    """Selected over causally available chunks."""
+    """Selected over causally available chunks of each layer."""
     chunks_selected_per_layer: list[float | None]
-    """Selected chunks per token, its own chunk included."""
+    """Selected chunks per token of each layer, its own chunk included."""
     scaling_factor_per_layer: list[float | None]
-    """That the next step routes with; `attention.target_density` moves it."""
+    """Scaling factor of each layer for the next step; `attention.target_density` moves it."""
     context_imbalance: float
-    """Selected chunks of a context-parallel process, most over mean; 1 where nobody shares a sequence."""
+    """Most selected chunks of a context-parallel process over the mean of its group; 1 without context parallelism."""
     context_bytes_forward_per_layer: list[float]
-    """Bytes that a process sent to those it shares sequences with, mean over processes."""
+    """Bytes that a process sent to context-parallel peers in forward passes of the step, mean over processes."""
     context_bytes_backward_per_layer: list[float]
     processes: int
-    """Of the whole run, at this step."""
+    """Number of processes of the run at this step."""
     gpu_memory_gib: float | None
-    """Most that tensors of rank 0 have held of its GPU at once since it started; null without one."""
+    """Peak memory of tensors on the GPU of rank 0 since it started, in GiB; null without a GPU."""
     skipped: int
     """Updates skipped since the start of the run."""
     alarms: int
-    """Layers whose router has collapsed: it selects nothing but the own chunk, or everything."""
+    """Number of layers whose router has collapsed: it selects only the own chunk, or every chunk."""
     slowest_rank: int
     """The process that took longest to read data and compute since the last logged step."""
     slowest_over_median: float
-    """Its time over the median of the processes."""
+    """The time of `slowest_rank` over the median of the processes."""
 
 
 class MetricsWriter:

@@ -1,4 +1,4 @@
-"""What a run tells of itself: one line a step on the console, `metrics.jsonl`, `routing.jsonl` and TensorBoard."""
+"""Reports of a run: lines on the console, `metrics.jsonl`, `routing.jsonl` and TensorBoard."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ class Reporter:
         self.meter.start()
 
     def open(self, step: int) -> None:
-        """Begin to write after a step, dropping what was written of later ones; nothing but on rank 0."""
+        """On rank 0: open the files to go on after a step; lines of later steps are dropped."""
         self.close()
         if self.is_main:
             self.writer = MetricsWriter(self.config.run_dir, self.config.logging.tensorboard, step)
 
     def close(self) -> None:
-        """Finish what is being written."""
+        """Close the files, if they are open."""
         if self.writer is not None:
             self.writer.close()
             self.writer = None
@@ -73,7 +73,7 @@ class Reporter:
             yield
 
     def count_step(self, result: StepResult) -> None:
-        """Take a finished step into times and alarms; waits for the device."""
+        """Count a finished step in times and alarms; the device must have finished it."""
         self.meter.count_step()
         self.busy.end_of_step()
         if self.config.attention.kind == "dash":  # no other router is learned

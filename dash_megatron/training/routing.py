@@ -27,10 +27,10 @@ _HISTOGRAMS = ("density", "entropy", "own_share", "near_threshold_mass")
 
 
 class RoutingProbe:
-    """Measures the routers of this process's layers in the first micro-batch of every so many steps.
+    """Measures the routers of this process's layers in the first micro-batch of every `every`-th step.
 
     Args:
-        every: steps; 0: never.
+        every: steps from one measurement to the next; 0: never.
         layers: core attentions with a router by layer, counted from 0.
     """
 
@@ -42,7 +42,7 @@ class RoutingProbe:
 
     @contextlib.contextmanager
     def watching(self, step: int, micro_batch: int) -> Iterator[None]:
-        """Measure the forward pass within, where it is due; not backward, which may run it again."""
+        """Measure the forward pass within, if it is due. The backward pass, which may compute it again, must be outside."""
         if micro_batch == 0:
             self._found = {}  # also of a step that was given up
         due = self._every and step % self._every == 0 and micro_batch == 0
@@ -72,7 +72,7 @@ class RoutingProbe:
             )
 
     def report(self, step: int, num_layers: int, writer: MetricsWriter) -> None:
-        """Write down what was measured in this step, if anything."""
+        """Write what was measured in this step, if anything was."""
         found, self._found = self._found, {}
         if not found:
             return
@@ -96,7 +96,7 @@ class RoutingProbe:
 
 
 def layer_record(samples: RoutingSamples) -> dict[str, Any]:
-    """One layer as JSON holds it, numbers with 4 digits and null where nothing is known.
+    """The measures of one layer for `routing.jsonl`: numbers of 4 digits, null where nothing is known.
 
     Returns:
         `heads`: for each measure a list by kv head; `buckets`: for each measure a list of buckets by kv head.

@@ -62,7 +62,19 @@ def generate(
     tokenizer: Tokenizer,
     generator: torch.Generator,
 ) -> list[int]:
-    """Draw tokens after `ids`, running the whole sequence again for each; ends before an end-of-document token."""
+    """Draw tokens that follow `ids`, each by a forward pass over the whole sequence.
+
+    Args:
+        model: on any device.
+        ids: at least one token.
+        max_new_tokens: stop after so many.
+        temperature: divides the logits; 0 takes the argmax.
+        tokenizer: tells the vocabulary's size and the end-of-document token, at which drawing stops.
+        generator: of the CPU.
+
+    Returns:
+        The new tokens, without the end of the document.
+    """
     device = next(model.parameters()).device
     sequence = list(ids)
     for _ in range(max_new_tokens):

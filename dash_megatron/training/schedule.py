@@ -28,5 +28,5 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def _progress(step: int, first: int, total: int) -> float:
-    """0 at update `first` or before, 1 at the run's last update or after."""
+    """How far update `step` is between `first`, which is 0, and the last of `total` updates, which is 1."""
     return min(1.0, max(0.0, (step - first) / max(1, total - 1 - first)))

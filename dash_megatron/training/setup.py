@@ -1,4 +1,4 @@
-"""What a run finds out and sets once, before its first step."""
+"""What a run sets and finds out once, before its first step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dash_megatron.ops.fingerprint import implementation_fingerprint
 def set_up_logging(is_main: bool) -> None:
     """Send this package's log to standard error, whatever imported libraries did to the root logger.
 
-    Rank 0 says all, the others speak up from errors on.
+    Rank 0 logs from INFO on, the others from ERROR on.
     """
     package = logging.getLogger("dash_megatron")
     handler = logging.StreamHandler()
@@ -39,7 +39,10 @@ def seed_everything(seed: int) -> None:
 
 
 def check_same_implementation(fingerprint: str) -> None:
-    """Compare what results depend on between all processes; collective.
+    """Compare the implementation fingerprint of all processes; collective.
+
+    Args:
+        fingerprint: versions and launch table of this process.
 
     Raises:
         ValueError: processes differ in it.
@@ -55,7 +58,7 @@ def check_same_implementation(fingerprint: str) -> None:
 
 
 def about_this_code(device: torch.device) -> dict[str, str]:
-    """What a checkpoint says of its making: the commit, what results depend on, and the kind of device."""
+    """What checkpoints keep about the code: its commit, the implementation fingerprint, and the kind of device."""
     return {
         "commit": code_commit(),
         "implementation": implementation_fingerprint(),
@@ -64,12 +67,12 @@ def about_this_code(device: torch.device) -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """What kind of device it is, for people."""
+    """The model of the GPU, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def code_commit() -> str:
-    """Commit of the code that runs, marked where files differ from it; "unknown" outside a repository."""
+    """Commit of the code that runs, with `-dirty` where files differ from it; "unknown" outside a repository."""
     command = [
         "git",
         "-C",
@@ -87,7 +90,7 @@ def code_commit() -> str:
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer of a config.
+    """Open the tokenizer of a config.
 
     Raises:
         ValueError: `data.tokenizer` or `data.train` is empty.

@@ -16,7 +16,7 @@ from dash_megatron.parallel import context_rank, data_rank
 
 
 def open_rows(config: Config, split: str, num_samples: int, tokenizer: Tokenizer) -> TokenRows:
-    """Rows of `data.train` or `data.valid`; collective. Raises as `build_dataset`."""
+    """Open the rows of `data.train` or `data.valid`; collective. Raises what `build_dataset` raises."""
     return build_dataset(
         parse_blend(config.data.train if split == "train" else config.data.valid),
         seq_length=config.data.seq_length,
@@ -29,7 +29,7 @@ def open_rows(config: Config, split: str, num_samples: int, tokenizer: Tokenizer
 
 
 def training_source(config: Config, tokenizer: Tokenizer, device: torch.device) -> BatchSource:
-    """This process's share of all batches of the run; collective. Raises as `build_dataset`."""
+    """Open this process's share of all training batches; collective. Raises what `build_dataset` raises."""
     num_samples = config.training.steps * config.training.global_batch
     return batch_source(
         config,
@@ -44,14 +44,14 @@ def training_source(config: Config, tokenizer: Tokenizer, device: torch.device) 
 def batch_source(
     config: Config, rows: RowDataset, eod: int, device: torch.device, **settings: Any
 ) -> BatchSource:
-    """This process's share of some rows.
+    """Make batches of this process's share of some rows.
 
     Args:
         config: the run.
-        rows: of `data.seq_length` tokens.
+        rows: of `data.seq_length` tokens each.
         eod: the token that ends a document.
         device: what this process computes on.
-        settings: of `BatchSource`, in place of those of training.
+        settings: arguments of `BatchSource` that replace those of training.
     """
     return BatchSource(
         rows,

@@ -21,11 +21,11 @@ _SAME_ORDER_SECONDS = 1.0
 
 
 class Halted(RuntimeError):
-    """The run stopped itself, and starting it again would only repeat that: someone must look."""
+    """The run stopped itself. Starting it again would only repeat that: a person must look."""
 
 
 class StopSignals:
-    """Notes SIGTERM, SIGINT and SIGUSR1 of this process from its making on.
+    """Notes SIGTERM, SIGINT and SIGUSR1 to this process from the moment it is made.
 
     A thread reads them, so that they count at once, even while the main thread waits within a collective or for the
     device. A second SIGTERM or SIGINT ends the process there and then, with exit code 128 + its number: every file of
@@ -74,15 +74,15 @@ def _forget_wakeup() -> None:
 
 
 def _noted_by_the_thread(number: int, frame: object) -> None:
-    """A handler there has to be, or the signal would have its usual effect."""
+    """Does nothing. Without a Python handler the signal would have its usual effect."""
 
 
 def agree(stop: bool, skipped: bool) -> bool:
     """Whether any process is asked to stop; collective, on the CPU, so that it never waits for the device.
 
     Args:
-        stop: this process was asked.
-        skipped: it skipped the step's update.
+        stop: whether this process was asked to stop.
+        skipped: whether this process skipped the step's update.
 
     Raises:
         RuntimeError: some processes made an update that others skipped, so that their weights differ.

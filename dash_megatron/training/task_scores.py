@@ -27,7 +27,7 @@ from dash_megatron.training.sources import batch_source
 
 
 class TaskRows:
-    """Samples of all tasks and lengths as rows, each made when it is first read, and kept.
+    """Samples of all tasks and lengths as rows of tokens; each row is made on first access, and kept.
 
     Args:
         config: a run with `evaluation.tasks`.
@@ -66,11 +66,11 @@ class TaskRows:
         return len(self.items)
 
     def __getitem__(self, index: int) -> Mapping[str, Tensor]:
-        """Tokens and labels, int64 [seq_length]; behind the sample stands what it cannot see."""
+        """Tokens and labels, int64 [seq_length]; padding follows the sample, which cannot attend to it."""
         return self._row(index)[0]
 
     def spans(self, index: int) -> list[tuple[int, int]]:
-        """Places in the row, first and one past the last, whose labels are the tokens of each answer."""
+        """For each answer the range [first, end) of positions in the row whose labels are the answer's tokens."""
         return self._row(index)[1]
 
     def _row(self, index: int) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
@@ -108,7 +108,7 @@ class TaskScorer:
 
     @torch.no_grad()
     def score(self, engine: Engine, beat: Callable[[], None]) -> dict[str, dict[str, TaskScore]]:
-        """Means over the samples by task and length; collective.
+        """Mean scores over the samples by task and length; collective.
 
         Args:
             engine: the model, in evaluation mode.
@@ -131,7 +131,7 @@ class TaskScorer:
         return results
 
     def _add(self, sums_K3: Tensor, batch: PackedBatch, found_N2: Tensor) -> None:
-        """Count a batch's samples, which several context-parallel ranks may share."""
+        """Add the scores of a batch's samples, which context-parallel ranks share, to `sums_K3`; collective."""
         here = [(row, index) for row, index in enumerate(batch.sample_ids) if index >= 0]
         if not here:
             return

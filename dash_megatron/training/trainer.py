@@ -171,7 +171,7 @@ class Trainer:
         return totals
 
     def handle(self, fault: Fault, batches: list[PackedBatch]) -> bool:
-        """Keep the batch of a skipped update, and follow the policy; True: an older checkpoint is loaded.
+        """Keep the batch of a skipped update, and follow the policy; gives whether an older checkpoint was loaded.
 
         Raises:
             NonFiniteError: the policy is to halt, or became so after too many in a row.
@@ -192,7 +192,7 @@ class Trainer:
         return fault.policy != "skip" and self.roll_back()
 
     def roll_back(self) -> bool:
-        """Load the newest checkpoint in place; False where there is none, and nothing is done."""
+        """Load the newest checkpoint into the engine; gives False where there is none, and does nothing then."""
         bad = self.step
         self.checkpointer.finish()
         if not agreed_steps(self.config.run_dir):
@@ -205,7 +205,7 @@ class Trainer:
         return True
 
     def maybe_validate(self) -> Validation:
-        """Validate, and score tasks, at steps that are to; collective."""
+        """Validate and score tasks, if this step is to; collective."""
         with self.reporter.meter.paused():
             return self.validator.run(self.engine, self.step, self.watchdog.beat)
 
@@ -224,7 +224,7 @@ class Trainer:
                 self.checkpointer.finish()
 
     def resume(self) -> None:
-        """Restore weights, optimizer, random state, step and data position: all or nothing."""
+        """Restore weights, optimizer, random state, step and data position from the newest checkpoint, if there is one."""
         stored = load_newest(self.engine, self.config)
         if stored is None:
             return
@@ -234,7 +234,7 @@ class Trainer:
             check_probe(loss, stored.facts["probe_loss"], self.config.training.precision, str(stored.folder))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of the run beside weights, optimizer and random state; the same on every process."""
+        """What a checkpoint holds beside weights, optimizer and random state; the same on every process."""
         return {
             "step": self.step,
             "data": self.train_source.state_dict(),

@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 class Validation(NamedTuple):
-    """What a step found out about the model; None where it did not look."""
+    """What validation after a step found; fields are None where it did not look."""
 
     loss: float | None = None
-    """Mean over the targets of the validation samples, nats."""
+    """Mean loss of the target tokens of the validation samples, in nats."""
     by_position: list[PositionLoss] | None = None
-    """The same by position in the document, without positions that no document has."""
+    """`loss` by position in the document, without positions that no document has."""
     tasks: dict[str, dict[str, TaskScore]] | None = None
     """Scores of tasks, by name and length."""
 
@@ -67,7 +67,7 @@ class Validator:
         Args:
             engine: the model, left in evaluation mode by what is done.
             step: finished optimizer steps.
-            beat: called before every batch.
+            beat: called before every batch, to tell the watchdog.
         """
         found = Validation()
         if self._source is not None and self._due(step, self.config.evaluation.every):
@@ -93,7 +93,7 @@ def validate(
     """Average the loss over all of a source's samples, from the first on; collective.
 
     Args:
-        model: gives the losses of a `PackedBatch`'s tokens, as `DashGPTModel` does.
+        model: a `DashGPTModel`, or DeepSpeed's engine around one.
         source: this process's share of the samples.
         seq_length: tokens of a row.
         device: what this process computes on.
