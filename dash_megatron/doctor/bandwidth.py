@@ -1,4 +1,4 @@
-"""How fast the process groups of a run's layout communicate."""
+"""The bandwidth check: how fast the process groups of a run's layout communicate."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class _Case(NamedTuple):
     name: str
     communicate: Callable[[], Any]
     sent: float
-    """Bytes that each process must send for it."""
+    """Bytes that each process must send for the communication."""
     is_right: Callable[[], Tensor]
 
 
 def check_bandwidth(session: Session) -> Finding:
-    """Bytes per second that each process sends in every kind of communication, and whether sums are right.
+    """Measure bytes per second that each process sends in every kind of communication, and check the values received.
 
     Rates are of the bytes that the best algorithm needs, so that they compare with the network's: 2 (n - 1) / n of the
     buffer for a sum over n processes, half of that to gather or to sum into shares, the buffer for a neighbour.
@@ -61,7 +61,7 @@ def check_bandwidth(session: Session) -> Finding:
 
 
 def _cases(label: str, group: dist.ProcessGroup, device: torch.device) -> Iterator[_Case]:
-    """What a kind of group does in training."""
+    """The communication that a kind of group does in training."""
     n, rank = dist.get_world_size(group), dist.get_rank(group)
     count = (BYTES_ON_GPU if device.type == "cuda" else BYTES_ON_CPU) // 4 // n * n
     mine = torch.full((count,), float(rank + 1), device=device)
@@ -99,7 +99,7 @@ def _cases(label: str, group: dist.ProcessGroup, device: torch.device) -> Iterat
 
 
 def _shift(send: Tensor, receive: Tensor, group: dist.ProcessGroup) -> None:
-    """To the next rank of the group, from the one before."""
+    """Send a tensor to the next rank of the group, and receive the one of the rank before."""
     n, rank = dist.get_world_size(group), dist.get_rank(group)
     after, before = (dist.get_global_rank(group, (rank + step) % n) for step in (1, -1))
     operations = [
@@ -111,7 +111,7 @@ def _shift(send: Tensor, receive: Tensor, group: dist.ProcessGroup) -> None:
 
 
 def _time(communicate: Callable[[], Any], group: dist.ProcessGroup, device: torch.device) -> float:
-    """Seconds of one communication, once all processes of the group have begun."""
+    """Mean seconds of one communication, measured from when all processes of the group are ready."""
     for _ in range(_WARM_UP):
         communicate()
     one = torch.ones(1, device=device)

@@ -1,4 +1,4 @@
-"""How fast the disk of a run's folder is, and whether the run's checkpoints fit."""
+"""The disk check: how fast the disk of a run's folder is, and whether the run's checkpoints fit."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def check_disk(session: Session) -> Finding:
 
 
 def checkpoints_kept(config: Config) -> int:
-    """Most checkpoints on disk at once: those that stay, and the one being written."""
+    """Largest number of checkpoints on disk at once: those that are kept, and the one being written."""
     checkpoint, steps = config.checkpoint, config.training.steps
     if not checkpoint.every:
         return 1
@@ -62,7 +62,11 @@ def checkpoints_kept(config: Config) -> int:
 
 
 def transfer_rates(folder: Path, blocks: int) -> tuple[float, float]:
-    """Bytes per second written until they are on disk, and read, of a file that has no name and leaves nothing.
+    """Bytes per second at which a temporary file without a name is written to the disk and read from it.
+
+    Args:
+        folder: on the disk to measure.
+        blocks: size of the file, in blocks of 8 MiB.
 
     Raises:
         OSError: the folder cannot be written, or is full.

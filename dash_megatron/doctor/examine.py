@@ -1,4 +1,4 @@
-"""Examine the processes of a launch for a run."""
+"""Runs the doctor's checks on all processes of a launch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ CHECKS = (
 
 
 def choose_checks(only: str | None) -> list[Check]:
-    """The checks to run, in their order: all, or `versions` and those named, with commas between.
+    """Select the checks to run, in their order.
+
+    Args:
+        only: names with commas between; `versions`, without which the others mean nothing, is added. None: all checks.
 
     Raises:
         ValueError: there is no check of a name.
@@ -63,10 +66,10 @@ def choose_checks(only: str | None) -> list[Check]:
 
 
 def examine(config: Config, only: str | None = None, environment: Mapping[str, str] = os.environ) -> int:
-    """Run checks on all processes of the launch; rank 0 prints a line for each as soon as it is through.
+    """Run checks on all processes of the launch; rank 0 prints a line for each as soon as its result is known.
 
     Args:
-        config: of the run.
+        config: the run.
         only: see `choose_checks`.
         environment: variables of the launcher.
 
@@ -107,7 +110,7 @@ def examine(config: Config, only: str | None = None, environment: Mapping[str, s
 def _leaving_nothing(run_dir: Path) -> Iterator[None]:
     """Remove the run's folder at the end if it was not there; let checks clean up when a launcher ends this process.
 
-    To be entered before processes meet, so that none sees what another has made.
+    It must be entered before processes meet, so that none sees a folder that another has made.
     """
     missing = [folder for folder in (run_dir, *run_dir.parents) if not os.path.exists(folder)]
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

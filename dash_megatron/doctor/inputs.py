@@ -1,4 +1,4 @@
-"""Whether all processes run the same code with the same config on the same data."""
+"""The versions and data checks: whether all processes run the same code with the same config on the same data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DRIVER_FILE = Path("/sys/module/nvidia/version")
 
 
 def check_versions(session: Session) -> Finding:
-    """Versions, commit, GPU, driver, and hashes of the config and of what kernels' sums depend on."""
+    """Report versions, commit, GPU and driver, a hash of the config, and the fingerprint of what results depend on."""
     figures: dict[str, Figure] = {"python": platform.python_version()}
     figures |= {name: _version(name) for name in _PACKAGES}
     figures["dash_megatron"] = __version__
@@ -34,7 +34,7 @@ def check_versions(session: Session) -> Finding:
 
 
 def check_data_files(session: Session) -> Finding:
-    """Tokenizer, and size, digests and tokenizer of every .bin/.idx against its sidecar."""
+    """Compare size, digests and tokenizer of every .bin/.idx with its sidecar, and with the run's tokenizer."""
     data = session.config.data
     tokenizer = load_tokenizer(session.config)
     figures: dict[str, Figure] = {"tokenizer": tokenizer.fingerprint[:12]}
@@ -54,7 +54,7 @@ def check_data_files(session: Session) -> Finding:
 
 
 def config_hash(config: Config) -> str:
-    """Twelve hexadecimal digits that differ where a setting does."""
+    """Hash of a config: twelve hexadecimal digits that differ if any setting differs."""
     return hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12]
 
 

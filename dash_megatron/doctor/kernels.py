@@ -1,4 +1,4 @@
-"""Whether this machine's GPU computes DashAttention as the reference does."""
+"""The kernels check: whether this machine's GPU computes DashAttention as the reference does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SAME_CHUNKS = {torch.float32: 0.999, torch.bfloat16: 0.95}
 
 
 class Inputs(NamedTuple):
-    """Of one call of attention."""
+    """Inputs of one call of attention, and the gradient of its output."""
 
     leaves: list[Tensor]
     """q [1, N, Hq, D], k and v [1, N, Hkv, D], summary query [Hkv, D]."""
@@ -46,7 +46,10 @@ def uses_kernels(config: Config, device: torch.device) -> bool:
 
 
 def check_kernels(session: Session) -> Finding:
-    """Output, every gradient and the selected chunks of the kernels, in float32 and the run's precision, in float64."""
+    """Compare the kernels' output, every gradient and the selected chunks with the reference in float64.
+
+    The kernels run in float32 and in the run's precision.
+    """
     config, on_gpu = session.config, session.device.type == "cuda"
     if config.attention.kind == "full":
         return Finding("skipped", {}, "attention.kind=full runs torch's own kernels")

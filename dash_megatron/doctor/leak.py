@@ -1,4 +1,4 @@
-"""Whether documents packed into one sequence stay apart."""
+"""The leak check: whether documents packed into one sequence stay apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the processes that share a model compute what one process would."""
+"""The parity check: whether the processes that share a model compute what one process would."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ ALLOWED = 1e-5
 
 
 class Pass(NamedTuple):
-    """One forward and backward pass."""
+    """What one forward and backward pass gave."""
 
     loss: Tensor
     """Scalar on the host."""
     gradients: dict[str, Tensor]
-    """Whole, on the host."""
+    """Every parameter's whole gradient, on the host."""
     density: float
-    """Mean over layers that route; 1 without any."""
+    """Selected over available chunks of the layers that route; 1 without any."""
 
 
 def check_parity(session: Session) -> Finding:
-    """Loss and every gradient of a small model: of the run's layout, against one process.
+    """Compare loss and every gradient of a small model in the run's layout with those of one process.
 
-    In float64 with the reference; where the run uses kernels, also in float32 with these.
+    Both compute in float64 with the reference; where the run uses kernels, these are compared too, in float32.
     """
     config, parallel = session.config, session.config.parallel
     if parallel.context == parallel.tensor == 1:
@@ -82,7 +82,7 @@ def check_parity(session: Session) -> Finding:
 
 
 def run_once(config: Config, device: torch.device, dtype: torch.dtype) -> Pass:
-    """Forward and backward of one batch, the same in all copies of the model; collective over each copy's processes."""
+    """Compute loss and gradients of one batch, the same in all copies of the model; collective within each copy."""
     model = build(config, device).to(dtype)
     batch = documents_batch(config).to(device)
     targets = num_target_tokens(batch).to(device)

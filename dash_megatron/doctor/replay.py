@@ -25,11 +25,11 @@ from dash_megatron.training.initial import load_initial_weights
 
 
 class SampleLoss(NamedTuple):
-    """A sample of the batch."""
+    """The loss of one sample of the batch."""
 
     sample: int
     loss: float
-    """Mean over its target tokens, in nats; 0 without any."""
+    """Mean loss of its target tokens, in nats; 0 without any."""
     document: tuple[int, int]
     """First token within the sample, and the one past the last, of its document with the largest loss."""
     document_loss: float
@@ -37,17 +37,17 @@ class SampleLoss(NamedTuple):
 
 @dataclass
 class Replay:
-    """What computing a batch again gave."""
+    """Losses and gradients of a batch that was computed again."""
 
     samples: list[SampleLoss] = field(default_factory=list)
     first_module: str | None = None
-    """The first module, in the order of the forward pass, with an output that is not finite."""
+    """The first module, in the order of the forward pass, with a non-finite output; None where all are finite."""
     gradient_norms: dict[str, float] = field(default_factory=dict)
-    """Of every parameter, before clipping, for the mean loss of the batch."""
+    """Norm of every parameter's gradient of the batch's mean loss, before clipping."""
 
     @property
     def gradient_norm(self) -> float:
-        """Of all parameters."""
+        """Norm of the gradient of all parameters together."""
         return math.hypot(*self.gradient_norms.values())
 
     @property
@@ -113,7 +113,7 @@ def replay_batches(model: DashGPTModel, batches: Sequence[PackedBatch], seq_leng
 
 
 def render(result: Replay) -> str:
-    """A result for people, worst first."""
+    """The result as text for people, the largest losses and gradients first."""
     lines = ["", "sample         loss   document with the largest loss"]
     for sample in sorted(result.samples, key=lambda sample: _badness(sample.loss), reverse=True):
         start, end = sample.document
@@ -164,7 +164,7 @@ def _load_model(run_dir: str | Path, step: int, device: torch.device) -> tuple[D
 
 @contextlib.contextmanager
 def _watched(model: torch.nn.Module, result: Replay) -> Iterator[None]:
-    """Note the first module that gives what is not finite; inner modules end before the outer ones."""
+    """Note the first module with a non-finite output; inner modules end before the outer ones."""
 
     def hook(name: str) -> Any:
         def look(module: torch.nn.Module, inputs: Any, output: Any) -> None:
@@ -203,11 +203,11 @@ def _mean(loss: Tensor, mask: Tensor) -> float:
 
 
 def _badness(value: float) -> float:
-    """Sorts NaN and inf above all finite values."""
+    """A value to sort by, in which NaN counts as infinite."""
     return value if math.isfinite(value) else math.inf
 
 
 def _group_of(name: str) -> str:
-    """`decoder.layers.3.mlp` for a parameter of a layer's part; the first word for others."""
+    """The group that a parameter is reported in: `decoder.layers.3.mlp` within a layer, else the first part of its name."""
     parts = name.split(".")
     return ".".join(parts[:4]) if parts[:2] == ["decoder", "layers"] else parts[0]

@@ -1,4 +1,4 @@
-"""Whether a run with this layout, disk and data saves, and goes on from what it saved bit for bit."""
+"""The resume check: whether a run with this layout, disk and data goes on bit for bit from what it saved."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def check_resume(session: Session) -> Finding:
 
 
 def compare_starts(began: Sequence[int], losses: Sequence[Mapping[int, float]]) -> Finding:
-    """Compare two starts of the small run.
+    """Compare two starts of the small run, the second of which resumed.
 
     Args:
         began: step after which each began.
@@ -156,7 +156,7 @@ def start_training(launch: Launch, config: Config, folder: Path, number: int, po
 
 
 def train(config_path: str, report_path: str) -> None:
-    """Train to the last step, and write the step after which training began to a file: what a started process does."""
+    """Train to the last step, and write to a file after which step training began; a started process runs this."""
     # bits are compared
     torch.use_deterministic_algorithms(True, warn_only=True)
     trainer = Trainer(load_config(config_path))

@@ -41,17 +41,17 @@ class Result:
     figures: Mapping[str, Figure]
     message: str
     seconds: float
-    """Of the slowest process."""
+    """Time that the slowest process took."""
 
     def __str__(self) -> str:
-        """One line."""
+        """The result as one line."""
         figures = ", ".join(_with_unit(name, value) for name, value in self.figures.items())
         text = "; ".join(part for part in (figures, self.message) if part)
         return f"{self.status:<8} {self.name:<10} {self.seconds:6.1f} s  {text}"
 
 
 class Check(NamedTuple):
-    """One thing to find out."""
+    """A check, its time limit, and how the findings of all processes become one."""
 
     name: str
     limit_seconds: float
@@ -130,7 +130,7 @@ def _run_check(session: Session, check: Check) -> Result:
 
 
 def merge_largest(findings: Sequence[Finding]) -> Finding:
-    """Failed where one process failed; numbers are the largest of all processes, texts those of the first."""
+    """Merge findings: failed if one process failed; numbers are the largest of all processes, texts those of the first."""
     return _merge(findings, max)
 
 
@@ -149,7 +149,7 @@ def merge_smallest(findings: Sequence[Finding]) -> Finding:
 
 
 def merge_equal(findings: Sequence[Finding]) -> Finding:
-    """Failed where one process failed, or has another figure than most; says which ranks have which."""
+    """Merge findings: failed if one process failed or has another figure than most; the message names the ranks."""
     merged = _merge(findings, max)
     figures: dict[str, Figure] = {}
     different = []
@@ -201,7 +201,7 @@ def rank_list(ranks: Iterable[int]) -> str:
 
 
 def _with_unit(name: str, value: Figure) -> str:
-    """`write 1.2 GB/s on rank 3` of "write GB/s on rank 3"."""
+    """Put a value before its unit: `write 1.2 GB/s on rank 3` for the name "write GB/s on rank 3"."""
     text = f"{value:.3g}" if isinstance(value, float) else str(value)
     words = name.split(" ")
     place = next((index for index, word in enumerate(words) if word in ("GB/s", "GiB")), len(words))

@@ -24,18 +24,18 @@ T = TypeVar("T")
 
 
 class LostProcesses(RuntimeError):
-    """Processes did not come to an agreement in time: they died, or hang."""
+    """Some processes did not answer in time: they died, or hang."""
 
 
 class DisagreementError(RuntimeError):
-    """A part of a check that all processes do failed on some; the message names them."""
+    """A part of a check that all processes do together failed on some; the message names them."""
 
 
 class Session:
     """This process among those that examine a run.
 
     Args:
-        config: of the run.
+        config: the run.
         launch: how this process was started.
 
     Raises:
@@ -55,7 +55,7 @@ class Session:
         self._agreement = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=60))
 
     def gather(self, value: T, wait_seconds: float = COLLECTIVE_TIMEOUT_SECONDS) -> list[T]:
-        """Every process's value, by rank, on every process; collective.
+        """Give every process the values of all processes, by rank; collective.
 
         Args:
             value: anything that pickles.
@@ -99,7 +99,7 @@ class Session:
 
     @contextlib.contextmanager
     def model_groups(self, parallel: ParallelConfig) -> Iterator[None]:
-        """Megatron's groups of a layout, new ones, whatever became of those of an earlier check; collective."""
+        """Make new Megatron groups of a layout, and destroy them at the end; collective."""
         make_model_groups(parallel, COLLECTIVE_TIMEOUT_SECONDS / 60)
         try:
             yield
@@ -113,7 +113,7 @@ class Session:
 
 
 def describe(error: BaseException) -> str:
-    """One line about an error; of what a user can mend, the message alone."""
+    """One line about an error: the message alone where a user can mend it, else with the error's type."""
     text = " ".join(str(error).split())[:600]
     mendable = isinstance(error, ValueError | FileNotFoundError | DisagreementError)
     return text if text and mendable else f"{type(error).__name__}: {text}"

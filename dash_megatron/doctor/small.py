@@ -1,4 +1,4 @@
-"""A small model of a run's layout, and a batch for it: what several checks compute with."""
+"""A small model in a run's layout and a batch for it, which several checks compute with."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def scaled_down(config: Config, **sections: dict[str, Any]) -> Config:
 
 
 def tiny(config: Config, precision: Literal["bf16", "fp32"] = "fp32", backend: str | None = None) -> Config:
-    """`scaled_down`, with a vocabulary and sequences just long enough for documents to straddle every border."""
+    """`scaled_down`, with a small vocabulary and sequences just long enough for documents to straddle every border."""
     parallel, chunk = config.parallel, config.attention.chunk_size
     unit = math.lcm(2 * parallel.context * chunk, parallel.context * parallel.tensor)
     return scaled_down(
@@ -98,7 +98,7 @@ def documents_batch(config: Config, changed: Sequence[int] = ()) -> PackedBatch:
 
 
 def build(config: Config, device: torch.device) -> DashGPTModel:
-    """The model of a config with its first weights, ready to train; needs Megatron's groups of the config's layout."""
+    """Build the model of a config with initial weights, in training mode; needs Megatron's groups of the layout."""
     assert config.model.vocab_size is not None
     model = build_model(config, config.model.vocab_size, device)
     init_weights(model, 0, config.model.init_std)

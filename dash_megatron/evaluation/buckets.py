@@ -4,7 +4,7 @@ FIRST_BUCKET = 64
 
 
 def buckets(length: int) -> list[int]:
-    """Where buckets of positions end: at 64, then each twice as far, the last at `length`."""
+    """The positions at which buckets end: 64, then each twice the one before, the last `length`."""
     ends = [FIRST_BUCKET]
     while ends[-1] * 2 <= length:
         ends.append(ends[-1] * 2)

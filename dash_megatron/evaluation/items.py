@@ -1,4 +1,4 @@
-"""On which samples a task is scored: of a seed, the same ones for every model, on a checkpoint and during training."""
+"""The samples that a task is scored on: for a seed the same for every model, on a checkpoint and during training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Item = tuple[int, float | None]
 
 
 def task_items(task: str, samples: int, depths: int = DEPTHS) -> list[Item]:
-    """All items of a task; `samples` of each of the depths where those are given."""
+    """All items of a task: `samples` of them, or `samples` for each of `depths` depths if the task has depths."""
     places: list[float | None] = [None]
     if TASKS[task].by_depth:
         places = [number / (depths - 1) for number in range(depths)]
@@ -26,7 +26,7 @@ def task_items(task: str, samples: int, depths: int = DEPTHS) -> list[Item]:
 def make_sample(
     task: str, length: int, item: Item, text: LocalText, tokenizer: Tokenizer, seed: int = SEED
 ) -> Sample:
-    """Make an item's sample, which no other item or setting decides about.
+    """Make the sample of an item; it depends on these arguments alone.
 
     Raises:
         ValueError: no sample has that length.

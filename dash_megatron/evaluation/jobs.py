@@ -1,4 +1,4 @@
-"""What is to be computed, one line of results for each item, and how an item is scored."""
+"""Jobs of an evaluation, each one task at one length: their items, and how items are scored."""
 
 from __future__ import annotations
 
@@ -36,23 +36,27 @@ class Job(ABC):
         facts = [VERSION, model.fingerprint, model.tokenizer.fingerprint, text.digest, text.num_tokens]
         facts += [task, length, settings.seed, *self.key_facts()]
         self.key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-        """Of all that a result depends on, but for its item."""
+        """Digest of all that a result depends on, except its item."""
 
     def key_facts(self) -> list[Any]:
-        """What else results depend on."""
+        """Further facts that results depend on; they enter `key`."""
         return []
 
     @abstractmethod
     def items(self) -> list[Item]:
-        """Index, and depth where it is given, of each line of results."""
+        """All items: the index, and the depth if the task has depths, of each line of results."""
 
     @abstractmethod
     def prepare(self) -> None:
-        """Find out whether items can be made at all; ValueError where not."""
+        """Check, before anything is computed, that items can be made.
+
+        Raises:
+            ValueError: no sample has this length.
+        """
 
     @abstractmethod
     def compute(self, items: list[Item]) -> list[dict[str, Any]]:
-        """Results of some items, in one batch."""
+        """Compute the results of some items in one batch."""
 
 
 class PerplexityJob(Job):
@@ -111,7 +115,7 @@ class TaskJob(Job):
 
 
 def _score_answers(model: LanguageModel, samples: list[Sample]) -> list[dict[str, Any]]:
-    """One pass over prompts with their answers: share of answers all of whose tokens are top-1 predictions."""
+    """Score by one forward pass over prompts and answers: the share of answers all of whose tokens are top-1 predictions."""
     found = model.answers([sample.ids for sample in samples], [sample.prompt_tokens for sample in samples])
     return [_score_answer(sample, *pair) for sample, pair in zip(samples, found, strict=True)]
 
@@ -126,7 +130,10 @@ def _score_answer(sample: Sample, losses: Tensor, predicted: Tensor) -> dict[str
 
 
 def _score_generated(model: LanguageModel, samples: list[Sample]) -> list[dict[str, Any]]:
-    """Share of answers that stand in what the model writes, in any order; of tokens in place, for answers without text."""
+    """Score by greedy continuation: the share of answers that occur in it, in any order.
+
+    For answers without text it is the share of tokens that are right at their place.
+    """
     prompts = [sample.ids[: sample.prompt_tokens] for sample in samples]
     longest = max(len(sample.ids) - sample.prompt_tokens for sample in samples)
     results = []

@@ -1,4 +1,4 @@
-"""What is evaluated: a run's checkpoint, or an exported folder, behind one interface."""
+"""Models to evaluate, a run's checkpoint or an exported folder, behind one interface."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class LanguageModel(ABC):
     """
 
     name: str
-    """Of run and step, or of the folder."""
+    """Name of the run and its step, or of the folder."""
     fingerprint: str
-    """Digest of the weights and of what is computed with them."""
+    """Digest of the weights and of everything else that results depend on."""
     tokenizer: Tokenizer
     trained_length: int
-    """Longest sequence of training."""
+    """Longest sequence of training, in tokens."""
     data: list[str]
     """Prefixes of validation data; empty where the model has none."""
     rope_scaling: RopeScaling | None = None
-    """That of this evaluation alone."""
+    """The RoPE scaling of this evaluation, in place of that of training; None: as trained."""
     device: torch.device
 
     @abstractmethod
@@ -86,7 +86,7 @@ class LanguageModel(ABC):
 
 
 def pad_right(rows: list[list[int]]) -> Tensor:
-    """Rows as int64 [B, longest]; what stands behind a row means nothing."""
+    """Pad rows on the right to int64 [B, longest]."""
     longest = max(map(len, rows))
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
 

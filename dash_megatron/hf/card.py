@@ -14,7 +14,7 @@ from dash_megatron.hf import probe
 def model_card(
     config: Config, step: int, metrics: dict[str, Any], report: probe.Report, dtype: torch.dtype
 ) -> str:
-    """Say what the model is, how to load it, how exactly it was checked, and how it was trained.
+    """Write what the model is, how to load it, how exactly it was checked, and how it was trained.
 
     Args:
         metrics: the last logged line up to the checkpoint, or nothing.

@@ -14,7 +14,7 @@ MODEL_FILE = "modeling_dash.py"
 
 
 def llama_config(config: Config, vocab_size: int, dtype: torch.dtype, end_token: int) -> LlamaConfig:
-    """What plain transformers reads as a dense Llama, and `MODEL_FILE` as DashAttention."""
+    """The transformers config of a run: transformers alone reads it as a dense Llama, `MODEL_FILE` as DashAttention."""
     model, attention = config.model, config.attention
     # keys that only our model file knows; transformers keeps what it does not know
     ours: dict[str, Any] = {
@@ -119,7 +119,7 @@ def _need(tree: dict[str, Any], key: str) -> Any:
 
 
 def _rope(tree: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Base and scaling of RoPE; transformers 5 writes `rope_parameters`, earlier ones `rope_theta` and `rope_scaling`."""
+    """Base and scaling of RoPE. Transformers 5 writes `rope_parameters`, earlier ones `rope_theta` and `rope_scaling`."""
     name = "rope_parameters" if tree.get("rope_parameters") else "rope_scaling"
     rope = {key: value for key, value in (tree.get(name) or {}).items() if value is not None}
     theta = float(rope.pop("rope_theta", None) or tree.get("rope_theta") or 10_000.0)
@@ -151,7 +151,7 @@ def _rope(tree: dict[str, Any]) -> tuple[float, RopeScaling | None]:
 
 
 def _check_shape(tree: dict[str, Any]) -> None:
-    """Refuse what would compute something else from tensors of the same names."""
+    """Refuse a model that computes something else from tensors of the same names and shapes."""
     activation = tree.get("hidden_act", "silu")
     if activation != "silu":
         raise ValueError(f"config.json: hidden_act={activation} must be silu, which training computes")

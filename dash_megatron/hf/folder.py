@@ -1,4 +1,4 @@
-"""Folders of safetensors: writing one file a piece of the model, and reading tensors that must have given shapes."""
+"""Folders of safetensors: one file for each piece of the model is written, and tensors are read and their shapes checked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SINGLE = "model.safetensors"
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """Fill a folder that appears whole or not at all: under a hidden name beside it, renamed at the end.
+    """Make a folder that appears whole or not at all: it is filled under a hidden name and renamed at the end.
 
     Args:
         output: the folder to make.
@@ -52,7 +52,9 @@ def write_pieces(
     """Write every piece to a file of its own, then the index; one piece at a time is in memory.
 
     Args:
-        tensors_of: makes a piece's tensors.
+        folder: where to write.
+        parts: the pieces, in order.
+        tensors_of: makes the tensors of a piece.
     """
     weight_map: dict[str, str] = {}
     total = 0
@@ -76,6 +78,9 @@ def take(
     """Read some tensors, which must be there and have the given shapes.
 
     Args:
+        weights: tensors by name.
+        shapes: the shapes of the tensors to read.
+        source: for messages: where the tensors come from.
         dtype: to round to, one tensor after the other; None keeps each tensor's.
 
     Raises:
@@ -95,7 +100,7 @@ def take(
 
 
 class FolderWeights(Mapping[str, Tensor]):
-    """The tensors of a folder, each read when asked for.
+    """The tensors of a folder of safetensors by name, each read on access.
 
     Raises:
         FileNotFoundError: there are no safetensors.

@@ -20,12 +20,12 @@ from dash_megatron.hf.tokenizer import import_tokenizer
 
 
 class Imported(NamedTuple):
-    """What was made."""
+    """What `import_folder` made."""
 
     sections: dict[str, Any]
-    """Of a run config: the content of `model.yaml`."""
+    """Sections of a run config: the content of `model.yaml`."""
     tokenizer: Path | None
-    """For `data.tokenizer`; None where the source has none that training takes."""
+    """Path for `data.tokenizer`; None where the source has no tokenizer that training takes."""
 
 
 def import_folder(source: str | Path, output: str | Path) -> Imported:
@@ -73,7 +73,7 @@ def _sections(tree: dict[str, Any], names: set[str], source: Path) -> tuple[Mode
 
 
 def _check_names(weights: Mapping[str, Tensor], parts: list[Piece], source: Path) -> None:
-    """Every tensor is known; missing ones are named when they are read."""
+    """Check that every tensor of the folder is known; missing ones are named when they are read."""
     known = {name for piece in parts for name in piece.theirs}
     for name in weights:
         if name in known or name.endswith("rotary_emb.inv_freq"):

@@ -28,7 +28,7 @@ def is_full(attention: AttentionConfig, layer: int) -> bool:
 
 
 def pieces(model: ModelConfig, attention: AttentionConfig, vocab_size: int) -> list[Piece]:
-    """Every tensor of a model, in the order of the forward pass."""
+    """The pieces of a model, which together have all of its tensors, in the order of the forward pass."""
     width = model.hidden_size
     table = (vocab_size, width)
     first = Piece({"embedding.word_embeddings.weight": table}, {"model.embed_tokens.weight": table}, None)

@@ -1,4 +1,4 @@
-"""Whether exported weights compute what the training model computes: the same logits, by the same chunks.
+"""Compares an export with the training model: both must select the same chunks and give the same logits.
 
 Both models run in float64, so that rounding decides nothing, and one matrix at a time is in memory.
 """
@@ -34,7 +34,7 @@ _ROWS = 2**12
 
 @dataclass(frozen=True)
 class _StoredRows:
-    """Rows of a tensor in a file, opened for each slice: what stays open stays in memory."""
+    """Rows of a tensor in a file, which is opened for each slice: a file that stays open stays in memory."""
 
     path: Path
     name: str
@@ -52,9 +52,9 @@ class Result(NamedTuple):
     head: Callable[[], Any]
     """Opens the output projection, [vocabulary, hidden_size]; slices of it are tensors."""
     dtype: torch.dtype
-    """To which the projection is rounded."""
+    """Data type to which the projection is rounded."""
     selected: list[Tensor | None]
-    """Of every layer, the chunks each token attends to, bool [Hkv, N, c]; None: full attention."""
+    """For every layer the chunks that each token attends to, bool [Hkv, N, c]; None: full attention."""
 
     def logits(self, vocab_size: int, head: Any = None) -> Iterator[Tensor]:
         """Logits float64 [N, rows] of a few rows of the vocabulary after the other: all would fill the memory.
@@ -69,13 +69,13 @@ class Result(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What the comparison found."""
+    """How exactly an export agrees with the training model."""
 
     num_tokens: int
     logits_difference: float
     """Largest absolute difference between the exported and the training model on the same weights."""
     rounding: float
-    """What rounding the weights did to the training model's logits, relative; 0 for float32."""
+    """Relative change of the training model's logits by rounding the weights; 0 for float32."""
 
 
 def compare(folder: Path, weights: Mapping[str, Tensor], config: Config, dtype: torch.dtype) -> Report:
@@ -139,7 +139,9 @@ def _relative_change(exact: Result, rounded: Result, vocab_size: int) -> float:
 def _weights_of(
     module: torch.nn.Module, name: str, read: Callable[[str], Tensor]
 ) -> Iterator[torch.nn.Module]:
-    """Give every part of a module of shapes only its own weights, in float64, while that part runs.
+    """Load the weights of each part of a module in float64 while that part runs, and drop them afterwards.
+
+    The module's own parameters are on the meta device and have shapes only.
 
     Args:
         name: of the module in its model.
