@@ -67,6 +67,7 @@ def _attend_fwd_kernel(
     _, offset, count = tile_list(list_offset, list_count, i_h, i_tile, num_chunks * (C // T))
 
     o_r, o_d, o_n, o_g, m_row = tile_rows(start, end, G, GP, T, BLOCK_D)
+    p_head = (i_h * G + o_g)[:, None]
     b_q = load_tile(q, i_h, o_n, o_g, o_d, m_row, stride_qn, stride_qh, G, D)
     b_mean = tl.load(mean_log + o_n * HKV + i_h, mask=o_n < end, other=0.0)
     k += i_h.to(tl.int64) * stride_kh
@@ -107,7 +108,7 @@ def _attend_fwd_kernel(
         # a token that sees nothing here: output 0, log-sum-exp -inf
         b_max = tl.where(b_sum > 0, b_max, float("-inf"))
         b_sum = tl.where(b_sum > 0, b_sum, 1.0)
-    p_out = out + (o_n * (HKV * G))[:, None] * D + (i_h * G + o_g)[:, None] * D + o_d[None, :]
+    p_out = out + (o_n * (HKV * G))[:, None] * D + p_head * D + o_d[None, :]
     b_out = b_acc / b_sum[:, None]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_row[:, None] & (o_d < D)[None, :])
     tl.store(lse + o_n * (HKV * G) + i_h * G + o_g, b_max + tl.log2(b_sum), mask=m_row)
