@@ -26,7 +26,7 @@ STAGES = [
     "backward_keys",
 ]
 COVERED_ELSEWHERE = {"generate": "tests/hf/test_generate_benchmark.py", "dialing": "part of generate"}
-PARTS = {"inputs", "stages", "timing"}
+PARTS = {"choices", "inputs", "stages", "timing"}
 
 
 def _run(*command: str, interpreted: bool = True) -> str:

@@ -1,0 +1,81 @@
+"""Which chunks the routers of trained models selected (`benchmarks/choices`): `python -m benchmarks.choices` prints what tiles visit.
+
+Each file is one model on one document; the README beside them says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent / "choices"
+TILES = (1, 2, 4, 8, 16, 32)
+
+
+def model_names() -> list[str]:
+    """Names of the models there are files of."""
+    return sorted(path.stem for path in FOLDER.glob("*.npz"))
+
+
+def layers_of(model: str) -> list[int]:
+    """Numbers of the layers a model's file holds, counted from 0."""
+    with np.load(FOLDER / f"{model}.npz") as arrays:
+        return sorted(int(name.removeprefix("layer_")) for name in arrays.files)
+
+
+def load_selected(model: str, layer: int) -> Tensor:
+    """Past chunks that each token selected in one layer.
+
+    Returns:
+        Bool [key/value heads, tokens, chunks]. A token's own chunk, which it always attends to, is not in it.
+        The chunk size is tokens / chunks.
+
+    Raises:
+        FileNotFoundError: no file of that model.
+        KeyError: a layer the file does not hold.
+    """
+    with np.load(FOLDER / f"{model}.npz") as arrays:
+        packed_HcN = arrays[f"layer_{layer}"]
+    return torch.from_numpy(np.unpackbits(packed_HcN, axis=-1)).bool().transpose(1, 2)
+
+
+def past_density(selected_HNc: Tensor) -> float:
+    """Selected past chunks over available ones."""
+    _, tokens, chunks = selected_HNc.shape
+    own_N = torch.arange(tokens) // (tokens // chunks)
+    return selected_HNc.sum().item() / (selected_HNc.shape[0] * own_N.sum().item())
+
+
+def visited_over_selected(selected_HNc: Tensor, tiles: Sequence[int] = TILES) -> dict[int, float]:
+    """How many times the selected past chunks a tile visits, by tokens in a tile: it visits what any token of it selected.
+
+    Raises:
+        ValueError: tiles that do not divide the tokens.
+    """
+    tokens = selected_HNc.shape[1]
+    if any(tokens % tile for tile in tiles):
+        raise ValueError(f"{tokens} tokens are no whole number of tiles of {list(tiles)}")
+    selected = selected_HNc.sum().item()
+    return {
+        tile: tile * selected_HNc.unflatten(1, (-1, tile)).any(2).sum().item() / selected for tile in tiles
+    }
+
+
+def main() -> None:
+    """Print one line for each layer of each model."""
+    print("model          layer  chunk  past density  visited/selected at", *(f"{tile:5d}" for tile in TILES))
+    for model in model_names():
+        for layer in layers_of(model):
+            selected_HNc = load_selected(model, layer)
+            size = selected_HNc.shape[1] // selected_HNc.shape[2]
+            visited = visited_over_selected(selected_HNc)
+            figures = " ".join(f"{visited[tile]:5.2f}" for tile in TILES)
+            print(f"{model:14s} {layer:5d} {size:6d} {past_density(selected_HNc):13.3f} {'':19s} {figures}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The reader of chunks that trained routers selected, and what the files beside it hold."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import choices
+
+LIMIT = 2_000_000
+TABLE = (choices.FOLDER / "README.md").read_text()
+
+
+def _own_chunk(selected_HNc: Tensor) -> Tensor:
+    """Chunk of each token, [N, 1]."""
+    _, tokens, chunks = selected_HNc.shape
+    return (torch.arange(tokens) // (tokens // chunks))[:, None]
+
+
+@pytest.fixture
+def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """Random past chunks of 2 heads, 16 tokens and 4 chunks, written the way the files are."""
+    selected_HNc = torch.rand(2, 16, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    selected_HNc &= torch.arange(4) < _own_chunk(selected_HNc)
+    bits_HcN = selected_HNc.transpose(1, 2).numpy()
+    np.savez(tmp_path / "made.npz", layer_3=np.packbits(bits_HcN, axis=-1))
+    monkeypatch.setattr(choices, "FOLDER", tmp_path)
+    return selected_HNc
+
+
+def test_packed_chunks_are_read_as_they_were(packed: Tensor) -> None:
+    assert choices.model_names() == ["made"]
+    assert choices.layers_of("made") == [3]
+    selected_HNc = choices.load_selected("made", 3)
+    assert selected_HNc.dtype == torch.bool
+    assert torch.equal(selected_HNc, packed)
+    with pytest.raises(KeyError):
+        choices.load_selected("made", 0)
+    with pytest.raises(FileNotFoundError):
+        choices.load_selected("missing", 0)
+
+
+def test_tiles_visit_the_union_of_what_their_tokens_selected(packed: Tensor) -> None:
+    visited = choices.visited_over_selected(packed, (1, 4))
+    unions = sum(
+        4 * len({int(c) for n in range(first, first + 4) for c in packed[h, n].nonzero()})
+        for h in range(2)
+        for first in range(0, 16, 4)
+    )
+    assert visited == {1: 1.0, 4: unions / packed.sum().item()}
+    assert choices.past_density(packed) == packed.sum().item() / (2 * 4 * (1 + 2 + 3))
+    with pytest.raises(ValueError, match="whole number of tiles of \\[3\\]"):
+        choices.visited_over_selected(packed, (3,))
+
+
+def test_files_are_small_and_all_described() -> None:
+    paths = list(choices.FOLDER.glob("*"))
+    assert sum(path.stat().st_size for path in paths) <= LIMIT
+    described = re.findall(r"^\| `(\w+)` \|", TABLE, re.MULTILINE)
+    assert sorted(described) == choices.model_names()
+
+
+@pytest.mark.parametrize("model", choices.model_names())
+def test_trained_choices_are_of_the_past_and_as_the_table_says(model: str) -> None:
+    row = next(line for line in TABLE.splitlines() if line.startswith(f"| `{model}` |"))
+    _, _, _, size, layers, density, at_8, at_32 = (cell.strip() for cell in row.strip("|").split("|"))
+    assert [int(x) for x in layers.split(", ")] == choices.layers_of(model)
+    for layer, *figures in zip(*(cell.split(", ") for cell in (layers, density, at_8, at_32)), strict=True):
+        selected_HNc = choices.load_selected(model, int(layer))
+        assert selected_HNc.shape == (2, 16384, 16384 // int(size))
+        own_N1 = _own_chunk(selected_HNc)
+        chunk_c = torch.arange(selected_HNc.shape[2])
+        assert not selected_HNc[:, chunk_c >= own_N1].any()
+        if "_w2" in model:
+            assert selected_HNc[:, (chunk_c < own_N1) & (chunk_c >= own_N1 - 2)].all()
+        visited = choices.visited_over_selected(selected_HNc, (8, 32))
+        measured = f"{choices.past_density(selected_HNc):.3f}", f"{visited[8]:.2f}", f"{visited[32]:.2f}"
+        assert list(measured) == figures
