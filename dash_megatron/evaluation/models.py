@@ -67,7 +67,12 @@ class LanguageModel(ABC):
 
     @torch.no_grad()
     def answers(self, rows: list[list[int]], firsts: list[int]) -> list[tuple[Tensor, Tensor]]:
-        """For the tokens of each row from number `firsts` on: their loss, float32, and the argmax of the logits that predict them, int64."""
+        """For the tokens of each row from number `firsts` on: losses, float32, and top-1 predictions, int64.
+
+        Args:
+            rows: tokens of each row.
+            firsts: number, at least 1, of the first token of each row that is predicted.
+        """
         hidden = self.hidden(pad_right(rows))
         found = []
         for x, row, first in zip(hidden, rows, firsts, strict=True):

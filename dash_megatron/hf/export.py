@@ -17,7 +17,7 @@ from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.hf import modeling_dash, probe
 from dash_megatron.hf.card import model_card
 from dash_megatron.hf.config import MODEL_FILE, llama_config
-from dash_megatron.hf.folder import new_folder, take, write_pieces
+from dash_megatron.hf.folder import check_new, new_folder, take, write_pieces
 from dash_megatron.hf.names import pieces, to_hugging_face
 from dash_megatron.hf.tokenizer import export_tokenizer
 from dash_megatron.json_lines import read_json_lines
@@ -47,13 +47,14 @@ def export_run(
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype={dtype} must be one of {list(DTYPES)}")
+    check_new(Path(output))
+    config, step, weights = open_weights(run_dir, step)
+    if config.attention.kind in ("infllmv2", "nsa"):
+        raise ValueError(
+            f"{run_dir} has attention.kind={config.attention.kind}, a baseline that no Hugging Face model file computes; "
+            "only runs of attention.kind=dash and full are exported"
+        )
     with new_folder(Path(output)) as folder:
-        config, step, weights = open_weights(run_dir, step)
-        if config.attention.kind in ("infllmv2", "nsa"):
-            raise ValueError(
-                f"{run_dir} has attention.kind={config.attention.kind}, a baseline that no Hugging Face model file "
-                "computes; only runs of attention.kind=dash and full are exported"
-            )
         return _write(folder, config, step, weights, DTYPES[dtype])
 
 

@@ -21,18 +21,23 @@ INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
+def check_new(output: Path) -> None:
+    """Refuse a folder that exists already, before anything is computed for it.
+
+    Raises:
+        ValueError: it exists.
+    """
+    if output.exists():
+        raise ValueError(f"{output} exists already; remove it or choose another folder")
+
+
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """Make a folder that appears whole or not at all: it is filled under a hidden name and renamed at the end.
 
     Args:
-        output: the folder to make.
-
-    Raises:
-        ValueError: it exists already.
+        output: the folder to make; may not exist, see `check_new`.
     """
-    if output.exists():
-        raise ValueError(f"{output} exists already; remove it or choose another folder")
     partial = output.parent / f".{output.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dash_megatron.config import AttentionConfig, ModelConfig
 from dash_megatron.hf.config import multipliers, sections_of
-from dash_megatron.hf.folder import MODEL_SECTIONS, FolderWeights, new_folder, take, write_pieces
+from dash_megatron.hf.folder import MODEL_SECTIONS, FolderWeights, check_new, new_folder, take, write_pieces
 from dash_megatron.hf.names import Piece, from_hugging_face, pieces
 from dash_megatron.hf.tokenizer import import_tokenizer
 
@@ -42,21 +42,20 @@ def import_folder(source: str | Path, output: str | Path) -> Imported:
             unknown or of another shape. `output` does not exist then.
     """
     source, output = Path(source), Path(output)
+    check_new(output)
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"{source} has no config.json; give a folder that transformers could load")
+    tree = json.loads((source / "config.json").read_text())
+    weights = FolderWeights(source)
+    model, attention = _sections(tree, set(weights), source)
+    factors = multipliers(tree)
+    vocab_size = int(tree["vocab_size"])
+    _check_names(weights, pieces(model, attention, vocab_size), source)
+    if model.tie_embeddings and factors != (1.0, 1.0, 1.0):
+        # the embedding and the output projection, one table so far, are scaled differently
+        model = model.model_copy(update={"tie_embeddings": False})
+    parts = pieces(model, attention, vocab_size)
     with new_folder(output) as folder:
-        if not (source / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{source} has no config.json; give a folder that transformers could load"
-            )
-        tree = json.loads((source / "config.json").read_text())
-        weights = FolderWeights(source)
-        model, attention = _sections(tree, set(weights), source)
-        factors = multipliers(tree)
-        vocab_size = int(tree["vocab_size"])
-        _check_names(weights, pieces(model, attention, vocab_size), source)
-        if model.tie_embeddings and factors != (1.0, 1.0, 1.0):
-            # the embedding and the output projection, one table so far, are scaled differently
-            model = model.model_copy(update={"tie_embeddings": False})
-        parts = pieces(model, attention, vocab_size)
         write_pieces(folder, parts, lambda piece: _convert(weights, piece, model, factors, source))
         sections = _write_sections(folder, model, attention)
         tokenizer = import_tokenizer(source, folder)

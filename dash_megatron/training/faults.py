@@ -116,6 +116,7 @@ class Guard:
 
     def state_dict(self) -> dict[str, list[Any]]:
         """What a resumed run needs to decide as this one would, as JSON holds it in a checkpoint."""
+        # `left_out` is the name in checkpoints
         return {"left_out": sorted(self.skipped_batches), "losses": list(self.losses)}
 
     def load_state_dict(self, state: Mapping[str, list[Any]]) -> None:
