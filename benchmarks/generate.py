@@ -10,7 +10,7 @@ The model has the shape of a config and random weights, made on the GPU. Both ki
 - Full attention decodes with whatever of torch's is fastest on the same cache, which is tried first.
 - Prefill: a prompt of random tokens, computed at once into a cache. Scaling factors are searched layer by layer in a
   forward pass before, on queries spread over the prompt. Full attention takes cuDNN or flash. Longer prompts than
-  `--prefill` names are left out: full attention alone would take two minutes at 512K.
+  `--prefill` names are skipped: full attention alone would take two minutes at 512K.
 
 Every case is written to `--output` when it is done. One that fails, as for want of memory, is reported, and the others go on.
 Without a GPU, `--tiny` walks through everything with the reference.

@@ -142,8 +142,8 @@ def _dial(engine: Engine, batch: PackedBatch, density: float, rounds: int = 16) 
             module.scaling_factor = (low[index] * high[index]) ** 0.5
         engine.model(batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens)
         for index, means in routing_means(engine.module).items():
-            side = low if means.chunks_selected > density * means.chunks_available else high
-            side[index] = layers[index].scaling_factor
+            bound = low if means.chunks_selected > density * means.chunks_available else high
+            bound[index] = layers[index].scaling_factor
 
 
 def _time_steps(engine: Engine, batch: PackedBatch, steps: int, device: torch.device) -> float:

@@ -29,7 +29,7 @@ SHARD_NAME = "corpus-{:05d}.jsonl"
 def stdlib_documents(folder: Path | None = None) -> Iterator[Document]:
     """Read the modules of Python's standard library: each one's source, then its documentation strings.
 
-    Nothing is imported. Files that are not UTF-8 (tests of other encodings) are left out.
+    Nothing is imported. Files that are not UTF-8 (tests of other encodings) are skipped.
 
     Args:
         folder: default: the running Python's library.

@@ -179,7 +179,7 @@ def split_into_pieces(path: str, piece_bytes: int) -> list[Piece]:
 
 
 def read_piece(piece: Piece, text_key: str = "text") -> Iterator[Document | BadLine]:
-    """Read a part of a file, a document at a time; documents without any text are left out.
+    """Read a part of a file, a document at a time; documents without any text are skipped.
 
     Raises:
         ValueError: the file as a whole is damaged: cut short, not what its name says, or without the text

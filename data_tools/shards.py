@@ -203,7 +203,7 @@ def finished_report(unit: Unit, folder: Path) -> ShardReport | None:
 
 
 def merge_split(units: Sequence[Unit], folder: Path, output: Path, split: str, options: Options) -> Sidecar:
-    """Put the shards of a split behind one another into OUTPUT/SPLIT.bin and .idx, and write the sidecar.
+    """Concatenate the shards of a split into OUTPUT/SPLIT.bin and .idx, and write the sidecar.
 
     The old sidecar goes first and the new one comes last: at no moment does a sidecar stand beside data it
     does not describe.

@@ -24,7 +24,7 @@ from data_tools.readers import BadLineCounter, find_inputs, read_inputs
 SMALLEST_VOCABULARY = 259 + 1
 _PIECE_CHARACTERS = 2000
 _HELD_OUT_BYTES = 1_000_000
-# The trainer leaves out a whole piece that contains one of these, its own marks.
+# The trainer skips a whole piece that contains one of these, its own marks.
 _RESERVED = str.maketrans({"\x00": " ", "\u2585": " "})
 
 

@@ -99,11 +99,11 @@ def _scoring_seconds(
 ) -> AttentionSeconds:
     """Scores of chunks and the choice; in NSA also compression, the branch that attends, and their backward."""
     nsa = attention.kind == "nsa"
-    chosen = attention.nsa if nsa else attention.infllmv2
-    pairs = work.pairs / chosen.kernel_stride
+    scored = attention.nsa if nsa else attention.infllmv2
+    pairs = work.pairs / scored.kernel_stride
     product = 2 * work.heads * pairs * work.head_dim / SCORE_FLOPS
     # every pooled key once for the normalizer, and once for each chunk that it overlaps
-    overlaps = 1 + (chosen.kernel_size - chosen.kernel_stride) / attention.chunk_size
+    overlaps = 1 + (scored.kernel_size - scored.kernel_stride) / attention.chunk_size
     choice = CHOICE_BYTES * work.kv_heads * work.pairs / attention.chunk_size / memory_bandwidth
     scoring = (1 + overlaps) * product + choice
     if not nsa:

@@ -87,7 +87,7 @@ def list_bytes(config: Config, layout: Layout, density: float) -> tuple[float, f
     """Routing lists of one layer call on one rank: bytes in the forward, and what the backward adds.
 
     An entry is a chunk number and a log prior per token of its tile; the backward adds the prior's gradient and the
-    transposed lists. Where every past chunk of a micro-batch's rows, which are packed behind one another, fits into 2 GiB,
+    transposed lists. Where every past chunk of a micro-batch's rows, which are concatenated, fits into 2 GiB,
     room is made for all, else for those listed.
     """
     model, chunk, rows = config.model, config.attention.chunk_size, config.training.micro_batch
@@ -129,7 +129,7 @@ def _layer_bytes(config: Config, layout: Layout, shape: ContextShape) -> dict[st
         "attention": tokens * (3 * shape.heads + 3 * shape.kv_heads) * shape.head_dim * b,
         # threshold and log-sum-exp of every query head, float32
         "row_state": tokens * shape.heads * 8,
-        # of baselines, whose operands and output are laid out in whole chunks first
+        # of baselines, whose operands and output are copied into whole chunks first
         "laid_out": tokens * 2 * (shape.heads + shape.kv_heads) * shape.head_dim * b * (kind in BASELINES),
         "branches": tokens * shape.heads * shape.head_dim * NSA_BYTES * (kind == "nsa"),
         # both halves of the input of a compiled SwiGLU, and its output

@@ -266,7 +266,7 @@ def _zero_sent(
 
 
 def effective_routing(config: Config, routing: Routing) -> Routing:
-    """The routing given, with the density that `attention.kind` fixes if it does; NSA's window counts as chosen."""
+    """The routing given, with the density that `attention.kind` fixes if it does; NSA's window counts as selected."""
     attention = config.attention
     if attention.kind not in BASELINES:
         return routing

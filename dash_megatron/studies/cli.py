@@ -68,7 +68,7 @@ def add_study(tools: Any) -> None:
 
 
 def _add_routing(commands: Any) -> None:
-    text = "measure and draw how the routers of a checkpoint choose in one long document"
+    text = "measure and draw which chunks the routers of a checkpoint select in one long document"
     routing = commands.add_parser("routing", help=text, description=text)
     routing.add_argument("run_dir", metavar="RUN_DIR")
     routing.add_argument("--output", metavar="DIR", help="default: RUN_DIR/routing/step_...")

@@ -36,7 +36,7 @@ class Cost:
 def mean_piece_context(lengths: np.ndarray, seq_length: int) -> float:
     """Mean number of tokens that a token of packed documents may attend to, itself included.
 
-    Documents are laid out behind one another and cut every `seq_length` tokens, at any place in them alike. A
+    Documents are concatenated and cut every `seq_length` tokens, at any place in them alike. A
     document of l tokens then has pieces whose squares add up to l^2 (1 - l / 3L) on average, L^2 (l/L - 1/3) if it
     is longer than L = seq_length; tokens of a piece of p see (p + 1) / 2 on average.
 

@@ -118,9 +118,9 @@ def _fit(
     for _ in range(10 * draws):
         if len(samples) == draws:
             break
-        chosen = generator.integers(len(loss), size=len(loss))
-        if not_enough(*(column[chosen] for column in columns)) is None:
-            samples.append(_named(_refine(logs[:, chosen], loss[chosen], best)[0], scales, names))
+        drawn = generator.integers(len(loss), size=len(loss))
+        if not_enough(*(column[drawn] for column in columns)) is None:
+            samples.append(_named(_refine(logs[:, drawn], loss[drawn], best)[0], scales, names))
     values = _named(best, scales, names)
     intervals = {}
     if len(samples) >= draws // 2:  # fewer tell nothing: almost every draw lacks sizes or budgets

@@ -1,4 +1,4 @@
-"""`study routing`: how the routers of a checkpoint choose in one long document."""
+"""`study routing`: which chunks the routers of a checkpoint select in one long document."""
 
 from __future__ import annotations
 

@@ -84,14 +84,14 @@ def _heads(report: dict[str, Any]) -> Any:
 
 def _layer_legend(figure: Any, records: dict[int, Any]) -> None:
     """A few layers from first to last: colours run from dark to light."""
-    chosen = sorted({list(records)[round(x)] for x in np.linspace(0, len(records) - 1, min(6, len(records)))})
+    shown = sorted({list(records)[round(x)] for x in np.linspace(0, len(records) - 1, min(6, len(records)))})
     colors = layer_colors(list(records))
-    lines = [plt.Line2D([], [], color=colors[layer], marker="o", ms=4) for layer in chosen]
+    lines = [plt.Line2D([], [], color=colors[layer], marker="o", ms=4) for layer in shown]
     figure.legend(
         lines,
-        [f"layer {layer}" for layer in chosen],
+        [f"layer {layer}" for layer in shown],
         loc="outside lower center",
-        ncols=len(chosen),
+        ncols=len(shown),
         frameon=False,
     )
 

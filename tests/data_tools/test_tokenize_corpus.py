@@ -224,7 +224,7 @@ def start(tmp_path, tokenizer_path):
     """A function that starts the tool as a process of its own, on a corpus of many small shards."""
     source = tmp_path / "a.jsonl"
     with open(source, "w") as file:
-        for number in range(6000):
+        for number in range(2400):
             file.write(
                 json.dumps({"text": f"text {number} " + "alpha beta def f(x):\n    return x " * 20}) + "\n"
             )

@@ -54,8 +54,8 @@ def test_a_fixed_list_is_whole_where_the_document_begins() -> None:
 def test_without_scores_baselines_cost_their_lists(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baseline_times, "SCORE_FLOPS", float("inf"))
     assert price("infllmv2", NO_BYTES, top_k=top_k) == pytest.approx(listed(top_k + 9))
-    chosen, window = listed(top_k + 3), listed(512 // 64 + 1)
-    both = [one + other for one, other in zip(chosen, window, strict=True)]
+    selected, window = listed(top_k + 3), listed(512 // 64 + 1)
+    both = [one + other for one, other in zip(selected, window, strict=True)]
     assert price("nsa", NO_BYTES, top_k=top_k) == pytest.approx(both)
 
 
