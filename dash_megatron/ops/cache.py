@@ -23,8 +23,8 @@ class DashCache:
     An engine gives pages out by writing to `page_table`, and starts a sequence anew by setting `lengths[b] = 0`. Both,
     and `append`, may happen inside and between replays of a CUDA graph. What a sequence has not reached is never read.
 
-    On a GPU nothing waits to look at lengths: a sequence longer than `capacity` keeps counting, is not written any more,
-    and its output is NaN. `check` looks.
+    On a GPU nothing waits to read lengths: a sequence longer than `capacity` keeps counting, is not written any more,
+    and its output is NaN. `check` reads them.
     """
 
     def __init__(
@@ -148,11 +148,11 @@ class DashCache:
     ) -> None:
         """Add any number of tokens to every sequence, with the summaries of the chunks that they complete.
 
-        Sequences go on where they are, so that a long prompt can come in pieces. Attention of the prompt itself is
+        Sequences go on where they are, so that a long prompt can come in several parts. Attention of the prompt itself is
         `dash_attention` with the same `cu_seqlens`.
 
         Args:
-            k: keys after RoPE of all sequences one after the other, [tokens, Hkv, D], the cache's dtype and device.
+            k: keys after RoPE of all sequences, concatenated, [tokens, Hkv, D], the cache's dtype and device.
             v: values, the same.
             summary_query: as in `append`.
             cu_seqlens: int32 [B + 1], rising from 0 to the number of tokens: where the tokens of each sequence begin. A
@@ -164,7 +164,7 @@ class DashCache:
         """
         self._check_new(k, v, summary_query, [len(k), *self.k.shape[2:]], "[tokens, Hkv, D]")
         self._check_table("cu_seqlens", cu_seqlens, torch.int32, [self.batch + 1])
-        if self._looks():
+        if self._values_are_readable():
             bounds = cu_seqlens.tolist()
             if bounds[0] != 0 or bounds[-1] != len(k) or bounds != sorted(bounds):
                 raise ValueError(
@@ -173,7 +173,7 @@ class DashCache:
         self._write(k, v, summary_query, cu_seqlens, None, backend)
 
     def check(self) -> None:
-        """Wait for the device and look whether every sequence fits and has its pages.
+        """Wait for the device and check that every sequence fits and has its pages.
 
         Raises:
             ValueError: a sequence is longer than `capacity`, or one of its pages is not in the pool.
@@ -191,8 +191,8 @@ class DashCache:
                     f"be at least 0 and below {len(self.k)}; give the sequence a page before its tokens"
                 )
 
-    def _looks(self) -> bool:
-        """Whether lengths and bounds can be looked at without waiting for a device; a compiler cannot follow them."""
+    def _values_are_readable(self) -> bool:
+        """Whether lengths and bounds can be read without waiting for a device; a compiler cannot follow them."""
         return self.k.device.type == "cpu" and not torch.compiler.is_compiling()
 
     def _check_room(self, lengths: list[int]) -> None:
@@ -227,7 +227,7 @@ class DashCache:
     def _write(
         self, k: Tensor, v: Tensor, w: Tensor, cu_seqlens: Tensor | None, active: Tensor | None, backend: str
     ) -> None:
-        if self._looks():
+        if self._values_are_readable():
             added = 1 if active is None else active.int()
             self._check_room((self.lengths + (added if cu_seqlens is None else cu_seqlens.diff())).tolist())
         new, pool = (k, v, w), (self.k, self.v, self.summary, self.lengths)

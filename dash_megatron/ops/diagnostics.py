@@ -84,7 +84,7 @@ def _mean(values_HS: Tensor, weight_S: Tensor) -> Tensor:
 
 
 def _spread(size: int, count: int, device: torch.device) -> Tensor:
-    """`count` of the numbers below `size`, evenly spread yet in no step with any power of two; rising."""
+    """`count` of the numbers below `size`, rising: evenly spread, with an offset that avoids the period of any chunk size."""
     bound = torch.arange(count + 1, device=device) * size // count
     turn = torch.arange(count, device=device, dtype=torch.float64) * _GOLDEN
     return bound[:-1] + ((turn - turn.floor()) * bound.diff()).long()
@@ -97,8 +97,8 @@ def _bucket_edges(num_tokens: int, chunk_size: int) -> tuple[int, ...]:
     return tuple(edges)
 
 
-def _choose(position_N: Tensor, edges: tuple[int, ...], count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, buckets and weights as `RoutingSamples` has them: as many of each bucket, or all that it has."""
+def _sample_tokens(position_N: Tensor, edges: tuple[int, ...], count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, buckets and weights as `RoutingSamples` has them: the same number from each bucket, or all that it has."""
     inner = torch.tensor(edges[1:-1], device=position_N.device)
     bucket_N = torch.bucketize(position_N, inner, right=True)
     order_N = bucket_N.argsort(stable=True)
@@ -254,7 +254,7 @@ def _values(
 
 
 def _histogram(relative_Sc: Tensor, inside_Sc: Tensor) -> Tensor:
-    """Counts [S, bins] of the chunks inside."""
+    """Counts [S, bins] of the selected past chunks by the logarithm of their relative probability."""
     inner = torch.tensor(WEIGHT_BINS[1:-1], device=relative_Sc.device)
     bin_Sc = torch.bucketize(relative_Sc.where(inside_Sc, 1).log10(), inner)
     counts = relative_Sc.new_zeros(len(relative_Sc), len(WEIGHT_BINS) - 1)
@@ -286,7 +286,7 @@ def sample_routing(
     with torch.autocast(q.device.type, enabled=False):
         row = _Row.of(q, k, cu_seqlens, router.chunk_size)
         edges = _bucket_edges(q.shape[1] if cu_seqlens is None else len(row.q_NHGD), router.chunk_size)
-        token_S, bucket_S, weight_S = _choose(row.position_N, edges, max_queries)
+        token_S, bucket_S, weight_S = _sample_tokens(row.position_N, edges, max_queries)
         blocks = list(_blocks(row, token_S, row.grid.num_slots * row.q_NHGD.shape[2]))
         values: list[dict[str, Tensor]] = []
         weights = []

@@ -16,7 +16,7 @@ def _attend_by_loops(q, k, v, w, C, scaling_factor, sigma, estimate_diagonal, al
     outputs, counts = [], []
     for i in range(N):
         own = i // C
-        chosen, prior = [own], [torch.zeros((), dtype=q.dtype)]
+        selected, prior = [own], [torch.zeros((), dtype=q.dtype)]
         if own > 0:
             chunks = [k[c * C : (c + 1) * C] for c in range(own)]
             summaries = torch.stack([(x @ w / math.sqrt(D)).softmax(0) @ x for x in chunks])
@@ -28,14 +28,14 @@ def _attend_by_loops(q, k, v, w, C, scaling_factor, sigma, estimate_diagonal, al
             if estimate_diagonal:
                 mean = sum(x.detach() for x in log_p) / len(past)
                 log_p = [(x - mean) / sigma for x in log_p]
-            chosen, prior = chosen + past, prior + log_p
+            selected, prior = selected + past, prior + log_p
         scores, values = [], []
-        for c, b in zip(chosen, prior, strict=True):
+        for c, b in zip(selected, prior, strict=True):
             seen = slice(c * C, min((c + 1) * C, i + 1))
             scores.append(q[i] @ k[seen].T / math.sqrt(D) + b)
             values.append(v[seen])
         outputs.append(torch.cat(scores, dim=1).softmax(1) @ torch.cat(values))
-        counts.append(len(chosen))
+        counts.append(len(selected))
     return torch.stack(outputs), torch.tensor(counts)
 
 

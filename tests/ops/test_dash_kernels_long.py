@@ -26,10 +26,10 @@ def _attend_token(q_HGD, k_NHD, v_NHD, w_HD, token, C, scaling_factor, sigma):
     p_Hc = entmax(torch.einsum("hgd,chd->hgc", q_HGD, summary_cHD) * (scaling_factor * scale)).mean(1)
     outputs = []
     for h, p_c in enumerate(p_Hc):
-        chosen = p_c.nonzero()[:, 0]
-        log_p = p_c[chosen].log()
+        selected = p_c.nonzero()[:, 0]
+        log_p = p_c[selected].log()
         prior = ((log_p - log_p.detach().mean()) / sigma).repeat_interleave(C)
-        seen = (chosen[:, None] * C + torch.arange(C, device=chosen.device)).flatten()
+        seen = (selected[:, None] * C + torch.arange(C, device=selected.device)).flatten()
         seen = torch.cat([seen, torch.arange(own * C, token + 1, device=seen.device)])
         scores = q_HGD[h] @ k_NHD[seen, h].T * scale + F.pad(prior, (0, token + 1 - own * C))
         outputs.append(scores.softmax(-1) @ v_NHD[seen, h])

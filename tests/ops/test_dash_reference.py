@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from dash_megatron.ops import Routing, dash_attention, reference, sequence_reference
 from dash_megatron.ops.chunk_grid import ChunkGrid
+from dash_megatron.ops.types import Router
 from tests.ops.dash_by_hand import learned, oracle
 
 # (absolute, relative) differences allowed, by the dtype of the inputs.
@@ -217,6 +218,34 @@ def test_a_short_chunk_is_summarized_over_the_tokens_it_has(summary_scale):
         for c, chunk in enumerate(k.transpose(1, 2).split(parts, dim=2)):
             weight = (summary_scale * torch.einsum("bhtd,hd->bht", chunk, w) / math.sqrt(8)).softmax(-1)
             _assert_close(summary[:, :, c], torch.einsum("bht,bhtd->bhd", weight, chunk), torch.float64)
+
+
+def test_summarize_route_and_attend_on_one_row_are_the_method():
+    (q, k, v, w), _ = _inputs(N=32)
+    expected, routing = dash_attention(q, k, v, w, **_settings(return_routing=True))
+    q_HGTD = q[0].unflatten(1, (2, 2)).permute(1, 2, 0, 3) / math.sqrt(8)
+    k_HcWD, v_HcWD = (x[0].transpose(0, 1).unflatten(1, (8, 4)) for x in (k, v))
+    token_T, chunk_c = torch.arange(32), torch.arange(8)
+    places = reference.Places(token_T // 4, token_T % 4, torch.zeros(32, dtype=torch.int64))
+    constants = {name: x for name, x in _settings().items() if name in Router._fields}
+    summary = reference.summarize(k_HcWD, torch.ones(8, 4, dtype=torch.bool), w)
+    bias, count = reference.route(
+        q_HGTD, summary, places.past(chunk_c), places.own(chunk_c), Router(**constants)
+    )
+    out = reference.attend(q_HGTD, k_HcWD, v_HcWD, bias, places.hidden(chunk_c, 4))
+    _assert_close(out.permute(2, 0, 1, 3).flatten(1, 2), expected[0], torch.float64)
+    assert torch.equal(count.T, routing.chunks_selected[0])
+
+
+def test_the_grid_begins_a_chunk_with_every_document():
+    grid = ChunkGrid.of(11, 4, _cu_seqlens(5, 1, 5), torch.device("cpu"))
+    assert grid.chunk_N.tolist() == [0, 0, 0, 0, 1, 2, 3, 3, 3, 3, 4]
+    assert grid.slot_N.tolist() == [0, 1, 2, 3, 0, 0, 0, 1, 2, 3, 0]
+    assert grid.first_chunk_N.tolist() == [0] * 5 + [2] + [3] * 5
+    assert grid.filled().sum(1).tolist() == [4, 1, 1, 4, 1]
+    x = torch.arange(11.0).view(1, 11, 1, 1)
+    on_grid = grid.by_chunk(grid.spread(x))[0, 0, :, :, 0]
+    assert on_grid[grid.filled()].tolist() == list(range(11))
 
 
 def test_one_token_documents_attend_to_themselves():

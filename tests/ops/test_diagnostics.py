@@ -127,13 +127,13 @@ def test_buckets_double_and_samples_are_spread_over_them_and_over_the_places_in_
     assert samples.weight.sum().item() == pytest.approx(1, abs=1e-5)
     for index, (start, end) in enumerate(zip(samples.edges, samples.edges[1:], strict=False)):
         inside = (position >= start) & (position < end)
-        chosen = samples.token[samples.bucket == index]
-        assert inside[chosen].all()
+        sampled = samples.token[samples.bucket == index]
+        assert inside[sampled].all()
         assert samples.weight[samples.bucket == index].sum().item() == pytest.approx(
             inside.float().mean().item()
         )
-        if len(chosen):
-            assert len(set((position[chosen] % 16).tolist())) >= 9
+        if len(sampled):
+            assert len(set((position[sampled] % 16).tolist())) >= 9
     exact = sample_routing(q, k, w, router, cu_seqlens, max_queries=8192)
     for name in ("density", "entropy", "own_share"):
         assert samples.head_means(name).item() == pytest.approx(exact.head_means(name).item(), rel=0.05)
@@ -183,8 +183,8 @@ def test_a_map_shows_the_share_of_tokens_that_selected_each_chunk(monkeypatch: p
     few, _ = selection_map(q, k, w, ROUTER, tokens_per_cell=2)
     assert (few.nan_to_num() * 2).eq((few.nan_to_num() * 2).round()).all()
     monkeypatch.setattr(module, "MAX_SCORES", 100)
-    pieces, _ = selection_map(q, k, w, ROUTER, max_cells=4)
-    assert torch.equal(pieces.nan_to_num(-1), coarse.nan_to_num(-1))
+    sampled, _ = selection_map(q, k, w, ROUTER, max_cells=4)
+    assert torch.equal(sampled.nan_to_num(-1), coarse.nan_to_num(-1))
 
 
 def test_tiles_visit_what_any_of_their_tokens_selected() -> None:
