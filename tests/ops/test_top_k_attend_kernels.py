@@ -20,7 +20,7 @@ SELECTION = Selection(kernel_size=8, kernel_stride=4, top_k=1, initial_blocks=1,
 
 @pytest.fixture(autouse=True)
 def kernels_imported_here(monkeypatch):
-    """Those whose interpretation is settled, and lists made in several pieces."""
+    """Those whose interpretation is settled, and lists made in several blocks."""
     monkeypatch.setitem(sys.modules, topk_triton.__name__, topk_triton)
     monkeypatch.setattr(grids, "MAX_BLOCK_SCORES", {"cpu": 16 * 16 * 12, "cuda": 2**20})
 
@@ -69,7 +69,7 @@ def relative_error(x, expected):
     ],
 )
 def test_kernels_agree_with_the_reference(kind, N, shape, dtype, lengths):
-    # among many chunks the rounding of averaged keys to half precision would change some choices
+    # among many chunks the rounding of averaged keys to half precision would change some selections
     if CUDA and lengths is None and dtype == torch.float32:
         N *= 30
     leaves = inputs(N, dtype=dtype, **shape)

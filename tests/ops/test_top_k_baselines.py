@@ -38,7 +38,7 @@ def inputs(N, B=1, dtype=torch.float64, seed=0):
 
     q, k, v = noise(B, N, HEADS, D), noise(B, N, KV_HEADS, D), noise(B, N, KV_HEADS, D)
     with torch.no_grad():
-        q *= 3  # so that choices matter
+        q *= 3  # so that the selection matters
     return [q, k, v, noise(B, N, HEADS, 3)]
 
 
@@ -75,7 +75,7 @@ KINDS = pytest.mark.parametrize("kind", ["infllmv2", "nsa"])
 
 @KINDS
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_output_choice_and_gradients_are_those_of_the_formulas(kind, selection):
+def test_output_selection_and_gradients_follow_the_formulas(kind, selection):
     tokens, learned = inputs(61), weights(selection)
     out, routing = attend(kind, tokens, learned, selection)
     expected, counts = by_hand(kind, tokens, learned, selection)

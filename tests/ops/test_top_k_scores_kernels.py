@@ -1,4 +1,4 @@
-"""Scores of chunks by the kernel against plain torch, and the choice: interpreted on CPU, compiled on a GPU."""
+"""Scores of chunks by the kernel against plain torch, and the selection: interpreted on CPU, compiled on a GPU."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture(autouse=True)
-def several_pieces(monkeypatch):
+def several_blocks(monkeypatch):
     monkeypatch.setattr(grids, "MAX_BLOCK_SCORES", {"cpu": 2**13, "cuda": 2**25})
 
 
@@ -28,7 +28,7 @@ def packed_grid(lengths, C):
 
 
 def tensors(grid, group, stride, dtype=torch.float32, H=2, D=16):
-    """Queries, large enough for choices to matter, and pooled keys."""
+    """Queries, large enough for the selection to matter, and pooled keys."""
     generator = torch.Generator().manual_seed(0)
     q = 3 * torch.randn(grid.num_rows, H * group, D, generator=generator)
     pooled = torch.randn(grid.num_rows // stride, H, D, generator=generator)
@@ -91,7 +91,7 @@ def test_top_chunks_are_those_of_a_stable_sort_despite_ties(top_k):
         free_Tc = (chunk_c >= first_T1 + 1) & (chunk_c < own_T - 1)
         ranked, place = scores.masked_fill(~free_Tc, -1).sort(dim=-1, descending=True, stable=True)
         expected = (place + block.first).masked_fill(ranked < 0, -1)[..., :top_k]
-        # what may not be chosen may be anything
+        # what may not be selected may be anything
         scores = scores.masked_fill(~free_Tc & (chunk_c % 2 == 0), -torch.inf).to(DEVICE)
         found = grids.top_chunks(scores, grid, block, selection)[..., 2:].transpose(0, 1).cpu()
         assert torch.equal(found[..., : expected.shape[-1]], expected)

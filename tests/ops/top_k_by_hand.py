@@ -76,9 +76,9 @@ def nsa_by_hand(q, k, v, gates, compress_k, compress_v, C, selection, window):
                 ]
                 compressed = weights @ torch.stack(values)
             recent = set(range(max(0, i // C - window // C), i // C + 1))
-            chosen = softmax_over_tokens(group, k[:, h], v[:, h], tokens_of(chunks, i, C))
+            selected = softmax_over_tokens(group, k[:, h], v[:, h], tokens_of(chunks, i, C))
             near = softmax_over_tokens(group, k[:, h], v[:, h], tokens_of(recent, i, C))
-            heads.append(gate[:, :1] * compressed + gate[:, 1:2] * chosen + gate[:, 2:] * near)
+            heads.append(gate[:, :1] * compressed + gate[:, 1:2] * selected + gate[:, 2:] * near)
             counts[i, h] = len(chunks | recent)
         rows.append(torch.cat(heads))
     return torch.stack(rows), counts

@@ -1,6 +1,6 @@
 """Backward over the transposed lists: gradients of keys and values, then through the chunk summaries.
 
-Early chunks are listed by almost every tile. So all work is laid end to end and cut into equal parts, one a program; a
+Early chunks are listed by almost every tile. So the work of all chunks is concatenated and cut into equal parts, one a program (stream-K); a
 chunk cut by a boundary leaves one partial sum per part, which the last kernel adds in order.
 """
 

@@ -118,14 +118,14 @@ def find_launches(
 ) -> Launches:
     """The configurations to use for a shape on a device: from the table if it is there, otherwise by rule.
 
-    Without `hopper` also by rule where the table's choice is a Hopper kernel: it would not suit the plain one.
+    Without `hopper` also by rule where the table names a Hopper kernel: its numbers would not suit the plain one.
     """
     gpu, shared_bytes, multiprocessors = device_limits(device)
     entry = _rule(dtype.itemsize, head_dim, chunk_size, group, shared_bytes)
     measured = _table().get(gpu, {}).get(shape_key(dtype, head_dim, chunk_size, group), {})
-    for name, choice in measured.items():
-        if hopper or name not in STAGES or Config(**choice).kernel == PLAIN:
-            entry[name] = choice
+    for name, value in measured.items():
+        if hopper or name not in STAGES or Config(**value).kernel == PLAIN:
+            entry[name] = value
     return Launches(
         tile_rows=entry["tile_rows"],
         parts=entry["parts_per_multiprocessor"] * multiprocessors,

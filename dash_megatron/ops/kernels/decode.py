@@ -55,7 +55,7 @@ class Launch(NamedTuple):
 
 
 def find_launch(q: Tensor, num_kv_heads: int, max_chunks: int, chunk_size: int) -> Launch:
-    """Choose by rule for q [B, Hq, D] and sequences of up to `max_chunks` chunks."""
+    """The launch of q [B, Hq, D] and sequences of up to `max_chunks` chunks, by rule."""
     B, _, D = q.shape
     _, shared_bytes, multiprocessors = device_limits(q.device)
     row_bytes = next_power_of_two(D) * q.element_size()

@@ -16,13 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dash_megatron.ops.checks import check_chunk_size, check_cu_seqlens, check_tensors
 from dash_megatron.ops.chunk_grid import routing_of
 from dash_megatron.ops.reference import wide
-from dash_megatron.ops.topk.backend import find_backend
+from dash_megatron.ops.topk.backend import Backend, find_backend
 from dash_megatron.ops.topk.grid import Block, Grid, make_grid
-from dash_megatron.ops.topk.reference import in_pieces, visible_kernels
+from dash_megatron.ops.topk.reference import call_block, visible_kernels
 from dash_megatron.ops.types import Routing
 from dash_megatron.topk_selection import Selection, check_window
 
-# Query rows of one piece of the attention to compressed keys: fewer skip more of the causal triangle, more keep a GPU busy.
+# Query rows of one block of the attention to compressed keys: fewer skip more of the causal triangle, more keep a GPU busy.
 BRANCH_ROWS = 4096
 # Elements of all blocks' bias that layers with the same documents share: above, each makes its own, in the backward again.
 MAX_SHARED_BIAS = 2**28
@@ -94,14 +94,14 @@ def _compressed_branch(operands: Sequence[Tensor], grid: Grid, selection: Select
     shared = pairs <= MAX_SHARED_BIAS
     kept = heads * pairs * (not shared or not q.is_cuda)
     # one split: slices would each get a gradient of the whole
-    pieces = q.unflatten(1, (k_JHD.shape[1], -1)).split([(block.end - block.start) * C for block in blocks])
+    parts = q.unflatten(1, (k_JHD.shape[1], -1)).split([(block.end - block.start) * C for block in blocks])
     outputs = []
-    for block, piece in zip(blocks, pieces, strict=True):
+    for block, part in zip(blocks, parts, strict=True):
         seen = slice(block.first * per_chunk, block.end * per_chunk)
         make = functools.partial(_bias, grid, block, selection, q.dtype)
         if shared:
             make = functools.partial(grid.shared, ("bias", block, selection, q.dtype), make)
-        outputs.append(in_pieces(_compressed_block, kept, piece, k_JHD[seen], v_JHD[seen], make))
+        outputs.append(call_block(_compressed_block, kept, part, k_JHD[seen], v_JHD[seen], make))
     return torch.cat(outputs).flatten(1, 2)
 
 
@@ -120,6 +120,35 @@ def _count_either(selected_SHK: Tensor, recent_SHW: Tensor, grid: Grid) -> Tenso
     before_SH = own_S[:, None] - num_recent
     selected_before = (selected_SHK >= 0) & (selected_SHK < before_SH[..., None])
     return (1 + num_recent + selected_before.sum(-1)).int()
+
+
+def _attend_branches(
+    rows: Sequence[Tensor],
+    compress_k: Compression,
+    compress_v: Compression,
+    selection: Selection,
+    window: int,
+    grid: Grid,
+    functions: Backend,
+) -> tuple[list[Tensor], Tensor]:
+    """Outputs [S, Hq, D] of the three attentions for q, k and v on the grid, and the counts of `_count_either`."""
+    q, k, v = rows
+    keys, values = (
+        compress(wide(x)[0], Compression(*wide(*learned)), selection)
+        for x, learned in ((k, compress_k), (v, compress_v))
+    )
+    selected = functions.select(q, keys.detach(), grid, selection, "sum")
+    compressed = _compressed_branch([x.to(functions.dtype) for x in (q, keys, values)], grid, selection)
+    recent = _recent_chunks(grid, k.shape[1], window // grid.chunk_size)
+    outputs = [compressed, functions.attend(*rows, selected, grid), functions.attend(*rows, recent, grid)]
+    return outputs, _count_either(selected, recent, grid)
+
+
+def _gated_sum(outputs: Sequence[Tensor], gates: Tensor) -> Tensor:
+    """Sum of outputs [B, N, Hq, D], each times its gate [B, N, Hq, branches], in float32 or better."""
+    parts = [wide(x)[0] for x in outputs]
+    gated = zip(parts, gates.unbind(-1), strict=True)
+    return sum((part * gate.to(part.dtype)[..., None] for part, gate in gated), torch.zeros_like(parts[0]))
 
 
 def nsa_attention(
@@ -168,28 +197,15 @@ def nsa_attention(
     check_cu_seqlens(cu_seqlens, q)
     selection.check(chunk_size)
     _check_own(q, k, gates, (compress_k, compress_v), selection, window, chunk_size)
-    attend, select, dtype = find_backend(backend, q, chunk_size)
+    functions = find_backend(backend, q, chunk_size)
     B, N, _, _ = q.shape
     grid = make_grid(B, N, chunk_size, cu_seqlens, q.device)
     # autocast would run the matrix products in half precision behind our back
     with torch.autocast(q.device.type, enabled=False):
-        rows_q, rows_k, rows_v = rows = [grid.spread(x.flatten(0, 1)) for x in (q, k, v)]
-        keys, values = (
-            compress(wide(x)[0], Compression(*wide(*learned)), selection)
-            for x, learned in ((rows_k, compress_k), (rows_v, compress_v))
-        )
-        selected = select(rows_q, keys.detach(), grid, selection, "sum")
-        operands = [x.to(dtype) for x in (rows_q, keys, values)]
-        compressed = _compressed_branch(operands, grid, selection)
-        recent = _recent_chunks(grid, k.shape[2], window // chunk_size)
-        outputs = [compressed, attend(*rows, selected, grid), attend(*rows, recent, grid)]
-        parts = [wide(grid.gather(out).view(q.shape))[0] for out in outputs]
-        gated = zip(parts, gates.unbind(-1), strict=True)
-        out = sum(
-            (part * gate.to(part.dtype)[..., None] for part, gate in gated), torch.zeros_like(parts[0])
-        ).to(q.dtype)
-    count = grid.gather(_count_either(selected, recent, grid)).view(B, N, -1)
-    return out, routing_of(count, chunk_size, cu_seqlens)
+        rows = [grid.spread(x.flatten(0, 1)) for x in (q, k, v)]
+        outputs, count = _attend_branches(rows, compress_k, compress_v, selection, window, grid, functions)
+        out = _gated_sum([grid.gather(x).view(q.shape) for x in outputs], gates).to(q.dtype)
+    return out, routing_of(grid.gather(count).view(B, N, -1), chunk_size, cu_seqlens)
 
 
 def _check_own(

@@ -120,14 +120,14 @@ def attend_selected_reference(q: Tensor, k: Tensor, v: Tensor, selected_SHK: Ten
     for block in grid.blocks(q.shape[1] * grid.num_rows):
         rows, seen = slice(block.start * C, block.end * C), slice(block.first * C, block.end * C)
         outputs.append(
-            in_pieces(
+            call_block(
                 _attend_block, q.shape[1] * grid.num_rows**2, q_SHGD[rows], k[seen], v[seen], selected_SHK[rows], grid, block
             )
         )  # fmt: skip
     return torch.cat(outputs).flatten(1, 2).to(dtype)
 
 
-def in_pieces(function: Callable[..., Any], all_scores: int, *args: Any) -> Any:
+def call_block(function: Callable[..., Any], all_scores: int, *args: Any) -> Any:
     """Call a block's function, so that the backward runs it again if the scores of all blocks are too many to keep."""
     if torch.is_grad_enabled() and all_scores > MAX_KEPT_SCORES:
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

@@ -1,0 +1,54 @@
+"""Launch configurations: what the pinned table holds, and what is taken from it."""
+
+import json
+
+import pytest
+import torch
+
+from tests.ops.kernels_under_test import import_kernels
+
+(configs,) = import_kernels("configs")
+HOPPER, HOPPER_OVERLAP, PLAIN = configs.HOPPER, configs.HOPPER_OVERLAP, configs.PLAIN
+STAGES, Config = configs.STAGES, configs.Config
+SHAPE = torch.bfloat16, 128, 64, 4
+KERNELS = {stage: {PLAIN} for stage in STAGES} | {
+    "attend": {PLAIN, HOPPER, HOPPER_OVERLAP},
+    "keys": {PLAIN, HOPPER},
+}
+
+
+@pytest.fixture
+def on_h200(monkeypatch):
+    """Launches are found anew, as if there were such a GPU."""
+    configs.find_launches.cache_clear()
+    monkeypatch.setattr(configs, "device_limits", lambda device: ("NVIDIA H200", 227 * 1024, 132))
+    yield torch.device("cuda")
+    configs.find_launches.cache_clear()
+
+
+def test_every_entry_of_the_table_names_its_numbers_and_kernels():
+    table = json.loads(configs.TABLE_FILE.read_text())
+    entries = [entry for shapes in table.values() for entry in shapes.values()]
+    assert entries
+    for entry in entries:
+        assert set(entry) == {*STAGES, "tile_rows", "parts_per_multiprocessor"}
+        for stage in STAGES:
+            config = Config(**entry[stage])
+            assert config.kernel in KERNELS[stage]
+            # a Hopper kernel does not fit everything: the plain one must find all its numbers
+            assert config.block > 0 if stage in ("route", "router", "keys") else config.keys > 0
+
+
+def test_launches_of_a_measured_shape_come_from_the_table(on_h200):
+    launches = configs.find_launches(on_h200, *SHAPE)
+    assert launches.attend == Config(num_warps=4, num_stages=5, keys=64, kernel=HOPPER_OVERLAP)
+    assert launches.keys == Config(num_warps=4, num_stages=2, block=64, keys=64, kernel=HOPPER)
+    assert launches.parts == 2 * 132
+
+
+def test_without_hopper_its_stages_follow_the_rule_and_others_the_table(on_h200):
+    measured, plain = (configs.find_launches(on_h200, *SHAPE, hopper=hopper) for hopper in (True, False))
+    by_rule = configs.find_launches(on_h200, *SHAPE[:3], 3)
+    assert {plain.attend.kernel, plain.keys.kernel} == {PLAIN}
+    assert (plain.attend, plain.keys) == (by_rule.attend, by_rule.keys)
+    assert (plain.route, plain.router, plain.queries) == (measured.route, measured.router, measured.queries)
