@@ -74,7 +74,7 @@ def test_tuning_finds_a_configuration_for_every_stage(tmp_path: Path) -> None:
     entry = json.loads(table.read_text())["CPU"]["bfloat16 D=16 C=16 G=2"]
     stages = {"route", "attend", "queries", "router", "keys"}
     assert entry.keys() == stages | {"tile_rows", "parts_per_multiprocessor"}
-    assert all(len(entry[stage]) == 4 for stage in stages)
+    assert all({"num_warps", "num_stages"} <= entry[stage].keys() for stage in stages)
 
 
 def test_a_whole_step_is_timed_with_full_attention_and_at_a_density(tmp_path: Path) -> None:
