@@ -1,6 +1,5 @@
 """The one place that picks a backend: plain torch (the reference) or the Triton kernels."""
 
-import importlib
 import logging
 import os
 
@@ -17,7 +16,8 @@ _announced: set[str] = set()
 
 
 def _import_triton_kernels() -> None:
-    importlib.import_module("dash_megatron.ops.kernels.dash")
+    # a statement, which torch.compile can follow
+    import dash_megatron.ops.kernels.dash  # noqa: F401
 
 
 def pick_backend(backend: str, q: Tensor, chunk_size: int | None = None) -> str:
