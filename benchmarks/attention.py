@@ -1,6 +1,7 @@
 """Time DashAttention's Triton kernels against dense attention on one GPU, stage by stage: `python benchmarks/attention.py`.
 
 Prints one table per case and writes everything as JSON. A case whose check against float64 fails is not timed.
+`--routing trained` takes the chunks that trained routers selected (`benchmarks/choices`) in place of the router's own.
 Without a GPU, `TRITON_INTERPRET=1 python benchmarks/attention.py --tiny` walks through everything on a few tokens.
 """
 
@@ -8,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,8 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.choices import layers_of, model_names
 from benchmarks.inputs import default_device, device_name, kernels_run
-from benchmarks.stages import Case, Stages, make_inputs
+from benchmarks.stages import Case, Stages, given_chunks, make_inputs
 from benchmarks.timing import dense_backends, milliseconds, wait
 from dash_megatron.ops import dash_attention
 from dash_megatron.ops.fingerprint import implementation_fingerprint
@@ -80,6 +83,27 @@ TINY_CASES = [
     )
     for tokens, topics in ((48, 2), (64, 2), (64, 10))
 ]
+# of the models with chunks of their own: their shape, and topics that make the replaced router's lists about as long
+TRAINED = Case("", 16384, heads=8, head_dim=64)
+TRAINED_TINY = replace(TRAINED, tokens=256, heads=2, head_dim=16)
+
+
+def trained_cases(like: Case) -> list[Case]:
+    """A case for each model and layer of `benchmarks/choices`."""
+    cases = []
+    for model in model_names():
+        topics, size = 4 if model.startswith("d25") else 10, 32 if "_c32" in model else 64
+        own = replace(like, topics=topics, chunk_size=size, model=model)
+        cases += [replace(own, name=f"{model}, layer {layer}", layer=layer) for layer in layers_of(model)]
+    return cases
+
+
+def with_routing(case: Case, routing: str) -> Case:
+    """A case whose queries select as told: `independent`, `runs:N` or `unstructured`."""
+    name = f"{case.name}, {routing}"
+    if routing == "unstructured":
+        return replace(case, name=name, structured=False, scaling_factor=6.0)
+    return replace(case, name=name, run=1 if routing == "independent" else int(routing.removeprefix("runs:")))
 
 
 def attend(case: Case, leaves: list[Tensor], backend: str = "triton") -> Tensor:
@@ -113,19 +137,68 @@ def relative_error(x: Tensor, expected: Tensor) -> float:
 
 def check(case: Case) -> dict[str, float]:
     """Relative errors against float64 on the case's inputs, cut to a length where that fits; raises if too large."""
-    leaves, upstream = make_inputs(case, min(case.tokens, CHECK_TOKENS), DEVICE)
-    out = attend(case, leaves)
-    grads = torch.autograd.grad(out, leaves, upstream)
+    case = replace(case, tokens=min(case.tokens, CHECK_TOKENS))
+    leaves, upstream = make_inputs(case, case.tokens, DEVICE)
     doubles = [x.detach().double().requires_grad_() for x in leaves]
-    expected = attend(case, doubles, "reference")
-    expected_grads = torch.autograd.grad(expected, doubles, upstream.double())
-    errors = {"out": relative_error(out, expected)}
-    for name, grad, wanted in zip(("dq", "dk", "dv", "dw"), grads, expected_grads, strict=True):
-        errors[name] = relative_error(grad, wanted)
+    if case.model:
+        # a router that decides nothing has no gradient for summary_query
+        doubles = doubles[:-1]
+        expected = attend_to_given(case, doubles)
+        ours = [x[None] for x in whole_calls(case)[1]()[:-1]]
+    else:
+        expected = attend(case, doubles, "reference")
+        ours = [*whole_calls(case)[1]()]
+    wanted = expected, *torch.autograd.grad(expected, doubles, upstream.double())
+    names = ("out", "dq", "dk", "dv", "dw")[: len(wanted)]
+    errors = {name: relative_error(x, y) for name, x, y in zip(names, ours, wanted, strict=True)}
     wrong = [name for name, e in errors.items() if not e <= (ALLOWED_OUT if name == "out" else ALLOWED_GRAD)]
     if wrong:
         raise AssertionError(f"{case.name}: relative errors {errors}, too large for {wrong}; not timed")
     return errors
+
+
+def attend_to_given(case: Case, qkv: list[Tensor]) -> Tensor:
+    """Attention of q, k, v to each token's own chunk and to those the trained model of a case selected."""
+    q, k, v = (x.transpose(1, 2) for x in qkv)
+    token_N = torch.arange(case.tokens, device=DEVICE)
+    seen_HNc = given_chunks(case).to(DEVICE).clone()
+    seen_HNc[:, token_N, token_N // case.chunk_size] = True
+    seen_HNN = seen_HNc.repeat_interleave(case.chunk_size, 2) & (token_N <= token_N[:, None])
+    mask = seen_HNN.repeat_interleave(case.heads // case.kv_heads, 0)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def whole_calls(
+    case: Case, reproducible: bool = False
+) -> tuple[Callable[[], Tensor], Callable[[], Sequence[Tensor]]]:
+    """The forward, and the forward with its backward, which gives the output and the gradients of q, k, v, summary_query.
+
+    Chunks that are given come from the stages, one after the other, without autograd and without a leading 1 in shapes.
+    """
+    if case.model:
+        stages = Stages(case, DEVICE, deterministic=reproducible)
+
+        def forward_stages() -> Tensor:
+            stages.run(*Stages.FORWARD)
+            return stages.out
+
+        def all_stages() -> Sequence[Tensor]:
+            stages.run(*Stages.FORWARD, *Stages.BACKWARD)
+            return stages.out, stages.dq, stages.dk, stages.dv, stages.dw
+
+        return forward_stages, all_stages
+    leaves, upstream = make_inputs(case, case.tokens, DEVICE)
+
+    def forward_without_grad() -> Tensor:
+        with torch.no_grad():
+            return attend(case, leaves)
+
+    def both() -> Sequence[Tensor]:
+        out = attend(case, leaves)
+        return out, *torch.autograd.grad(out, leaves, upstream)
+
+    return forward_without_grad, both
 
 
 def time_dense(case: Case, backend: SDPBackend) -> tuple[float, float]:
@@ -147,31 +220,22 @@ def time_dense(case: Case, backend: SDPBackend) -> tuple[float, float]:
 
 
 def time_ours(case: Case) -> tuple[dict[str, float], int, dict[str, float]]:
-    """Milliseconds of whole calls, bytes a forward and backward takes beyond inputs, output and gradients, and `spread`."""
-    leaves, upstream = make_inputs(case, case.tokens, DEVICE)
+    """Milliseconds of whole calls, bytes a forward and backward takes beyond inputs, output and gradients, and `spread`.
 
-    def forward() -> Tensor:
-        return attend(case, leaves)
-
-    def forward_without_grad() -> Tensor:
-        with torch.no_grad():
-            return forward()
-
-    def both() -> tuple[Tensor, ...]:
-        out = attend(case, leaves)
-        return out, *torch.autograd.grad(out, leaves, upstream)
-
-    extra = extra_memory(both)
+    The bytes are not measured where chunks are given: 0.
+    """
+    forward, both = whole_calls(case)
+    extra = 0 if case.model else extra_memory(both)
     total = {
-        "forward": milliseconds(forward_without_grad, DEVICE),
+        "forward": milliseconds(forward, DEVICE),
         "forward and backward": milliseconds(both, DEVICE),
     }
     with deterministic():
-        total["forward and backward, deterministic"] = milliseconds(both, DEVICE)
+        total["forward and backward, deterministic"] = milliseconds(whole_calls(case, True)[1], DEVICE)
     return total, extra, spread(both)
 
 
-def extra_memory(both: Callable[[], tuple[Tensor, ...]]) -> int:
+def extra_memory(both: Callable[[], Sequence[Tensor]]) -> int:
     """Bytes that a call takes at its peak beyond what it returns; 0 without a GPU."""
     if DEVICE.type != "cuda":
         return 0
@@ -183,7 +247,7 @@ def extra_memory(both: Callable[[], tuple[Tensor, ...]]) -> int:
     return torch.cuda.max_memory_allocated() - before - sum(x.numel() * x.element_size() for x in results)
 
 
-def spread(both: Callable[[], tuple[Tensor, ...]]) -> dict[str, float]:
+def spread(both: Callable[[], Sequence[Tensor]]) -> dict[str, float]:
     """Largest relative difference of the output and the gradients between runs on the same inputs: what atomics do."""
     runs = 5 if DEVICE.type == "cuda" else 2
     first, worst = both(), dict.fromkeys(("out", "dq", "dk", "dv", "dw"), 0.0)
@@ -297,7 +361,7 @@ class Suite:
         if key not in self.dense_of:
             self.dense_of[key] = {name: time_dense(case, backend) for name, backend in self.dense.items()}
         dense = dict(self.dense_of[key])
-        if case.tokens <= REFERENCE_TOKENS:
+        if case.tokens <= REFERENCE_TOKENS and not case.model:
             dense["reference"] = time_reference(case)
         result = {**time_case(case, dense), "errors": errors}
         print_table(result)
@@ -311,6 +375,12 @@ def parse() -> argparse.Namespace:
         "--more", action="store_true", help="also other run lengths, group sizes and densities"
     )
     parser.add_argument("--tiny", action="store_true", help="a few hundred tokens, narrow heads, any device")
+    parser.add_argument(
+        "--routing",
+        metavar="HOW",
+        help="which chunks queries select: `independent` (each its own topic), `runs:N` (N queries share one), `unstructured` (no "
+        "topics), `trained` (cases of benchmarks/choices: the middle layers, with --more all); default: as the case says",
+    )
     parser.add_argument("--json", default="attention.json", help="file to write")
     parser.add_argument("--no-flash", action="store_true", help="skip dense flash attention")
     options = parser.parse_args()
@@ -318,14 +388,23 @@ def parse() -> argparse.Namespace:
         parser.error(
             "there is no GPU; set TRITON_INTERPRET=1 and add --tiny to run the kernels in Triton's interpreter"
         )
-    by_name = {case.name: case for case in CASES + MORE_CASES + TINY_CASES}
+    if options.routing and not re.fullmatch(
+        r"independent|unstructured|trained|runs:[1-9]\d*", options.routing
+    ):
+        parser.error(f"--routing {options.routing} must be independent, runs:N, unstructured or trained")
+    if options.routing == "trained":
+        by_name = {case.name: case for case in trained_cases(TRAINED_TINY if options.tiny else TRAINED)}
+        tiny = [by_name["d11, layer 0"]]
+        default = tiny if options.tiny else [x for x in by_name.values() if options.more or x.layer == 2]
+    else:
+        by_name = {case.name: case for case in CASES + MORE_CASES + TINY_CASES}
+        default = TINY_CASES if options.tiny else CASES + (MORE_CASES if options.more else [])
     unknown = set(options.cases or []) - set(by_name)
     if unknown:
         parser.error(f"--cases {sorted(unknown)} must be among {list(by_name)}")
-    if options.cases:
-        options.cases = [by_name[name] for name in options.cases]
-    else:
-        options.cases = TINY_CASES if options.tiny else CASES + (MORE_CASES if options.more else [])
+    options.cases = [by_name[name] for name in options.cases] if options.cases else default
+    if options.routing not in (None, "trained"):
+        options.cases = [with_routing(case, options.routing) for case in options.cases]
     return options
 
 

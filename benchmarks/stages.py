@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.choices import load_selected
 from benchmarks.inputs import Inputs
 from dash_megatron.ops.kernels import configs, geometry
 from dash_megatron.ops.kernels.attend import attend_forward
@@ -33,6 +34,13 @@ class Case:
     chunk_size: int = 64
     head_dim: int = 128
     structured: bool = True
+    model: str = ""
+    """Name of a trained model in `benchmarks/choices`: its chunks take the place of those the router selects.
+
+    A case shorter than its document is the document's end.
+    """
+    layer: int = 0
+    """The layer of that model."""
 
 
 def make_inputs(case: Case, tokens: int, device: torch.device, seed: int = 0) -> tuple[list[Tensor], Tensor]:
@@ -45,6 +53,48 @@ def make_inputs(case: Case, tokens: int, device: torch.device, seed: int = 0) ->
         q = inputs.gather_queries(q, case.run)
     leaves = [q, k, inputs.noise(1, tokens, Hkv, D), 0.1 * inputs.noise(Hkv, D)]
     return [x.requires_grad_() for x in leaves], inputs.noise(1, tokens, case.heads, D)
+
+
+def given_chunks(case: Case) -> Tensor:
+    """Past chunks that the trained model of a case selected, bool [key/value heads, tokens, chunks].
+
+    Raises:
+        ValueError: the case has other key/value heads or chunks than the model, a part of a chunk, or too many tokens.
+    """
+    selected_HNc = load_selected(case.model, case.layer)
+    heads, tokens, chunks = selected_HNc.shape
+    if (case.kv_heads, case.chunk_size) != (heads, tokens // chunks):
+        raise ValueError(
+            f"{case.model} has {heads} key/value heads and chunks of {tokens // chunks}, not those of {case}"
+        )
+    if case.tokens % case.chunk_size or case.tokens > tokens:
+        raise ValueError(
+            f"{case.tokens} tokens must be whole chunks of {case.chunk_size}, and at most {tokens}"
+        )
+    return selected_HNc[:, tokens - case.tokens :, chunks - case.tokens // case.chunk_size :]
+
+
+def as_routing(past_HNc: Tensor, sizes: geometry.Sizes) -> tuple[geometry.Lists, Tensor, Tensor, Tensor]:
+    """Selected past chunks in place of what `route` returns, for one document of whole chunks.
+
+    All chunks of a token are equally probable, so that the prior is 0. Thresholds are infinite: nothing gets a gradient
+    through the router, whose backward takes its time all the same.
+
+    Args:
+        past_HNc: bool [key/value heads, tokens, chunks].
+        sizes: of the kernels' tiles.
+    """
+    count_NH = past_HNc.sum(-1).mT.contiguous()
+    mean_log_NH = -count_NH.clamp_min(1).log2()
+    past_iTc = past_HNc.unflatten(1, (-1, sizes.tile_tokens)).flatten(0, 1)
+    listed_ic = past_iTc.any(1)
+    tile, chunk = listed_ic.nonzero(as_tuple=True)
+    log_prior = mean_log_NH.mT.reshape(-1, sizes.tile_tokens)[tile]
+    log_prior = log_prior.masked_fill(~past_iTc[tile, :, chunk], -torch.inf)
+    listed_i = listed_ic.sum(-1)
+    lists = geometry.Lists(chunk.int(), log_prior, listed_i.cumsum(0) - listed_i, listed_i.int())
+    tau = torch.full((sizes.num_tokens, sizes.num_heads), torch.inf, device=past_HNc.device)
+    return lists, tau, mean_log_NH, (count_NH + 1).int()
 
 
 class Stages:
@@ -68,6 +118,9 @@ class Stages:
             self.q[None], self.k[None], case.chunk_size, None, self.launches.tile_rows
         )
         self.deterministic = deterministic
+        self.given = None
+        if case.model:
+            self.given = as_routing(given_chunks(case).to(device), self.sizes)
 
     def layout(self) -> None:
         self.chunks, self.offsets = geometry.chunk_layout(self.sizes, 1, None, self.q.device)
@@ -85,6 +138,8 @@ class Stages:
             self.router,
             self.launches.route,
         )
+        if self.given is not None:
+            self.lists, self.tau, self.mean_log, self.selected = self.given
 
     def attend(self) -> None:
         self.out, self.lse = attend_forward(

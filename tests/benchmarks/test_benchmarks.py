@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.choices import load_selected
 from dash_megatron.config import ParallelConfig, config_from_dict
 from tests.conftest import NO_GPU
 
@@ -52,6 +53,31 @@ def test_attention_times_every_stage_and_its_json_is_drawn(tmp_path: Path) -> No
     length = ["--tokens", "64", "--topics", "2"]
     _run("benchmarks/plot_attention.py", str(measured), "--output", str(picture), *length)
     assert picture.stat().st_size > 20_000
+
+
+def test_attention_is_timed_on_chunks_that_a_trained_router_selected(tmp_path: Path) -> None:
+    measured = tmp_path / "attention.json"
+    _run("benchmarks/attention.py", "--tiny", "--routing", "trained", "--json", str(measured))
+    (row,) = json.loads(measured.read_text())["results"]
+    assert (row["case"]["model"], row["case"]["layer"]) == ("d11", 0)
+    # the last 4 of 256 chunks
+    past_HNc = load_selected("d11", 0)[:, -256:, -4:]
+    own_N = torch.arange(256) // 64
+    assert row["density"] == pytest.approx(((past_HNc.sum(-1) + 1) / (own_N + 1)).mean().item(), abs=1e-6)
+    assert list(row["errors"]) == ["out", "dq", "dk", "dv"]
+    assert list(row["stages"]) == STAGES
+    assert set(row["dense"]) == {"math"}
+
+
+def test_queries_of_a_case_select_as_told(tmp_path: Path) -> None:
+    measured = tmp_path / "attention.json"
+    case = ["--tiny", "--cases", "64 tokens, 10 topics"]
+    _run("benchmarks/attention.py", *case, "--routing", "runs:2", "--json", str(measured))
+    (row,) = json.loads(measured.read_text())["results"]
+    assert row["case"]["run"] == 2
+    assert row["case"]["name"] == "64 tokens, 10 topics, runs:2"
+    with pytest.raises(AssertionError, match="runs:0 must be independent, runs:N, unstructured or trained"):
+        _run("benchmarks/attention.py", *case, "--routing", "runs:0")
 
 
 def test_decode_times_caches_of_both_layouts(tmp_path: Path) -> None:
