@@ -27,7 +27,7 @@ STAGES = [
     "backward_keys",
 ]
 COVERED_ELSEWHERE = {"generate": "tests/hf/test_generate_benchmark.py", "dialing": "part of generate"}
-PARTS = {"choices", "inputs", "stages", "timing"}
+PARTS = {"cases", "choices", "inputs", "stages", "timing"}
 
 
 def _run(*command: str, interpreted: bool = True) -> str:
