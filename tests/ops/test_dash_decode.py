@@ -304,12 +304,13 @@ def test_a_cuda_graph_follows_sequences_as_they_grow_and_change(capacity):
         assert relative_error(out, reference) < TOLERANCE[torch.bfloat16][0]
 
 
-def test_benchmark_inputs_are_full_caches_whose_density_topics_dial():
+def test_benchmark_inputs_are_full_caches_whose_density_topics_dial(monkeypatch):
+    monkeypatch.setattr(benchmark, "DEVICE", "cpu")
+    monkeypatch.setattr(benchmark, "BACKEND", "reference")
     densities = []
     for topics in (2, 8):
         case = benchmark.Case("", batch=2, tokens=64 * 16, topics=topics, heads=4, head_dim=32, chunk_size=16)
-        layers = benchmark.make_layers(case, 2, "cpu")
-        assert len(layers) == 2
+        layers = [benchmark.make_layer(case, seed) for seed in range(2)]
         for cache, q in layers:
             assert cache.capacity == case.tokens
             assert cache.lengths.tolist() == [case.tokens] * 2
