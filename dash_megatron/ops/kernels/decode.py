@@ -114,8 +114,8 @@ def _route_long(
     bits = torch.empty(B, Hq, triton.cdiv(max_chunks, 32), dtype=torch.int32, device=q.device)
     blocks = triton.cdiv(max_chunks, launch.block_chunks)
     decode_score_kernel[(blocks * B * shapes.HKV,)](
-        q, summary, lengths, page_table, head_scaling, x, q.stride(0), q.stride(1),
-        summary.stride(0), summary.stride(1), summary.stride(2), stride_table,
+        q, summary, lengths, page_table, head_scaling, x, *q.stride()[:2],
+        *summary.stride()[:3], stride_table,
         summary.shape[1], max_chunks, blocks, score_scale(router, D),
         **shapes._asdict(), BLOCK_S=launch.block_chunks, PAGED=page_table is not None,
         LENGTH_SCALING=router.length_scaling, DEPENDENT=launch.dependent,
@@ -152,8 +152,8 @@ def _attend(
     alpha_15 = router.alpha == 1.5
     decode_attend_kernel[(B * Hkv * (1 if launch.whole else S + 1),)](
         q, k, v, summary, lengths, page_table, head_scaling, *routed, chunk, place, log_prior, part, lse, stats, out, selected,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2),
-        summary.stride(0), summary.stride(1), summary.stride(2), stride_table,
+        *q.stride()[:2], *k.stride()[:3],
+        *summary.stride()[:3], stride_table,
         summary.shape[1], max_chunks, words, S, D**-0.5 * LOG2_E, score_scale(router, D), router.exponent,
         1e-3 if alpha_15 else 1e-6, router.inv_sigma,
         **shapes._asdict(), KEYS=launch.keys, BLOCK_E=16, CHUNKS=max(16, next_power_of_two(max_chunks)),

@@ -115,8 +115,8 @@ def cache_write(
     stride_table, max_pages = (0, 1) if page_table is None else (page_table.stride(0), page_table.shape[1])
     _write_kernel[(tiles * Hkv,)](
         k_new, v_new, w, k, v, summary, lengths, arrived, page_table, cu_seqlens, active, sequence, chunk,
-        k_new.stride(0), k_new.stride(1), v_new.stride(0), v_new.stride(1), w.stride(0),
-        k.stride(0), k.stride(1), k.stride(2), summary.stride(0), summary.stride(1), summary.stride(2),
+        *k_new.stride()[:2], *v_new.stride()[:2], w.stride(0),
+        *k.stride()[:3], *summary.stride()[:3],
         stride_table, per_page, per_page * max_pages, D**-0.5,
         HKV=Hkv, D=D, BLOCK_D=next_power_of_two(D), C=chunk_size, PAGED=page_table is not None,
         RAGGED=cu_seqlens is not None, GATED=active is not None, num_warps=4,

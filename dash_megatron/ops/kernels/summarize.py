@@ -64,7 +64,7 @@ def summarize(k: Tensor, w: Tensor, chunks: Tensor, sizes: Sizes) -> Tensor:
     dtype = torch.float32 if k.dtype == torch.float32 else torch.float16
     summary = torch.empty(sizes.num_kv_heads, sizes.num_chunks, sizes.head_dim, dtype=dtype, device=k.device)
     _summarize_fwd_kernel[(sizes.num_chunks, sizes.num_kv_heads)](
-        k, w, summary, chunks[0], chunks[1], k.stride(0), k.stride(1), w.stride(0), sizes.head_dim**-0.5, sizes.num_chunks,
+        k, w, summary, chunks[0], chunks[1], *k.stride()[:2], w.stride(0), sizes.head_dim**-0.5, sizes.num_chunks,
         D=sizes.head_dim, BLOCK_D=sizes.block_d, C=sizes.chunk_size, num_warps=4,
     )  # fmt: skip
     return summary
@@ -102,7 +102,7 @@ def summarize_backward(
     dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
     dw_chunk = torch.empty(Hkv, nc, D, dtype=torch.float32, device=k.device)
     _summarize_bwd_kernel[(nc, Hkv)](
-        k, w, d_summary, dk, dw_chunk, chunks[0], chunks[1], k.stride(0), k.stride(1), w.stride(0), D**-0.5, nc,
+        k, w, d_summary, dk, dw_chunk, chunks[0], chunks[1], *k.stride()[:2], w.stride(0), D**-0.5, nc,
         HKV=Hkv, D=D, BLOCK_D=sizes.block_d, C=sizes.chunk_size, num_warps=8,
     )  # fmt: skip
     return dk, dw_chunk.sum(1)
