@@ -65,7 +65,7 @@ def make_empty(folder: Path, seconds: float) -> None:
 
     Args:
         folder: in a run's folder of checkpoints, which is made too.
-        seconds: how long to try again where the file system is full or away.
+        seconds: how long to try again where the file system is full or unavailable.
     """
 
     def make() -> None:
@@ -78,7 +78,7 @@ def make_empty(folder: Path, seconds: float) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint, which is no checkpoint any more when the removal has only begun."""
+    """Remove a checkpoint; it is renamed first, so that one removed in part is not taken for a checkpoint."""
     if folder.exists():
         away = folder.with_suffix(".removed")
         shutil.rmtree(away, ignore_errors=True)

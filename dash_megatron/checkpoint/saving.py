@@ -111,7 +111,7 @@ class Checkpointer:
         self.poll()
 
     def _copy_state(self) -> dict[str, Tensor]:
-        """Copies in host memory, always the same, of all that this process keeps."""
+        """Copy all that this process keeps to host memory, into buffers that every save uses again."""
         state = self.engine.state()
         for name, tensor in state.items():
             if name not in self._copies:

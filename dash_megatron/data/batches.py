@@ -214,7 +214,7 @@ class BatchSource:
         self.max_context = max_context
         self.consumed_samples = self.steps = 0
         self._micro_step = 0
-        # Threads, not a DataLoader's processes: to read is to copy out of mapped files, which threads do
+        # Threads, not a DataLoader's processes: reading mostly waits for the file system, which threads do
         # well, while processes are forked with CUDA and NCCL in them, and the death of one raises wherever
         # the trainer happens to be, even within a collective.
         self._threads: ThreadPoolExecutor | None = None

@@ -77,7 +77,7 @@ def _layer(model: ModelConfig, attention: AttentionConfig, index: int) -> Piece:
     )
 
 
-# names that differ, and nothing else does
+# tensors that are only renamed: their rows stay as they are
 _SAME = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",

@@ -248,7 +248,7 @@ def _training_layer(
         if isinstance(core, DashCoreAttention):
             selections.append(_selection(core, *inputs[:2]))
 
-    # before the summary query is taken away again
+    # a hook, since `_weights_of` drops the summary query as soon as the layer has run
     hook = core.register_forward_hook(keep)
     try:
         with _weights_of(layer, f"decoder.layers.{index}", read):

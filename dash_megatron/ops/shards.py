@@ -46,9 +46,9 @@ class KeyBuffer(NamedTuple):
     length: Tensor
     """int32 [Hkv, chunks of the whole sequence]: its rows, 0 where the buffer does not hold it."""
     first: int
-    """Attention considers chunks from this number on,"""
+    """First chunk of the window: attention considers the chunks in it alone."""
     last: int
-    """and up to but without this one."""
+    """One past the last chunk of the window."""
 
 
 class Routed(NamedTuple):

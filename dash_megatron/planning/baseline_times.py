@@ -23,15 +23,15 @@ NOTE = (
     "one measured step of each, 3% too little time for infllmv2 and half of it for nsa"
 )
 SCORE_FLOPS = 200e12
-"""Operations per second of half-precision products beside as many exponentials as here, on an H200: assumed."""
-CHOICE_BYTES = 200
+"""Operations per second of half-precision products on an H200, slowed down by the exponentials among them: assumed."""
+SELECTION_BYTES = 200
 """Read and written for each past chunk scored: scores and int64 keys of future chunks too, masked and searched."""
 MASK_BYTES = 16
 """The same for each visible pair of query and compressed key, once for all heads: mask, bias, and future pairs of a piece."""
 COMPRESS_PASSES = 13
-"""Times that keys, as many as there are, are read or written in float32 to compress keys and values."""
+"""How often as many float32 numbers as there are in the keys are read or written to compress keys and values."""
 COMPRESS_BACKWARD_PASSES = 24
-"""And in the backward."""
+"""The same in the backward."""
 
 
 def share_of_pairs(chunks: int, selected: int) -> float:
@@ -97,15 +97,15 @@ def _listed_seconds(work: AttentionWork, share: float) -> AttentionSeconds:
 def _scoring_seconds(
     work: AttentionWork, attention: AttentionConfig, memory_bandwidth: float
 ) -> AttentionSeconds:
-    """Scores of chunks and the choice; in NSA also compression, the branch that attends, and their backward."""
+    """Scores of chunks and the selection from them; in NSA also compression, the branch that attends, and their backward."""
     nsa = attention.kind == "nsa"
     scored = attention.nsa if nsa else attention.infllmv2
     pairs = work.pairs / scored.kernel_stride
     product = 2 * work.heads * pairs * work.head_dim / SCORE_FLOPS
     # every pooled key once for the normalizer, and once for each chunk that it overlaps
     overlaps = 1 + (scored.kernel_size - scored.kernel_stride) / attention.chunk_size
-    choice = CHOICE_BYTES * work.kv_heads * work.pairs / attention.chunk_size / memory_bandwidth
-    scoring = (1 + overlaps) * product + choice
+    selection = SELECTION_BYTES * work.kv_heads * work.pairs / attention.chunk_size / memory_bandwidth
+    scoring = (1 + overlaps) * product + selection
     if not nsa:
         return AttentionSeconds(scoring, 0.0)
     branch = 2 * product + MASK_BYTES * pairs / memory_bandwidth

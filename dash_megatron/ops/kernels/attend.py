@@ -88,9 +88,9 @@ def _attend_fwd_kernel(
     i_chunk = tl.load(p_chunk, mask=count > 0, other=0)
     for i_s in tl.range(0, count * (C // KEYS), num_stages=STAGES):
         i_e = i_s // (C // KEYS)
-        # Past chunks of a document are whole, so that their number tells where they start; or else the list does.
+        # Past chunks of a document are whole, so that their number tells where they start; lists of SHARDED hold the start.
         i_start = (i_chunk if SHARDED else document + (i_chunk - first) * C) + i_s % (C // KEYS) * KEYS
-        # a step early: addresses wait for it
+        # loaded one step early, because addresses depend on it
         i_next = (i_s + 1) // (C // KEYS)
         i_chunk = tl.load(p_chunk + i_next, mask=i_next < count, other=0)
         b_shift = (tl.load(p_prior + i_e * T) - b_mean) * inv_sigma
@@ -100,7 +100,7 @@ def _attend_fwd_kernel(
         b_acc, b_sum, b_max = _accumulate(b_acc, b_sum, b_max, b_s, b_shift, b_v, scale)
 
     if SHARDED:
-        # It may be absent, so that its loop has no fixed length: ahead of the other, that one would run worse.
+        # The own chunk may be absent, so that its loop has no fixed length; ahead of the other loop it would slow it down.
         b_acc, b_sum, b_max = _attend_own(
             b_acc, b_sum, b_max, b_q, k, v, own_start, own_end, own_end - own_start, o_slot, stride_kn, stride_vn, scale,
             D, BLOCK_D, KEYS,

@@ -94,7 +94,7 @@ def _dq_kernel(
     for i_s in tl.range(0, count * (C // KEYS), num_stages=STAGES):
         i_e, i_k = i_s // (C // KEYS), i_s % (C // KEYS) * KEYS
         i_start = (i_chunk if SHARDED else document + (i_chunk - first) * C) + i_k
-        # a step early: addresses wait for it
+        # loaded one step early, because addresses depend on it
         i_next = (i_s + 1) // (C // KEYS)
         i_chunk = tl.load(p_chunk + i_next, mask=i_next < count, other=0)
         b_shift = tl.load(p_prior + i_e * T) * inv_sigma - b_centred

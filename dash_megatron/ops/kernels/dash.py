@@ -2,6 +2,7 @@
 
 Forward: summarize chunks, route query tiles to lists of chunks, attend over the lists. Backward: queries and log priors
 over the same lists, then the router, then keys and values over the transposed lists, then the summaries.
+Here and in the kernels `w` is the summary query.
 """
 
 from typing import NamedTuple

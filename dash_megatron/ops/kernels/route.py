@@ -93,7 +93,7 @@ def _block_sums(
     b_q, summary, i_s, own, scale, exponent, b_tau,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Count, sum and sum of squares of u = [x - tau]_+; for other alphas zero and the sums of its two powers."""
+    """For alpha 1.5 count, sum and sum of squares of u = [x - tau]_+; for others 0 and the sums `threshold_step` needs."""
     o_c = i_s + tl.arange(0, BLOCK_S)
     b_x = routing_products(b_q, summary, o_c, o_c < own, D, BLOCK_D, MASKED)
     b_u = tl.maximum(b_x * scale - b_tau[:, None], 0.0)

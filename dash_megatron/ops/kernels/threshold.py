@@ -37,7 +37,11 @@ def quadratic_step(b_s0, b_s1, b_s2, passes):
 
 @triton.jit
 def threshold_step(b_tau, b_low, b_high, b_s0, b_s1, b_s2, exponent, passes, ALPHA_15: tl.constexpr):
-    """The next tau from its three sums, between its bounds: those of `quadratic_step` or, for other alphas, of u ** (exponent - 1) and u ** exponent as the last two."""
+    """The next tau, within its bounds, from three sums at this one.
+
+    For alpha 1.5 they are those of `quadratic_step`; for others the first is not used, and the last two are those of
+    u ** (exponent - 1) and u ** exponent.
+    """
     if ALPHA_15:
         b_move = quadratic_step(b_s0, b_s1, b_s2, passes)
     else:
@@ -48,5 +52,5 @@ def threshold_step(b_tau, b_low, b_high, b_s0, b_s1, b_s2, exponent, passes, ALP
 
 @triton.jit
 def threshold_bounds(b_top, past, exponent):
-    """Least and greatest tau where `b_top` is the best of `past` scores: it has everything at most, an equal share at least."""
+    """Least and greatest tau, given the best score `b_top` of `past`: its probability is at most 1 and at least 1 / past."""
     return b_top - 1, b_top - tl.exp2(-tl.log2(past.to(tl.float32)) / exponent)

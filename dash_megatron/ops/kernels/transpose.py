@@ -108,7 +108,7 @@ def partition_work(
     """Give every part the same amount of work, wherever that cuts a row.
 
     `queries`, int32 [2, Hkv, window], gives first and one past the last row of the queries of each row's chunk, if the rows
-    are not those of `chunks`. No more parts than `least_work` are never empty; an empty part leaves its sums unwritten.
+    are not those of `chunks`. An empty part leaves its sums unwritten; with at most `least_work` parts none is empty.
     """
     start, end = (
         chunks[:2].repeat(1, sizes.num_kv_heads) if queries is None else queries.flatten(1)

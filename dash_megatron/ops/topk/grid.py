@@ -71,8 +71,8 @@ class Grid:
     def blocks(self, scores_per_row: int, most_rows: int | None = None) -> Iterator[Block]:
         """Cut the chunks into query blocks with at most as many scores as may be alive, at least a chunk each.
 
-        A document that would go on behind a block begins the next one instead, unless that leaves less than half of the
-        block: what comes before a document is nothing to its rows, and yet in the way.
+        A document that would reach beyond the end of a block begins the next block instead, unless less than half of this
+        one would be left: its rows see no chunk of earlier documents, but a block has scores for them all the same.
         """
         rows = MAX_BLOCK_SCORES["cuda" if self.first_c.is_cuda else "cpu"] // max(1, scores_per_row)
         size = max(1, min(rows, most_rows or rows) // self.chunk_size)
@@ -127,8 +127,8 @@ def top_chunks(scores_HTc: Tensor, grid: Grid, block: Block, selection: Selectio
 
     chunk_c = torch.arange(block.first, block.end, device=device)
     free_Tc = (chunk_c >= first_T[:, None] + selection.initial_blocks) & (chunk_c < local_T[:, None])
-    # A pooled key that overlaps two chunks makes ties, which topk would break as it likes: so the chunk's number, turned
-    # round, stands below the score's bits, whose order is that of the numbers because none is negative.
+    # A pooled key that overlaps two chunks makes ties, which topk may break in any way. So an int64 key has the score's bits
+    # above, whose order is that of the scores because none is negative, and below them a number that falls with the chunk's.
     later_c = block.end - 1 - chunk_c
     key = torch.add(later_c, scores_HTc.float().view(torch.int32), alpha=2**32).masked_fill_(~free_Tc, -1)
     key = key.topk(min(selection.top_k, len(chunk_c))).values

@@ -10,7 +10,7 @@ from dash_megatron.ops.kernels.geometry import Lists, Sizes, check_supported, si
 from dash_megatron.ops.topk.grid import Grid, selected_mask, top_chunks
 from dash_megatron.topk_selection import Selection
 
-# Scores of one block, in units of those of `Grid.blocks`: `top_chunks` keeps int64 copies of them.
+# What a score counts in `Grid.blocks`, more than 1 because `top_chunks` keeps int64 copies of the scores.
 SCORE_COST = 4
 
 
@@ -25,7 +25,10 @@ def prepare(q: Tensor, num_kv_heads: int, grid: Grid) -> tuple[Launches, Sizes]:
 
 
 def make_lists(selected_SHK: Tensor, grid: Grid, sizes: Sizes) -> Lists:
-    """The lists of all query tiles; the host waits for the number of their entries."""
+    """The lists of all query tiles from the chunks that each row of the grid selects; letters are those of `grid.py`.
+
+    The host waits for the number of their entries.
+    """
     H, T, tiles = sizes.num_kv_heads, sizes.tile_tokens, sizes.tiles_per_chunk
     counts = torch.empty(H, sizes.num_chunks, tiles, dtype=torch.int32, device=selected_SHK.device)
     offset = torch.empty(H, sizes.num_chunks, tiles, dtype=torch.int64, device=selected_SHK.device)
