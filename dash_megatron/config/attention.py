@@ -44,7 +44,7 @@ class AttentionConfig(Section):
     estimate_diagonal: bool = True
     """Centre the log prior on its mean over the selected past chunks, so that the token's own chunk has prior 0."""
     alpha: float = Field(default=1.5, gt=1, le=2)
-    """Exponent of entmax: near 1 it is close to softmax (dense), 2 is sparsemax; 1.5 is the fast path."""
+    """The α of α-entmax: near 1 it is close to softmax (dense), 2 is sparsemax; 1.5 has the fastest kernels."""
     full_layers: tuple[int, ...] = ()
     """Layers, counted from 0, that use full attention although `kind` is another."""
     backend: Literal["auto", "reference", "triton"] = "auto"

@@ -107,7 +107,7 @@ class MetricsWriter:
         """Append one step.
 
         Raises:
-            OSError: the disk has been full, or away, for minutes. What was written before is whole.
+            OSError: the disk has been full or unavailable for minutes. What was written before is whole.
         """
         self._lines.append(metrics)
         self._on_board(lambda: self._write_scalars(metrics))
