@@ -100,7 +100,7 @@ def run_job(job: Job, path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
-    """The same ones whatever is known already."""
+    """Cut the items into batches, which do not depend on what is known already."""
     for first in range(0, len(items), size):
         yield list(items[first : first + size])
 

@@ -21,7 +21,7 @@ TILE_ROWS = 128
 
 
 class KernelCase(NamedTuple):
-    """One row of the tables "Against cuDNN" and "By stage"; times in milliseconds."""
+    """One row of the tables "Against dense attention" and "By stage"; times in milliseconds."""
 
     tokens: int
     heads: int
@@ -78,7 +78,7 @@ SMALL_CHUNK_CASES = (
     KernelCase(16384, 32, 8, 0.242, 254, 0.65, 1.05, 1.32, 0.38, 0.83, 3.60, 1.66, 6.83, 32, 64),
     KernelCase(65536, 32, 8, 0.090, 323, 10.05, 4.95, 6.39, 1.16, 0.52, 20.70, 15.37, 43.75, 32, 64),
 )
-"""And chunks of 32 tokens."""
+"""Head dim 64 and chunks of 32 tokens."""
 
 DENSE_CASES = {16384: (3.37, 14.1), 32768: (14.44, 54.8), 65536: (57.38, 221.0), 131072: (244.46, 898.9)}
 """cuDNN, 32 query heads of 128: tokens -> milliseconds of forward, and of forward and backward."""
@@ -94,7 +94,7 @@ STAGES = {
     "transpose": ("launch",),
     "keys": ("launch", "rows", "listed"),
 }
-"""What each stage's time is a sum of."""
+"""The units of work (`AttentionWork.units`) that each stage's time is a weighted sum of."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class AttentionWork:
     """Times that queries meet a part of the keys: the steps of a ring, each with its own launches."""
 
     def units(self) -> dict[str, float]:
-        """The terms of the model: launches, and 10**12 or 10**6 of what they say."""
+        """The terms of the model: launches, 10**6 rows, and 10**12 pairs scored or listed, for head dim 128."""
         width = self.head_dim / 128
         return {
             "launch": 1.0,

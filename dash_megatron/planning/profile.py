@@ -28,7 +28,7 @@ class Profile:
     memory_gib: float | None
     modelled_memory_gib: float
     modelled_states_gib: float
-    """Of it, weights, gradients, optimizer and buffers, whose bytes are known."""
+    """The part of `modelled_memory_gib` whose bytes are known: weights, gradients, optimizer and buffers."""
 
     @property
     def factor(self) -> float:
@@ -37,7 +37,7 @@ class Profile:
 
     @property
     def activation_factor(self) -> float:
-        """How many times as much memory was held besides as modelled; 1 where it was not measured."""
+        """Memory beyond `modelled_states_gib`, measured over modelled; 1 where it was not measured."""
         if self.memory_gib is None:
             return 1.0
         kept = self.memory_gib - self.modelled_states_gib

@@ -37,7 +37,7 @@ ELEMENTWISE_BYTES = 50
 """Bytes read and written per layer, token and element of hidden and feed-forward size: norms, RoPE, activation, residuals,
 forward and backward."""
 FORWARD_SHARE = 0.35
-"""Of them, what a forward pass alone moves."""
+"""Share of `ELEMENTWISE_BYTES` that a forward pass alone moves."""
 LOGIT_TRAFFIC = (3.3, 7.7)
 """Bytes read and written per logit: by the loss's forward pass, and by both passes."""
 

@@ -96,7 +96,7 @@ def _dkv_kernel(
             t_start = tl.where(listed, (i_place & 0x7FFFFFFF).to(tl.int32), own_start + i_e * T)
             t_end = tl.where(listed, t_start + (i_place >> 32).to(tl.int32), tl.minimum(t_start + T, own_end))
             p_list = i_entry
-            # a step early: addresses wait for them
+            # loaded one step early, because addresses depend on them
             i_next = (i_step + 1) // STEPS
             m_next = (i_next >= own_tiles) & (i_step + 1 < last_step)
             i_place = tl.load(row_place + p_entry + i_next, mask=m_next, other=0)
@@ -149,9 +149,9 @@ def _finish_kernel(
     stride_kn, stride_kh, stride_wh, inv_sqrt_d, num_chunks, num_parts,
     HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, SUMMARY: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
-    """Add the partial sums of one chunk in order, then the gradient through its summary.
+    """Add the partial sums of one chunk in order, then the gradient through its summary, unless `w` is None.
 
-    If `w` is None just the former. If DIRECT, not for a row that is whole: its gradients are in place.
+    With DIRECT a row that one part did alone is skipped: its gradients are in place.
     """
     i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i_row = i_h * num_chunks + i_c
@@ -214,8 +214,8 @@ def _sum_parts(
 ) -> None:  # fmt: skip
     """Fill the partial sums of dk and dv [2, slots, C, D] and, with `summaries`, of their gradient [slots, D].
 
-    There are two slots a part, then one for each row, [Hkv, chunks]; if `direct`, in place of these the gradients of the
-    whole buffer [m, Hkv, D], into which rows go that one part does alone. `keys` and `queries`, int32 [2, Hkv, chunks],
+    There are two slots a part, then one for each row, [Hkv, chunks]; with `direct` the latter are replaced by the gradients
+    of the whole buffer [m, Hkv, D], to which rows that one part does alone are written. `keys` and `queries`, int32 [2, Hkv, chunks],
     give first row and one past the last of every chunk's keys and of the queries of the same chunk, equal if absent.
     """
     D = sizes.head_dim
@@ -241,7 +241,7 @@ def _finish(
 ) -> None:  # fmt: skip
     """Add up the partial sums; with `w`, also the gradient through the summaries, `dw_chunk` [Hkv, chunks, D].
 
-    Unless `direct`, of all rows; otherwise the rows that one part did alone are in `dk` and `dv` already.
+    With `direct` rows that one part did alone are skipped: they are in `dk` and `dv` already.
     """
     nc, D = keys.shape[2], sizes.head_dim
     ends = torch.stack([partition.work[:-1], partition.work[1:] - 1], dim=1)

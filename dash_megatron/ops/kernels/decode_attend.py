@@ -135,7 +135,7 @@ def _attend_listed(
         start = (i_place // chunks_per_page).to(tl.int64) * stride_kp
         start += (i_place % chunks_per_page * C + i_s % STEPS * KEYS).to(tl.int64) * stride_kn
         i_e, i_next = i_s // STEPS, (i_s + 1) // STEPS
-        # a step early: addresses wait for it
+        # loaded one step early, because addresses depend on it
         i_place = tl.load(list_place + i_next, mask=i_next < last, other=0)
         bias = tl.load(list_log + i_e) * inv_sigma
         if BLOCK_D == D:

@@ -215,7 +215,7 @@ def bounded_offsets(sizes: Sizes, chunks: Tensor) -> Tensor:
 
 
 def list_offsets(sizes: Sizes, past: Tensor) -> Tensor:
-    """The same from the number of past chunks of each chunk, [chunks]."""
+    """Where every tile's list starts, int64 [tiles], from the number of past chunks of each chunk, [chunks]."""
     room = past.repeat_interleave(sizes.tiles_per_chunk).repeat(sizes.num_kv_heads)
     return room.cumsum(0) - room
 

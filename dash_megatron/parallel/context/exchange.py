@@ -246,7 +246,7 @@ class Sparse(ContextExchange):
         return row_of[index][:, None] + torch.arange(C, device=own.device), head[:, None]
 
     def _wanted_rows(self, n: int, H: int, C: int) -> tuple[Tensor, Tensor]:
-        """The same in the buffer, of the chunks that this rank asked for."""
+        """Row in the buffer and head, [wanted, C], of every token of the chunks that this rank asked for."""
         head = self._wanted[:, 1]
         of_head = torch.nn.functional.one_hot(head, H)
         slot = (of_head.cumsum(0) - 1).gather(1, head[:, None])
@@ -377,7 +377,7 @@ def padded_rows(k: Tensor, v: Tensor, rows: int) -> Tensor:
 
 
 def per_head(x: Tensor, k: Tensor) -> Tensor:
-    """The same for all key/value heads of k: [Hkv, ...]."""
+    """A table x [chunks], which all key/value heads of k share, as [Hkv, chunks]."""
     return x.expand(k.shape[1], -1)
 
 
