@@ -29,4 +29,4 @@ def test_a_saved_figure_is_a_file_and_forgotten(tmp_path: Path) -> None:
     path = drawing.save(figure, tmp_path / "picture.png", dpi=100)
     with Image.open(path) as image:
         assert image.size == (400, 300)
-    assert not drawing.plt.get_fignums()
+    assert not drawing.plt.fignum_exists(figure.number)
