@@ -104,7 +104,8 @@ def _explain(problem: dict[str, Any], page: str, known: Sequence[str]) -> str:
             return f"{key} is not a known key; the keys are {', '.join(known)}: see {page}"
         return f"{key}={value!r} is not a known key{_suggestion(path)}; see {page}"
     if problem["type"] == "missing":
-        return f"{key} is missing and has no default; set it, see {page}"
+        place = "" if known else f" in the YAML or as {key}=value"
+        return f"{key} is missing and has no default; set it{place}, see {page}"
     if problem["type"] == "value_error":  # a rule of ours, which already names its fields
         return str(problem["ctx"]["error"])
     return f"{key}={value!r}: {problem['msg']}; see {page}"

@@ -45,7 +45,9 @@ def plot_run(run_dir: str | Path, output: str | Path | None = None) -> Path:
 
 def _corpus_entropy(run_dir: str | Path) -> float | None:
     try:
-        return unigram_entropy(load_config(Path(run_dir) / "config.yaml").data.train)
+        # the data matters, not the layout, which may be one that is refused today
+        config = load_config(Path(run_dir) / "config.yaml", ["parallel={}"])
+        return unigram_entropy(config.data.train)
     except (ValueError, FileNotFoundError):
         return None  # metrics can be drawn far from the data
 

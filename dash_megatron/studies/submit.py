@@ -122,7 +122,8 @@ def check_same(run: StudyRun) -> None:
     if not path.is_file():
         return
     try:
-        old = config_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        # a layout decides no result, and the run's may be one that is refused today
+        old = config_from_dict({**yaml.safe_load(path.read_text(encoding="utf-8")), "parallel": {}})
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise StudyError(f"{path} cannot be read ({error}); move {run.folder} away") from error
     for key, value in _result_keys(run.config).items():

@@ -180,7 +180,10 @@ def test_processes_that_share_a_model_are_one_data_parallel_rank(path: Path) -> 
 
 
 def test_a_missing_key_and_a_missing_file_say_so(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="training is missing and has no default"):
+    with pytest.raises(
+        ConfigError,
+        match=r"training is missing and has no default; set it in the YAML or as training=value, see docs",
+    ):
         config_from_dict({name: value for name, value in MINIMAL.items() if name != "training"})
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         load_config(tmp_path / "none.yaml")

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 
 from dash_megatron.__main__ import main
 from dash_megatron.studies import plot_run as module
+from tests.tiny import tiny_tree
 
 
 def write_metrics(folder: Path, density: list[float | None]) -> None:
@@ -43,6 +45,20 @@ def test_losses_and_density_of_layers_that_route_are_drawn(
         ]
     with Image.open(tmp_path / "training.png") as image:
         assert image.width >= 1000
+
+
+def test_the_entropy_of_the_data_is_drawn_for_a_layout_that_is_refused_today(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tiny_tree(tmp_path, tmp_path)
+    tree["attention"]["kind"] = "full"
+    tree["parallel"] = {"context": 2, "context_comm": "p2p"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    write_metrics(tmp_path, [None, None])
+    seen: list[list[str]] = []
+    monkeypatch.setattr(module, "unigram_entropy", lambda paths: seen.append(list(paths)) or 1.0)
+    module.plot_run(tmp_path)
+    assert seen == [[str(tmp_path / "train")]]
 
 
 def test_a_folder_without_metrics_is_an_error_that_names_it(

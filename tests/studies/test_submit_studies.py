@@ -294,6 +294,15 @@ def test_a_folder_of_another_config_is_refused(write_study: Write, tmp_path: Pat
         submit_module.submit_studies([path], train=trainer(tmp_path, {}))
 
 
+def test_a_folder_trained_in_a_layout_that_is_refused_today_is_the_same_run(write_study: Write) -> None:
+    run = next(run for run in runs_of(write_study(twins=["full"])) if run.config.attention.kind == "full")
+    run.folder.mkdir(parents=True)
+    tree = run.config.model_dump(mode="json")
+    tree["parallel"] |= {"context": 2, "context_comm": "p2p"}
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    submit_module.check_same(run)
+
+
 def test_slurm_gets_one_array_of_the_runs_that_are_not_finished(
     write_study: Write, capfd: pytest.CaptureFixture[str]
 ) -> None:
