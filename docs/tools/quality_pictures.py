@@ -147,11 +147,12 @@ def draw_curves(runs: list[Run], output: Path) -> Path:
     return save(figure, output / "quality_curves.png")
 
 
-def main() -> None:
-    """Draw into a folder."""
+def main(arguments: list[str] | None = None) -> None:
+    """Draw into a folder, which is made where it is missing."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    output, runs = parser.parse_args().output, read_runs()
+    output, runs = parser.parse_args(arguments).output, read_runs()
+    output.mkdir(parents=True, exist_ok=True)
     print(draw_curves(runs, output), draw_positions(runs, output))
 
 

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import pytest
-
-from docs.tools.quality_pictures import KINDS, draw_curves, draw_positions, fit_knee, read_runs
+from docs.tools.quality_pictures import KINDS, fit_knee, main, read_runs
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "quality.md"
 
@@ -25,6 +23,8 @@ def test_the_page_gives_the_end_losses_of_the_summary() -> None:
         assert f"{run.losses[-1]:.3f}" in text
 
 
-@pytest.mark.parametrize("draw", [draw_curves, draw_positions])
-def test_pictures_are_drawn(draw, tmp_path: Path) -> None:
-    assert draw(read_runs(), tmp_path).stat().st_size > 10_000
+def test_pictures_are_drawn_into_a_new_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "pictures"
+    main(["--output", str(folder)])
+    assert {path.name for path in folder.iterdir()} == {"quality_curves.png", "quality_position.png"}
+    assert all(path.stat().st_size > 10_000 for path in folder.iterdir())
