@@ -65,9 +65,9 @@ $(VENV)/.tested: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation 'lm-eval[hf]'
 	@touch $@
 
-# tests of several processes and of SLURM wait more than they compute: four workers keep two cores busy
+# tests of several processes and of SLURM wait more than they compute: three workers keep two cores busy
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest --numprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
 # faults of all kinds, each of which a run must survive as if it had not happened: about 20 minutes on two cores
 chaos: $(VENV)/.installed

@@ -166,7 +166,12 @@ run = pathlib.Path(config["run_dir"])
 log = run.parent / "order"
 with log.open("a") as file:
     file.write(f"+{config['model']['hidden_size']} ")
-time.sleep(0.5)
+# the two that wait for nobody run at once, however slow the machine: neither ends before both have begun
+until = time.monotonic() + 60
+while config["model"]["hidden_size"] >= 128 and not {"+128", "+256"} <= set(log.read_text().split()):
+    if time.monotonic() > until:
+        break
+    time.sleep(0.01)
 with log.open("a") as file:
     file.write(f"-{config['model']['hidden_size']} ")
 (run / "checkpoints" / f"step_{config['training']['steps']:08d}").mkdir(parents=True)
