@@ -19,7 +19,7 @@ from dash_megatron.checkpoint.folder import (
 )
 from dash_megatron.checkpoint.state import TrainingState, set_random_state
 from dash_megatron.checkpoint.stored import StoredState
-from dash_megatron.config import Config, config_from_dict
+from dash_megatron.config import Config, config_of_stored_run
 from dash_megatron.layers.sharding import shard, split_of, whole_shape
 from dash_megatron.parallel import tensor_group
 
@@ -106,8 +106,7 @@ def _check_shapes(stored: StoredState, engine: TrainingState) -> None:
 
 
 def _check_same_run(stored: StoredState, config: Config) -> None:
-    # a run may go on with another layout, and with one where that of its checkpoint is refused today
-    saved = config_from_dict({**stored.facts["config"], "parallel": {}})
+    saved = config_of_stored_run(stored.facts["config"])
     for name, old in saved.model:
         new = getattr(config.model, name)
         if old != new:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dash_megatron.checkpoint.files import agreed_damage
 from dash_megatron.checkpoint.folder import agreed_steps, checkpoint_folder, tag_of
 from dash_megatron.checkpoint.stored import CheckpointWeights, StoredState
-from dash_megatron.config import AttentionConfig, Config, ParallelConfig, config_from_dict
+from dash_megatron.config import AttentionConfig, Config, ParallelConfig, config_of_stored_run
 from dash_megatron.layers import DashGPTModel, build_model
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
 
@@ -43,8 +43,7 @@ def open_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, 
             f"{folder} is damaged: {problem}; restore it from a copy, name an earlier step, or move this one away"
         )
     stored = StoredState(folder)
-    # weights are read whole: the layout that wrote them matters no more, even one that is refused today
-    config = config_from_dict({**stored.facts["config"], "parallel": {}, "run_dir": str(run_dir)})
+    config = config_of_stored_run({**stored.facts["config"], "run_dir": str(run_dir)})
     factors = stored.facts.get("trainer", {}).get("density", {}).get("factors", {})
     attention = _with_factors(config.attention, config.model.layers, factors)
     return config.model_copy(update={"attention": attention}), step, CheckpointWeights(stored)

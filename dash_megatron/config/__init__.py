@@ -3,7 +3,13 @@
 from dash_megatron.config.attention import AttentionConfig
 from dash_megatron.config.data import DataConfig
 from dash_megatron.config.evaluation import TASK_NAMES, EvaluationConfig
-from dash_megatron.config.loading import ConfigError, config_from_dict, load_config, read_rope_scaling
+from dash_megatron.config.loading import (
+    ConfigError,
+    config_from_dict,
+    config_of_stored_run,
+    load_config,
+    read_rope_scaling,
+)
 from dash_megatron.config.model import ModelConfig, RopeScaling
 from dash_megatron.config.operation import CheckpointConfig, FaultsConfig, LoggingConfig
 from dash_megatron.config.parallel import ParallelConfig, ZeroConfig
@@ -33,6 +39,7 @@ __all__ = [
     "TrainingConfig",
     "ZeroConfig",
     "config_from_dict",
+    "config_of_stored_run",
     "load_config",
     "read_rope_scaling",
 ]

@@ -69,6 +69,17 @@ def config_from_dict(tree: dict[str, Any]) -> Config:
         raise ConfigError("\n".join(explain(error))) from None
 
 
+def config_of_stored_run(tree: dict[str, Any]) -> Config:
+    """Build the config that a run has stored, but for its layout, which is that of one process.
+
+    A layout decides no result, and that of an old run may be one that is refused today.
+
+    Raises:
+        ConfigError: as `config_from_dict`.
+    """
+    return config_from_dict({**tree, "parallel": {}})
+
+
 def read_rope_scaling(text: str) -> RopeScaling:
     """Read `model.rope_scaling` from YAML such as `{rope_type: yarn, factor: 8, ...}`.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from dash_megatron.config import Config, config_from_dict
+from dash_megatron.config import Config, config_of_stored_run
 from dash_megatron.evaluation.cli import check_arguments
 from dash_megatron.files import write_whole
 from dash_megatron.studies.jobs import Job, is_finished, missing_evaluations, select_jobs
@@ -122,8 +122,7 @@ def check_same(run: StudyRun) -> None:
     if not path.is_file():
         return
     try:
-        # a layout decides no result, and the run's may be one that is refused today
-        old = config_from_dict({**yaml.safe_load(path.read_text(encoding="utf-8")), "parallel": {}})
+        old = config_of_stored_run(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise StudyError(f"{path} cannot be read ({error}); move {run.folder} away") from error
     for key, value in _result_keys(run.config).items():
