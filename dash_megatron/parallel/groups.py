@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ def init_process_groups(
         The device this process computes on.
 
     Raises:
-        ValueError: there are GPUs, but fewer on this machine than processes.
+        ValueError: there are GPUs, but fewer on this machine than processes; on all processes, where two share one.
     """
     device = join_processes(launch, timeout_minutes)
     make_model_groups(parallel, timeout_minutes)
@@ -32,18 +33,12 @@ def init_process_groups(
 
 def join_processes(launch: Launch, timeout_minutes: float = 30) -> torch.device:
     """Join the other processes, without Megatron's groups; returns and raises as `init_process_groups`."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        if launch.local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"process {launch.local_rank} of this machine has no GPU: {torch.cuda.device_count()} are visible; "
-                "start one process per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on CPU"
-            )
-        device = torch.device("cuda", launch.local_rank)
+    device = pick_device(launch)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    os.environ["LOCAL_RANK"] = str(launch.local_rank)  # DeepSpeed insists on it
+    os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes the GPU of that number
     if launch.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
@@ -55,7 +50,51 @@ def join_processes(launch: Launch, timeout_minutes: float = 30) -> torch.device:
             MASTER_PORT=str(launch.master_port),
         )
         dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+        if device.type == "cuda":
+            check_own_gpus(f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}")
     return device
+
+
+def pick_device(launch: Launch) -> torch.device:
+    """The GPU of this process, or the CPU where it sees none.
+
+    A process that sees one GPU takes it: `srun --gpus-per-task=1` shows each process its own, which is number 0 to all.
+
+    Raises:
+        ValueError: several GPUs are visible, but fewer than processes of this machine.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    if 1 < visible <= launch.local_rank:
+        raise ValueError(
+            f"process {launch.local_rank} of this machine has no GPU: {visible} are visible; "
+            "start one process per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on CPU"
+        )
+    return torch.device("cuda", 0 if visible == 1 else launch.local_rank)
+
+
+def check_own_gpus(gpu: str) -> None:
+    """Compare the GPUs of all processes; collective.
+
+    Args:
+        gpu: names the GPU of this process, among those of all machines.
+
+    Raises:
+        ValueError: two processes have the same.
+    """
+    found = [""] * dist.get_world_size()
+    dist.all_gather_object(found, gpu)
+    ranks = next((group for other in found if len(group := _places(found, other)) > 1), None)
+    if ranks is not None:
+        raise ValueError(
+            f"processes {ranks} see one and the same GPU ({found[ranks[0]]}); start one process per GPU, such as with "
+            "srun --gpus-per-task=1, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on CPU"
+        )
+
+
+def _places(values: list[str], value: str) -> list[int]:
+    return [place for place, other in enumerate(values) if other == value]
 
 
 def make_model_groups(parallel: ParallelConfig, timeout_minutes: float = 30) -> None:

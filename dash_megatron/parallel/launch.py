@@ -14,7 +14,7 @@ class Launch:
     rank: int
     world_size: int
     local_rank: int
-    """Number of this process on its machine: the GPU it takes."""
+    """Number of this process on its machine: the GPU it takes, of those that it sees."""
     master_address: str | None = None
     """Where rank 0 listens; None for a single process, which needs no network."""
     master_port: int | None = None
@@ -37,25 +37,33 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
             raise ValueError(
                 "RANK is set but MASTER_ADDR or MASTER_PORT is not; start with torchrun, or set both"
             )
-    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    elif _number(environment, "SLURM_STEP_NUM_TASKS", "1") > 1:
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         address = environment.get("MASTER_ADDR") or _first_host(environment.get("SLURM_STEP_NODELIST", ""))
         # steps of one job may run side by side on the same host
-        job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        job, step = (_number(environment, name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
         port = environment.get("MASTER_PORT") or str(20_000 + (job * 31 + step) % 20_000)
     else:
         return Launch(rank=0, world_size=1, local_rank=0)
     rank, world_size, local_rank = (_number(environment, name) for name in names)
-    return Launch(rank, world_size, local_rank, address, int(port))
+    return Launch(rank, world_size, local_rank, address, _port(port))
 
 
-def _number(environment: Mapping[str, str], name: str) -> int:
+def _number(environment: Mapping[str, str], name: str, default: str | None = None) -> int:
+    value = environment.get(name, default)
     try:
-        return int(environment[name])
-    except (KeyError, ValueError) as error:
+        return int(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}={value!r} must be a number; start with torchrun or srun") from error
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 16):
         raise ValueError(
-            f"{name}={environment.get(name)!r} must be a number; start with torchrun or srun"
-        ) from error
+            f"MASTER_PORT={text!r} must be a number from 1 to 65535, the port where rank 0 listens; under srun it may be "
+            "left out"
+        )
+    return int(text)
 
 
 def _first_host(node_list: str) -> str:

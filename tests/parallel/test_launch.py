@@ -3,9 +3,10 @@
 import subprocess
 
 import pytest
+import torch
 
+from dash_megatron.parallel import groups, read_launch
 from dash_megatron.parallel import launch as launch_module
-from dash_megatron.parallel import read_launch
 
 TORCHRUN = {
     "RANK": "5",
@@ -65,6 +66,10 @@ def test_a_folded_node_list_is_expanded_by_slurm(monkeypatch: pytest.MonkeyPatch
     ("environment", "message"),
     [
         ({**TORCHRUN, "WORLD_SIZE": "eight"}, "WORLD_SIZE='eight' must be a number"),
+        ({**TORCHRUN, "MASTER_PORT": "abc"}, "MASTER_PORT='abc' must be a number from 1 to 65535"),
+        ({**SRUN, "MASTER_PORT": "70000"}, "MASTER_PORT='70000' must be a number from 1 to 65535"),
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS='many' must be a number"),
+        ({**SRUN, "SLURM_JOB_ID": "none"}, "SLURM_JOB_ID='none' must be a number"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
         ({**SRUN, "SLURM_STEP_NODELIST": ""}, "SLURM_STEP_NODELIST"),
         ({name: value for name, value in SRUN.items() if name != "SLURM_LOCALID"}, "SLURM_LOCALID"),
@@ -75,3 +80,31 @@ def test_a_broken_environment_is_an_error_that_names_the_variable(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         read_launch(environment)
+
+
+@pytest.mark.parametrize(("visible", "rank", "device"), [(1, 0, 0), (1, 3, 0), (4, 3, 3)])
+def test_a_process_takes_the_gpu_of_its_number_or_the_only_one_it_sees(
+    visible: int, rank: int, device: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    launch = read_launch({**SRUN, "SLURM_LOCALID": str(rank)})
+    assert groups.pick_device(launch) == torch.device("cuda", device)
+
+
+def test_more_processes_than_gpus_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="process 2 of this machine has no GPU: 2 are visible"):
+        groups.pick_device(read_launch({**SRUN, "SLURM_LOCALID": "2"}))
+
+
+def test_two_processes_on_one_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(found: list[str], own: str) -> None:
+        found[:] = ["node1 GPU-a", own, "node2 GPU-a"]
+
+    monkeypatch.setattr(groups.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(groups.dist, "all_gather_object", gather)
+    groups.check_own_gpus("node1 GPU-b")
+    with pytest.raises(ValueError, match=r"processes \[0, 1\] see one and the same GPU \(node1 GPU-a\)"):
+        groups.check_own_gpus("node1 GPU-a")
