@@ -29,6 +29,7 @@ PERMANENT = {
     errno.EINVAL,
     errno.EBADF,
     errno.EFBIG,
+    errno.EMFILE,
 }
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
 

@@ -15,7 +15,7 @@ class BinReader:
     """Reads parts of a file at given offsets, from any number of threads, in place of Megatron's readers.
 
     Args:
-        path: the .bin file; opened at the first read.
+        path: the .bin file; opened at the first read, or by `open`.
         seconds: for how long a failed read is tried again.
     """
 
@@ -23,6 +23,18 @@ class BinReader:
         self.path = path
         self.seconds = seconds
         self._file: int | None = None
+
+    def open(self) -> int:
+        """Open the file, unless it is open; gives its descriptor.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        file = self._file
+        if file is None:
+            # two threads may both open the file; the handle that loses stays open, which does no harm
+            file = self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        return file
 
     def read(self, dtype: Any, count: int, offset: int) -> np.ndarray:
         """Read `count` numbers of type `dtype`, starting at byte `offset`.
@@ -41,10 +53,7 @@ class BinReader:
         return numbers
 
     def _fill(self, buffer: memoryview, offset: int) -> None:
-        file = self._file
-        if file is None:
-            # two threads may both open the file; the handle that loses stays open, which does no harm
-            file = self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        file = self.open()
         try:
             done = 0
             while done < len(buffer):

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from dash_megatron.data.bin_reader import BinReader
 from dash_megatron.data.index_file import edges_digest
-from dash_megatron.data.sidecar import check_data
+from dash_megatron.data.open_files import allow_open_files
+from dash_megatron.data.sidecar import Sidecar, check_data
 from dash_megatron.data.tokenizer import Tokenizer
 
 with warnings.catch_warnings():
@@ -35,6 +36,9 @@ with warnings.catch_warnings():
 logger = logging.getLogger(__name__)
 # it warns of a blend that is not cached, which is on purpose: see `_uncached`
 logging.getLogger("megatron.core.datasets.blended_dataset").setLevel(logging.ERROR)
+
+# .idx, .bin, and Megatron's orders of documents, rows and their shuffle, all but .bin mapped into memory
+_FILES_PER_PREFIX = 5
 
 Blend = Sequence[str | os.PathLike[str] | tuple[float, str | os.PathLike[str]]]
 
@@ -105,17 +109,22 @@ def build_dataset(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: an argument breaks a rule, or the data is empty, short, truncated or of another tokenizer.
+        ValueError: an argument breaks a rule, the data is empty, short, truncated or of another tokenizer, or it is more
+            files than this process may open.
     """
     _check_arguments(seq_length, num_samples, seed, split_name)
     field = f"data.{split_name}"
     prefixes, weights = _parse_blend(blend, field)
-    for prefix in prefixes:
-        check_data(prefix, tokenizer, seq_length)
+    sidecars = [check_data(prefix, tokenizer, seq_length) for prefix in prefixes]
+    _warn_of_copies(prefixes, sidecars, field)
+    allow_open_files(_FILES_PER_PREFIX * len(prefixes), f"{field} names {len(prefixes)} data sets")
 
     passes = [
         _one_pass(prefix, seq_length, seed, tokenizer, Path(cache_dir), split_name) for prefix in prefixes
     ]
+    for one_pass in passes:
+        # now, as the index files are, so that the next blend's count of open files is right
+        one_pass.dataset.bin_reader.open()  # type: ignore[attr-defined]
     lengths = [len(one_pass) for one_pass in passes]
     at_most_one_pass = split_name == "valid" or num_samples is None
     if at_most_one_pass and weights is not None and len(prefixes) > 1:
@@ -166,6 +175,22 @@ def _parse_blend(blend: Blend, field: str) -> tuple[list[str], list[float] | Non
             "to none"
         )
     return prefixes, weights or None
+
+
+def _warn_of_copies(prefixes: list[str], sidecars: list[Sidecar], field: str) -> None:
+    """Name prefixes of the same data: what is drawn from the one would be drawn from the other once more."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for prefix, sidecar in zip(prefixes, sidecars, strict=True):
+        groups.setdefault((sidecar.idx_digest, sidecar.bin_digest), []).append(prefix)
+    for copies in groups.values():
+        if len(copies) > 1:
+            logger.warning(
+                "%s: %s hold the same data, each row of which is read %d times a pass; name it once, with the sum of the "
+                "weights",
+                field,
+                ", ".join(copies),
+                len(copies),
+            )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 import json
+import logging
 import multiprocessing
 import os
+import resource
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -285,3 +287,38 @@ def test_a_row_outside_the_dataset_is_an_error(write_data, build, tmp_path):
     for index in (-1, 10):
         with pytest.raises(IndexError, match=rf"row {index} must lie in \[0, 10\)"):
             dataset[index]
+
+
+def test_a_data_set_that_stands_twice_in_a_blend_is_named(write_data, build, tmp_path, caplog):
+    a, b = write_data(tmp_path / "a", numbered(0, 20)), write_data(tmp_path / "b", numbered(1, 20))
+    copy = write_data(tmp_path / "copy", numbered(0, 20))
+    with caplog.at_level(logging.WARNING, "dash_megatron"):
+        build([a, b])
+        assert not caplog.records
+        build([a, b, copy, a])
+    (record,) = caplog.records
+    assert f"data.train: {a}, {copy}, {a} hold the same data" in record.getMessage()
+
+
+@pytest.fixture
+def few_open_files():
+    """A function that lowers this process's limits of open files, which are restored afterwards; hard ones can not be."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield lambda soft: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, before[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_blend_of_many_files_raises_the_limit_of_open_files(write_data, build, tmp_path, few_open_files):
+    prefixes = [write_data(tmp_path / f"part{number}", numbered(number, 2)) for number in range(12)]
+    few_open_files(len(os.listdir("/proc/self/fd")) + 40)
+    dataset = build(prefixes, num_samples=24)
+    assert len(rows_of(dataset)) == 24
+
+
+def test_a_blend_of_more_files_than_may_be_open_is_refused(write_data, build, tmp_path, monkeypatch):
+    prefixes = [write_data(tmp_path / f"part{number}", numbered(number, 2)) for number in range(3)]
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (before + 260, before + 265))
+    needed = rf"data.train names 3 data sets: this process needs {before + 271} open files and may have {before + 265}"
+    with pytest.raises(ValueError, match=needed):
+        build(prefixes)
