@@ -1,7 +1,12 @@
-"""Text files that appear whole or not at all."""
+"""Text files that appear whole or not at all, and paths in messages."""
 
 import os
 from pathlib import Path
+
+
+def told(path: str | os.PathLike[str]) -> str:
+    """A path for a message that it does not exist: a relative one with the folder that it is relative to."""
+    return str(path) if os.path.isabs(path) else f"{path} (relative to {os.getcwd()})"
 
 
 def write_whole(path: Path, text: str, make_folder: bool = False) -> None:

@@ -14,6 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from dash_megatron.files import told
+
 _PROSE = (".txt", ".text", ".md", ".rst", ".tex", ".html")
 _CODE = (
     ".py",
@@ -150,7 +152,7 @@ def find_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
                 raise ValueError(f"--input={entry} must hold files to read, but has no {SUPPORTED}")
             found.extend(inside)
         elif not path.exists():
-            raise FileNotFoundError(f"--input={entry} does not exist; give a file or a folder")
+            raise FileNotFoundError(f"--input={told(entry)} does not exist; give a file or a folder")
         elif kind_of(path.name) is None:
             raise ValueError(
                 f"--input={entry} must be of a kind that can be read: {SUPPORTED}; rename or convert it"

@@ -171,25 +171,31 @@ def _duration(seconds: float | None) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table."""
+    """Print the table; the exit status is 2 where a folder is missing."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN_DIR", help="default: those in runs/")
     folders = parser.parse_args(arguments).runs or [Path("runs")]
     missing = [str(folder) for folder in folders if not folder.is_dir()]
     if missing:
         print(f"error: {', '.join(missing)}: no such folder; name the folders of runs", file=sys.stderr)
-        return 2
+    present = [folder for folder in folders if folder.is_dir()]
+    if present:
+        print_table(present)
+    return 2 if missing else 0
+
+
+def print_table(folders: list[Path]) -> None:
+    """Print the lines of the runs in some folders."""
     runs, queue = find_runs(folders), read_queue()
     if not runs:
         print(f"no runs in {', '.join(map(str, folders))}")
-        return 0
+        return
     rows = [row_of(run, queue) for run in runs]
     table = [list(HEADER), *[cells for cells, _ in rows]]
     widths = [max(len(cells[column]) for cells in table) for column in range(len(HEADER))]
     for cells, reason in [(table[0], ""), *rows]:
         line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
         print(f"{line}  {reason}".rstrip())
-    return 0
 
 
 if __name__ == "__main__":

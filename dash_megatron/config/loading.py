@@ -119,6 +119,8 @@ def _explain(problem: dict[str, Any], page: str, known: Sequence[str]) -> str:
         return f"{key} is missing and has no default; set it{place}, see {page}"
     if problem["type"] == "value_error":  # a rule of ours, which already names its fields
         return str(problem["ctx"]["error"])
+    if problem["type"] in ("tuple_type", "list_type"):
+        return f"{key}={value!r} must be a list: write {key}=[{value}]; see {page}"
     return f"{key}={value!r}: {problem['msg']}; see {page}"
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dash_megatron.files import told
+
 _MAGIC = b"MMIDIDX\x00\x00"
 # after the magic: version, dtype code, sequences, document boundaries
 _HEADER = struct.Struct("<QBQQ")
@@ -78,7 +80,9 @@ def read_lengths(prefix: str | os.PathLike[str]) -> tuple[np.ndarray, np.dtype, 
     """
     path = Path(f"{os.fspath(prefix)}.idx")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; make it with `python -m data_tools.tokenize_corpus`")
+        raise FileNotFoundError(
+            f"{told(path)} does not exist; make it with `python -m data_tools.tokenize_corpus`"
+        )
     with open(path, "rb") as file:
         header = file.read(_HEADER_BYTES)
     if len(header) < _HEADER_BYTES or not header.startswith(_MAGIC):
@@ -114,7 +118,9 @@ def check_bin_size(prefix: str | os.PathLike[str], index: IndexSummary) -> None:
     """Raise where PREFIX.bin is missing (FileNotFoundError) or not as long as its index says (ValueError)."""
     path = Path(f"{os.fspath(prefix)}.bin")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; make it with `python -m data_tools.tokenize_corpus`")
+        raise FileNotFoundError(
+            f"{told(path)} does not exist; make it with `python -m data_tools.tokenize_corpus`"
+        )
     size = path.stat().st_size
     if size != index.bin_bytes:
         state = "truncated" if size < index.bin_bytes else "longer than its index"

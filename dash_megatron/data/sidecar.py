@@ -9,6 +9,7 @@ import numpy as np
 
 from dash_megatron.data.index_file import check_bin_size, edges_digest, read_index
 from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.files import told
 
 _TOKENS_PER_READ = 1 << 20
 
@@ -58,7 +59,7 @@ class Sidecar:
         remedy = f"make it with `python -m data_tools.write_sidecar --prefix {prefix} --tokenizer TOKENIZER`"
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} does not exist, so that nothing says which tokenizer made {prefix}.bin; {remedy}"
+                f"{told(path)} does not exist, so that nothing says which tokenizer made {prefix}.bin; {remedy}"
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))

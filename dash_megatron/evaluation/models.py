@@ -20,6 +20,7 @@ from dash_megatron.config import Config, RopeScaling
 from dash_megatron.data.blend import blend_prefixes
 from dash_megatron.data.index_file import edges_digest
 from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.files import told
 from dash_megatron.layers import DashGPTModel
 from dash_megatron.layers.model import MAX_LOGITS
 
@@ -223,6 +224,8 @@ def open_model(
             )
         yield ExportedModel(folder)
         return
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{told(folder)} does not exist; give a run's folder or an exported model")
     if not checkpoint_folder(folder).is_dir():
         raise FileNotFoundError(
             f"{folder} must be a run (with checkpoints/) or an exported model (with config.json)"

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from dash_megatron.config import AttentionConfig, ModelConfig
+from dash_megatron.files import told
 from dash_megatron.hf.config import multipliers, sections_of
 from dash_megatron.hf.folder import MODEL_SECTIONS, FolderWeights, check_new, new_folder, take, write_pieces
 from dash_megatron.hf.names import Piece, from_hugging_face, pieces
@@ -43,6 +44,10 @@ def import_folder(source: str | Path, output: str | Path) -> Imported:
     """
     source, output = Path(source), Path(output)
     check_new(output)
+    if not source.is_dir():
+        raise FileNotFoundError(
+            f"{told(source)} does not exist; give a local folder, such as `hf download NAME --local-dir DIR` makes"
+        )
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} has no config.json; give a folder that transformers could load")
     tree = json.loads((source / "config.json").read_text())

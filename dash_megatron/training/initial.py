@@ -13,6 +13,7 @@ from torch import Tensor
 from dash_megatron.checkpoint.folder import agreed_steps
 from dash_megatron.checkpoint.weights import open_weights
 from dash_megatron.config import AttentionConfig, ModelConfig
+from dash_megatron.files import told
 from dash_megatron.hf.folder import MODEL_SECTIONS, FolderWeights, take
 from dash_megatron.layers import DashGPTModel
 from dash_megatron.layers.sharding import shard, split_of, whole_shape
@@ -85,6 +86,8 @@ def _open(folder: Path) -> tuple[ModelConfig, AttentionConfig | None, Mapping[st
     if (folder / MODEL_SECTIONS).is_file():
         sections = yaml.safe_load((folder / MODEL_SECTIONS).read_text())
         return ModelConfig.model_validate(sections["model"]), None, FolderWeights(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"training.init_from={told(folder)} does not exist")
     raise FileNotFoundError(
         f"training.init_from={folder} has neither a run's checkpoints nor {MODEL_SECTIONS}; name a run that has "
         "saved, or a folder made with `python -m dash_megatron convert from-hf`"

@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from dash_megatron.files import told
 from dash_megatron.json_lines import JsonLines, read_json_lines
 from dash_megatron.retry import explain
 
@@ -189,7 +190,7 @@ def read_metrics(run_dir: str | Path) -> list[StepMetrics]:
     path = Path(run_dir) / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} does not exist; {run_dir} must be the folder of a run that has logged a step"
+            f"{told(path)} does not exist; {run_dir} must be the folder of a run that has logged a step"
         )
     return read_json_lines(path)
 

@@ -5,8 +5,12 @@ import random
 import pytest
 import sentencepiece
 
+from dash_megatron.checkpoint.weights import load_weights
 from dash_megatron.data import sentencepiece_model as tokenizer_module
+from dash_megatron.data.index_file import read_index
+from dash_megatron.data.sidecar import Sidecar
 from dash_megatron.data.tokenizer import Tokenizer
+from data_tools.readers import find_inputs
 
 AWKWARD = [
     b"",
@@ -135,3 +139,10 @@ def test_a_missing_or_damaged_model_is_named(tmp_path):
     path.write_bytes(b"not a model")
     with pytest.raises(ValueError, match="must be a sentencepiece model"):
         Tokenizer(path)
+
+
+def test_a_missing_relative_path_is_told_with_the_folder_that_it_is_relative_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for open_it in (Tokenizer, read_index, Sidecar.read, load_weights, lambda name: find_inputs([name])):
+        with pytest.raises(FileNotFoundError, match=rf"nothing\S* \(relative to {tmp_path}\) does not exist"):
+            open_it("nothing")

@@ -110,3 +110,14 @@ def test_folders_that_do_not_exist_are_named(capsys: pytest.CaptureFixture[str],
     assert "nothing: no such folder" in capsys.readouterr().err
     assert status.main([str(tmp_path)]) == 0
     assert "no runs in" in capsys.readouterr().out
+
+
+def test_a_missing_folder_hides_no_other(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    queue_of(monkeypatch)
+    run = make_run(tmp_path / "good")
+    assert status.main([str(run), str(tmp_path / "bad")]) == 2
+    told = capsys.readouterr()
+    assert "bad: no such folder" in told.err
+    assert str(run) in told.out

@@ -62,3 +62,14 @@ def test_a_wrong_argument_is_an_error(
 ) -> None:
     assert main(["sample", trained, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_missing_folder_is_told_apart_from_a_run_without_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for tool in ("sample", "evaluate"):
+        assert main([tool, str(tmp_path / "nothing")]) == 2
+        assert f"{tmp_path}/nothing does not exist" in capsys.readouterr().err
+    assert main(["sample", str(tmp_path / "empty")]) == 2
+    assert "empty has no checkpoint of any step; it has none" in capsys.readouterr().err
