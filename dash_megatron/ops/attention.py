@@ -26,6 +26,8 @@ def dash_attention(
     backend: str = ...,
     return_routing: Literal[False] = ...,
     length_scaling: float = ...,
+    local_chunks: int = ...,
+    query_pool: int = ...,
 ) -> Tensor: ...
 
 
@@ -45,6 +47,8 @@ def dash_attention(
     *,
     return_routing: Literal[True],
     length_scaling: float = ...,
+    local_chunks: int = ...,
+    query_pool: int = ...,
 ) -> tuple[Tensor, Routing]: ...
 
 
@@ -62,6 +66,8 @@ def dash_attention(
     backend: str = "auto",
     return_routing: bool = False,
     length_scaling: float = 0.0,
+    local_chunks: int = 0,
+    query_pool: int = 1,
 ) -> Tensor | tuple[Tensor, Routing]:
     """Causal attention to the chunks that a differentiable, adaptive router selects (arXiv 2605.18753).
 
@@ -90,9 +96,13 @@ def dash_attention(
             Values are checked on CPU only, since reading them would stall a GPU.
         backend: "reference" (any device), "triton" (CUDA), or "auto": Triton on CUDA if importable, else the reference.
         return_routing: also return what the router selected.
-        length_scaling: where it is above 0, the scores of a token with n past chunks are multiplied by
-            1 + length_scaling * ln(n) too: the growth with length of adaptive-scalable entmax (Vasylenko et al.,
+        length_scaling: where it is above 0, the scores of a token with n routed chunks (past chunks that are not local)
+            are multiplied by 1 + length_scaling * ln(n) too: the growth with length of adaptive-scalable entmax (Vasylenko et al.,
             "Long-Context Generalization with Sparse Attention", arXiv 2506.16640).
+        local_chunks: how many chunks just before its own one a token always attends to, with the prior of the own chunk.
+            The router selects among the past chunks before them; they count as selected.
+        query_pool: the router sees the mean of so many queries: of the token and of those just before it in its document.
+            From 1 (the own query alone) to 128. Sums are in float32 or better and rounded to q's dtype.
 
     Returns:
         Output [B, N, Hq, D] in q's dtype, accumulated in float32 or better; with `return_routing`, also a `Routing`.
@@ -100,7 +110,8 @@ def dash_attention(
     Raises:
         ValueError: an argument is wrong; the message names it, its value, the rule and the remedy.
     """
-    router = Router(chunk_size, scaling_factor, sigma, estimate_diagonal, alpha, length_scaling)
+    constants = sigma, estimate_diagonal, alpha, length_scaling, local_chunks, query_pool
+    router = Router(chunk_size, scaling_factor, *constants)
     check_flag("return_routing", return_routing)
     out, chunks_selected = _attend(q, k, v, summary_query, router, cu_seqlens, backend)
     return (out, routing_of(chunks_selected, chunk_size, cu_seqlens)) if return_routing else out

@@ -10,6 +10,8 @@ from dash_megatron.ops.types import Router
 CHUNK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HALF_DTYPES = (torch.float16, torch.bfloat16)
+# As many tokens as the largest chunk has; the kernel reads so many rows for each one.
+MAX_QUERY_POOL = 128
 
 
 def check_chunk_size(chunk_size: int) -> None:
@@ -32,6 +34,8 @@ def check_router(router: Router, num_kv_heads: int, device: torch.device) -> Non
     check_positive("sigma", router.sigma, "try 2.0, or 1e6 for a flat prior")
     check_flag("estimate_diagonal", router.estimate_diagonal)
     check_alpha(router.alpha)
+    check_local_chunks(router.local_chunks)
+    check_query_pool(router.query_pool)
 
 
 def check_alpha(alpha: float) -> None:
@@ -134,6 +138,20 @@ def check_length_scaling(value: float) -> None:
     good = isinstance(value, int | float) and not isinstance(value, bool)
     if not good or not 0 <= value < math.inf:
         raise ValueError(f"length_scaling={value!r} must be a finite Python number of at least 0; try 0.0")
+
+
+def check_local_chunks(value: int) -> None:
+    """Raise ValueError unless `value` is an int of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"local_chunks={value!r} must be an int of at least 0; try 2, or 0 for none")
+
+
+def check_query_pool(value: int) -> None:
+    """Raise ValueError unless `value` is an int from 1 to `MAX_QUERY_POOL`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_QUERY_POOL:
+        raise ValueError(
+            f"query_pool={value!r} must be an int from 1 to {MAX_QUERY_POOL}; try 16, or 1 for a token's own query"
+        )
 
 
 def check_flag(name: str, value: bool) -> None:

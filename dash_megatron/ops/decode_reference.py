@@ -70,6 +70,7 @@ def decode_reference(
     lengths: Tensor,
     page_table: Tensor | None,
     router: Router,
+    routing_q: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the last token of every sequence, by the functions that training is made of.
 
@@ -88,20 +89,20 @@ def decode_reference(
         past, slot = divmod(length - 1, C)
         tokens = _pages(page_table, b, torch.arange(length, device=q.device), k.shape[1])
         chunks = _pages(page_table, b, torch.arange(past, device=q.device), summary.shape[1])
-        q_HGD, k_SHD, v_SHD, summary_cHD = wide(
-            q[b].unflatten(0, (Hkv, -1)), k[tokens], v[tokens], summary[chunks]
-        )
+        rows = (x[b].unflatten(0, (Hkv, -1)) for x in (q, q if routing_q is None else routing_q))
+        q_HGD, routing_q_HGD, k_SHD, v_SHD, summary_cHD = wide(*rows, k[tokens], v[tokens], summary[chunks])
         # the rest of the own chunk is empty, and its summary is not made yet
         k_HcCD, v_HcCD = (
             F.pad(x, (0, 0, 0, 0, 0, C - 1 - slot)).transpose(0, 1).unflatten(1, (-1, C))
             for x in (k_SHD, v_SHD)
         )
         summary_HcD = F.pad(summary_cHD.to(k_SHD.dtype), (0, 0, 0, 0, 0, 1)).transpose(0, 1)
-        q_HG1D = (q_HGD * D**-0.5)[:, :, None]
+        q_HG1D, routing_q_HG1D = ((x * D**-0.5)[:, :, None] for x in (q_HGD, routing_q_HGD))
         chunk_c = torch.arange(past + 1, device=q.device)
         own_1, slot_1 = torch.tensor([[past], [slot]], device=q.device)
         places = Places(own_1, slot_1, torch.zeros_like(own_1))
-        bias_H1c, count_H1 = route(q_HG1D, summary_HcD, places.past(chunk_c), places.own(chunk_c), router)
+        masks = places.masks(chunk_c, router.local_chunks)
+        bias_H1c, count_H1 = route(routing_q_HG1D, summary_HcD, *masks, router)
         out_HG1D = attend(q_HG1D, k_HcCD, v_HcCD, bias_H1c, places.hidden(chunk_c[past:], C))
         out[b], selected[b] = out_HG1D.reshape(Hq, D).to(q.dtype), count_H1.flatten()
     return out, selected

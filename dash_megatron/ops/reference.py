@@ -43,6 +43,15 @@ class Places(NamedTuple):
         """Bool [T, c]: which of the chunks with these numbers precede the query's own in its document."""
         return (chunk_c >= self.first_chunk_T[:, None]) & (chunk_c < self.chunk_T[:, None])
 
+    def masks(self, chunk_c: Tensor, local_chunks: int) -> tuple[Tensor, Tensor]:
+        """Bool [T, c] each: which of the chunks with these numbers the router may select, and which are always attended to.
+
+        The latter are the query's own chunk and as many as `local_chunks` just before it in its document; the former are
+        the past chunks before these.
+        """
+        routed_Tc = self.past(chunk_c) & (chunk_c < self.chunk_T[:, None] - local_chunks)
+        return routed_Tc, (self.past(chunk_c) | self.own(chunk_c)) & ~routed_Tc
+
     def own(self, chunk_c: Tensor) -> Tensor:
         """Bool [T, c]: which of the chunks with these numbers is the query's own."""
         return chunk_c == self.chunk_T[:, None]
@@ -76,51 +85,55 @@ def weighted_mean(k_HcWD: Tensor, filled_cW: Tensor, score_HcW: Tensor) -> Tenso
 
 
 def route(
-    q_HGTD: Tensor, summary_HcD: Tensor, past_Tc: Tensor, own_Tc: Tensor, router: Router, scale: float = 1.0
+    q_HGTD: Tensor,
+    summary_HcD: Tensor,
+    routed_Tc: Tensor,
+    always_Tc: Tensor,
+    router: Router,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Select chunks for every query, the same ones for the heads of a group.
 
     Args:
-        q_HGTD: queries divided by sqrt(D); or as they are, if `scale` is 1 / sqrt(D).
+        q_HGTD: the router's queries (of `pool_queries`) divided by sqrt(D); or as they are, if `scale` is 1 / sqrt(D).
         summary_HcD: of `summarize`.
-        past_Tc: bool: the chunks that precede the query's own in its document.
-        own_Tc: bool: the query's own chunk.
+        routed_Tc, always_Tc: bool, of `Places.masks`: the chunks to select from, and the query's own and local ones.
         router: its constants.
         scale: factor on all scores.
 
     Returns:
-        Bias [..., H, T, c] on the attention scores of every chunk: the log prior, 0 for the own chunk, -inf where the chunk
-        is not selected. And the number of chunks selected, the own one included, int32 [..., H, T].
+        Bias [..., H, T, c] on the attention scores of every chunk: the log prior, 0 for the own chunk and the local
+        ones, -inf where the chunk is not selected. And the number of chunks selected, these included, int32 [..., H, T].
     """
     H, G = q_HGTD.shape[-4:-2]
-    factor = router.score_factors(past_Tc.sum(-1), H, q_HGTD.dtype) * scale
+    factor = router.score_factors(routed_Tc.sum(-1), H, q_HGTD.dtype) * scale
     if isinstance(factor, Tensor):
         factor = factor[:, None, :, None].expand(-1, G, -1, -1)
     z_HGTc = factor * products(q_HGTD, summary_HcD)
-    return log_prior(probabilities(z_HGTc, past_Tc, router.alpha), own_Tc, router)
+    return log_prior(probabilities(z_HGTc, routed_Tc, router.alpha), always_Tc, router)
 
 
-def probabilities(z_HGTc: Tensor, past_Tc: Tensor, alpha: float) -> Tensor:
-    """Mean [..., H, T, c] over the heads of a group of alpha-entmax over the scores of past chunks."""
-    return entmax(z_HGTc.masked_fill(~past_Tc, -math.inf), alpha).mean(-3)
+def probabilities(z_HGTc: Tensor, routed_Tc: Tensor, alpha: float) -> Tensor:
+    """Mean [..., H, T, c] over the heads of a group of alpha-entmax over the scores of routed chunks."""
+    return entmax(z_HGTc.masked_fill(~routed_Tc, -math.inf), alpha).mean(-3)
 
 
-def log_prior(p_HTc: Tensor, own_Tc: Tensor, router: Router) -> tuple[Tensor, Tensor]:
+def log_prior(p_HTc: Tensor, always_Tc: Tensor, router: Router) -> tuple[Tensor, Tensor]:
     """What `route` returns, from the `probabilities` of chunks."""
     selected_HTc = p_HTc > 0
     # mask before the logarithm: the gradient of log(0) would turn the masked zeros into NaN
     log_p_HTc = torch.where(selected_HTc, p_HTc, 1).log()
-    num_past_HT = selected_HTc.sum(-1)
+    num_routed_HT = selected_HTc.sum(-1)
     if router.estimate_diagonal:
-        log_p_HTc = (log_p_HTc - mean_log_p(log_p_HTc, num_past_HT)) / router.sigma
-    bias_HTc = log_p_HTc.masked_fill(~selected_HTc, -math.inf).masked_fill(own_Tc, 0)
-    return bias_HTc, (num_past_HT + 1).int()
+        log_p_HTc = (log_p_HTc - mean_log_p(log_p_HTc, num_routed_HT)) / router.sigma
+    bias_HTc = log_p_HTc.masked_fill(~selected_HTc, -math.inf).masked_fill(always_Tc, 0)
+    return bias_HTc, (num_routed_HT + always_Tc.sum(-1)).int()
 
 
-def mean_log_p(log_p_HTc: Tensor, num_past_HT: Tensor) -> Tensor:
-    """Mean [..., H, T, 1] over the selected past chunks of a log probability that is zero for all others."""
+def mean_log_p(log_p_HTc: Tensor, num_routed_HT: Tensor) -> Tensor:
+    """Mean [..., H, T, 1] over the routed chunks selected of a log probability that is zero for all others."""
     # no gradient through the mean: it is unbounded where a chunk is about to leave the support
-    return log_p_HTc.detach().sum(-1, keepdim=True) / num_past_HT.clamp_min(1).unsqueeze(-1)
+    return log_p_HTc.detach().sum(-1, keepdim=True) / num_routed_HT.clamp_min(1).unsqueeze(-1)
 
 
 def attention_scores(q_HGTD: Tensor, k_HcWD: Tensor, bias_HTc: Tensor, hidden_TcW: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dash_megatron.ops.chunk_grid import ChunkGrid
+from dash_megatron.ops.chunk_grid import ChunkGrid, document_positions
+from dash_megatron.ops.pooling import pool_queries_reference
 from dash_megatron.ops.reference import MAX_BLOCK_SCORES, Places, attend, route, summarize
 from dash_megatron.ops.types import Router
 
@@ -53,6 +54,7 @@ def query_blocks(grid: ChunkGrid, num_tokens: int, rows_per_token: int) -> tuple
 
 def _attend_block(
     q_BHGTD: Tensor,
+    routing_q_BHGTD: Tensor,
     k_BHcWD: Tensor,
     v_BHcWD: Tensor,
     summary_BHcD: Tensor,
@@ -62,19 +64,28 @@ def _attend_block(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, H, G, T, D] and chunks selected [B, H, T] of one block, given the chunks that it may need."""
     chunk_c = torch.arange(block.first_chunk, block.end_chunk, device=q_BHGTD.device)
-    bias_BHTc, count_BHT = route(q_BHGTD, summary_BHcD, places.past(chunk_c), places.own(chunk_c), router)
+    masks = places.masks(chunk_c, router.local_chunks)
+    bias_BHTc, count_BHT = route(routing_q_BHGTD, summary_BHcD, *masks, router)
     # past chunks of a document are full, so what is hidden in the own chunk covers the empty slots too
     hidden_TcW = places.hidden(chunk_c[block.own_chunk - block.first_chunk :], k_BHcWD.shape[-2])
     return attend(q_BHGTD, k_BHcWD, v_BHcWD, bias_BHTc, hidden_TcW), count_BHT
 
 
 def _attend_sequence(
-    q: Tensor, k: Tensor, v: Tensor, summary_query: Tensor, grid: ChunkGrid, router: Router
+    q: Tensor,
+    routing_q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    summary_query: Tensor,
+    grid: ChunkGrid,
+    router: Router,
 ) -> tuple[Tensor, Tensor]:
-    """What `dash_attention_reference` returns, in the dtype of the inputs."""
+    """What `dash_attention_reference` returns, in the dtype of the inputs; `routing_q` is None where it is `q`."""
     B, N, Hq, D = q.shape
     Hkv = k.shape[2]
-    q_BHGND = q.mul(D**-0.5).view(B, N, Hkv, Hq // Hkv, D).permute(0, 2, 3, 1, 4)
+    # one tensor where attention's queries route
+    queries = [q] if routing_q is None else [q, routing_q]
+    queries_BHGND = [x.mul(D**-0.5).view(B, N, Hkv, Hq // Hkv, D).permute(0, 2, 3, 1, 4) for x in queries]
     k_BHSD, v_BHSD = grid.spread(k), grid.spread(v)
     summary_BHcD = summarize(grid.by_chunk(k_BHSD), grid.filled(), summary_query)
 
@@ -84,8 +95,10 @@ def _attend_sequence(
     for block in blocks:
         tokens, chunks = slice(block.start, block.end), slice(block.first_chunk, block.end_chunk)
         slots = slice(block.first_chunk * grid.num_slots, block.end_chunk * grid.num_slots)
+        queries_BHGTD = [x[:, :, :, tokens] for x in queries_BHGND]
         args = (
-            q_BHGND[:, :, :, tokens],
+            queries_BHGTD[0],
+            queries_BHGTD[-1],
             grid.by_chunk(k_BHSD[:, :, slots]),
             grid.by_chunk(v_BHSD[:, :, slots]),
             summary_BHcD[:, :, chunks],
@@ -127,10 +140,15 @@ def dash_attention_reference(
         Output [B, N, Hq, D] in q's dtype, and the number of chunks selected, the own one included, int32 [B, N, Hkv].
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    grid = ChunkGrid.of(q.shape[1], router.chunk_size, cu_seqlens, q.device)
+    num_tokens = q.shape[1]
+    grid = ChunkGrid.of(num_tokens, router.chunk_size, cu_seqlens, q.device)
+    routing_q = None
+    if router.query_pool > 1:
+        position_N = document_positions(num_tokens, cu_seqlens, q.device)
+        routing_q = pool_queries_reference(q, position_N, router.query_pool).to(dtype)
     # autocast would run the matrix products in half precision behind our back
     with torch.autocast(q.device.type, enabled=False):
         out, chunks_selected = _attend_sequence(
-            q.to(dtype), k.to(dtype), v.to(dtype), summary_query.to(dtype), grid, router
+            q.to(dtype), routing_q, k.to(dtype), v.to(dtype), summary_query.to(dtype), grid, router
         )
     return out.to(q.dtype), chunks_selected

@@ -33,7 +33,7 @@ class State(NamedTuple):
     """`Routed.state`: what the router selected for every row of q."""
 
     bias: Tensor
-    """[H, n, c]: log prior (natural), 0 at the own chunk, -inf where not selected."""
+    """[H, n, c]: log prior (natural), 0 at the own chunk and the local ones, -inf where not selected."""
     chunk: Tensor
     slot: Tensor
     first_chunk: Tensor
@@ -109,7 +109,7 @@ def _route(
     if head_scaling is not None:
         router = router._replace(scaling_factor=router.scaling_factor * head_scaling)
     number_c = torch.arange(summary.shape[1], device=q.device)
-    masks = places.past(number_c), places.own(number_c)
+    masks = places.masks(number_c, router.local_chunks)
     return reference.route(_by_head(q, len(summary)), summary, *masks, router, scale=q.shape[2] ** -0.5)
 
 
@@ -136,7 +136,11 @@ def route_backward(
     """As `Stages.route_backward`."""
     places = State(*queries.routed.state).places
     with torch.enable_grad():
-        given = (queries.q, summary) if head_scaling is None else (queries.q, summary, head_scaling)
+        given = (
+            (queries.routing_q, summary)
+            if head_scaling is None
+            else (queries.routing_q, summary, head_scaling)
+        )
         q, summary, *heads = leaves = [x.detach().requires_grad_() for x in wide(*given)]
         bias, _ = _route(q, summary, places, queries.router, heads[0] if heads else None)
         dq, d_summary, *d_heads = torch.autograd.grad(bias, leaves, d_prior)

@@ -68,6 +68,13 @@ class RoutedQueries(NamedTuple):
     chunks: QueryChunks
     router: Router
     routed: Routed
+    pooled_q: Tensor | None = None
+    """What `route` was given as its queries, [n, Hq, D]; None where that was `q` itself."""
+
+    @property
+    def routing_q(self) -> Tensor:
+        """The queries that the router saw, [n, Hq, D]."""
+        return self.q if self.pooled_q is None else self.pooled_q
 
 
 class Attended(NamedTuple):
@@ -106,7 +113,7 @@ class RouterGradients(NamedTuple):
     """Gradients through the router alone, float32 or wider."""
 
     q: Tensor
-    """[n, Hq, D]"""
+    """[n, Hq, D], of the queries that the router saw: of `RoutedQueries.q` where there is no `pooled_q`."""
     summary: Tensor
     """[Hkv, chunks of the whole sequence, D], from these rows of q."""
     head_scaling: Tensor | None
@@ -147,7 +154,8 @@ class Stages(Protocol):
         """Select chunks for every row of q.
 
         Args:
-            q: [n, Hq, D], all rows in chunks.
+            q: the router's queries [n, Hq, D], all rows in chunks. Where `router.query_pool` is above 1 these are of
+                `pool_queries`, which the caller does: it may need rows of other ranks.
             summary: of all chunks of the whole sequence [Hkv, num_chunks, D], as `summarize` gives them.
             chunks: where the chunks of q lie.
             router: its scaling factor is a number.
@@ -156,13 +164,16 @@ class Stages(Protocol):
         ...
 
     def listed(self, routed: Routed, num_chunks: int) -> Tensor:
-        """Bool [Hkv, num_chunks]: past chunks that at least one row selected."""
+        """Bool [Hkv, num_chunks]: past chunks that at least one row selected, local ones included."""
         ...
 
     def route_backward(
         self, d_prior: Tensor, queries: RoutedQueries, summary: Tensor, head_scaling: Tensor | None = None
     ) -> RouterGradients:
-        """Gradients through the router from that of the log priors, filled for all chunks; other arguments as in `route`."""
+        """Gradients through the router from that of the log priors, filled for all chunks; other arguments as in `route`.
+
+        That of the queries is of `queries.routing_q`, and carries nothing of attention.
+        """
         ...
 
     def attend(self, queries: RoutedQueries, k: Tensor, v: Tensor, keys: KeyBuffer) -> Attended:

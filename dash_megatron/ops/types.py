@@ -24,7 +24,13 @@ class Router(NamedTuple):
     alpha: float = 1.5
     """Of the entmax, in (1, 2]."""
     length_scaling: float = 0.0
-    """Scores of a token with n past chunks are multiplied by 1 + length_scaling * ln(n) too (arXiv 2506.16640)."""
+    """Scores of a token with n routed chunks are multiplied by 1 + length_scaling * ln(n) too (arXiv 2506.16640)."""
+    local_chunks: int = 0
+    """Chunks just before a token's own one that it always attends to, with the own chunk's prior, 0. Entmax, the prior's
+    mean and `length_scaling` are over the routed chunks alone: the past chunks before the local ones."""
+    query_pool: int = 1
+    """The router sees the mean of a token's last `query_pool` queries in its document, its own among them; attention sees
+    the own one."""
 
     def of_heads(self, heads: slice) -> Router:
         """The same router for some of the key/value heads."""
@@ -42,13 +48,13 @@ class Router(NamedTuple):
         head_scaling = self.scaling_factor if isinstance(self.scaling_factor, Tensor) else None
         number = float(self.scaling_factor) if head_scaling is None else 1.0
         rest = float(self.sigma), self.estimate_diagonal, float(self.alpha), float(self.length_scaling)
-        return head_scaling, Router(self.chunk_size, number, *rest)
+        return head_scaling, Router(self.chunk_size, number, *rest, self.local_chunks, self.query_pool)
 
-    def score_factors(self, past_T: Tensor, num_kv_heads: int, dtype: torch.dtype) -> float | Tensor:
+    def score_factors(self, routed_T: Tensor, num_kv_heads: int, dtype: torch.dtype) -> float | Tensor:
         """What the products of T queries and the chunk summaries are multiplied by, besides 1/sqrt(D).
 
         Args:
-            past_T: integers [T]: how many chunks of its document precede each query's own chunk.
+            routed_T: integers [T]: how many chunks the router may select for each query; below 1 counts as 1.
             num_kv_heads: Hkv.
             dtype: of a tensor that is returned.
 
@@ -59,8 +65,8 @@ class Router(NamedTuple):
         if not isinstance(heads, Tensor):
             if self.length_scaling == 0:
                 return heads
-            heads = torch.full((num_kv_heads,), heads, dtype=dtype, device=past_T.device)
-        return heads.to(dtype)[:, None] * (1 + self.length_scaling * past_T.clamp_min(1).to(dtype).log())
+            heads = torch.full((num_kv_heads,), heads, dtype=dtype, device=routed_T.device)
+        return heads.to(dtype)[:, None] * (1 + self.length_scaling * routed_T.clamp_min(1).to(dtype).log())
 
     @property
     def exponent(self) -> float:

@@ -10,20 +10,25 @@ def _package_entmax(z, alpha):
     return package.entmax15(z) if alpha == 1.5 else package.entmax_bisect(z, alpha=alpha, n_iter=100)
 
 
-def _attend_by_loops(q, k, v, w, C, scaling_factor, sigma, estimate_diagonal, alpha, length_scaling):
+def _attend_by_loops(
+    q, k, v, w, C, scaling_factor, sigma, estimate_diagonal, alpha, length_scaling, local_chunks, query_pool
+):
     """One document, one key/value head, one token and chunk at a time: q [N, G, D], k and v [N, D], w [D]."""
     N, G, D = q.shape
     outputs, counts = [], []
     for i in range(N):
         own = i // C
-        selected, prior = [own], [torch.zeros((), dtype=q.dtype)]
-        if own > 0:
-            chunks = [k[c * C : (c + 1) * C] for c in range(own)]
+        routed = max(0, own - local_chunks)
+        selected = list(range(routed, own + 1))
+        prior = [torch.zeros((), dtype=q.dtype) for _ in selected]
+        if routed > 0:
+            chunks = [k[c * C : (c + 1) * C] for c in range(routed)]
             summaries = torch.stack([(x @ w / math.sqrt(D)).softmax(0) @ x for x in chunks])
-            factor = scaling_factor * (1 + length_scaling * math.log(own))
-            z = [factor * summaries @ q[i, g] / math.sqrt(D) for g in range(G)]
+            factor = scaling_factor * (1 + length_scaling * math.log(routed))
+            r = q[max(0, i - query_pool + 1) : i + 1].mean(0)
+            z = [factor * summaries @ r[g] / math.sqrt(D) for g in range(G)]
             p = sum(_package_entmax(z_g, alpha) for z_g in z) / G
-            past = [c for c in range(own) if p[c] > 0]
+            past = [c for c in range(routed) if p[c] > 0]
             log_p = [p[c].log() for c in past]
             if estimate_diagonal:
                 mean = sum(x.detach() for x in log_p) / len(past)
@@ -49,6 +54,8 @@ def oracle(
     alpha=1.5,
     cu_seqlens=None,
     length_scaling=0.0,
+    local_chunks=0,
+    query_pool=1,
 ):
     """Output, gradients and chunk counts of the loops, in float64."""
     leaves = [x.detach().double().requires_grad_() for x in leaves]
@@ -64,6 +71,7 @@ def oracle(
                 out[b, document, heads], counts[b, document, h] = _attend_by_loops(
                     q[b, document, heads], k[b, document, h], v[b, document, h], w[h],
                     chunk_size, factors[h], sigma, estimate_diagonal, alpha, length_scaling,
+                    local_chunks, query_pool,
                 )  # fmt: skip
     leaves += learned(scaling_factor)
     grads = torch.autograd.grad(out, leaves, upstream.double(), allow_unused=True, materialize_grads=True)

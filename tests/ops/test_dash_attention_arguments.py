@@ -99,6 +99,8 @@ WRONG = [
         )
     ),
     *(("length_scaling", {"length_scaling": x}) for x in (-0.1, math.inf, math.nan, "1", None, True)),
+    *(("local_chunks", {"local_chunks": x}) for x in (-1, 1.0, "2", None, True)),
+    *(("query_pool", {"query_pool": x}) for x in (0, 129, 4.0, "2", None, True)),
     *(("alpha", {"alpha": x}) for x in (1.0, 2.5, math.nan, None)),
     ("cu_seqlens", {"cu_seqlens": [0, 8]}),
     ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 8])}),

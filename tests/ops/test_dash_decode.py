@@ -246,7 +246,9 @@ def test_the_ops_pass_torchs_own_checks():
     tensors = (cache.k, cache.v, cache.summary, cache.lengths)
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
-        decode.decode, (q, *tensors, cache.page_table, None, C, 1.0, 2.0, True, 1.5, 0.0), test_utils=utils
+        decode.decode,
+        (q, *tensors, cache.page_table, None, C, 1.0, 2.0, True, 1.5, 0.0, 0, 1),
+        test_utils=utils,
     )
     cache.lengths.zero_()
     for x in tensors[:3]:

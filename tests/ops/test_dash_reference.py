@@ -73,6 +73,24 @@ CASES = {
         {"cu_seqlens": _cu_seqlens(17, 23), "length_scaling": 0.7, "scaling_factor": _factors(5.0, 1.5)},
     ),
     "a factor a head": ({"B": 2}, {"scaling_factor": _factors(2.0, 9.0)}),
+    "local chunks": ({"N": 41}, {"local_chunks": 2}),
+    "more local chunks than there are": ({}, {"local_chunks": 9, "query_pool": 3}),
+    "pooled queries": ({"B": 2}, {"query_pool": 5}),
+    "pool longer than the document": ({"N": 13}, {"query_pool": 128}),
+    "local chunks and pooled queries, packed": (
+        {"N": 60},
+        {
+            "cu_seqlens": _cu_seqlens(9, 1, 27, 4, 19),
+            "local_chunks": 1,
+            "query_pool": 8,
+            "length_scaling": 0.7,
+            "scaling_factor": _factors(5.0, 1.5),
+        },
+    ),
+    "local chunks, not centred, alpha 1.3": (
+        {"N": 41},
+        {"local_chunks": 3, "estimate_diagonal": False, "alpha": 1.3, "query_pool": 2},
+    ),
     "shorter than a chunk": ({"N": 3}, {}),
     "chunks of one token": ({"N": 12}, {"chunk_size": 1}),
     "packed": ({"N": 40}, {"cu_seqlens": _cu_seqlens(9, 1, 16, 3, 11)}),
@@ -132,8 +150,9 @@ def test_autocast_does_not_lower_the_precision():
         {"alpha": 2.0, "estimate_diagonal": False},
         {"cu_seqlens": _cu_seqlens(8, 1, 4)},
         {"length_scaling": 0.7},
+        {"local_chunks": 1, "query_pool": 3},
     ],
-    ids=["centred", "not-centred", "alpha-1.3", "alpha-2", "packed", "length-aware"],
+    ids=["centred", "not-centred", "alpha-1.3", "alpha-2", "packed", "length-aware", "local-pooled"],
 )
 def test_gradient_of_every_input_passes_gradcheck(settings, wrt, monkeypatch):
     leaves, _ = _inputs(N=13, D=3, seed=3)
@@ -166,11 +185,13 @@ def test_the_router_learns_through_the_prior_and_a_flat_prior_teaches_it_nothing
     assert flat_grads[3].abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("alpha", [1.5, 1.3, 2.0])
+@pytest.mark.parametrize(
+    "router", [{"alpha": 1.5}, {"alpha": 1.3}, {"alpha": 2.0}, {"local_chunks": 2, "query_pool": 16}], ids=str
+)
 @pytest.mark.parametrize("cu_seqlens", [None, _cu_seqlens(100, 3, 197)], ids=["one-document", "packed"])
-def test_changing_future_tokens_leaves_past_outputs_bit_identical(cu_seqlens, alpha):
+def test_changing_future_tokens_leaves_past_outputs_bit_identical(cu_seqlens, router):
     leaves, _ = _inputs(N=300, dtype=torch.float32)
-    settings = _settings(chunk_size=16, cu_seqlens=cu_seqlens, alpha=alpha, return_routing=True)
+    settings = _settings(chunk_size=16, cu_seqlens=cu_seqlens, **router, return_routing=True)
     out, routing = dash_attention(*leaves, **settings)
     for first_changed in (1, 15, 16, 101, 140, 299):
         changed = [x.detach().clone() for x in leaves]
@@ -184,12 +205,13 @@ def test_changing_future_tokens_leaves_past_outputs_bit_identical(cu_seqlens, al
 
 
 @pytest.mark.parametrize("lengths", [(64, 36), (5, 90, 1, 4), (1, 1, 98)], ids=str)
-def test_packed_documents_equal_separate_ones_in_output_and_gradient(lengths):
+@pytest.mark.parametrize("router", [{}, {"local_chunks": 2, "query_pool": 7}], ids=str)
+def test_packed_documents_equal_separate_ones_in_output_and_gradient(lengths, router):
     leaves, upstream = _inputs(N=100)
-    out, grads, counts = _run(leaves, upstream, cu_seqlens=_cu_seqlens(*lengths))
+    out, grads, counts = _run(leaves, upstream, cu_seqlens=_cu_seqlens(*lengths), **router)
     parts = []
     for *x, g in zip(*(t.detach().split(lengths, dim=1) for t in (*leaves[:3], upstream)), strict=True):
-        parts.append(_run([*(t.requires_grad_() for t in x), leaves[3]], g))
+        parts.append(_run([*(t.requires_grad_() for t in x), leaves[3]], g, **router))
     _assert_close(out, torch.cat([p[0] for p in parts], dim=1), torch.float64)
     assert torch.equal(counts, torch.cat([p[2] for p in parts], dim=1))
     for i in range(3):
@@ -229,9 +251,7 @@ def test_summarize_route_and_attend_on_one_row_are_the_method():
     places = reference.Places(token_T // 4, token_T % 4, torch.zeros(32, dtype=torch.int64))
     constants = {name: x for name, x in _settings().items() if name in Router._fields}
     summary = reference.summarize(k_HcWD, torch.ones(8, 4, dtype=torch.bool), w)
-    bias, count = reference.route(
-        q_HGTD, summary, places.past(chunk_c), places.own(chunk_c), Router(**constants)
-    )
+    bias, count = reference.route(q_HGTD, summary, *places.masks(chunk_c, 0), Router(**constants))
     out = reference.attend(q_HGTD, k_HcWD, v_HcWD, bias, places.hidden(chunk_c, 4))
     _assert_close(out.permute(2, 0, 1, 3).flatten(1, 2), expected[0], torch.float64)
     assert torch.equal(count.T, routing.chunks_selected[0])
@@ -298,14 +318,15 @@ def test_extreme_logits_give_finite_outputs_and_gradients(estimate_diagonal, dty
 def test_many_blocks_equal_a_single_block(max_scores, num_blocks, kept_scores, cu_seqlens, monkeypatch):
     leaves, upstream = _inputs(N=200)
     monkeypatch.setattr(sequence_reference, "MAX_BLOCK_TOKENS", 256)
-    single = _run(leaves, upstream, cu_seqlens=cu_seqlens)
+    options = {"cu_seqlens": cu_seqlens, "local_chunks": 1, "query_pool": 6}
+    single = _run(leaves, upstream, **options)
     # 24 divides neither the chunks nor the documents
     monkeypatch.setattr(sequence_reference, "MAX_BLOCK_TOKENS", 24)
     monkeypatch.setattr(sequence_reference, "MAX_KEPT_SCORES", kept_scores)
     monkeypatch.setattr(sequence_reference, "MAX_BLOCK_SCORES", max_scores)
     grid = ChunkGrid.of(200, 4, cu_seqlens, leaves[0].device)
     assert len(sequence_reference.query_blocks(grid, 200, 4)[0]) == num_blocks
-    many = _run(leaves, upstream, cu_seqlens=cu_seqlens)
+    many = _run(leaves, upstream, **options)
     assert torch.equal(single[2], many[2])
     for a, b in zip([single[0], *single[1]], [many[0], *many[1]], strict=True):
         _assert_close(a, b, torch.float64)

@@ -14,7 +14,14 @@ from dash_megatron.ops.kernels.attend import attend_forward
 from dash_megatron.ops.kernels.backward_kv import backward_kv
 from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
 from dash_megatron.ops.kernels.configs import Launches, find_launches
-from dash_megatron.ops.kernels.geometry import Lists, Sizes, check_supported, chunk_layout, measure
+from dash_megatron.ops.kernels.geometry import (
+    Lists,
+    Sizes,
+    check_options,
+    check_supported,
+    chunk_layout,
+    measure,
+)
 from dash_megatron.ops.kernels.route import factors, has_factors, route
 from dash_megatron.ops.kernels.summarize import summarize
 from dash_megatron.ops.kernels.transpose import partition_work, transpose
@@ -73,10 +80,13 @@ def _forward(
     estimate_diagonal: bool,
     alpha: float,
     length_scaling: float,
+    local_chunks: int,
+    query_pool: int,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     launches, sizes = _prepare(q, k, chunk_size, cu_seqlens)
-    router = Router(chunk_size, scaling_factor, sigma, estimate_diagonal, alpha, length_scaling)
+    constants = sigma, estimate_diagonal, alpha, length_scaling, local_chunks, query_pool
+    router = Router(chunk_size, scaling_factor, *constants)
     chunks, offsets = chunk_layout(sizes, q.shape[0], cu_seqlens, q.device)
     rows_q, rows_k, rows_v, w = _one_row(q), _dense_rows(k), _dense_rows(v), w.contiguous()
     summary = summarize(rows_k, w, chunks, sizes)
@@ -94,7 +104,7 @@ def _forward(
 @_forward.register_fake
 def _forward_fake(
     q, k, v, w, head_scaling, cu_seqlens, chunk_size, scaling_factor, sigma, estimate_diagonal, alpha,
-    length_scaling, deterministic,
+    length_scaling, local_chunks, query_pool, deterministic,
 ):  # fmt: skip
     _, sizes = _prepare(q, k, chunk_size, cu_seqlens)
     B, N, Hq, D = q.shape
@@ -145,10 +155,13 @@ def _backward(
     estimate_diagonal: bool,
     alpha: float,
     length_scaling: float,
+    local_chunks: int,
+    query_pool: int,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     launches, sizes = _prepare(q, k, chunk_size, cu_seqlens)
-    router = Router(chunk_size, scaling_factor, sigma, estimate_diagonal, alpha, length_scaling)
+    constants = sigma, estimate_diagonal, alpha, length_scaling, local_chunks, query_pool
+    router = Router(chunk_size, scaling_factor, *constants)
     factor = _factors(router, sizes, chunks, head_scaling)
     lists = Lists(list_chunk, list_log_prior, list_offset, list_count)
     rows_q, rows_k, rows_v, rows_w = _one_row(q), _dense_rows(k), _dense_rows(v), w.contiguous()
@@ -229,6 +242,7 @@ def dash_attention_triton(
         Output [B, N, Hq, D] in q's dtype, and the number of chunks selected, the own one included, int32 [B, N, Hkv].
     """
     check_supported(q, k.shape[2])
+    check_options(router)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     head_scaling, numbers = router.split()

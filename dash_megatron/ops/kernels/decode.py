@@ -15,7 +15,7 @@ from torch import Tensor
 from dash_megatron.ops.kernels.configs import device_limits, stages_that_fit
 from dash_megatron.ops.kernels.decode_attend import decode_attend_kernel, decode_sum_kernel
 from dash_megatron.ops.kernels.decode_route import decode_score_kernel, decode_threshold_kernel
-from dash_megatron.ops.kernels.geometry import check_supported, next_power_of_two
+from dash_megatron.ops.kernels.geometry import check_options, check_supported, next_power_of_two
 from dash_megatron.ops.kernels.route import score_scale
 from dash_megatron.ops.kernels.tiles import LOG2_E
 from dash_megatron.ops.types import Router
@@ -187,6 +187,8 @@ def decode(
     estimate_diagonal: bool,
     alpha: float,
     length_scaling: float,
+    local_chunks: int,
+    query_pool: int,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one token a sequence; arguments are those of `dash_decode` and the tensors of its `DashCache`.
 
@@ -202,7 +204,9 @@ def decode(
     max_chunks = summary.shape[1] * (1 if page_table is None else page_table.shape[1])
     stride_table = 0 if page_table is None else page_table.stride(0)
     shapes = _Shapes(Hkv, G, max(16, next_power_of_two(G)), D, next_power_of_two(D), chunk_size)
-    router = Router(chunk_size, scaling_factor, sigma, estimate_diagonal, alpha, length_scaling)
+    constants = sigma, estimate_diagonal, alpha, length_scaling, local_chunks, query_pool
+    router = Router(chunk_size, scaling_factor, *constants)
+    check_options(router)
     launch = find_launch(q, Hkv, max_chunks, chunk_size)
     routed: tuple[Tensor | None, ...] = (None, None, None)
     if not launch.short:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dash_megatron.ops.tensor_cache import cached
+from dash_megatron.ops.types import Router
 
 # Lists up to this many bytes are allocated for every chunk being selected, which needs no look at the device; above,
 # the selected chunks are counted first and the host waits for their number.
@@ -111,6 +112,15 @@ def check_supported(q: Tensor, num_kv_heads: int) -> None:
         raise ValueError(
             f"q.shape={list(q.shape)} with {num_kv_heads} key/value heads must have at most 256 dimensions and 32 heads "
             "a group for the Triton backend; pass backend='reference'"
+        )
+
+
+def check_options(router: Router) -> None:
+    """Refuse options of the router that only the reference has."""
+    if router.local_chunks or router.query_pool > 1:
+        raise ValueError(
+            f"local_chunks={router.local_chunks} and query_pool={router.query_pool} must be 0 and 1 for the Triton backend; "
+            "pass backend='reference'"
         )
 
 

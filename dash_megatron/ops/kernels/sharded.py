@@ -18,7 +18,14 @@ from dash_megatron.ops.kernels.backward_kv import backward_kv_buffer
 from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
 from dash_megatron.ops.kernels.backward_summary import sum_d_summary, token_factors
 from dash_megatron.ops.kernels.configs import Launches, find_launches
-from dash_megatron.ops.kernels.geometry import Lists, Sizes, check_supported, list_offsets, size_tiles
+from dash_megatron.ops.kernels.geometry import (
+    Lists,
+    Sizes,
+    check_options,
+    check_supported,
+    list_offsets,
+    size_tiles,
+)
 from dash_megatron.ops.kernels.transpose import partition_work, transpose
 from dash_megatron.ops.shards import (
     Attended,
@@ -117,6 +124,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _prepare(q: Tensor, num_kv_heads: int, chunks: QueryChunks, router: Router) -> tuple[Launches, Sizes]:
     check_supported(q, num_kv_heads)
+    check_options(router)
     chunk_size, groups = router.chunk_size, q.shape[1] // num_kv_heads
     launches = find_launches(q.device, q.dtype, q.shape[2], chunk_size, groups, hopper=False)
     num_local, bound = len(chunks.start), chunks.list_bound
