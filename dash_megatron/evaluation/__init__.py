@@ -1,1 +1,1 @@
-"""Long-context evaluation of runs and exported models: perplexity by position, needles, RULER families, recall, copy."""
+"""Long-context evaluation of runs and exported models: loss by position and document, needles, RULER families, recall, copy."""

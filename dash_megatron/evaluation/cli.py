@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_evaluate(tools: Any) -> None:
     """Add `evaluate` to the front door's subparsers."""
-    text = "perplexity by position, needles, RULER families, recall and copy, on a run or an exported model"
+    text = "loss by position and document, needles, RULER families, recall and copy, on a run or an exported model"
     evaluate = tools.add_parser("evaluate", help=text, description=text, epilog="see docs/evaluation.md")
     _fill(evaluate)
     evaluate.set_defaults(run=_evaluate)

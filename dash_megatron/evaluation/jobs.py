@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,9 +16,9 @@ from torch import Tensor
 
 from dash_megatron.evaluation.buckets import buckets
 from dash_megatron.evaluation.items import Item, make_sample, task_items
-from dash_megatron.evaluation.models import LanguageModel
+from dash_megatron.evaluation.models import LanguageModel, pad_right
 from dash_megatron.evaluation.samples import Sample
-from dash_megatron.evaluation.settings import Settings
+from dash_megatron.evaluation.settings import DOCUMENTS, PERPLEXITY, Settings
 from dash_megatron.evaluation.text import LocalText
 
 # raised whenever prompts or scores change, so that older results are not taken for new ones
@@ -54,6 +56,12 @@ class Job(ABC):
             ValueError: no sample has this length.
         """
 
+    def batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
+        """Cut the items into batches, which do not depend on what is known already."""
+        size = max(1, self.settings.batch_tokens // self.length)
+        for first in range(0, len(items), size):
+            yield list(items[first : first + size])
+
     @abstractmethod
     def compute(self, items: list[Item]) -> list[dict[str, Any]]:
         """Compute the results of some items in one batch."""
@@ -85,6 +93,61 @@ class PerplexityJob(Job):
         ]
 
 
+class DocumentsJob(Job):
+    """Losses of documents from their beginnings on, cut behind the length, summed by bucket of positions."""
+
+    def items(self) -> list[Item]:
+        """See `Job.items`; the index is the document's number in the text. From the shortest to the longest."""
+        known = [number for number, document in enumerate(self.text.documents) if len(document) > 1]
+        random.Random(self.settings.seed).shuffle(known)
+        chosen = known[: self.settings.samples]
+        return [
+            (number, None) for number in sorted(chosen, key=lambda number: (self._tokens(number), number))
+        ]
+
+    def _tokens(self, number: int) -> int:
+        """Tokens that are predicted."""
+        return min(self.length, len(self.text.documents[number]) - 1)
+
+    def prepare(self) -> None:
+        """See `Job.prepare`."""
+        if not self.items():
+            raise ValueError(
+                f"task documents: no document of {self.text.name} has two tokens; give other --data"
+            )
+
+    def batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
+        """See `Job.batches`; as many documents as fit when all are padded to the longest."""
+        batch: list[Item] = []
+        for item in items:
+            if batch and (len(batch) + 1) * self._tokens(item[0]) > self.settings.batch_tokens:
+                yield batch
+                batch = []
+            batch.append(item)
+        yield batch
+
+    def compute(self, items: list[Item]) -> list[dict[str, Any]]:
+        """See `Job.compute`."""
+        counts = [self._tokens(number) for number, _ in items]
+        rows = [
+            self.text.documents[number][: count + 1].tolist()
+            for (number, _), count in zip(items, counts, strict=True)
+        ]
+        losses = self.model.losses(pad_right(rows)).double()
+        ends = buckets(self.length)
+        return [
+            {
+                "tokens": count,
+                "nll_sums": [
+                    float(row[start : min(end, count)].sum())
+                    for start, end in zip([0, *ends[:-1]], ends, strict=True)
+                    if start < count
+                ],
+            }
+            for row, count in zip(losses, counts, strict=True)
+        ]
+
+
 class TaskJob(Job):
     """Samples of a task with known answers."""
 
@@ -112,6 +175,10 @@ class TaskJob(Job):
         for result, sample in zip(results, samples, strict=True):
             result.update(tokens=len(sample.ids), place=sample.depth)
         return results
+
+
+JOBS: dict[str, type[Job]] = {PERPLEXITY: PerplexityJob, DOCUMENTS: DocumentsJob}
+"""Of tasks that are no `TaskJob`."""
 
 
 def _score_answers(model: LanguageModel, samples: list[Sample]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Pictures of results: perplexity by position, the needle's heat map, scores by length."""
+"""Pictures of results: loss by position, the needle's heat map, scores by length."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dash_megatron.drawing import GRID, HEAT_MAP, plt, save, tokens_axis
-from dash_megatron.evaluation.settings import PERPLEXITY
+from dash_megatron.evaluation.settings import LOSSES
 
 
 def draw(results: dict[str, Any], output: Path) -> list[Path]:
@@ -17,11 +17,12 @@ def draw(results: dict[str, Any], output: Path) -> list[Path]:
     """
     tasks = results["tasks"]
     drawn = []
-    if PERPLEXITY in tasks:
-        drawn.append(_save(_perplexity(tasks[PERPLEXITY]), results, output / "perplexity.png"))
+    for name in LOSSES:
+        if name in tasks:
+            drawn.append(_save(_perplexity(tasks[name]), results, output / f"{name}.png"))
     if "needle" in tasks:
         drawn.append(_save(_needle(tasks["needle"]), results, output / "needle.png"))
-    scored = {name: by_length for name, by_length in tasks.items() if name != PERPLEXITY}
+    scored = {name: by_length for name, by_length in tasks.items() if name not in LOSSES}
     if scored:
         figure = _scores(scored, results["model"]["trained_length"])
         drawn.append(_save(figure, results, output / "tasks.png"))

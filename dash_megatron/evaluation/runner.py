@@ -6,15 +6,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dash_megatron.evaluation.buckets import buckets
-from dash_megatron.evaluation.items import Item
-from dash_megatron.evaluation.jobs import Job, PerplexityJob, TaskJob
+from dash_megatron.evaluation.jobs import JOBS, Job, TaskJob
 from dash_megatron.evaluation.models import LanguageModel
-from dash_megatron.evaluation.settings import PERPLEXITY, Settings
+from dash_megatron.evaluation.settings import LOSSES, PERPLEXITY, Settings
 from dash_megatron.evaluation.text import LocalText
 from dash_megatron.files import write_whole
 
@@ -41,7 +40,7 @@ def evaluate(
         ValueError: a sample cannot be made, in which case nothing was computed.
     """
     jobs = [
-        (PerplexityJob if task == PERPLEXITY else TaskJob)(task, length, settings, model, text)
+        JOBS.get(task, TaskJob)(task, length, settings, model, text)
         for task in settings.tasks
         for length in settings.lengths
     ]
@@ -64,7 +63,7 @@ def evaluate(
     for job in jobs:
         begin = time.perf_counter()
         lines, computed = run_job(job, output / f"{job.task}.jsonl")
-        summary = _sum_up_losses(job, lines) if job.task == PERPLEXITY else _sum_up_scores(lines)
+        summary = _sum_up_losses(job, lines) if job.task in LOSSES else _sum_up_scores(lines)
         results["tasks"][job.task][str(job.length)] = summary
         seconds = time.perf_counter() - begin
         report(
@@ -84,7 +83,7 @@ def run_job(job: Job, path: Path) -> tuple[list[dict[str, Any]], int]:
     items = job.items()
     computed = 0
     with open(path, "a", encoding="utf-8") as file:
-        for batch in _batches(items, max(1, job.settings.batch_tokens // job.length)):
+        for batch in job.batches(items):
             if all(item in known for item in batch):
                 continue
             # all of a batch again: other company would change the last bits
@@ -97,12 +96,6 @@ def run_job(job: Job, path: Path) -> tuple[list[dict[str, Any]], int]:
                 computed += 1
             file.flush()
     return [known[item] for item in items], computed
-
-
-def _batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
-    """Cut the items into batches, which do not depend on what is known already."""
-    for first in range(0, len(items), size):
-        yield list(items[first : first + size])
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -123,13 +116,22 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _sum_up_losses(job: Job, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over all tokens, and by bucket of positions, without the buckets that no text reaches."""
+    tokens = [line.get("tokens", job.length) for line in lines]
     ends = buckets(job.length)
     found = []
     for number, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-        nll = sum(line["nll_sums"][number] for line in lines) / (len(lines) * (end - start))
-        found.append({"from": start, "to": end, "nll": nll, "perplexity": _exp(nll)})
-    nll = sum(sum(line["nll_sums"]) for line in lines) / (len(lines) * job.length)
-    return {"windows": len(lines), "nll": nll, "perplexity": _exp(nll), "buckets": found}
+        count = sum(max(0, min(end, each) - start) for each in tokens)
+        if count:
+            total = sum(line["nll_sums"][number] for line in lines if number < len(line["nll_sums"]))
+            found.append({"from": start, "to": end, "nll": total / count, "perplexity": _exp(total / count)})
+    nll = sum(sum(line["nll_sums"]) for line in lines) / sum(tokens)
+    unit = (
+        {"windows": len(lines)}
+        if job.task == PERPLEXITY
+        else {"documents": len(lines), "tokens": sum(tokens)}
+    )
+    return {**unit, "nll": nll, "perplexity": _exp(nll), "buckets": found}
 
 
 def _exp(nll: float) -> float:

@@ -8,7 +8,10 @@ from dash_megatron.evaluation.items import DEPTHS, SEED
 from dash_megatron.evaluation.tasks import TASKS
 
 PERPLEXITY = "perplexity"
-FAMILIES = (PERPLEXITY, *TASKS)
+DOCUMENTS = "documents"
+LOSSES = (PERPLEXITY, DOCUMENTS)
+"""Tasks that give losses of text by position; the others have answers."""
+FAMILIES = (PERPLEXITY, *TASKS, DOCUMENTS)
 SCORES = ("answer", "generate")
 
 
@@ -22,7 +25,8 @@ class Settings:
     depths: int = DEPTHS
     """Places of the needle of task `needle`, from the first line to the last."""
     samples: int = 20
-    """Of each task and length, and for `needle` of each depth; windows of text for `perplexity`."""
+    """Of each task and length, and for `needle` of each depth; windows of text for `perplexity`, and documents for
+    `documents`."""
     score: str = "answer"
     seed: int = SEED
     batch_tokens: int = 32768

@@ -29,10 +29,11 @@ def add_study(tools: Any) -> None:
     submit.add_argument("--processes", type=int, default=1, help="of each run, here; default: 1")
     submit.add_argument(
         "--at-once",
-        type=int,
+        type=_places,
         default=1,
+        metavar="N",
         help="runs that train here at the same time; each takes the next of this machine's GPUs, and shares them "
-        "where there are too few; default: 1",
+        "where there are too few; gpus: as many as there are GPUs for; default: 1",
     )
     submit.add_argument(
         "--restarts", type=int, default=2, help="starts of a run after faults, here; default: 2"
@@ -94,6 +95,14 @@ def _add(commands: Any, name: str, text: str, run: Any) -> Any:
     parser.add_argument("study", metavar="STUDY", help="YAML file, see docs/studies.md")
     parser.set_defaults(run=run)
     return parser
+
+
+def _places(text: str) -> int | None:
+    if text == "gpus":
+        return None
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number or `gpus`")
+    return int(text)
 
 
 def _plan(options: argparse.Namespace) -> None:

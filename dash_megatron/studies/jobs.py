@@ -6,11 +6,11 @@ import fnmatch
 import shlex
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dash_megatron.studies.runs import StudyRun
+from dash_megatron.studies.runs import StudyRun, evaluations, expand
 from dash_megatron.studies.study_file import Study, StudyError
 
 # beside the results of an evaluation, what it was asked for
@@ -31,6 +31,8 @@ class Job:
     run: StudyRun
     evaluations: dict[str, list[str]]
     """Commands by name."""
+    base: StudyRun | None = None
+    """Of a branch: the run that it goes on from."""
 
     @property
     def start(self) -> Path | None:
@@ -72,13 +74,14 @@ class JobQueue:
 
 def missing_evaluations(study: Study, run: StudyRun) -> dict[str, list[str]]:
     """Commands of the study's evaluations of a run that have no results yet, or those of other arguments, by name."""
-    if not study.evaluate:
+    wanted = evaluations(study, run)
+    if not wanted:
         return {}
     # imported late: it brings torch
     from dash_megatron.evaluation.runner import RESULTS
 
     commands = {}
-    for name, arguments in study.evaluate.items():
+    for name, arguments in wanted.items():
         output = run.folder / "evaluation" / name
         told = output / ARGUMENTS
         # results without that file are of evaluations by hand
@@ -86,6 +89,51 @@ def missing_evaluations(study: Study, run: StudyRun) -> dict[str, list[str]]:
         if changed or not (output / RESULTS).is_file():
             commands[name] = [*EVALUATE, str(run.folder), *shlex.split(arguments), "--output", str(output)]
     return commands
+
+
+def jobs_of(study: Study, evaluate: bool) -> list[Job]:
+    """Every run of a study, with what is left to do; without the evaluations unless `evaluate`."""
+    runs = expand(study)
+    by_name = {run.name: run for run in runs}
+    return [
+        Job(study, run, missing_evaluations(study, run) if evaluate else {}, by_name.get(run.base or ""))
+        for run in runs
+    ]
+
+
+def with_bases(jobs: list[Job], every: Iterable[Job]) -> list[Job]:
+    """The jobs, and before the first branch of it each base that is not trained yet."""
+    of_run = {job.run.folder: job for job in every}
+    taken = {job.run.folder for job in jobs}
+    more = []
+    for job in jobs:
+        base_needed = job.base and not is_finished(job.run) and not is_finished(job.base)
+        if job.base and base_needed and job.base.folder not in taken:
+            taken.add(job.base.folder)
+            more.append(of_run[job.base.folder])
+        more.append(job)
+    return more
+
+
+def in_waves(jobs: Sequence[Job]) -> list[list[Job]]:
+    """The jobs in groups, each of which begins with weights of runs of the groups before it.
+
+    Raises:
+        ValueError: runs wait for each other.
+    """
+    waves: list[list[Job]] = []
+    waiting = list(jobs)
+    while waiting:
+        unfinished = {job.run.folder.resolve() for job in waiting if not is_finished(job.run)}
+        ready = [job for job in waiting if job.start not in unfinished]
+        if not ready:
+            names = ", ".join(job.run.name for job in waiting)
+            raise StudyError(
+                f"{names} begin with each other's weights; let one of them begin with none (training.init_from)"
+            )
+        waves.append(ready)
+        waiting = [job for job in waiting if job not in ready]
+    return waves
 
 
 def select_jobs(every: dict[str, Job], only: Sequence[str]) -> list[Job]:

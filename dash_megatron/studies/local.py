@@ -14,7 +14,7 @@ from pathlib import Path
 from dash_megatron.exit_codes import ExitCode
 from dash_megatron.files import write_whole
 from dash_megatron.studies.jobs import ARGUMENTS, Job, JobQueue, is_finished
-from dash_megatron.studies.runs import StudyRun
+from dash_megatron.studies.runs import StudyRun, evaluations
 from dash_megatron.studies.study_file import StudyError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,7 +103,11 @@ class LocalRuns:
         problem = None
         if not is_finished(run):
             print(f"{title}: {run.config.training.steps} steps", flush=True)
-            problem = self._attempts(title, run, config, environment)
+            if job.base and not is_finished(job.base):
+                # from less than all steps of it, this would be another branch
+                problem = f"its base {job.base.name} is not trained"
+            else:
+                problem = self._attempts(title, run, config, environment)
         for name, command in job.evaluations.items():
             if problem or self._stop is not None:
                 break
@@ -111,13 +115,13 @@ class LocalRuns:
             code = self._call(command, run.folder, environment)
             problem = f"evaluation {name} ended with exit code {code}" if code else None
             if not code:
-                write_whole(run.folder / "evaluation" / name / ARGUMENTS, job.study.evaluate[name])
+                asked = evaluations(job.study, run)[name]
+                write_whole(run.folder / "evaluation" / name / ARGUMENTS, asked)
         if self._stop is not None:
             return False
         took = f"finished in {time.monotonic() - started:.0f} s"
-        print(
-            f"{title}: " + (f"failed: {problem}; see {run.folder}/study.log" if problem else took), flush=True
-        )
+        where = f"{run.folder}/study.log"
+        print(f"{title}: " + (f"failed: {problem}; see {where}" if problem else took), flush=True)
         return not problem
 
     def _attempts(self, title: str, run: StudyRun, config: Path, environment: dict[str, str]) -> str | None:
@@ -177,10 +181,11 @@ class LocalRuns:
             process.send_signal(number)
 
 
-def environments(at_once: int, processes: int) -> list[dict[str, str]]:
+def environments(at_once: int | None, processes: int) -> list[dict[str, str]]:
     """Variables of each place in which a run trains: its GPUs, the next ones of this machine, and its CPU cores.
 
-    Where places outnumber GPUs, they share them; a single place gets whatever there is.
+    Where places outnumber GPUs, they share them; a single place gets whatever there is. None makes as many places as this
+    machine's GPUs are enough for.
     """
     if at_once == 1:
         return [{}]
@@ -189,6 +194,10 @@ def environments(at_once: int, processes: int) -> list[dict[str, str]]:
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+    if at_once is None:
+        at_once = max(1, len(gpus) // processes)
+        if at_once == 1:
+            return [{}]
     threads = max(1, (os.cpu_count() or 1) // (at_once * processes))
     places = []
     for place in range(at_once):

@@ -1,4 +1,4 @@
-"""The runs of a study: every point, grid combination, budget, seed and twin, as a config with a name."""
+"""The runs of a study: every point, grid combination, budget, seed, twin and branch, as a config with a name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dash_megatron.config.loading import read_yaml, set_key
 from dash_megatron.data.vocabulary import vocabulary_rows
 from dash_megatron.planning.baseline_times import BASELINES, density_of_lists
 from dash_megatron.studies.cost import Cost, curriculum_context, estimate_cost, flops_per_token, mean_context
-from dash_megatron.studies.study_file import Study, StudyError
+from dash_megatron.studies.study_file import Branches, Budgets, Study, StudyError
 
 _DENSITY = "assume.density"
 _PLAIN = re.compile(r"[^\w.+-]+")
@@ -42,6 +42,8 @@ class StudyRun:
     context: float
     cost: Cost
     twin_of: list[str] = field(default_factory=list)
+    base: str | None = None
+    """Of a branch: the run that it goes on from. Its `variant` then is the name of its arm, and its order `training.seed`."""
 
     @property
     def folder(self) -> Path:
@@ -62,32 +64,69 @@ class _Recipe:
 
 
 def expand(study: Study) -> list[StudyRun]:
-    """Every run, twins behind the run they belong to.
+    """Every run, twins and branches behind the run they belong to; branches order by order.
 
     Raises:
         ValueError: a config that breaks a rule, two runs that are the same, or a budget too small for one step.
     """
-    base = read_yaml(study.base, f"base={study.base}", "sections (model:, data:, ...)")
+    tree = read_yaml(study.base, f"base={study.base}", "sections (model:, data:, ...)")
     runs: list[StudyRun] = []
     for recipe in _recipes(study):
-        run = _make(study, base, recipe)
+        run = _make(study, tree, recipe)
         _add(runs, run)
+        if study.branches:
+            for branch in _branches(study, study.branches, tree, recipe, run):
+                _add(runs, branch)
         for twin in study.twins:
-            settings = {"attention.kind": twin} if isinstance(twin, str) else dict(twin)
-            kept = dict(recipe.settings)
-            if settings.get("attention.kind") == "full":
-                kept = {
-                    key: value
-                    for key, value in kept.items()
-                    if not key.startswith("attention.") and key != _DENSITY
-                }
-            # by dense FLOPs and by parameters, twins read the same tokens
-            own_budget = study.budgets.flops and study.budgets.flops_counted == "assumed"
-            made = replace(
-                recipe, settings={**kept, **settings}, tokens=None if own_budget else float(run.tokens)
-            )
-            _add(runs, _make(study, base, made), twin_of=run.name)
+            made = _twin(study, recipe, run, twin)
+            _add(runs, _make(study, tree, made), twin_of=run.name)
     return runs
+
+
+def evaluations(study: Study, run: StudyRun) -> dict[str, str]:
+    """Arguments of the evaluations of a run, by name."""
+    return study.branches.evaluate if study.branches and run.base else study.evaluate
+
+
+def _twin(study: Study, recipe: _Recipe, run: StudyRun, twin: str | dict[str, Any]) -> _Recipe:
+    settings = {"attention.kind": twin} if isinstance(twin, str) else dict(twin)
+    kept = dict(recipe.settings)
+    if settings.get("attention.kind") == "full":
+        kept = {
+            key: value for key, value in kept.items() if not key.startswith("attention.") and key != _DENSITY
+        }
+    # by dense FLOPs and by parameters, twins read the same tokens
+    own_budget = study.budgets.flops and study.budgets.flops_counted == "assumed"
+    tokens = None if own_budget else float(run.tokens)
+    return replace(recipe, settings={**kept, **settings}, tokens=tokens)
+
+
+def _branches(
+    study: Study, branches: Branches, tree: dict[str, Any], recipe: _Recipe, base: StudyRun
+) -> Iterator[StudyRun]:
+    """The branches of a base, which are a study of their own: its points are the arms, its seeds the orders."""
+    of_base = {**study.overrides, **recipe.settings}
+    shared = {
+        key: value for key, value in of_base.items() if key.split(".")[0] not in ("attention", "assume")
+    }
+    own = study.model_copy(
+        update={
+            "overrides": {**shared, **branches.overrides, "training.init_from": str(base.folder)},
+            "points": branches.arms,
+            "grid": {},
+            "seeds": branches.orders,
+            "budgets": Budgets(),
+            "warmup": None,
+        }
+    )
+    made = [_make(own, {**tree, "attention": {}}, arm) for arm in _recipes(own)]
+    arms = [str(arm["name"]) for arm in branches.arms for _ in branches.orders]
+    # order by order, so that there is something to compare as soon as the first is through
+    for number, _ in enumerate(branches.orders):
+        for arm, run in list(zip(arms, made, strict=True))[number :: len(branches.orders)]:
+            name = f"{arm}_order{run.config.training.seed}_from_{base.name}"
+            config = run.config.model_copy(update={"run_dir": str(base.folder.with_name(name))})
+            yield replace(run, name=name, config=config, variant=arm, size=base.size, base=base.name)
 
 
 def _recipes(study: Study) -> Iterator[_Recipe]:

@@ -81,6 +81,63 @@ class Assumptions(Section):
         return self
 
 
+class Branches(Section):
+    """Short runs that go on from the weights of each base, in other attention and with other settings, to be compared."""
+
+    arms: tuple[dict[str, Any], ...]
+    """What is compared: each has a `name`, and the settings that set it apart. Of the base's attention it takes nothing."""
+    reference: str
+    """Name of the arm that the others are compared with."""
+    orders: tuple[int, ...] = (1,)
+    """Orders of the data, as `training.seed` of a branch: every arm is trained once in each. One order says nothing about
+    how far another one would end elsewhere."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """`section.key: value` for every branch, beside the settings of its base: its steps, length, schedule, batch and data."""
+    evaluate: dict[str, str]
+    """`name: arguments` of `python -m dash_megatron evaluate`, for every branch once it is trained. Arms are compared on all
+    that it scores; at least one entry must have `--tasks documents`, the losses of held-out documents."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Branches:
+        names = [arm.get("name") for arm in self.arms]
+        for number, name in enumerate(names):
+            if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name):
+                raise ValueError(
+                    f"branches.arms[{number}] has name {name!r}, which becomes a folder: letters, digits and ._+- only, "
+                    "such as dash_25"
+                )
+            if names.count(name) > 1:
+                raise ValueError(f"branches.arms has {name} twice; rename one")
+        if self.reference not in names:
+            raise ValueError(
+                f"branches.reference={self.reference} must be the name of an arm: {', '.join(map(str, names))}"
+            )
+        if len(names) < 2:
+            raise ValueError(
+                f"branches.arms has {self.reference} alone, and nothing to compare it with; add one"
+            )
+        if not self.orders or len(set(self.orders)) != len(self.orders):
+            raise ValueError(
+                f"branches.orders={list(self.orders)} must name orders, each once, such as [1, 2, 3]; an order that comes "
+                "twice would be the same run"
+            )
+        if not any(_scores_documents(arguments) for arguments in self.evaluate.values()):
+            raise ValueError(
+                "branches.evaluate must score held-out documents, by which arms are compared; add "
+                "`documents: --tasks documents --samples 400 --lengths 16384`, with data.seq_length as the length"
+            )
+        return self
+
+    def settings(self) -> list[tuple[str, dict[str, Any]]]:
+        """Every set of settings, with its place in the file."""
+        arms = [(f"branches.arms[{number}]", arm) for number, arm in enumerate(self.arms)]
+        return [("branches.overrides", self.overrides), *arms]
+
+
+def _scores_documents(arguments: str) -> bool:
+    return re.search(r"--tasks[ =](\S+,)?documents(,|\s|$)", arguments) is not None
+
+
 class Study(Section):
     """One study."""
 
@@ -106,19 +163,18 @@ class Study(Section):
     assume: Assumptions = Field(default_factory=Assumptions)
     evaluate: dict[str, str] = Field(default_factory=dict)
     """`name: arguments` of `python -m dash_megatron evaluate`, for every run once it is trained; results go to
-    `<run_dir>/evaluation/<name>`. Not done by SLURM arrays."""
+    `<run_dir>/evaluation/<name>`. Not done by SLURM arrays. Branches have their own."""
+    branches: Branches | None = None
+    """What goes on from every run of the study, which then are bases."""
 
     @model_validator(mode="after")
     def _check(self) -> Study:
         owned = {"run_dir": "output", "training.seed": "seeds"}
         if self.budgets.entries() != [None]:
             owned["training.steps"] = "budgets"
-        for place, settings in self._settings():
-            for key in settings:
-                if key in owned:
-                    raise ValueError(f"{place} sets {key}, which a study sets by `{owned[key]}`; take it out")
-                if key != "name" and "." not in key:
-                    raise ValueError(f"{place} has {key!r}; settings read section.key, such as optimizer.lr")
+        _check_settings(self._settings(), owned)
+        if self.branches:
+            self._check_branches(self.branches)
         for number, point in enumerate(self.points):
             if "name" in point and not (isinstance(point["name"], str) and point["name"]):
                 raise ValueError(
@@ -130,23 +186,53 @@ class Study(Section):
             for number, point in enumerate(self.points):
                 if key in point:
                     raise ValueError(f"{key} stands in grid and in points[{number}]; leave it in one of them")
-        for name, arguments in self.evaluate.items():
-            if not re.fullmatch(r"[\w.+-]+", name):
-                raise ValueError(
-                    f"evaluate has {name!r}; a name becomes a folder: letters, digits and ._+- only"
-                )
-            if "--output" in arguments:
-                raise ValueError(
-                    f"evaluate.{name} sets --output, which is <run_dir>/evaluation/{name}; take it out"
-                )
+        _check_names("evaluate", self.evaluate)
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)} has one twice; take it out")
         return self
+
+    def _check_branches(self, branches: Branches) -> None:
+        owned = {
+            "run_dir": "output",
+            "training.seed": "branches.orders",
+            "training.init_from": "base",
+        }
+        _check_settings(branches.settings(), owned)
+        _check_names("branches.evaluate", branches.evaluate)
+        for place, settings in branches.settings():
+            for key in settings:
+                if key.startswith("model."):
+                    raise ValueError(
+                        f"{place} sets {key}, and a branch goes on with the model of its base; set it in `points`, which "
+                        "makes a base of each"
+                    )
+        if self.twins:
+            raise ValueError("a study has twins or branches; name what you compare with in branches.arms")
 
     def _settings(self) -> list[tuple[str, dict[str, Any]]]:
         points = [(f"points[{number}]", point) for number, point in enumerate(self.points)]
         twins = [(f"twins[{n}]", twin) for n, twin in enumerate(self.twins) if isinstance(twin, dict)]
         return [("overrides", self.overrides), ("grid", dict(self.grid)), *points, *twins]
+
+
+def _check_settings(places: list[tuple[str, dict[str, Any]]], owned: dict[str, str]) -> None:
+    """Refuse keys that are no `section.key`, and those that the study sets itself, by the key that does it."""
+    for place, settings in places:
+        for key in settings:
+            if key in owned:
+                raise ValueError(f"{place} sets {key}, which a study sets by `{owned[key]}`; take it out")
+            if key != "name" and "." not in key:
+                raise ValueError(f"{place} has {key!r}; settings read section.key, such as optimizer.lr")
+
+
+def _check_names(place: str, evaluations: dict[str, str]) -> None:
+    for name, arguments in evaluations.items():
+        if not re.fullmatch(r"[\w.+-]+", name):
+            raise ValueError(f"{place} has {name!r}; a name becomes a folder: letters, digits and ._+- only")
+        if "--output" in arguments:
+            raise ValueError(
+                f"{place}.{name} sets --output, which is <run_dir>/evaluation/{name}; take it out"
+            )
 
 
 def load_study(path: str | Path) -> Study:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import re
 import shlex
 import subprocess
 import sys
@@ -16,9 +17,9 @@ import yaml
 from dash_megatron.config import Config, config_of_stored_run
 from dash_megatron.evaluation.cli import check_arguments
 from dash_megatron.files import write_whole
-from dash_megatron.studies.jobs import Job, is_finished, missing_evaluations, select_jobs
+from dash_megatron.studies.jobs import Job, in_waves, is_finished, jobs_of, select_jobs, with_bases
 from dash_megatron.studies.local import LocalRuns, environments, repository_script, train_command
-from dash_megatron.studies.runs import StudyRun, expand
+from dash_megatron.studies.runs import StudyRun, evaluations
 from dash_megatron.studies.study_file import Study, StudyError, load_study
 
 
@@ -29,7 +30,7 @@ def submit_studies(
     slurm: Sequence[str] | None = None,
     train: Sequence[str] | None = None,
     only: Sequence[str] = (),
-    at_once: int = 1,
+    at_once: int | None = 1,
 ) -> int:
     """Train what is not finished, and evaluate what the study says and is not evaluated.
 
@@ -40,8 +41,9 @@ def submit_studies(
         slurm: arguments for `slurm/submit.py`, which gets all runs as one array; None: on this machine.
         train: command that trains instead of this repository's `train.py`.
         only: patterns of names, such as `dash_25*`, or of `STUDY/NAME`, in the order in which their runs are trained; none:
-            all runs.
-        at_once: runs that train on this machine at the same time, on GPUs of their own as long as there are enough.
+            all runs. The bases of branches come along.
+        at_once: runs that train on this machine at the same time, on GPUs of their own as long as there are enough; None: as
+            many as there are GPUs for.
 
     Returns:
         0: all finished or submitted; 1: a run failed for good, the others went on; 75: asked to stop, and saved.
@@ -62,19 +64,20 @@ def submit_studies(
             locks.enter_context(_only_one(study))
         configs = [_write_config(job.study, job.run) for job in waiting]
         if slurm is not None:
-            return _submit_array(waiting, configs, slurm)
+            return _submit_arrays(list(zip(waiting, configs, strict=True)), slurm)
         local = LocalRuns(list(train or train_command(processes)), restarts, environments(at_once, processes))
         return local.run_all(list(zip(waiting, configs, strict=True)))
 
 
-def _check_numbers(processes: int, restarts: int, at_once: int, in_array: bool) -> None:
+def _check_numbers(processes: int, restarts: int, at_once: int | None, in_array: bool) -> None:
     if processes < 1 or restarts < 0:
         raise StudyError(f"--processes {processes} must be at least 1, --restarts {restarts} at least 0")
-    if at_once < 1:
-        raise StudyError(f"--at-once {at_once} must be at least 1")
-    if in_array and at_once > 1:
+    if at_once is not None and at_once < 1:
+        raise StudyError(f"--at-once {at_once} must be at least 1, or `gpus`")
+    if in_array and at_once != 1:
         raise StudyError(
-            f'--at-once {at_once} is for this machine; that of an array stands within --slurm="... --at-once {at_once}"'
+            f"--at-once {at_once or 'gpus'} is for this machine; that of an array stands within "
+            f'--slurm="... --at-once {at_once or 8}"'
         )
 
 
@@ -91,11 +94,11 @@ def _read_studies(paths: Sequence[str | Path]) -> dict[str, Study]:
 def _jobs(studies: dict[str, Study], only: Sequence[str], processes: int, in_array: bool) -> list[Job]:
     """What `only` names of all runs; an array does not evaluate, and `slurm/submit.py` checks its processes itself."""
     every = {
-        f"{name}/{run.name}": Job(study, run, {} if in_array else missing_evaluations(study, run))
+        f"{name}/{job.run.name}": job
         for name, study in studies.items()
-        for run in expand(study)
+        for job in jobs_of(study, evaluate=not in_array)
     }
-    jobs = select_jobs(every, only)
+    jobs = with_bases(select_jobs(every, only), every.values())
     for job in jobs:
         check_same(job.run)
         if not in_array:
@@ -105,11 +108,14 @@ def _jobs(studies: dict[str, Study], only: Sequence[str], processes: int, in_arr
 
 def _check_evaluations(study: Study) -> None:
     """Refuse arguments of evaluations that would be found wrong only once a run is trained."""
-    for name, arguments in study.evaluate.items():
+    of_branches = study.branches.evaluate if study.branches else {}
+    every = {f"evaluate.{name}": arguments for name, arguments in study.evaluate.items()}
+    every |= {f"branches.evaluate.{name}": arguments for name, arguments in of_branches.items()}
+    for place, arguments in every.items():
         try:
             check_arguments(shlex.split(arguments))
         except ValueError as error:
-            raise StudyError(f"evaluate.{name}={arguments!r}: {error}") from error
+            raise StudyError(f"{place}={arguments!r}: {error}") from error
 
 
 def check_same(run: StudyRun) -> None:
@@ -169,26 +175,23 @@ def _write_config(study: Study, run: StudyRun) -> Path:
     return path
 
 
-def _check_array(jobs: list[Job]) -> None:
-    names = {job.run.folder.resolve(): job.run.name for job in jobs if not is_finished(job.run)}
-    for job in jobs:
-        if job.start in names:
-            raise StudyError(
-                f"{job.run.name} begins with the weights of {names[job.start]}, and an array does not order its runs; "
-                "submit that one first, with --only"
-            )
+def _submit_arrays(jobs: list[tuple[Job, Path]], arguments: Sequence[str]) -> int:
+    """An array of the runs that begin with no other's weights, and one of each that waits for it, with their configs.
 
-
-def _submit_array(jobs: list[Job], configs: list[Path], arguments: Sequence[str]) -> int:
-    """One array of all configs; `slurm/submit.py` prints the job, or says what is wrong, and gives the code."""
-    _check_array(jobs)
-    if any(job.study.evaluate for job in jobs):
+    `slurm/submit.py` prints the job of each, or says what is wrong, and gives the code.
+    """
+    if any(evaluations(job.study, job.run) for job, _ in jobs):
         print("an array does not evaluate: `study submit` here does, once its runs are trained", flush=True)
-    command = [
-        sys.executable,
-        repository_script("slurm/submit.py"),
-        *arguments,
-        "--array",
-        *map(str, configs),
-    ]
-    return subprocess.run(command, timeout=900).returncode
+    configs = {job.run.folder: str(config) for job, config in jobs}
+    after: list[str] = []
+    for wave in in_waves([job for job, _ in jobs]):
+        command = [sys.executable, repository_script("slurm/submit.py"), *arguments, *after]
+        command += ["--array", *(configs[job.run.folder] for job in wave)]
+        done = subprocess.run(command, timeout=900, stdout=subprocess.PIPE, text=True)
+        print(done.stdout, end="", flush=True)
+        if done.returncode:
+            return done.returncode
+        job_id = re.search(r"^job (\d+):", done.stdout, re.MULTILINE)
+        # a dry run has none
+        after = ["--dependency", f"afterok:{job_id.group(1) if job_id else 'JOB'}"]
+    return 0

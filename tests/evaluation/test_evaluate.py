@@ -139,6 +139,34 @@ def test_a_run_and_its_export_get_the_same_numbers(
     assert all(path.stat().st_size > 5000 for path in (tmp_path / "ours").glob("*.png"))
 
 
+def test_losses_of_documents_are_those_of_each_document_alone(
+    write_run: Callable[..., Any], tiny_data: Path, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    config, _ = write_run("dash")
+    arguments = ["--tasks", "documents", "--lengths", "100", "--samples", "40", "--batch-tokens", "250"]
+    found = evaluate(Path(config.run_dir), tmp_path / "out", *arguments)["tasks"]["documents"]["100"]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "documents.jsonl").read_text().splitlines()]
+    assert len({line["index"] for line in lines}) == 40
+    documents = LocalText.from_data([str(tiny_data / "valid")], tokenizer, 1).documents
+    with open_model(config.run_dir) as model:
+        for line in lines:
+            ids = torch.tensor(documents[line["index"]][:101].tolist())[None]
+            losses = model.losses(ids)[0].double()
+            parts = [losses[:64], losses[64:]] if len(losses) > 64 else [losses]
+            assert line["tokens"] == len(losses)
+            assert line["nll_sums"] == pytest.approx([float(part.sum()) for part in parts], rel=1e-5)
+    assert max(line["tokens"] for line in lines) == 100
+    assert len({line["tokens"] for line in lines}) > 3
+    tokens = sum(line["tokens"] for line in lines)
+    assert (found["documents"], found["tokens"]) == (40, tokens)
+    assert found["nll"] == pytest.approx(sum(sum(line["nll_sums"]) for line in lines) / tokens)
+    late = [line for line in lines if line["tokens"] > 64]
+    assert found["buckets"][1]["nll"] == pytest.approx(
+        sum(line["nll_sums"][1] for line in late) / sum(line["tokens"] - 64 for line in late)
+    )
+    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["documents.png"]
+
+
 def test_a_killed_evaluation_goes_on_where_it_was(
     write_run: Callable[..., Any],
     tmp_path: Path,

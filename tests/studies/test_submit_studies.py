@@ -187,8 +187,12 @@ def test_a_run_waits_for_the_one_whose_weights_it_begins_with(
     path = write_study(points=points)
     script = tmp_path / "slow_train.py"
     script.write_text(SLOW)
-    with pytest.raises(ValueError, match=r"begins with the weights of h256_dash.*submit that one first"):
-        submit_module.submit_studies([path], slurm=["--dry-run"])
+    words = "--nodes 1 --gpus-per-node 4 --time 1:00:00 --dry-run"
+    assert submit_module.submit_studies([path], slurm=words.split()) == 0
+    # an array of 128 and 256, then of 32, then of 64, each after the one before
+    parts = capfd.readouterr().out.split("#!/usr/bin/env bash")[1:]
+    assert ["--dependency=afterok:JOB" in part for part in parts] == [False, True, True]
+    assert [{size for size in (32, 64, 128, 256) if f"h{size}_dash" in part.partition("RUN_DIRS=")[2]} for part in parts] == [{128, 256}, {32}, {64}]  # fmt: skip
     assert submit_module.submit_studies([path], train=[sys.executable, str(script)], at_once=3) == 0
     order = (runs_of(path)[0].folder.parent / "order").read_text().split()
     assert sorted(order[:2]) == ["+128", "+256"]
