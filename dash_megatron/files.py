@@ -1,6 +1,8 @@
 """Text files that appear whole or not at all, and paths in messages."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -20,3 +22,12 @@ def write_whole(path: Path, text: str, make_folder: bool = False) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8", newline="")
     os.replace(temporary, path)
+
+
+@contextmanager
+def usual_mode(path: Path) -> Iterator[None]:
+    """Give the file that the block writes the mode that `open` gives one, by the umask; some libraries write privately."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    yield
+    path.chmod(mode)

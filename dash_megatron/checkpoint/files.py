@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dash_megatron.files import usual_mode
 from dash_megatron.retry import retry
 
 DESCRIPTION = "checkpoint.json"
@@ -44,7 +45,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         OSError: the file could not be written.
     """
     try:
-        save_file(tensors, path)
+        with usual_mode(path):
+            save_file(tensors, path)
     except SafetensorError as error:  # it tells a full disk in words only
         number = re.search(r"os error (\d+)", str(error))
         if number is None:

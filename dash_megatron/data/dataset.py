@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import shutil
-import tempfile
+import socket
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -266,11 +266,11 @@ def _one_pass(
 
 
 def _build_aside(build: Any, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.mkdtemp(prefix=".building-", dir=folder.parent)
+    temporary = folder.parent / f".building-{folder.name}-{socket.gethostname()}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        build(temporary)
-        os.chmod(temporary, 0o755)
+        build(str(temporary))
         os.rename(temporary, folder)
     except OSError:
         # another process was first: its index is the same

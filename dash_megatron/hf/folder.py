@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dash_megatron.files import usual_mode
 from dash_megatron.hf.names import Piece
 
 MODEL_SECTIONS = "model.yaml"
@@ -66,7 +67,8 @@ def write_pieces(
     for number, piece in enumerate(parts, 1):
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         tensors = tensors_of(piece)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        with usual_mode(folder / file):
+            save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         del tensors  # before the next ones are made

@@ -1,6 +1,7 @@
 """Exporting a run: from every layout, the same numbers, or nothing at all."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,10 @@ def test_transformers_loads_a_dense_llama_and_names_what_it_ignores(
 
 def test_bfloat16_weights_are_the_rounded_ones(write_run: Callable[..., Any], tmp_path: Path) -> None:
     config, weights = write_run("dash", attention={"scaling_factor": 0.1})
+    before = os.umask(0o027)
     report = export_run(config.run_dir, tmp_path / "out")
+    os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
     assert 0 < report.rounding < probe.BF16_TOLERANCE
     table = read_folder(tmp_path / "out")["model.embed_tokens.weight"]
     assert torch.equal(table, weights["embedding.word_embeddings.weight"].bfloat16())

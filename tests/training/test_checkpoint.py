@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -70,6 +71,18 @@ def test_a_checkpoint_holds_what_its_manifest_says_and_no_pickles(run: dict[str,
     assert facts["about"].keys() == {"commit", "implementation", "device"}
     assert config_from_dict(facts["config"]) == config_from_dict(run)
     assert (folder_of(run) / "latest").read_text() == "step_00000004\n"
+
+
+def test_all_files_of_a_run_have_the_mode_that_the_umask_gives(tiny_config: dict[str, Any]) -> None:
+    before = os.umask(0o027)
+    try:
+        train(tiny_config)
+    finally:
+        os.umask(before)
+    run = Path(tiny_config["run_dir"])
+    modes = {path.stat().st_mode & 0o777 for path in run.rglob("*") if path.is_file()}
+    folders = {path.stat().st_mode & 0o777 for path in run.rglob("*") if path.is_dir()}
+    assert (modes, folders) == ({0o640}, {0o750})
 
 
 def truncate(folder: Path) -> None:
