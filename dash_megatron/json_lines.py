@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dash_megatron.files import write_whole
 from dash_megatron.retry import retry
+
+logger = logging.getLogger(__name__)
 
 
 class JsonLines:
     """Appends lines to such a file, which is made with the first line.
 
     Args:
-        path: the file.
+        path: the file. Damaged lines that it has are moved to a file beside it, whose name ends with `.damaged`.
         resumed_step: lines of later steps, which an earlier start wrote, are dropped.
 
     Raises:
-        ValueError: a line before the last is damaged.
         OSError: the disk has been full, or away, for minutes.
     """
 
@@ -27,7 +29,12 @@ class JsonLines:
         self.path, self._size = path, 0
         if not path.exists():
             return
-        kept = [line for line in read_json_lines(path) if line["step"] <= resumed_step]
+        found = _parse(path.read_bytes())
+        if found.damaged:
+            aside = path.with_name(f"{path.name}.damaged")
+            _tell(path, found, f"; moved to {aside.name}")
+            retry(lambda: _append_bytes(aside, found.damaged), f"write {aside}", path=aside)
+        kept = [line for line in found.objects if line["step"] <= resumed_step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         retry(lambda: write_whole(path, text), f"write {path}", path=path)
         self._size = len(text.encode())
@@ -50,17 +57,54 @@ class JsonLines:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """Read all objects; a last line cut short by a kill is skipped.
+    """Read all objects; a last line cut short by a kill is skipped, and so are damaged ones, of which a warning tells."""
+    found = _parse(path.read_bytes())
+    if found.damaged:
+        _tell(path, found, "")
+    return found.objects
 
-    Raises:
-        ValueError: a line before the last is damaged.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines()
-    found = []
+
+class _Lines(NamedTuple):
+    objects: list[Any]
+    numbers: list[int]
+    """Of the damaged lines, counted from 1."""
+    damaged: list[bytes]
+
+
+def _parse(data: bytes) -> _Lines:
+    found = _Lines([], [], [])
+    *lines, rest = data.split(b"\n")
     for number, line in enumerate(lines, 1):
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}:{number} is not JSON ({error}); remove the damaged line") from error
+        value = _object(line)
+        if value is not None:
+            found.objects.append(value)
+        elif line:
+            found.numbers.append(number)
+            found.damaged.append(line)
+    # without its newline a last line was cut short, unless only that is missing
+    if (value := _object(rest)) is not None:
+        found.objects.append(value)
     return found
+
+
+def _object(line: bytes) -> Any:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None
+
+
+def _append_bytes(path: Path, lines: list[bytes]) -> None:
+    with open(path, "ab") as file:
+        file.write(b"".join(line + b"\n" for line in lines))
+
+
+def _tell(path: Path, found: _Lines, then: str) -> None:
+    logger.warning(
+        "%s: %d damaged line(s) skipped, the first of them line %d%s",
+        path,
+        len(found.numbers),
+        found.numbers[0],
+        then,
+    )

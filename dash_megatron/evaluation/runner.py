@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -16,6 +17,8 @@ from dash_megatron.evaluation.models import LanguageModel
 from dash_megatron.evaluation.settings import LOSSES, PERPLEXITY, Settings
 from dash_megatron.evaluation.text import LocalText
 from dash_megatron.files import write_whole
+
+logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
 
@@ -99,7 +102,7 @@ def run_job(job: Job, path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Lines of results; the last one, if a process was killed over it, is cut off."""
+    """Whole lines of results, whose items need no computing; the last one, if a process was killed over it, is cut off."""
     if not path.is_file():
         return []
     whole, end, _ = path.read_bytes().rpartition(b"\n")
@@ -109,9 +112,13 @@ def _read(path: Path) -> list[dict[str, Any]]:
     lines = []
     for number, line in enumerate(whole.splitlines(), 1):
         try:
-            lines.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is damaged ({error}); remove the line") from error
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict) and {"key", "index", "depth"} <= value.keys():
+            lines.append(value)
+        else:
+            logger.warning("%s, line %d is damaged: skipped, and computed anew", path, number)
     return lines
 
 

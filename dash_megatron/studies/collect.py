@@ -28,7 +28,7 @@ def collect(study: Study) -> list[dict[str, Any]]:
     density of each logged step; `dense_flops` those of the same tokens with full attention.
 
     Raises:
-        ValueError: a wrong study, damaged metrics, or no run that has logged a step.
+        ValueError: a wrong study, or no run that has logged a step.
     """
     rows = []
     for run in expand(study):

@@ -24,7 +24,7 @@ def plot_run(run_dir: str | Path, output: str | Path | None = None) -> Path:
 
     Raises:
         FileNotFoundError: the run has no metrics.
-        ValueError: it has logged no step yet, or a line is damaged.
+        ValueError: it has logged no step yet.
     """
     metrics = read_metrics(run_dir)
     if not metrics:

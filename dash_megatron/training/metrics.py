@@ -181,11 +181,10 @@ def _scalars(name: str, value: Any) -> Iterator[tuple[str, float | None]]:
 
 
 def read_metrics(run_dir: str | Path) -> list[StepMetrics]:
-    """Read `metrics.jsonl`; a last line cut short by a kill is skipped.
+    """Read `metrics.jsonl`, without damaged lines; see `read_json_lines`.
 
     Raises:
         FileNotFoundError: the run has none.
-        ValueError: a line before the last is damaged.
     """
     path = Path(run_dir) / "metrics.jsonl"
     if not path.is_file():

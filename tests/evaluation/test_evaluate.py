@@ -186,6 +186,10 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     assert "(0 of 3 computed" in printed
     assert "(1 of 3 computed" in printed
     assert path.read_text().splitlines(keepends=True) == lines
+    path.write_text("".join(["{damaged\n", *lines[1:]]))
+    assert evaluate(Path(config.run_dir), tmp_path / "out", *arguments) == whole
+    assert path.read_text().splitlines(keepends=True) == ["{damaged\n", *lines[1:], lines[0]]
+    path.write_text("".join(lines))
     evaluate(Path(config.run_dir), tmp_path / "out", *arguments, "--seed", "1")
     assert len(path.read_text().splitlines()) == 6  # of other settings, beside the old ones
 

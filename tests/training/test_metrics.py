@@ -24,13 +24,35 @@ def test_a_resumed_run_drops_the_lines_of_steps_it_does_again(tmp_path: Path) ->
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
 
 
-def test_a_cut_last_line_is_skipped_and_an_earlier_one_is_an_error(tmp_path: Path) -> None:
+def test_a_cut_last_line_is_skipped_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(line_of(1)) + "\n" + json.dumps(line_of(2))[:9])
     assert [line["step"] for line in read_metrics(tmp_path)] == [1]
-    path.write_text("{broken\n" + json.dumps(line_of(2)) + "\n")
-    with pytest.raises(ValueError, match=r"metrics.jsonl:1 is not JSON"):
-        read_metrics(tmp_path)
+    path.write_text(json.dumps(line_of(1)) + "\n" + json.dumps(line_of(2)))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("damage", [b"{broken", b'{"step": 1}{"step": 2}', b"12", b"\xff\xfe", b"\0\0\0", b"[" * 9999])
+def test_a_damaged_line_is_set_aside_and_told_and_blocks_nothing(
+    damage: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    one, two = (json.dumps(line_of(step)).encode() for step in (1, 2))
+    path.write_bytes(b"\n".join([one, damage, two, b""]))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+    assert "1 damaged line(s) skipped, the first of them line 2" in caplog.text
+
+    writer = MetricsWriter(tmp_path, tensorboard=False, resumed_step=2)
+    writer.write(line_of(3))
+    writer.close()
+    assert "moved to metrics.jsonl.damaged" in caplog.text
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damage + b"\n"
+    caplog.clear()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+    assert not caplog.text
 
 
 def test_tensorboard_gets_scalars_of_steps_and_layers(tmp_path: Path) -> None:
