@@ -195,11 +195,9 @@ def read_fault(folder: str | Path) -> tuple[Fault, dict[int, list[PackedBatch]]]
     """
     folder = Path(folder)
     facts, files = folder / "fault.json", sorted(folder.glob("data_*_context_*.safetensors"))
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{told(folder)} does not exist; give a folder of a run's faults/")
     if not facts.is_file() or not files:
         raise FileNotFoundError(
-            f"{folder} has no fault.json with its batches; give a folder of a run's faults/, such as "
+            f"{told(folder)} has no fault.json with its batches; give a folder of a run's faults/, such as "
             "runs/quickstart/faults/step_00000123"
         )
     shards: dict[int, list[dict[str, Tensor]]] = {}

@@ -27,6 +27,7 @@ from dash_megatron.training.health import Watchdog
 from dash_megatron.training.initial import load_initial_weights
 from dash_megatron.training.loss import global_target_tokens, share_of_global_mean
 from dash_megatron.training.meter import StepResult, StepTotals
+from dash_megatron.training.owner import own_run_folder
 from dash_megatron.training.probe import check_probe, probe_loss
 from dash_megatron.training.report import Reporter
 from dash_megatron.training.schedule import learning_rate
@@ -68,6 +69,7 @@ class Trainer:
         self.device = init_process_groups(launch, config.parallel, max(5.0, hang_minutes or 30.0))
         self.is_main = dist.get_rank() == 0
         setup.set_up_logging(self.is_main)
+        self.owner = own_run_folder(config.run_dir)
         about = setup.about_this_code(self.device)
         setup.check_same_implementation(about["implementation"])
         self.train_source = training_source(config, tokenizer, self.device)
@@ -124,6 +126,8 @@ class Trainer:
             self.maybe_save()
         self.watchdog.stop()
         self.reporter.finish(self.step)
+        if self.owner is not None:
+            self.owner.release()
         return ExitCode.DONE if self.step == self.config.training.steps else ExitCode.REQUEUE
 
     def start_reporting(self) -> None:

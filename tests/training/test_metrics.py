@@ -24,9 +24,7 @@ def test_a_resumed_run_drops_the_lines_of_steps_it_does_again(tmp_path: Path) ->
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
 
 
-def test_a_cut_last_line_is_skipped_without_a_word(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_cut_last_line_is_skipped_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(line_of(1)) + "\n" + json.dumps(line_of(2))[:9])
     assert [line["step"] for line in read_metrics(tmp_path)] == [1]
@@ -35,7 +33,9 @@ def test_a_cut_last_line_is_skipped_without_a_word(
     assert not caplog.text
 
 
-@pytest.mark.parametrize("damage", [b"{broken", b'{"step": 1}{"step": 2}', b"12", b"\xff\xfe", b"\0\0\0", b"[" * 9999])
+@pytest.mark.parametrize(
+    "damage", [b"{broken", b'{"step": 1}{"step": 2}', b"12", b"\xff\xfe", b"\0\0\0", b"[" * 9999]
+)
 def test_a_damaged_line_is_set_aside_and_told_and_blocks_nothing(
     damage: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

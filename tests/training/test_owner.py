@@ -1,0 +1,106 @@
+"""A run's folder has one owner at a time, and a dead one does not keep it."""
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dash_megatron.exit_codes import ExitCode
+from dash_megatron.training.metrics import read_metrics
+from dash_megatron.training.owner import FILE, Owner
+from tests.conftest import Started, train_command
+
+
+def own_and_wait(run_dir: str) -> None:
+    Owner(run_dir, beat_seconds=0.05)
+    print("owned", flush=True)
+    time.sleep(60)
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Any:
+    """A process that owns the test's folder."""
+    process = Started(tmp_path / "log", own_and_wait, str(tmp_path))
+    process.wait_for("owned")
+    yield process
+    process.kill()
+
+
+def as_of_another_machine(path: Path) -> dict[str, Any]:
+    """Change an owner's file to what a process of another node would have written."""
+    facts = {**json.loads(path.read_text()), "machine": "elsewhere", "host": "node7"}
+    path.write_text(json.dumps(facts))
+    return facts
+
+
+def test_a_living_owner_is_named_and_a_killed_one_is_followed_at_once(other: Started, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError,
+        match=rf"belongs to process {other.process.pid} on {os.uname().nodename}, .* since 20\d\d-",
+    ):
+        Owner(tmp_path)
+    other.kill()
+    begin = time.monotonic()
+    owner = Owner(tmp_path)
+    assert time.monotonic() - begin < 5
+    assert json.loads((tmp_path / FILE).read_text())["process"] == os.getpid()
+    owner.release()
+    assert not (tmp_path / FILE).exists()
+
+
+def test_an_owner_on_another_machine_keeps_the_folder_by_its_signs_of_life(tmp_path: Path) -> None:
+    owner = Owner(tmp_path, beat_seconds=99)
+    facts = as_of_another_machine(tmp_path / FILE)
+    living = threading.Event()
+
+    def beat() -> None:
+        while not living.wait(0.05):
+            os.utime(tmp_path / FILE)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    with pytest.raises(ValueError, match=f"process {facts['process']} on node7"):
+        Owner(tmp_path, dead_seconds=20)
+    living.set()
+    thread.join()
+    Owner(tmp_path, dead_seconds=0.3).release()
+    owner.release()
+
+
+def test_an_owner_that_was_taken_for_dead_stops_and_one_whose_file_is_lost_goes_on(
+    other: Started, tmp_path: Path
+) -> None:
+    (tmp_path / FILE).unlink()
+    deadline = time.monotonic() + 20
+    while not (tmp_path / FILE).exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert json.loads((tmp_path / FILE).read_text())["process"] == other.process.pid
+    as_of_another_machine(tmp_path / FILE)
+    code, output = other.end(20)
+    assert code == ExitCode.CONFIG_ERROR
+    assert "on node7 has taken over" in output
+
+
+def test_a_file_that_says_nothing_keeps_nobody_out(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("")
+    Owner(tmp_path, dead_seconds=0.1).release()
+
+
+def test_a_second_start_of_a_run_leaves_the_first_alone(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**tiny_config, "training": {**tiny_config["training"], "steps": 40}}))
+    first = Started(tmp_path / "first", train_command, "--config", str(path))
+    first.wait_for("step  1/40")
+    code, output = Started(tmp_path / "second", train_command, "--config", str(path)).end()
+    assert code == ExitCode.CONFIG_ERROR
+    assert f"belongs to process {first.process.pid} on" in output
+    assert "Traceback" not in output
+    assert first.end()[0] == ExitCode.DONE
+    run = Path(tiny_config["run_dir"])
+    assert read_metrics(run)[-1]["step"] == 40
+    assert not (run / FILE).exists()
