@@ -20,6 +20,7 @@ from dash_megatron.checkpoint.folder import (
 from dash_megatron.checkpoint.state import TrainingState, set_random_state
 from dash_megatron.checkpoint.stored import StoredState
 from dash_megatron.config import Config, config_of_stored_run
+from dash_megatron.config.section import Section
 from dash_megatron.layers.sharding import shard, split_of, whole_shape
 from dash_megatron.parallel import tensor_group
 
@@ -37,7 +38,8 @@ def load_newest(engine: TrainingState, config: Config) -> StoredState | None:
         What was stored, of which weights, optimizer and random state are set already. None without checkpoints.
 
     Raises:
-        ValueError: the checkpoint is of another model, or there are only damaged ones.
+        ValueError: the checkpoint is of another model or has more steps than the run is to have, or there are only damaged
+            ones.
         CheckpointError: a damaged one could not be set aside.
     """
     step = _newest_undamaged(config)
@@ -45,7 +47,7 @@ def load_newest(engine: TrainingState, config: Config) -> StoredState | None:
         return None
     stored = StoredState(checkpoint_folder(config.run_dir) / tag_of(step))
     _check_same_run(stored, config)
-    _check_shapes(stored, engine)
+    _check_shapes(stored, engine, config)
     engine.load_state(_reader(stored, engine), stored.facts["adam_steps"])
     layout = config.layout(dist.get_world_size())
     if stored.facts["layout"] == layout:
@@ -90,7 +92,7 @@ def _reader(stored: StoredState, engine: TrainingState) -> Callable[[str, str, i
     return read
 
 
-def _check_shapes(stored: StoredState, engine: TrainingState) -> None:
+def _check_shapes(stored: StoredState, engine: TrainingState, config: Config) -> None:
     size = dist.get_world_size(tensor_group())
     shapes = {
         name: whole_shape(shape, split_of(engine.module.get_parameter(name)), size)
@@ -98,42 +100,39 @@ def _check_shapes(stored: StoredState, engine: TrainingState) -> None:
     }
     for name in sorted(shapes.keys() | stored.shapes.keys()):
         before = stored.whole_shape(name) if name in stored.shapes else None
-        if shapes.get(name) != before:
+        if shapes.get(name) == before:
+            continue
+        told = f"{name} has shape {shapes.get(name)} in this run and {before} in {stored.folder}"
+        attention = config_of_stored_run(stored.facts["config"]).attention
+        changed = _differences("attention", attention, config.attention)
+        if changed:
             raise ValueError(
-                f"{name} has shape {shapes.get(name)} in this run and {before} in {stored.folder}; restore the "
-                "config (model, attention, parallel.tensor pads the vocabulary), or choose a new run_dir"
+                f"{'; '.join(changed)}, whose weights it cannot use: {told}; restore it, or choose a new run_dir"
             )
+        raise ValueError(
+            f"{told}; restore the config (model, attention, parallel.tensor pads the vocabulary), or choose a new run_dir"
+        )
 
 
 def _check_same_run(stored: StoredState, config: Config) -> None:
+    step, steps = stored.facts["step"], config.training.steps
+    if steps < step:
+        raise ValueError(
+            f"training.steps={steps} is below {step}, the steps that {stored.folder} has finished; set training.steps={step} "
+            "or more, or choose a new run_dir"
+        )
     saved = config_of_stored_run(stored.facts["config"])
-    for name, old in saved.model:
-        new = getattr(config.model, name)
-        if old != new:
-            raise ValueError(
-                f"model.{name}={new} differs from {old} in {stored.folder}; restore it, or choose a new run_dir"
-            )
-    order = {
-        "data.train": (saved.data.train, config.data.train),
-        "data.seq_length": (saved.data.seq_length, config.data.seq_length),
-        "training.seed": (saved.training.seed, config.training.seed),
-    }
-    for name, (before, now) in order.items():
-        if before != now:
-            logger.warning(
-                "%s was %s and is now %s: the run goes on at its sample number, yet in another order of samples, "
-                "so that some are read twice and others never",
-                name,
-                before,
-                now,
-            )
-    for name, before in saved.attention:
-        now = getattr(config.attention, name)
-        if before != now and name != "backend":
-            logger.warning(
-                "attention.%s was %s and is now %s: the run goes on with weights that were trained with the former; "
-                "restore it if that is not meant",
-                name,
-                before,
-                now,
-            )
+    changed = _differences(
+        "model", saved.model, config.model.model_copy(update={"init_std": saved.model.init_std})
+    )
+    if changed:
+        raise ValueError(f"{'; '.join(changed)} in {stored.folder}; restore it, or choose a new run_dir")
+
+
+def _differences(section: str, saved: Section, now: Section) -> list[str]:
+    """What differs, as "model.layers=3 differs from 2"."""
+    return [
+        f"{section}.{name}={getattr(now, name)} differs from {old}"
+        for name, old in saved
+        if old != getattr(now, name) and (section, name) != ("attention", "backend")
+    ]

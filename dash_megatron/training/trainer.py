@@ -20,6 +20,7 @@ from dash_megatron.layers import build_model, dash_layers, init_weights
 from dash_megatron.parallel import init_process_groups, read_launch
 from dash_megatron.retry import make_writable_folder
 from dash_megatron.training import setup
+from dash_megatron.training.changes import describe_changes
 from dash_megatron.training.density import DensityController
 from dash_megatron.training.engine import Engine
 from dash_megatron.training.faults import Fault, Guard, fault_folder, keep_fault
@@ -233,6 +234,8 @@ class Trainer:
         if stored is None:
             return
         self.load_state_dict(stored.facts["trainer"])
+        if told := describe_changes(stored.facts["config"], self.config, self.step):
+            logger.warning("%s", told)
         if self.config.checkpoint.check_loss:
             loss = probe_loss(self.engine, self.train_source, stored.probe(), self.device)
             check_probe(loss, stored.facts["probe_loss"], self.config.training.precision, str(stored.folder))

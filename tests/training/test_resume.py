@@ -9,6 +9,8 @@ import torch
 
 from dash_megatron.checkpoint.folder import finished_steps
 from dash_megatron.checkpoint.weights import load_weights
+from dash_megatron.config import config_from_dict
+from dash_megatron.training.changes import describe_changes
 from dash_megatron.training.metrics import read_metrics
 from tests.training.workers import train_all
 
@@ -95,16 +97,78 @@ def test_a_checkpoint_of_another_model_is_refused(
         run_processes(1, train_all, [(first, None), (second, None)])
 
 
-def test_a_resume_with_other_samples_or_attention_is_a_warning(
+def test_every_setting_that_differs_on_a_resume_is_in_one_table(
     tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
-    first = run_of(tiny_config, tmp_path / "run", training={"steps": 2})
+    wsd = {"kind": "wsd", "decay_steps": 1}
+    first = run_of(tiny_config, tmp_path / "run", training={"steps": 2}, schedule=wsd)
     second = run_of(
-        tiny_config, tmp_path / "run", training={"steps": 3, "seed": 5}, attention={"chunk_size": 32}
+        tiny_config,
+        tmp_path / "run",
+        training={"steps": 3, "seed": 5, "init_from": "elsewhere"},
+        attention={"chunk_size": 32},
+        zero={"stage": 2},
+        schedule=wsd,
     )
     run_processes(1, train_all, [(first, None), (second, None)])
     log = (tmp_path / "rank_0.log").read_text()
-    assert "training.seed was 1234 and is now 5" in log
-    assert "attention.chunk_size was 16 and is now 32" in log
-    # and of nothing else
-    assert log.count(" and is now ") == 2
+    table = log.partition("settings differ from those of the checkpoint:\n")[2].splitlines()
+    rows = [line.split(None, 3) for line in table]
+    assert rows[0] == ["setting", "stored", "now", "effect"]
+    assert [row[:3] for row in rows[1:6]] == [
+        ["attention.chunk_size", "16", "32"],
+        ["zero.stage", "1", "2"],
+        ["training.steps", "2", "3"],
+        ["training.seed", "1234", "5"],
+        ["training.init_from", "null", "elsewhere"],
+    ]
+    assert rows[1][3] == "goes on with weights that were trained with the former"
+    assert rows[5][3] == "not read: the run goes on from its own checkpoint"
+    assert table[6].startswith("learning rate: 0.001 in step 2, 0.001 in step 3")
+    assert log.count("settings differ") == 1
+
+
+def test_a_finished_wsd_run_that_goes_on_says_that_it_returns_to_the_peak() -> None:
+    tree = {
+        "run_dir": "unused",
+        "model": {"layers": 2, "hidden_size": 8, "heads": 2, "kv_heads": 1, "ffn_hidden_size": 16},
+        "data": {"seq_length": 128},
+        "optimizer": {"lr": 0.5},
+        "schedule": {"kind": "wsd", "decay_steps": 4},
+        "training": {"steps": 10, "global_batch": 1},
+    }
+    longer = config_from_dict(run_of(tree, Path("unused"), training={"steps": 20}))
+    told = describe_changes(tree, longer, step=10)
+    assert told is not None
+    assert (
+        "learning rate: 0.05 in step 10, 0.5 in step 11: it had begun its final decay, which is undone"
+        in told
+    )
+    assert "undone" not in str(describe_changes(tree, longer, step=6))
+    assert describe_changes(tree, config_from_dict(tree), step=10) is None
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"training": {"steps": 1}},
+            r"training.steps=1 is below 2, the steps that \S+step_00000002 has finished",
+        ),
+        (
+            {"attention": {"kind": "full"}},
+            r"attention.kind=full differs from dash, whose weights it cannot use: ",
+        ),
+        (
+            {"attention": {"full_layers": [0]}},
+            r"attention.full_layers=\(0,\) differs from \(\), whose weights",
+        ),
+    ],
+)
+def test_a_change_that_cannot_work_names_its_key(
+    sections: dict[str, Any], message: str, tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    first = run_of(tiny_config, tmp_path / "run", training={"steps": 2})
+    second = run_of(tiny_config, tmp_path / "run", **({"training": {"steps": 2}} | sections))
+    with pytest.raises(pytest.fail.Exception, match=message):
+        run_processes(1, train_all, [(first, None), (second, None)])

@@ -1,0 +1,116 @@
+"""What a run that resumes does otherwise than its checkpoint's config says, as one table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from dash_megatron.config import Config, config_of_stored_run
+from dash_megatron.training.schedule import learning_rate
+
+_ORDER = "goes on at its sample number in another order: some samples are read twice, others never"
+_LAYOUT = "none but rounding"
+_NEXT = "holds from the next step on"
+# of a key, or of all others of a section
+_EFFECTS = {
+    "run_dir": "the folder was moved or copied",
+    "model.init_std": "none: weights are loaded",
+    "attention": "goes on with weights that were trained with the former",
+    "attention.backend": _LAYOUT,
+    "data": _NEXT,
+    "data.tokenizer": "must be the one that made the data",
+    "data.train": _ORDER,
+    "data.valid": "validation losses before and after are of different texts",
+    "data.seq_length": _ORDER,
+    "data.num_workers": "none",
+    "data.cache_dir": "none",
+    "parallel": _LAYOUT,
+    "zero": _LAYOUT,
+    "training.steps": "the schedule of the learning rate ends at another step",
+    "training.global_batch": _NEXT,
+    "training.micro_batch": _LAYOUT,
+    "training.recompute": _LAYOUT,
+    "training.precision": _NEXT,
+    "training.seed": _ORDER,
+    "training.init_from": "not read: the run goes on from its own checkpoint",
+}
+_MOVES_THE_RATE = ("training.steps", "optimizer.lr", "schedule.")
+_LONGEST = 48
+
+
+class Change(NamedTuple):
+    """A setting that differs from the stored config."""
+
+    key: str
+    old: str
+    new: str
+    effect: str
+
+
+def changes_since(stored: Mapping[str, Any], config: Config) -> list[Change]:
+    """The settings that differ from a stored config, in the order of the configuration page.
+
+    Args:
+        stored: what a checkpoint keeps of its run's config; keys that came since have their default.
+        config: of the run that resumes.
+    """
+    # a layout that is refused today is compared as it was written
+    layout = {"parallel": config.parallel.model_dump(mode="json") | stored.get("parallel", {})}
+    saved = dict(_leaves(config_of_stored_run(dict(stored)).model_dump(mode="json") | layout))
+    return [
+        Change(key, _short(saved[key]), _short(value), _effect(key))
+        for key, value in _leaves(config.model_dump(mode="json"))
+        if value != saved[key]
+    ]
+
+
+def describe_changes(stored: Mapping[str, Any], config: Config, step: int) -> str | None:
+    """The table of settings that differ, with a line on the learning rate where they move it; None where nothing differs.
+
+    Args:
+        stored, config: as in `changes_since`.
+        step: finished steps.
+    """
+    changes = changes_since(stored, config)
+    if not changes:
+        return None
+    rows = [Change("setting", "stored", "now", "effect"), *changes]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row.effect])
+        for row in rows
+    ]
+    if step and any(change.key.startswith(_MOVES_THE_RATE) for change in changes):
+        lines.append(_rate(config_of_stored_run(dict(stored)), config, step))
+    return "\n".join(["settings differ from those of the checkpoint:", *lines])
+
+
+def _rate(saved: Config, config: Config, step: int) -> str:
+    last, following = learning_rate(step - 1, saved), learning_rate(step, config)
+    line = f"learning rate: {last:.3g} in step {step}"
+    if step < config.training.steps:
+        line += f", {following:.3g} in step {step + 1}"
+    if config.schedule.kind == saved.schedule.kind == "wsd" and last < saved.optimizer.lr <= following:
+        line += (
+            ": it had begun its final decay, which is undone; to go on from before the decay, start from an earlier "
+            "checkpoint"
+        )
+    return line
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        # sections, and not values that are mappings, such as rope_scaling
+        if isinstance(value, Mapping) and not prefix:
+            yield from _leaves(value, f"{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _effect(key: str) -> str:
+    return _EFFECTS.get(key) or _EFFECTS.get(key.partition(".")[0]) or _NEXT
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
