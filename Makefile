@@ -50,7 +50,7 @@ $(DATA)/train.idx.json: $(DATA)/tokenizer.model
 
 quickstart: $(DATA)/train.idx.json
 	@echo "== 4. training: DashAttention in every layer, $(PROCESSES) processes, ZeRO 1"
-	$(BIN)/torchrun --nproc-per-node $(PROCESSES) train.py --config configs/quickstart.yaml
+	$(BIN)/python train.py --processes $(PROCESSES) --config configs/quickstart.yaml
 	@echo "== 5. the model continues a prompt"
 	$(BIN)/python -m dash_megatron sample $(RUN) --prompt "$(PROMPT)" --max-new-tokens 100
 	@echo "== 6. losses and per-layer density"

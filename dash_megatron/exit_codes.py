@@ -1,4 +1,4 @@
-"""What a training process tells its scheduler by its exit code; every other code is a fault, to be started again."""
+"""What a training process tells its scheduler by its exit code; every code without a name is a fault."""
 
 import enum
 
@@ -8,6 +8,8 @@ class ExitCode(enum.IntEnum):
 
     DONE = 0
     """The last step was saved."""
+    FAULT = 1
+    """A disk, a file system or a process failed: starting again may help."""
     CONFIG_ERROR = 2
     """A setting, a file or the machine is wrong: starting again would fail again."""
     HALTED = 3

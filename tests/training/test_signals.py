@@ -1,6 +1,7 @@
 """A signal lets the step finish, saves, and ends with the code that means "start again"; nothing of the run changes."""
 
 import ctypes
+import errno
 import signal
 import time
 from collections.abc import Iterator
@@ -127,6 +128,26 @@ def test_scheduler_warnings_may_be_repeated_and_an_order_may_follow(waiting_proc
         waiting_process.send_signal(number)
         time.sleep(1.2)
         assert waiting_process.process.is_alive()
+
+
+def train_on_a_full_disk(*arguments: str) -> None:
+    from dash_megatron.checkpoint import files
+
+    def full(path: Path, tensors: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    files.write_tensors = full
+    train_command(*arguments)
+
+
+def test_a_full_disk_ends_in_a_sentence(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    arguments = [*config_of(tiny_config, tmp_path), "training.steps=1", "checkpoint.retry_seconds=0"]
+    code, output = Started(tmp_path / "log", train_on_a_full_disk, *arguments).end()
+    assert code == ExitCode.FAULT, output
+    last = output.splitlines()[-1]
+    assert last.startswith("error: the checkpoint of step 1 could not be written: process 0: cannot write")
+    assert "disk full: No space left on device" in last
+    assert "Traceback" not in output
 
 
 def test_a_run_folder_that_cannot_be_written_is_exit_code_2(

@@ -1,0 +1,89 @@
+"""Start a command in several processes on this machine, and end as they do.
+
+They find each other by the variables that torchrun sets. Unlike torchrun this passes orders to stop on and then waits for as
+long as saving takes, gives the command's own exit code, and adds nothing to what it printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+
+from dash_megatron.exit_codes import ExitCode
+
+_POLL_SECONDS = 0.05
+_LAST_WORDS_SECONDS = 5.0
+"""For which the others go on when one process was killed or aborted: they may have something to tell about it too."""
+
+
+def launch(command: Sequence[str], processes: int) -> int:
+    """Run a command `processes` times at once, as ranks of one run, until all have ended or one has failed.
+
+    SIGINT, SIGTERM and SIGUSR1 are passed on to all. When one fails, the others are killed.
+
+    Returns:
+        The exit code of the first that failed, 128 + its number after a signal; else REQUEUE if one gave that; else 0.
+    """
+    # imported late, because it takes seconds: a wrong config is told before
+    from torch.distributed import TCPStore
+
+    # listens before any process starts: a port that was only found free could be taken by then
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {
+        "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        with _passing_orders_on(children):
+            for rank in range(processes):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                children.append(subprocess.Popen(command, env=common | own))
+            return _wait(children)
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+@contextlib.contextmanager
+def _passing_orders_on(children: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    def pass_on(number: int, frame: object) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    orders = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, pass_on) for number in orders}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(children: list[subprocess.Popen[bytes]]) -> int:
+    """Wait for all to end, or for one to fail; gives the exit code of `launch`."""
+    while True:
+        codes = [child.poll() for child in children]
+        failed = [code for code in codes if code not in (None, ExitCode.DONE, ExitCode.REQUEUE)]
+        if failed:
+            code = failed[0]
+            assert code is not None
+            if code > 0:
+                return code
+            deadline = time.monotonic() + _LAST_WORDS_SECONDS
+            while time.monotonic() < deadline and any(child.poll() is None for child in children):
+                time.sleep(_POLL_SECONDS)
+            return 128 - code
+        if None not in codes:
+            return int(ExitCode.REQUEUE if ExitCode.REQUEUE in codes else ExitCode.DONE)
+        time.sleep(_POLL_SECONDS)

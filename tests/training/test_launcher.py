@@ -1,0 +1,99 @@
+"""Several processes on one machine end as one would: with its exit code, its words once, and its time to save."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dash_megatron.exit_codes import ExitCode
+from dash_megatron.launcher import launch
+from dash_megatron.training.metrics import read_metrics
+from tests.conftest import NO_GPU
+
+ROOT = Path(__file__).parents[2]
+
+
+def launched(program: str, processes: int = 3) -> int:
+    # programs find this repository's train.py
+    return launch(
+        [
+            sys.executable,
+            "-c",
+            f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); rank = int(os.environ['RANK']); {program}",
+        ],
+        processes,
+    )
+
+
+@pytest.mark.parametrize(
+    ("program", "code"),
+    [
+        ("pass", ExitCode.DONE),
+        ("sys.exit(75)", ExitCode.REQUEUE),
+        ("sys.exit(2) if rank == 1 else time.sleep(60)", ExitCode.CONFIG_ERROR),
+        ("os.kill(os.getpid(), 9) if rank == 2 else sys.exit(0)", 128 + 9),
+    ],
+)
+def test_the_exit_code_is_that_of_the_processes_and_one_that_fails_ends_all(program: str, code: int) -> None:
+    begin = time.monotonic()
+    assert launched(program) == code
+    assert time.monotonic() - begin < 30
+
+
+def start(tree: dict[str, Any], folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), "--config", str(path), "--processes", "2", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **NO_GPU, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+
+
+def test_ctrl_c_saves_and_ends_with_a_sentence(tiny_config: dict[str, Any], tmp_path: Path) -> None:
+    process = start({**tiny_config, "training": {**tiny_config["training"], "steps": 500}}, tmp_path)
+    assert process.stdout is not None
+    output = ""
+    while not output.rpartition("\n")[0].rpartition("\n")[2].startswith("step "):
+        output += process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it, to the launcher and to all
+    output += process.stdout.read()
+    assert process.wait() == ExitCode.REQUEUE, output
+    step = read_metrics(tiny_config["run_dir"])[-1]["step"]
+    assert output.rstrip().endswith(f"stopped by a signal after step {step}; start again to go on"), output
+    assert "Traceback" not in output
+    saved = Path(tiny_config["run_dir"]) / "checkpoints" / f"step_{step:08d}"
+    assert len(list(saved.glob("state_*.safetensors"))) == 2
+
+
+def test_an_error_that_all_have_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:
+    late = "rank == 0 and time.sleep(0.3)"  # rank 0 tells it all the same, and the others do not
+    assert (
+        launched(f"import train; {late}; sys.exit(train.leave(2, 'error: of all'))") == ExitCode.CONFIG_ERROR
+    )
+    assert capfd.readouterr().err == "error: of all\n"
+
+
+def test_an_error_that_some_have_is_told_by_one_of_them(capfd: pytest.CaptureFixture[str]) -> None:
+    wait = "import train; train.OTHERS_WAIT_SECONDS = 0.2 * rank; rank or time.sleep(60)"
+    assert launched(f"{wait}; sys.exit(train.leave(2, 'error: of 1 and 2'))") == ExitCode.CONFIG_ERROR
+    assert capfd.readouterr().err == "error: of 1 and 2\n"
+
+
+@pytest.mark.parametrize("processes", ["0", "2"])
+def test_a_number_of_processes_that_cannot_be_is_told(
+    processes: str, tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")  # as under torchrun
+    output, _ = (process := start(tiny_config, tmp_path, "--processes", processes)).communicate()
+    assert process.returncode == ExitCode.CONFIG_ERROR
+    assert ("must be at least 1" if processes == "0" else "torchrun or srun has started this one") in output
