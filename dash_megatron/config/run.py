@@ -38,6 +38,7 @@ class Config(Section):
     def _check(self) -> Config:
         steps, seq_length = self.training.steps, self.data.seq_length
         self.attention.check_layers(self.model.layers)
+        self.attention.check_density(seq_length)
         self.schedule.check_steps(steps)
         self.data.check_curriculum(steps, 1 if self.attention.kind == "full" else self.attention.chunk_size)
         self.evaluation.check_data(self.data.valid, seq_length)

@@ -45,17 +45,18 @@ class PackedBatch:
     """Which tokens this rank holds, where context-parallel ranks share them; None where it holds all. `cu_seqlens` and
     `max_seqlen` describe all tokens in any case."""
 
-    def shard(self, rank: int, size: int, chunk_size: int | None) -> PackedBatch:
+    def shard(self, rank: int, size: int, chunk_size: int | None, query_pool: int = 1) -> PackedBatch:
         """The part of the batch that one context-parallel rank holds.
 
         Args:
             rank: place of the rank among those that share the batch.
             size: number of ranks that share the batch.
             chunk_size: tokens of a chunk of DashAttention; None where no layer routes.
+            query_pool: queries whose mean DashAttention's router sees.
         """
         if size == 1:
             return self
-        context = shard_sequence(self.cu_seqlens, rank, size, chunk_size)
+        context = shard_sequence(self.cu_seqlens, rank, size, chunk_size, query_pool)
         return replace(
             self,
             tokens=self.tokens[:, context.token],
@@ -172,7 +173,7 @@ class BatchSource:
         pad_last: fill an incomplete last global batch with rows that count in no loss, so that an evaluation
             reads every row once with any number of ranks. Otherwise those rows are skipped.
         pin_memory: hand out batches in page-locked memory.
-        context_rank, context_size, chunk_size: which part of every batch to return, see `PackedBatch.shard`.
+        context_rank, context_size, chunk_size, query_pool: which part of every batch to return, see `PackedBatch.shard`.
         max_context: function from the number of finished steps to the most tokens of context, see `pack_samples`; None:
             rows are not cut.
 
@@ -196,6 +197,7 @@ class BatchSource:
         context_rank: int = 0,
         context_size: int = 1,
         chunk_size: int | None = None,
+        query_pool: int = 1,
         max_context: Callable[[int], int] | None = None,
     ) -> None:
         self.accumulation_steps = micro_batches(global_batch, micro_batch, data_parallel_size)
@@ -210,7 +212,7 @@ class BatchSource:
         self.num_workers = num_workers
         self.pad_last = pad_last
         self.pin_memory = pin_memory
-        self.share = (context_rank, context_size, chunk_size)
+        self.share = (context_rank, context_size, chunk_size, query_pool)
         self.max_context = max_context
         self.consumed_samples = self.steps = 0
         self._micro_step = 0

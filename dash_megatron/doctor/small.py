@@ -94,7 +94,7 @@ def documents_batch(config: Config, changed: Sequence[int] = ()) -> PackedBatch:
         [{"tokens": tokens[:-1], "labels": tokens[1:]}], EOD, pack_documents=config.data.pack_documents
     )
     chunk = config.attention.chunk_size if config.attention.kind == "dash" else None
-    return batch.shard(context_rank(), config.parallel.context, chunk)
+    return batch.shard(context_rank(), config.parallel.context, chunk, config.attention.query_pool)
 
 
 def build(config: Config, device: torch.device) -> DashGPTModel:

@@ -281,7 +281,8 @@ def _attend_prompt(
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, summary_query: Tensor, start: Tensor, latest_start: int,
-    cache: Cache | None, index: int, backend: str, chunk_size: int, **router: Any,
+    cache: Cache | None, index: int, backend: str, chunk_size: int, local_chunks: int = 0, query_pool: int = 1,
+    **router: Any,
 ) -> Tensor | None:  # fmt: skip
     """DashAttention of new columns to themselves and what a cache holds, which they are added to.
 
@@ -296,13 +297,13 @@ def attend(
         latest_start: the last of them.
         cache: its layer `index` is one of the model file's or a `FastLayer`.
         backend: "auto" (Triton, on CUDA), "torch" (never), or that of `dash_attention`, wherever tensors are.
-        chunk_size, router: further arguments of `dash_attention`.
+        chunk_size, local_chunks, query_pool, router: further arguments of `dash_attention`.
 
     Returns:
         Output [B, Hq, T, D] in q's dtype, zero for padding; or None where the model file must attend by itself, and then
         the cache is as it was.
     """
-    if not _runs(backend, q, k, chunk_size):
+    if not _runs(backend, q, k, chunk_size) or local_chunks or query_pool > 1:
         return None
     # under autocast dtypes differ
     k, v, start = k.to(q.dtype), v.to(q.dtype), start.to(q.device)

@@ -35,6 +35,8 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < LEAST_
 # Scores alive at once, in elements: prompts are attended block by block to stay below.
 MAX_BLOCK_SCORES = 2**24
 MAX_NEWTON_STEPS = 100
+# Columns whose queries a cache keeps beside those that the next token's router sees: so many can be dropped again.
+SPARE_QUERIES = 256
 
 
 class Router(NamedTuple):
@@ -47,7 +49,11 @@ class Router(NamedTuple):
     estimate_diagonal: bool
     alpha: float
     length_scaling: float = 0.0
-    """Scores of a query with n past chunks are multiplied by 1 + length_scaling * ln(n) too (arXiv 2506.16640)."""
+    """Scores of a query that selects among n chunks are multiplied by 1 + length_scaling * ln(n) too (arXiv 2506.16640)."""
+    local_chunks: int = 0
+    """Chunks before a query's own that it attends to whatever the router says; the router selects among those before."""
+    query_pool: int = 1
+    """The router sees the mean of the last so many queries of the row."""
 
 
 def entmax(z: Tensor, alpha: float) -> Tensor:
@@ -110,31 +116,61 @@ def summarize(k: Tensor, indexer_q: Tensor, start: Tensor, first: int, last: int
     return (score_BHcC.softmax(-1).unsqueeze(-2) @ k_BHcCD).squeeze(-2)
 
 
-def log_prior(q: Tensor, summary: Tensor, chunk: Tensor, router: Router) -> Tensor:
-    """Bias on the scores of every chunk, [B, H, T, c]: 0 for the own one, -inf for those not selected.
+def pool_queries(q: Tensor, past: Tensor | None, first: int, start: Tensor, query_pool: int) -> Tensor:
+    """Mean of each query and the `query_pool` - 1 before it in its row, or as many as there are.
 
     Args:
-        q: queries divided by sqrt(D), [B, H, G, T, D].
+        q: [B, heads, T, D], float32 or float64.
+        past: those of the columns before, as many as are known, [B, heads, t, D].
+        first: column of the first query in q.
+        start: column of each row's first token, int64 [B].
+
+    Raises:
+        ValueError: the queries before are not known.
+    """
+    T, known = q.shape[2], 0 if past is None else min(past.shape[2], query_pool - 1)
+    if known < min(first, query_pool - 1):
+        raise ValueError(
+            f"the cache has {known} queries before column {first}, but the router of query_pool={query_pool} sees "
+            f"{min(first, query_pool - 1)}: no more than {SPARE_QUERIES} columns can be cropped from a cache; begin with an "
+            "empty one"
+        )
+    if past is not None and known:
+        q = torch.cat([past[:, :, -known:].to(q.dtype), q], dim=2)
+    column = torch.arange(first - known, first + T, device=q.device)
+    q = q.masked_fill((column < start[:, None])[:, None, :, None], 0)
+    q = F.pad(q, (0, 0, query_pool - 1 - known, 0))
+    total = sum(q[:, :, i : i + T] for i in range(query_pool))
+    number_BT = (column[known:] - start[:, None] + 1).clamp(1, query_pool)
+    return total / number_BT[:, None, :, None]
+
+
+def log_prior(q: Tensor, summary: Tensor, chunk: Tensor, router: Router) -> Tensor:
+    """Bias on the scores of every chunk, [B, H, T, c]: 0 for those always on, -inf for those not selected.
+
+    Args:
+        q: the router's queries divided by sqrt(D), [B, H, G, T, D].
         summary: [B, H, c, D]; what stands at a query's own chunk or later is not used.
         chunk: each query's own chunk, int64 [B, T].
     """
     number_c = torch.arange(summary.shape[2], device=q.device)
-    past_BTc = number_c < chunk[..., None]
-    own_BTc = number_c == chunk[..., None]
+    # the router selects among the chunks before those that are always on
+    routed_BTc = number_c < chunk[..., None] - router.local_chunks
+    always_BTc = ~routed_BTc & (number_c <= chunk[..., None])
     factor = router.scaling_factor
     if isinstance(factor, Tensor):
         factor = factor.to(q.dtype)[:, None, None, None]
     if router.length_scaling:
-        length_BT = chunk.clamp_min(1).to(q.dtype).log()
+        length_BT = (chunk - router.local_chunks).clamp_min(1).to(q.dtype).log()
         factor = factor * (1 + router.length_scaling * length_BT)[:, None, None, :, None]
     z_BHGTc = factor * (q @ summary[:, :, None].mT)
-    p_BHTc = entmax(z_BHGTc.masked_fill(~past_BTc[:, None, None], -math.inf), router.alpha).mean(2)
+    p_BHTc = entmax(z_BHGTc.masked_fill(~routed_BTc[:, None, None], -math.inf), router.alpha).mean(2)
     selected = p_BHTc > 0
     log_p = torch.where(selected, p_BHTc, 1).log()
     if router.estimate_diagonal:
         mean = log_p.detach().sum(-1, keepdim=True) / selected.sum(-1, keepdim=True).clamp_min(1)
         log_p = (log_p - mean) / router.sigma
-    return log_p.masked_fill(~selected, -math.inf).masked_fill(own_BTc[:, None], 0)
+    return log_p.masked_fill(~selected, -math.inf).masked_fill(always_BTc[:, None], 0)
 
 
 def _blocks(num_queries: int, num_columns: int, rows: int) -> Iterator[tuple[slice, int]]:
@@ -154,12 +190,13 @@ def _visible(columns: int, queries: range, start: Tensor) -> Tensor:
 
 
 def dash_attention(
-    q: Tensor, k: Tensor, v: Tensor, summary: Tensor, start: Tensor, router: Router
+    q: Tensor, routing_q: Tensor, k: Tensor, v: Tensor, summary: Tensor, start: Tensor, router: Router
 ) -> tuple[Tensor, Tensor]:
     """DashAttention of the last T columns to all S, in plain torch.
 
     Args:
         q: [B, H, G, T, D], float32 or float64, as all others.
+        routing_q: what the router sees, see `pool_queries`; the same shape.
         k, v: [B, H, S, D].
         summary: [B, H, c, D] with c above every query's own chunk; see `log_prior`.
         start: column of each row's first token, int64 [B].
@@ -168,13 +205,14 @@ def dash_attention(
         Output [B, H, G, T, D], and which chunks each query attends to, bool [B, H, T, c].
     """
     (B, H, G, T, D), S = q.shape, k.shape[2]
-    q = q * D**-0.5
+    q, routing_q = q * D**-0.5, routing_q * D**-0.5
     chunk_BS = ((torch.arange(S, device=q.device) - start[:, None]) // router.chunk_size).clamp_min(0)
     outputs, selections = [], []
     for rows, seen in _blocks(T, S, B * H * G):
         queries = range(S - T + rows.start, S - T + rows.stop)
         q_BHGTD = q[:, :, :, rows]
-        bias_BHTc = log_prior(q_BHGTD, summary, chunk_BS[:, queries.start : queries.stop], router)
+        chunk_BT = chunk_BS[:, queries.start : queries.stop]
+        bias_BHTc = log_prior(routing_q[:, :, :, rows], summary, chunk_BT, router)
         index = chunk_BS[:, None, None, :seen].expand(*bias_BHTc.shape[:3], -1)
         bias_BHTS = bias_BHTc.gather(-1, index)
         bias_BHTS = bias_BHTS.masked_fill(~_visible(seen, queries, start)[:, None], -math.inf)
@@ -185,10 +223,13 @@ def dash_attention(
 
 
 class _Summaries:
-    """What DashAttention keeps beside keys and values: the summaries of the chunks that every row has filled."""
+    """What DashAttention keeps beside keys and values: the summaries of the chunks that every row has filled, and where the
+    router sees more queries than a token's own, some of the newest columns' queries."""
 
     summary: Tensor | None = None
     """[B, H, c, D], float32 or float64."""
+    queries: Tensor | None = None
+    """[B, heads, t, D]"""
     start: Tensor | None = None
     """Column of each row's first token, int64 [B]."""
     latest_start = 0
@@ -196,6 +237,8 @@ class _Summaries:
     def _each_row(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.summary is not None:
             self.summary = function(self.summary)
+        if self.queries is not None:
+            self.queries = function(self.queries)
         if self.start is not None:
             self.start = function(self.start)
 
@@ -207,8 +250,14 @@ class _Summaries:
     def reset(self) -> None:
         """Forget everything."""
         super().reset()  # type: ignore[misc]
-        self.summary = self.start = None
+        self.summary = self.queries = self.start = None
         self.latest_start = 0
+
+    def keep_queries(self, q: Tensor, query_pool: int) -> None:
+        """Add new columns' queries [B, heads, T, D] and drop the oldest."""
+        most = query_pool - 1 + SPARE_QUERIES
+        known = [] if self.queries is None else [self.queries]
+        self.queries = torch.cat([*known, q[:, :, -most:]], dim=2)[:, :, -most:]
 
 
 class DashDynamicLayer(_Summaries, DynamicLayer):
@@ -226,8 +275,12 @@ class DashDynamicLayer(_Summaries, DynamicLayer):
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Drop the newest columns; summaries are made again."""
+        columns = self.get_seq_length()
         super().crop(*args, **kwargs)
         self.summary = None
+        if self.queries is not None:
+            left = max(0, self.queries.shape[2] - (columns - self.get_seq_length()))
+            self.queries = self.queries[:, :, :left]
 
     def reset(self) -> None:
         """Forget everything; transformers before 5.18 would keep as many columns of zeros."""
@@ -353,6 +406,8 @@ class DashSelfAttention(nn.Module):
                 config.estimate_diagonal,
                 getattr(config, "alpha", 1.5),
                 getattr(config, "length_scaling", 0.0),
+                getattr(config, "local_chunks", 0),
+                getattr(config, "query_pool", 1),
             )
             self.indexer_log_scaling: nn.Parameter | None = None
             if getattr(config, "learned_scaling", False):
@@ -443,8 +498,14 @@ class DashSelfAttention(nn.Module):
                 layer.summary = summary[:, :, : max(0, S - latest_start) // router.chunk_size]
             # one more, so that the last query's own chunk has a place
             table = F.pad(summary, (0, 0, 0, 1))
-            q_BHGTD = q.to(wide).unflatten(1, (self.kv_heads, -1))
-            out, selection = dash_attention(q_BHGTD, wide_k, v.to(wide), table, start, router)
+            wide_q = routing_q = q.to(wide)
+            if router.query_pool > 1:
+                past = None if layer is None else layer.queries
+                routing_q = pool_queries(wide_q, past, S - q.shape[2], start, router.query_pool)
+                if layer is not None:
+                    layer.keep_queries(q, router.query_pool)
+            q_BHGTD, routing_BHGTD = (x.unflatten(1, (self.kv_heads, -1)) for x in (wide_q, routing_q))
+            out, selection = dash_attention(q_BHGTD, routing_BHGTD, wide_k, v.to(wide), table, start, router)
         self.selection = selection if self.keep_selection else None
         return out.flatten(1, 2).to(q.dtype)
 

@@ -21,6 +21,7 @@ from dash_megatron.config import Config, ParallelConfig
 from dash_megatron.hf.modeling_dash import DashForCausalLM
 from dash_megatron.layers import DashCoreAttention, build_model
 from dash_megatron.ops import sharded_reference
+from dash_megatron.ops.pooling import pool_queries
 from dash_megatron.ops.shards import QueryChunks
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
 
@@ -269,7 +270,8 @@ def _selection(core: DashCoreAttention, query: Tensor, key: Tensor) -> Tensor:
     end = (start + attention.chunk_size).clamp_max(num_tokens)
     chunks = QueryChunks(start, end, number, torch.zeros_like(number), len(number), len(number) ** 2)
     summary = sharded_reference.summarize(key[:, 0], core.summary_query, chunks, attention.chunk_size)
-    routed = sharded_reference.route(query[:, 0], summary, chunks, core.fixed_router, core.head_scaling())
+    pooled = pool_queries(query.transpose(0, 1), attention.query_pool, backend="reference")[0]
+    routed = sharded_reference.route(pooled, summary, chunks, core.fixed_router, core.head_scaling())
     assert core.routing is not None, "the layer has run"
     torch.testing.assert_close(routed.selected.float().mean(), core.routing.chunks_selected)
     return sharded_reference.State(*routed.state).bias > float("-inf")

@@ -166,6 +166,8 @@ def router_of(attention: AttentionConfig, scaling_factor: float) -> Router:
         attention.estimate_diagonal,
         attention.alpha,
         attention.length_scaling,
+        attention.local_chunks,
+        attention.query_pool,
     )
 
 

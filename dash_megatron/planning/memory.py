@@ -127,6 +127,12 @@ def _layer_bytes(config: Config, layout: Layout, shape: ContextShape) -> dict[st
         "stream": stream_tokens * model.hidden_size * b,
         # the fused projection, q and k after RoPE, and the output
         "attention": tokens * (3 * shape.heads + 3 * shape.kv_heads) * shape.head_dim * b,
+        # the means that the router sees
+        "pooled": tokens
+        * shape.heads
+        * shape.head_dim
+        * b
+        * (kind == "dash" and config.attention.query_pool > 1),
         # threshold and log-sum-exp of every query head, float32
         "row_state": tokens * shape.heads * 8,
         # of baselines, whose operands and output are copied into whole chunks first
@@ -175,13 +181,14 @@ def memory_use(
     lists, backward_lists = list_bytes(config, layout, density) if routed else (0.0, 0.0)
     forward_exchange, backward_exchange = _exchange_bytes(shape, layout, coverage)
 
-    kept_attention = parts["row_state"] + parts["laid_out"] + parts["branches"] + lists
+    kept_attention = sum(parts[part] for part in ("pooled", "row_state", "laid_out", "branches")) + lists
     layer = 4 * parts["stream"] + parts["attention"] + parts["feed_forward"]
     activations = {"none": layer + kept_attention, "attention": layer, "full": parts["stream"]}[
         layout.recompute
     ]
     # while one layer's backward runs: what was not kept, and gradients of either half of the layer
-    gradient_rows = shape.tokens * 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.element_bytes
+    rows_width = 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.element_bytes
+    gradient_rows = shape.tokens * rows_width + parts["pooled"]
     attention_phase = gradient_rows + backward_lists + max(forward_exchange, backward_exchange)
     layer_phase = max(attention_phase, parts["feed_forward"] / 2)
     layer_phase += {"none": 0.0, "attention": kept_attention, "full": layer + kept_attention}[

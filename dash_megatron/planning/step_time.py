@@ -29,7 +29,13 @@ from dash_megatron.planning.memory import (
     memory_use,
     rank_parameters,
 )
-from dash_megatron.planning.traffic import PassBytes, context_exchange, tensor_parallel_layer, zero_step
+from dash_megatron.planning.traffic import (
+    PassBytes,
+    context_exchange,
+    query_halo,
+    tensor_parallel_layer,
+    zero_step,
+)
 
 OPTIMIZER_BYTES = 65
 """Bytes read and written per parameter once a step: norm, clipping, AdamW's states and weights, and the bf16 weight."""
@@ -64,7 +70,8 @@ class Routing:
     """Largest density of the run, for which memory must suffice: training from scratch starts at 1."""
     listed_over_selected: float = 1.04
     """Pairs in chunks that tiles list over pairs selected: 1.00 to 1.04 measured where neighbours route alike, 2 to 5.6
-    where they do not, 3 to 6 in a trained model of 62M parameters (tiles of 32 tokens)."""
+    where they do not. Tiles of 32 tokens list 3 to 6 in trained models of 62M parameters, 1.5 with
+    `attention.query_pool=16`."""
     locality: float = 0.0
     """Probability that a run of queries wants a topic of its own neighbourhood; decides what `sparse` sends."""
     run_tokens: int = 32
@@ -142,7 +149,8 @@ def _attention(config: Config, layout: Layout, routing: Routing, hardware: Hardw
     split = layout.tensor * (context if by_heads else 1)
     rows = length if by_heads else length / context
     pairs = length * rows / 2
-    least = rows * config.attention.chunk_size / 2  # every token attends to its own chunk
+    # every token attends to its own chunk and to those before it that are always on
+    least = rows * config.attention.chunk_size * (0.5 + config.attention.local_chunks)
     listed = min(pairs, max(least, pairs * routing.density * routing.listed_over_selected))
     work = AttentionWork(
         rows=batch * rows,
@@ -230,16 +238,27 @@ def _tensor_sent(config: Config, layout: Layout, group: Group, hardware: Hardwar
     return _Sent(sent, group.ring_seconds(sent, hardware, calls), group.network_share(all_to_all=False))
 
 
+def _halo_queries(config: Config, layout: Layout) -> int:
+    """Tokens whose queries the busiest rank lends to others: the last before the ends of its two pieces."""
+    attention = config.attention
+    if attention.kind != "dash" or layout.context_comm == "a2a":
+        return 0
+    return min(2, layout.context - 1) * (attention.query_pool - 1)
+
+
 def _context_sent(
     config: Config, layout: Layout, routing: Routing, group: Group, hardware: Hardware, batches: int
 ) -> _Sent:
     shape = context_shape(config, layout)
     triples = shape.peers * shape.num_chunks * shape.kv_heads * sent_coverage(config, layout, routing)
     layer: PassBytes = context_exchange(layout.context_comm, shape, sent_chunks=triples)
+    halo = _halo_queries(config, layout)
+    layer += query_halo(shape, halo, halo)
     forwards = 1 if layout.recompute == "none" else 2
     sent = batches * config.model.layers * (forwards * layer.forward + layer.backward)
     # what to send is asked for first
     calls = batches * config.model.layers * (forwards + 2) * (2 if layout.context_comm == "sparse" else 1)
+    calls += batches * config.model.layers * (forwards + 1) if halo else 0
     ring = layout.context_comm in ("all_gather", "p2p")
     seconds = _context_seconds(layout, group, sent, calls, hardware)
     return _Sent(sent, seconds, group.network_share(all_to_all=not ring))

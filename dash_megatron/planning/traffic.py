@@ -176,6 +176,18 @@ def alignment(shape: ContextShape, tokens_sent: int, tokens_returned: int) -> Pa
     )
 
 
+def query_halo(shape: ContextShape, queries_sent: int, queries_returned: int) -> PassBytes:
+    """The last queries before a border go, where the router sees means of queries, to the rank behind it; gradients return.
+
+    Args:
+        shape: the rank's share.
+        queries_sent: tokens of this rank whose queries other ranks need.
+        queries_returned: tokens of other ranks whose queries this one needs.
+    """
+    row = shape.heads * shape.head_dim * shape.element_bytes
+    return PassBytes(forward=queries_sent * row, backward=queries_returned * row)
+
+
 def ring_all_gather(total_bytes: float, ranks: int) -> float:
     """Bytes one rank sends so that all hold `total_bytes`, of which each brought its share.
 

@@ -66,6 +66,7 @@ def batch_source(
             "context_rank": context_rank(),
             "context_size": config.parallel.context,
             "chunk_size": config.attention.chunk_size if config.attention.kind == "dash" else None,
+            "query_pool": config.attention.query_pool,
             **settings,
         },
     )

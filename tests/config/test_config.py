@@ -66,6 +66,9 @@ def test_configs_cannot_be_changed(path: Path) -> None:
             "attention.scaling_factor=[1.0, 2.0]",
             "attention.scaling_factor lists 2 numbers and must list model.layers=4",
         ),
+        ("attention.local_chunks=-1", "attention.local_chunks=-1"),
+        ("attention.query_pool=0", "attention.query_pool=0"),
+        ("attention.query_pool=129", "attention.query_pool=129"),
         ("attention.scaling_factor=0", "attention.scaling_factor=0.0 must be above 0"),
         ("attention.scaling_factor=[1, 1, -1, 1]", "must be above 0"),
         ("attention.scaling_factor=big", "attention.scaling_factor='big'"),
@@ -170,6 +173,26 @@ def test_a_wrong_layout_names_field_value_and_rule(overrides: list[str], message
     with pytest.raises(ConfigError) as error:
         load_config(path, overrides)
     assert message in str(error.value)
+
+
+def test_a_density_below_what_is_always_on_is_an_error_that_says_what_fits(path: Path) -> None:
+    # of 32 chunks, 5 tokens' chunks see 1 to 5, and 27 see their own, the 4 before, and one selected
+    always = (1 + 2 + 3 + 4 + 5 + 27 * 6) / (32 * 33 / 2)
+    known = ["data.seq_length=2048", "attention.local_chunks=4"]
+    for target in (
+        f"{always - 1e-3}",
+        f"[1.0, 1.0, {always - 1e-3}, 1.0]",
+        f"{{0: 1.0, 9: {always - 1e-3}}}",
+    ):
+        with pytest.raises(
+            ConfigError, match=r"at least 0\.335 with attention\.local_chunks=4.*local_chunks=3"
+        ):
+            load_config(path, [*known, f"attention.target_density={target}"])
+    assert (
+        load_config(path, [*known, f"attention.target_density={always + 1e-3}"]).attention.local_chunks == 4
+    )
+    # without local chunks, no target that was accepted before is refused
+    assert load_config(path, ["attention.target_density=0.01"]).attention.target_density == 0.01
 
 
 def test_processes_that_share_a_model_are_one_data_parallel_rank(path: Path) -> None:

@@ -41,6 +41,8 @@ MODELS: dict[str, dict[str, Any]] = {
             "alpha": 1.3,
             "scaling_factor": [20.0, 1.0, 30.0],
             "length_scaling": 0.3,
+            "local_chunks": 1,
+            "query_pool": 60,
             "learned_scaling": True,
         },
     },

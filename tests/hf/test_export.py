@@ -139,11 +139,13 @@ def _rotated_qkv(qkv: Tensor, model: Any) -> Any:
 
 
 SPLIT_QKV = names._split_qkv
-# of the run, what is done wrong, and the message (a key of the exported config grows by a tenth)
+# of the run, what is done wrong, and the message (a key of the exported config grows by a tenth, or a whole number by one)
 WRONG: dict[str, tuple[str, str, str]] = {
     "heads in another order": ("dash", "heads", "other chunks"),
     "another router": ("dash", "layer_scaling_factors", "other chunks"),
     "another length scaling": ("mixed", "length_scaling", "other chunks"),
+    "other local chunks": ("mixed", "local_chunks", "other chunks"),
+    "another query pool": ("mixed", "query_pool", "other chunks"),
     "another prior": ("dash", "sigma", "of the export"),
     "another norm": ("full", "rms_norm_eps", "logits of the export differ"),
 }
@@ -158,7 +160,9 @@ def test_an_export_that_computes_something_else_is_not_published(
     def changed_config(*arguments: Any) -> Any:
         config = make(*arguments)
         value = getattr(config, change)
-        setattr(config, change, [1.1 * each for each in value] if isinstance(value, list) else value * 1.1)
+        factors = value if isinstance(value, list) else [value]
+        grown = [each + 1 if isinstance(each, int) else 1.1 * each for each in factors]
+        setattr(config, change, grown if isinstance(value, list) else grown[0])
         return config
 
     make = export.llama_config

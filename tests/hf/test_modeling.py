@@ -136,7 +136,7 @@ def test_left_padding_changes_neither_logits_nor_what_is_generated(
     name: str, exported: Callable[..., Any], tokens: Tensor
 ) -> None:
     model, *_ = exported(name)
-    rows = [tokens[0, :90], tokens[1, :37]]
+    rows = [tokens[0, :90], tokens[1, :57]]
     padded, mask = torch.zeros(2, 90, dtype=torch.int64), torch.zeros(2, 90, dtype=torch.int64)
     for index, row in enumerate(rows):
         padded[index, -len(row) :], mask[index, -len(row) :] = row, 1

@@ -35,6 +35,8 @@ class Case(NamedTuple):
     alpha: float = 1.5
     estimate_diagonal: bool = True
     length_scaling: float = 0.0
+    local_chunks: int = 0
+    query_pool: int = 1
     learned_scaling: bool = False
     """Every key/value head has a factor of its own."""
     heads: tuple[int, int] = (8, 4)
@@ -60,6 +62,8 @@ class Case(NamedTuple):
             "estimate_diagonal": self.estimate_diagonal,
             "alpha": self.alpha,
             "length_scaling": self.length_scaling,
+            "local_chunks": self.local_chunks,
+            "query_pool": self.query_pool,
         }
 
 
@@ -139,7 +143,7 @@ def attend_together(cases: dict[str, Case], folder: str) -> None:
 def _attend_rank(case: Case, group: ContextGroup) -> tuple[list[torch.Tensor], dict[str, Any]]:
     whole = inputs_of(case)
     chunk_size = CHUNK if case.kind == "dash" else None
-    shard = shard_sequence(case.cu_seqlens, group.rank, group.size, chunk_size)
+    shard = shard_sequence(case.cu_seqlens, group.rank, group.size, chunk_size, case.query_pool)
     shard = shard.map(lambda x: x.to(case.device))
     *rows, w = [x[shard.token].clone() for x in whole[:3]] + [whole[3].clone()]
     leaves = [*(x.requires_grad_() for x in (*rows, w)), *head_scaling_of(case)]
@@ -187,7 +191,7 @@ def _attend_heads(case: Case, leaves: list[torch.Tensor], group: ContextGroup) -
 
 
 def _attend_chunks(case: Case, leaves: list[torch.Tensor], shard: Any, group: ContextGroup) -> torch.Tensor:
-    router = Router(CHUNK, case.scaling_factor, 2.0, case.estimate_diagonal, case.alpha, case.length_scaling)
+    router = Router(**case.settings)
     q, k, v, w, *factors = leaves
     out, _ = sharded_dash_attention(
         q,

@@ -13,11 +13,19 @@ from dash_megatron.parallel.context.layout import (
     shard_sequence,
     zigzag_tokens,
 )
-from dash_megatron.planning.traffic import ContextShape, PassBytes, alignment, context_exchange
+from dash_megatron.planning.traffic import (
+    ContextShape,
+    PassBytes,
+    alignment,
+    context_exchange,
+    query_halo,
+)
 from tests.parallel.context_workers import CHUNK, Case, attend_alone, attend_together
 
 DASH_COMMS = ["all_gather", "a2a", "p2p", "sparse"]
 FULL_COMMS = ["a2a"]
+# the second sees further than a piece of four ranks is long
+ROUTERS = {"pooled": {"local_chunks": 2, "query_pool": 16}, "pooled far": {"query_pool": 100}}
 DOCUMENTS = {
     "one": (0, 384),
     # a document of one token, one that ends on a border, some that straddle one
@@ -62,6 +70,10 @@ def test_every_exchange_gives_what_one_process_gives(size: int, run_processes: A
         cases[f"scaled_{comm}"] = Case(
             DOCUMENTS["packed"], comm=comm, heads=(12, 12), length_scaling=0.7, learned_scaling=True
         )
+        for (name, router), documents in itertools.product(ROUTERS.items(), DOCUMENTS):
+            cases[f"{name}_{comm}_{documents}"] = Case(
+                DOCUMENTS[documents], comm=comm, heads=(24, 12), length_scaling=0.7, **router
+            )
     for name, (found, _) in together(cases, size, run_processes, tmp_path).items():
         for what, x, expected in zip(NAMES[: len(found)], found, attend_alone(cases[name]), strict=True):
             assert error(x, expected) <= TOLERANCE, (name, what)
@@ -149,12 +161,22 @@ def sent_and_returned(shard: Any) -> tuple[int, int]:
     return tuple(sum(moves.send_counts) for moves in shard.chunks.alignment)
 
 
+def lent_and_borrowed(shard: Any) -> tuple[int, int]:
+    """Queries that other ranks need, and those of other ranks that are needed here."""
+    counts = shard.chunks.halo.send_counts, shard.chunks.halo.receive_counts
+    return tuple(sum(count) - count[shard.rank] for count in counts)
+
+
 def test_bytes_sent_are_those_of_the_formulas(run_processes: Any, tmp_path: Path) -> None:
     cases = {
         f"{kind}_{comm}_{documents}": Case(DOCUMENTS[documents], kind, comm, dtype=torch.float32)
         for (kind, comm), documents in itertools.product(kinds_and_comms(), ("one", "packed"))
         if comm != "sparse"
     }
+    for comm, documents in itertools.product(("all_gather", "p2p"), DOCUMENTS):
+        cases[f"pooled_{comm}_{documents}"] = Case(
+            DOCUMENTS[documents], comm=comm, dtype=torch.float32, query_pool=16
+        )
     for name, (_, ranks) in together(cases, 4, run_processes, tmp_path).items():
         case = cases[name]
         routed = case.kind == "dash" and case.comm != "a2a"
@@ -163,6 +185,8 @@ def test_bytes_sent_are_those_of_the_formulas(run_processes: Any, tmp_path: Path
             expected = context_exchange(case.comm, shape)
             if routed:
                 expected += alignment(shape, *sent_and_returned(traffic["shard"]))
+            if case.query_pool > 1:
+                expected += query_halo(shape, *lent_and_borrowed(traffic["shard"]))
             assert PassBytes(traffic["forward"], traffic["backward"]) == expected, name
 
 

@@ -54,7 +54,7 @@ def tree(tiny_config: dict[str, Any]) -> dict[str, Any]:
 def documents_of(tree: dict[str, Any], documents: str, kind: str) -> dict[str, Any]:
     attention: dict[str, Any] = {"kind": "dash", "full_layers": [0]} if kind == "mixed" else {"kind": kind}
     if documents == "packed":
-        attention |= {"length_scaling": 0.5, "learned_scaling": True}
+        attention |= {"length_scaling": 0.5, "learned_scaling": True, "local_chunks": 1, "query_pool": 5}
     return with_changes(tree, data={"pack_documents": DOCUMENTS[documents]}, attention=attention)
 
 
@@ -140,6 +140,7 @@ def test_ranks_that_share_a_gpu_train_as_one_with_the_kernels(
 def test_recomputation_leaves_gradients_alone(
     tree: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
+    tree = with_changes(tree, attention={"local_chunks": 1, "query_pool": 5})
     run_processes(1, one_step, [("one", tree)], str(tmp_path))
     cases = []
     for number, (mode, comm) in enumerate(itertools.product(("attention", "full"), EXCHANGES["dash"])):
@@ -174,12 +175,14 @@ def test_metrics_report_balance_and_bytes_without_validation(
         evaluation={"every": 1},
         data={"pack_documents": False},
         parallel={"context": 2},
+        attention={"query_pool": 5},
     )
     run_processes(2, train_all, [(tree, None)])
     kv = 2 * 64 * 4 * 16 * 4  # K and V of 64 tokens, 4 heads of 16, float32
     summaries = 4 * 4 * 16 * 4
+    queries = 4 * 8 * 16 * 4  # of the 4 tokens before the one border that each rank has to the other's piece
     for line in read_metrics(tree["run_dir"]):
         # two micro-batches; keys are gathered in both passes, gradients return in the backward
-        assert line["context_bytes_forward_per_layer"] == [2 * (kv + summaries)] * 2
-        assert line["context_bytes_backward_per_layer"] == [2 * (2 * kv + summaries)] * 2
+        assert line["context_bytes_forward_per_layer"] == [2 * (kv + summaries + queries)] * 2
+        assert line["context_bytes_backward_per_layer"] == [2 * (2 * kv + summaries + queries)] * 2
         assert 1 <= line["context_imbalance"] < 1.2

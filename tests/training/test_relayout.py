@@ -56,7 +56,13 @@ def test_losses_and_weights_go_on_as_in_one_layout(
         "checkpoint": {"every": SAVED},
         "schedule": {"warmup_steps": 2},
         "optimizer": {"lr": 3e-3, "eps": 1e-4},
-        "attention": {**tiny_config["attention"], "learned_scaling": True, "length_scaling": 0.5},
+        "attention": {
+            **tiny_config["attention"],
+            "learned_scaling": True,
+            "length_scaling": 0.5,
+            "local_chunks": 1,
+            "query_pool": 5,
+        },
     }
     whole = layout_of(tiny_config, tmp_path / "whole", "one_zero0", **sections)
     sources = dict.fromkeys(source for source, _ in MOVES)

@@ -35,7 +35,12 @@ def tree(tiny_config: dict[str, Any]) -> dict[str, Any]:
     """
     return with_changes(
         tiny_config,
-        attention={"scaling_factor": 10.0, "length_scaling": 0.2, "learned_scaling": True},
+        attention={
+            "scaling_factor": 10.0,
+            "length_scaling": 0.2,
+            "learned_scaling": True,
+            "query_pool": 3,
+        },
         optimizer={"lr": 0.03, "eps": 2e-3, "grad_clip": 0.1},
         training={"steps": STEPS},
         evaluation={"every": STEPS, "samples": 5},

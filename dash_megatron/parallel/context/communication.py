@@ -150,19 +150,24 @@ class _ThereAndBack(torch.autograd.Function):
             return ctx.back(gradient), None, None, None
 
 
+def there_and_back(x: Tensor, there: Transfer, back: Transfer, group: ContextGroup) -> Tensor:
+    """`there(x)`, counted and differentiable: `back` takes its gradient to that of x."""
+    return _ThereAndBack.apply(x, there, back, group)
+
+
 def move_rows(x: Tensor, there: Moves, back: Moves, group: ContextGroup) -> Tensor:
     """`ContextGroup.move`, differentiable: gradients go the way back."""
-    return _ThereAndBack.apply(x, lambda y: group.move(y, there), lambda y: group.move(y, back), group)
+    return there_and_back(x, lambda y: group.move(y, there), lambda y: group.move(y, back), group)
 
 
 def heads_for_rows(x: Tensor, group: ContextGroup) -> Tensor:
     """Rows [N / P, H, D] of all heads for all rows [N, H / P, D], in order, of this rank's heads; differentiable."""
-    return _ThereAndBack.apply(x, group.heads_for_rows, group.rows_for_heads, group)
+    return there_and_back(x, group.heads_for_rows, group.rows_for_heads, group)
 
 
 def rows_for_heads(x: Tensor, group: ContextGroup) -> Tensor:
     """The reverse of `heads_for_rows`."""
-    return _ThereAndBack.apply(x, group.rows_for_heads, group.heads_for_rows, group)
+    return there_and_back(x, group.rows_for_heads, group.heads_for_rows, group)
 
 
 def pack_bits(bits: Tensor) -> Tensor:

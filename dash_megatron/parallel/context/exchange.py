@@ -1,7 +1,7 @@
 """Context-parallel DashAttention: three exchanges that bring queries and the keys they selected together.
 
 `sharded_dash_attention` is what a layer calls. All ranks summarize their chunks, gather all summaries (1 / chunk_size of the
-keys) and route their own queries; `_ShardedDash.forward` reads like that sentence. A `ContextExchange` then attends:
+keys) and route their own queries, whose means may need some of other ranks (`query_halo.py`); `_ShardedDash.forward` reads like that sentence. A `ContextExchange` then attends:
 
 - `AllGather`: keys and values of all ranks are gathered while the router works, and gathered again in the backward;
 - `Ring` (`p2p`): keys and values travel from rank to rank, and partial results are merged through their log-sum-exp, so
@@ -40,6 +40,7 @@ from dash_megatron.parallel.context.communication import (
     unpack_bits,
 )
 from dash_megatron.parallel.context.layout import ChunkLayout
+from dash_megatron.parallel.context.query_halo import routing_queries
 
 
 class ContextExchange(ABC):
@@ -261,6 +262,7 @@ class _ShardedDash(torch.autograd.Function):
     def forward(
         ctx: Any,
         q: Tensor,
+        pooled_q: Tensor | None,
         k: Tensor,
         v: Tensor,
         w: Tensor,
@@ -276,11 +278,12 @@ class _ShardedDash(torch.autograd.Function):
             # after the summaries, which the router waits for
             exchange.start(k, v)
             summary = _all_summaries(pending, layout)
-            routed = stages.route(q, summary, layout.queries, router, head_scaling)
-            attended = exchange.attend(RoutedQueries(q, layout.queries, router, routed), k, v)
+            routing_q = q if pooled_q is None else pooled_q
+            routed = stages.route(routing_q, summary, layout.queries, router, head_scaling)
+            attended = exchange.attend(RoutedQueries(q, layout.queries, router, routed, pooled_q), k, v)
         out = attended.out.to(q.dtype)
         # nothing of size stays on ctx itself, where activation checkpointing would not find it
-        saved = q, k, v, w, head_scaling, out, attended.lse, summary
+        saved = q, pooled_q, k, v, w, head_scaling, out, attended.lse, summary
         ctx.save_for_backward(*saved, routed.selected, *routed.state)
         ctx.router, ctx.exchange = router, exchange
         ctx.mark_non_differentiable(routed.selected)
@@ -288,11 +291,11 @@ class _ShardedDash(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        q, k, v, w, head_scaling, out, lse, summary, selected, *state = ctx.saved_tensors
+        q, pooled_q, k, v, w, head_scaling, out, lse, summary, selected, *state = ctx.saved_tensors
         exchange: ContextExchange = ctx.exchange
         router: Router = ctx.router
         stages, layout, group = exchange.stages, exchange.layout, exchange.group
-        queries = RoutedQueries(q, layout.queries, router, Routed(selected, tuple(state)))
+        queries = RoutedQueries(q, layout.queries, router, Routed(selected, tuple(state)), pooled_q)
         with group.counting("backward"):
             d_prior = stages.new_d_prior(queries.routed)
             gradient = OutputGradient(d_out.contiguous(), Attended(out, lse), d_prior)
@@ -300,9 +303,12 @@ class _ShardedDash(torch.autograd.Function):
             routed = stages.route_backward(d_prior, queries, summary, head_scaling)
             d_own = _return_summaries(routed.summary, layout, group)
             dk, dw = stages.summarize_backward(d_own, k, w, layout.queries, router.chunk_size)
-        gradients = attended.q + routed.q, attended.k + dk, attended.v, dw
+        dq = attended.q + routed.q if pooled_q is None else attended.q
+        d_pooled = None if pooled_q is None else routed.q.to(q.dtype)
+        gradients = dq, attended.k + dk, attended.v, dw
+        dq, dk, dv, dw = (g.to(x.dtype) for g, x in zip(gradients, (q, k, v, w), strict=True))
         d_scaling = None if routed.head_scaling is None else routed.head_scaling.to(head_scaling.dtype)
-        return *(g.to(x.dtype) for g, x in zip(gradients, (q, k, v, w), strict=True)), d_scaling, None, None
+        return dq, d_pooled, dk, dv, dw, d_scaling, None, None
 
 
 def sharded_dash_attention(
@@ -340,7 +346,12 @@ def sharded_dash_attention(
     if aligned is not None:
         q, k, v = (move_rows(x, aligned.there, aligned.back, group) for x in (q, k, v))
     keys = EXCHANGES[exchange](stages(backend, q), layout, group)
-    out, selected = _ShardedDash.apply(q, k.contiguous(), v.contiguous(), w, head_scaling, router, keys)
+    pooled_q = None
+    if router.query_pool > 1:
+        assert layout.halo is not None, "the layout is of this router"
+        pooled_q = routing_queries(q, router.query_pool, layout.halo, group, backend)
+    rows = q, pooled_q, k.contiguous(), v.contiguous()
+    out, selected = _ShardedDash.apply(*rows, w, head_scaling, router, keys)
     if aligned is not None:
         out = move_rows(out, aligned.back, aligned.there, group)
     return out, selected

@@ -4,6 +4,7 @@ A sequence of N tokens is cut into 2P equal pieces; rank r holds pieces r and 2P
 is the same for all. The rows of a rank are those of its two pieces, concatenated. DashAttention needs whole chunks, and with
 packed documents a chunk may straddle the border of two pieces: for the time of attention its tail moves to the rank that
 holds its head, at most chunk_size - 1 tokens a border. Pieces with borders moved so, and their rows, are called aligned.
+Where the router sees the mean of several queries, it also needs the last queries before each piece: the piece's halo.
 """
 
 from __future__ import annotations
@@ -46,6 +47,28 @@ class Alignment(NamedTuple):
     """From aligned rows to rows."""
 
 
+class QueryHalo(NamedTuple):
+    """The queries before a rank's two aligned pieces that belong to means of queries inside them."""
+
+    send: Tensor
+    """int64: own aligned rows whose queries other pieces need, by receiving rank."""
+    send_counts: tuple[int, ...]
+    """Of each rank."""
+    receive_counts: tuple[int, ...]
+    """Of each rank."""
+    order: Tensor
+    """int64: place among the received of every query before the first piece, and then before the second."""
+    sizes: tuple[int, int, int, int]
+    """Queries before the first piece and in it, before the second and in it."""
+    position: Tensor
+    """int32: of every one of these, one after the other, how many just before it are of its document."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> QueryHalo:
+        """Apply a function to every tensor."""
+        send, order, position = function(self.send), function(self.order), function(self.position)
+        return self._replace(send=send, order=order, position=position)
+
+
 class ChunkPlaces(NamedTuple):
     """Where all chunks of the sequence lie; the same on every rank."""
 
@@ -78,14 +101,17 @@ class ChunkLayout(NamedTuple):
     """Per rank: its runs of chunks, first and one past the last, that queries of this rank may attend to."""
     alignment: Alignment | None
     """How this rank's rows are aligned; None where every border is aligned anyway."""
+    halo: QueryHalo | None
+    """Queries of other pieces that the router needs; None where it sees single queries."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> ChunkLayout:
         """Apply a function to every tensor."""
         alignment = self.alignment
         if alignment is not None:
             alignment = Alignment(*(moves.map(function) for moves in alignment))
+        halo = None if self.halo is None else self.halo.map(function)
         queries, places = self.queries.map(function), self.places.map(function)
-        return self._replace(queries=queries, places=places, alignment=alignment)
+        return self._replace(queries=queries, places=places, alignment=alignment, halo=halo)
 
 
 @dataclass(frozen=True)
@@ -149,7 +175,9 @@ def from_sequence_to_ranks(sequence: Tensor, size: int) -> Tensor:
     return torch.stack([pieces[:size], pieces[size:].flip(0)], dim=1).flatten(1, 2)
 
 
-def shard_sequence(cu_seqlens: Tensor, rank: int, size: int, chunk_size: int | None) -> ContextShard:
+def shard_sequence(
+    cu_seqlens: Tensor, rank: int, size: int, chunk_size: int | None, query_pool: int = 1
+) -> ContextShard:
     """Work out which tokens of a packed sequence a context-parallel rank holds, and where all chunks lie.
 
     Args:
@@ -157,6 +185,7 @@ def shard_sequence(cu_seqlens: Tensor, rank: int, size: int, chunk_size: int | N
         rank: the rank's number among those that share the sequence.
         size: how many ranks share the sequence.
         chunk_size: of DashAttention; None where no layer routes.
+        query_pool: of DashAttention: queries whose mean the router sees.
 
     Raises:
         ValueError: N is not a multiple of 2 * size * chunk_size.
@@ -178,10 +207,10 @@ def shard_sequence(cu_seqlens: Tensor, rank: int, size: int, chunk_size: int | N
     )
     if chunk_size is None:
         return shard
-    return dataclasses.replace(shard, chunks=_lay_out(bounds, rank, size, chunk_size))
+    return dataclasses.replace(shard, chunks=_lay_out(bounds, rank, size, chunk_size, query_pool))
 
 
-def _lay_out(bounds: np.ndarray, rank: int, size: int, chunk_size: int) -> ChunkLayout:
+def _lay_out(bounds: np.ndarray, rank: int, size: int, chunk_size: int, query_pool: int) -> ChunkLayout:
     """The layout of all chunks of documents that start at `bounds`; the last bound is the number of tokens."""
     start, end, first = _chunks(bounds, chunk_size)
     borders = np.arange(2 * size + 1) * (int(bounds[-1]) // (2 * size))
@@ -208,7 +237,8 @@ def _lay_out(bounds: np.ndarray, rank: int, size: int, chunk_size: int) -> Chunk
     alignment = None
     if (aligned != borders).any():
         alignment = Alignment(_moves(borders, aligned, rank, size), _moves(aligned, borders, rank, size))
-    return ChunkLayout(queries, places, windows, alignment)
+    halo = _halo(bounds, aligned, rank, size, query_pool) if query_pool > 1 else None
+    return ChunkLayout(queries, places, windows, alignment, halo)
 
 
 def _chunks(bounds: np.ndarray, chunk_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -271,3 +301,42 @@ def _moves(old: np.ndarray, new: np.ndarray, rank: int, size: int) -> Moves:
         receive_counts=tuple(len(part) for part in incoming),
         gather=torch.from_numpy(order[np.searchsorted(have[order], tokens_of(new, rank))]),
     )
+
+
+def _halo(bounds: np.ndarray, aligned: np.ndarray, rank: int, size: int, query_pool: int) -> QueryHalo:
+    """What a rank sends and receives so that every query has the `query_pool` - 1 before it in its document."""
+    document = np.searchsorted(bounds, aligned, side="right") - 1
+    first = np.maximum(bounds[document], aligned - (query_pool - 1))
+
+    def tokens_before(owner: int) -> np.ndarray:
+        return np.concatenate([np.arange(first[p], aligned[p]) for p in pieces_of(owner, size)])
+
+    def owners(tokens: np.ndarray) -> np.ndarray:
+        piece = np.searchsorted(aligned, tokens, side="right") - 1
+        return np.minimum(piece, 2 * size - 1 - piece)
+
+    one, other = pieces_of(rank, size)
+    needed = [tokens_before(peer) for peer in range(size)]
+    outgoing = [tokens[owners(tokens) == rank] for tokens in needed]
+    sent = np.concatenate(outgoing)
+    rows = np.where(
+        sent < aligned[one + 1], sent - aligned[one], sent - aligned[other] + np.diff(aligned)[one]
+    )
+    source = owners(needed[rank])
+
+    def positions(piece: int) -> np.ndarray:
+        tokens = np.arange(first[piece], aligned[piece + 1])
+        begin = bounds[np.searchsorted(bounds, tokens, side="right") - 1]
+        return tokens - np.maximum(begin, first[piece])
+
+    return QueryHalo(
+        send=torch.from_numpy(rows),
+        send_counts=tuple(len(part) for part in outgoing),
+        receive_counts=tuple(np.bincount(source, minlength=size).tolist()),
+        order=torch.from_numpy(np.argsort(np.argsort(source, kind="stable"))),
+        sizes=(
+            int(aligned[one] - first[one]), int(np.diff(aligned)[one]),
+            int(aligned[other] - first[other]), int(np.diff(aligned)[other]),
+        ),
+        position=_int32(np.concatenate([positions(one), positions(other)])),
+    )  # fmt: skip
