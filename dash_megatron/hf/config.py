@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig
 
 from dash_megatron.config import AttentionConfig, Config, ModelConfig, RopeScaling
+from dash_megatron.hf.architectures import check_architecture
 from dash_megatron.hf.names import is_full
 
 MODEL_FILE = "modeling_dash.py"
@@ -72,8 +73,8 @@ def sections_of(tree: dict[str, Any], names: set[str]) -> tuple[ModelConfig, Att
     Raises:
         ValueError: the model does something that ours does not.
     """
+    check_architecture(tree)
     theta, scaling = _rope(tree)
-    _check_shape(tree)
     layers = int(_need(tree, "num_hidden_layers"))
     heads = int(_need(tree, "num_attention_heads"))
     model = ModelConfig(
@@ -124,9 +125,22 @@ def _need(tree: dict[str, Any], key: str) -> Any:
 
 def _rope(tree: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """Base and scaling of RoPE. Transformers 5 writes `rope_parameters`, earlier ones `rope_theta` and `rope_scaling`."""
-    name = "rope_parameters" if tree.get("rope_parameters") else "rope_scaling"
-    rope = {key: value for key, value in (tree.get(name) or {}).items() if value is not None}
-    theta = float(rope.pop("rope_theta", None) or tree.get("rope_theta") or 10_000.0)
+    names = [name for name in ("rope_parameters", "rope_scaling") if tree.get(name)]
+    bases = {name: tree[name]["rope_theta"] for name in names if tree[name].get("rope_theta")}
+    if tree.get("rope_theta"):
+        bases["rope_theta"] = tree["rope_theta"]
+    scalings = {name: _scaling(tree, name) for name in names}
+    for found in (bases, scalings):
+        if any(value != next(iter(found.values())) for value in found.values()):
+            both = " and ".join(f"{name}={tree[name]}" for name in found)
+            raise ValueError(
+                f"config.json: {both} disagree; keep the one that the model is meant to be computed with, in rope_parameters"
+            )
+    return float(next(iter(bases.values()), 10_000.0)), next(iter(scalings.values()), None)
+
+
+def _scaling(tree: dict[str, Any], name: str) -> RopeScaling | None:
+    rope = {key: value for key, value in tree[name].items() if value is not None and key != "rope_theta"}
     partial = rope.pop("partial_rotary_factor", None) or tree.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise ValueError(
@@ -135,7 +149,7 @@ def _rope(tree: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     older = rope.pop("type", "default")
     kind = rope.pop("rope_type", older)
     if kind == "default":
-        return theta, None
+        return None
     known = get_args(RopeScaling.model_fields["rope_type"].annotation)
     if kind not in known:
         raise ValueError(
@@ -151,23 +165,7 @@ def _rope(tree: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         rope["original_max_position_embeddings"] = original
         if kind == "longrope" and "factor" not in rope and longest and original:
             rope["factor"] = longest / original
-    return theta, RopeScaling(rope_type=kind, **rope)
-
-
-def _check_shape(tree: dict[str, Any]) -> None:
-    """Refuse a model that computes something else from tensors of the same names and shapes."""
-    activation = tree.get("hidden_act", "silu")
-    if activation != "silu":
-        raise ValueError(f"config.json: hidden_act={activation} must be silu, which training computes")
-    for key in ("attention_bias", "mlp_bias"):
-        if tree.get(key):
-            raise ValueError(f"config.json: {key}=true, but training has no biases")
-    if tree.get("sliding_window") and tree.get("use_sliding_window", True):
-        raise ValueError(
-            f"config.json: sliding_window={tree['sliding_window']} must be null: attention is full or dash"
-        )
-    if tree.get("num_experts") or tree.get("num_local_experts"):
-        raise ValueError("config.json: a mixture of experts cannot be trained here")
+    return RopeScaling(rope_type=kind, **rope)
 
 
 def multipliers(tree: dict[str, Any]) -> tuple[float, float, float]:

@@ -33,7 +33,7 @@ def import_folder(source: str | Path, output: str | Path) -> Imported:
     """Write the weights of a Hugging Face folder under the training model's names; on CPU, a layer at a time.
 
     Args:
-        source: folder with config.json and safetensors: one of `export_run`, or a dense Llama-shaped model.
+        source: folder with config.json and safetensors: one of `export_run`, or a dense model of a known architecture.
         output: the folder to make; may not exist. It holds safetensors, `model.yaml` with the sections that a run
             config repeats, and the tokenizer where `source` has one.
 
@@ -50,7 +50,7 @@ def import_folder(source: str | Path, output: str | Path) -> Imported:
         )
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} has no config.json; give a folder that transformers could load")
-    tree = json.loads((source / "config.json").read_text())
+    tree = _read_config(source / "config.json")
     weights = FolderWeights(source)
     model, attention = _sections(tree, set(weights), source)
     factors = multipliers(tree)
@@ -65,6 +65,16 @@ def import_folder(source: str | Path, output: str | Path) -> Imported:
         sections = _write_sections(folder, model, attention)
         tokenizer = import_tokenizer(source, folder)
     return Imported(sections, None if tokenizer is None else output / tokenizer)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); download it again") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold an object, not {type(tree).__name__}")
+    return tree
 
 
 def _sections(tree: dict[str, Any], names: set[str], source: Path) -> tuple[ModelConfig, AttentionConfig]:

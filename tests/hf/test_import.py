@@ -10,10 +10,18 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from dash_megatron.__main__ import main
 from dash_megatron.config import config_from_dict
+from dash_megatron.hf.architectures import KNOWN
 from dash_megatron.hf.export import export_run
 from dash_megatron.hf.folder import INDEX, FolderWeights
 from dash_megatron.hf.importing import import_folder
@@ -79,10 +87,18 @@ def test_a_run_comes_back_bit_for_bit(
     assert (tmp_path / "back" / "tokenizer.model").read_bytes() == Path(config.data.tokenizer).read_bytes()
 
 
+MINICPM = {"model_type": "minicpm", "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}
 PLAIN: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaForCausalLM, LlamaConfig(**SHAPE)),
     "tied": (LlamaForCausalLM, LlamaConfig(**SHAPE, tie_word_embeddings=True)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=True)),
+    "mistral": (MistralForCausalLM, MistralConfig(**SHAPE, sliding_window=None)),
+}
+# computed by a Llama here: their code comes with their weights
+LIKE_LLAMA: dict[str, dict[str, Any]] = {
+    "minicpm": {**MINICPM, "auto_map": {"AutoModelForCausalLM": "modeling_minicpm.MiniCPMForCausalLM"}},
+    "internlm3": {"model_type": "internlm3", "bias": False, "qkv_bias": False},
+    "smollm2": {"is_llama_config": True, "rope_interleaved": False},
 }
 
 
@@ -104,6 +120,33 @@ def test_a_dense_model_computes_the_same_under_full_attention(
     dash = run_config(tiny_config, tmp_path / "start", chunk_size=32, learned_scaling=True)
     first_chunk = tokens[:, :32]
     torch.testing.assert_close(first_logits(dash, first_chunk), model(first_chunk).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", LIKE_LLAMA)
+@torch.no_grad()
+def test_a_model_that_is_a_llama_by_another_name_computes_the_same(
+    name: str, tiny_config: dict[str, Any], tmp_path: Path, tokens: Tensor
+) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    model.save_pretrained(tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    tree = json.loads(path.read_text()) | LIKE_LLAMA[name]
+    path.write_text(json.dumps(tree))
+    import_folder(tmp_path / "hf", tmp_path / "start")
+    if "scale_emb" in tree:
+        scaled = {"embed_tokens": 12.0, "o_proj": 1.4 / 2**0.5, "down_proj": 1.4 / 2**0.5, "lm_head": 16 / 64}
+        for key, module in model.named_modules():
+            if (factor := scaled.get(key.rpartition(".")[2])) is not None:
+                module.register_forward_hook(lambda _, __, output, factor=factor: output * factor)
+    run = run_config(tiny_config, tmp_path / "start", kind="full")
+    torch.testing.assert_close(first_logits(run, tokens), model(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_every_architecture_that_is_taken_has_its_logits_compared() -> None:
+    compared = {config.model_type for _, config in PLAIN.values()}
+    compared |= {tree.get("model_type", "llama") for tree in LIKE_LLAMA.values()}
+    assert compared == set(KNOWN)
 
 
 @torch.no_grad()
@@ -132,7 +175,7 @@ def test_multipliers_of_minicpm_are_folded_into_the_weights(tmp_path: Path) -> N
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True)).save_pretrained(tmp_path / "hf")
     tree = json.loads((tmp_path / "hf" / "config.json").read_text())
-    tree |= {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}
+    tree |= MINICPM
     (tmp_path / "hf" / "config.json").write_text(json.dumps(tree))
     sections = import_folder(tmp_path / "hf", tmp_path / "start").sections
     assert not sections["model"]["tie_embeddings"]
@@ -231,6 +274,35 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"hidden_act": "gelu"}, "hidden_act=gelu must be silu"),
     "bias": ({"attention_bias": True}, "attention_bias=true"),
     "nothing": ({"hidden_size": None}, "no hidden_size"),
+    "another architecture": (
+        {"model_type": "granite"},
+        "model_type=granite must be one of llama, .*; granite has multipliers on embeddings",
+    ),
+    "no architecture": ({"model_type": None}, "model_type=None must be one of llama"),
+    "an unknown key": (
+        {"logits_scaling": 8.0, "unused": None},
+        "has logits_scaling=8.0, of which .* in llama; where",
+    ),
+    "a key of another architecture": (
+        MINICPM | {"model_type": "llama"},
+        "has scale_emb=12, scale_depth=1.4, dim",
+    ),
+    "quantized": ({"quantization_config": {"bits": 4}}, "has quantization_config="),
+    "code of its own": (
+        {"auto_map": {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}},
+        "auto_map names modeling_x.XForCausalLM",
+    ),
+    "windows": ({"model_type": "mistral", "sliding_window": 128}, "sliding_window=128 must be null"),
+    "windows in silence": ({"model_type": "mistral"}, "sliding_window=4096 must be null"),
+    "windows in some layers": (
+        {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]},
+        r"layer_types has \['sliding_attention'\]",
+    ),
+    "two scalings": (
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+        "rope_parameters=.* and rope_scaling=.*yarn.* disagree",
+    ),
+    "two bases": ({"rope_theta": 1e4}, "rope_parameters=.* and rope_theta=10000.0 disagree"),
 }
 
 
@@ -246,6 +318,31 @@ def test_a_model_that_training_would_not_compute_is_refused(
         import_folder(tmp_path / "hf", tmp_path / "start")
     assert main(["convert", "from-hf", str(tmp_path / "hf"), str(tmp_path / "start")]) == 2
     assert "config.json" in capsys.readouterr().err
+
+
+def test_two_descriptions_of_rope_that_agree_are_taken(tmp_path: Path) -> None:
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    tree = json.loads(path.read_text())
+    tree |= {"rope_scaling": yarn, "rope_theta": 5e4, "rope_parameters": {**yarn, "rope_theta": 5e4}}
+    path.write_text(json.dumps(tree))
+    model = import_folder(tmp_path / "hf", tmp_path / "start").sections["model"]
+    assert model["rope_theta"] == 5e4
+    assert {key: value for key, value in model["rope_scaling"].items() if value is not None} == yarn
+
+
+def test_a_folder_that_is_none_or_has_a_damaged_config_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    for name, message in (
+        ("none", f"{tmp_path}/none does not exist; give a local folder"),
+        ("damaged", f"{tmp_path}/damaged/config.json is not JSON"),
+    ):
+        assert main(["convert", "from-hf", str(tmp_path / name), str(tmp_path / "start")]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_run_refuses_weights_of_another_model(

@@ -1,0 +1,143 @@
+"""Which models of others training computes exactly, told from their `config.json`: known architectures, known keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+KNOWN = ("llama", "mistral", "qwen3", "minicpm", "internlm3")
+"""Values of `model_type` that are taken; tests compare logits of each. SmolLM2 and Falcon3 are `llama`."""
+
+_DIFFERENCES = {
+    "qwen2": "biases on queries, keys and values",
+    "granite": "multipliers on embeddings, residuals, attention and logits",
+    "smollm3": "layers without rotary embedding",
+    "gemma": "another norm and scaled embeddings",
+    "gemma2": "other norms and soft caps on logits",
+    "phi3": "fused projections",
+    "olmo2": "norms behind attention and feed-forward layers",
+    "minicpm3": "latent attention",
+    "deepseek_v3": "latent attention and experts",
+}
+# read by `sections_of` and `multipliers`
+_CARRIED = {
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "initializer_range",
+    "tie_word_embeddings",
+    "rope_theta",
+    "rope_parameters",
+    "rope_scaling",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+    "sliding_window",
+    "use_sliding_window",
+    "layer_types",
+    "num_experts",
+    "num_local_experts",
+}
+_CARRIED_OF = {"minicpm": {"scale_emb", "scale_depth", "dim_model_base"}}
+# what no logit depends on
+_INERT = {
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "auto_map",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "is_decoder",
+    "is_encoder_decoder",
+    "is_llama_config",
+    "label2id",
+    "max_window_layers",
+    "mup_denominator",
+    "neftune_noise_alpha",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "pretraining_tp",
+    "return_dict",
+    "task_specific_params",
+    "torch_dtype",
+    "transformers_version",
+    "transformers.js_config",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_cache",
+}
+# what training computes as if it were this
+_FIXED: dict[str, Any] = {
+    "hidden_act": "silu",
+    "activation": "swiglu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "bias": False,
+    "qkv_bias": False,
+    "rope_interleaved": False,
+    "use_mup": False,
+    "partial_rotary_factor": 1.0,
+}
+_CODE = ("DashForCausalLM", "MiniCPMForCausalLM", "InternLM3ForCausalLM")
+"""Classes of model files beside the weights that compute what this file says."""
+
+
+def check_architecture(tree: dict[str, Any]) -> None:
+    """Refuse a model that may compute something else from tensors of the same names and shapes.
+
+    Args:
+        tree: the content of its `config.json`.
+
+    Raises:
+        ValueError: its architecture, or a key that is not null, is not known to be computed exactly; the message names it.
+    """
+    kind = tree.get("model_type")
+    if kind not in KNOWN:
+        known = f"must be one of {', '.join(KNOWN)}, which training computes exactly"
+        reason = f"; {kind} has {_DIFFERENCES[kind]}" if kind in _DIFFERENCES else ""
+        raise ValueError(
+            f"config.json: model_type={kind} {known}{reason}; start from one of those, or from scratch"
+        )
+    code = str((tree.get("auto_map") or {}).get("AutoModelForCausalLM", _CODE[0]))
+    if not code.endswith(_CODE):
+        raise ValueError(
+            f"config.json: auto_map names {code}, code of the folder's own, and training does not know what it computes"
+        )
+    _check_values(tree)
+    known_keys = _CARRIED | _CARRIED_OF.get(kind, set()) | _INERT | _FIXED.keys()
+    unknown = [f"{key}={value}" for key, value in tree.items() if value is not None and key not in known_keys]
+    # an export has keys of its own, which came from a run
+    if unknown and not ("chunk_size" in tree and code.endswith(_CODE[0])):
+        raise ValueError(
+            f"config.json has {', '.join(unknown)}, of which training does not know what it changes in {kind}; where that is "
+            "nothing, remove it from config.json"
+        )
+
+
+def _check_values(tree: dict[str, Any]) -> None:
+    for key, value in _FIXED.items():
+        found = tree.get(key)
+        if found is not None and found != value:
+            told = {True: "true", False: "false"}
+            raise ValueError(
+                f"config.json: {key}={told.get(found, found)} must be {told.get(value, value)}, which training computes"
+            )
+    # what transformers takes where a file of Mistral says nothing
+    window = tree.get("sliding_window", 4096 if tree["model_type"] == "mistral" else None)
+    if window and tree.get("use_sliding_window", True):
+        raise ValueError(f"config.json: sliding_window={window} must be null: attention is full or dash")
+    layers = set(tree.get("layer_types") or ()) - {"full_attention"}
+    if layers:
+        raise ValueError(
+            f"config.json: layer_types has {sorted(layers)}, but training has full_attention only"
+        )
+    if tree.get("num_experts") or tree.get("num_local_experts"):
+        raise ValueError("config.json: a mixture of experts cannot be trained here")
