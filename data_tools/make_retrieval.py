@@ -24,6 +24,7 @@ from dash_megatron.evaluation.text import break_lines
 from data_tools.arguments import add_text_key, make_parser, run
 from data_tools.atomic import atomic_write
 from data_tools.readers import BadLineCounter, read_inputs
+from data_tools.shards import goes_to_valid
 
 # Of a list's lines, how many ask: what is asked for is all that can be learned, the rest is chance.
 ASKING = (0.125, 0.5)
@@ -32,11 +33,13 @@ MOST_NEEDLES = 32
 SAMPLE_BYTES = 1 << 20
 
 
-def _filler(text: Sequence[str], text_key: str, max_mb: float) -> list[str]:
-    """Lines of the inputs, from the first document on."""
+def _filler(text: Sequence[str], text_key: str, max_mb: float, valid_fraction: float) -> list[str]:
+    """Lines of the inputs, from the first document on, without those that `tokenize_corpus` holds out."""
     lines: list[str] = []
     room = max_mb * 1e6
     for document in read_inputs(text, text_key, BadLineCounter(0)):
+        if goes_to_valid(document.text.encode(), valid_fraction, seed=0):
+            continue
         for line in break_lines(document.text):
             room -= len(line)
             lines.append(line)
@@ -104,6 +107,7 @@ def make_retrieval(
     seed: int = 0,
     text_key: str = "text",
     max_mb: float = 64.0,
+    valid_fraction: float = 0.0,
 ) -> int:
     """Write the documents as JSONL and give their number; arguments as on the command line.
 
@@ -116,10 +120,12 @@ def make_retrieval(
         )
     if not 0 < tokens < math.inf:
         raise ValueError(f"--tokens {tokens} must be above 0, such as 5e7")
+    if not 0 <= valid_fraction < 1:
+        raise ValueError(f"--valid-fraction {valid_fraction} must be at least 0 and below 1, such as 0.02")
     if output.suffix != ".jsonl":
         raise ValueError(f"--output {output} must end in .jsonl; rename it")
     tokenizer = Tokenizer(tokenizer_path)
-    lines = _filler(text, text_key, max_mb)
+    lines = _filler(text, text_key, max_mb, valid_fraction)
     made = number = 0
     progress = tqdm(total=int(tokens), unit="tok", unit_scale=True, desc="retrieval", mininterval=1.0)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -153,6 +159,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     add_text_key(parser)
     parser.add_argument("--max-mb", type=float, default=64.0, help="of filler to read (default: 64)")
+    parser.add_argument(
+        "--valid-fraction",
+        type=float,
+        default=0.0,
+        help="as told to tokenize_corpus, with its default --seed: documents that it holds out give no filler (default: 0)",
+    )
     return run(parser, arguments, _make)
 
 
@@ -166,6 +178,7 @@ def _make(options: argparse.Namespace) -> str:
         seed=options.seed,
         text_key=options.text_key,
         max_mb=options.max_mb,
+        valid_fraction=options.valid_fraction,
     )
     return (
         f"{options.output}: {number} documents of about {options.lengths[0]} to {options.lengths[1]} tokens"

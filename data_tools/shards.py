@@ -103,10 +103,10 @@ def _key(pieces: Sequence[Piece], options: Options) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def goes_to_valid(text: bytes, options: Options) -> bool:
+def goes_to_valid(text: bytes, valid_fraction: float, seed: int) -> bool:
     """Decide by the text itself, so that two copies of a document never lie on both sides."""
-    digest = hashlib.blake2b(text, digest_size=8, key=options.seed.to_bytes(8, "big")).digest()
-    return int.from_bytes(digest, "big") < options.valid_fraction * 2.0**64
+    digest = hashlib.blake2b(text, digest_size=8, key=seed.to_bytes(8, "big")).digest()
+    return int.from_bytes(digest, "big") < valid_fraction * 2.0**64
 
 
 class _SplitWriter:
@@ -170,7 +170,7 @@ def tokenize_unit(
                     break
                 continue
             text = item.text.encode("utf-8")
-            split = "valid" if goes_to_valid(text, options) else "train"
+            split = "valid" if goes_to_valid(text, options.valid_fraction, options.seed) else "train"
             writers[split].add([*tokenizer.encode(item.text), options.eod])
         report = ShardReport(
             key=unit.key,

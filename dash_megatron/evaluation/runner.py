@@ -67,7 +67,8 @@ def evaluate(
         begin = time.perf_counter()
         lines, computed = run_job(job, output / f"{job.task}.jsonl")
         summary = _sum_up_losses(job, lines) if job.task in LOSSES else _sum_up_scores(lines)
-        results["tasks"][job.task][str(job.length)] = summary
+        # of the lines in the file, those with this key are of these settings
+        results["tasks"][job.task][str(job.length)] = {**summary, "key": job.key}
         seconds = time.perf_counter() - begin
         report(
             f"{job.task:20} {job.length:8}  {_headline(summary)}  ({computed} of {len(lines)} computed, {seconds:.1f} s)"
@@ -82,7 +83,8 @@ def run_job(job: Job, path: Path) -> tuple[list[dict[str, Any]], int]:
     Returns:
         The lines of all items, in the order of `Job.items`, and how many of them are new.
     """
-    known = {(line["index"], line["depth"]): line for line in _read(path) if line["key"] == job.key}
+    _cut_half_line(path)
+    known = {(line["index"], line["depth"]): line for line in read_lines(path) if line["key"] == job.key}
     items = job.items()
     computed = 0
     with open(path, "a", encoding="utf-8") as file:
@@ -101,14 +103,16 @@ def run_job(job: Job, path: Path) -> tuple[list[dict[str, Any]], int]:
     return [known[item] for item in items], computed
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of results, whose items need no computing; the last one, if a process was killed over it, is cut off."""
-    if not path.is_file():
-        return []
-    whole, end, _ = path.read_bytes().rpartition(b"\n")
-    size = len(whole) + len(end)
-    if size != path.stat().st_size:
-        os.truncate(path, size)
+def _cut_half_line(path: Path) -> None:
+    """Cut off the last line, if a process was killed over it."""
+    data = path.read_bytes() if path.is_file() else b""
+    if data and not data.endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of results; none where there is no file."""
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.is_file() else b""
     lines = []
     for number, line in enumerate(whole.splitlines(), 1):
         try:

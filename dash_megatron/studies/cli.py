@@ -58,7 +58,7 @@ def add_study(tools: Any) -> None:
     collect.add_argument("--json", action="store_true", help="print JSON instead of the table")
     _add(commands, "fit", "loss against parameters, tokens and compute, with intervals", _fit)
     _add(commands, "plot", "pictures of the study", _plot)
-    report = _add(commands, "report", "one HTML page with everything", _report)
+    report = _add(commands, "report", "one HTML page with everything; of branches also Markdown", _report)
     report.add_argument("--output", help="page to write; default: <output>/report.html")
 
     plot_run = commands.add_parser("plot-run", help="draw losses and per-layer density of one run")
@@ -134,16 +134,26 @@ def _collect(options: argparse.Namespace) -> None:
     rows = collect(study)
     paths = write_table(study, rows)
     columns, lines = results_table(rows)
-    print(
-        json.dumps(rows, indent=2)
-        if options.json
-        else "\n".join([*table(lines, columns), "", *map(str, paths)])
-    )
+    text, written, found = table(lines, columns), [*paths], rows
+    if study.branches:
+        from dash_megatron.studies.branch_tables import as_text, tables
+        from dash_megatron.studies.branches import as_rows, compare_branches, write_comparisons
+
+        compared = compare_branches(study)
+        written += write_comparisons(study, compared)
+        found = as_rows(study, compared)
+        text += [line for one in tables(study, rows, compared) for line in ["", *as_text(one)]]
+    print(json.dumps(found, indent=2) if options.json else "\n".join([*text, "", *map(str, written)]))
 
 
 def _fit(options: argparse.Namespace) -> None:
     from dash_megatron.studies.fit import render_fits
+    from dash_megatron.studies.study_file import load_study
 
+    if load_study(options.study).branches:
+        raise ValueError(
+            "branches of a base follow no scaling law, so there is nothing to fit; `study report` compares them"
+        )
     _, _, fits, path = _fitted(options.study)
     print("\n".join([*render_fits(fits), str(path)]))
     if not any("values" in fit for fits_of in fits["variants"].values() for fit in fits_of.values()):
@@ -166,24 +176,48 @@ def _fitted(path: str) -> tuple[Any, list[dict[str, Any]], dict[str, Any], Path]
 
 
 def _plot(options: argparse.Namespace) -> None:
-    from dash_megatron.studies.pictures import draw_study
+    study, pictures, _ = _drawn(options.study)
+    for name, text in pictures.items():
+        print(f"{Path(study.output) / 'plots' / name}: {text}")
 
-    study, rows, fits, _ = _fitted(options.study)
-    folder = Path(study.output) / "plots"
-    for name, text in draw_study(study, rows, fits, folder).items():
-        print(f"{folder / name}: {text}")
+
+def _drawn(path: str) -> tuple[Any, dict[str, str], dict[str, str]]:
+    """A study, its pictures with a sentence each, and the reports that have them, by the end of their names."""
+    from dash_megatron.studies.page import render_page
+    from dash_megatron.studies.pictures import draw_study
+    from dash_megatron.studies.study_file import load_study
+
+    study = load_study(path)
+    if study.branches:
+        return _drawn_branches(study, path)
+    _, rows, fits, _ = _fitted(path)
+    pictures = draw_study(study, rows, fits, Path(study.output) / "plots")
+    return study, pictures, {".html": render_page(study, path, rows, fits, pictures)}
+
+
+def _drawn_branches(study: Any, path: str) -> tuple[Any, dict[str, str], dict[str, str]]:
+    from dash_megatron.studies.branch_page import render_branches_page, render_branches_text
+    from dash_megatron.studies.branch_pictures import draw_branches
+    from dash_megatron.studies.branches import compare_branches, write_comparisons
+    from dash_megatron.studies.collect import collect, write_table
+
+    rows, compared = collect(study), compare_branches(study)
+    write_table(study, rows)
+    write_comparisons(study, compared)
+    pictures = draw_branches(study, compared, Path(study.output) / "plots")
+    page = render_branches_page(study, path, rows, compared, pictures)
+    return study, pictures, {".html": page, ".md": render_branches_text(study, rows, compared)}
 
 
 def _report(options: argparse.Namespace) -> None:
     from dash_megatron.files import write_whole
-    from dash_megatron.studies.page import render_page
-    from dash_megatron.studies.pictures import draw_study
 
-    study, rows, fits, _ = _fitted(options.study)
-    pictures = draw_study(study, rows, fits, Path(study.output) / "plots")
+    study, _, reports = _drawn(options.study)
     path = Path(options.output) if options.output else Path(study.output) / "report.html"
-    write_whole(path, render_page(study, options.study, rows, fits, pictures), make_folder=True)
-    print(path)
+    for suffix, text in reports.items():
+        output = path if suffix == ".html" else path.with_suffix(suffix)
+        write_whole(output, text, make_folder=True)
+        print(output)
 
 
 def _plot_run(options: argparse.Namespace) -> None:

@@ -17,14 +17,12 @@ from dash_megatron.studies.runs import StudyRun, expand
 from dash_megatron.studies.study_file import Study, StudyError
 from dash_megatron.training.metrics import StepMetrics, read_metrics
 
-MEASURED = ("finished", "step", "loss", "valid_loss", "density", "tokens_per_second", "flops", "skipped")
-
 
 def collect(study: Study) -> list[dict[str, Any]]:
     """A row for every run that has logged a step: what the plan knows, and what was measured.
 
     `loss` is the mean training loss of the last tenth of the steps, `valid_loss` the last validation's, `density` the mean
-    over the last tenth, `tokens_per_second` the median. `flops` are those of the tokens read, attention counted at the
+    over the last tenth, `tokens_per_second` the median, `gpu_memory_gib` the peak. `flops` are those of the tokens read, attention counted at the
     density of each logged step; `dense_flops` those of the same tokens with full attention.
 
     Raises:
@@ -61,6 +59,7 @@ def _row(run: StudyRun, metrics: list[StepMetrics]) -> dict[str, Any]:
         "valid_loss": validated[-1] if validated else None,
         "density": fmean(densities) if densities else None,
         "tokens_per_second": median(line["tokens_per_second"] for line in metrics),
+        "gpu_memory_gib": max((line.get("gpu_memory_gib") or 0.0 for line in metrics), default=0.0) or None,
         "dense_flops": dense * last["tokens"],
         "flops": _measured_flops(run, metrics, vocab_size),
         "skipped": last["skipped"],

@@ -45,23 +45,30 @@ def render_page(
     runs = expand(study)
     title = f"Study {Path(source).stem}"
     finished = sum(row["finished"] for row in rows)
-    figures = [_figure(Path(study.output) / "plots" / name, text) for name, text in pictures.items()]
+    figures = [figure_html(Path(study.output) / "plots" / name, text) for name, text in pictures.items()]
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{finished} of {len(runs)} runs are finished. Runs are compared by {escape(fits['quality'])}.</p>",
         *_against_dense(rows),
         "<h2>Results</h2>",
-        _table("Each run that has logged a step; FLOPs at the measured density.", *results_table(rows)),
+        table_html("Each run that has logged a step; FLOPs at the measured density.", *results_table(rows)),
         "<h2>Pictures</h2>",
         *figures,
         "<h2>Fits</h2>",
         f"<pre>{escape(chr(10).join(render_fits(fits)))}</pre>",
         "<h2>Plan</h2>",
-        _table("What was planned, at the assumed density.", headings(), [cells(run, study) for run in runs]),
+        table_html(
+            "What was planned, at the assumed density.", headings(), [cells(run, study) for run in runs]
+        ),
         *[f"<p>{escape(line[0].upper() + line[1:])}.</p>" for line in assumptions(study, runs)],
         "<h2>The study</h2>",
         f"<pre>{escape(Path(source).read_text(encoding='utf-8'))}</pre>",
     ]
+    return page_html(title, parts)
+
+
+def page_html(title: str, parts: Sequence[str]) -> str:
+    """A whole page of parts in HTML; it loads nothing."""
     # no script, and nothing from elsewhere, even if a name in the study were to ask for it
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
@@ -131,10 +138,11 @@ def _against_dense(rows: list[dict[str, Any]]) -> list[str]:
     caption = (
         f"Finished runs with a full-attention twin: {quality} in nats, and FLOPs at the measured density."
     )
-    return ["<h2>Against full attention</h2>", "<ul>", *means, "</ul>", _table(caption, columns, lines)]
+    return ["<h2>Against full attention</h2>", "<ul>", *means, "</ul>", table_html(caption, columns, lines)]
 
 
-def _table(caption: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table_html(caption: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table that scrolls where it is too wide."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
     body = "\n".join(
         "<tr>"
@@ -150,7 +158,8 @@ def _table(caption: str, columns: Sequence[str], lines: Sequence[Sequence[str]])
     )
 
 
-def _figure(path: Path, text: str) -> str:
+def figure_html(path: Path, text: str) -> str:
+    """A PNG within the page, with a sentence below it."""
     data = base64.b64encode(path.read_bytes()).decode()
     return (
         f'<figure><img alt="{escape(text)}" src="data:image/png;base64,{data}">'

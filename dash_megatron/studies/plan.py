@@ -46,6 +46,7 @@ def as_row(run: StudyRun) -> dict[str, Any]:
         "settings": run.settings,
         "seed": run.config.training.seed,
         "twin_of": list(run.twin_of),
+        "base": run.base,
         "parameters": run.parameters,
         "tokens": run.tokens,
         "steps": run.config.training.steps,

@@ -4,6 +4,8 @@ import re
 import pytest
 
 from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.evaluation.text import LocalText
+from data_tools import tokenize_corpus
 from data_tools.make_retrieval import main
 
 
@@ -45,6 +47,31 @@ def test_documents_have_about_the_lengths_asked_for_and_every_answer_stands_befo
         assert lines[: len(pairs)] == pairs
         assert len(set(asked)) == len(asked)
         assert 0.12 * len(lines) < len(asked) <= len(lines) / 2
+
+
+def test_documents_that_tokenize_corpus_holds_out_give_no_filler(tmp_path, arguments, tokenizer_path):
+    lines = [f"word{number} stands here alone" for number in range(400)]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    tokenize = [
+        "--input",
+        str(corpus),
+        "--tokenizer",
+        str(tokenizer_path),
+        "--output",
+        str(tmp_path / "tokens"),
+    ]
+    assert not tokenize_corpus.main([*tokenize, "--valid-fraction", "0.5", "--workers", "1"])
+    tokenizer = Tokenizer(tokenizer_path)
+    held_out = LocalText.from_data([str(tmp_path / "tokens" / "valid")], tokenizer, 1).documents
+    names = {tokenizer.decode(ids.tolist()).split()[0] for ids in held_out}
+    assert 100 < len(names) < 300
+    output = tmp_path / "retrieval.jsonl"
+    more = ["--text", str(corpus), "--valid-fraction", "0.5", "--output", str(output)]
+    assert main([*arguments[2:], *more]) == 0
+    used = set(re.findall(r"word\d+", output.read_text()))
+    assert len(used) > 100
+    assert not used & names
 
 
 def test_a_seed_gives_the_same_documents_each_time_and_another_seed_others(tmp_path, arguments):

@@ -72,5 +72,56 @@ def evaluated(run_dir: Path, name: str, scores: dict[str, dict[int, float]], **m
     return path
 
 
+def finish_branch(run: StudyRun, name: str, extra: float, score: float) -> None:
+    """Leave what a trained and evaluated branch would: losses of 30 documents of up to 256 tokens, and 16 answers.
+
+    Args:
+        run: the branch.
+        name: of the evaluation.
+        extra: nats a token above what documents share, growing with the position.
+        score: share of answers that are right.
+    """
+    finish(run, 3.0 + extra, None if run.config.attention.kind == "full" else 0.25)
+    order = run.config.training.seed
+    noise = np.random.default_rng(order + 100 * len(run.variant)).normal(0, 0.02, (30, 3))
+    shared = np.random.default_rng(0)
+    tokens = shared.integers(20, 257, 30).tolist()
+    hard = shared.normal(3.0, 0.5, 30)
+    starts, ends = (0, 64, 128), (64, 128, 256)
+    documents = [
+        {
+            "key": "k256", "length": 256, "index": n, "depth": None, "tokens": count,
+            "nll_sums": [
+                (hard[n] + extra * (1 + part) + noise[n, part]) * (min(end, count) - start)
+                for part, (start, end) in enumerate(zip(starts, ends, strict=True))
+                if start < count
+            ],
+        }
+        for n, count in enumerate(tokens)
+    ]  # fmt: skip
+    answers = [
+        {
+            "key": f"k{length}",
+            "length": length,
+            "index": n,
+            "depth": None,
+            "score": float(n < 16 * score * 64 / length),
+        }
+        for length in (64, 128)
+        for n in range(16)
+    ]
+    found = {"documents": documents, "niah_single": answers}
+    folder = run.folder / "evaluation" / name
+    folder.mkdir(parents=True)
+    for task, lines in found.items():
+        # what an earlier evaluation with other settings left
+        stale = [{**lines[0], "key": "other", "index": 99}]
+        text = "".join(json.dumps(line) + "\n" for line in stale + lines)
+        (folder / f"{task}.jsonl").write_text(text)
+    lengths = {task: {line["length"] for line in lines} for task, lines in found.items()}
+    tasks = {task: {str(x): {"key": f"k{x}"} for x in sorted(known)} for task, known in lengths.items()}
+    (folder / "results.json").write_text(json.dumps({"model": {}, "tasks": tasks}))
+
+
 def law(parameters: Any, tokens: Any) -> Any:
     return 1.7 + 400 * parameters**-0.34 + 410 * tokens**-0.28

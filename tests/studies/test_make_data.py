@@ -14,7 +14,7 @@ from dash_megatron.studies.study_file import load_study
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
-    "VOCAB_SIZE": "400", "LONG_TOKENS": "2e4", "SHORT_TOKENS": "6e3", "LENGTHS": "1024 2048", "SHORT_LENGTHS": "256 512", "PARTS": "2",
+    "VOCAB_SIZE": "400", "LONG_TOKENS": "2e4", "SHORT_TOKENS": "6e3", "LENGTHS": "1024 2048", "SHORT_LENGTHS": "256 512", "PARTS": "2", "HELD_OUT": "0.4",
 }  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def test_studies_find_all_the_data_that_they_name(tmp_path: Path) -> None:
     done = make_data(tmp_path / "data", places["ops"], places["data"], "--", places["studies"])
     assert done.returncode == 0, done.stderr
     sidecars = {}
-    for name in ("quality_16k", "retrieval_16k", "scaling_8k", "choices_8k"):
+    for name in ("quality_16k", "retrieval_16k", "scaling_8k", "choices_8k", "branches_16k"):
         for run in expand(load_study(ROOT / "studies" / f"{name}.yaml")):
             data = run.config.data
             assert data.tokenizer == "data/tokenizer.model"
@@ -42,7 +42,8 @@ def test_studies_find_all_the_data_that_they_name(tmp_path: Path) -> None:
                 prefix = entry if isinstance(entry, str) else entry[1]
                 sidecars[prefix] = Sidecar.read(str(tmp_path / prefix))
     assert set(sidecars) == {
-        f"data/{name}" for name in ("train", "valid", "retrieval", "retrieval_short", "retrieval_valid")
+        f"data/{name}"
+        for name in ("train", "valid", "held_out", "retrieval", "retrieval_short", "retrieval_valid")
     }
     assert sidecars["data/retrieval"].tokens == pytest.approx(2e4, rel=0.5)
     assert sidecars["data/retrieval_short"].tokens == pytest.approx(6e3, rel=0.5)

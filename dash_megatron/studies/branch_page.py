@@ -1,0 +1,69 @@
+"""`study report` of a study of branches: a page that loads nothing, and the same tables and sentences to paste."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from dash_megatron.studies.branch_tables import NOTE, as_markdown, sentences, tables
+from dash_megatron.studies.branches import Compared
+from dash_megatron.studies.page import figure_html, page_html, results_table, table_html
+from dash_megatron.studies.plan import assumptions, cells, headings
+from dash_megatron.studies.runs import expand
+from dash_megatron.studies.study_file import Study
+
+
+def render_branches_page(
+    study: Study,
+    source: str | Path,
+    rows: list[dict[str, Any]],
+    compared: list[Compared],
+    pictures: dict[str, str],
+) -> str:
+    """HTML of a report, images included.
+
+    Args:
+        study: the study; `source` is its YAML file, which the page quotes.
+        rows, compared: as `collect` and `compare_branches` give them.
+        pictures: PNG files in `<output>/plots` with a sentence each.
+    """
+    runs = expand(study)
+    title = f"Study {Path(source).stem}"
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f"<p>{sum(row['finished'] for row in rows)} of {len(runs)} runs are finished. {escape(NOTE)}</p>",
+    ]
+    for base, groups in sentences(study, compared).items():
+        parts.append(f"<h2>Branches of {escape(base)}</h2>")
+        for group, lines in groups.items():
+            if lines:
+                items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+                parts.append(f"<h3>{escape(group)}</h3><ul>{items}</ul>")
+    parts.append("<h2>Comparisons</h2>")
+    parts += [table_html(f"{found.caption}.", *found[1:]) for found in tables(study, rows, compared)]
+    parts.append("<h2>Pictures</h2>")
+    parts += [figure_html(Path(study.output) / "plots" / name, text) for name, text in pictures.items()]
+    parts += [
+        "<h2>Runs</h2>",
+        table_html("Each run that has logged a step; FLOPs at the measured density.", *results_table(rows)),
+        table_html(
+            "What was planned, at the assumed density.", headings(), [cells(run, study) for run in runs]
+        ),
+        *[f"<p>{escape(line[0].upper() + line[1:])}.</p>" for line in assumptions(study, runs)],
+        "<h2>The study</h2>",
+        f"<pre>{escape(Path(source).read_text(encoding='utf-8'))}</pre>",
+    ]
+    return page_html(title, parts)
+
+
+def render_branches_text(study: Study, rows: list[dict[str, Any]], compared: list[Compared]) -> str:
+    """The sentences and tables in Markdown, to paste into a page."""
+    lines = [NOTE]
+    for base, groups in sentences(study, compared).items():
+        for group, said in groups.items():
+            if said:
+                lines += ["", f"{group}, branches of {base}:", "", *(f"- {sentence}" for sentence in said)]
+    for found in tables(study, rows, compared):
+        lines += ["", *as_markdown(found)]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,198 @@
+"""What a study of branches came to, as tables and sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from dash_megatron.evaluation.settings import DOCUMENTS, PERPLEXITY
+from dash_megatron.planning.table import table
+from dash_megatron.studies.branches import TRAINING, Compared, Measure, headline
+from dash_megatron.studies.study_file import Study
+
+WORDS = {
+    "above": "higher",
+    "below": "lower",
+    "within": "not told apart",
+    "unknown": "one order, unknown",
+}
+GROUPS = {
+    "above": "Beyond two standard errors",
+    "below": "Beyond two standard errors",
+    "within": "Not told apart by two standard errors",
+    "unknown": "Unknown: in one order of the data only",
+}
+NOTE = (
+    "Differences are paired: of the same documents, samples or steps, in the same order of the data. The first ± is the standard "
+    "error over these, the second over orders. What is called higher or lower is further from 0 than two of the larger error. Errors "
+    "over documents alone mislead: with the data in another order, an arm ended by up to ten times as much elsewhere. With three "
+    "orders two standard errors are met by chance 18 times in 100, with two 30 times: repeat what matters with more."
+)
+
+
+class Table(NamedTuple):
+    """A table as text."""
+
+    caption: str
+    columns: Sequence[str]
+    lines: list[list[str]]
+
+
+def tables(study: Study, rows: list[dict[str, Any]], compared: list[Compared]) -> list[Table]:
+    """The arms of each base, then everything else that was measured: other losses, and scores.
+
+    Args:
+        study: the study.
+        rows: as `collect` gives them, of density, speed and memory.
+        compared: as `compare_branches` gives them.
+    """
+    found = []
+    first = headline(study, compared)
+    for base in dict.fromkeys(each.base for each in compared):
+        own = [each for each in compared if each.base == base and whole(each.measure)]
+        found.append(_arms(base, first, [row for row in rows if row["base"] == base], own))
+        losses = [
+            each for each in own if each.measure.is_loss and each.measure not in (first, *_training(own))
+        ]
+        if losses:
+            found.append(_others(f"Other losses of the branches of {base}, nats a token", losses))
+        scores = [each for each in own if not each.measure.is_loss]
+        if scores:
+            found.append(_others(f"Scores of the branches of {base}", scores))
+    return found
+
+
+def whole(measure: Measure) -> bool:
+    """Whether it is over all positions, and of the trained branch."""
+    return measure.end is None and measure.step is None
+
+
+def _training(own: list[Compared]) -> list[Measure]:
+    return [each.measure for each in own if each.measure.evaluation == TRAINING]
+
+
+def _arms(base: str, first: Measure, rows: list[dict[str, Any]], own: list[Compared]) -> Table:
+    columns = (
+        "arm", "orders", "density", "tokens/s", "GiB", "loss", "to the reference", "± documents", "± orders", "verdict",
+        "training loss to the reference", "± steps", "± orders",
+    )  # fmt: skip
+    lines = []
+    for each in own:
+        if each.measure != first:
+            continue
+        training = [x for x in own if x.arm == each.arm and x.measure in _training(own)]
+        of_arm = [row for row in rows if row["variant"] == each.arm and row["seed"] in each.found.orders]
+        lines.append(
+            [
+                each.arm,
+                " ".join(map(str, each.found.orders)),
+                _mean([row["density"] for row in of_arm], "{:.1%}"),
+                _mean([row["tokens_per_second"] for row in of_arm], "{:,.0f}"),
+                _mean([row["gpu_memory_gib"] for row in of_arm], "{:.1f}"),
+                f"{each.found.value.value:.4f}",
+                *amounts(each),
+                word(each),
+                *(amounts(training[0]) if training else ("", "", "")),
+            ]
+        )
+    caption = f"Branches of {base}: {name_of(first)} in nats a token, and differences"
+    return Table(caption, columns, lines)
+
+
+def _others(caption: str, shown: list[Compared]) -> Table:
+    """A line for each comparison, by measure."""
+    to = "to the reference" if shown[0].measure.is_loss else "of the reference's"
+    columns = ("measure", "arm", "value", "± items", "± orders", to, "± items", "± orders", "verdict")
+    lines = [
+        [
+            name_of(each.measure),
+            each.arm,
+            f"{each.found.value.value:.4f}",
+            _error(each.found.value.error_items, "{:.4f}"),
+            _error(each.found.value.error_orders, "{:.4f}"),
+            *amounts(each),
+            word(each),
+        ]
+        for each in sorted(shown, key=lambda each: each.measure[:3])
+    ]
+    return Table(caption, columns, lines)
+
+
+def name_of(measure: Measure) -> str:
+    """For people."""
+    if measure.evaluation == TRAINING:
+        return "training loss"
+    if measure.is_loss:
+        return f"loss on {measure.evaluation} ({measure.task} up to {measure.length:,})"
+    return f"{measure.task} at {measure.length:,} ({measure.evaluation})"
+
+
+def word(each: Compared) -> str:
+    """The verdict, for people."""
+    return "reference" if each.is_reference else WORDS[each.found.verdict]
+
+
+def amounts(each: Compared) -> tuple[str, str, str]:
+    """How an arm stands to the reference, and the errors over items and over orders; empty for the reference itself.
+
+    Losses differ by percents; a score is a share of the reference's, or differs from it where that is 0.
+    """
+    if each.is_reference:
+        return "", "", ""
+    found, shift, form, error_form = each.found.relative, 0.0, "{:+.2%}", "{:.2%}"
+    if found is None:
+        found, form, error_form = each.found.difference, "{:+.3f}", "{:.3f}"
+    elif not each.measure.is_loss:
+        shift, form, error_form = 1.0, "{:.3f}", "{:.3f}"
+    errors = _error(found.error_items, error_form), _error(found.error_orders, error_form)
+    return form.format(found.value + shift), *errors
+
+
+def _error(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _mean(values: list[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    return form.format(fmean(known)) if known else ""
+
+
+def as_text(found: Table) -> list[str]:
+    """Lines for a terminal."""
+    return [found.caption, *table(found.lines, found.columns)]
+
+
+def as_markdown(found: Table) -> list[str]:
+    """Lines to paste into a page."""
+    rows = [found.columns, ["---"] * len(found.columns), *found.lines]
+    return [f"{found.caption}.", "", *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def sentences(study: Study, compared: list[Compared]) -> dict[str, dict[str, list[str]]]:
+    """For each base a sentence for every arm and measure, by whether the difference is beyond two standard errors."""
+    assert study.branches
+    found: dict[str, dict[str, list[str]]] = {}
+    first = headline(study, compared)
+    for each in sorted(compared, key=lambda each: each.measure != first):
+        if each.is_reference or not whole(each.measure):
+            continue
+        groups = found.setdefault(each.base, {group: [] for group in dict.fromkeys(GROUPS.values())})
+        groups[GROUPS[each.found.verdict]].append(_sentence(each, study.branches.reference))
+    return found
+
+
+def _sentence(each: Compared, reference: str) -> str:
+    by, items, orders = amounts(each)
+    counted = {DOCUMENTS: "documents", PERPLEXITY: "windows", "loss": "steps"}.get(
+        each.measure.task, "samples"
+    )
+    parts = [f"± {items} over {each.found.items} {counted}"] if items else []
+    parts += [f"± {orders} over {len(each.found.orders)} orders"] if orders else []
+    errors = f" ({', '.join(parts)})" if parts else ""
+    what = f"{each.arm}: {name_of(each.measure)}: {by}"
+    if each.measure.is_loss:
+        return f"{what} against {reference}{errors}."
+    if each.found.relative is None:
+        return f"{what} against {reference}, which has 0{errors}."
+    return f"{what} of {reference}'s score{errors}."

@@ -1,0 +1,210 @@
+"""What is made of branches that are trained and evaluated: comparisons, tables, sentences, pictures and a page."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from dash_megatron.__main__ import main
+from dash_megatron.studies.submit import submit_studies
+from tests.studies.study_runs import SIZES, Write, finish, finish_branch, runs_of
+
+EXTRA = {"full": 0.0, "worse": 0.05, "same": 0.0, "better": -0.02}
+SCORE = {"full": 1.0, "worse": 0.25, "same": 1.0, "better": 1.0}
+ARMS = [
+    {"name": "full", "attention.kind": "full"},
+    {"name": "worse", "attention.chunk_size": 32},
+    {"name": "same", "attention.chunk_size": 64},
+    {"name": "better", "attention.chunk_size": 128},
+]
+
+
+@pytest.fixture
+def measured_study(write_study: Write) -> Path:
+    path = write_study(
+        points=SIZES[:2],
+        overrides={"attention.kind": "full"},
+        branches={
+            "overrides": {"data.seq_length": 256, "training.steps": 100},
+            "arms": ARMS,
+            "orders": [1, 2, 3],
+            "reference": "full",
+            "evaluate": {"held_out": "--tasks documents,niah_single --lengths 256"},
+        },
+    )
+    for run in runs_of(path):
+        if run.base:
+            wobble = 0.0 if run.variant == "full" else 0.002 * (run.config.training.seed - 2)
+            finish_branch(run, "held_out", EXTRA[run.variant] + wobble, SCORE[run.variant])
+        else:
+            finish(run, 3.2, None)
+    return path
+
+
+def lines_of(run: Any, task: str) -> list[dict[str, Any]]:
+    path = run.folder / "evaluation" / "held_out" / f"{task}.jsonl"
+    return [line for line in map(json.loads, path.read_text().splitlines()) if line["key"] != "other"]
+
+
+def collected(path: Path) -> list[dict[str, Any]]:
+    assert main(["study", "collect", str(path)]) == 0
+    return json.loads((path.parent / "out" / "comparisons.json").read_text())
+
+
+def row_of(rows: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+    fields = {"base": "h32_full", "to": None, "step": None, **fields}
+    found = [row for row in rows if all(row[key] == value for key, value in fields.items())]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_comparisons_are_those_computed_from_the_lines(measured_study: Path) -> None:
+    rows = collected(measured_study)
+    runs = {run.name: run for run in runs_of(measured_study)}
+    sums, by_position = {}, {}
+    for arm in ("full", "worse"):
+        for order in (1, 2, 3):
+            lines = lines_of(runs[f"{arm}_order{order}_from_h32_full"], "documents")
+            tokens = sum(line["tokens"] for line in lines)
+            sums[arm, order] = sum(sum(line["nll_sums"]) for line in lines)
+            by_position[arm, order] = sum(line["nll_sums"][1] for line in lines if line["tokens"] > 64)
+    differences = [(sums["worse", order] - sums["full", order]) / tokens for order in (1, 2, 3)]
+    row = row_of(rows, arm="worse", task="documents")
+    assert row["difference"] == pytest.approx(fmean(differences))
+    assert row["difference_error_orders"] == pytest.approx(stdev(differences) / 3**0.5)
+    assert row["reference_value"] == pytest.approx(fmean(sums["full", order] for order in (1, 2, 3)) / tokens)
+    assert row["relative"] == pytest.approx(
+        sum(sums["worse", order] for order in (1, 2, 3)) / sum(sums["full", order] for order in (1, 2, 3)) - 1
+    )
+    assert (row["orders"], row["items"], row["verdict"]) == ([1, 2, 3], 30, "above")
+    part = row_of(rows, arm="worse", task="documents", to=128)
+    both = [sum(by_position[arm, order] for order in (1, 2, 3)) for arm in ("worse", "full")]
+    assert part["relative"] == pytest.approx(both[0] / both[1] - 1)
+    verdicts = {arm: row_of(rows, arm=arm, task="documents")["verdict"] for arm in EXTRA}
+    assert verdicts == {"full": "reference", "worse": "above", "same": "within", "better": "below"}
+    score = row_of(rows, arm="worse", task="niah_single", length=64)
+    assert (score["value"], score["reference_value"], score["relative"]) == (0.25, 1.0, -0.75)
+    # a share of right answers has the binomial error
+    assert score["value_error_items"] == pytest.approx((0.25 * 0.75 / 15) ** 0.5)
+    loss = row_of(rows, arm="worse", task="loss")
+    assert loss["difference"] == pytest.approx(0.05)
+    steps = sorted(row["step"] for row in rows if row["task"] == "valid_loss" and row["arm"] == "same" and row["base"] == "h32_full")  # fmt: skip
+    assert steps == np.linspace(1, 100, 10, dtype=int).tolist()
+    with open(measured_study.parent / "out" / "comparisons.csv") as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+
+
+def test_the_report_says_what_is_beyond_two_standard_errors(
+    measured_study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["study", "report", str(measured_study)]) == 0
+    out = measured_study.parent / "out"
+    assert capsys.readouterr().out.splitlines() == [str(out / "report.html"), str(out / "report.md")]
+    text = (out / "report.md").read_text()
+    beyond, _, rest = text.partition("Not told apart by two standard errors, branches of h32_full:")
+    assert "- worse: loss on held_out (documents up to 256): +3." in beyond
+    assert "- better: loss on held_out (documents up to 256): -1." in beyond
+    assert "- worse: niah_single at 64 (held_out): 0.250 of full's score (± 0.112 over 16 samples, ± 0.000 over 3 orders)." in beyond  # fmt: skip
+    assert "- same: loss on held_out" in rest
+    assert "| worse | 1 2 3 | 25.0% | 1,000 |" in text
+    page = (out / "report.html").read_text()
+    assert "<h3>Beyond two standard errors</h3>" in page
+    assert page.count("data:image/png;base64,") == 3
+    assert 'src="http' not in page
+
+
+def test_plots_show_differences_and_scores(measured_study: Path) -> None:
+    assert main(["study", "plot", str(measured_study)]) == 0
+    plots = measured_study.parent / "out" / "plots"
+    assert {path.name for path in plots.iterdir()} == {"position.png", "steps.png", "scores_held_out.png"}
+    for path in plots.iterdir():
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+        for color in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)):
+            assert (pixels == color).all(1).sum() > 50, (path.name, color)
+
+
+def test_in_one_order_nothing_is_told_apart(measured_study: Path) -> None:
+    for run in runs_of(measured_study):
+        if run.base and run.config.training.seed > 1:
+            shutil.rmtree(run.folder / "evaluation")
+    row = row_of(collected(measured_study), arm="worse", task="documents")
+    assert (row["orders"], row["verdict"], row["difference_error_orders"]) == ([1], "unknown", None)
+    assert row["difference_error_items"] > 0
+    assert main(["study", "report", str(measured_study)]) == 0
+    text = (measured_study.parent / "out" / "report.md").read_text()
+    assert "Unknown: in one order of the data only, branches of h32_full:" in text
+    assert "Beyond two standard errors, branches" not in text
+
+
+def test_what_cannot_be_compared_is_told(measured_study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*command: str) -> str:
+        assert main(["study", *command, str(measured_study)]) == 2
+        return capsys.readouterr().err
+
+    assert "there is nothing to fit; `study report` compares them" in refused("fit")
+    runs = {run.name: run for run in runs_of(measured_study)}
+    path = runs["same_order1_from_h32_full"].folder / "evaluation" / "held_out" / "documents.jsonl"
+    text = path.read_text()
+    longest = max(line["tokens"] for line in lines_of(runs["same_order1_from_h32_full"], "documents"))
+    path.write_text(text.replace(f'"tokens": {longest}', f'"tokens": {longest - 1}'))
+    assert "same of h32_full, held_out, documents: item" in refused("collect")
+    path.write_text(text.replace('"nll_sums"', '"sums"'))
+    assert "has no results of `evaluate`" in refused("collect")
+    path.write_text(text)
+    for run in runs.values():
+        if run.variant == "full" and run.base:
+            shutil.rmtree(run.folder / "evaluation")
+    assert "no arm and full are trained and evaluated in one order" in refused("report")
+
+
+def test_a_study_of_branches_runs_from_base_to_report(
+    tiny_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(tiny_config))
+    study = {
+        "base": str(tmp_path / "base.yaml"),
+        "output": str(tmp_path / "out"),
+        "overrides": {"attention.kind": "full", "data.seq_length": 64, "evaluation.every": 2},
+        "branches": {
+            "overrides": {"data.seq_length": 128, "training.steps": 4},
+            "arms": [
+                {"name": "full", "attention.kind": "full"},
+                {"name": "dash_50", "attention.chunk_size": 16, "attention.target_density": 0.5},
+            ],
+            "orders": [1, 2],
+            "reference": "full",
+            "evaluate": {"held_out": "--tasks documents,copy --samples 8 --lengths 128"},
+        },
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study))
+    assert submit_studies([path], at_once=2, only=["*order1*"]) == 0, capsys.readouterr().out
+    before = {run.name: (run.folder / "metrics.jsonl").stat().st_mtime_ns for run in runs_of(path)[:3]}
+    assert submit_studies([path], at_once=2) == 0
+    assert all((tmp_path / "out" / "runs" / name / "metrics.jsonl").stat().st_mtime_ns == x for name, x in before.items())  # fmt: skip
+    rows = collected(path)
+    row = row_of(rows, base="full", arm="dash_50", task="documents")
+    assert (row["orders"], row["items"]) == ([1, 2], 8)
+    assert 0 < abs(row["relative"]) < 0.1
+    assert {row["to"] for row in rows if row["task"] == "documents"} == {None, 64, 128}
+    assert {row["step"] for row in rows if row["task"] == "valid_loss"} == {2, 4}
+    for run in runs_of(path)[1:]:
+        assert run.config == load_study_config(run.folder)
+    assert main(["study", "report", str(path)]) == 0
+    assert "dash_50: loss on held_out" in (tmp_path / "out" / "report.md").read_text()
+
+
+def load_study_config(folder: Path) -> Any:
+    from dash_megatron.config import config_of_stored_run
+
+    return config_of_stored_run(yaml.safe_load((folder / "config.yaml").read_text()))
