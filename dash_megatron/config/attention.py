@@ -39,6 +39,10 @@ class AttentionConfig(Section):
     `{0: 1.0, 2000: 0.25}`, gives targets by step, with straight lines between them. Every query head of a group selects at
     least one past chunk, and all heads of the group attend to what any of them selects: a target near
     (1 + heads / kv_heads) chunks a token leaves the router no choice."""
+    density_budget: Literal["layer", "model"] = "layer"
+    """Whose density `target_density` holds. With `layer` every layer selects its target. With `model` the mean over layers is
+    held: the scaling factors of all layers move in proportion, and layers may share the budget as they train, most of all
+    with `learned_scaling`."""
     local_chunks: int = Field(default=0, ge=0)
     """Chunks before the token's own that every token attends to whatever the router says, with prior 0; the router selects
     among those before them. Chunks of 32 with 4 of them and `query_pool: 16` ended 0.9% above full attention's loss at a

@@ -1,10 +1,11 @@
-"""Control of density: each layer's scaling factor is moved until its router selects the share of chunks asked for."""
+"""Control of density: scaling factors are moved until the routers select the share of chunks asked for."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from dash_megatron.config import AttentionConfig
@@ -27,8 +28,9 @@ _LEAST = 1e-3
 class DensityController:
     """Moves scaling factors towards `attention.target_density`; without a target it does nothing.
 
-    An integral controller on the log-odds of a running mean of the measured density. Every process computes the same factors
-    from the same measurements.
+    An integral controller on the log-odds of a running mean of the measured density: of each layer alone, or of all layers
+    together, whose factors then move in proportion (`attention.density_budget`). Every process computes the same factors from
+    the same measurements.
 
     Args:
         attention: section of the config.
@@ -38,7 +40,7 @@ class DensityController:
     def __init__(self, attention: AttentionConfig, layers: Mapping[int, DashCoreAttention]) -> None:
         self._attention = attention
         self._cores = layers
-        self._means: dict[int, float] = {}
+        self._means: dict[str, float] = {}
 
     def update(self, step: int, densities: Sequence[float | None]) -> None:
         """Take in a step's measurement and set the factors of the next.
@@ -47,26 +49,40 @@ class DensityController:
             step: number of finished steps.
             densities: selected over available chunks of all processes, for each layer; None without a router.
         """
-        for layer, core in self._cores.items():
-            density, target = densities[layer], self._attention.target_density_at(step, layer)
-            if density is None or not math.isfinite(density) or target is None:
+        for name, layers in self._groups().items():
+            found = [densities[layer] for layer in layers]
+            targets = [self._attention.target_density_at(step, layer) for layer in layers]
+            known = [density for density in found if density is not None and math.isfinite(density)]
+            asked = [target for target in targets if target is not None]
+            if not layers or len(known) < len(layers) or len(asked) < len(layers):
                 continue
-            mean = self._means.get(layer, density)
-            self._means[layer] = mean = mean + _WEIGHT * (density - mean)
+            density, target = fmean(known), fmean(asked)
+            mean = self._means.get(name, density)
+            self._means[name] = mean = mean + _WEIGHT * (density - mean)
             move = _GAIN * (_log_odds(mean) - _log_odds(target))
-            before = math.log(core.scaling_factor)
-            wanted = before + max(-_MOST_PER_STEP, min(_MOST_PER_STEP, move))
-            logarithm = max(-_MOST_IN_ALL, min(_MOST_IN_ALL, wanted))
-            core.scaling_factor = math.exp(logarithm)
-            if logarithm != wanted and abs(before) < _MOST_IN_ALL - 1e-9:
+            move = max(-_MOST_PER_STEP, min(_MOST_PER_STEP, move))
+            if any([self._move(layer, move) for layer in layers]):
                 logger.warning(
-                    "step %d: layer %d's density is %.1f%%, and no scaling factor brings it to attention.target_density=%g: "
+                    "step %d: the density of %s is %.1f%%, and no scaling factor brings it to attention.target_density=%g: "
                     "each query head selects a past chunk, and documents may be short; ask for more",
                     step,
-                    layer,
+                    name,
                     100 * mean,
                     target,
                 )
+
+    def _groups(self) -> dict[str, list[int]]:
+        """The layers whose mean density is held, by a name of theirs."""
+        if self._attention.density_budget == "model":
+            return {"all layers": list(self._cores)}
+        return {f"layer {layer}": [layer] for layer in self._cores}
+
+    def _move(self, layer: int, move: float) -> bool:
+        """Move the logarithm of a layer's factor; tell whether it has just come to its limit."""
+        before = math.log(self._cores[layer].scaling_factor)
+        after = max(-_MOST_IN_ALL, min(_MOST_IN_ALL, before + move))
+        self._cores[layer].scaling_factor = math.exp(after)
+        return after != before + move and abs(before) < _MOST_IN_ALL - 1e-9
 
     def begin_as(self, earlier: AttentionConfig) -> None:
         """Take over the scaling factors of the run whose weights this one starts from.
@@ -100,13 +116,15 @@ class DensityController:
         if self._attention.target_density is None:
             return {}
         factors = {str(layer): core.scaling_factor for layer, core in self._cores.items()}
-        return {"factors": factors, "means": {str(layer): mean for layer, mean in self._means.items()}}
+        return {"factors": factors, "means": dict(self._means)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` gave. Without a target now, factors stay where an earlier target had moved them."""
         for layer, core in self._cores.items():
             core.scaling_factor = state.get("factors", {}).get(str(layer), core.scaling_factor)
-        self._means = {int(layer): mean for layer, mean in state.get("means", {}).items()}
+        # earlier releases wrote the layer's number alone
+        means = state.get("means", {})
+        self._means = {f"layer {name}" if name.isdigit() else name: mean for name, mean in means.items()}
 
 
 def _log_odds(density: float) -> float:

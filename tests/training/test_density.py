@@ -17,10 +17,12 @@ from tests.training.test_resume import EXACT, run_of
 from tests.training.workers import train_all
 
 
-def simulate(target: Any, steps: int, slopes: tuple[float, ...] = (1.0, 0.5), noise: float = 0.05) -> Any:
+def simulate(
+    target: Any, steps: int, slopes: tuple[float, ...] = (1.0, 0.5), noise: float = 0.05, **attention: Any
+) -> Any:
     """Layers whose log-odds of density fall with the logarithm of their factor: densities by step, which are measured with noise."""
     layers: Any = {i: SimpleNamespace(scaling_factor=1.0) for i in range(len(slopes))}
-    controller = DensityController(AttentionConfig(target_density=target), layers)
+    controller = DensityController(AttentionConfig(target_density=target, **attention), layers)
     generator, history = random.Random(0), []
     for step in range(1, steps + 1):
         true = [
@@ -42,6 +44,26 @@ def test_density_reaches_its_target_within_two_points_and_stays_there(target: fl
 def test_each_layer_has_its_own_target() -> None:
     history, _, _ = simulate((0.6, 0.2), 400)
     assert history[-1] == pytest.approx([0.6, 0.2], abs=0.02)
+
+
+def test_layers_share_the_budget_of_the_model() -> None:
+    history, controller, layers = simulate((0.5, 0.1), 400, density_budget="model")
+    assert sum(history[-1]) / 2 == pytest.approx(0.3, abs=0.02)
+    # one factor for both: the layer whose density falls faster with it is the sparser one
+    assert layers[0].scaling_factor == pytest.approx(layers[1].scaling_factor)
+    assert history[-1][0] < history[-1][1] - 0.1
+    other = DensityController(AttentionConfig(target_density=0.3, density_budget="model"), layers)
+    other.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    assert other.state_dict() == controller.state_dict()
+
+
+def test_a_state_of_earlier_releases_is_taken_up() -> None:
+    _, controller, _ = simulate(0.3, 10)
+    state = controller.state_dict()
+    old = {**state, "means": {name.removeprefix("layer "): mean for name, mean in state["means"].items()}}
+    assert set(old["means"]) == {"0", "1"}
+    controller.load_state_dict(old)
+    assert controller.state_dict() == state
 
 
 def test_a_schedule_is_followed_with_straight_lines_between_its_steps() -> None:
