@@ -29,9 +29,10 @@ class AttentionConfig(Section):
     """Above 0, the routing scores of a token with n past chunks to select from are also multiplied by `1 + length_scaling * ln(n)`, as in
     adaptive-scalable entmax (arXiv 2506.16640); it keeps the density from rising with the length of a document. At 1000
     chunks, 0.1 makes a factor of 1.7."""
-    learned_scaling: bool = False
-    """Learn a factor on the routing scores for each kv head of each layer; it starts at 1 and multiplies
-    `scaling_factor`."""
+    learned_scaling: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Above 0, a factor on the routing scores is learned for each kv head of each layer. It is
+    `exp(learned_scaling * parameter)`, starts at 1 and multiplies `scaling_factor`. The number says how fast it moves beside
+    the other weights: with 1 (or `true`, as earlier releases wrote it) Adam hardly moves it in a run, with 20 it does."""
     target_density: float | tuple[float, ...] | dict[int, float | tuple[float, ...]] | None = None
     """Share of the causally available chunks to be selected, over all tokens together, above 0 and up to 1: about the share
     of full attention's pairs that is attended to. The scaling factor of each layer is moved, starting from

@@ -38,7 +38,7 @@ def core_attention_parameters(config: Config) -> int:
     model, kind = config.model, config.attention.kind
     D = model.channels_per_head
     if kind == "dash":
-        return model.kv_heads * (D + config.attention.learned_scaling)
+        return model.kv_heads * (D + (config.attention.learned_scaling > 0))
     if kind == "nsa":
         return 2 * model.kv_heads * _compression_parameters(config) + 3 * model.heads * (D + 1)
     return 0

@@ -109,7 +109,7 @@ def _attention(tree: dict[str, Any], layers: int) -> AttentionConfig:
         length_scaling=tree.get("length_scaling") or 0.0,
         local_chunks=tree.get("local_chunks") or 0,
         query_pool=tree.get("query_pool") or 1,
-        learned_scaling=tree.get("learned_scaling") or False,
+        learned_scaling=float(tree.get("learned_scaling") or 0),
         sigma=_need(tree, "sigma"),
         estimate_diagonal=_need(tree, "estimate_diagonal"),
         alpha=tree.get("alpha", 1.5),

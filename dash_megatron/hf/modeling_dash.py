@@ -410,7 +410,9 @@ class DashSelfAttention(nn.Module):
                 getattr(config, "query_pool", 1),
             )
             self.indexer_log_scaling: nn.Parameter | None = None
-            if getattr(config, "learned_scaling", False):
+            # how fast the factors were learned; older exports say True for 1
+            self.log_scaling_rate = float(getattr(config, "learned_scaling", None) or 0)
+            if self.log_scaling_rate:
                 self.indexer_log_scaling = nn.Parameter(torch.zeros(self.kv_heads))
         self.backend = "auto"
         """"auto": the package's kernels on CUDA; "torch": this file alone; else the package's backend of that name."""
@@ -459,7 +461,8 @@ class DashSelfAttention(nn.Module):
             return self.router
         log = self.indexer_log_scaling
         # in half precision, neighbouring factors would be a percent apart
-        factor = self.router.scaling_factor * (log if log.dtype == torch.float64 else log.float()).exp()
+        log_factor = self.log_scaling_rate * (log if log.dtype == torch.float64 else log.float())
+        factor = self.router.scaling_factor * log_factor.exp()
         return self.router._replace(scaling_factor=factor)
 
     def _attend_fully(self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, latest_start: int) -> Tensor:

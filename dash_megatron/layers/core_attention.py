@@ -175,8 +175,8 @@ class DashCoreAttention(CoreAttention):
     """DashAttention (arXiv 2605.18753) as Megatron core attention.
 
     Owns the summary query, [kv heads of this rank, D], zero at initialisation, so that a chunk's summary starts as
-    its mean key; with `attention.learned_scaling` also the logarithm of a factor on routing scores, [kv heads of this
-    rank], zero too. Both are marked as sharded by kv head over the tensor-parallel group.
+    its mean key; with `attention.learned_scaling` also the logarithm of a factor on routing scores over that number, [kv heads of
+    this rank], zero too. Both are marked as sharded by kv head over the tensor-parallel group.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
@@ -209,7 +209,9 @@ class DashCoreAttention(CoreAttention):
     def head_scaling(self) -> Tensor | None:
         """The learned factor of each kv head of this rank, at least float32, which multiplies `scaling_factor`."""
         # in half precision, neighbouring factors would be a percent apart
-        return None if self.log_scaling is None else wide(self.log_scaling)[0].exp()
+        if self.log_scaling is None:
+            return None
+        return (self.attention.learned_scaling * wide(self.log_scaling)[0]).exp()
 
     def _attend_here(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
         summary_query: Tensor = self.summary_query

@@ -109,7 +109,7 @@ def test_summary_query_starts_at_zero_and_is_sharded_by_kv_head() -> None:
 
 
 def test_learned_scaling_starts_at_one_and_is_split_by_kv_head() -> None:
-    config = config_of(attention={"learned_scaling": True, "scaling_factor": 3.0, "length_scaling": 0.5})
+    config = config_of(attention={"learned_scaling": 20.0, "scaling_factor": 3.0, "length_scaling": 0.5})
     model = model_of(config)
     assert sum(p.numel() for p in model.parameters()) == parameter_count(config, VOCABULARY)
     module = model.decoder.layers[1].self_attention.core_attention
@@ -121,10 +121,14 @@ def test_learned_scaling_starts_at_one_and_is_split_by_kv_head() -> None:
         is None
     )
     with torch.no_grad():
-        log.copy_(torch.tensor([0.5, -1.0]))
+        log.copy_(torch.tensor([0.025, -0.05]))
     q, k, v = torch.randn(90, 1, 4, 16), torch.randn(90, 1, 2, 16), torch.randn(90, 1, 2, 16)
     expected = dash_attention(
-        *(x.transpose(0, 1) for x in (q, k, v)), module.summary_query, 16, 3 * log.exp(), length_scaling=0.5
+        *(x.transpose(0, 1) for x in (q, k, v)),
+        module.summary_query,
+        16,
+        3 * (20 * log).exp(),
+        length_scaling=0.5,
     )
     assert torch.equal(module(q, k, v, None), expected.transpose(0, 1).flatten(2))
 
