@@ -15,7 +15,6 @@ from dash_megatron.ops.kernels.backward_kv import backward_kv
 from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
 from dash_megatron.ops.kernels.route import route
 from dash_megatron.ops.kernels.summarize import summarize
-from dash_megatron.ops.kernels.transpose import partition_work, transpose
 from dash_megatron.ops.types import Router
 
 
@@ -160,20 +159,15 @@ class Stages:
             self.router, self.launches.router, self.deterministic,
         )  # fmt: skip
 
-    def transpose(self) -> None:
-        self.transposed = transpose(self.lists, self.chunks, self.sizes)
-        parts = min(self.launches.parts, self.sizes.least_work)
-        self.partition = partition_work(self.transposed, self.chunks, self.sizes, parts)
-
     def backward_keys(self) -> None:
         self.dk, self.dv, self.dw = backward_kv(
             self.q, self.k, self.v, self.w, self.d_out, self.centred_lse, self.delta, self.tau, self.mean_log, self.mean_dp,
-            self.summary, self.d_summary, self.d_prior, self.lists, self.transposed, self.partition, self.chunks,
-            self.sizes, self.router, self.launches.keys, self.deterministic,
+            self.summary, self.d_summary, self.d_prior, self.lists, self.chunks, self.sizes, self.router, self.launches,
+            self.deterministic,
         )  # fmt: skip
 
     FORWARD = ("layout", "summarize", "route", "attend")
-    BACKWARD = ("backward_queries", "backward_router", "transpose", "backward_keys")
+    BACKWARD = ("backward_queries", "backward_router", "backward_keys")
 
     def run(self, *names: str) -> None:
         for name in names:

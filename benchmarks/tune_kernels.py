@@ -97,8 +97,6 @@ def try_time(stages: Stages, stage: str, launches: Launches) -> float:
     """Milliseconds of one stage, infinite for a configuration that does not fit the GPU."""
     stages.launches = launches
     try:
-        if stage == "keys":
-            stages.run("transpose")
         return milliseconds(getattr(stages, STAGE_METHOD[stage]), DEVICE, budget_ms=40)
     except (
         triton.runtime.errors.OutOfResources,

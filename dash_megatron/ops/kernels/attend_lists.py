@@ -13,7 +13,6 @@ from dash_megatron.ops.kernels.backward_kv import backward_kv_lists
 from dash_megatron.ops.kernels.backward_q import backward_q
 from dash_megatron.ops.kernels.configs import Launches
 from dash_megatron.ops.kernels.geometry import Lists, Sizes
-from dash_megatron.ops.kernels.transpose import partition_work, transpose
 
 
 class _AttendLists(torch.autograd.Function):
@@ -36,11 +35,9 @@ class _AttendLists(torch.autograd.Function):
         dq, delta, centred_lse = backward_q(
             q, k, v, out, d_out, lse, lists, mean_log, None, chunks, sizes, 1.0, launches.queries
         )
-        transposed = transpose(lists, chunks, sizes)
-        partition = partition_work(transposed, chunks, sizes, min(launches.parts, sizes.least_work))
         dk, dv = backward_kv_lists(
-            q, k, v, d_out, centred_lse, delta, mean_log, lists, transposed, partition, chunks, sizes, 1.0, launches.keys
-        )  # fmt: skip
+            q, k, v, d_out, centred_lse, delta, mean_log, lists, chunks, sizes, 1.0, launches
+        )
         return dq, dk, dv, *(None,) * 7
 
 

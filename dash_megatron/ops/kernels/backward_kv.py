@@ -4,44 +4,28 @@ Early chunks are listed by almost every tile. So the work of all chunks is conca
 chunk cut by a boundary leaves one partial sum per part, which the last kernel adds in order.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_megatron.ops.kernels.backward_summary import summary_gradient, token_factors
-from dash_megatron.ops.kernels.configs import HOPPER, Config
+from dash_megatron.ops.kernels.backward_kv_pairs import plan_sums, sum_pairs
+from dash_megatron.ops.kernels.backward_summary import (
+    Summaries,
+    routing_scales,
+    summary_gradient,
+    token_factors,
+)
+from dash_megatron.ops.kernels.configs import HOPPER, PAIRS, Config, Launches
 from dash_megatron.ops.kernels.geometry import Lists, Sizes, own_places
 from dash_megatron.ops.kernels.hopper import HOPPER_ROWS, fits_hopper
-from dash_megatron.ops.kernels.route import score_scale
 from dash_megatron.ops.kernels.summarize import summary_gradients
-from dash_megatron.ops.kernels.tiles import LOG2_E, load_rows
-from dash_megatron.ops.kernels.transpose import Transposed, WorkPartition
+from dash_megatron.ops.kernels.tiles import LOG2_E, load_rows, place_sums
+from dash_megatron.ops.kernels.transpose import Transposed, WorkPartition, partition_work, transpose
 from dash_megatron.ops.types import Router
 
 # Keys of a chunk that the Hopper kernel takes.
 HOPPER_KEYS = 64
-
-
-@triton.jit
-def _place_sums(
-    i_p, i_row, i_h, begins, ends, o_c, o_k, m_k, HKV: tl.constexpr, C: tl.constexpr, DIRECT: tl.constexpr
-):
-    """Slot of a part's sums for a row that begins or ends in it; for each key the place in units of D, and whether to store."""
-    # slot 0 of a part: a row that began in an earlier part; slot 1: one that began here
-    i_slot = i_p * 2 + begins.to(tl.int64)
-    p_row, m_row = i_slot * C + o_c, o_c < C
-    if begins & ends:
-        # behind the slots of the parts lie slots for whole rows, or the gradients themselves
-        i_slot = tl.num_programs(0) * 2 + i_row
-        if DIRECT:
-            p_row = tl.num_programs(0).to(tl.int64) * (2 * C) + o_k.to(tl.int64) * HKV + i_h
-            m_row = m_k
-        else:
-            p_row = i_slot * C + o_c
-    return i_slot, p_row, m_row
 
 
 @triton.jit
@@ -131,8 +115,8 @@ def _dkv_kernel(
                     None if factor is None else factor + i_n * HKV + i_h + o_rn * HKV,
                     m_n & listed, score_scale, gradient_scale, exponent, inv_sigma, G, ALPHA_15,
                 )  # fmt: skip
-        i_slot, p_row, m_row = _place_sums(
-            i_p, i_row, i_h, here == begin, stop >= end, o_c, o_k, m_k, HKV, C, DIRECT
+        i_slot, p_row, m_row = place_sums(
+            i_p, tl.num_programs(0), i_row, i_h, here == begin, stop >= end, o_c, o_k, m_k, HKV, C, DIRECT
         )
         p_out, m_out = p_row[:, None] * D + o_d[None, :], m_row[:, None] & m_d[None, :]
         tl.store(dk_sum + p_out, b_dk * inv_sqrt_d, mask=m_out)
@@ -195,18 +179,6 @@ def _finish_kernel(
     tl.store(dv + p_out, b_dv.to(dv.dtype.element_ty), mask=m_kd)
 
 
-class Summaries(NamedTuple):
-    """What the pass over the transposed lists needs to sum the gradient of the summaries as well."""
-
-    tau: Tensor
-    mean_dp: Tensor
-    summary: Tensor
-    d_prior: Tensor
-    factor: Tensor | None
-    """Of `token_factors`."""
-    router: Router
-
-
 def _sum_parts(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, mean_log: Tensor,
     log_prior: Tensor, transposed: Transposed, partition: WorkPartition, keys: Tensor, queries: Tensor, sums: Tensor,
@@ -220,15 +192,11 @@ def _sum_parts(
     """
     D = sizes.head_dim
     tau, mean_dp, summary, d_prior, factor, router = summaries or (None,) * 6
-    # score scale, gradient scale and exponent
-    routing = (0.0, 0.0, 0.0)
-    if router is not None:
-        routing = score_scale(router, D), router.scaling_factor * D**-0.5, router.exponent
     _dkv_kernel[(len(partition.row), sizes.chunk_size // config.keys)](
         q, k, v, d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, log_prior, d_prior, factor,
         *transposed, *partition, *sums, ds_sum, *keys, *queries, keys.stride(1),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        D**-0.5 * LOG2_E, D**-0.5, *routing, inv_sigma, keys.shape[2],
+        D**-0.5 * LOG2_E, D**-0.5, *routing_scales(router, D), inv_sigma, keys.shape[2],
         **sizes.constants, KEYS=config.keys, ROWS=min(config.block, sizes.tile_rows), STAGES=config.num_stages,
         ALPHA_15=router is not None and router.alpha == 1.5, SUMMARY=summaries is not None, DIRECT=direct,
         num_warps=config.num_warps,
@@ -254,80 +222,112 @@ def _finish(
     )  # fmt: skip
 
 
-def _sum_slots(
-    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, mean_log: Tensor,
-    log_prior: Tensor, transposed: Transposed, partition: WorkPartition, chunks: Tensor, ds_sum: Tensor | None,
-    summaries: Summaries | None, sizes: Sizes, inv_sigma: float, config: Config,
-) -> Tensor:  # fmt: skip
-    """The partial sums of `_sum_parts` where keys lie with the queries, by the Hopper kernel where it fits."""
-    slots = _num_slots(partition)
-    sums = torch.empty(2, slots, sizes.chunk_size, sizes.head_dim, dtype=torch.float32, device=k.device)
-    hopper = (
-        config.kernel == HOPPER
-        and summaries is None
-        and sizes.chunk_size == HOPPER_KEYS
-        and sizes.group == sizes.padded_group
-        and sizes.tile_rows % HOPPER_ROWS == 0
-        and fits_hopper(q, k, v, sizes)
-    )
-    if hopper:
-        from dash_megatron.ops.kernels.backward_kv_hopper import sum_hopper
-
-        sum_hopper(
-            q, k, v, d_out, centred_lse, delta, mean_log, log_prior, transposed, partition, sums, chunks, sizes,
-            inv_sigma, config,
-        )  # fmt: skip
-    else:
-        places = own_places(None, chunks, sizes)
-        _sum_parts(
-            q, k, v, d_out, centred_lse, delta, mean_log, log_prior, transposed, partition, places, places, sums,
-            ds_sum, summaries, sizes, inv_sigma, config, False,
-        )  # fmt: skip
-    return sums
-
-
 def _num_slots(partition: WorkPartition) -> int:
     """Two for each part, and one for each row."""
     return 2 * len(partition.row) + len(partition.work) - 1
 
 
+def _sum_slots(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, mean_log: Tensor, lists: Lists,
+    chunks: Tensor, summaries: Summaries | None, sizes: Sizes, inv_sigma: float, launches: Launches,
+) -> tuple[Tensor, Tensor | None, WorkPartition]:  # fmt: skip
+    """The partial sums of `_sum_parts` where keys lie with the queries, and the partition they belong to."""
+    config, places, window = launches.keys, own_places(None, chunks, sizes), (0, sizes.num_chunks)
+    rows = q, k, v, d_out, centred_lse, delta, mean_log
+    by_pair = config.kernel == PAIRS
+    if by_pair:
+        plan = plan_sums(lists, chunks, places, sizes, window, launches.parts, config)
+        partition = plan.partition
+    else:
+        transposed = transpose(lists, chunks, sizes, window)
+        partition = partition_work(transposed, chunks, sizes, min(launches.parts, sizes.least_work))
+    slots, C, D = _num_slots(partition), sizes.chunk_size, sizes.head_dim
+    sums = torch.empty(2, slots, C, D, dtype=torch.float32, device=k.device)
+    ds_sum = None if summaries is None else torch.empty(slots, D, dtype=torch.float32, device=k.device)
+    if by_pair:
+        sum_pairs(
+            *rows,
+            lists,
+            plan,
+            chunks,
+            places,
+            places,
+            sums,
+            ds_sum,
+            summaries,
+            sizes,
+            inv_sigma,
+            config,
+            False,
+        )
+    elif summaries is None and _takes_hopper(q, k, v, sizes, config):
+        from dash_megatron.ops.kernels.backward_kv_hopper import sum_hopper
+
+        sum_hopper(*rows, lists.log_prior, transposed, partition, sums, chunks, sizes, inv_sigma, config)
+    else:
+        _sum_parts(
+            *rows, lists.log_prior, transposed, partition, places, places, sums, ds_sum, summaries, sizes, inv_sigma,
+            config, False,
+        )  # fmt: skip
+    return sums, ds_sum, partition
+
+
+def _takes_hopper(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, config: Config) -> bool:
+    return (
+        config.kernel == HOPPER
+        and sizes.chunk_size == HOPPER_KEYS
+        and sizes.group == sizes.padded_group
+        and sizes.tile_rows % HOPPER_ROWS == 0
+        and fits_hopper(q, k, v, sizes)
+    )
+
+
 def backward_kv(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, tau: Tensor,
     mean_log: Tensor, mean_dp: Tensor, summary: Tensor, d_summary: Tensor, d_prior: Tensor, lists: Lists,
-    transposed: Transposed, partition: WorkPartition, chunks: Tensor, sizes: Sizes, router: Router, config: Config,
-    deterministic: bool, factor: Tensor | None = None,
+    chunks: Tensor, sizes: Sizes, router: Router, launches: Launches, deterministic: bool, factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of k and v, [tokens, Hkv, D] in their dtype, and of w, float32 [Hkv, D].
 
     With `deterministic` the gradient of the summaries is summed here, in order, instead of taken from `d_summary`; only
     then `factor`, that of `route`, matters.
     """
-    ds_sum, summaries = d_summary, None
+    summaries = None
     if deterministic:
-        ds_sum = torch.empty(_num_slots(partition), sizes.head_dim, dtype=torch.float32, device=k.device)
         factor = token_factors(factor, chunks[0], len(q))
         summaries = Summaries(tau, mean_dp, summary, d_prior, factor, router)
-    sums = _sum_slots(
-        q, k, v, d_out, centred_lse, delta, mean_log, lists.log_prior, transposed, partition, chunks, ds_sum, summaries,
-        sizes, router.inv_sigma, config,
-    )  # fmt: skip
+    sums, ds_sum, partition = _sum_slots(
+        q,
+        k,
+        v,
+        d_out,
+        centred_lse,
+        delta,
+        mean_log,
+        lists,
+        chunks,
+        summaries,
+        sizes,
+        router.inv_sigma,
+        launches,
+    )
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     dw_chunk = torch.empty(summary.shape, dtype=torch.float32, device=k.device)
     places = own_places(None, chunks, sizes)
+    ds_sum = d_summary if ds_sum is None else ds_sum
     _finish(k, w, sums, ds_sum, dk, dv, dw_chunk, partition, places, sizes, deterministic, False)
     return dk, dv, dw_chunk.sum(1)
 
 
 def backward_kv_lists(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, mean_log: Tensor, lists: Lists,
-    transposed: Transposed, partition: WorkPartition, chunks: Tensor, sizes: Sizes, inv_sigma: float, config: Config,
+    chunks: Tensor, sizes: Sizes, inv_sigma: float, launches: Launches,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of k and v [tokens, Hkv, D], in their dtype, through attention alone: there are no summaries."""
-    sums = _sum_slots(
-        q, k, v, d_out, centred_lse, delta, mean_log, lists.log_prior, transposed, partition, chunks, None, None,
-        sizes, inv_sigma, config,
-    )  # fmt: skip
+    sums, _, partition = _sum_slots(
+        q, k, v, d_out, centred_lse, delta, mean_log, lists, chunks, None, sizes, inv_sigma, launches
+    )
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     places = own_places(None, chunks, sizes)
@@ -337,20 +337,31 @@ def backward_kv_lists(
 
 def backward_kv_buffer(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, mean_log: Tensor, lists: Lists,
-    transposed: Transposed, partition: WorkPartition, keys: Tensor, queries: Tensor, sizes: Sizes, inv_sigma: float,
-    config: Config,
+    window: tuple[int, int], chunks: Tensor, keys: Tensor, queries: Tensor, sizes: Sizes, inv_sigma: float,
+    launches: Launches,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Float32 gradients of a buffer's k and v [rows, Hkv, D] through attention alone; zero in rows of no chunk.
 
-    `keys` and `queries` are those of `_sum_parts`, of the chunks in the window that was transposed.
+    `keys` and `queries` are those of `_sum_parts`, of the chunks in the window first <= c < last, in which those of the lists lie.
     """
+    config, by_pair = launches.keys, launches.keys.kernel == PAIRS
+    rows = q, k, v, d_out, centred_lse, delta, mean_log
+    if by_pair:
+        plan = plan_sums(lists, chunks, queries, sizes, window, launches.parts, config)
+        partition = plan.partition
+    else:
+        transposed = transpose(lists, chunks, sizes, window)
+        partition = partition_work(transposed, chunks, sizes, launches.parts, queries)
     slots = 2 * len(partition.row) * sizes.chunk_size * sizes.head_dim
     # The buffer may hold few of the window's chunks: no slots for all of these. Zero, since parts may be empty.
     sums = torch.zeros(2, slots + k.numel(), dtype=torch.float32, device=k.device)
-    _sum_parts(
-        q, k, v, d_out, centred_lse, delta, mean_log, lists.log_prior, transposed, partition, keys, queries, sums,
-        None, None, sizes, inv_sigma, config, True,
-    )  # fmt: skip
+    if by_pair:
+        sum_pairs(*rows, lists, plan, chunks, keys, queries, sums, None, None, sizes, inv_sigma, config, True)
+    else:
+        _sum_parts(
+            *rows, lists.log_prior, transposed, partition, keys, queries, sums, None, None, sizes, inv_sigma, config,
+            True,
+        )  # fmt: skip
     dk, dv = sums[:, slots:].unflatten(1, k.shape)
     _finish(k, None, sums, None, dk, dv, None, partition, keys, sizes, False, True)
     return dk, dv

@@ -1,5 +1,7 @@
 """Gradient of the chunk summaries from the rows that list each chunk, summed in order; the deterministic way."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -29,6 +31,25 @@ def summary_gradient(
     b_r = tl.where(b_log > float("-inf"), entmax_jacobian_root(b_x, b_tau, exponent, ALPHA_15), 0.0)
     b_mean_dp = tl.load(p_mean_dp, mask=m_n, other=0.0)
     return tl.sum(b_q * (b_r * (b_dp - b_mean_dp) * gradient_scale)[:, None], 0)
+
+
+class Summaries(NamedTuple):
+    """What the pass to keys and values needs to sum the gradient of the summaries as well."""
+
+    tau: Tensor
+    mean_dp: Tensor
+    summary: Tensor
+    d_prior: Tensor
+    factor: Tensor | None
+    """Of `token_factors`."""
+    router: Router
+
+
+def routing_scales(router: Router | None, head_dim: int) -> tuple[float, float, float]:
+    """What turns q.s into x, what turns the gradient of a score into that of q.s, and entmax's exponent; zeros without a router."""
+    if router is None:
+        return 0.0, 0.0, 0.0
+    return score_scale(router, head_dim), router.scaling_factor * head_dim**-0.5, router.exponent
 
 
 def token_factors(factor: Tensor | None, start: Tensor, num_tokens: int) -> Tensor | None:
@@ -81,7 +102,7 @@ def sum_d_summary(
     Hkv, nc, D = summary.shape
     _d_summary_kernel[(Hkv * nc,)](
         q, tau, mean_dp, summary, log_prior, d_prior, factor, *transposed, d_summary, *q.stride()[:2],
-        score_scale(router, D), router.scaling_factor * D**-0.5, router.exponent, router.inv_sigma, nc,
+        *routing_scales(router, D), router.inv_sigma, nc,
         HKV=Hkv, G=sizes.group, GP=sizes.padded_group, D=D, BLOCK_D=sizes.block_d, T=sizes.tile_tokens,
         ALPHA_15=router.alpha == 1.5, num_warps=4,
     )  # fmt: skip

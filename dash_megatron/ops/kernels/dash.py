@@ -24,7 +24,6 @@ from dash_megatron.ops.kernels.geometry import (
 )
 from dash_megatron.ops.kernels.route import factors, has_factors, route
 from dash_megatron.ops.kernels.summarize import summarize
-from dash_megatron.ops.kernels.transpose import partition_work, transpose
 from dash_megatron.ops.types import Router
 
 
@@ -175,11 +174,9 @@ def _backward(
         rows_q, summary, tau, dq, d_prior, lists, chunks, sizes, router, launches.router, deterministic, factor,
         head_scaling is not None,
     )  # fmt: skip
-    transposed = transpose(lists, chunks, sizes)
-    partition = partition_work(transposed, chunks, sizes, min(launches.parts, sizes.least_work))
     dk, dv, dw = backward_kv(
         rows_q, rows_k, rows_v, rows_w, rows_d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, d_summary,
-        d_prior, lists, transposed, partition, chunks, sizes, router, launches.keys, deterministic, factor,
+        d_prior, lists, chunks, sizes, router, launches, deterministic, factor,
     )  # fmt: skip
     # an op returns tensors only
     d_scaling = q.new_empty(0)

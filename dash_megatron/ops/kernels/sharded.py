@@ -26,7 +26,7 @@ from dash_megatron.ops.kernels.geometry import (
     list_offsets,
     size_tiles,
 )
-from dash_megatron.ops.kernels.transpose import partition_work, transpose
+from dash_megatron.ops.kernels.transpose import transpose
 from dash_megatron.ops.shards import (
     Attended,
     AttentionGradients,
@@ -295,10 +295,8 @@ def attend_backward(
         launches.queries, _own_keys(chunks, keys),
     )  # fmt: skip
     places, own_queries = _keys_and_queries(chunks, keys)
-    transposed = transpose(lists, spans, sizes, (keys.first, keys.last))
-    partition = partition_work(transposed, spans, sizes, launches.parts, own_queries)
     dk, dv = backward_kv_buffer(
-        q, k, v, d_out, centred_lse, delta, state.mean_log, lists, transposed, partition, places, own_queries,
-        sizes, router.inv_sigma, launches.keys,
+        q, k, v, d_out, centred_lse, delta, state.mean_log, lists, (keys.first, keys.last), spans, places, own_queries,
+        sizes, router.inv_sigma, launches,
     )  # fmt: skip
     return AttentionGradients(dq, dk, dv)
