@@ -8,15 +8,19 @@ import torch
 import yaml
 
 from dash_megatron.config import Config
+from dash_megatron.data.blend import parse_blend
 from dash_megatron.hf import probe
 
 
 def model_card(
-    config: Config, step: int, metrics: dict[str, Any], report: probe.Report, dtype: torch.dtype
+    config: Config, step: int, metrics: dict[str, Any], report: probe.Report, dtype: torch.dtype, terms: str
 ) -> str:
     """Write what the model is, how to load it, how exactly it was checked, and how it was trained.
 
+    Of paths it has the last part only: others need not know how folders are named here.
+
     Args:
+        terms: the license, as the Hugging Face hub writes it.
         metrics: the last logged line up to the checkpoint, or nothing.
     """
     name = str(dtype).removeprefix("torch.")
@@ -32,8 +36,9 @@ def model_card(
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
     table = "\n".join(f"| {key} | {value:.6g} |" for key, value in shown.items())
-    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    settings = yaml.safe_dump(_without_paths(config), sort_keys=False)
     return f"""---
+license: {terms}
 library_name: transformers
 pipeline_tag: text-generation
 tags: [dash-attention, long-context]
@@ -67,3 +72,26 @@ their logits differed by at most {report.logits_difference:.1e} (float64 arithme
 ```yaml
 {settings}```
 """
+
+
+def _without_paths(config: Config) -> dict[str, Any]:
+    tree: dict[str, Any] = config.model_dump(mode="json", exclude={"run_dir"})
+    for name in ("train", "valid"):
+        blend = parse_blend(tree["data"][name])
+        tree["data"][name] = [
+            _last(entry) if isinstance(entry, str) else f"{entry[0]:g} {_last(entry[1])}" for entry in blend
+        ]
+    shortened: dict[str, Any] = _shorten(tree)
+    return shortened
+
+
+def _shorten(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _shorten(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_shorten(part) for part in value]
+    return _last(value) if isinstance(value, str) else value
+
+
+def _last(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]

@@ -15,6 +15,9 @@ def add_convert(tools: Any) -> None:
     to_hf.add_argument("output", metavar="OUT", help="folder to make")
     to_hf.add_argument("--step", type=int, help="checkpoint of this step instead of the newest")
     to_hf.add_argument("--dtype", default="bfloat16", help="of the weights: bfloat16 (default) or float32")
+    to_hf.add_argument(
+        "--license", default="apache-2.0", help="of the weights, for the model card; default: apache-2.0"
+    )
     to_hf.set_defaults(run=_to_hf)
     from_hf = directions.add_parser(
         "from-hf", help="weights for training.init_from from a Llama-shaped model"
@@ -28,7 +31,8 @@ def _to_hf(options: argparse.Namespace) -> None:
     # imported late, so that --help is fast
     from dash_megatron.hf.export import export_run
 
-    report = export_run(options.run_dir, options.output, step=options.step, dtype=options.dtype)
+    places = (options.run_dir, options.output)
+    report = export_run(*places, step=options.step, dtype=options.dtype, terms=options.license)
     print(
         f"{options.output}: on {report.num_tokens} tokens the same chunks in every layer as the training model, logits "
         f"within {report.logits_difference:.1e}; rounding weights changed logits by {report.rounding:.2%}"

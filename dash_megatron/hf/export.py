@@ -28,7 +28,12 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def export_run(
-    run_dir: str | Path, output: str | Path, *, step: int | None = None, dtype: str = "bfloat16"
+    run_dir: str | Path,
+    output: str | Path,
+    *,
+    step: int | None = None,
+    dtype: str = "bfloat16",
+    terms: str = "apache-2.0",
 ) -> probe.Report:
     """Write a run's checkpoint, of any layout, as a folder that transformers loads; on CPU, a layer at a time.
 
@@ -37,6 +42,7 @@ def export_run(
         output: the folder to make; may not exist.
         step: which checkpoint; None: the newest.
         dtype: of the weights, "bfloat16" or "float32".
+        terms: license of the weights, for the model card.
 
     Returns:
         How exactly the exported model agrees with the training model.
@@ -55,11 +61,11 @@ def export_run(
             "only runs of attention.kind=dash and full are exported"
         )
     with new_folder(Path(output)) as folder:
-        return _write(folder, config, step, weights, DTYPES[dtype])
+        return _write(folder, config, step, weights, DTYPES[dtype], terms)
 
 
 def _write(
-    folder: Path, config: Config, step: int, weights: Mapping[str, Tensor], dtype: torch.dtype
+    folder: Path, config: Config, step: int, weights: Mapping[str, Tensor], dtype: torch.dtype, terms: str
 ) -> probe.Report:
     source = Path(str(config.data.tokenizer))
     tokenizer = Tokenizer(source)
@@ -92,5 +98,6 @@ def _write(
     logged = Path(config.run_dir) / "metrics.jsonl"
     lines = read_json_lines(logged) if logged.is_file() else []
     last = [line for line in lines if line["step"] <= step][-1:]
-    (folder / "README.md").write_text(model_card(config, step, last[0] if last else {}, report, dtype))
+    card = model_card(config, step, last[0] if last else {}, report, dtype, terms)
+    (folder / "README.md").write_text(card)
     return report

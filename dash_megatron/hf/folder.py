@@ -1,4 +1,4 @@
-"""Folders of safetensors: one file for each piece of the model is written, and tensors are read and their shapes checked."""
+"""Folders of safetensors: pieces of the model are written, and tensors are read and their shapes checked."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from dash_megatron.hf.names import Piece
 MODEL_SECTIONS = "model.yaml"
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+FILE_BYTES = 1 << 30
+"""A file of weights is closed when it has so many, which is also what is held in memory beside one piece."""
 
 
 def check_new(output: Path) -> None:
@@ -55,25 +57,38 @@ def write_pieces(
     parts: list[Piece],
     tensors_of: Callable[[Piece], dict[str, Tensor]],
 ) -> None:
-    """Write every piece to a file of its own, then the index; one piece at a time is in memory.
+    """Write the pieces one after the other: one file if they are small, else several and an index.
 
     Args:
         folder: where to write.
         parts: the pieces, in order.
         tensors_of: makes the tensors of a piece.
     """
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, piece in enumerate(parts, 1):
-        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        tensors = tensors_of(piece)
-        with usual_mode(folder / file):
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        del tensors  # before the next ones are made
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    files: list[dict[str, int]] = []
+    waiting: dict[str, Tensor] = {}
+
+    def close() -> None:
+        with usual_mode(path := folder / f"{len(files)}.partial"):
+            save_file(waiting, path, metadata={"format": "pt"})
+        files.append({name: tensor.nbytes for name, tensor in waiting.items()})
+        waiting.clear()
+
+    for piece in parts:
+        waiting |= tensors_of(piece)
+        if sum(tensor.nbytes for tensor in waiting.values()) >= FILE_BYTES:
+            close()
+    if waiting:
+        close()
+    count = len(files)
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    names = names if count > 1 else [_SINGLE]
+    for number, name in enumerate(names):
+        os.rename(folder / f"{number}.partial", folder / name)
+    if count > 1:
+        weight_map = {tensor: name for name, held in zip(names, files, strict=True) for tensor in held}
+        total = sum(sum(held.values()) for held in files)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def take(

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from dash_megatron.config import Config, ParallelConfig
+from dash_megatron.hf.folder import FolderWeights
 from dash_megatron.hf.modeling_dash import DashForCausalLM
 from dash_megatron.layers import DashCoreAttention, build_model
 from dash_megatron.ops import sharded_reference
@@ -182,14 +183,12 @@ def run_exported(folder: Path, tokens: Tensor) -> Result:
     config = LlamaConfig.from_pretrained(folder)
     with torch.device("meta"):
         model: Any = DashForCausalLM(config)
-    files = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-
-    unread = set(files)
+    weights = FolderWeights(folder)
+    unread = set(weights)
 
     def read(name: str) -> Tensor:
         unread.discard(name)
-        with safe_open(folder / files[name], framework="pt") as file:
-            return file.get_tensor(name)
+        return weights[name]
 
     x = read("model.embed_tokens.weight")[tokens].double()[None]
     cos, sin = model.model.rotary(torch.arange(len(tokens))[None], x.dtype)
@@ -207,7 +206,7 @@ def run_exported(folder: Path, tokens: Tensor) -> Result:
     if extra := sorted(unread - {head}):
         raise ValueError(f"the exported model does not read {extra[0]}, which the export has")
 
-    return Result(x[0], lambda: _StoredRows(folder / files[head], head), torch.float64, selected)
+    return Result(x[0], lambda: _StoredRows(folder / weights.files[head], head), torch.float64, selected)
 
 
 @torch.no_grad()

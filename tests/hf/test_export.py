@@ -1,6 +1,5 @@
 """Exporting a run: from every layout, the same numbers, or nothing at all."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from dash_megatron.checkpoint.weights import open_weights
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.hf import export, names, probe
 from dash_megatron.hf.export import export_run
-from dash_megatron.hf.folder import INDEX
+from dash_megatron.hf.folder import INDEX, FolderWeights
 from dash_megatron.hf.tokenizer import check_tokenizer
 from tests.hf.conftest import MODELS, training_logits
 from tests.training.test_resume import run_of
@@ -49,11 +48,31 @@ def test_every_layout_exports_its_weights(
     assert "| loss |" in card
     settings = card.partition("```yaml\n")[2].partition("```")[0]
     assert yaml.safe_load(settings)["optimizer"]["lr"] == tiny_config["optimizer"]["lr"]
+    assert card.startswith("---\nlicense: apache-2.0\n")
+    assert yaml.safe_load(settings)["data"]["train"] == ["train"]
+    # neither of the run nor of its data
+    assert "/" not in settings
+    assert str(tmp_path) not in card
+
+
+def test_a_small_model_is_one_file_and_a_large_one_several_of_the_same_tensors(
+    write_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = write_run("dash")
+    export_run(config.run_dir, tmp_path / "one", dtype="float32")
+    assert [path.name for path in (tmp_path / "one").glob("*.safetensors*")] == ["model.safetensors"]
+    monkeypatch.setattr("dash_megatron.hf.folder.FILE_BYTES", 1)
+    export_run(config.run_dir, tmp_path / "several", dtype="float32")
+    assert len(list((tmp_path / "several").glob("model-*-of-00004.safetensors"))) == 4
+    assert (tmp_path / "several" / INDEX).is_file()
+    one, several = read_folder(tmp_path / "one"), read_folder(tmp_path / "several")
+    assert one.keys() == several.keys()
+    assert all(torch.equal(tensor, several[name]) for name, tensor in one.items())
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
     """All tensors, one file after the other, each under the name that the index gives it."""
-    index = json.loads((folder / INDEX).read_text())["weight_map"]
+    index = FolderWeights(folder).files
     tensors = {
         name: (file.name, value)
         for file in folder.glob("*.safetensors")
@@ -181,7 +200,9 @@ def test_the_command_line_exports_and_says_what_is_wrong(
 ) -> None:
     config, _ = write_run("full")
     out = str(tmp_path / "out")
-    assert main(["convert", "to-hf", config.run_dir, out, "--dtype", "float32"]) == 0
+    arguments = ["--dtype", "float32", "--license", "mit"]
+    assert main(["convert", "to-hf", config.run_dir, out, *arguments]) == 0
+    assert "license: mit\n" in (tmp_path / "out" / "README.md").read_text()
     assert "the same chunks in every layer" in capsys.readouterr().out
     assert main(["convert", "to-hf", config.run_dir, out]) == 2
     assert "exists already" in capsys.readouterr().err

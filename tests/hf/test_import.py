@@ -233,7 +233,10 @@ def test_a_wrong_tensor_is_an_error_that_names_it(case: str, tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
-def test_a_damaged_file_and_a_wrong_index_are_errors(write_run: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_damaged_file_and_a_wrong_index_are_errors(
+    write_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dash_megatron.hf.folder.FILE_BYTES", 1)  # several files
     config, _ = write_run("full")
     folder = tmp_path / "hf"
     export_run(config.run_dir, folder, dtype="float32")
@@ -346,8 +349,9 @@ def test_a_folder_that_is_none_or_has_a_damaged_config_is_named(
 
 
 def test_a_run_refuses_weights_of_another_model(
-    tiny_config: dict[str, Any], tmp_path: Path, tokens: Tensor
+    tiny_config: dict[str, Any], tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("dash_megatron.hf.folder.FILE_BYTES", 1)  # several files
     LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path / "hf")
     assert main(["convert", "from-hf", str(tmp_path / "hf"), str(tmp_path / "start")]) == 0
     run = run_config(tiny_config, tmp_path / "start")

@@ -81,7 +81,7 @@ def test_a_checkpoint_of_0_1_is_exported_to_hugging_face(
 ) -> None:
     assert main(["convert", "to-hf", "run", "exported", "--dtype", "float32"]) == 0
     assert "the same chunks in every layer as the training model" in capsys.readouterr().out
-    assert (old_run.parent / "exported" / "model.safetensors.index.json").is_file()
+    assert (old_run.parent / "exported" / "model.safetensors").is_file()
 
 
 def test_a_fault_of_0_1_is_read_for_a_replay(old_run: Path) -> None:
