@@ -4,7 +4,16 @@ import torch
 from torch import Tensor
 
 from dash_megatron.ops.backend import pick_backend
-from dash_megatron.ops.checks import HALF_DTYPES, check_cache, check_size, describe, is_tensor, summary_dtype
+from dash_megatron.ops.checks import (
+    HALF_DTYPES,
+    check_cache,
+    check_queries,
+    check_query_pool,
+    check_size,
+    describe,
+    is_tensor,
+    summary_dtype,
+)
 
 
 class DashCache:
@@ -19,9 +28,12 @@ class DashCache:
     - `page_table`: int32 [B, max_pages], contiguous rows: token t of sequence b lies in page `page_table[b, t // P]` at
       slot `t % P`. Entries of pages that a sequence does not reach yet may hold anything. None is the contiguous layout:
       the page of sequence b is b, and one page has the whole of it, so that k and v are [B, max_length, Hkv, D].
+    - `queries`: [B, R, Hq, D] beside a router that pools `query_pool` queries, dense, with R of at least as many: the
+      query of token t is at slot `t % R` until that of token t + R takes its place. None where none are pooled.
 
     An engine gives pages out by writing to `page_table`, and starts a sequence anew by setting `lengths[b] = 0`. Both,
     and `append`, may happen inside and between replays of a CUDA graph. What a sequence has not reached is never read.
+    Its last tokens are dropped by setting `lengths[b]` back; with `queries`, by at most R - `query_pool` in a row.
 
     On a GPU nothing waits to read lengths: a sequence longer than `capacity` keeps counting, is not written any more,
     and its output is NaN. `check` reads them.
@@ -35,15 +47,20 @@ class DashCache:
         lengths: Tensor,
         chunk_size: int = 64,
         page_table: Tensor | None = None,
+        queries: Tensor | None = None,
+        query_pool: int = 1,
     ) -> None:
         """Wrap tensors that exist, such as a serving engine's; see `contiguous` and `paged` to make them.
+
+        `query_pool` is the router's.
 
         Raises:
             ValueError: a tensor does not fit the layout; the message names it, its value, the rule and the remedy.
         """
         check_cache(k, v, summary, lengths, page_table, chunk_size)
+        check_queries(queries, k, len(lengths), query_pool)
         self.k, self.v, self.summary, self.lengths, self.page_table = k, v, summary, lengths, page_table
-        self.chunk_size = chunk_size
+        self.chunk_size, self.queries, self.query_pool = chunk_size, queries, query_pool
         self._arrived = torch.zeros_like(lengths)
 
     @classmethod
@@ -57,12 +74,21 @@ class DashCache:
         chunk_size: int = 64,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
+        query_pool: int = 1,
+        num_heads: int | None = None,
+        spare_queries: int = 0,
     ) -> "DashCache":
-        """Allocate an empty cache of `batch` sequences with room for `max_length` tokens each, rounded up to whole chunks."""
+        """Allocate an empty cache of `batch` sequences with room for `max_length` tokens each, rounded up to whole chunks.
+
+        Where `query_pool` is above 1 it keeps `query_pool + spare_queries` queries of `num_heads` heads a sequence.
+        """
         check_size("max_length", max_length)
         check_size("chunk_size", chunk_size)
         page_size = -(-max_length // chunk_size) * chunk_size
-        return cls._allocate(batch, page_size, num_kv_heads, head_dim, chunk_size, dtype, device, batch, None)
+        cache = cls._allocate(
+            batch, page_size, num_kv_heads, head_dim, chunk_size, dtype, device, batch, None
+        )
+        return cache._with_queries(query_pool, num_heads, spare_queries)
 
     @classmethod
     def paged(
@@ -75,8 +101,14 @@ class DashCache:
         page_size: int = 64,
         chunk_size: int = 64,
         dtype: torch.dtype = torch.bfloat16,
+        query_pool: int = 1,
+        num_heads: int | None = None,
+        spare_queries: int = 0,
     ) -> "DashCache":
-        """Allocate an empty pool of `num_pages` pages on the device of `page_table`, int32 [B, max_pages], which is kept."""
+        """Allocate an empty pool of `num_pages` pages on the device of `page_table`, int32 [B, max_pages], which is kept.
+
+        The last three arguments are those of `contiguous`.
+        """
         if not isinstance(page_table, Tensor) or page_table.ndim != 2 or page_table.numel() == 0:
             raise ValueError(
                 f"page_table={describe(page_table)} must be int32 [B, max_pages], not empty; "
@@ -84,9 +116,10 @@ class DashCache:
             )
         batch, device = len(page_table), page_table.device
         check_size("num_pages", num_pages)
-        return cls._allocate(
+        cache = cls._allocate(
             num_pages, page_size, num_kv_heads, head_dim, chunk_size, dtype, device, batch, page_table
         )
+        return cache._with_queries(query_pool, num_heads, spare_queries)
 
     @classmethod
     def _allocate(
@@ -112,6 +145,22 @@ class DashCache:
         lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         return cls(k, torch.empty_like(k), summary, lengths, chunk_size, page_table)
 
+    def _with_queries(self, query_pool: int, num_heads: int | None, spare_queries: int) -> "DashCache":
+        check_query_pool(query_pool)
+        if query_pool == 1:
+            return self
+        if num_heads is None:
+            raise ValueError(
+                f"num_heads=None must be given beside query_pool={query_pool}; pass the number of query heads"
+            )
+        rows = query_pool + spare_queries
+        queries = torch.empty(
+            self.batch, rows, num_heads, self.k.shape[3], dtype=self.k.dtype, device=self.k.device
+        )
+        return type(self)(
+            self.k, self.v, self.summary, self.lengths, self.chunk_size, self.page_table, queries, query_pool
+        )
+
     @property
     def batch(self) -> int:
         return len(self.lengths)
@@ -123,8 +172,14 @@ class DashCache:
 
     @torch.no_grad()
     def append(
-        self, k: Tensor, v: Tensor, summary_query: Tensor, active: Tensor | None = None, backend: str = "auto"
-    ) -> None:
+        self,
+        k: Tensor,
+        v: Tensor,
+        summary_query: Tensor,
+        active: Tensor | None = None,
+        backend: str = "auto",
+        q: Tensor | None = None,
+    ) -> Tensor | None:
         """Add one token to every sequence, with the summary of each chunk that this completes.
 
         Args:
@@ -133,6 +188,11 @@ class DashCache:
             summary_query: [Hkv, D], the layer's; the cache's dtype, or float32 beside half precision.
             active: bool [B]: sequences that get a token; None for all. The others stay as they are.
             backend: as in `dash_attention`.
+            q: queries after RoPE, [B, Hq, D], the cache's dtype and device; needed, and kept, where it pools queries.
+
+        Returns:
+            The router's queries of the tokens [B, Hq, D], which `dash_decode` wants, where the cache pools queries; those
+            of sequences that are not active are their `q`. None where it pools none.
 
         Raises:
             ValueError: an argument is wrong or, on CPU, a sequence is full.
@@ -140,12 +200,18 @@ class DashCache:
         self._check_new(k, v, summary_query, [self.batch, *self.k.shape[2:]], "[B, Hkv, D]")
         if active is not None:
             self._check_table("active", active, torch.bool, [self.batch])
-        self._write(k, v, summary_query, None, active, backend)
+        return self._write(k, v, summary_query, None, active, backend, q)
 
     @torch.no_grad()
     def prefill(
-        self, k: Tensor, v: Tensor, summary_query: Tensor, cu_seqlens: Tensor, backend: str = "auto"
-    ) -> None:
+        self,
+        k: Tensor,
+        v: Tensor,
+        summary_query: Tensor,
+        cu_seqlens: Tensor,
+        backend: str = "auto",
+        q: Tensor | None = None,
+    ) -> Tensor | None:
         """Add any number of tokens to every sequence, with the summaries of the chunks that they complete.
 
         Sequences go on where they are, so that a long prompt can come in several parts. Attention of the prompt itself is
@@ -158,6 +224,10 @@ class DashCache:
             cu_seqlens: int32 [B + 1], rising from 0 to the number of tokens: where the tokens of each sequence begin. A
                 sequence may get none. Values are checked on CPU only.
             backend: as in `dash_attention`.
+            q: queries after RoPE of all sequences, [tokens, Hq, D]; otherwise as in `append`.
+
+        Returns:
+            The router's queries of all new tokens, [tokens, Hq, D], where the cache pools queries, and otherwise None.
 
         Raises:
             ValueError: an argument is wrong or, on CPU, a sequence has no room.
@@ -170,7 +240,7 @@ class DashCache:
                 raise ValueError(
                     f"cu_seqlens={bounds} must rise from 0 to the {len(k)} tokens of k; cut k at its bounds"
                 )
-        self._write(k, v, summary_query, cu_seqlens, None, backend)
+        return self._write(k, v, summary_query, cu_seqlens, None, backend, q)
 
     def check(self) -> None:
         """Wait for the device and check that every sequence fits and has its pages.
@@ -225,13 +295,23 @@ class DashCache:
             )
 
     def _write(
-        self, k: Tensor, v: Tensor, w: Tensor, cu_seqlens: Tensor | None, active: Tensor | None, backend: str
-    ) -> None:
+        self,
+        k: Tensor,
+        v: Tensor,
+        w: Tensor,
+        cu_seqlens: Tensor | None,
+        active: Tensor | None,
+        backend: str,
+        q: Tensor | None,
+    ) -> Tensor | None:
         if self._values_are_readable():
             added = 1 if active is None else active.int()
             self._check_room((self.lengths + (added if cu_seqlens is None else cu_seqlens.diff())).tolist())
         new, pool = (k, v, w), (self.k, self.v, self.summary, self.lengths)
-        if pick_backend(backend, k) == "triton":
+        triton = pick_backend(backend, k) == "triton"
+        # before the lengths move on
+        pooled = self._pool(q, k, cu_seqlens, active, triton)
+        if triton:
             from dash_megatron.ops.kernels.decode_cache import cache_write
 
             cache_write(*new, *pool, self._arrived, self.page_table, cu_seqlens, active, self.chunk_size)
@@ -239,3 +319,25 @@ class DashCache:
             from dash_megatron.ops.decode_reference import cache_write_reference
 
             cache_write_reference(*new, *pool, self.page_table, cu_seqlens, active, self.chunk_size)
+        return pooled
+
+    def _pool(
+        self, q: Tensor | None, k: Tensor, cu_seqlens: Tensor | None, active: Tensor | None, triton: bool
+    ) -> Tensor | None:
+        """Keep the queries of new tokens, and pool them with what is kept."""
+        if self.queries is None:
+            return None
+        shape = [len(k), *self.queries.shape[2:]]
+        if q is None or not is_tensor(q, k.dtype, shape, k.device):
+            raise ValueError(
+                f"q={describe(q)} must be {str(k.dtype).removeprefix('torch.')} {shape} on {k.device}, the queries of the "
+                f"tokens that k is of, since query_pool={self.query_pool}; pass q"
+            )
+        tables = self.queries, self.lengths, cu_seqlens, active, self.query_pool
+        if triton:
+            from dash_megatron.ops.kernels.decode_pool import pool_and_keep
+
+            return pool_and_keep(q, *tables)
+        from dash_megatron.ops.decode_reference import pool_and_keep_reference
+
+        return pool_and_keep_reference(q, *tables)

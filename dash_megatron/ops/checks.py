@@ -219,6 +219,17 @@ def check_decode_query(q: Tensor, k: Tensor, batch: int) -> None:
         )
 
 
+def check_routing_query(routing_q: Tensor | None, q: Tensor, query_pool: int) -> None:
+    """Raise ValueError unless decoding has a router's query like q where, and only where, queries are pooled."""
+    if routing_q is None and query_pool == 1:
+        return
+    if query_pool == 1 or not is_tensor(routing_q, q.dtype, list(q.shape), q.device):
+        raise ValueError(
+            f"routing_q={describe(routing_q)} must be None beside query_pool=1, and otherwise {describe(q)}, as q, but "
+            f"query_pool={query_pool}; pass what the cache returned when it got the token"
+        )
+
+
 def check_size(name: str, value: int) -> None:
     """Raise ValueError unless `value` is an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -282,4 +293,23 @@ def check_cache(
         raise ValueError(
             f"k.stride()={k.stride()} and v.stride()={v.stride()} must be equal, and the last dimension of all tensors "
             "dense; allocate k and v alike"
+        )
+
+
+def check_queries(queries: Tensor | None, k: Tensor, batch: int, query_pool: int) -> None:
+    """Raise ValueError unless `queries` are those that a cache with keys k keeps for a router that pools `query_pool`."""
+    check_query_pool(query_pool)
+    if queries is None and query_pool == 1:
+        return
+    dtype = str(k.dtype).removeprefix("torch.")
+    good = isinstance(queries, Tensor) and queries.ndim == 4 and queries.is_contiguous()
+    if good and queries is not None:
+        rows, heads = queries.shape[1:3]
+        good = rows >= query_pool > 1 and heads % k.shape[2] == 0
+        good = good and is_tensor(queries, k.dtype, [batch, rows, heads, k.shape[3]], k.device)
+    if not good:
+        raise ValueError(
+            f"queries={describe(queries)} with query_pool={query_pool} must be None beside 1, and above it a dense {dtype} "
+            f"[{batch}, at least query_pool, Hq, {k.shape[3]}] on {k.device} with Hq a multiple of {k.shape[2]}; "
+            "see DashCache.contiguous"
         )

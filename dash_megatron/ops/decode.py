@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dash_megatron.ops.backend import pick_backend
 from dash_megatron.ops.cache import DashCache
-from dash_megatron.ops.checks import check_decode_query, check_router
+from dash_megatron.ops.checks import check_decode_query, check_router, check_routing_query
 from dash_megatron.ops.types import Router
 
 
@@ -19,6 +19,9 @@ def dash_decode(
     alpha: float = 1.5,
     backend: str = "auto",
     length_scaling: float = 0.0,
+    local_chunks: int = 0,
+    query_pool: int = 1,
+    routing_q: Tensor | None = None,
 ) -> Tensor:
     """What `dash_attention` gives for the last token of every sequence in a cache, which has that token already.
 
@@ -29,7 +32,10 @@ def dash_decode(
     Args:
         q: queries after RoPE, [B, Hq, D], the cache's dtype and device; the cache's Hkv divides Hq.
         cache: keys, values and summaries; its `chunk_size` is the model's.
-        scaling_factor, sigma, estimate_diagonal, alpha, backend, length_scaling: as in `dash_attention`.
+        scaling_factor, sigma, estimate_diagonal, alpha, backend, length_scaling, local_chunks, query_pool: as in
+            `dash_attention`.
+        routing_q: where `query_pool` is above 1, the router's queries of the same tokens, [B, Hq, D] as q: what
+            `cache.append` returned, or the last rows of what `cache.prefill` did.
 
     Returns:
         Output [B, Hq, D] in q's dtype, accumulated in float32 or better: zero for an empty sequence, NaN (on a GPU) for one
@@ -40,18 +46,19 @@ def dash_decode(
     """
     if not isinstance(cache, DashCache):
         raise ValueError(f"cache={type(cache).__name__} must be a DashCache; see DashCache.contiguous")
-    router = Router(cache.chunk_size, scaling_factor, sigma, estimate_diagonal, alpha, length_scaling)
-    return decode_and_count(q, cache, router, backend)[0]
+    constants = sigma, estimate_diagonal, alpha, length_scaling, local_chunks, query_pool
+    router = Router(cache.chunk_size, scaling_factor, *constants)
+    return decode_and_count(q, cache, router, backend, routing_q)[0]
 
 
 @torch.no_grad()
 def decode_and_count(
-    q: Tensor, cache: DashCache, router: Router, backend: str = "auto"
+    q: Tensor, cache: DashCache, router: Router, backend: str = "auto", routing_q: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """What `dash_decode` does, with the number of chunks selected.
 
     Args:
-        q, cache, backend: as in `dash_decode`.
+        q, cache, backend, routing_q: as in `dash_decode`.
         router: its chunk size is the cache's.
 
     Returns:
@@ -59,12 +66,13 @@ def decode_and_count(
     """
     check_decode_query(q, cache.k, cache.batch)
     check_router(router, cache.k.shape[2], q.device)
+    check_routing_query(routing_q, q, router.query_pool)
     tensors = q, cache.k, cache.v, cache.summary, cache.lengths, cache.page_table
     if pick_backend(backend, q, cache.chunk_size) == "triton":
         from dash_megatron.ops.kernels.decode import decode
 
         head_scaling, numbers = router.split()
-        return decode(*tensors, head_scaling, *numbers)
+        return decode(*tensors, routing_q, head_scaling, *numbers)
     from dash_megatron.ops.decode_reference import decode_reference
 
-    return decode_reference(*tensors, router)
+    return decode_reference(*tensors, router, routing_q)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dash_megatron.ops.pooling import pool_queries_reference
 from dash_megatron.ops.reference import Places, attend, route, wide
 from dash_megatron.ops.types import Router
 
@@ -62,6 +63,35 @@ def cache_write_reference(
         lengths[b] = end
 
 
+def pool_and_keep_reference(
+    q_new: Tensor,
+    queries: Tensor,
+    lengths: Tensor,
+    cu_seqlens: Tensor | None,
+    active: Tensor | None,
+    query_pool: int,
+) -> Tensor:
+    """Router's queries [tokens, Hq, D] of new tokens, from their queries q_new and those kept in `queries`, where they go too.
+
+    The other arguments are those of `cache_write_reference`, which has not written these tokens yet.
+    """
+    bounds = range(len(lengths) + 1) if cu_seqlens is None else cu_seqlens.tolist()
+    skipped = [False] * len(lengths) if active is None else (~active).tolist()
+    pooled, num_kept = q_new.clone(), queries.shape[1]
+    for b, start in enumerate(lengths.tolist()):
+        new = q_new[bounds[b] : bounds[b + 1]]
+        if skipped[b] or not len(new):
+            continue
+        before = torch.arange(max(0, start - query_pool + 1), start, device=q_new.device)
+        rows = torch.cat([queries[b, before % num_kept], new])
+        found = pool_queries_reference(rows[None], torch.arange(len(rows), device=q_new.device), query_pool)
+        pooled[bounds[b] : bounds[b + 1]] = found[0, len(before) :]
+        last = new[-num_kept:]
+        end = start + len(new)
+        queries[b, torch.arange(end - len(last), end, device=q_new.device) % num_kept] = last
+    return pooled
+
+
 def decode_reference(
     q: Tensor,
     k: Tensor,
@@ -74,7 +104,7 @@ def decode_reference(
 ) -> tuple[Tensor, Tensor]:
     """Attention of the last token of every sequence, by the functions that training is made of.
 
-    Arguments are those of `dash_decode` and the tensors of its cache; computed in float64 if q is, otherwise in float32.
+    Arguments are those of `decode_and_count` and the tensors of its cache; computed in float64 if q is, otherwise in float32.
 
     Returns:
         Output [B, Hq, D] in q's dtype, zero for empty sequences, and the chunks selected, the own one included,

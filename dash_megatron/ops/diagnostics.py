@@ -15,24 +15,26 @@ import torch
 from torch import Tensor
 
 from dash_megatron.ops.chunk_grid import ChunkGrid, document_positions
+from dash_megatron.ops.pooling import pool_queries_reference
 from dash_megatron.ops.reference import Places, log_prior, probabilities, summarize
 from dash_megatron.ops.types import Router
 
 MEASURES = {
     "density": "chunks selected over causally available ones, the own chunk included",
     "chunks_selected": "chunks selected, the own chunk included",
-    "entropy": "entropy of the group mean of entmax over past chunks (nats)",
-    "effective_chunks": "exp(entropy): past chunks that a flat distribution of this entropy has",
-    "evenness": "entropy over its largest possible value, log(past chunks)",
+    "entropy": "entropy of the group mean of entmax over routed chunks (nats)",
+    "effective_chunks": "exp(entropy): routed chunks that a flat distribution of this entropy has",
+    "evenness": "entropy over its largest possible value, log(routed chunks)",
     "own_share": "share of the attention that stays in the own chunk",
-    "prior_spread": "standard deviation of the log prior over selected past chunks (nats)",
-    "near_threshold_chunks": "share of the selected past chunks that are near the threshold",
+    "prior_spread": "standard deviation of the log prior over selected routed chunks (nats)",
+    "near_threshold_chunks": "share of the selected routed chunks that are near the threshold",
     "near_threshold_mass": "share of the router's probability in chunks near the threshold",
     "near_threshold_attention": "share of the attention in chunks near the threshold",
 }
-"""What is measured of every sampled query and key/value head. A selected past chunk is near the threshold where its
-probability is below `NEAR_THRESHOLD` of the mean over the query's selected past chunks: a small change of scores drops it,
-or brings such a chunk in. `near_threshold_attention` is what the output stands to lose by that."""
+"""What is measured of every sampled query and key/value head. Routed chunks
+are the past ones but for the local ones, which count as selected and say nothing of the router. A selected routed chunk is
+near the threshold where its probability is below `NEAR_THRESHOLD` of the mean over those of the query: a small change of
+scores drops it, or brings such a chunk in. `near_threshold_attention` is what the output stands to lose by that."""
 NEAR_THRESHOLD = 0.1
 # Logarithms to base 10 of a selected chunk's probability over the mean of those selected: edges of a histogram's bins.
 WEIGHT_BINS = tuple(x / 10 for x in range(-40, 21))
@@ -55,9 +57,9 @@ class RoutingSamples:
     """Bucket i holds positions within the document from edges[i] to edges[i + 1] - 1: the first chunk, the second, the
     next 2, the next 4, and so on."""
     values: dict[str, Tensor]
-    """float32 [H, S] for each of `MEASURES`; NaN where a query has no past chunk (`evenness`: fewer than 2)."""
+    """float32 [H, S] for each of `MEASURES`; NaN where a query has no routed chunk (`evenness`: fewer than 2)."""
     weights: Tensor
-    """float32 [H, bins]: share of the selected past chunks in each bin of `WEIGHT_BINS`, the outermost open."""
+    """float32 [H, bins]: share of the selected routed chunks in each bin of `WEIGHT_BINS`, the outermost open."""
 
     def head_means(self, name: str) -> Tensor:
         """Mean over all tokens, estimated from the sampled ones: [H], NaN where nothing is known.
@@ -122,6 +124,8 @@ class _Head(NamedTuple):
     """One key/value head of a row of tokens."""
 
     q_NGD: Tensor
+    routing_q_NGD: Tensor
+    """The router's queries."""
     k_cWD: Tensor
     """Keys on the grid, float32."""
     summary_cD: Tensor
@@ -132,35 +136,42 @@ class _Head(NamedTuple):
         """Queries [S, G, D] of these tokens divided by sqrt(D), float32."""
         return self.q_NGD[tokens].float() * self.q_NGD.shape[-1] ** -0.5
 
-    def probabilities(self, q_SGD: Tensor, past_Sc: Tensor, chunks: slice) -> Tensor:
-        """Group mean [S, c] of the entmax over past chunks."""
-        factor = self.router.score_factors(past_Sc.sum(-1), 1, q_SGD.dtype)
+    def probabilities(self, tokens: Tensor | slice, routed_Sc: Tensor, chunks: slice) -> Tensor:
+        """Group mean [S, c] of the entmax over routed chunks, for the queries of these tokens."""
+        q_SGD = self.routing_q_NGD[tokens].float() * self.q_NGD.shape[-1] ** -0.5
+        factor = self.router.score_factors(routed_Sc.sum(-1), 1, q_SGD.dtype)
         if isinstance(factor, Tensor):
             factor = factor[0, :, None, None]
         z_SGc = factor * (q_SGD @ self.summary_cD[chunks].mT)
         # the queries as a batch, with one query each
-        return probabilities(z_SGc[:, :, None], past_Sc[:, None, None], self.router.alpha)[:, 0]
+        return probabilities(z_SGc[:, :, None], routed_Sc[:, None, None], self.router.alpha)[:, 0]
 
 
 class _Row(NamedTuple):
     """Tokens of all rows of a batch, concatenated."""
 
     q_NHGD: Tensor
+    routing_q_NHGD: Tensor
     k_NHD: Tensor
     position_N: Tensor
     grid: ChunkGrid
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> _Row:
+    def of(cls, q: Tensor, k: Tensor, cu_seqlens: Tensor | None, router: Router) -> _Row:
         B, N, Hq, D = q.shape
         if cu_seqlens is None and B > 1:
             cu_seqlens = torch.arange(0, (B + 1) * N, N, dtype=torch.int32, device=q.device)
-        Hkv = k.shape[2]
+        Hkv, q_NHD = k.shape[2], q.reshape(B * N, Hq, D)
+        position_N = document_positions(B * N, cu_seqlens, q.device)
+        pooled_NHD = q_NHD
+        if router.query_pool > 1:
+            pooled_NHD = pool_queries_reference(q_NHD[None], position_N, router.query_pool)[0]
         return cls(
-            q.reshape(B * N, Hkv, Hq // Hkv, D),
+            q_NHD.unflatten(1, (Hkv, -1)),
+            pooled_NHD.unflatten(1, (Hkv, -1)),
             k.reshape(B * N, Hkv, D),
-            document_positions(B * N, cu_seqlens, q.device),
-            ChunkGrid.of(B * N, chunk_size, cu_seqlens, q.device),
+            position_N,
+            ChunkGrid.of(B * N, router.chunk_size, cu_seqlens, q.device),
         )
 
     def heads(self, summary_query: Tensor, router: Router) -> Iterator[_Head]:
@@ -169,9 +180,8 @@ class _Row(NamedTuple):
             only = slice(head, head + 1)
             k_1HcWD = self.grid.by_chunk(self.grid.spread(self.k_NHD[None, :, only].float()))
             summary_1HcD = summarize(k_1HcWD, self.grid.filled(), summary_query[only].float())
-            yield _Head(
-                self.q_NHGD[:, head], k_1HcWD[0, 0], summary_1HcD[0, 0], router.of_heads(only), self.grid
-            )
+            queries = self.q_NHGD[:, head], self.routing_q_NHGD[:, head]
+            yield _Head(*queries, k_1HcWD[0, 0], summary_1HcD[0, 0], router.of_heads(only), self.grid)
 
     def places(self, token_S: Tensor) -> Places:
         """Where tokens stand."""
@@ -217,34 +227,39 @@ def _attention_by_chunk(q_SGD: Tensor, k_cWD: Tensor, bias_Sc: Tensor, hidden_Sc
 def _measure(head: _Head, block: _Block) -> tuple[dict[str, Tensor], Tensor]:
     """`MEASURES` [S] of one key/value head, and counts [S, bins] of weights."""
     q_SGD, k_cWD = head.queries(block.token_S), head.k_cWD[block.chunks]
-    past_Sc, own_Sc = block.places.past(block.chunk_c), block.places.own(block.chunk_c)
-    p_Sc = head.probabilities(q_SGD, past_Sc, block.chunks)
-    bias_Sc, selected_S = log_prior(p_Sc, own_Sc, head.router)
+    routed_Sc, always_Sc = block.places.masks(block.chunk_c, head.router.local_chunks)
+    p_Sc = head.probabilities(block.token_S, routed_Sc, block.chunks)
+    bias_Sc, selected_S = log_prior(p_Sc, always_Sc, head.router)
     hidden_ScW = block.places.hidden(block.chunk_c, k_cWD.shape[1])
     attention_Sc = _attention_by_chunk(q_SGD, k_cWD, bias_Sc, hidden_ScW)
-    return _values(p_Sc, bias_Sc, selected_S.float(), attention_Sc, past_Sc, own_Sc)
+    own_share_S = attention_Sc.where(block.places.own(block.chunk_c), 0).sum(1)
+    available_S = (routed_Sc | always_Sc).sum(1)
+    counts = {
+        "density": selected_S / available_S,
+        "chunks_selected": selected_S.float(),
+        "own_share": own_share_S,
+    }
+    values, histogram = _routed_values(p_Sc, bias_Sc, attention_Sc, routed_Sc.sum(1).float())
+    return {**counts, **values}, histogram
 
 
-def _values(
-    p_Sc: Tensor, bias_Sc: Tensor, selected_S: Tensor, attention_Sc: Tensor, past_Sc: Tensor, own_Sc: Tensor
+def _routed_values(
+    p_Sc: Tensor, bias_Sc: Tensor, attention_Sc: Tensor, num_routed_S: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """What `_measure` returns, from probabilities, log priors, chunks selected and shares of attention."""
-    inside_Sc, num_past_S, num_inside_S = p_Sc > 0, past_Sc.sum(1).float(), selected_S - 1
+    """What is measured of the chunks that the router selects from, and counts of their weights."""
+    inside_Sc, num_inside_S = p_Sc > 0, (p_Sc > 0).sum(1).float()
     relative_Sc = p_Sc * num_inside_S[:, None]
     near_Sc = inside_Sc & (relative_Sc < NEAR_THRESHOLD)
-    # zero over zero is NaN: without a past chunk there is nothing to say
-    none = torch.where(num_past_S > 0, 0.0, math.nan)
+    # zero over zero is NaN: without a routed chunk there is nothing to say
+    none = torch.where(num_routed_S > 0, 0.0, math.nan)
     entropy_S = torch.special.entr(p_Sc).sum(1) + none
     prior_Sc = bias_Sc.where(inside_Sc, 0)
     mean_S = prior_Sc.sum(1) / num_inside_S
     variance_S = ((prior_Sc - mean_S[:, None]).where(inside_Sc, 0)).square().sum(1) / num_inside_S
     values = {
-        "density": selected_S / (num_past_S + 1),
-        "chunks_selected": selected_S,
         "entropy": entropy_S,
         "effective_chunks": entropy_S.exp(),
-        "evenness": entropy_S / num_past_S.log().where(num_past_S > 1, math.nan),
-        "own_share": attention_Sc.where(own_Sc, 0).sum(1),
+        "evenness": entropy_S / num_routed_S.log().where(num_routed_S > 1, math.nan),
         "prior_spread": variance_S.sqrt(),
         "near_threshold_chunks": near_Sc.sum(1) / num_inside_S,
         "near_threshold_mass": p_Sc.where(near_Sc, 0).sum(1) + none,
@@ -254,7 +269,7 @@ def _values(
 
 
 def _histogram(relative_Sc: Tensor, inside_Sc: Tensor) -> Tensor:
-    """Counts [S, bins] of the selected past chunks by the logarithm of their relative probability."""
+    """Counts [S, bins] of the selected routed chunks by the logarithm of their relative probability."""
     inner = torch.tensor(WEIGHT_BINS[1:-1], device=relative_Sc.device)
     bin_Sc = torch.bucketize(relative_Sc.where(inside_Sc, 1).log10(), inner)
     counts = relative_Sc.new_zeros(len(relative_Sc), len(WEIGHT_BINS) - 1)
@@ -284,7 +299,7 @@ def sample_routing(
             more buckets, one each.
     """
     with torch.autocast(q.device.type, enabled=False):
-        row = _Row.of(q, k, cu_seqlens, router.chunk_size)
+        row = _Row.of(q, k, cu_seqlens, router)
         edges = _bucket_edges(q.shape[1] if cu_seqlens is None else len(row.q_NHGD), router.chunk_size)
         token_S, bucket_S, weight_S = _sample_tokens(row.position_N, edges, max_queries)
         blocks = list(_blocks(row, token_S, row.grid.num_slots * row.q_NHGD.shape[2]))
@@ -330,7 +345,7 @@ def selection_map(
     `sample_routing`, with B == 1.
     """
     with torch.autocast(q.device.type, enabled=False):
-        row = _Row.of(q, k, None, router.chunk_size)
+        row = _Row.of(q, k, None, router)
         (N, H, G, _), num_chunks = row.q_NHGD.shape, row.grid.num_chunks
         per_cell = -(-num_chunks // max_cells)
         cells, tokens_of_cell = -(-num_chunks // per_cell), per_cell * router.chunk_size
@@ -346,9 +361,9 @@ def selection_map(
         pairs = torch.zeros(H, 2, cells, cells, device=q.device)
         for head, counts in zip(row.heads(summary_query, router), pairs, strict=True):
             for block in blocks:
-                past_Sc, own_Sc = block.places.past(block.chunk_c), block.places.own(block.chunk_c)
-                p_Sc = head.probabilities(head.queries(block.token_S), past_Sc, block.chunks)
-                both = torch.stack([(p_Sc > 0) | own_Sc, past_Sc | own_Sc]).float()
+                routed_Sc, always_Sc = block.places.masks(block.chunk_c, router.local_chunks)
+                p_Sc = head.probabilities(block.token_S, routed_Sc, block.chunks)
+                both = torch.stack([(p_Sc > 0) | always_Sc, routed_Sc | always_Sc]).float()
                 padded = torch.nn.functional.pad(both, (0, cells * per_cell - block.end))
                 by_cell = padded.unflatten(-1, (cells, per_cell)).sum(-1)
                 counts.index_add_(1, block.places.chunk_T // per_cell, by_cell)
@@ -359,14 +374,14 @@ def selection_map(
 def listed_share(
     q: Tensor, k: Tensor, summary_query: Tensor, router: Router, max_chunks: int = 64
 ) -> dict[int, Tensor]:
-    """Pairs that tiles of T neighbouring tokens visit over all pairs, past chunks only: float32 [H] for every T.
+    """Pairs that tiles of T neighbouring tokens visit over all pairs, past chunks only, local ones included: float32 [H] for every T.
 
     A kernel's tile visits a chunk if any of its tokens selected it, so that its work falls with density only as far as
     neighbours agree; T = 1 is what tokens select. Looks at all tokens of `max_chunks` chunks, evenly spread over the whole
     ones of one document (B == 1). T goes through the powers of two up to the chunk size.
     """
     with torch.autocast(q.device.type, enabled=False):
-        row, C = _Row.of(q, k, None, router.chunk_size), router.chunk_size
+        row, C = _Row.of(q, k, None, router), router.chunk_size
         N, H = row.q_NHGD.shape[:2]
         past = N // C - 1
         if past < 1:
@@ -376,9 +391,10 @@ def listed_share(
         visited = {tile: torch.zeros(H, device=q.device) for tile in tiles}
         for number, head in enumerate(row.heads(summary_query, router)):
             for chunk in chunks:
-                q_SGD = head.queries(slice(chunk * C, (chunk + 1) * C))
-                past_Sc = torch.ones(C, chunk, dtype=torch.bool, device=q.device)
-                selected_Sc = head.probabilities(q_SGD, past_Sc, slice(0, chunk)) > 0
+                local_c = torch.arange(chunk, device=q.device) >= chunk - router.local_chunks
+                routed_Sc = ~local_c.expand(C, -1)
+                tokens = slice(chunk * C, (chunk + 1) * C)
+                selected_Sc = (head.probabilities(tokens, routed_Sc, slice(0, chunk)) > 0) | local_c
                 for tile, sums in visited.items():
                     sums[number] += tile * selected_Sc.unflatten(0, (-1, tile)).any(1).sum()
     return {tile: sums / (C * sum(chunks)) for tile, sums in visited.items()}

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dash_megatron.ops.backend import pick_backend
 from dash_megatron.ops.checks import check_query_pool
 from dash_megatron.ops.chunk_grid import document_positions
 
@@ -39,6 +40,10 @@ def pool_queries(
         return q_BNHD
     if position_N is None:
         position_N = document_positions(q_BNHD.shape[1], cu_seqlens, q_BNHD.device)
+    if pick_backend(backend, q_BNHD) == "triton":
+        from dash_megatron.ops.kernels.pool import pool
+
+        return pool(q_BNHD, position_N, query_pool, False)
     return pool_queries_reference(q_BNHD, position_N, query_pool)
 
 

@@ -26,29 +26,32 @@ class Sequences:
         self.q, self.k, self.v = ([noise(n, H, D) for n in lengths] for H in (Hq, Hkv, Hkv))
         self.w = noise(Hkv, D)
 
-    def cache(self, page_size=None, chunk_size=C, room=0, dtype=None):
+    def cache(self, page_size=None, chunk_size=C, room=0, dtype=None, query_pool=1, spare_queries=0):
         """An empty cache, contiguous or with pages in no order."""
         dtype, longest = dtype or self.w.dtype, max(self.lengths) + room
+        options = {
+            "chunk_size": chunk_size,
+            "dtype": dtype,
+            "query_pool": query_pool,
+            "num_heads": self.q[0].shape[1],
+            "spare_queries": spare_queries,
+        }
         if page_size is None:
-            return DashCache.contiguous(
-                len(self.lengths), longest, *self.shape, chunk_size=chunk_size, dtype=dtype, device=DEVICE
-            )
+            return DashCache.contiguous(len(self.lengths), longest, *self.shape, **options, device=DEVICE)
         max_pages = -(-longest // page_size)
         pages = torch.randperm(len(self.lengths) * max_pages, generator=torch.Generator().manual_seed(0))
         table = pages.int().view(len(self.lengths), max_pages).to(DEVICE)
-        return DashCache.paged(
-            pages.numel(), table, *self.shape, page_size=page_size, chunk_size=chunk_size, dtype=dtype
-        )
+        return DashCache.paged(pages.numel(), table, *self.shape, page_size=page_size, **options)
 
     def prefill(self, cache, start, end, backend="triton"):
-        """Add tokens start[b] up to end[b] of every sequence b."""
-        k, v = (
+        """Add tokens start[b] up to end[b] of every sequence b; returns their router's queries, if they are pooled."""
+        q, k, v = (
             torch.cat([x[i:j] for x, i, j in zip(xs, start, end, strict=True)]).to(cache.k.dtype)
-            for xs in (self.k, self.v)
+            for xs in (self.q, self.k, self.v)
         )
         counts = torch.tensor([j - i for i, j in zip(start, end, strict=True)])
         cu_seqlens = F.pad(counts.cumsum(0), (1, 0)).int().to(DEVICE)
-        cache.prefill(k, v, self.w.to(k.dtype), cu_seqlens, backend=backend)
+        return cache.prefill(k, v, self.w.to(k.dtype), cu_seqlens, backend=backend, q=q)
 
     def at(self, tokens, dtype=None):
         """q, k and v [B, heads, D] of one token of each sequence."""
@@ -58,19 +61,19 @@ class Sequences:
         )
 
     def fill(self, cache, backend="triton"):
-        """All tokens, the last one appended; returns its query."""
+        """All tokens, the last one appended; returns its query and, if queries are pooled, the router's."""
         last = [n - 1 for n in self.lengths]
         if any(last):
             self.prefill(cache, [0] * len(last), last, backend)
         q, k, v = self.at(last, cache.k.dtype)
-        cache.append(k, v, self.w.to(k.dtype), backend=backend)
-        return q
+        return q, cache.append(k, v, self.w.to(k.dtype), backend=backend, q=q)
 
     def expected(self, chunk_size=C, **router):
         """The float64 reference of decoding: output, and number of chunks selected."""
-        cache = self.cache(chunk_size=chunk_size, dtype=torch.float64)
-        q = self.fill(cache, "reference")
-        return decode_and_count(q, cache, Router(chunk_size, **{**ROUTER, **router}), "reference")
+        router = Router(chunk_size, **{**ROUTER, **router})
+        cache = self.cache(chunk_size=chunk_size, dtype=torch.float64, query_pool=router.query_pool)
+        q, routing_q = self.fill(cache, "reference")
+        return decode_and_count(q, cache, router, "reference", routing_q)
 
 
 def relative_error(x, expected):

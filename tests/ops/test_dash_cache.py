@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from dash_megatron.ops import DashCache, dash_decode
+from dash_megatron.ops.pooling import pool_queries
 from tests.ops.decode_sequences import C, Sequences
 from tests.ops.kernels_under_test import CUDA, DEVICE, import_kernels
 
-import_kernels("decode", "decode_cache")
+import_kernels("decode", "decode_cache", "decode_pool")
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -19,10 +20,19 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 def test_prefill_in_pieces_is_prefill_at_once(backend):
     sequences = Sequences((5 * C + 3, 2 * C, 1))
     pieces = [[0, 0, 0], [3, C, 0], [C + 2, C, 1], [4 * C, 2 * C, 1], list(sequences.lengths)]
-    at_once, in_pieces = sequences.cache(2 * C), sequences.cache(2 * C)
-    sequences.prefill(at_once, pieces[0], pieces[-1], backend)
-    for start, end in pairwise(pieces):
-        sequences.prefill(in_pieces, start, end, backend)
+    at_once, in_pieces = (sequences.cache(2 * C, query_pool=5) for _ in range(2))
+    pooled = sequences.prefill(at_once, pieces[0], pieces[-1], backend)
+    found = [
+        sequences.prefill(in_pieces, start, end, backend).split(
+            [j - i for i, j in zip(start, end, strict=True)]
+        )
+        for start, end in pairwise(pieces)
+    ]
+    rows = torch.cat([torch.cat(parts) for parts in zip(*found, strict=True)])
+    torch.testing.assert_close(rows, pooled)
+    expected = [pool_queries(q[None], 5, backend="reference")[0] for q in sequences.q]
+    torch.testing.assert_close(pooled, torch.cat(expected))
+    torch.testing.assert_close(in_pieces.queries, at_once.queries, rtol=0, atol=0, equal_nan=True)
     assert in_pieces.lengths.tolist() == list(sequences.lengths)
     # what was never written is still NaN in both
     for x, y in ((in_pieces.k, at_once.k), (in_pieces.v, at_once.v), (in_pieces.summary, at_once.summary)):
@@ -33,10 +43,11 @@ def test_prefill_in_pieces_is_prefill_at_once(backend):
 
 def test_triton_and_reference_write_the_same_cache():
     sequences = Sequences((3 * C + 3, 2 * C, 1), dtype=torch.bfloat16)
-    ours, expected = sequences.cache(2 * C), sequences.cache(2 * C)
-    sequences.fill(ours, "triton")
-    sequences.fill(expected, "reference")
-    for name in ("k", "v", "lengths"):
+    ours, expected = (sequences.cache(2 * C, query_pool=16) for _ in range(2))
+    _, pooled = sequences.fill(ours, "triton")
+    _, expected_pooled = sequences.fill(expected, "reference")
+    torch.testing.assert_close(pooled, expected_pooled, rtol=1e-2, atol=1e-3)
+    for name in ("k", "v", "lengths", "queries"):
         torch.testing.assert_close(
             getattr(ours, name), getattr(expected, name), rtol=0, atol=0, equal_nan=True
         )
@@ -46,10 +57,15 @@ def test_triton_and_reference_write_the_same_cache():
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_sequences_that_are_not_active_stay_as_they_are(backend):
     sequences = Sequences((2 * C, 1, C))
-    cache = sequences.cache()
+    cache = sequences.cache(query_pool=4)
     sequences.prefill(cache, [0, 0, 0], [2 * C - 1, 0, C - 1], backend)
-    _, k, v = sequences.at([2 * C - 1, 0, C - 1])
-    cache.append(k, v, sequences.w, torch.tensor([True, False, False], device=DEVICE), backend)
+    q, k, v = sequences.at([2 * C - 1, 0, C - 1])
+    kept = cache.queries.clone()
+    active = torch.tensor([True, False, False], device=DEVICE)
+    pooled = cache.append(k, v, sequences.w, active, backend, q=q)
+    assert torch.equal(pooled[1:], q[1:])
+    torch.testing.assert_close(cache.queries[1:], kept[1:], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(cache.queries[0, (2 * C - 1) % 4], q[0])
     assert cache.lengths.tolist() == [2 * C, 0, C - 1]
     assert not cache.summary[0, :2].isnan().any()
     assert cache.summary[1:].isnan().all()
@@ -82,6 +98,21 @@ WRONG = {
     "cu_seqlens=int32 [2]": lambda c: c.prefill(
         _ones(3, 2, 16), _ones(3, 2, 16), _ones(2, 16), _ones(2, dtype=torch.int32)
     ),
+    "query_pool=0 must be an int": lambda c: _contiguous(query_pool=0),
+    "num_heads=None must be given beside query_pool=4": lambda c: _contiguous(query_pool=4),
+    "queries=float32 [2, 3, 4, 16]": lambda c: DashCache(
+        c.k, c.v, c.summary, c.lengths, 16, queries=_ones(2, 3, 4, 16), query_pool=4
+    ),
+    "queries=None with query_pool=4": lambda c: DashCache(c.k, c.v, c.summary, c.lengths, 16, query_pool=4),
+    "queries=float32 [2, 4, 4, 16] on": lambda c: DashCache(
+        c.k, c.v, c.summary, c.lengths, 16, queries=_ones(2, 4, 4, 16)
+    ),
+    "q=None must be float32 [2, 4, 16]": lambda c: _contiguous(query_pool=4, num_heads=4).append(
+        _ones(2, 2, 16), _ones(2, 2, 16), _ones(2, 16)
+    ),
+    "routing_q=None must be": lambda c: dash_decode(_ones(2, 4, 16), c, query_pool=4),
+    "routing_q=float32 [2, 4, 16] on": lambda c: dash_decode(_ones(2, 4, 16), c, routing_q=_ones(2, 4, 16)),
+    "local_chunks=-1 must be": lambda c: dash_decode(_ones(2, 4, 16), c, local_chunks=-1),
     "q.shape=[2, 3, 16] must be [B, Hq, D]": lambda c: dash_decode(_ones(2, 3, 16), c),
     "q=torch.bfloat16": lambda c: dash_decode(_ones(2, 4, 16, dtype=torch.bfloat16), c),
     "sigma=0 must be a finite": lambda c: dash_decode(_ones(2, 4, 16), c, sigma=0),

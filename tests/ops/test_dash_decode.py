@@ -11,7 +11,7 @@ from dash_megatron.ops.types import Router
 from tests.ops.decode_sequences import BORDERS, ROUTER, C, Sequences, relative_error
 from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels
 
-decode, decode_cache = import_kernels("decode", "decode_cache")
+decode, decode_cache, decode_pool = import_kernels("decode", "decode_cache", "decode_pool")
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -19,8 +19,8 @@ LENGTHS = (*BORDERS, 300 * C + 5, 513 * C) if CUDA else BORDERS
 
 
 def _decode(sequences, cache, **router):
-    q = sequences.fill(cache)
-    return decode_and_count(q, cache, Router(cache.chunk_size, **{**ROUTER, **router}), "triton")
+    q, routing_q = sequences.fill(cache)
+    return decode_and_count(q, cache, Router(cache.chunk_size, **{**ROUTER, **router}), "triton", routing_q)
 
 
 @pytest.fixture
@@ -58,10 +58,12 @@ def test_sequences_of_different_lengths_equal_the_reference(form, page_size, lau
     assert torch.equal(selected[: len(BORDERS)], expected_selected[: len(BORDERS)])
 
 
+# as trained models have it; more local chunks than some sequence has
+LOCAL = {"local_chunks": 2, "query_pool": 16}
 SCALED = {"length_scaling": 0.7, "scaling_factor": torch.tensor([1.0, 4.0], device=DEVICE)}
 
 
-@pytest.mark.parametrize("router", [{}, {"estimate_diagonal": False}, {"alpha": 1.7}, SCALED], ids=str)
+@pytest.mark.parametrize("router", [{}, {"estimate_diagonal": False}, {"alpha": 1.7}, SCALED, LOCAL], ids=str)
 def test_the_reference_of_decoding_is_the_last_row_of_the_training_forward(router):
     sequences = Sequences(BORDERS)
     out, selected = sequences.expected(**router)
@@ -128,6 +130,11 @@ METHODS = {
     "nearly nothing selected": {"scaling_factor": 50.0},
     "length-aware": {"length_scaling": 0.7},
     "length-aware, a factor a head": SCALED,
+    "local chunks": {"local_chunks": 1},
+    "pooled queries": {"query_pool": 3},
+    "local chunks and pooled queries": LOCAL,
+    "local and length-aware, not centred": {**LOCAL, **SCALED, "estimate_diagonal": False},
+    "nothing but local chunks": {"local_chunks": 100},
 }
 
 
@@ -137,7 +144,8 @@ def test_every_form_of_the_method_equals_the_reference(name, form, launch):
     sequences = Sequences((60 * C + 1 if CUDA else 100, C + 1))
     expected, expected_selected = sequences.expected(**METHODS[name])
     launch(**FORMS[form])
-    out, selected = _decode(sequences, sequences.cache(), **METHODS[name])
+    cache = sequences.cache(query_pool=METHODS[name].get("query_pool", 1))
+    out, selected = _decode(sequences, cache, **METHODS[name])
     assert relative_error(out, expected) < TOLERANCE[torch.float32][0]
     if not CUDA:
         assert torch.equal(selected, expected_selected)
@@ -147,12 +155,12 @@ def test_every_form_of_the_method_equals_the_reference(name, form, launch):
 def test_pages_give_the_bits_of_the_contiguous_layout(form, launch):
     launch(**FORMS[form])
     sequences = Sequences((100 if not CUDA else 100 * C, C, 3 * C + 1), dtype=torch.bfloat16)
-    expected = _decode(sequences, sequences.cache())
-    for page_size in (C, 4 * C):
-        assert all(
-            torch.equal(*pair)
-            for pair in zip(_decode(sequences, sequences.cache(page_size)), expected, strict=True)
-        )
+    for router in ({}, LOCAL):
+        pool = router.get("query_pool", 1)
+        expected = _decode(sequences, sequences.cache(query_pool=pool), **router)
+        for page_size in (C, 4 * C):
+            paged = _decode(sequences, sequences.cache(page_size, query_pool=pool), **router)
+            assert all(torch.equal(*pair) for pair in zip(paged, expected, strict=True))
 
 
 @pytest.mark.parametrize("scaling_factor", [1.0, 30.0], ids=["many selected", "few selected"])
@@ -164,31 +172,69 @@ def test_many_blocks_of_scores_and_words_of_bits_equal_the_reference(scaling_fac
     assert relative_error(out, expected) < TOLERANCE[torch.float32][0]
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("router", [SCALED, {**SCALED, **LOCAL}], ids=["routed", "local and pooled"])
 @pytest.mark.parametrize("page_size", [None, C], ids=["contiguous", "paged"])
-def test_prefill_then_decode_equals_the_whole_forward(page_size):
+def test_prefill_then_decode_equals_the_whole_forward(page_size, router, backend):
     N, prompt = (20 * C + 9, 18 * C - 5) if CUDA else (4 * C + 2, 3 * C - 2)
     sequences = Sequences((N,))
-    cache = sequences.cache(page_size)
-    settings = {**ROUTER, **SCALED, "backend": "triton"}
+    cache = sequences.cache(page_size, query_pool=router.get("query_pool", 1))
+    settings = {**ROUTER, **router, "backend": backend}
     q, k, v = (x[0][None] for x in (sequences.q, sequences.k, sequences.v))
     expected = dash_attention(q, k, v, sequences.w, C, **settings)
-    sequences.prefill(cache, [0], [prompt])
+    sequences.prefill(cache, [0], [prompt], backend)
     out = [dash_attention(*(x[:, :prompt] for x in (q, k, v)), sequences.w, C, **settings)]
     for t in range(prompt, N):
         q_t, k_t, v_t = sequences.at([t])
-        cache.append(k_t, v_t, sequences.w, backend="triton")
-        out.append(dash_decode(q_t, cache, **settings)[:, None])
+        routing_q = cache.append(k_t, v_t, sequences.w, backend=backend, q=q_t)
+        out.append(dash_decode(q_t, cache, **settings, routing_q=routing_q)[:, None])
     torch.testing.assert_close(torch.cat(out, dim=1), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_several_tokens_at_once_decode_as_one_by_one(backend):
+    lengths, new = (3 * C + 1, C - 2, 0), (5, 3, 4)
+    ends = [length + n for length, n in zip(lengths, new, strict=True)]
+    sequences, router = Sequences(ends), Router(C, **{**ROUTER, "local_chunks": 1, "query_pool": 4})
+    at_once, single = (sequences.cache(query_pool=4, spare_queries=2) for _ in range(2))
+    for cache in (at_once, single):
+        sequences.prefill(cache, [0] * 3, lengths, backend)
+    pooled = sequences.prefill(at_once, lengths, ends, backend)
+    row = 0
+    for b, (length, end) in enumerate(zip(lengths, ends, strict=True)):
+        active = torch.arange(3, device=DEVICE) == b
+        for t in range(length, end):
+            q, k, v = sequences.at([t if i == b else 0 for i in range(3)])
+            routing_q = single.append(k, v, sequences.w, active, backend, q=q)
+            torch.testing.assert_close(routing_q[b], pooled[row])
+            expected, _ = decode_and_count(q, single, router, backend, routing_q)
+            # a sequence that ends with the token, and shares pages
+            page, length_1 = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([[b]], [t + 1]))
+            shared = DashCache(at_once.k, at_once.v, at_once.summary, length_1, C, page)
+            out, _ = decode_and_count(q[b : b + 1], shared, router, backend, pooled[row : row + 1])
+            torch.testing.assert_close(out[0], expected[b])
+            row += 1
+    # other sequences' queries were not written over: it is three tokens back, and on again
+    assert torch.equal(at_once.queries[:2], single.queries[:2])
+
+
+def test_tokens_that_are_dropped_leave_the_queries_before_them():
+    sequences = Sequences((3 * C,))
+    cache = sequences.cache(query_pool=4, spare_queries=6)
+    sequences.prefill(cache, [0], [3 * C - 6])
+    expected = sequences.prefill(cache, [3 * C - 6], [3 * C])
+    cache.lengths.sub_(6)
+    assert torch.equal(sequences.prefill(cache, [3 * C - 6], [3 * C]), expected)
 
 
 def test_what_a_shorter_sequence_left_behind_does_not_leak():
     long, short = Sequences((5 * C + 3, 4 * C)), Sequences((2 * C + 2, C), seed=1)
-    cache, fresh = long.cache(), short.cache(room=4 * C)
+    cache, fresh = long.cache(query_pool=16), short.cache(room=4 * C, query_pool=16)
     long.fill(cache)
-    for x in (cache.k, cache.v, cache.summary):
+    for x in (cache.k, cache.v, cache.summary, cache.queries):
         x.fill_(float("nan"))
     cache.lengths.zero_()
-    assert torch.equal(_decode(short, cache)[0], _decode(short, fresh)[0])
+    assert torch.equal(_decode(short, cache, **LOCAL)[0], _decode(short, fresh, **LOCAL)[0])
 
 
 @pytest.mark.parametrize(
@@ -213,7 +259,7 @@ def test_a_sequence_longer_than_its_cache_has_nan_output_on_a_gpu_and_leaves_oth
     launch(**FORMS[form])
     sequences = Sequences((C, 5))
     cache = sequences.cache()
-    q = sequences.fill(cache)
+    q, _ = sequences.fill(cache)
     expected = dash_decode(q, cache, backend="triton")
     # on CPU, append refuses; the kernel itself does not know
     arguments = (cache.k, cache.v, cache.summary, cache.lengths, cache._arrived, None, None, None, C)
@@ -242,12 +288,12 @@ def test_keys_and_values_may_be_views_of_one_allocation():
 def test_the_ops_pass_torchs_own_checks():
     sequences = Sequences((C + 1, C), dtype=torch.bfloat16)
     cache = sequences.cache(C)
-    q = sequences.fill(cache)
+    q, _ = sequences.fill(cache)
     tensors = (cache.k, cache.v, cache.summary, cache.lengths)
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
         decode.decode,
-        (q, *tensors, cache.page_table, None, C, 1.0, 2.0, True, 1.5, 0.0, 0, 1),
+        (q, *tensors, cache.page_table, q + 1, None, C, 1.0, 2.0, True, 1.5, 0.0, 1, 16),
         test_utils=utils,
     )
     cache.lengths.zero_()
@@ -256,18 +302,23 @@ def test_the_ops_pass_torchs_own_checks():
     _, k, v = sequences.at([0, 0])
     arguments = (k, v, sequences.w, *tensors, cache._arrived, cache.page_table, None, None, C)
     torch.library.opcheck(decode_cache.cache_write, arguments, test_utils=utils)
+    queries = torch.zeros(2, 5, *q.shape[1:], dtype=q.dtype, device=DEVICE)
+    cu_seqlens = torch.tensor([0, 2, 2], dtype=torch.int32, device=DEVICE)
+    torch.library.opcheck(
+        decode_pool.pool_and_keep, (q, queries, cache.lengths, cu_seqlens, None, 4), test_utils=utils
+    )
 
 
 def test_torch_compile_gives_the_eager_bits():
     sequences = Sequences((C + 5,))
-    eager, compiled = sequences.cache(), sequences.cache()
+    eager, compiled = sequences.cache(query_pool=16), sequences.cache(query_pool=16)
     steps = []
     for cache, wrap in ((eager, lambda f: f), (compiled, torch.compile(backend="aot_eager", fullgraph=True))):
         sequences.prefill(cache, [0], [C - 1])
 
         def step(q, k, v, cache=cache):
-            cache.append(k, v, sequences.w, backend="triton")
-            return dash_decode(q, cache, **ROUTER, backend="triton")
+            routing_q = cache.append(k, v, sequences.w, backend="triton", q=q)
+            return dash_decode(q, cache, **ROUTER, **LOCAL, backend="triton", routing_q=routing_q)
 
         step = wrap(step)
         steps.append([step(*sequences.at([t])) for t in range(C - 1, C + 2)])
@@ -275,21 +326,23 @@ def test_torch_compile_gives_the_eager_bits():
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU: captures a CUDA graph")
+@pytest.mark.parametrize("constants", [{}, LOCAL], ids=["routed", "local and pooled"])
 @pytest.mark.parametrize("capacity", [4096, 65536], ids=["short", "long"])
-def test_a_cuda_graph_follows_sequences_as_they_grow_and_change(capacity):
+def test_a_cuda_graph_follows_sequences_as_they_grow_and_change(capacity, constants):
     sequences = Sequences((capacity - 3 * C, 5 * C - 2, 1), Hq=32, dtype=torch.bfloat16)
-    cache = sequences.cache(2 * C, room=3 * C)
+    router = Router(C, **constants)
+    cache = sequences.cache(2 * C, room=3 * C, query_pool=router.query_pool)
     q, k, v = (x.clone() for x in sequences.at([0, 0, 0]))
 
     def step():
-        cache.append(k, v, sequences.w, backend="triton")
-        return decode_and_count(q, cache, Router(cache.chunk_size), "triton")
+        routing_q = cache.append(k, v, sequences.w, backend="triton", q=q)
+        return *decode_and_count(q, cache, router, "triton", routing_q), routing_q
 
     step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, selected = step()
+        out, selected, routing_q = step()
     for lengths in ([n - 1 for n in sequences.lengths], [C - 2, 4 * C, 0], [2 * C, 0, 0]):
         cache.lengths.zero_()
         sequences.prefill(cache, [0] * 3, lengths)
@@ -299,10 +352,10 @@ def test_a_cuda_graph_follows_sequences_as_they_grow_and_change(capacity):
             cache_lengths = cache.lengths.clone()
             graph.replay()
             assert torch.equal(cache.lengths, cache_lengths + 1)
-            expected, expected_selected = decode_and_count(q, cache, Router(cache.chunk_size), "triton")
+            expected, expected_selected = decode_and_count(q, cache, router, "triton", routing_q)
             assert torch.equal(out, expected)
             assert torch.equal(selected, expected_selected)
-        reference = dash_decode(q, cache, scaling_factor=1.0, backend="reference")
+        reference, _ = decode_and_count(q, cache, router, "reference", routing_q)
         assert relative_error(out, reference) < TOLERANCE[torch.bfloat16][0]
 
 

@@ -157,6 +157,26 @@ def test_half_precision_output_and_gradients_are_near_the_reference(name, dtype)
     _check(leaves, upstream, chunk_size=shape.get("C", 16), scaling_factor=1.0, same_selection=False)
 
 
+LOCAL = {"local_chunks": 1, "query_pool": 16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "name",
+    ["ragged", "batch of three", "three heads a group", "sixteen heads a group", "chunks of 32", *GPU_SHAPES],
+)
+def test_local_chunks_and_pooled_queries_equal_the_reference_in_every_shape(name, dtype):
+    N, real_N, shape = {**SHAPES, **GPU_SHAPES}[name]
+    if not CUDA and (N == 0 or (dtype == torch.bfloat16 and name not in ("ragged", "three heads a group"))):
+        pytest.skip("needs a CUDA GPU: too many tokens for the interpreter")
+    # enough past chunks that some are routed
+    N = real_N if CUDA else N + 4 * shape.get("C", 16)
+    leaves, upstream = _inputs(N, dtype=dtype, structured=True, **shape)
+    same = not CUDA and dtype == torch.float32
+    settings = {"chunk_size": shape.get("C", 16), "scaling_factor": 1.0, **LOCAL}
+    _check(leaves, upstream, same_selection=same, **settings)
+
+
 def _factors(*values):
     return torch.tensor(values, device=DEVICE, requires_grad=True)
 
@@ -178,10 +198,21 @@ METHODS = {
         "alpha": 1.7,
         "cu_seqlens": _cu_seqlens(*((300, 1, 602, 100) if CUDA else (17, 1, 32))),
     },
+    "local chunks": {"local_chunks": 1},
+    "pooled queries": {"query_pool": 5},
+    "local chunks, not centred": {"local_chunks": 1, "estimate_diagonal": False},
+    "nothing but local chunks": {"local_chunks": 1000},
+    "local and pooled, length-aware, a factor a head, packed": {
+        **LOCAL,
+        "length_scaling": 0.7,
+        "scaling_factor": _factors(2.0, 6.0),
+        "alpha": 1.7,
+        "cu_seqlens": _cu_seqlens(*((400, 1, 502, 100) if CUDA else (1, 49))),
+    },
 }
 
 
-DETERMINISTIC = ["sigma 1", "prior not centred", "alpha 1.7", *list(METHODS)[-3:]]
+DETERMINISTIC = ["sigma 1", "prior not centred", "alpha 1.7", *list(METHODS)[-8:]]
 
 
 @pytest.mark.parametrize(
@@ -201,11 +232,12 @@ PACKED = {
 
 
 @pytest.mark.parametrize("lengths", PACKED.values(), ids=PACKED)
+@pytest.mark.parametrize("router", [{}, LOCAL], ids=["routed", "local and pooled"])
 @pytest.mark.parametrize("Hq", [2, 16], ids=["one head a group", "eight heads a group"])
-def test_packed_documents_equal_the_reference(lengths, Hq):
+def test_packed_documents_equal_the_reference(lengths, router, Hq):
     lengths = lengths * (20 if CUDA else 1)
     leaves, upstream = _inputs(sum(lengths), Hq=Hq)
-    _check(leaves, upstream, cu_seqlens=_cu_seqlens(*lengths), same_selection=not CUDA)
+    _check(leaves, upstream, cu_seqlens=_cu_seqlens(*lengths), same_selection=not CUDA, **router)
 
 
 def test_very_many_short_documents_equal_the_reference():
@@ -216,17 +248,20 @@ def test_very_many_short_documents_equal_the_reference():
     _check(leaves, upstream, cu_seqlens=_cu_seqlens(*lengths), same_selection=not CUDA)
 
 
-def test_documents_do_not_see_each_other():
+@pytest.mark.parametrize("router", [{}, LOCAL], ids=["routed", "local and pooled"])
+def test_documents_do_not_see_each_other(router):
     lengths = (37, 5, 32)
     leaves, upstream = _inputs(sum(lengths))
     out, grads, selected = _run(
-        dash.dash_attention_triton, leaves, upstream, cu_seqlens=_cu_seqlens(*lengths)
+        dash.dash_attention_triton, leaves, upstream, cu_seqlens=_cu_seqlens(*lengths), **router
     )
     start = 0
     for length in lengths:
         part = slice(start, start + length)
         alone = [x.detach()[:, part].requires_grad_() for x in leaves[:3]] + [leaves[3]]
-        out_alone, grads_alone, selected_alone = _run(dash.dash_attention_triton, alone, upstream[:, part])
+        out_alone, grads_alone, selected_alone = _run(
+            dash.dash_attention_triton, alone, upstream[:, part], **router
+        )
         assert torch.equal(selected[:, part], selected_alone)
         for x, expected in zip([out, *grads[:3]], [out_alone, *grads_alone[:3]], strict=True):
             assert _relative_error(x[:, part], expected) < 1e-5
@@ -235,20 +270,22 @@ def test_documents_do_not_see_each_other():
 
 def test_changing_future_tokens_leaves_past_outputs_alone():
     leaves, upstream = _inputs(60)
-    out, _, _ = _run(dash.dash_attention_triton, leaves, upstream)
+    router = {"local_chunks": 1, "query_pool": 3}
+    out, _, _ = _run(dash.dash_attention_triton, leaves, upstream, **router)
     late = [x.detach().clone() for x in leaves]
     for x in late[:3]:
         x[:, 37:] += 1
-    out_late, _ = dash.dash_attention_triton(*late, **with_router(SETTINGS))
+    out_late, _ = dash.dash_attention_triton(*late, **with_router({**SETTINGS, **router}))
     assert torch.equal(out[:, :37], out_late[:, :37])
     assert not torch.equal(out[:, 37:], out_late[:, 37:])
 
 
-def test_lists_that_are_counted_first_give_the_same_bits(monkeypatch):
+@pytest.mark.parametrize("router", [{}, LOCAL], ids=["routed", "local and pooled"])
+def test_lists_that_are_counted_first_give_the_same_bits(router, monkeypatch):
     leaves, upstream = _inputs(1003 if CUDA else 50, Hq=6)
-    bounded = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True)
+    bounded = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True, **router)
     monkeypatch.setattr(geometry, "MAX_BOUNDED_BYTES", 0)
-    counted = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True)
+    counted = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True, **router)
     assert torch.equal(bounded[0], counted[0])
     assert all(torch.equal(x, y) for x, y in zip(bounded[1], counted[1], strict=True))
     assert torch.equal(bounded[2], counted[2])
@@ -282,23 +319,25 @@ def test_many_blocks_of_summaries_equal_the_reference(alpha, Hq, monkeypatch):
     _check(leaves, upstream, alpha=alpha, scaling_factor=1.0, same_selection=not CUDA)
 
 
-def test_deterministic_gradients_are_the_same_bits_in_every_run():
+@pytest.mark.parametrize("router", [{}, LOCAL], ids=["routed", "local and pooled"])
+def test_deterministic_gradients_are_the_same_bits_in_every_run(router):
     leaves, upstream = _inputs(2000 if CUDA else 40, Hq=8)
-    first = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True)
+    first = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True, **router)
     for _ in range(5 if CUDA else 1):
-        again = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True)
+        again = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True, **router)
         assert torch.equal(first[0], again[0])
         assert all(torch.equal(x, y) for x, y in zip(first[1], again[1], strict=True))
 
 
 def test_inputs_may_be_slices_of_one_fused_projection():
     generator = torch.Generator().manual_seed(0)
+    settings = with_router({**SETTINGS, **LOCAL})
     fused = torch.randn(2, 40, 8, 16, generator=generator).to(DEVICE).requires_grad_()
     w = torch.randn(2, 16, generator=generator).to(DEVICE)
     upstream = torch.randn(2, 40, 4, 16, generator=generator).to(DEVICE)
     results = []
     for attend, x in ((dash.dash_attention_triton, fused), (dash_attention_reference, fused.double())):
-        out, _ = attend(x[:, :, :4], x[:, :, 4:6], x[:, :, 6:], w.to(x.dtype), **with_router(SETTINGS))
+        out, _ = attend(x[:, :, :4], x[:, :, 4:6], x[:, :, 6:], w.to(x.dtype), **settings)
         results.append((out, *torch.autograd.grad(out, fused, upstream.to(x.dtype))))
     for x, expected in zip(*results, strict=True):
         assert _relative_error(x, expected) < 1e-5
@@ -310,13 +349,13 @@ def test_summary_query_may_stay_float32_beside_half_precision():
     _check(leaves, upstream, scaling_factor=1.0, same_selection=False)
 
 
-def test_torch_compile_and_checkpointing_give_the_eager_bits():
+@pytest.mark.parametrize("router", [{}, LOCAL], ids=["routed", "local and pooled"])
+def test_torch_compile_and_checkpointing_give_the_eager_bits(router):
     leaves, upstream = _inputs(50)
+    settings = {**with_router({**SETTINGS, **router}), "deterministic": True}
 
     def attend(q, k, v, w):
-        return (
-            dash.dash_attention_triton(q * 1.5, k, v, w, **with_router(SETTINGS), deterministic=True)[0] * 2
-        )
+        return dash.dash_attention_triton(q * 1.5, k, v, w, **settings)[0] * 2
 
     eager = attend(*leaves)
     expected = torch.autograd.grad(eager, leaves, upstream)
@@ -335,16 +374,18 @@ def test_the_op_passes_torchs_own_checks(bounded, learned, monkeypatch):
         monkeypatch.setattr(geometry, "MAX_BOUNDED_BYTES", 0)
     leaves, _ = _inputs(40)
     scaling = torch.tensor([1.0, 2.0], device=DEVICE, requires_grad=True) if learned else None
-    arguments = (*leaves, scaling, None, 16, 3.0, 2.0, True, 1.5, 0.5 if learned else 0.0, 0, 1, True)
+    options = (0.5, 1, 16) if learned else (0.0, 0, 1)
+    arguments = (*leaves, scaling, None, 16, 3.0, 2.0, True, 1.5, *options, True)
     torch.library.opcheck(
         dash._forward, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
     )
 
 
-def test_no_length_scaling_gives_the_bits_of_a_plain_factor():
+def test_options_that_are_off_give_the_bits_of_a_plain_factor():
     leaves, upstream = _inputs(35, Hq=2)
     plain = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True)
-    for same in ({"length_scaling": 0.0}, {"scaling_factor": _factors(3.0, 3.0)}, {"length_scaling": 1e-30}):
+    same_factors = {"length_scaling": 0.0}, {"scaling_factor": _factors(3.0, 3.0)}, {"length_scaling": 1e-30}
+    for same in (*same_factors, {"local_chunks": 0, "query_pool": 1}):
         other = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True, **same)
         assert torch.equal(plain[0], other[0])
         assert all(torch.equal(x, y) for x, y in zip(plain[1], other[1][:4], strict=True))

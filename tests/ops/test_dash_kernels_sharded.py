@@ -6,12 +6,13 @@ Two ranks of a packed sequence are played one after the other in one process.
 import pytest
 import torch
 
+from dash_megatron.ops.pooling import pool_queries
 from dash_megatron.ops.sequence_reference import dash_attention_reference
 from dash_megatron.ops.shards import Attended, KeyBuffer, OutputGradient, QueryChunks, RoutedQueries
 from dash_megatron.ops.types import Router
 from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels
 
-sharded, geometry = import_kernels("sharded", "geometry")
+sharded, geometry, _ = import_kernels("sharded", "geometry", "pool")
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -75,6 +76,11 @@ class Sequence:
             self.num_chunks,
             pairs,
         )
+
+    def routing_q(self):
+        """The router's queries of the whole sequence, in the form that autograd can follow."""
+        q = self.q.detach().requires_grad_()
+        return q, pool_queries(q[None], self.router.query_pool, _int(self.bounds), backend="triton")[0]
 
     def expected(self):
         """Output, gradients and chunk counts of the reference in float64."""
@@ -175,11 +181,14 @@ def _run(x, layout):
     out, dq, dk, dv, dw = (torch.zeros_like(y, dtype=torch.float32) for y in (x.q, x.q, x.k, x.v, x.w))
     selected = torch.zeros(*x.k.shape[:2], dtype=torch.int32, device=DEVICE)
     d_summary, d_heads = 0, []
+    leaf, pooled = x.routing_q()
+    d_pooled = torch.zeros_like(pooled, dtype=torch.float32)
     for numbers, (rows, qs) in zip(x.ranks, spans, strict=True):
         q = x.q[rows]
-        routed = sharded.route(q, summary, qs, x.router, x.head_scaling)
+        routing_q = None if x.router.query_pool == 1 else pooled.detach()[rows]
+        routed = sharded.route(q if routing_q is None else routing_q, summary, qs, x.router, x.head_scaling)
         selected[rows] = routed.selected
-        queries = RoutedQueries(q, qs, x.router, routed)
+        queries = RoutedQueries(q, qs, x.router, routed, routing_q)
         buffers = layout(x, numbers, sharded.listed(routed, x.num_chunks))
         parts = [sharded.attend(queries, k, v, keys) for keys, k, v, _ in buffers]
         rank_out, lse = _merge(parts)
@@ -197,8 +206,9 @@ def _run(x, layout):
                 assert torch.equal(part, torch.zeros_like(part)), "rows of no chunk have no gradient"
         router_dq, part, d_head = sharded.route_backward(d_prior, queries, summary, x.head_scaling)
         d_heads.append(d_head)
-        dq[rows] += router_dq
+        d_pooled[rows] = router_dq
         d_summary = d_summary + part
+    dq += torch.autograd.grad(pooled, leaf, d_pooled.to(x.dtype))[0]
     for numbers, (rows, qs) in zip(x.ranks, spans, strict=True):
         local = torch.zeros(Hkv, len(qs.start), D, device=DEVICE)
         local[:, : len(numbers)] = d_summary[:, numbers]
@@ -232,7 +242,12 @@ CASES = {
     "four heads, prior not centred": {"G": 4, "estimate_diagonal": False},
     "length-aware": {"G": 2, "length_scaling": 0.7},
     "length-aware, a factor a head": {"G": 2, "length_scaling": 0.7, "head_scaling": [0.7, 2.0]},
-}
+    "local chunks": {"G": 1, "local_chunks": 1, "lengths": (9, 21, 150)},
+    "local chunks, pooled queries": {
+        "G": 4, "local_chunks": 2, "query_pool": 16, "length_scaling": 0.7, "head_scaling": [0.7, 2.0], "lengths": (9, 21, 150),
+    },
+    "local chunks, not centred": {"G": 2, "local_chunks": 1, "query_pool": 3, "estimate_diagonal": False},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -246,6 +261,9 @@ CASES = {
         ("four heads, prior not centred", "compact windows"),
         ("length-aware", "one buffer"),
         ("length-aware, a factor a head", "windows"),
+        ("local chunks", "windows"),
+        ("local chunks, pooled queries", "compact windows"),
+        ("local chunks, not centred", "compact"),
     ],
 )
 def test_two_ranks_give_the_output_and_gradients_of_one(case, layout):
@@ -295,7 +313,7 @@ def test_keys_and_values_by_pair_equal_the_reference(case, layout, monkeypatch):
 
 
 def test_lists_that_are_counted_first_give_the_same_bits(monkeypatch):
-    x = Sequence(G=2, scaling_factor=6.0)
+    x = Sequence(G=2, scaling_factor=6.0, local_chunks=1)
     numbers = x.ranks[0]
     rows, qs = x.rows(numbers), x.queries(numbers)
     summary = torch.randn(2, x.num_chunks, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
@@ -311,7 +329,9 @@ def test_lists_that_are_counted_first_give_the_same_bits(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(bounded, counted, strict=True))
 
 
-@pytest.mark.parametrize("method", [{"alpha": 1.5}, {"alpha": 1.3}, {"length_scaling": 0.7}], ids=str)
+@pytest.mark.parametrize(
+    "method", [{"alpha": 1.5}, {"alpha": 1.3}, {"length_scaling": 0.7}, {"local_chunks": 2}], ids=str
+)
 def test_summary_gradients_are_the_same_bits_in_every_run_if_asked(method):
     x, generator = Sequence(G=3, **method), torch.Generator().manual_seed(1)
     numbers = x.ranks[0]
@@ -361,7 +381,7 @@ def test_a_window_without_keys_gives_nothing():
 
 
 def test_listed_chunks_are_those_that_some_row_selected():
-    x = Sequence(G=2, scaling_factor=6.0)
+    x = Sequence(G=2, scaling_factor=6.0, local_chunks=1)
     numbers = x.ranks[0]
     summary = torch.randn(2, x.num_chunks, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     routed = sharded.route(x.q[x.rows(numbers)], summary, x.queries(numbers), x.router)
@@ -373,6 +393,7 @@ def test_listed_chunks_are_those_that_some_row_selected():
     listed = sharded.listed(routed, x.num_chunks)
     assert torch.equal(listed, expected)
     assert 0 < listed.sum() < listed.numel()
+    assert all(listed[:, c - 1].all() for c in numbers if c > x.chunks[c][2]), "local chunks are listed"
 
 
 def test_queries_the_kernels_cannot_take_are_refused():

@@ -15,6 +15,7 @@ from dash_megatron.ops.diagnostics import (
     sample_routing,
     selection_map,
 )
+from dash_megatron.ops.pooling import pool_queries
 from dash_megatron.ops.types import Router
 
 C, D = 4, 32
@@ -46,23 +47,25 @@ def by_hand(q, k, w, router, lengths):
             own = int(chunk[i])
             row = {"density": routing.chunks_selected[0, i, h] / (own + 1), "own_share": mass[i, h, own]}
             row["chunks_selected"] = routing.chunks_selected[0, i, h]
-            if own:
-                keys = k[0, start : start + own * C, h].view(own, C, D)
+            routed = max(0, own - router.local_chunks)
+            if routed:
+                keys = k[0, start : start + routed * C, h].view(routed, C, D)
                 beta = (keys @ w[h] / math.sqrt(D)).softmax(1)
                 factors = router.scaling_factor
                 factor = float(factors[h] if isinstance(factors, torch.Tensor) else factors)
-                factor *= 1 + router.length_scaling * math.log(own)
-                z = factor / math.sqrt(D) * q[0, i].view(H, G, D)[h]
+                factor *= 1 + router.length_scaling * math.log(routed)
+                pooled = q[0, max(start, i - router.query_pool + 1) : i + 1].mean(0)
+                z = factor / math.sqrt(D) * pooled.view(H, G, D)[h]
                 p = entmax(z @ (beta[..., None] * keys).sum(1).T, router.alpha).mean(0)
                 inside = p[p > 0]
                 near = (p > 0) & (p < NEAR_THRESHOLD * inside.mean())
                 row["entropy"] = -(inside * inside.log()).sum()
                 row["effective_chunks"] = row["entropy"].exp()
-                row["evenness"] = row["entropy"] / math.log(own) if own > 1 else math.nan
+                row["evenness"] = row["entropy"] / math.log(routed) if routed > 1 else math.nan
                 row["prior_spread"] = inside.log().std(correction=0) / router.sigma
                 row["near_threshold_chunks"] = near.sum() / len(inside)
                 row["near_threshold_mass"] = p[near].sum()
-                row["near_threshold_attention"] = mass[i, h, :own][near].sum()
+                row["near_threshold_attention"] = mass[i, h, :routed][near].sum()
             for name, value in row.items():
                 values[name][h, i] = value
     return values
@@ -76,8 +79,9 @@ def by_hand(q, k, w, router, lengths):
         ROUTER,
         Router(C, 9.0, 1.0, False, 2.0),
         Router(C, torch.tensor([2.0, 6.0]), 2.0, True, 1.5, length_scaling=0.5),
+        Router(C, 6.0, 2.0, True, 1.5, 0.5, local_chunks=2, query_pool=3),
     ],
-    ids=["centred prior", "plain prior", "scaled by head and length"],
+    ids=["centred prior", "plain prior", "scaled by head and length", "local chunks, pooled queries"],
 )
 def test_measures_of_every_query_are_those_of_the_reference(
     router: Router, lengths: list[int], blocks: str, monkeypatch: pytest.MonkeyPatch
@@ -163,6 +167,14 @@ def test_the_histogram_of_weights_counts_selected_chunks() -> None:
 
 def test_a_map_shows_the_share_of_tokens_that_selected_each_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, w = inputs(N=30)
+    local, _ = selection_map(q, k, w, ROUTER._replace(local_chunks=2, query_pool=3))
+    below = torch.arange(8)[:, None] - torch.arange(8)
+    assert local[:, (below >= 0) & (below <= 2)].eq(1).all()
+    assert local[:, below > 2].lt(1).any()
+    selected = sample_routing(q, k, w, ROUTER._replace(local_chunks=2, query_pool=3), max_queries=30).values[
+        "chunks_selected"
+    ]
+    torch.testing.assert_close(local[:, 6].nansum(1), selected[:, 24:28].mean(1))
     share, per_cell = selection_map(q, k, w, ROUTER)
     assert (share.shape, per_cell) == ((2, 8, 8), 1)
     samples = sample_routing(q, k, w, ROUTER, max_queries=30)
@@ -187,28 +199,33 @@ def test_a_map_shows_the_share_of_tokens_that_selected_each_chunk(monkeypatch: p
     assert torch.equal(sampled.nan_to_num(-1), coarse.nan_to_num(-1))
 
 
-def test_tiles_visit_what_any_of_their_tokens_selected() -> None:
+@pytest.mark.parametrize("options", [{}, {"local_chunks": 1, "query_pool": 2}], ids=str)
+def test_tiles_visit_what_any_of_their_tokens_selected(options: dict[str, int]) -> None:
     q, k, w = inputs(N=30)
-    shares = listed_share(q, k, w, ROUTER)
+    router = ROUTER._replace(**options)
+    shares = listed_share(q, k, w, router)
     assert list(shares) == [1, 2, 4]
+    routing_q = pool_queries(q, router.query_pool)
     for head in range(2):
         summaries = k[0, :28, head].float().view(7, C, -1)
         weights = (summaries @ w[head].float() * k.shape[-1] ** -0.5).softmax(1)
         summary_cD = (weights[..., None] * summaries).sum(1)
         visited = {tile: 0 for tile in shares}
         for chunk in range(1, 7):
+            routed = max(0, chunk - router.local_chunks)
             group = slice(head * q.shape[2] // 2, (head + 1) * q.shape[2] // 2)
             z = torch.einsum(
-                "sgd,cd->sgc", q[0, chunk * C : chunk * C + C, group].float(), summary_cD[:chunk]
+                "sgd,cd->sgc", routing_q[0, chunk * C : chunk * C + C, group].float(), summary_cD[:routed]
             )
             z *= ROUTER.scaling_factor * q.shape[-1] ** -0.5
-            selected = entmax(z, ROUTER.alpha).mean(1) > 0
+            selected = torch.ones(C, chunk, dtype=torch.bool)
+            selected[:, :routed] = entmax(z, ROUTER.alpha).mean(1) > 0
             for tile in shares:
                 for begin in range(0, C, tile):
                     visited[tile] += tile * int(selected[begin : begin + tile].any(0).sum())
         for tile, share in shares.items():
             assert share[head].item() == pytest.approx(visited[tile] / (C * sum(range(1, 7))))
-    few = listed_share(q, k, w, ROUTER, max_chunks=3)
+    few = listed_share(q, k, w, router, max_chunks=3)
     assert few[1].lt(few[4]).all()
     with pytest.raises(ValueError, match="two chunks of 4"):
         listed_share(q[:, :7], k[:, :7], w, ROUTER)

@@ -5,6 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from dash_megatron.ops.pooling import pool_queries
+from tests.ops.kernels_under_test import CUDA, DEVICE, import_kernels
+
+(pool,) = import_kernels("pool")
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 LENGTHS = (9, 1, 21, 4)
 
@@ -64,3 +69,60 @@ def test_a_piece_of_a_document_with_the_rows_before_it_gives_its_rows_of_the_who
 def test_a_pool_of_no_or_too_many_queries_is_refused(query_pool):
     with pytest.raises(ValueError, match=r"query_pool=.* must be an int from 1 to 128; try 16"):
         pool_queries(torch.zeros(1, 4, 2, 8), query_pool)
+
+
+def _both(x, query_pool, upstream, **places):
+    """Means and gradient, float64, of the kernel, and of the reference for the same numbers in float64."""
+    found = []
+    for backend, dtype in (("triton", x.dtype), ("reference", torch.float64)):
+        leaf = x.detach().to(dtype).requires_grad_()
+        pooled = pool_queries(leaf, query_pool, **places, backend=backend)
+        assert pooled.dtype == dtype
+        (grad,) = torch.autograd.grad(pooled, leaf, upstream.to(dtype))
+        found.append((pooled.double(), grad.double()))
+    return zip(*found, strict=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("query_pool", [2, 7, 16, 128])
+@pytest.mark.parametrize("lengths", [(53,), (9, 1, 33, 10)], ids=str)
+def test_the_kernel_gives_the_means_and_gradients_of_the_reference(lengths, query_pool, dtype):
+    lengths = [x * (40 if CUDA else 1) for x in lengths]
+    generator, batch = torch.Generator().manual_seed(0), 2 if len(lengths) == 1 else 1
+    # a slice of a fused projection, of more columns than a program takes
+    fused = torch.randn(batch, sum(lengths), 7, 48, generator=generator).to(DEVICE, dtype)
+    upstream = torch.randn(batch, sum(lengths), 5, 48, generator=generator).to(DEVICE, dtype)
+    cu_seqlens = None if len(lengths) == 1 else _cu_seqlens(*lengths).to(DEVICE)
+    # the interpreter cuts off what a GPU rounds
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-8 if CUDA else 2**-7
+    for x, expected in _both(fused[:, :, 1:6], query_pool, upstream, cu_seqlens=cu_seqlens):
+        torch.testing.assert_close(x, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_the_kernel_takes_rows_of_neighbours_as_the_reference_does():
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(1, 60, 3, 16, generator=generator).to(DEVICE) for _ in range(2))
+    halo = torch.zeros(4, dtype=torch.long)
+    places = torch.cat([halo, torch.arange(100, 120), halo, torch.arange(2, 34)]).to(DEVICE)
+    places[28:30] = 0  # a document that begins inside the halo
+    upstream[:, :4], upstream[:, 24:28] = 0, 0
+    for y, expected in _both(x, 5, upstream, position_N=places):
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_op_passes_torchs_own_checks_and_compiles():
+    q = torch.randn(2, 9, 2, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+    torch.library.opcheck(
+        pool.pool,
+        (q, torch.arange(9, device=DEVICE), 4, False),
+        test_utils=(
+            "test_schema",
+            "test_autograd_registration",
+            "test_faketensor",
+            "test_aot_dispatch_static",
+        ),
+    )
+    compiled = torch.compile(
+        lambda x: pool_queries(x, 4, backend="triton"), backend="aot_eager", fullgraph=True
+    )
+    assert torch.equal(compiled(q), pool_queries(q, 4, backend="triton"))

@@ -157,11 +157,11 @@ def _router_block(
 @triton.jit
 def _router_bwd_kernel(
     q, summary, tau, dq, d_summary, mean_dp, list_chunk, list_log_prior, d_prior, list_offset, list_count,
-    chunk_start, chunk_end, factor, d_log_factor, stride_qn, stride_qh, scale, gradient_scale, exponent, inv_sigma,
-    num_chunks, num_summaries,
+    chunk_start, chunk_end, chunk_first, chunk_number, factor, d_log_factor, stride_qn, stride_qh, scale, gradient_scale,
+    exponent, inv_sigma, num_chunks, num_summaries,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     T: tl.constexpr, C: tl.constexpr, BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr,
-    ATOMIC: tl.constexpr, GRADIENT: tl.constexpr,
+    ATOMIC: tl.constexpr, GRADIENT: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
     i_h, i_tile, i_c, start, end = query_tile(chunk_start, chunk_end, num_chunks, T, C)
     if start >= end:
@@ -171,6 +171,10 @@ def _router_bwd_kernel(
         scale *= row_factor
         gradient_scale *= row_factor
     p_tile, offset, count = tile_list(list_offset, list_count, i_h, i_tile, num_chunks * (C // T))
+    if LOCAL > 0:
+        # local chunks, which the router does not select, are the last ones listed
+        own = i_c if chunk_number is None else tl.load(chunk_number + i_c)
+        count -= tl.minimum(own - tl.load(chunk_first + i_c), LOCAL)
     _, o_d, o_n, o_g, m_row = tile_rows(start, end, G, GP, T, BLOCK_D)
     m_rd = m_row[:, None] & (o_d < D)[None, :]
     b_q = load_tile(q, i_h, o_n, o_g, o_d, m_row, stride_qn, stride_qh, G, D)
@@ -246,9 +250,9 @@ def backward_q(
 def backward_router(
     q: Tensor, summary: Tensor, tau: Tensor, dq: Tensor, d_prior: Tensor, lists: Lists, chunks: Tensor,
     sizes: Sizes, router: Router, config: Config, deterministic: bool, factor: Tensor | None = None,
-    learned: bool = False,
+    learned: bool = False, number: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Add the router's part to `dq` in place; `factor` is that of `route`.
+    """Add the router's part to `dq` in place; `q`, `factor` and `number` are those of `route`.
 
     Returns:
         Gradient of the summaries, float32 [Hkv, chunks, D], summed with atomics; all zero if `deterministic`, for the
@@ -259,14 +263,15 @@ def backward_router(
     mean_dp = torch.empty_like(tau)
     # tiles without rows write nothing
     d_log = torch.zeros(sizes.num_kv_heads, sizes.tiles_per_head, device=q.device) if learned else None
+    local = (chunks[2], number) if router.local_chunks else (None, None)
     _router_bwd_kernel[(sizes.num_tiles,)](
         q, summary, tau, dq, d_summary, mean_dp, lists.chunk, lists.log_prior, d_prior, lists.offset, lists.counts,
-        chunks[0], chunks[1], factor, d_log, *q.stride()[:2], score_scale(router, sizes.head_dim),
+        chunks[0], chunks[1], *local, factor, d_log, *q.stride()[:2], score_scale(router, sizes.head_dim),
         router.scaling_factor * sizes.head_dim**-0.5, router.exponent, router.inv_sigma, sizes.num_chunks,
         summary.shape[1],
         **sizes.constants, BLOCK_S=config.block, ALPHA_15=router.alpha == 1.5, ATOMIC=not deterministic,
         # gradients can be too small for float16
-        GRADIENT=tl.float32 if q.dtype == torch.float32 else tl.bfloat16,
+        GRADIENT=tl.float32 if q.dtype == torch.float32 else tl.bfloat16, LOCAL=router.local_chunks,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return d_summary, mean_dp, None if d_log is None else d_log.sum(1)

@@ -52,17 +52,20 @@ def routing_scales(router: Router | None, head_dim: int) -> tuple[float, float, 
     return score_scale(router, head_dim), router.scaling_factor * head_dim**-0.5, router.exponent
 
 
+def _chunk_of_tokens(start: Tensor, num_tokens: int) -> Tensor:
+    """Each token's chunk, [tokens]; `start` is every chunk's first token."""
+    token = torch.arange(num_tokens, dtype=start.dtype, device=start.device)
+    return torch.searchsorted(start, token, right=True) - 1
+
+
 def token_factors(factor: Tensor | None, start: Tensor, num_tokens: int) -> Tensor | None:
     """Factors [Hkv, chunks] on routing scores, of the tokens: [tokens, Hkv]; `start` is every chunk's first token."""
-    if factor is None:
-        return None
-    token = torch.arange(num_tokens, dtype=start.dtype, device=start.device)
-    return factor.mT[torch.searchsorted(start, token, right=True) - 1].contiguous()
+    return None if factor is None else factor.mT[_chunk_of_tokens(start, num_tokens)].contiguous()
 
 
 @triton.jit
 def _d_summary_kernel(
-    q, tau, mean_dp, summary, list_log_prior, d_prior, factor, row_place, row_entry, row_offset, d_summary,
+    q, tau, mean_dp, summary, list_log_prior, d_prior, factor, first_local, row_place, row_entry, row_offset, d_summary,
     stride_qn, stride_qh, score_scale, gradient_scale, exponent, inv_sigma, num_chunks,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     T: tl.constexpr, ALPHA_15: tl.constexpr,
@@ -77,6 +80,9 @@ def _d_summary_kernel(
     for i_e in range(tl.load(row_offset + i_row), tl.load(row_offset + i_row + 1)):
         place, entry = tl.load(row_place + i_e), tl.load(row_entry + i_e)
         m_n = (o_r // GP < (place >> 32)) & (o_r % GP < G)
+        if first_local is not None:
+            # not routed for this tile
+            m_n &= i_row % num_chunks < tl.load(first_local + (place & 0x7FFFFFFF))
         o_n, o_g = (place & 0x7FFFFFFF) + o_r // GP, i_h * G + o_r % GP
         p_q = q + (o_n * stride_qn + o_g * stride_qh)[:, None] + o_d[None, :]
         b_q = tl.load(p_q, mask=m_n[:, None] & m_d[None, :], other=0.0)
@@ -92,17 +98,21 @@ def _d_summary_kernel(
 
 def sum_d_summary(
     q: Tensor, tau: Tensor, mean_dp: Tensor, summary: Tensor, log_prior: Tensor, d_prior: Tensor,
-    transposed: Transposed, sizes: Sizes, router: Router, factor: Tensor | None = None,
+    transposed: Transposed, start: Tensor, number: Tensor | None, sizes: Sizes, router: Router, factor: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Gradient of the summaries, float32 [Hkv, chunks, D], summed in the order of the lists transposed over all chunks.
 
-    `factor` is that of `token_factors`.
+    `start` is the first token of each of the queries' chunks; `q`, `number` and `factor` are those of `route`.
     """
+    first_local = None
+    if router.local_chunks:
+        own = _chunk_of_tokens(start, len(q))
+        first_local = (own if number is None else number[own]).int() - router.local_chunks
     d_summary = torch.empty(summary.shape, dtype=torch.float32, device=q.device)
     Hkv, nc, D = summary.shape
     _d_summary_kernel[(Hkv * nc,)](
-        q, tau, mean_dp, summary, log_prior, d_prior, factor, *transposed, d_summary, *q.stride()[:2],
-        *routing_scales(router, D), router.inv_sigma, nc,
+        q, tau, mean_dp, summary, log_prior, d_prior, token_factors(factor, start, len(q)), first_local, *transposed,
+        d_summary, *q.stride()[:2], *routing_scales(router, D), router.inv_sigma, nc,
         HKV=Hkv, G=sizes.group, GP=sizes.padded_group, D=D, BLOCK_D=sizes.block_d, T=sizes.tile_tokens,
         ALPHA_15=router.alpha == 1.5, num_warps=4,
     )  # fmt: skip

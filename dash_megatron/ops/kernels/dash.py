@@ -13,17 +13,19 @@ from torch import Tensor
 from dash_megatron.ops.kernels.attend import attend_forward
 from dash_megatron.ops.kernels.backward_kv import backward_kv
 from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
+from dash_megatron.ops.kernels.backward_summary import sum_d_summary
 from dash_megatron.ops.kernels.configs import Launches, find_launches
 from dash_megatron.ops.kernels.geometry import (
     Lists,
     Sizes,
-    check_options,
     check_supported,
     chunk_layout,
     measure,
 )
+from dash_megatron.ops.kernels.pool import pool_rows, positions
 from dash_megatron.ops.kernels.route import factors, has_factors, route
 from dash_megatron.ops.kernels.summarize import summarize
+from dash_megatron.ops.kernels.transpose import transpose
 from dash_megatron.ops.types import Router
 
 
@@ -51,7 +53,7 @@ def _factors(router: Router, sizes: Sizes, chunks: Tensor, head_scaling: Tensor 
     if not has_factors(router, head_scaling):
         return None
     past = torch.arange(sizes.num_chunks, device=chunks.device) - chunks[2]
-    return factors(router, past, sizes.num_kv_heads, head_scaling)
+    return factors(router, past - router.local_chunks, sizes.num_kv_heads, head_scaling)
 
 
 def _one_row(x: Tensor) -> Tensor:
@@ -63,6 +65,16 @@ def _one_row(x: Tensor) -> Tensor:
 def _dense_rows(x: Tensor) -> Tensor:
     """[B, N, H, D] as dense [B * N, H, D]: a model's values are often a strided slice of its fused projection."""
     return x.flatten(0, 1).contiguous()
+
+
+def _pooled(
+    rows_q: Tensor, batch: int, router: Router, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The router's queries, and the positions of their means; the queries themselves and None where none are pooled."""
+    if router.query_pool == 1:
+        return rows_q, None
+    position = positions(len(rows_q) // batch, batch, cu_seqlens, rows_q.device)
+    return pool_rows(rows_q, position, router.query_pool), position
 
 
 @torch.library.custom_op("dash_megatron::dash_forward", mutates_args=())
@@ -90,8 +102,9 @@ def _forward(
     rows_q, rows_k, rows_v, w = _one_row(q), _dense_rows(k), _dense_rows(v), w.contiguous()
     summary = summarize(rows_k, w, chunks, sizes)
     factor = _factors(router, sizes, chunks, head_scaling)
+    routing_q, _ = _pooled(rows_q, q.shape[0], router, cu_seqlens)
     lists, tau, mean_log, selected = route(
-        rows_q, summary, chunks, offsets, sizes, router, launches.route, factor=factor
+        routing_q, summary, chunks, offsets, sizes, router, launches.route, factor=factor
     )
     out, lse = attend_forward(
         rows_q, rows_k, rows_v, lists, mean_log, chunks, sizes, router.inv_sigma, launches.attend
@@ -170,10 +183,22 @@ def _backward(
         rows_q, rows_k, rows_v, rows_out, rows_d_out, lse, lists, mean_log, d_prior, chunks, sizes, router.inv_sigma,
         launches.queries,
     )  # fmt: skip
+    # recomputed rather than kept
+    routing_q, position = _pooled(rows_q, q.shape[0], router, cu_seqlens)
+    router_dq = dq if position is None else torch.zeros_like(dq)
     d_summary, mean_dp, d_log_factor = backward_router(
-        rows_q, summary, tau, dq, d_prior, lists, chunks, sizes, router, launches.router, deterministic, factor,
+        routing_q, summary, tau, router_dq, d_prior, lists, chunks, sizes, router, launches.router, deterministic, factor,
         head_scaling is not None,
     )  # fmt: skip
+    if position is not None:
+        dq = pool_rows(router_dq, position, router.query_pool, transposed=True, base=dq)
+    if deterministic and (position is not None or router.local_chunks):
+        # the pass to keys and values knows one kind of queries only, and not which chunks are local
+        d_summary = sum_d_summary(
+            routing_q, tau, mean_dp, summary, list_log_prior, d_prior, transpose(lists, chunks, sizes), chunks[0],
+            None, sizes, router, factor,
+        )  # fmt: skip
+        deterministic = False
     dk, dv, dw = backward_kv(
         rows_q, rows_k, rows_v, rows_w, rows_d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, d_summary,
         d_prior, lists, chunks, sizes, router, launches, deterministic, factor,
@@ -239,7 +264,6 @@ def dash_attention_triton(
         Output [B, N, Hq, D] in q's dtype, and the number of chunks selected, the own one included, int32 [B, N, Hkv].
     """
     check_supported(q, k.shape[2])
-    check_options(router)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     head_scaling, numbers = router.split()

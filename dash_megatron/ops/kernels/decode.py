@@ -15,7 +15,7 @@ from torch import Tensor
 from dash_megatron.ops.kernels.configs import device_limits, stages_that_fit
 from dash_megatron.ops.kernels.decode_attend import decode_attend_kernel, decode_sum_kernel
 from dash_megatron.ops.kernels.decode_route import decode_score_kernel, decode_threshold_kernel
-from dash_megatron.ops.kernels.geometry import check_options, check_supported, next_power_of_two
+from dash_megatron.ops.kernels.geometry import check_supported, next_power_of_two
 from dash_megatron.ops.kernels.route import score_scale
 from dash_megatron.ops.kernels.tiles import LOG2_E
 from dash_megatron.ops.types import Router
@@ -104,36 +104,38 @@ def _follow(launch: Launch) -> dict[str, bool]:
 
 
 def _route_long(
-    q: Tensor, summary: Tensor, lengths: Tensor, page_table: Tensor | None, stride_table: int, max_chunks: int,
+    routing_q: Tensor, summary: Tensor, lengths: Tensor, page_table: Tensor | None, stride_table: int, max_chunks: int,
     head_scaling: Tensor | None, router: Router, launch: Launch, shapes: _Shapes,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Scores and thresholds, float32 [B, Hq, max_chunks] and [B, Hq], and bits of what is selected, int32 [B, Hq, words]."""
-    B, Hq, D = q.shape
-    x = torch.empty(B, Hq, max_chunks, dtype=torch.float32, device=q.device)
-    tau = torch.empty(B, Hq, dtype=torch.float32, device=q.device)
-    bits = torch.empty(B, Hq, triton.cdiv(max_chunks, 32), dtype=torch.int32, device=q.device)
+    B, Hq, D = routing_q.shape
+    device = routing_q.device
+    x = torch.empty(B, Hq, max_chunks, dtype=torch.float32, device=device)
+    tau = torch.empty(B, Hq, dtype=torch.float32, device=device)
+    bits = torch.empty(B, Hq, triton.cdiv(max_chunks, 32), dtype=torch.int32, device=device)
     blocks = triton.cdiv(max_chunks, launch.block_chunks)
     decode_score_kernel[(blocks * B * shapes.HKV,)](
-        q, summary, lengths, page_table, head_scaling, x, *q.stride()[:2],
+        routing_q, summary, lengths, page_table, head_scaling, x, *routing_q.stride()[:2],
         *summary.stride()[:3], stride_table,
         summary.shape[1], max_chunks, blocks, score_scale(router, D),
         **shapes._asdict(), BLOCK_S=launch.block_chunks, PAGED=page_table is not None,
-        LENGTH_SCALING=router.length_scaling, DEPENDENT=launch.dependent,
-        num_warps=8 if shapes.BLOCK_D * q.element_size() > 512 else 4,
+        LENGTH_SCALING=router.length_scaling, LOCAL=router.local_chunks, DEPENDENT=launch.dependent,
+        num_warps=8 if shapes.BLOCK_D * routing_q.element_size() > 512 else 4,
     )  # fmt: skip
     # third-order convergence: a move this small leaves an error below float32's own
     tolerance = 1e-3 if router.alpha == 1.5 else 1e-6
     decode_threshold_kernel[(B * Hq,)](
         x, lengths, tau, bits, router.exponent, tolerance, 1 / shapes.G, max_chunks, bits.shape[2],
-        HQ=Hq, C=shapes.C, BLOCK=launch.block_scores, ALPHA_15=router.alpha == 1.5, DEPENDENT=launch.dependent,
+        HQ=Hq, C=shapes.C, BLOCK=launch.block_scores, ALPHA_15=router.alpha == 1.5, LOCAL=router.local_chunks,
+        DEPENDENT=launch.dependent,
         num_warps=max(1, launch.block_scores // 256), **_follow(launch),
     )  # fmt: skip
     return x, tau, bits
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, summary: Tensor, lengths: Tensor, page_table: Tensor | None, stride_table: int,
-    max_chunks: int, head_scaling: Tensor | None, routed: tuple[Tensor | None, ...], router: Router, launch: Launch, shapes: _Shapes,
+    q: Tensor, routing_q: Tensor | None, k: Tensor, v: Tensor, summary: Tensor, lengths: Tensor,
+    page_table: Tensor | None, stride_table: int, max_chunks: int, head_scaling: Tensor | None, routed: tuple[Tensor | None, ...], router: Router, launch: Launch, shapes: _Shapes,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [B, Hq, D] and number of chunks selected, int32 [B, Hkv], given what `_route_long` returns, if anything."""
     (B, Hq, D), Hkv, S = q.shape, shapes.HKV, launch.splits
@@ -151,7 +153,7 @@ def _attend(
     words = triton.cdiv(max_chunks, 32)
     alpha_15 = router.alpha == 1.5
     decode_attend_kernel[(B * Hkv * (1 if launch.whole else S + 1),)](
-        q, k, v, summary, lengths, page_table, head_scaling, *routed, chunk, place, log_prior, part, lse, stats, out, selected,
+        q, routing_q, k, v, summary, lengths, page_table, head_scaling, *routed, chunk, place, log_prior, part, lse, stats, out, selected,
         *q.stride()[:2], *k.stride()[:3],
         *summary.stride()[:3], stride_table,
         summary.shape[1], max_chunks, words, S, D**-0.5 * LOG2_E, score_scale(router, D), router.exponent,
@@ -159,7 +161,7 @@ def _attend(
         **shapes._asdict(), KEYS=launch.keys, BLOCK_E=16, CHUNKS=max(16, next_power_of_two(max_chunks)),
         WORDS=next_power_of_two(words), PAGED=page_table is not None, ALPHA_15=alpha_15,
         CENTRE=router.estimate_diagonal, SHORT=launch.short, WHOLE=launch.whole, STAGES=launch.stages,
-        LENGTH_SCALING=router.length_scaling,
+        LENGTH_SCALING=router.length_scaling, LOCAL=router.local_chunks,
         DEPENDENT=launch.dependent, num_warps=launch.warps, **({} if launch.short else _follow(launch)),
     )  # fmt: skip
     if not launch.whole:
@@ -180,6 +182,7 @@ def decode(
     summary: Tensor,
     lengths: Tensor,
     page_table: Tensor | None,
+    routing_q: Tensor | None,
     head_scaling: Tensor | None,
     chunk_size: int,
     scaling_factor: float,
@@ -190,7 +193,7 @@ def decode(
     local_chunks: int,
     query_pool: int,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one token a sequence; arguments are those of `dash_decode` and the tensors of its `DashCache`.
+    """Attention of one token a sequence; arguments are those of `decode_and_count` and the tensors of its `DashCache`.
 
     `head_scaling` [Hkv], if given, multiplies `scaling_factor`.
 
@@ -200,21 +203,31 @@ def decode(
     Hkv, D = k.shape[2:]
     check_supported(q, Hkv)
     q = q if q.stride(-1) == 1 else q.contiguous()
+    routing_q = None if routing_q is None else routing_q.contiguous()
     G = q.shape[1] // Hkv
     max_chunks = summary.shape[1] * (1 if page_table is None else page_table.shape[1])
     stride_table = 0 if page_table is None else page_table.stride(0)
     shapes = _Shapes(Hkv, G, max(16, next_power_of_two(G)), D, next_power_of_two(D), chunk_size)
     constants = sigma, estimate_diagonal, alpha, length_scaling, local_chunks, query_pool
     router = Router(chunk_size, scaling_factor, *constants)
-    check_options(router)
     launch = find_launch(q, Hkv, max_chunks, chunk_size)
     routed: tuple[Tensor | None, ...] = (None, None, None)
     if not launch.short:
         routed = _route_long(
-            q, summary, lengths, page_table, stride_table, max_chunks, head_scaling, router, launch, shapes
+            q if routing_q is None else routing_q,
+            summary,
+            lengths,
+            page_table,
+            stride_table,
+            max_chunks,
+            head_scaling,
+            router,
+            launch,
+            shapes,
         )
     return _attend(
-        q, k, v, summary, lengths, page_table, stride_table, max_chunks, head_scaling, routed, router, launch, shapes,
+        q, routing_q, k, v, summary, lengths, page_table, stride_table, max_chunks, head_scaling, routed, router, launch,
+        shapes,
     )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Attention of one token a sequence over the chunks its group selected, split over programs, and the sum of the splits.
 
 The selected chunks of a sequence and key/value head are numbered in ascending order, and split i of S attends to an equal
-share of consecutive ones; one more split has the own chunk. The mean log prior is only known when all shares are:
-it shifts all past chunks alike, so that it can wait for the sum of the splits.
+share of consecutive ones; one more split has the own chunk and the local ones, which are not listed. The mean log prior is
+only known when all shares are: it shifts all listed chunks alike, so that it can wait for the sum of the splits.
 """
 
 import triton
@@ -12,6 +12,7 @@ from dash_megatron.ops.kernels.decode_route import (
     chunk_place,
     enter,
     load_queries,
+    routed_chunks,
     scale_of,
     score_chunks,
     sequence_place,
@@ -42,19 +43,19 @@ def share(total, i_split, splits):
 
 @triton.jit
 def _list_short(
-    b_q, summary, page_table, list_place, list_log, i_b, i_h, i_split, splits, past,
+    b_q, summary, page_table, list_place, list_log, i_b, i_h, i_split, splits, routed,
     stride_sp, stride_sc, stride_sh, stride_table, chunks_per_page, scale, exponent, tolerance,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
     PAGED: tl.constexpr, ALPHA_15: tl.constexpr,
 ):  # fmt: skip
     """Route among at most CHUNKS chunks and list this split's share: first, last, and the sum of its logs."""
     o_c = tl.arange(0, CHUNKS)
-    m_c = o_c < past
+    m_c = o_c < routed
     o_place = chunk_place(page_table, i_b, o_c, m_c, stride_table, chunks_per_page, PAGED)
     b_x = score_chunks(
         b_q, summary, o_place, m_c, i_h, stride_sp, stride_sc, stride_sh, chunks_per_page, scale, D, BLOCK_D
     )
-    b_tau = solve_rows(b_x, past, exponent, tolerance, ALPHA_15)
+    b_tau = solve_rows(b_x, routed, exponent, tolerance, ALPHA_15)
     b_p = probability(tl.maximum(b_x - b_tau[:, None], 0.0), exponent, ALPHA_15)
     b_p = tl.where((tl.arange(0, ROWS) < G)[:, None], b_p, 0.0)
     b_mean = tl.sum(b_p, 0) * (1.0 / G)
@@ -70,7 +71,7 @@ def _list_short(
 
 @triton.jit
 def _list_long(
-    x, tau, bits, list_chunk, list_place, list_log, page_table, i_b, i_row, i_split, splits, past,
+    x, tau, bits, list_chunk, list_place, list_log, page_table, i_b, i_row, i_split, splits, routed,
     stride_table, chunks_per_page, max_chunks, max_words, exponent,
     G: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, BLOCK_E: tl.constexpr,
     PAGED: tl.constexpr, ALPHA_15: tl.constexpr,
@@ -80,7 +81,7 @@ def _list_long(
     bits += i_row.to(tl.int64) * max_words
     b_w = tl.zeros([WORDS], tl.int32)
     for i_g in tl.static_range(G):
-        b_w |= tl.load(bits + i_g * max_words + o_w, mask=o_w * 32 < past, other=0)
+        b_w |= tl.load(bits + i_g * max_words + o_w, mask=o_w * 32 < routed, other=0)
     b_n = count_bits(b_w)
     o_entry = tl.cumsum(b_n, 0) - b_n
     first, last = share(tl.sum(b_n, 0), i_split, splits)
@@ -150,38 +151,45 @@ def _attend_listed(
 
 
 @triton.jit
-def _attend_own(
-    b_acc, b_sum, b_max, b_q, k, v, own, stride_kn, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
+def _attend_chunk(
+    b_acc, b_sum, b_max, b_q, k, v, page_table, i_b, i_c, tokens, stride_kp, stride_kn, stride_table, chunks_per_page, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the first `own` keys of a chunk; what lies behind them is not read."""
-    for i_n in range(0, own, KEYS):
+    """Online softmax over the first `tokens` keys of chunk `i_c`, without a prior; what lies behind them is not read."""
+    i_place = chunk_place(page_table, i_b, i_c, tokens > 0, stride_table, chunks_per_page, PAGED)
+    start = (i_place // chunks_per_page).to(tl.int64) * stride_kp
+    start += (i_place % chunks_per_page * C).to(tl.int64) * stride_kn
+    for i_n in range(0, tokens, KEYS):
         o_n = i_n + tl.arange(0, KEYS)
-        b_k = load_rows(k, o_n, stride_kn, o_n < own, D, BLOCK_D)
-        b_v = load_rows(v, o_n, stride_kn, o_n < own, D, BLOCK_D)
+        b_k = load_rows(k + start, o_n, stride_kn, o_n < tokens, D, BLOCK_D)
+        b_v = load_rows(v + start, o_n, stride_kn, o_n < tokens, D, BLOCK_D)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
-        b_s = tl.where((o_n < own)[None, :], b_s, float("-inf"))
+        b_s = tl.where((o_n < tokens)[None, :], b_s, float("-inf"))
         b_acc, b_sum, b_max = _softmax_step(b_acc, b_sum, b_max, b_s, b_v)
     return b_acc, b_sum, b_max
 
 
 @triton.jit
 def decode_attend_kernel(
-    q, k, v, summary, lengths, page_table, head_scaling, x, tau, bits, list_chunk, list_place, list_log, part, lse, stats, out, selected,
+    q, routing_q, k, v, summary, lengths, page_table, head_scaling, x, tau, bits, list_chunk, list_place, list_log, part, lse, stats, out, selected,
     stride_qb, stride_qh, stride_kp, stride_kn, stride_kh, stride_sp, stride_sc, stride_sh, stride_table,
     chunks_per_page, max_chunks, max_words, splits, scale, route_scale, exponent, tolerance, inv_sigma,
     HKV: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr,
     KEYS: tl.constexpr, BLOCK_E: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr, PAGED: tl.constexpr,
     ALPHA_15: tl.constexpr, CENTRE: tl.constexpr, SHORT: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
-    LENGTH_SCALING: tl.constexpr, DEPENDENT: tl.constexpr,
+    LENGTH_SCALING: tl.constexpr, LOCAL: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One split: output and log-sum-exp of its share; if WHOLE, the only program has everything and writes the output."""
     parts = splits if WHOLE else splits + 1
     i_bh, i_split = tl.program_id(0) // parts, tl.program_id(0) % parts
     i_b, i_h = i_bh // HKV, i_bh % HKV
     past, own, fits = sequence_place(lengths, i_b, max_chunks, C)
+    routed = routed_chunks(past, LOCAL)
     o_g, o_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     b_q = load_queries(q, i_b, i_h, stride_qb, stride_qh, G, D, BLOCK_D, ROWS)
+    b_routing_q = b_q
+    if routing_q is not None:
+        b_routing_q = load_queries(routing_q, i_b, i_h, HKV * G * D, D, G, D, BLOCK_D, ROWS)
     # the kernels before this one do not write what was read so far
     enter(DEPENDENT)
     k += i_h.to(tl.int64) * stride_kh
@@ -189,20 +197,20 @@ def decode_attend_kernel(
     b_acc, b_sum = tl.zeros([ROWS, BLOCK_D], tl.float32), tl.zeros([ROWS], tl.float32)
     b_max = b_sum - float("inf")
     count, log_sum = past * 0, 0.0
-    if (past > 0) & (i_split < splits):
+    if (routed > 0) & (i_split < splits):
         list_place += i_bh.to(tl.int64) * max_chunks
         list_log += i_bh.to(tl.int64) * max_chunks
         if SHORT:
-            route_scale = scale_of(route_scale, head_scaling, i_h, past, LENGTH_SCALING)
+            route_scale = scale_of(route_scale, head_scaling, i_h, routed, LENGTH_SCALING)
             first, last, log_sum = _list_short(
-                b_q, summary, page_table, list_place, list_log, i_b, i_h, i_split, splits, past,
+                b_routing_q, summary, page_table, list_place, list_log, i_b, i_h, i_split, splits, routed,
                 stride_sp, stride_sc, stride_sh, stride_table, chunks_per_page, route_scale, exponent, tolerance,
                 G, D, BLOCK_D, ROWS, CHUNKS, PAGED, ALPHA_15,
             )  # fmt: skip
         else:
             first, last, log_sum = _list_long(
                 x, tau, bits, list_chunk + i_bh.to(tl.int64) * max_chunks, list_place, list_log, page_table,
-                i_b, i_bh * G, i_split, splits, past, stride_table, chunks_per_page, max_chunks, max_words, exponent,
+                i_b, i_bh * G, i_split, splits, routed, stride_table, chunks_per_page, max_chunks, max_words, exponent,
                 G, ROWS, WORDS, BLOCK_E, PAGED, ALPHA_15,
             )  # fmt: skip
         count = last - first
@@ -215,12 +223,18 @@ def decode_attend_kernel(
     if WHOLE and CENTRE:
         b_max -= log_sum / tl.maximum(count, 1) * inv_sigma
     if WHOLE or i_split == splits:
-        i_place = chunk_place(page_table, i_b, past, own > 0, stride_table, chunks_per_page, PAGED)
-        start = (i_place // chunks_per_page).to(tl.int64) * stride_kp
-        start += (i_place % chunks_per_page * C).to(tl.int64) * stride_kn
-        b_acc, b_sum, b_max = _attend_own(
-            b_acc, b_sum, b_max, b_q, k + start, v + start, own, stride_kn, scale, D, BLOCK_D, KEYS
-        )
+        if LOCAL > 0:
+            for i_c in range(routed, past):
+                b_acc, b_sum, b_max = _attend_chunk(
+                    b_acc, b_sum, b_max, b_q, k, v, page_table, i_b, i_c, C, stride_kp, stride_kn, stride_table,
+                    chunks_per_page, scale, D, BLOCK_D, C, KEYS, PAGED,
+                )  # fmt: skip
+        b_acc, b_sum, b_max = _attend_chunk(
+            b_acc, b_sum, b_max, b_q, k, v, page_table, i_b, past, own, stride_kp, stride_kn, stride_table,
+            chunks_per_page, scale, D, BLOCK_D, C, KEYS, PAGED,
+        )  # fmt: skip
+        if LOCAL > 0:
+            count += past - routed
     b_out = b_acc / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
     m_g, m_o = o_g < G, (o_g < G)[:, None] & (o_d < D)[None, :]
     if WHOLE:

@@ -68,12 +68,18 @@ def score_chunks(
 
 
 @triton.jit
-def scale_of(scale, head_scaling, i_h, past, LENGTH_SCALING: tl.constexpr):
-    """What turns q.s into x for a head of a sequence with `past` whole past chunks; see `route.factors`."""
+def routed_chunks(past, LOCAL: tl.constexpr):
+    """How many of the `past` chunks of a sequence the router selects from: all but the LOCAL last ones."""
+    return past if LOCAL == 0 else tl.maximum(past - LOCAL, 0)
+
+
+@triton.jit
+def scale_of(scale, head_scaling, i_h, routed, LENGTH_SCALING: tl.constexpr):
+    """What turns q.s into x for a head of a sequence with `routed` chunks to select from; see `route.factors`."""
     if head_scaling is not None:
         scale *= tl.load(head_scaling + i_h).to(tl.float32)
     if LENGTH_SCALING != 0:
-        scale *= 1 + LENGTH_SCALING * tl.log(tl.maximum(past, 1).to(tl.float32))
+        scale *= 1 + LENGTH_SCALING * tl.log(tl.maximum(routed, 1).to(tl.float32))
     return scale
 
 
@@ -96,9 +102,9 @@ def sum_three(b_0, b_1, b_2, axis: tl.constexpr):
 
 
 @triton.jit
-def solve_rows(b_x, past, exponent, tolerance, ALPHA_15: tl.constexpr):
-    """Thresholds [ROWS] of scores [ROWS, chunks] that fit into registers; past > 0 of them are finite."""
-    b_low, b_high = threshold_bounds(tl.max(b_x, 1), past, exponent)
+def solve_rows(b_x, routed, exponent, tolerance, ALPHA_15: tl.constexpr):
+    """Thresholds [ROWS] of scores [ROWS, chunks] that fit into registers; routed > 0 of them are finite."""
+    b_low, b_high = threshold_bounds(tl.max(b_x, 1), routed, exponent)
     b_tau = b_low
     passes, moved = 0, tolerance + 1
     while (moved > tolerance) & (passes < 60):
@@ -116,20 +122,22 @@ def decode_score_kernel(
     q, summary, lengths, page_table, head_scaling, x, stride_qb, stride_qh, stride_sp, stride_sc, stride_sh, stride_table,
     chunks_per_page, max_chunks, blocks, scale,
     HKV: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr,
-    BLOCK_S: tl.constexpr, PAGED: tl.constexpr, LENGTH_SCALING: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCK_S: tl.constexpr, PAGED: tl.constexpr, LENGTH_SCALING: tl.constexpr, LOCAL: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Scores float32 [B, Hq, max_chunks] of all whole past chunks, a block of chunks for the heads of a group a program."""
+    """Scores float32 [B, Hq, max_chunks] of the routed chunks, a block of chunks for the heads of a group a program."""
     enter(DEPENDENT)
     i_bh = tl.program_id(0) // blocks
     i_b, i_h = i_bh // HKV, i_bh % HKV
     past, _, _ = sequence_place(lengths, i_b, max_chunks, C)
+    routed = routed_chunks(past, LOCAL)
     o_c = tl.program_id(0) % blocks * BLOCK_S + tl.arange(0, BLOCK_S)
-    if tl.program_id(0) % blocks * BLOCK_S >= past:
+    if tl.program_id(0) % blocks * BLOCK_S >= routed:
         return
-    m_c = o_c < past
+    m_c = o_c < routed
     o_place = chunk_place(page_table, i_b, o_c, m_c, stride_table, chunks_per_page, PAGED)
     b_q = load_queries(q, i_b, i_h, stride_qb, stride_qh, G, D, BLOCK_D, ROWS)
-    scale = scale_of(scale, head_scaling, i_h, past, LENGTH_SCALING)
+    scale = scale_of(scale, head_scaling, i_h, routed, LENGTH_SCALING)
     b_x = score_chunks(
         b_q, summary, o_place, m_c, i_h, stride_sp, stride_sc, stride_sh, chunks_per_page, scale, D, BLOCK_D
     )
@@ -141,28 +149,30 @@ def decode_score_kernel(
 @triton.jit
 def decode_threshold_kernel(
     x, lengths, tau, bits, exponent, tolerance, inv_group, max_chunks, max_words,
-    HQ: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ALPHA_15: tl.constexpr, DEPENDENT: tl.constexpr,
+    HQ: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ALPHA_15: tl.constexpr, LOCAL: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Threshold float32 [B, Hq] of a query head's scores, and int32 words of bits [B, Hq, words]: what it selects."""
     i_row = tl.program_id(0)
     past, _, _ = sequence_place(lengths, i_row // HQ, max_chunks, C)
+    routed = routed_chunks(past, LOCAL)
     enter(DEPENDENT)
-    if past == 0:
+    if routed == 0:
         return
     x += i_row.to(tl.int64) * max_chunks
     o_n = tl.arange(0, BLOCK)
     # scores are read again in every pass: they lie in the first-level cache
     b_top = tl.full([BLOCK], float("-inf"), tl.float32)
-    for i_c in range(0, past, BLOCK):
-        b_top = tl.maximum(b_top, tl.load(x + i_c + o_n, mask=i_c + o_n < past, other=float("-inf")))
-    low, high = threshold_bounds(tl.max(b_top, 0), past, exponent)
+    for i_c in range(0, routed, BLOCK):
+        b_top = tl.maximum(b_top, tl.load(x + i_c + o_n, mask=i_c + o_n < routed, other=float("-inf")))
+    low, high = threshold_bounds(tl.max(b_top, 0), routed, exponent)
     threshold = low
     passes, moved = 0, tolerance + 1
     while (moved > tolerance) & (passes < 60):
         b_s0 = tl.zeros([BLOCK], tl.float32)
         b_s1, b_s2 = b_s0, b_s0
-        for i_c in range(0, past, BLOCK):
-            b_x = tl.load(x + i_c + o_n, mask=i_c + o_n < past, other=float("-inf"))
+        for i_c in range(0, routed, BLOCK):
+            b_x = tl.load(x + i_c + o_n, mask=i_c + o_n < routed, other=float("-inf"))
             b_0, b_1, b_2 = threshold_terms(tl.maximum(b_x - threshold, 0.0), exponent, ALPHA_15)
             b_s0, b_s1, b_s2 = b_s0 + b_0, b_s1 + b_1, b_s2 + b_2
         s0, s1, s2 = sum_three(b_s0, b_s1, b_s2, 0)
@@ -173,11 +183,11 @@ def decode_threshold_kernel(
     tl.store(tau + i_row, threshold)
     bits += i_row.to(tl.int64) * max_words
     o_w = tl.arange(0, BLOCK // 32)
-    for i_c in range(0, past, BLOCK):
-        b_x = tl.load(x + i_c + o_n, mask=i_c + o_n < past, other=float("-inf"))
+    for i_c in range(0, routed, BLOCK):
+        b_x = tl.load(x + i_c + o_n, mask=i_c + o_n < routed, other=float("-inf"))
         # as the mean over the group counts it
         b_bit = (probability(tl.maximum(b_x - threshold, 0.0), exponent, ALPHA_15) * inv_group > 0).to(
             tl.int32
         )
         b_bit = tl.reshape(b_bit, (BLOCK // 32, 32)) << tl.arange(0, 32)[None, :]
-        tl.store(bits + i_c // 32 + o_w, tl.sum(b_bit, 1), mask=i_c + o_w * 32 < past)
+        tl.store(bits + i_c // 32 + o_w, tl.sum(b_bit, 1), mask=i_c + o_w * 32 < routed)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from dash_megatron.ops.tensor_cache import cached
-from dash_megatron.ops.types import Router
 
 # Lists up to this many bytes are allocated for every chunk being selected, which needs no look at the device; above,
 # the selected chunks are counted first and the host waits for their number.
@@ -85,12 +84,13 @@ class Sizes(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """The chunks each query tile attends to besides its own, ascending: tile i's from offset[i], counts[i] of them."""
+    """The chunks each query tile attends to besides its own, ascending, so that local ones are last: tile i's from offset[i], counts[i] of them."""
 
     chunk: Tensor
     """int32 [room]: global chunk number."""
     log_prior: Tensor
-    """float32 [room, T]: log2 of the group's mean probability, -inf where that token did not select the chunk."""
+    """float32 [room, T]: log2 of the group's mean probability, -inf where that token did not select the chunk. That of local
+    chunks is the token's mean, so that the centred prior is 0."""
     offset: Tensor
     """int64 [tiles]."""
     counts: Tensor
@@ -112,15 +112,6 @@ def check_supported(q: Tensor, num_kv_heads: int) -> None:
         raise ValueError(
             f"q.shape={list(q.shape)} with {num_kv_heads} key/value heads must have at most 256 dimensions and 32 heads "
             "a group for the Triton backend; pass backend='reference'"
-        )
-
-
-def check_options(router: Router) -> None:
-    """Refuse options of the router that only the reference has."""
-    if router.local_chunks or router.query_pool > 1:
-        raise ValueError(
-            f"local_chunks={router.local_chunks} and query_pool={router.query_pool} must be 0 and 1 for the Triton backend; "
-            "pass backend='reference'"
         )
 
 

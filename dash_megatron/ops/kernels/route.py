@@ -33,12 +33,12 @@ def has_factors(router: Router, head_scaling: Tensor | None) -> bool:
     return head_scaling is not None or router.length_scaling != 0
 
 
-def factors(router: Router, past: Tensor, num_kv_heads: int, head_scaling: Tensor | None) -> Tensor | None:
+def factors(router: Router, routed: Tensor, num_kv_heads: int, head_scaling: Tensor | None) -> Tensor | None:
     """What the scores of a chunk's queries are multiplied by besides `score_scale`; None for one everywhere.
 
     Args:
         router: its scaling factor is a number.
-        past: how many chunks of its document precede each chunk, [chunks].
+        routed: how many chunks the router may select for the queries of each chunk, [chunks]; below 1 counts as 1.
         num_kv_heads: Hkv.
         head_scaling: a factor for each key/value head [Hkv], if there is one.
 
@@ -46,7 +46,7 @@ def factors(router: Router, past: Tensor, num_kv_heads: int, head_scaling: Tenso
         float32 [Hkv, chunks].
     """
     by_head = router._replace(scaling_factor=1.0 if head_scaling is None else head_scaling)
-    found = by_head.score_factors(past, num_kv_heads, torch.float32)
+    found = by_head.score_factors(routed, num_kv_heads, torch.float32)
     return found if isinstance(found, Tensor) else None
 
 
@@ -61,14 +61,14 @@ def routing_products(b_q, summary, o_c, m_c, D: tl.constexpr, BLOCK_D: tl.conste
 
 @triton.jit
 def _guess_block(
-    b_q, summary, i_s, own, scale, b_max, b_tau, b_s0, b_s1, b_s2,
+    b_q, summary, i_s, end, scale, b_max, b_tau, b_s0, b_s1, b_s2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take a block into the running maximum and, for alpha 1.5, into running sums; then one step of tau."""
     o_c = i_s + tl.arange(0, BLOCK_S)
-    b_x = routing_products(b_q, summary, o_c, o_c < own, D, BLOCK_D, MASKED) * scale
+    b_x = routing_products(b_q, summary, o_c, o_c < end, D, BLOCK_D, MASKED) * scale
     if MASKED:
-        b_x = tl.where((o_c < own)[None, :], b_x, float("-inf"))
+        b_x = tl.where((o_c < end)[None, :], b_x, float("-inf"))
     b_max = tl.maximum(b_max, tl.max(b_x, 1))
     if not ALPHA_15:
         return b_max, b_max - 1, b_s0, b_s1, b_s2
@@ -90,15 +90,15 @@ def _guess_block(
 
 @triton.jit
 def _block_sums(
-    b_q, summary, i_s, own, scale, exponent, b_tau,
+    b_q, summary, i_s, end, scale, exponent, b_tau,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """For alpha 1.5 count, sum and sum of squares of u = [x - tau]_+; for others 0 and the sums `threshold_step` needs."""
     o_c = i_s + tl.arange(0, BLOCK_S)
-    b_x = routing_products(b_q, summary, o_c, o_c < own, D, BLOCK_D, MASKED)
+    b_x = routing_products(b_q, summary, o_c, o_c < end, D, BLOCK_D, MASKED)
     b_u = tl.maximum(b_x * scale - b_tau[:, None], 0.0)
     if MASKED:
-        b_u = tl.where((o_c < own)[None, :], b_u, 0.0)
+        b_u = tl.where((o_c < end)[None, :], b_u, 0.0)
     if ALPHA_15:
         return tl.sum((b_u > 0).to(tl.float32), 1), tl.sum(b_u, 1), tl.sum(b_u * b_u, 1)
     return b_tau * 0, tl.sum(power(b_u, exponent - 1), 1), tl.sum(power(b_u, exponent), 1)
@@ -106,35 +106,35 @@ def _block_sums(
 
 @triton.jit
 def solve_threshold(
-    b_q, summary, first, own, scale, exponent, tolerance,
+    b_q, summary, first, end, scale, exponent, tolerance,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr,
 ):  # fmt: skip
-    """Threshold [ROWS] at which the probabilities of the chunks first <= c < own sum to one."""
+    """Threshold [ROWS] at which the probabilities of the chunks first <= c < end sum to one."""
     b_zero = tl.zeros([ROWS], tl.float32)
     b_max, b_tau, b_s0, b_s1, b_s2 = b_zero - float("inf"), b_zero - 1e15, b_zero, b_zero, b_zero
     # blocks that are whole need no mask on their scores
-    whole = first + (own - first) // BLOCK_S * BLOCK_S
+    whole = first + (end - first) // BLOCK_S * BLOCK_S
     for i_s in range(first, whole, BLOCK_S):
         b_max, b_tau, b_s0, b_s1, b_s2 = _guess_block(
-            b_q, summary, i_s, own, scale, b_max, b_tau, b_s0, b_s1, b_s2, D, BLOCK_D, BLOCK_S, ALPHA_15, False
+            b_q, summary, i_s, end, scale, b_max, b_tau, b_s0, b_s1, b_s2, D, BLOCK_D, BLOCK_S, ALPHA_15, False
         )  # fmt: skip
-    if whole < own:
+    if whole < end:
         b_max, b_tau, b_s0, b_s1, b_s2 = _guess_block(
-            b_q, summary, whole, own, scale, b_max, b_tau, b_s0, b_s1, b_s2, D, BLOCK_D, BLOCK_S, ALPHA_15, True
+            b_q, summary, whole, end, scale, b_max, b_tau, b_s0, b_s1, b_s2, D, BLOCK_D, BLOCK_S, ALPHA_15, True
         )  # fmt: skip
-    b_low, b_high = threshold_bounds(b_max, own - first, exponent)
+    b_low, b_high = threshold_bounds(b_max, end - first, exponent)
     b_tau = tl.minimum(tl.maximum(b_tau, b_low), b_high)
     passes, moved = 0, tolerance + 1
     while (moved > tolerance) & (passes < 60):
         b_s0, b_s1, b_s2 = b_zero, b_zero, b_zero
         for i_s in range(first, whole, BLOCK_S):
             b_0, b_1, b_2 = _block_sums(
-                b_q, summary, i_s, own, scale, exponent, b_tau, D, BLOCK_D, BLOCK_S, ALPHA_15, False
+                b_q, summary, i_s, end, scale, exponent, b_tau, D, BLOCK_D, BLOCK_S, ALPHA_15, False
             )
             b_s0, b_s1, b_s2 = b_s0 + b_0, b_s1 + b_1, b_s2 + b_2
-        if whole < own:
+        if whole < end:
             b_0, b_1, b_2 = _block_sums(
-                b_q, summary, whole, own, scale, exponent, b_tau, D, BLOCK_D, BLOCK_S, ALPHA_15, True
+                b_q, summary, whole, end, scale, exponent, b_tau, D, BLOCK_D, BLOCK_S, ALPHA_15, True
             )
             b_s0, b_s1, b_s2 = b_s0 + b_0, b_s1 + b_1, b_s2 + b_2
         b_next = threshold_step(b_tau, b_low, b_high, b_s0, b_s1, b_s2, exponent, passes, ALPHA_15)
@@ -146,16 +146,16 @@ def solve_threshold(
 
 @triton.jit
 def _emit_block(
-    b_q, b_tau, m_row, summary, i_s, own, num_listed, scale, exponent, inv_group, p_chunk, p_log_prior,
+    b_q, b_tau, m_row, summary, i_s, end, num_listed, scale, exponent, inv_group, p_chunk, p_log_prior,
     D: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr, GP: tl.constexpr, BLOCK_S: tl.constexpr,
     ALPHA_15: tl.constexpr, WRITE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """List the chunks of a block that any token selected, with mean probabilities; returns the number listed so far."""
     o_c = i_s + tl.arange(0, BLOCK_S)
-    b_x = routing_products(b_q, summary, o_c, o_c < own, D, BLOCK_D, MASKED)
+    b_x = routing_products(b_q, summary, o_c, o_c < end, D, BLOCK_D, MASKED)
     b_u = tl.maximum(b_x * scale - b_tau[:, None], 0.0)
     b_p = probability(b_u, exponent, ALPHA_15)
-    b_p = tl.where(m_row[:, None] & (o_c < own)[None, :], b_p, 0.0) if MASKED else b_p
+    b_p = tl.where(m_row[:, None] & (o_c < end)[None, :], b_p, 0.0) if MASKED else b_p
     # [T, BLOCK_S]
     b_mean = tl.sum(tl.reshape(b_p, (T, GP, BLOCK_S)), 1) * inv_group
     b_listed = (tl.max(b_mean, 0) > 0).to(tl.int32)
@@ -169,23 +169,23 @@ def _emit_block(
 
 @triton.jit
 def _emit(
-    b_q, b_tau, m_row, summary, first, own, scale, exponent, inv_group, p_chunk, p_log_prior,
+    b_q, b_tau, m_row, summary, first, end, scale, exponent, inv_group, p_chunk, p_log_prior,
     D: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr, GP: tl.constexpr, BLOCK_S: tl.constexpr,
     ALPHA_15: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     """List the chunks that any token selected: number listed, and per token the number selected and their sum of logs."""
     # absent rows select nothing
     b_tau = tl.where(m_row, b_tau, float("inf"))
-    whole = first + (own - first) // BLOCK_S * BLOCK_S
+    whole = first + (end - first) // BLOCK_S * BLOCK_S
     num_listed = 0
     for i_s in range(first, whole, BLOCK_S):
         num_listed = _emit_block(
-            b_q, b_tau, m_row, summary, i_s, own, num_listed, scale, exponent, inv_group, p_chunk, p_log_prior,
+            b_q, b_tau, m_row, summary, i_s, end, num_listed, scale, exponent, inv_group, p_chunk, p_log_prior,
             D, BLOCK_D, T, GP, BLOCK_S, ALPHA_15, WRITE, False,
         )  # fmt: skip
-    if whole < own:
+    if whole < end:
         num_listed = _emit_block(
-            b_q, b_tau, m_row, summary, whole, own, num_listed, scale, exponent, inv_group, p_chunk, p_log_prior,
+            b_q, b_tau, m_row, summary, whole, end, num_listed, scale, exponent, inv_group, p_chunk, p_log_prior,
             D, BLOCK_D, T, GP, BLOCK_S, ALPHA_15, WRITE, True,
         )  # fmt: skip
     b_selected, b_log_sum = tl.zeros([T], tl.int32), tl.zeros([T], tl.float32)
@@ -212,7 +212,7 @@ def _route_kernel(
     num_chunks, num_summaries,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     T: tl.constexpr, C: tl.constexpr, BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr,
-    CENTRE: tl.constexpr, SOLVE: tl.constexpr, COUNT: tl.constexpr, EMIT: tl.constexpr,
+    CENTRE: tl.constexpr, LOCAL: tl.constexpr, SOLVE: tl.constexpr, COUNT: tl.constexpr, EMIT: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = T * GP
     tiles_per_head = num_chunks * (C // T)
@@ -225,6 +225,8 @@ def _route_kernel(
     first, own = tl.load(chunk_first + i_c), i_c
     if chunk_number is not None:
         own = tl.load(chunk_number + i_c)
+    # one past the last chunk that is routed; local ones follow it
+    routed_end = own if LOCAL == 0 else tl.maximum(own - LOCAL, first)
     if factor is not None:
         scale *= tl.load(factor + i_h * num_chunks + i_c)
     _, o_d, o_n, o_g, m_row = tile_rows(start, end, G, GP, T, BLOCK_D)
@@ -234,9 +236,20 @@ def _route_kernel(
     p_tau = tau + o_n * (HKV * G) + i_h * G + o_g
     b_tau = tl.zeros([ROWS], tl.float32)
     if SOLVE:
-        if own > first:
+        if routed_end > first:
             b_tau = solve_threshold(
-                b_q, summary, first, own, scale, exponent, tolerance, D, BLOCK_D, ROWS, BLOCK_S, ALPHA_15
+                b_q,
+                summary,
+                first,
+                routed_end,
+                scale,
+                exponent,
+                tolerance,
+                D,
+                BLOCK_D,
+                ROWS,
+                BLOCK_S,
+                ALPHA_15,
             )
         tl.store(p_tau, b_tau, mask=m_row)
     else:
@@ -244,16 +257,23 @@ def _route_kernel(
     if COUNT or EMIT:
         offset = tl.load(list_offset + p_tile) if EMIT else 0
         num_listed, b_selected, b_log_sum = _emit(
-            b_q, b_tau, m_row, summary, first, own, scale, exponent, 1.0 / G,
+            b_q, b_tau, m_row, summary, first, routed_end, scale, exponent, 1.0 / G,
             list_chunk + offset, list_log_prior + offset * T,
             D, BLOCK_D, T, GP, BLOCK_S, ALPHA_15, EMIT,
         )  # fmt: skip
-        tl.store(list_count + p_tile, num_listed)
+        num_local = own - routed_end
+        tl.store(list_count + p_tile, num_listed + num_local)
         if EMIT:
             o_t = (start + tl.arange(0, T)).to(tl.int64)
-            tl.store(selected + o_t * HKV + i_h, b_selected + 1, mask=o_t < end)
+            tl.store(selected + o_t * HKV + i_h, b_selected + 1 + num_local, mask=o_t < end)
             b_mean = b_log_sum / tl.maximum(b_selected, 1) if CENTRE else b_log_sum * 0
             tl.store(mean_log + o_t * HKV + i_h, b_mean, mask=o_t < end)
+            if LOCAL > 0:
+                for i_local in range(num_local):
+                    i_e = offset + num_listed + i_local
+                    tl.store(list_chunk + i_e, routed_end + i_local)
+                    # the own chunk's prior: as if at the mean
+                    tl.store(list_log_prior + i_e * T + tl.arange(0, T), b_mean)
 
 
 def route(
@@ -263,15 +283,16 @@ def route(
     """Solve and list.
 
     Args:
-        q: [tokens, Hq, D].
+        q: the router's queries [tokens, Hq, D].
         summary: [Hkv, chunks, D].
         chunks, offsets: from `chunk_layout`.
         number: which summary is a chunk's own, int32 [chunks]; None if chunks and summaries are numbered alike.
         factor: of `factors`, [Hkv, chunks].
 
     Returns:
-        The lists; thresholds [tokens, Hq]; mean log2 probability [tokens, Hkv] of a token's past chunks (zero if the
-        prior is not centred); number of chunks selected, the own one included, int32 [tokens, Hkv].
+        The lists, local chunks last, with a token's mean as their log prior; thresholds [tokens, Hq]; mean log2 probability
+        [tokens, Hkv] of a token's routed chunks (zero if the prior is not centred); number of chunks selected, the own one
+        and the local ones included, int32 [tokens, Hkv].
     """
     N, Hq, Hkv, T = sizes.num_tokens, sizes.num_heads, sizes.num_kv_heads, sizes.tile_tokens
     tau = torch.empty(N, Hq, dtype=torch.float32, device=q.device)
@@ -286,7 +307,8 @@ def route(
             q, summary, tau, lists.chunk, lists.log_prior, lists.offset, lists.counts, mean_log, selected,
             *chunks, number, factor, *q.stride()[:2],
             score_scale(router, sizes.head_dim), router.exponent, tolerance, sizes.num_chunks, summary.shape[1],
-            **sizes.constants, BLOCK_S=config.block, ALPHA_15=router.alpha == 1.5, CENTRE=router.estimate_diagonal, SOLVE=SOLVE, COUNT=COUNT, EMIT=EMIT,
+            **sizes.constants, BLOCK_S=config.block, ALPHA_15=router.alpha == 1.5,
+            CENTRE=router.estimate_diagonal, LOCAL=router.local_chunks, SOLVE=SOLVE, COUNT=COUNT, EMIT=EMIT,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 

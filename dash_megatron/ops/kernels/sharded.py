@@ -16,12 +16,11 @@ from dash_megatron.ops.kernels import summarize as summaries
 from dash_megatron.ops.kernels.attend import attend_forward
 from dash_megatron.ops.kernels.backward_kv import backward_kv_buffer
 from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
-from dash_megatron.ops.kernels.backward_summary import sum_d_summary, token_factors
+from dash_megatron.ops.kernels.backward_summary import sum_d_summary
 from dash_megatron.ops.kernels.configs import Launches, find_launches
 from dash_megatron.ops.kernels.geometry import (
     Lists,
     Sizes,
-    check_options,
     check_supported,
     list_offsets,
     size_tiles,
@@ -124,7 +123,6 @@ def _rows(x: Tensor) -> Tensor:
 
 def _prepare(q: Tensor, num_kv_heads: int, chunks: QueryChunks, router: Router) -> tuple[Launches, Sizes]:
     check_supported(q, num_kv_heads)
-    check_options(router)
     chunk_size, groups = router.chunk_size, q.shape[1] // num_kv_heads
     launches = find_launches(q.device, q.dtype, q.shape[2], chunk_size, groups, hopper=False)
     num_local, bound = len(chunks.start), chunks.list_bound
@@ -146,6 +144,12 @@ def _spans(chunks: QueryChunks) -> Tensor:
 def _past(chunks: QueryChunks) -> Tensor:
     """How many chunks of its document lie before each local chunk; 0 for an empty one."""
     return torch.where(chunks.end > chunks.start, chunks.number - chunks.first, 0)
+
+
+def _factors(
+    chunks: QueryChunks, router: Router, num_kv_heads: int, head_scaling: Tensor | None
+) -> Tensor | None:
+    return routing.factors(router, _past(chunks) - router.local_chunks, num_kv_heads, head_scaling)
 
 
 def _in_window(chunks: QueryChunks, keys: KeyBuffer) -> Tensor:
@@ -218,7 +222,7 @@ def route(
     past = _past(chunks)
     lists, tau, mean_log, selected = routing.route(
         _rows(q), summary.contiguous(), _spans(chunks), list_offsets(sizes, past), sizes, router,
-        launches.route, chunks.number.contiguous(), routing.factors(router, past, len(summary), head_scaling),
+        launches.route, chunks.number.contiguous(), _factors(chunks, router, len(summary), head_scaling),
     )  # fmt: skip
     return Routed(selected, State(*lists, tau, mean_log))
 
@@ -246,18 +250,18 @@ def route_backward(
     deterministic = torch.are_deterministic_algorithms_enabled()
     chunks, router, state = queries.chunks, queries.router, State(*queries.routed.state)
     launches, sizes = _prepare(queries.q, len(summary), chunks, router)
-    q, summary, spans = _rows(queries.q), summary.contiguous(), _spans(chunks)
+    q, summary, spans = _rows(queries.routing_q), summary.contiguous(), _spans(chunks)
     dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    factor = routing.factors(router, _past(chunks), len(summary), head_scaling)
+    factor, number = _factors(chunks, router, len(summary), head_scaling), chunks.number.contiguous()
     d_summary, mean_dp, d_log_factor = backward_router(
         q, summary, state.tau, dq, d_prior, state.lists, spans, sizes, router, launches.router, deterministic,
-        factor, head_scaling is not None,
+        factor, head_scaling is not None, number,
     )  # fmt: skip
     if deterministic:
         transposed = transpose(state.lists, spans, sizes, (0, summary.shape[1]))
         d_summary = sum_d_summary(
-            q, state.tau, mean_dp, summary, state.list_log_prior, d_prior, transposed, sizes, router,
-            token_factors(factor, chunks.start, len(q)),
+            q, state.tau, mean_dp, summary, state.list_log_prior, d_prior, transposed, chunks.start, number, sizes, router,
+            factor,
         )  # fmt: skip
     if head_scaling is None or d_log_factor is None:
         return RouterGradients(dq, d_summary, None)
