@@ -159,10 +159,12 @@ def _attend_chunk(
     i_place = chunk_place(page_table, i_b, i_c, tokens > 0, stride_table, chunks_per_page, PAGED)
     start = (i_place // chunks_per_page).to(tl.int64) * stride_kp
     start += (i_place % chunks_per_page * C).to(tl.int64) * stride_kn
+    k += start
+    v += start
     for i_n in range(0, tokens, KEYS):
         o_n = i_n + tl.arange(0, KEYS)
-        b_k = load_rows(k + start, o_n, stride_kn, o_n < tokens, D, BLOCK_D)
-        b_v = load_rows(v + start, o_n, stride_kn, o_n < tokens, D, BLOCK_D)
+        b_k = load_rows(k, o_n, stride_kn, o_n < tokens, D, BLOCK_D)
+        b_v = load_rows(v, o_n, stride_kn, o_n < tokens, D, BLOCK_D)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
         b_s = tl.where((o_n < tokens)[None, :], b_s, float("-inf"))
         b_acc, b_sum, b_max = _softmax_step(b_acc, b_sum, b_max, b_s, b_v)
