@@ -55,6 +55,7 @@ SHAPES = {
     "alpha 1.7, prior not centred": ({"alpha": 1.7, "estimate_diagonal": False}, 16),
     "packed": ({"lengths": (9, 1, 16, 24)}, 16),
     "everything selected": ({"scaling_factor": 0.01}, 16),
+    "local chunks, pooled queries": ({"N": 59, "Hq": 6, "local_chunks": 1, "query_pool": 3}, 16),
 }
 
 
