@@ -84,7 +84,9 @@ def fill(model: DashForCausalLM, cache: StaticCache, kind: str, context: int) ->
             cache.update(k, v, index)
         else:
             places = (attention.indexer_q.view(H, D), start, 0, attention.backend)
-            fast_layer(cache, index, C, *places).write(k, v, *places)
+            # what a router of single queries does not look at
+            q = k.new_zeros(1).expand(1, attention.q_proj.out_features // D, context, D)
+            fast_layer(cache, index, C, 1, q, *places).write(k, v, q, *places)
 
 
 def fastest_full(cache: StaticCache, q: Tensor) -> tuple[str, Attention]:

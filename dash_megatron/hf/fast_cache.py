@@ -5,6 +5,7 @@ with padding at the start of a row; the cache holds tokens only, so that every r
 """
 
 from collections.abc import Callable
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from dash_megatron.ops.backend import TRITON_CHUNK_SIZES, pick_backend
 
 # Columns that a cache which grows has room for beyond its prompt, before it doubles.
 SPARE_COLUMNS = 256
+# Columns whose queries a cache keeps beside those that the next token's router sees: so many can be dropped again.
+SPARE_QUERIES = 64
 # Routing scores of a piece of a prompt alive at once, in elements.
 MAX_SCORES = 2**26
 
@@ -27,18 +30,23 @@ class FastLayer(CacheLayerMixin):
     It stands in for a dynamic or static layer of the model file, which it keeps, empty, to go back to. A dynamic one
     doubles when it is full. `keys` and `values` show the whole table, [B, H, capacity, D], each row from its first token.
     How many columns there are is known to the host; of a CUDA graph that is replayed, only `store.lengths` knows.
+
+    Where the router sees means of queries, `store.queries` has those of each row's newest tokens, in a ring.
     """
 
     is_sliding = False
 
-    def __init__(self, plain: Any, chunk_size: int) -> None:
+    def __init__(self, plain: Any, chunk_size: int, query_pool: int, num_heads: int) -> None:
         super().__init__()
         self.plain, self.chunk_size = plain, chunk_size
+        self.query_pool, self.num_heads = query_pool, num_heads
         self.max_cache_len: int | None = getattr(plain, "max_cache_len", None)
         self.is_croppable = getattr(plain, "is_croppable", True)  # not in older releases of transformers
         self.start: Tensor | None = plain.start
         self.latest_start: int = plain.latest_start
         self.columns = 0
+        self.queried = 0
+        """Newest columns whose queries are kept."""
         self._store: DashCache | None = None
 
     @property
@@ -53,11 +61,13 @@ class FastLayer(CacheLayerMixin):
         rows, heads, columns, dim = key_states.shape
         self.max_batch_size = rows  # releases of transformers before 5.16 ask for it
         capacity = columns + SPARE_COLUMNS if self.max_cache_len is None else self.max_cache_len
-        self._hold(
-            DashCache.contiguous(
-                rows, capacity, heads, dim, chunk_size=self.chunk_size, dtype=self.dtype, device=self.device
-            )
-        )
+        self._hold(self._new_store(rows, capacity, heads, dim))
+
+    def _new_store(self, rows: int, capacity: int, heads: int, dim: int) -> DashCache:
+        return DashCache.contiguous(
+            rows, capacity, heads, dim, chunk_size=self.chunk_size, dtype=self.dtype, device=self.device,
+            query_pool=self.query_pool, num_heads=self.num_heads, spare_queries=SPARE_QUERIES,
+        )  # fmt: skip
 
     def _hold(self, store: DashCache) -> None:
         self._store = store
@@ -74,29 +84,55 @@ class FastLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def write(
-        self, k: Tensor, v: Tensor, summary_query: Tensor, start: Tensor, latest_start: int, backend: str
-    ) -> None:
+        self,
+        k: Tensor,
+        v: Tensor,
+        q: Tensor,
+        summary_query: Tensor,
+        start: Tensor,
+        latest_start: int,
+        backend: str,
+    ) -> Tensor | None:
         """Write new columns k and v, [B, H, T, D], without their padding, and summaries of the chunks they complete.
 
         Args:
+            q: their queries, [B, Hq, T, D].
             summary_query: [H, D].
             start: column of each row's first token, int64 [B].
             latest_start: the last of them.
             backend: as in `dash_attention`.
 
+        Returns:
+            Where the router sees means of queries: those, [B, Hq, T, D].
+
         Raises:
-            ValueError: a static cache has no room for them.
+            ValueError: a static cache has no room for them, or too many columns were cropped.
         """
         past, columns = self.columns, self.columns + k.shape[2]
+        self._check_queries()
         self._make_room(k, v, columns)
+        self.columns, self.queried = columns, self.queried + k.shape[2]
         if k.shape[2] == 1 and latest_start <= past:
-            self.store.append(k[:, :, 0], v[:, :, 0], summary_query, backend=backend)
-        else:
-            tokens_B = (columns - start).clamp_min(0) - (past - start).clamp_min(0)
-            bounds = F.pad(tokens_B.cumsum(0), (1, 0)).int()
-            real = _tokens(start, past, columns) if latest_start > past else None
-            self.store.prefill(_pack(k, real), _pack(v, real), summary_query, bounds, backend)
-        self.columns = columns
+            pooled = self.store.append(k[:, :, 0], v[:, :, 0], summary_query, backend=backend, q=q[:, :, 0])
+            return None if pooled is None else pooled[:, :, None]
+        tokens_B = (columns - start).clamp_min(0) - (past - start).clamp_min(0)
+        bounds = F.pad(tokens_B.cumsum(0), (1, 0)).int()
+        real = _tokens(start, past, columns) if latest_start > past else None
+        packed_q, packed_k, packed_v = (_pack(x, real) for x in (q, k, v))
+        pooled = self.store.prefill(packed_k, packed_v, summary_query, bounds, backend, packed_q)
+        return None if pooled is None else _unpack(pooled, q, real)
+
+    def _check_queries(self) -> None:
+        needed, known = (
+            min(self.query_pool - 1, self.columns),
+            min(self.queried, self.query_pool + SPARE_QUERIES),
+        )
+        if known < needed:
+            raise ValueError(
+                f"the cache has {known} queries before column {self.columns}, but the router of query_pool="
+                f"{self.query_pool} sees {needed}: no more than {SPARE_QUERIES} columns can be cropped from a cache; begin "
+                "with an empty one"
+            )
 
     def _make_room(self, k: Tensor, v: Tensor, columns: int) -> None:
         if self.max_cache_len is not None and columns > self.max_cache_len:
@@ -110,33 +146,35 @@ class FastLayer(CacheLayerMixin):
         if columns <= old.capacity:
             return
         rows, _, heads, dim = old.k.shape
-        new = DashCache.contiguous(
-            rows, max(columns, 2 * old.capacity), heads, dim,
-            chunk_size=self.chunk_size, dtype=self.dtype, device=self.device,
-        )  # fmt: skip
+        new = self._new_store(rows, max(columns, 2 * old.capacity), heads, dim)
         for name in ("k", "v", "summary"):
             table = getattr(old, name)
             getattr(new, name)[:, : table.shape[1]] = table
         new.lengths.copy_(old.lengths)
+        if new.queries is not None and old.queries is not None:
+            new.queries.copy_(old.queries)
         self._hold(new)
 
-    def attend(self, q: Tensor, start: Tensor, backend: str, **router: Any) -> Tensor:
-        """Attention of the last T columns, q [B, Hq, T, D], to all; zero for padding."""
+    def attend(
+        self, q: Tensor, routing_q: Tensor | None, start: Tensor, backend: str, **router: Any
+    ) -> Tensor:
+        """Attention of the last T columns, q [B, Hq, T, D], to all; zero for padding. `routing_q` is what `write` returned."""
         B, Hq, T, _ = q.shape
         if T == 1:
-            return dash_decode(q[:, :, 0], self.store, backend=backend, **router)[:, :, None]
+            routing_BHD = None if routing_q is None else routing_q[:, :, 0]
+            out_BHD = dash_decode(q[:, :, 0], self.store, backend=backend, routing_q=routing_BHD, **router)
+            return out_BHD[:, :, None]
         # every query is a sequence that ends with it, and shares its row's page
         column_T = torch.arange(self.columns - T, self.columns, device=q.device)
         length_n = (column_T + 1 - start[:, None]).clamp_min(0).int().flatten()
         page_n1 = torch.arange(B, dtype=torch.int32, device=q.device).repeat_interleave(T)[:, None]
         size = max(1, MAX_SCORES // (Hq * self.store.summary.shape[1]))
+        queries = _pack(q, None).split(size)
+        routing = repeat(None) if routing_q is None else _pack(routing_q, None).split(size)
         out = [
-            dash_decode(q_nHD, self._share(length, page), backend=backend, **router)
-            for q_nHD, length, page in zip(
-                q.transpose(1, 2).flatten(0, 1).split(size),
-                length_n.split(size),
-                page_n1.split(size),
-                strict=True,
+            dash_decode(q_nHD, self._share(length, page), backend=backend, routing_q=routing_nHD, **router)
+            for q_nHD, routing_nHD, length, page in zip(
+                queries, routing, length_n.split(size), page_n1.split(size), strict=False
             )
         ]
         return torch.cat(out).unflatten(0, (B, T)).transpose(1, 2)
@@ -158,6 +196,13 @@ class FastLayer(CacheLayerMixin):
                 x[row, place].masked_fill(~real[..., None, None], 0) for x in (self.store.k, self.store.v)
             )
             plain.update(*(x.transpose(1, 2) for x in tables))
+            if self.store.queries is not None:
+                ring, known = self.store.queries, min(self.queried, self.columns)
+                newest = slice(max(0, self.columns - min(known, ring.shape[1])), None)
+                queries = ring[row, place[:, newest] % ring.shape[1]].masked_fill(
+                    ~real[:, newest, None, None], 0
+                )
+                plain.queries = queries.transpose(1, 2)
         self._store = None
         return plain
 
@@ -179,7 +224,7 @@ class FastLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything; a static cache keeps its place."""
-        self.columns, self.start, self.latest_start = 0, None, 0
+        self.columns, self.queried, self.start, self.latest_start = 0, 0, None, 0
         if self.max_cache_len is None:
             self._store = self.keys = self.values = None
             self.is_initialized = False
@@ -195,6 +240,7 @@ class FastLayer(CacheLayerMixin):
         dropped = min(-tokens_to_remove, self.columns)
         if dropped:
             self.columns -= dropped
+            self.queried = max(0, min(self.queried, self.query_pool + SPARE_QUERIES) - dropped)
             # rows that start later than what is left have no token any more
             self.store.lengths.sub_(dropped).clamp_min_(0)
 
@@ -214,7 +260,8 @@ class FastLayer(CacheLayerMixin):
         if self._store is not None:
             old = self._store
             k, v, summary, lengths = (function(x) for x in (old.k, old.v, old.summary, old.lengths))
-            self._hold(DashCache(k, v, summary, lengths, self.chunk_size))
+            queries = None if old.queries is None else function(old.queries)
+            self._hold(DashCache(k, v, summary, lengths, self.chunk_size, None, queries, self.query_pool))
         if self.start is not None:
             self.start = function(self.start)
 
@@ -228,6 +275,16 @@ def _pack(x: Tensor, real: Tensor | None) -> Tensor:
     """The columns of x [B, heads, T, D], row after row, [tokens, heads, D]: those that are `real` [B, T], or all."""
     x = x.transpose(1, 2)
     return x.flatten(0, 1) if real is None else x[real]
+
+
+def _unpack(x: Tensor, like: Tensor, real: Tensor | None) -> Tensor:
+    """What `_pack` made, as [B, heads, T, D] like another tensor; zero where nothing is `real`."""
+    B, heads, T, D = like.shape
+    if real is None:
+        return x.view(B, T, heads, D).transpose(1, 2)
+    out = x.new_zeros(B, T, heads, D)
+    out[real] = x
+    return out.transpose(1, 2)
 
 
 def _runs(backend: str, q: Tensor, k: Tensor, chunk_size: int) -> bool:
@@ -247,15 +304,27 @@ def _fits(q: Tensor, k: Tensor, chunk_size: int) -> bool:
     return chunk_size in TRITON_CHUNK_SIZES
 
 
-def fast_layer(cache: Cache, index: int, chunk_size: int, *places: Any) -> FastLayer:
-    """The cache's layer, which a layer of the model file is replaced by; `places` as in `FastLayer.write`."""
+def fast_layer(
+    cache: Cache, index: int, chunk_size: int, query_pool: int, q: Tensor, *places: Any
+) -> FastLayer:
+    """The cache's layer, which a layer of the model file is replaced by; `places` as in `FastLayer.write`.
+
+    q has the dtype and the heads of the queries [B, Hq, T, D] that come next.
+    """
     plain: Any = cache.layers[index]
     if isinstance(plain, FastLayer):
         return plain
-    layer = FastLayer(plain, chunk_size)
+    layer = FastLayer(plain, chunk_size, query_pool, q.shape[1])
     columns = int(plain.get_seq_length())
     if columns:
-        layer.write(plain.keys[:, :, :columns], plain.values[:, :, :columns], *places)
+        # of columns before those whose queries are known, no router sees any
+        queries: Any = getattr(plain, "queries", None)
+        known = 0 if queries is None else queries.shape[2]
+        past_q = q.new_zeros(q.shape[0], q.shape[1], columns, q.shape[3])
+        if known:
+            past_q[:, :, columns - known :] = queries
+        layer.write(plain.keys[:, :, :columns], plain.values[:, :, :columns], past_q, *places)
+        layer.queried = known
     plain.keys = plain.values = None
     plain.is_initialized = False
     plain.reset()
@@ -281,8 +350,7 @@ def _attend_prompt(
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, summary_query: Tensor, start: Tensor, latest_start: int,
-    cache: Cache | None, index: int, backend: str, chunk_size: int, local_chunks: int = 0, query_pool: int = 1,
-    **router: Any,
+    cache: Cache | None, index: int, backend: str, chunk_size: int, query_pool: int = 1, **router: Any,
 ) -> Tensor | None:  # fmt: skip
     """DashAttention of new columns to themselves and what a cache holds, which they are added to.
 
@@ -297,30 +365,33 @@ def attend(
         latest_start: the last of them.
         cache: its layer `index` is one of the model file's or a `FastLayer`.
         backend: "auto" (Triton, on CUDA), "torch" (never), or that of `dash_attention`, wherever tensors are.
-        chunk_size, local_chunks, query_pool, router: further arguments of `dash_attention`.
+        chunk_size, query_pool, router: further arguments of `dash_attention`.
 
     Returns:
         Output [B, Hq, T, D] in q's dtype, zero for padding; or None where the model file must attend by itself, and then
         the cache is as it was.
     """
-    if not _runs(backend, q, k, chunk_size) or local_chunks or query_pool > 1:
+    if not _runs(backend, q, k, chunk_size):
         return None
     # under autocast dtypes differ
     k, v, start = k.to(q.dtype), v.to(q.dtype), start.to(q.device)
     layer: Any = None if cache is None else cache.layers[index]
     past = 0 if layer is None else int(layer.get_seq_length())
     prompt = past == 0 and latest_start < q.shape[2]
+    routing_q: Tensor | None = None
     if cache is not None:
         differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
         if cache.offloading or differentiable:
             if not prompt or isinstance(layer, FastLayer):
                 return None
             cache.update(k, v, index)
+            if query_pool > 1:
+                layer.keep_queries(q, query_pool)
         else:
             places = (summary_query, start, latest_start, backend)
-            layer = fast_layer(cache, index, chunk_size, *places)
-            layer.write(k, v, *places)
+            layer = fast_layer(cache, index, chunk_size, query_pool, q, *places)
+            routing_q = layer.write(k, v, q, *places)
     if not prompt:
-        return layer.attend(q, start, backend, **router)
-    options = {"backend": backend, "chunk_size": chunk_size, **router}
+        return layer.attend(q, routing_q, start, backend, query_pool=query_pool, **router)
+    options = {"backend": backend, "chunk_size": chunk_size, "query_pool": query_pool, **router}
     return _attend_prompt(q, k, v, summary_query, start, latest_start, **options)

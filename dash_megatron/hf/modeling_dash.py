@@ -36,7 +36,7 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < LEAST_
 MAX_BLOCK_SCORES = 2**24
 MAX_NEWTON_STEPS = 100
 # Columns whose queries a cache keeps beside those that the next token's router sees: so many can be dropped again.
-SPARE_QUERIES = 256
+SPARE_QUERIES = 64
 
 
 class Router(NamedTuple):

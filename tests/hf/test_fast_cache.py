@@ -17,14 +17,20 @@ import_kernels("dash", "decode", "decode_cache")
 
 # float64, sums in another order
 TOLERANCE = 1e-9
+# a router of single queries, among all past chunks
+SINGLE = {"local_chunks": 0, "query_pool": 1}
 GREEDY = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 def _model(dtype: torch.dtype = torch.float64, **changes: Any) -> DashForCausalLM:
-    """Two layers of large random weights, so that routers select: the first with DashAttention, as all or but the last."""
+    """Two layers of large random weights, so that routers select: the first with DashAttention, as all or but the last.
+
+    Each router sees the mean of more queries than there are in a chunk, and leaves the chunk before to be always on.
+    """
     shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "vocab_size": 320, "num_hidden_layers": 2, "chunk_size": 16}
     router = {"scaling_factor": 3.0, "sigma": 2.0, "estimate_diagonal": True, "alpha": 1.5}
+    router |= {"local_chunks": 1, "query_pool": 20}
     model = DashForCausalLM(LlamaConfig(**(shape | router | changes)))
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -71,7 +77,7 @@ def _left_padding(tokens: Tensor, columns: int) -> Tensor:
 def test_greedy_text_is_that_of_the_model_file_alone(
     padding: int, full: list[int], cache: dict[str, str], both: Callable[..., Any], tokens: Tensor
 ) -> None:
-    model, prompt = _model(full_attention_layers=full), tokens[:, :70]
+    model, prompt = _model(full_attention_layers=full, **({} if padding else SINGLE)), tokens[:, :70]
     ours, expected = both(model, prompt, attention_mask=_left_padding(prompt, padding), **cache)
     assert torch.equal(ours, expected)
     assert ours.shape[1] == 110
@@ -140,6 +146,17 @@ def test_a_cropped_cache_goes_on_from_where_it_was_cut(tokens: Tensor) -> None:
         torch.testing.assert_close(logits, expected[:, first:last], atol=TOLERANCE, rtol=0)
     with pytest.raises(ValueError, match="must be negative"):
         cache.crop(3)
+
+
+def test_a_cache_says_when_too_many_columns_were_cropped_to_know_the_queries_before(tokens: Tensor) -> None:
+    model = _model()
+    for first, second in (("reference", "reference"), ("torch", "torch"), ("reference", "torch")):
+        cache = _use(model, first)(tokens[:, :140]).past_key_values
+        cache.crop(-fast_cache.SPARE_QUERIES - 2)
+        with pytest.raises(ValueError, match="router of query_pool=20 sees 19: no more than 64 columns"):
+            _use(model, second)(tokens[:, 74:75], past_key_values=cache)
+    cache = _use(_model(**SINGLE), "reference")(tokens[:, :140]).past_key_values
+    cache.crop(-100)
 
 
 def test_rows_can_be_repeated_and_selected(tokens: Tensor) -> None:

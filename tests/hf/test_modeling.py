@@ -151,20 +151,24 @@ def test_left_padding_changes_neither_logits_nor_what_is_generated(
         assert torch.equal(together[index, 90 - len(row) :], alone[0])
 
 
+@pytest.mark.parametrize("name", ["dash", "mixed"])
 @torch.no_grad()
-def test_beams_carry_their_summaries_along(exported: Callable[..., Any], tokens: Tensor) -> None:
-    model, *_ = exported("dash")
+def test_beams_carry_their_summaries_along(name: str, exported: Callable[..., Any], tokens: Tensor) -> None:
+    model, *_ = exported(name)
     options = {"max_new_tokens": 30, "do_sample": False, "num_beams": 3, "eos_token_id": None}
     without = model.generate(tokens[:, :40], use_cache=False, **options)
     assert torch.equal(model.generate(tokens[:, :40], **options), without)
     assert torch.equal(model.generate(tokens[:, :40], cache_implementation="static", **options), without)
 
 
+@pytest.mark.parametrize("name", ["dash", "mixed"])
 @torch.no_grad()
-def test_a_cropped_cache_goes_on_from_where_it_was_cut(exported: Callable[..., Any], tokens: Tensor) -> None:
-    model, *_ = exported("dash")
-    cache = model(tokens[:, :150]).past_key_values
-    cache.crop(-75)
+def test_a_cropped_cache_goes_on_from_where_it_was_cut(
+    name: str, exported: Callable[..., Any], tokens: Tensor
+) -> None:
+    model, *_ = exported(name)
+    cache = model(tokens[:, :139]).past_key_values
+    cache.crop(-64)
     other = torch.cat([tokens[:, :75], tokens.flip(0)[:, 75:]], dim=1)
     logits = model(other[:, 75:], past_key_values=cache).logits
     torch.testing.assert_close(logits, model(other).logits[:, 75:], atol=TOLERANCE, rtol=0)

@@ -90,6 +90,8 @@ def test_every_exchange_serves_the_triton_kernels(run_processes: Any, tmp_path: 
             dtype=torch.float32,
             # with the first exchange only
             learned_scaling=comm == "all_gather",
+            local_chunks=1,
+            query_pool=5,
         )
         for comm in ("all_gather", "p2p", "sparse")
     }
@@ -112,6 +114,8 @@ def test_every_exchange_serves_kernels_of_ranks_that_share_a_gpu(
             comm=comm,
             scaling_factor=factor,
             heads=(16, 4),
+            local_chunks=1 if name == "packed" else 0,
+            query_pool=16 if name == "packed" else 1,
             backend="triton",
             dtype=dtype,
             device="cuda",
