@@ -181,14 +181,17 @@ def memory_use(
     lists, backward_lists = list_bytes(config, layout, density) if routed else (0.0, 0.0)
     forward_exchange, backward_exchange = _exchange_bytes(shape, layout, coverage)
 
-    kept_attention = sum(parts[part] for part in ("pooled", "row_state", "laid_out", "branches")) + lists
+    kept_attention = parts["row_state"] + parts["laid_out"] + parts["branches"] + lists
+    if layout.context > 1 and layout.context_comm != "a2a":
+        # where queries of other ranks are in them, they are not computed again
+        kept_attention += parts["pooled"]
     layer = 4 * parts["stream"] + parts["attention"] + parts["feed_forward"]
     activations = {"none": layer + kept_attention, "attention": layer, "full": parts["stream"]}[
         layout.recompute
     ]
     # while one layer's backward runs: what was not kept, and gradients of either half of the layer
     rows_width = 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.element_bytes
-    gradient_rows = shape.tokens * rows_width + parts["pooled"]
+    gradient_rows = shape.tokens * rows_width + 2 * parts["pooled"]
     attention_phase = gradient_rows + backward_lists + max(forward_exchange, backward_exchange)
     layer_phase = max(attention_phase, parts["feed_forward"] / 2)
     layer_phase += {"none": 0.0, "attention": kept_attention, "full": layer + kept_attention}[

@@ -10,7 +10,7 @@ import pytest
 from dash_megatron.config import Config, load_config
 from dash_megatron.planning.layout import Group, Hardware, Layout, Recompute, groups, with_layout
 from dash_megatron.planning.search import candidates, configured_layout, estimate_configured, search
-from dash_megatron.planning.step_time import Routing, estimate_step
+from dash_megatron.planning.step_time import Routing, StepEstimate, estimate_step
 from dash_megatron.studies.runs import expand
 from dash_megatron.studies.study_file import load_study
 
@@ -130,6 +130,28 @@ def test_a_denser_rank_delays_all_and_locality_only_matters_to_sparse(config: Co
     assert step("all_gather", locality=0.99) == step("all_gather")
     # unstructured routing selects everything somewhere
     assert step("sparse") == pytest.approx(step("all_gather"), rel=0.02)
+
+
+def test_means_of_queries_cost_bytes_and_memory_and_local_chunks_pairs(config: Config) -> None:
+    def step(comm: str, density: float = 0.1, **attention: int) -> StepEstimate:
+        changed = config.model_copy(update={"attention": config.attention.model_copy(update=attention)})
+        layout = replace(LAYOUT, tensor=1, data=8, context_comm=comm)
+        return estimate_step(changed, layout, 128256, Routing(density=density))
+
+    def sent(estimate: StepEstimate) -> float:
+        return estimate.nvlink_bytes + estimate.infiniband_bytes
+
+    # 8 micro-batches, 32 layers, 2 forwards and a backward; 15 queries of 32 heads of 128 at 2 borders
+    queries = 8 * 32 * 3 * 2 * 15 * 32 * 128 * 2
+    plain, pooled = step("all_gather"), step("all_gather", query_pool=16)
+    assert sent(pooled) - sent(plain) == pytest.approx(queries)
+    assert pooled.memory.working > plain.memory.working
+    assert sent(step("a2a", query_pool=16)) == sent(step("a2a"))
+    # 4 chunks of 64 more than the own one, of 131072 tokens
+    least = (0.5 + 4) * 64 / (131072 / 2)
+    few, many = (step("all_gather", density, local_chunks=4).attention for density in (1e-4, least / 1.04))
+    assert few == pytest.approx(many)
+    assert few > step("all_gather", 1e-4).attention
 
 
 def test_the_compute_of_a_step_is_its_operations_over_their_rate(config: Config) -> None:

@@ -9,6 +9,7 @@ from dash_megatron.planning.traffic import (
     ZeroBytes,
     alignment,
     context_exchange,
+    query_halo,
     ring_all_gather,
     ring_all_reduce,
     tensor_parallel_layer,
@@ -73,6 +74,11 @@ def test_wrong_exchanges_are_errors() -> None:
 def test_aligned_tokens_travel_there_and_their_outputs_back() -> None:
     # 10 heads of q, k and v of 16 bytes a token out; 6 of the output
     assert alignment(SHAPE, tokens_sent=3, tokens_returned=2) == PassBytes(3 * 160 + 2 * 96, 3 * 96 + 2 * 160)
+
+
+def test_queries_before_a_border_go_there_and_their_gradients_back() -> None:
+    # 6 heads of 16 bytes
+    assert query_halo(SHAPE, queries_sent=3, queries_returned=2) == PassBytes(3 * 96, 2 * 96)
 
 
 def test_rings_and_tensor_parallelism() -> None:
