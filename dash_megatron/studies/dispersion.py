@@ -17,6 +17,7 @@ from torch import Tensor
 from dash_megatron.files import write_whole
 from dash_megatron.layers import DashCoreAttention
 from dash_megatron.ops.entmax import entmax
+from dash_megatron.ops.pooling import pool_queries
 from dash_megatron.ops.reference import summarize
 from dash_megatron.ops.types import Router
 
@@ -173,21 +174,23 @@ def _of_run(run_dir: str | Path, step: int | None, length: int | None, device: s
 def _scores_by_chunks(
     q: Tensor, k: Tensor, w: Tensor, router: Router, most: int = QUERIES
 ) -> Iterator[tuple[int, Tensor]]:
-    """For growing numbers n of chunks, scores [S, G, n] of queries with n to 9/8 n past chunks on the last n, by kv head."""
+    """For growing numbers n of chunks, scores [S, G, n] of queries that select among n to 9/8 n, on the last n, by kv head."""
     chunk_size = router.chunk_size
     num_tokens, num_heads = q.shape[1], k.shape[2]
     full = num_tokens // chunk_size
     k_HcWD = k[0, : full * chunk_size].float().unflatten(0, (full, chunk_size)).permute(2, 0, 1, 3)
     filled_cW = torch.ones(full, chunk_size, dtype=torch.bool, device=k.device)
     summary_HcD = summarize(k_HcWD, filled_cW, w.float())
-    q_NHGD = q[0].float().unflatten(1, (num_heads, -1))
+    q_NHGD = pool_queries(q, router.query_pool)[0].float().unflatten(1, (num_heads, -1))
+    local = router.local_chunks
     for count in _RUN_CHUNKS:
-        first, end = count * chunk_size, min(num_tokens, (count + count // 8 + 1) * chunk_size)
+        first = (local + count) * chunk_size
+        end = min(num_tokens, first + (count // 8 + 1) * chunk_size)
         if first >= num_tokens:
             return
         tokens = torch.linspace(first, end - 1, min(most, end - first), device=q.device).long()
         own = tokens // chunk_size
-        window = own[:, None] - count + torch.arange(count, device=q.device)
+        window = own[:, None] - local - count + torch.arange(count, device=q.device)
         for head in range(num_heads):
             of_head = router.of_heads(slice(head, head + 1))
             factor = of_head.score_factors(torch.tensor([count], device=q.device), 1, torch.float32)

@@ -209,6 +209,8 @@ def _report(
         "chunk_size": attention.chunk_size,
         "sigma": attention.sigma,
         "alpha": attention.alpha,
+        "local_chunks": attention.local_chunks,
+        "query_pool": attention.query_pool,
         "scaling_factor": [attention.layer_scaling_factor(layer) for layer in layers],
         "measures": MEASURES,
         "near_threshold": NEAR_THRESHOLD,
