@@ -3,6 +3,7 @@
 python -m data_tools.make_corpus --output data/corpus --stdlib
 python -m data_tools.make_corpus --output data/corpus --input books/ crawl.jsonl.zst --text-key content
 python -m data_tools.make_corpus --output data/corpus --input sources/ --join-folders
+python -m data_tools.make_corpus --output data/corpus --input hf:HuggingFaceFW/fineweb-edu:sample-10BT --max-mb 5000
 """
 
 import argparse
@@ -20,7 +21,16 @@ from tqdm import tqdm
 
 from data_tools.arguments import add_max_bad_lines, add_text_key, make_parser, run
 from data_tools.atomic import TEMPORARY_SUFFIX, atomic_write, remove_files, sync_and_rename
-from data_tools.readers import UNFINISHED, BadLineCounter, Document, find_inputs, read_folders, read_inputs
+from data_tools.hub import PREFIX, hub_documents, parse_name
+from data_tools.readers import (
+    UNFINISHED,
+    BadLineCounter,
+    Document,
+    find_inputs,
+    read_folders,
+    read_inputs,
+    tell_unread,
+)
 
 MANIFEST = "manifest.json"
 SHARD_NAME = "corpus-{:05d}.jsonl"
@@ -147,10 +157,14 @@ def make_corpus(
     if shard_mb <= 0 or (max_mb is not None and max_mb <= 0):
         raise ValueError(f"--shard-mb={shard_mb} and --max-mb={max_mb} must be above 0; leave them out")
     # before anything is written, so that a wrong input leaves an earlier corpus alone
-    if any(Path(path).resolve().parent == output.resolve() for path in find_inputs(inputs)):
+    files = [entry for entry in inputs if not entry.startswith(PREFIX)]
+    for entry in set(inputs) - set(files):
+        parse_name(entry)
+    if any(Path(path).resolve().parent == output.resolve() for path in find_inputs(files, text_key)):
         raise ValueError(
             f"--output={output} must not hold the inputs, which it would overwrite; give another folder"
         )
+    tell_unread(files, text_key)
     output.mkdir(parents=True, exist_ok=True)
     (output / UNFINISHED).touch()
     (output / MANIFEST).unlink(missing_ok=True)
@@ -158,7 +172,15 @@ def make_corpus(
     bad_lines = BadLineCounter(max_bad_lines)
     sources: list[tuple[str, Iterator[Document]]] = [("stdlib", stdlib_documents())] if stdlib else []
     read = read_folders if join_folders else read_inputs
-    sources += [(entry, read([entry], text_key, bad_lines)) for entry in dict.fromkeys(inputs)]
+    sources += [
+        (
+            entry,
+            hub_documents(entry, text_key, bad_lines)
+            if entry.startswith(PREFIX)
+            else read([entry], text_key, bad_lines),
+        )
+        for entry in dict.fromkeys(inputs)
+    ]
     writer = ShardWriter(output, int(shard_mb * 1e6))
     counts: dict[str, dict[str, int]] = {}
     num_bytes = 0
@@ -216,7 +238,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("make_corpus", __doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for the shards and manifest.json")
     parser.add_argument("--stdlib", action="store_true", help="take in the Python standard library")
-    parser.add_argument("--input", nargs="+", default=[], metavar="PATH", help="files, or folders to search")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="files, folders to search, or hf:NAME[:config][:split] of the Hugging Face hub",
+    )
     add_text_key(parser)
     parser.add_argument(
         "--join-folders",

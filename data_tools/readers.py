@@ -1,129 +1,53 @@
 """Every kind of input as one stream of documents and bad lines.
 
-Text files (one document each), .jsonl, .jsonl.gz, .jsonl.zst (one document a line) and .parquet (one a row).
+Text files (one document each), .jsonl (one a line), .json (the same, or one array of records), all of them also compressed,
+.parquet and Arrow files (one a row).
 """
 
-import gzip
+import codecs
 import json
 import os
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from dash_megatron.files import told
+from data_tools.compressed import read_lines, read_whole
+from data_tools.documents import BadLine, BadLineCounter, Document, Piece, TooManyBadLines
+from data_tools.kinds import SUPPORTED, kind_of
+from data_tools.tables import count_parts, read_table
 
-_PROSE = (".txt", ".text", ".md", ".rst", ".tex", ".html")
-_CODE = (
-    ".py",
-    ".pyi",
-    ".c",
-    ".h",
-    ".cc",
-    ".cpp",
-    ".hpp",
-    ".cu",
-    ".cuh",
-    ".java",
-    ".js",
-    ".ts",
-    ".go",
-    ".rs",
-    ".sh",
-)
-_SETTINGS = (".toml", ".yaml", ".yml")
-TEXT_SUFFIXES = frozenset(_PROSE + _CODE + _SETTINGS)
-COMPRESSED_SUFFIXES = (".jsonl.gz", ".jsonl.zst")
-SUPPORTED = "text files (" + " ".join(sorted(TEXT_SUFFIXES)) + "), .jsonl, .jsonl.gz, .jsonl.zst, .parquet"
+__all__ = [
+    "UNFINISHED",
+    "BadLine",
+    "BadLineCounter",
+    "Document",
+    "Piece",
+    "TooManyBadLines",
+    "find_inputs",
+    "read_folders",
+    "read_inputs",
+    "read_piece",
+    "split_into_pieces",
+    "tell_unread",
+]
 
 # In a corpus folder from the first shard that is written to the manifest.
 UNFINISHED = ".unfinished"
 # How many consecutive lines of a compressed file go to the same part.
 _LINES_PER_TURN = 256
+# of a .json file in a folder, how much is searched for the key of the text
+_PEEK_BYTES = 1 << 20
+# what make_corpus, and `save_to_disk` of Hugging Face's datasets, write beside the data
+_ABOUT_DATA = ("manifest.json", "dataset_info.json", "state.json", "dataset_dict.json")
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text, and where it is from: a path, or path:line."""
-
-    text: str
-    source: str
-
-
-@dataclass(frozen=True)
-class BadLine:
-    """A place that holds no document: line counts from 1 (in a .parquet file: the row)."""
-
-    path: str
-    line: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.line}: {self.reason}"
-
-
-class TooManyBadLines(ValueError):
-    """More lines were bad than --max-bad-lines allows."""
-
-
-class BadLineCounter:
-    """Report bad lines on stderr, and fail past the limit.
-
-    Args:
-        limit: bad lines that are tolerated, --max-bad-lines.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.count = 0
-
-    def add(self, bad: object) -> None:
-        """Report one, a `BadLine` or its text.
-
-        Raises:
-            TooManyBadLines: there are now more than the limit.
-        """
-        self.count += 1
-        print(f"bad line: {bad}", file=sys.stderr)
-        if self.count > self.limit:
-            raise TooManyBadLines(
-                f"--max-bad-lines={self.limit} must not be exceeded, and {bad} is bad line {self.count}; "
-                "mend the input or raise --max-bad-lines"
-            )
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of an input file: [start, stop) counts bytes in .jsonl and row groups in .parquet.
-
-    In a compressed file, which can be read from its beginning only, it is part `start` of `stop` that take
-    turns. A text file is always whole. stop == -1: the whole file.
-    """
-
-    path: str
-    start: int = 0
-    stop: int = -1
-    num_bytes: int = 0
-    """About how much of the file it is, for progress and for a fair division of work."""
-
-
-def kind_of(path: str) -> str | None:
-    """Name the reader of a file: jsonl, compressed, parquet, text; None where there is none."""
-    name = os.path.basename(path).lower()
-    if name.endswith(".jsonl"):
-        return "jsonl"
-    if name.endswith(COMPRESSED_SUFFIXES):
-        return "compressed"
-    if name.endswith(".parquet"):
-        return "parquet"
-    return "text" if os.path.splitext(name)[1] in TEXT_SUFFIXES else None
-
-
-def find_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
+def find_inputs(inputs: Sequence[str | os.PathLike[str]], text_key: str = "text") -> list[str]:
     """List the files of each input in order: a file itself, a folder's supported files, sorted by path.
+
+    A .json file of a folder counts where it has the key of the text; source folders hold others.
 
     Raises:
         FileNotFoundError: an input does not exist.
@@ -139,15 +63,7 @@ def find_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
                     f"--input={entry} must be a whole corpus, but make_corpus was interrupted or failed "
                     "while writing it; run `python -m data_tools.make_corpus` again"
                 )
-            inside = sorted(
-                str(file)
-                for file in path.rglob("*")
-                if kind_of(file.name)
-                and file.is_file()
-                and not any(
-                    part.startswith(".") or part == "__pycache__" for part in file.relative_to(path).parts
-                )
-            )
+            inside = [str(file) for file in _files_of(path) if _is_input(file, text_key)]
             if not inside:
                 raise ValueError(f"--input={entry} must hold files to read, but has no {SUPPORTED}")
             found.extend(inside)
@@ -163,18 +79,58 @@ def find_inputs(inputs: Sequence[str | os.PathLike[str]]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def tell_unread(inputs: Sequence[str | os.PathLike[str]], text_key: str = "text") -> None:
+    """Print on standard error how many files of the input folders are not read, by suffix, with the first of each."""
+    for entry in inputs:
+        path = Path(entry)
+        unread: dict[str, list[Path]] = {}
+        for file in _files_of(path) if path.is_dir() else ():
+            if file.name not in _ABOUT_DATA and not _is_input(file, text_key):
+                unread.setdefault("".join(file.suffixes[-2:]) or "no suffix", []).append(file)
+        if unread:
+            count = sum(map(len, unread.values()))
+            each = ", ".join(f"{len(files)} {suffix} ({files[0]})" for suffix, files in unread.items())
+            print(f"{entry}: {count} files are not read: {each}", file=sys.stderr)
+        if (path / "dataset_dict.json").is_file():
+            print(
+                f"{entry}: a saved data set of several splits, all of which are read; name the folder of one to read that",
+                file=sys.stderr,
+            )
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """A folder's files, sorted by path, without hidden ones and Python's compiled ones."""
+    return [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+        and not any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(folder).parts)
+    ]
+
+
+def _is_input(file: Path, text_key: str) -> bool:
+    kind = kind_of(file.name)
+    if kind is None or file.name in _ABOUT_DATA:
+        return False
+    if kind != ("json", ""):
+        return True
+    with file.open("rb") as opened:
+        return json.dumps(text_key).encode() in opened.read(_PEEK_BYTES)
+
+
 def split_into_pieces(path: str, piece_bytes: int) -> list[Piece]:
     """Cut a file into parts of about `piece_bytes` that can be read independently."""
     size = os.path.getsize(path)
     count = max(1, -(-size // piece_bytes))
     kind = kind_of(path)
-    if count == 1 or kind == "text":
+    assert kind is not None
+    if count == 1 or kind.format in ("text", "json"):
         return [Piece(path, num_bytes=size)]
-    if kind == "compressed":
+    if kind.compression:
         # each part decompresses the whole file, which is far quicker than tokenising it
         count = min(count, 16)
         return [Piece(path, part, count, size // count) for part in range(count)]
-    total = size if kind == "jsonl" else _parquet_file(path).num_row_groups
+    total = size if kind.format == "jsonl" else count_parts(path)
     count = min(count, max(1, total))
     bounds = [total * part // count for part in range(count + 1)]
     return [Piece(path, start, stop, size // count) for start, stop in pairwise(bounds)]
@@ -187,13 +143,11 @@ def read_piece(piece: Piece, text_key: str = "text") -> Iterator[Document | BadL
         ValueError: the file as a whole is damaged: cut short, not what its name says, or without the text
             column.
     """
-    readers = {
-        "jsonl": _read_jsonl,
-        "compressed": _read_compressed,
-        "parquet": _read_parquet,
-        "text": _read_text,
-    }
-    for item in readers[kind_of(piece.path) or "text"](piece, text_key):
+    kind = kind_of(piece.path)
+    assert kind is not None
+    readers = {"text": _read_text, "json": _read_json, "parquet": read_table, "arrow": read_table}
+    lines = _read_compressed if kind.compression else _read_jsonl
+    for item in readers.get(kind.format, lines)(piece, text_key):
         if isinstance(item, BadLine) or item.text:
             yield item
 
@@ -202,7 +156,7 @@ def read_inputs(
     inputs: Sequence[str | os.PathLike[str]], text_key: str, bad_lines: BadLineCounter
 ) -> Iterator[Document]:
     """Read all inputs one after another; bad lines are counted."""
-    for path in find_inputs(inputs):
+    for path in find_inputs(inputs, text_key):
         for item in read_piece(Piece(path), text_key):
             if isinstance(item, BadLine):
                 bad_lines.add(item)
@@ -215,8 +169,8 @@ def read_folders(
 ) -> Iterator[Document]:
     """As `read_inputs`, but the text files that lie in the same folder are one document, each under its name."""
     folders: dict[Path, list[Path]] = {}
-    for path in map(Path, find_inputs(inputs)):
-        if kind_of(path.name) == "text":
+    for path in map(Path, find_inputs(inputs, text_key)):
+        if (kind := kind_of(path.name)) is not None and kind.format == "text":
             folders.setdefault(path.parent, []).append(path)
         else:
             yield from read_inputs([path], text_key, bad_lines)
@@ -237,8 +191,13 @@ def parse_line(line: bytes, text_key: str) -> tuple[str, str]:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return "", f"not UTF-8 (byte {error.start} of the line)"
-    except (json.JSONDecodeError, RecursionError) as error:
+    # RecursionError, and ValueError of numbers with thousands of digits, which JSON allows and Python does not
+    except (ValueError, RecursionError) as error:
         return "", f"not JSON ({error})"
+    return _text_of(value, text_key)
+
+
+def _text_of(value: Any, text_key: str) -> tuple[str, str]:
     if not isinstance(value, dict):
         return "", f"not a JSON object but {type(value).__name__}"
     if text_key not in value:
@@ -295,89 +254,77 @@ def _count_newlines(file: Any, stop: int) -> int:
 
 def _read_compressed(piece: Piece, text_key: str) -> Iterator[Document | BadLine]:
     parts = max(1, piece.stop)
-    try:
-        for index, line in enumerate(_decompressed_lines(piece.path)):
-            if (index // _LINES_PER_TURN) % parts == piece.start:
-                item = _from_line(piece.path, index + 1, line, text_key)
-                if item is not None:
-                    yield item
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{piece.path} must be a whole compressed file ({error}); copy it again") from error
+    for index, line in enumerate(read_lines(piece.path)):
+        if (index // _LINES_PER_TURN) % parts == piece.start:
+            item = _from_line(piece.path, index + 1, line, text_key)
+            if item is not None:
+                yield item
 
 
-def _decompressed_lines(path: str) -> Iterator[bytes]:
-    if path.lower().endswith(".gz"):
-        with gzip.open(path, "rb") as file:
-            yield from file
+def _read_json(piece: Piece, text_key: str) -> Iterator[Document | BadLine]:
+    """Read one array of records, or one record, or a record a line, which many call .json too."""
+    data = read_whole(piece.path)
+    if data.startswith(codecs.BOM_UTF8):
+        yield BadLine(piece.path, 1, "a byte order mark (BOM), which JSON does not allow; the rest is read")
+        data = data.removeprefix(codecs.BOM_UTF8)
+    if not data.lstrip().startswith(b"["):
+        first = next((line for line in data.splitlines() if line.strip()), b"")
+        one_record = first.strip() != data.strip() and not _is_json(first) and _is_json(data)
+        lines = [data] if one_record else data.split(b"\n")
+        for number, line in enumerate(lines, 1):
+            item = _from_line(piece.path, number, line, text_key)
+            if item is not None:
+                yield item
         return
-    rest: list[bytes] = []
-    for block in _zstd_blocks(path):
-        *lines, tail = block.split(b"\n")
-        for line in lines:
-            yield b"".join([*rest, line])
-            rest = []
-        rest.append(tail)
-    if any(rest):
-        yield b"".join(rest)
-
-
-def _zstd_blocks(path: str) -> Iterator[bytes]:
-    """Decompress frame after frame; unlike zstandard's stream reader this notices a file cut short."""
-    import zstandard
-
-    decompressor = zstandard.ZstdDecompressor()
-    frame = None
-    with open(path, "rb") as file:
-        while data := file.read(1 << 17):
-            while data:
-                frame = frame or decompressor.decompressobj()
-                try:
-                    yield frame.decompress(data)
-                except zstandard.ZstdError as error:
-                    raise EOFError(str(error)) from error
-                data = frame.unused_data if frame.eof else b""
-                frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("it ends within a frame")
-
-
-def _parquet_file(path: str) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
     try:
-        return pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} must be a whole .parquet file ({error}); copy it again") from error
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        yield BadLine(piece.path, data.count(b"\n", 0, error.start) + 1, f"not UTF-8 (byte {error.start})")
+        return
+    yield from _read_array(piece.path, text, text_key)
 
 
-def _read_parquet(piece: Piece, text_key: str) -> Iterator[Document | BadLine]:
-    file = _parquet_file(piece.path)
-    if text_key not in file.schema_arrow.names:
-        raise ValueError(
-            f"{piece.path} has no column {text_key!r} (it has {', '.join(file.schema_arrow.names)}); set "
-            "--text-key"
-        )
-    stop = piece.stop if piece.stop >= 0 else file.num_row_groups
-    row = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
-    groups = list(range(piece.start, stop))
-    for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[text_key]):
-        # one value at a time: a row that is not UTF-8 then harms no other
-        for value in batch.column(0):
-            row += 1
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _read_array(path: str, text: str, text_key: str) -> Iterator[Document | BadLine]:
+    strict, lenient = json.JSONDecoder(), json.JSONDecoder(parse_int=len)
+    place = _skip(text, text.index("[") + 1, "")
+    counted, line = 0, 1
+    while text[place : place + 1] != "]":
+        line, counted = line + text.count("\n", counted, place), place
+        try:
             try:
-                text = value.as_py()
-            except UnicodeDecodeError as error:
-                yield BadLine(piece.path, row, f"not UTF-8 (byte {error.start} of the value)")
-                continue
-            if isinstance(text, str):
-                yield Document(text, f"{piece.path}:{row}")
-            else:
-                yield BadLine(piece.path, row, f"{text_key!r} is not a string but {type(text).__name__}")
+                value, end = strict.raw_decode(text, place)
+                found, reason = _text_of(value, text_key)
+            except json.JSONDecodeError:
+                raise
+            except ValueError as error:  # of a number with thousands of digits
+                end = lenient.raw_decode(text, place)[1]
+                found, reason = "", f"not JSON ({error})"
+        except (ValueError, RecursionError) as error:
+            yield BadLine(path, line, f"not JSON ({error}); what follows in this file is not read")
+            return
+        yield BadLine(path, line, reason) if reason else Document(found, f"{path}:{line}")
+        place = _skip(text, end, ",")
+
+
+def _skip(text: str, place: int, sign: str) -> int:
+    """The place after white space, one sign if it is there, and white space."""
+    while text[place : place + 1].isspace():
+        place += 1
+    if sign and text.startswith(sign, place):
+        return _skip(text, place + 1, "")
+    return place
 
 
 def _read_text(piece: Piece, text_key: str) -> Iterator[Document | BadLine]:
-    data = Path(piece.path).read_bytes()
+    data = read_whole(piece.path)
     try:
         yield Document(data.decode("utf-8"), piece.path)
     except UnicodeDecodeError as error:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from dash_megatron.data.tokenizer import Tokenizer
 from data_tools.arguments import add_input, add_max_bad_lines, add_text_key, make_parser, run
 from data_tools.atomic import atomic_write
-from data_tools.readers import BadLineCounter, find_inputs
+from data_tools.readers import BadLineCounter, find_inputs, tell_unread
 from data_tools.shards import (
     SPLITS,
     Options,
@@ -76,8 +76,9 @@ def tokenize_corpus(
         valid_fraction=valid_fraction,
         seed=seed,
     )
+    tell_unread(inputs, text_key)
     units = plan_units(
-        find_inputs(inputs), options, None if shard_mb is None else max(1, int(shard_mb * 1e6))
+        find_inputs(inputs, text_key), options, None if shard_mb is None else max(1, int(shard_mb * 1e6))
     )
     run_key = hashlib.sha256("".join(unit.key for unit in units).encode()).hexdigest()
     finished = _finished_manifest(output, run_key)

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import zstandard
@@ -44,8 +45,18 @@ def write_input():
 
     def write(path: Path, texts: list[str], text_key: str = "text") -> Path:
         lines = "".join(json.dumps({"id": 1, text_key: text}) + "\n" for text in texts).encode()
-        if path.name.endswith(".jsonl"):
+        records = [{"id": 1, text_key: text} for text in texts]
+        if path.name.endswith((".jsonl", "lines.json", ".ndjson")):
             path.write_bytes(lines)
+        elif path.name.endswith(".json"):
+            path.write_text(json.dumps(records, indent=1))
+        elif path.name.endswith(".json.gz"):
+            path.write_bytes(gzip.compress(json.dumps(records).encode()))
+        elif path.name.endswith((".arrow", ".feather")):
+            table = pyarrow.table({"id": list(range(len(texts))), text_key: texts})
+            new = pyarrow.ipc.new_stream if path.name.endswith(".arrow") else pyarrow.ipc.new_file
+            with new(str(path), table.schema) as writer:
+                writer.write_table(table, max_chunksize=37)
         elif path.name.endswith(".gz"):
             # two members, as `cat a.gz b.gz` makes them
             middle = len(lines) // 2

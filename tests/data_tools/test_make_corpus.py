@@ -15,7 +15,19 @@ def read_corpus(folder: Path) -> list[dict[str, str]]:
     ]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "folder"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.jsonl",
+        "a.jsonl.gz",
+        "a.jsonl.zst",
+        "a.json",
+        "a.json.gz",
+        "a.parquet",
+        "a.arrow",
+        "folder",
+    ],
+)
 def test_each_kind_of_input_gives_the_same_documents(tmp_path, write_input, texts, name):
     manifest = make_corpus(tmp_path / "out", inputs=[str(write_input(tmp_path / name, texts))])
     lines = read_corpus(tmp_path / "out")

@@ -88,7 +88,7 @@ def test_a_seed_gives_the_same_documents_each_time_and_another_seed_others(tmp_p
     [
         (["--lengths", "2000", "500"], "--lengths 2000 500 must rise"),
         (["--tokens", "0"], "--tokens 0.0 must be above 0"),
-        (["--text", "nowhere.txt"], "nowhere.txt does not exist"),
+        (["--text", "nowhere.txt"], "nowhere.txt (relative to "),
         (["--output", "made.txt"], "must end in .jsonl"),
     ],
 )

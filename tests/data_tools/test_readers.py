@@ -1,3 +1,4 @@
+import gzip
 import random
 
 import pytest
@@ -12,9 +13,11 @@ from data_tools.readers import (
     find_inputs,
     read_piece,
     split_into_pieces,
+    tell_unread,
 )
 
-KINDS = ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"]
+KINDS = ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrow", "a.feather"]
+WHOLE = ["a.json", "lines.json", "a.json.gz"]
 
 
 def read(pieces: list[Piece]) -> list[str]:
@@ -23,7 +26,7 @@ def read(pieces: list[Piece]) -> list[str]:
     return [item.text for item in items]
 
 
-@pytest.mark.parametrize("name", [*KINDS, "folder"])
+@pytest.mark.parametrize("name", [*KINDS, *WHOLE, "folder"])
 def test_each_kind_of_input_gives_its_documents_in_order(tmp_path, write_input, texts, name):
     path = write_input(tmp_path / name, texts)
     assert read([Piece(file) for file in find_inputs([path])]) == texts
@@ -61,6 +64,8 @@ def test_any_two_byte_ranges_of_a_jsonl_file_meet_without_gap_or_overlap(tmp_pat
         (b'{"text": 5}', "'text' is not a string but int"),
         (b'{"text": "\\ud800"}', "lone surrogate"),
         (b"[" * 100_000, "not JSON"),
+        (b'{"text": "a", "id": ' + b"1" * 5000 + b"}", "not JSON (Exceeds the limit"),
+        (b'\xef\xbb\xbf{"text": "a"}', "not JSON (Unexpected UTF-8 BOM"),
     ],
     ids=lambda value: value if isinstance(value, str) else repr(value[:20]),
 )
@@ -96,6 +101,62 @@ def test_bad_rows_and_files_are_reported_too(tmp_path, write_input):
     assert str(bad) == f"{tmp_path}/a.txt:3: not UTF-8 (byte 11)"
 
 
+def test_one_bad_record_of_an_array_is_one_bad_line(tmp_path):
+    path = tmp_path / "a.json"
+    records = [
+        '{"text": "one"}',
+        '{"text": null}',
+        '{"text": "x", "id": ' + "1" * 5000 + "}",
+        '{"text": "two"}',
+    ]
+    path.write_text("[\n" + ",\n".join(records) + "\n]\n")
+    items = list(read_piece(Piece(str(path))))
+    assert [item.text for item in items if isinstance(item, Document)] == ["one", "two"]
+    assert [item.source for item in items if isinstance(item, Document)] == [f"{path}:2", f"{path}:5"]
+    assert [str(item)[:60] for item in items if isinstance(item, BadLine)] == [
+        f"{path}:3: 'text' is not a string but NoneType"[:60],
+        f"{path}:4: not JSON (Exceeds the limit (4300 digits)"[:60],
+    ]
+    for text, bad in (("[\n" + records[0] + ",\n{oops", 3), ("\ufeff[" + records[0] + "]", 1)):
+        path.write_text(text)
+        items = list(read_piece(Piece(str(path))))
+        assert [item.text for item in items if isinstance(item, Document)] == ["one"]
+        assert [item.line for item in items if isinstance(item, BadLine)] == [bad]
+    path.write_text('{\n "text": "alone"\n}\n')
+    assert read([Piece(str(path))]) == ["alone"]
+
+
+def test_compressed_text_files_are_one_document_each(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("one\ncaf\u00e9".encode()))
+    (tmp_path / "b.py.zst").write_bytes(zstandard.compress(b"def f(): ..."))
+    assert read([Piece(file) for file in find_inputs([tmp_path])]) == ["one\ncaf\u00e9", "def f(): ..."]
+
+
+def test_a_zstd_file_with_a_long_window_is_read(tmp_path):
+    lines = b"".join(b'{"text": "document %d"}\n' % number for number in range(100))
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=28, enable_ldm=True)
+    writer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(writer.compress(lines) + writer.flush())
+    assert len(read([Piece(str(tmp_path / "a.jsonl.zst"))])) == 100
+
+
+def test_what_a_folder_holds_and_is_not_read_is_counted_and_named(tmp_path, capsys):
+    for name in ("a.txt", "b.csv", "in/c.csv", "d.tar.gz", ".git/e.csv", "manifest.json", "noext"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "package.json").write_text('{"name": "no text"}')
+    (tmp_path / "records.json").write_text('[{"text": "one"}]')
+    assert [path.removeprefix(f"{tmp_path}/") for path in find_inputs([tmp_path])] == [
+        "a.txt",
+        "records.json",
+    ]
+    tell_unread([tmp_path, tmp_path / "a.txt"])
+    assert capsys.readouterr().err == (
+        f"{tmp_path}: 5 files are not read: 2 .csv ({tmp_path}/b.csv), 1 .tar.gz ({tmp_path}/d.tar.gz), "
+        f"1 no suffix ({tmp_path}/noext), 1 .json ({tmp_path}/package.json)\n"
+    )
+
+
 def test_bad_lines_past_the_limit_are_an_error(capsys):
     counter = BadLineCounter(2)
     counter.add(BadLine("f", 1, "r"))
@@ -105,7 +166,7 @@ def test_bad_lines_past_the_limit_are_an_error(capsys):
     assert capsys.readouterr().err == "bad line: f:1: r\nbad line: f:2: r\nbad line: f:3: r\n"
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.json.gz", "a.parquet", "a.feather"])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.99])
 def test_a_file_that_was_cut_short_is_an_error_and_not_a_shorter_file(
     tmp_path, write_input, texts, name, share
@@ -117,7 +178,7 @@ def test_a_file_that_was_cut_short_is_an_error_and_not_a_shorter_file(
 
 
 def test_a_file_that_is_not_what_its_name_says_is_an_error(tmp_path):
-    for name in ("a.jsonl.gz", "a.jsonl.zst", "a.parquet"):
+    for name in ("a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst", "a.parquet", "a.arrow"):
         (tmp_path / name).write_text("plain text, and more of it than a header")
         with pytest.raises(ValueError, match=f"{name} must be a whole"):
             read([Piece(str(tmp_path / name))])

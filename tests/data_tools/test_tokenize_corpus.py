@@ -83,7 +83,19 @@ def test_another_seed_splits_otherwise(tmp_path, write_input, run, texts):
     assert documents_of(tmp_path / "one" / "valid") != documents_of(tmp_path / "two" / "valid")
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "folder"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.jsonl",
+        "a.jsonl.gz",
+        "a.jsonl.zst",
+        "a.json",
+        "a.json.gz",
+        "a.parquet",
+        "a.arrow",
+        "folder",
+    ],
+)
 def test_each_kind_of_input_gives_the_same_tokens(tmp_path, write_input, run, texts, name):
     run(write_input(tmp_path / "plain.jsonl", texts), "expected")
     # shards so small that each file is divided
@@ -202,7 +214,7 @@ def test_shards_of_other_input_or_options_are_not_used(tmp_path, write_input, ru
         (["--workers", "0"], "--workers=0 must be at least 1"),
         (["--seed", "-1"], "--seed=-1 must lie in"),
         (["--shard-mb", "0"], "--shard-mb=0.0 must be above 0"),
-        (["--tokenizer", "nothing.model"], "nothing.model does not exist"),
+        (["--tokenizer", "nothing.model"], f"nothing.model (relative to {os.getcwd()}) does not exist"),
         (["--text-key", "body"], "a.jsonl:1: no key 'body'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
