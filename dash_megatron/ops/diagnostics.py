@@ -7,16 +7,14 @@ D head dim, K buckets of positions. Chunks are numbered through the whole packed
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dash_megatron.ops.chunk_grid import ChunkGrid, document_positions
-from dash_megatron.ops.pooling import pool_queries_reference
-from dash_megatron.ops.reference import Places, log_prior, probabilities, summarize
+from dash_megatron.ops.reference import log_prior
+from dash_megatron.ops.routing_rows import Block, Head, Row, blocks
 from dash_megatron.ops.types import Router
 
 MEASURES = {
@@ -38,8 +36,6 @@ scores drops it, or brings such a chunk in. `near_threshold_attention` is what t
 NEAR_THRESHOLD = 0.1
 # Logarithms to base 10 of a selected chunk's probability over the mean of those selected: edges of a histogram's bins.
 WEIGHT_BINS = tuple(x / 10 for x in range(-40, 21))
-# Scores alive at once, in elements: more queries are measured block by block.
-MAX_SCORES = 2**24
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -120,103 +116,6 @@ def _sample_tokens(position_N: Tensor, edges: tuple[int, ...], count: int) -> tu
     return token_S, bucket_N[token_S], torch.tensor(weights, device=token_S.device)[by_token]
 
 
-class _Head(NamedTuple):
-    """One key/value head of a row of tokens."""
-
-    q_NGD: Tensor
-    routing_q_NGD: Tensor
-    """The router's queries."""
-    k_cWD: Tensor
-    """Keys on the grid, float32."""
-    summary_cD: Tensor
-    router: Router
-    grid: ChunkGrid
-
-    def queries(self, tokens: Tensor | slice) -> Tensor:
-        """Queries [S, G, D] of these tokens divided by sqrt(D), float32."""
-        return self.q_NGD[tokens].float() * self.q_NGD.shape[-1] ** -0.5
-
-    def probabilities(self, tokens: Tensor | slice, routed_Sc: Tensor, chunks: slice) -> Tensor:
-        """Group mean [S, c] of the entmax over routed chunks, for the queries of these tokens."""
-        q_SGD = self.routing_q_NGD[tokens].float() * self.q_NGD.shape[-1] ** -0.5
-        factor = self.router.score_factors(routed_Sc.sum(-1), 1, q_SGD.dtype)
-        if isinstance(factor, Tensor):
-            factor = factor[0, :, None, None]
-        z_SGc = factor * (q_SGD @ self.summary_cD[chunks].mT)
-        # the queries as a batch, with one query each
-        return probabilities(z_SGc[:, :, None], routed_Sc[:, None, None], self.router.alpha)[:, 0]
-
-
-class _Row(NamedTuple):
-    """Tokens of all rows of a batch, concatenated."""
-
-    q_NHGD: Tensor
-    routing_q_NHGD: Tensor
-    k_NHD: Tensor
-    position_N: Tensor
-    grid: ChunkGrid
-
-    @classmethod
-    def of(cls, q: Tensor, k: Tensor, cu_seqlens: Tensor | None, router: Router) -> _Row:
-        B, N, Hq, D = q.shape
-        if cu_seqlens is None and B > 1:
-            cu_seqlens = torch.arange(0, (B + 1) * N, N, dtype=torch.int32, device=q.device)
-        Hkv, q_NHD = k.shape[2], q.reshape(B * N, Hq, D)
-        position_N = document_positions(B * N, cu_seqlens, q.device)
-        pooled_NHD = q_NHD
-        if router.query_pool > 1:
-            pooled_NHD = pool_queries_reference(q_NHD[None], position_N, router.query_pool)[0]
-        return cls(
-            q_NHD.unflatten(1, (Hkv, -1)),
-            pooled_NHD.unflatten(1, (Hkv, -1)),
-            k.reshape(B * N, Hkv, D),
-            position_N,
-            ChunkGrid.of(B * N, router.chunk_size, cu_seqlens, q.device),
-        )
-
-    def heads(self, summary_query: Tensor, router: Router) -> Iterator[_Head]:
-        """The key/value heads one by one, for memory."""
-        for head in range(self.k_NHD.shape[1]):
-            only = slice(head, head + 1)
-            k_1HcWD = self.grid.by_chunk(self.grid.spread(self.k_NHD[None, :, only].float()))
-            summary_1HcD = summarize(k_1HcWD, self.grid.filled(), summary_query[only].float())
-            queries = self.q_NHGD[:, head], self.routing_q_NHGD[:, head]
-            yield _Head(*queries, k_1HcWD[0, 0], summary_1HcD[0, 0], router.of_heads(only), self.grid)
-
-    def places(self, token_S: Tensor) -> Places:
-        """Where tokens stand."""
-        grid = self.grid
-        return Places(grid.chunk_N[token_S], grid.slot_N[token_S], grid.first_chunk_N[token_S])
-
-
-class _Block(NamedTuple):
-    """Sampled queries, rising, and the chunks that they may need."""
-
-    token_S: Tensor
-    places: Places
-    first: int
-    end: int
-    """One past the last chunk."""
-
-    @property
-    def chunks(self) -> slice:
-        return slice(self.first, self.end)
-
-    @property
-    def chunk_c(self) -> Tensor:
-        """Numbers of the chunks."""
-        return torch.arange(self.first, self.end, device=self.token_S.device)
-
-
-def _blocks(row: _Row, token_S: Tensor, scores_per_chunk: int) -> Iterator[_Block]:
-    """Cut rising tokens into blocks with at most as many scores as may be alive."""
-    rows = max(1, MAX_SCORES // (row.grid.num_chunks * scores_per_chunk))
-    for part in token_S.split(rows):
-        places = row.places(part)
-        first, end = torch.stack([places.first_chunk_T.min(), places.chunk_T.max() + 1]).tolist()
-        yield _Block(part, places, first, end)
-
-
 def _attention_by_chunk(q_SGD: Tensor, k_cWD: Tensor, bias_Sc: Tensor, hidden_ScW: Tensor) -> Tensor:
     """Share [S, c] of each query's final attention, mean over the group, that chunks get."""
     scores_SGcW = (q_SGD @ k_cWD.flatten(0, 1).mT).unflatten(-1, k_cWD.shape[:2])
@@ -224,7 +123,7 @@ def _attention_by_chunk(q_SGD: Tensor, k_cWD: Tensor, bias_Sc: Tensor, hidden_Sc
     return (scores_SGcW.logsumexp(-1) + bias_Sc[:, None]).softmax(-1).mean(1)
 
 
-def _measure(head: _Head, block: _Block) -> tuple[dict[str, Tensor], Tensor]:
+def _measure(head: Head, block: Block) -> tuple[dict[str, Tensor], Tensor]:
     """`MEASURES` [S] of one key/value head, and counts [S, bins] of weights."""
     q_SGD, k_cWD = head.queries(block.token_S), head.k_cWD[block.chunks]
     routed_Sc, always_Sc = block.places.masks(block.chunk_c, head.router.local_chunks)
@@ -299,14 +198,14 @@ def sample_routing(
             more buckets, one each.
     """
     with torch.autocast(q.device.type, enabled=False):
-        row = _Row.of(q, k, cu_seqlens, router)
+        row = Row.of(q, k, cu_seqlens, router)
         edges = _bucket_edges(q.shape[1] if cu_seqlens is None else len(row.q_NHGD), router.chunk_size)
         token_S, bucket_S, weight_S = _sample_tokens(row.position_N, edges, max_queries)
-        blocks = list(_blocks(row, token_S, row.grid.num_slots * row.q_NHGD.shape[2]))
+        parts = list(blocks(row, token_S, row.grid.num_slots * row.q_NHGD.shape[2]))
         values: list[dict[str, Tensor]] = []
         weights = []
         for head in row.heads(summary_query, router):
-            found = [_measure(head, block) for block in blocks]
+            found = [_measure(head, block) for block in parts]
             values.append({name: torch.cat([part[name] for part, _ in found]) for name in MEASURES})
             total = weight_S @ torch.cat([counts for _, counts in found])
             weights.append(total / total.sum())
@@ -345,7 +244,7 @@ def selection_map(
     `sample_routing`, with B == 1.
     """
     with torch.autocast(q.device.type, enabled=False):
-        row = _Row.of(q, k, None, router)
+        row = Row.of(q, k, None, router)
         (N, H, G, _), num_chunks = row.q_NHGD.shape, row.grid.num_chunks
         per_cell = -(-num_chunks // max_cells)
         cells, tokens_of_cell = -(-num_chunks // per_cell), per_cell * router.chunk_size
@@ -357,10 +256,10 @@ def selection_map(
                 for start, size in zip(starts, sizes, strict=True)
             ]
         )
-        blocks = list(_blocks(row, token_S, G))
+        parts = list(blocks(row, token_S, G))
         pairs = torch.zeros(H, 2, cells, cells, device=q.device)
         for head, counts in zip(row.heads(summary_query, router), pairs, strict=True):
-            for block in blocks:
+            for block in parts:
                 routed_Sc, always_Sc = block.places.masks(block.chunk_c, router.local_chunks)
                 p_Sc = head.probabilities(block.token_S, routed_Sc, block.chunks)
                 both = torch.stack([(p_Sc > 0) | always_Sc, routed_Sc | always_Sc]).float()
@@ -381,7 +280,7 @@ def listed_share(
     ones of one document (B == 1). T goes through the powers of two up to the chunk size.
     """
     with torch.autocast(q.device.type, enabled=False):
-        row, C = _Row.of(q, k, None, router), router.chunk_size
+        row, C = Row.of(q, k, None, router), router.chunk_size
         N, H = row.q_NHGD.shape[:2]
         past = N // C - 1
         if past < 1:

@@ -73,6 +73,8 @@ def _add_routing(commands: Any) -> None:
     routing = commands.add_parser("routing", help=text, description=text)
     routing.add_argument("run_dir", metavar="RUN_DIR")
     routing.add_argument("--output", metavar="DIR", help="default: RUN_DIR/routing/step_...")
+    text = "also write which chunks every token selected, bit-packed as in benchmarks/choices: an .npz"
+    routing.add_argument("--dump", metavar="FILE", help=text)
     routing.set_defaults(run=_routing)
     text = "how probability over chunks disperses as context grows: entmax against softmax"
     dispersion = commands.add_parser("dispersion", help=text, description=text)
@@ -230,7 +232,8 @@ def _routing(options: argparse.Namespace) -> None:
     from dash_megatron.studies.routing import study_routing
 
     places = {"step": options.step, "length": options.length, "device": options.device}
-    print(*study_routing(options.run_dir, output=options.output, **places), sep="\n")
+    written = study_routing(options.run_dir, output=options.output, dump=options.dump, **places)
+    print(*written, sep="\n")
 
 
 def _dispersion(options: argparse.Namespace) -> None:

@@ -32,6 +32,7 @@ from dash_megatron.ops.diagnostics import (
     sample_routing,
     selection_map,
 )
+from dash_megatron.ops.routing_rows import selected_chunks
 from dash_megatron.training.routing import layer_record
 
 # Queries measured in the document: the curves are smooth, and a model of 32 layers takes minutes on a GPU at 128K.
@@ -146,22 +147,27 @@ def study_routing(
     output: str | Path | None = None,
     length: int | None = None,
     device: str = "auto",
+    dump: str | Path | None = None,
 ) -> list[Path]:
     """Measure and draw a checkpoint's routers on the longest document of its validation data.
 
     Args:
         output: folder; None: `RUN_DIR/routing/step_...`.
+        dump: a file that ends in .npz, for which chunks every token selected, in the format of `benchmarks/choices`; None: none.
         run_dir, step, length, device: as in `open_run`.
 
     Returns:
-        The files written: routing.json, selected_chunks.npz and pictures.
+        The files written: routing.json, selected_chunks.npz, pictures, and the dump.
 
     Raises:
-        FileNotFoundError, ValueError: as in `open_run`.
+        FileNotFoundError, ValueError: as in `open_run`; a dump of another name.
     """
+    if dump is not None and Path(dump).suffix != ".npz":
+        raise ValueError(f"--dump {dump} must end in .npz; try {Path(dump).with_suffix('.npz')}")
     samples: dict[int, RoutingSamples] = {}
     maps: dict[int, SelectionMap] = {}
     listed: dict[int, dict[int, float]] = {}
+    dumped: dict[str, np.ndarray] = {}
 
     def observe(layer: int, core: DashCoreAttention, q: Tensor, k: Tensor, w: Tensor) -> None:
         samples[layer] = sample_routing(q, k, w, core.router, max_queries=QUERIES)
@@ -169,6 +175,10 @@ def study_routing(
         maps[layer] = SelectionMap(share.cpu(), per_cell)
         shares = listed_share(q, k, w, core.router)
         listed[layer] = {tile: round(float(share.mean()), 4) for tile, share in shares.items()}
+        if dump is not None:
+            dumped[f"layer_{layer}"] = pack_selected(
+                selected_chunks(q, k, w, core.router), core.router.chunk_size
+            )
 
     with open_run(run_dir, step, length, device) as run:
         run.observe(observe)
@@ -182,7 +192,26 @@ def study_routing(
     from dash_megatron.studies.routing_pictures import draw_routing
 
     drawn = draw_routing(report, {layer: found.share.numpy() for layer, found in maps.items()}, folder)
-    return [folder / "routing.json", folder / "selected_chunks.npz", *drawn]
+    written = [folder / "routing.json", folder / "selected_chunks.npz", *drawn]
+    if dump is not None:
+        Path(dump).parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(dump, **dumped)  # type: ignore[arg-type]
+        written.append(Path(dump))
+    return written
+
+
+def pack_selected(selected_HNc: Tensor, chunk_size: int) -> np.ndarray:
+    """Selected chunks in the format of `benchmarks/choices`, which has whole chunks only: a shorter last one is left out.
+
+    Args:
+        selected_HNc: of `selected_chunks`.
+        chunk_size: tokens of a chunk.
+
+    Returns:
+        uint8 [heads, chunks, tokens / 8]: eight tokens to a byte, the earliest in the highest bit.
+    """
+    whole = selected_HNc.shape[1] // chunk_size
+    return np.packbits(selected_HNc[:, : whole * chunk_size, :whole].transpose(1, 2).numpy(), axis=-1)
 
 
 def _report(

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dash_megatron.ops import dash_attention, entmax
+from dash_megatron.ops import dash_attention, entmax, routing_rows
 from dash_megatron.ops import diagnostics as module
 from dash_megatron.ops.diagnostics import (
     MEASURES,
@@ -16,6 +16,7 @@ from dash_megatron.ops.diagnostics import (
     selection_map,
 )
 from dash_megatron.ops.pooling import pool_queries
+from dash_megatron.ops.routing_rows import selected_chunks
 from dash_megatron.ops.types import Router
 
 C, D = 4, 32
@@ -87,7 +88,7 @@ def test_measures_of_every_query_are_those_of_the_reference(
     router: Router, lengths: list[int], blocks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if blocks == "many blocks":
-        monkeypatch.setattr(module, "MAX_SCORES", 1000)
+        monkeypatch.setattr(routing_rows, "MAX_SCORES", 1000)
     q, k, w = inputs()
     expected = by_hand(q, k, w, router, lengths)
     cu_seqlens = None if len(lengths) == 1 else F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
@@ -194,7 +195,7 @@ def test_a_map_shows_the_share_of_tokens_that_selected_each_chunk(monkeypatch: p
     assert coarse[0, 0, 0].item() == pytest.approx((4 + 4 * share[0, 1, :2].sum()) / 12)
     few, _ = selection_map(q, k, w, ROUTER, tokens_per_cell=2)
     assert (few.nan_to_num() * 2).eq((few.nan_to_num() * 2).round()).all()
-    monkeypatch.setattr(module, "MAX_SCORES", 100)
+    monkeypatch.setattr(routing_rows, "MAX_SCORES", 100)
     sampled, _ = selection_map(q, k, w, ROUTER, max_cells=4)
     assert torch.equal(sampled.nan_to_num(-1), coarse.nan_to_num(-1))
 
@@ -244,3 +245,25 @@ def test_a_gpu_measures_the_same() -> None:
         )
     share, _ = selection_map(q.cuda(), k.cuda(), w.cuda(), ROUTER)
     assert (share.cpu() - selection_map(q, k, w, ROUTER).share).nan_to_num().abs().mean() < 1e-3
+
+
+@pytest.mark.parametrize("options", [{}, {"local_chunks": 2, "query_pool": 3}], ids=str)
+@pytest.mark.parametrize("most", [2**24, 64], ids=["one block", "many blocks"])
+def test_selected_chunks_are_those_that_attention_and_tiles_count(
+    options: dict[str, int], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routing_rows, "MAX_SCORES", most)
+    q, k, w = inputs(N=30)
+    router = ROUTER._replace(**options)
+    selected_HNc = selected_chunks(q, k, w, router)
+    assert selected_HNc.shape == (2, 30, 8)
+    _, routing = dash_attention(
+        q, k, torch.zeros_like(k), w, return_routing=True, backend="reference", **router._asdict()
+    )
+    # the own chunk is counted, and not in the bits
+    assert selected_HNc.sum(-1).mT.tolist() == (routing.chunks_selected[0] - 1).tolist()
+    shares = listed_share(q, k, w, router)
+    whole = selected_HNc[:, :28, :7]
+    for tile, share in shares.items():
+        visited = tile * whole.unflatten(1, (-1, tile)).any(2).sum((1, 2))
+        assert (visited / (C * sum(range(7)))).tolist() == pytest.approx(share.tolist())

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import choices
 from dash_megatron.__main__ import main
 from dash_megatron.config import config_from_dict
 from dash_megatron.ops.diagnostics import MEASURES
@@ -176,9 +177,8 @@ def test_a_run_keeps_its_routing_and_study_routing_draws_it(
     assert scalar == pytest.approx(sum(shares) / 2, abs=1e-3)
     assert events.Scalars("train/loss")[-1].step == 4
 
-    assert (
-        main(["study", "routing", str(tmp_path), "--output", str(tmp_path / "drawn"), "--device", "cpu"]) == 0
-    )
+    dump, places = tmp_path / "dumps" / "run.npz", ["--output", str(tmp_path / "drawn"), "--device", "cpu"]
+    assert main(["study", "routing", str(tmp_path), *places, "--dump", str(dump)]) == 0
     report = json.loads((tmp_path / "drawn" / "routing.json").read_text())
     assert (report["run"], report["tokens"]) == (f"{tmp_path.name} step 4", 128)
     assert report["document_tokens"] > 128
@@ -191,6 +191,16 @@ def test_a_run_keeps_its_routing_and_study_routing_draws_it(
     for name in ("heads", "positions", "chunks", "threshold"):
         with Image.open(tmp_path / "drawn" / f"{name}.png") as image:
             assert image.width >= 600
+
+    monkeypatch.setattr(choices, "FOLDER", dump.parent)
+    assert choices.layers_of("run") == [0, 1]
+    for layer in (0, 1):
+        selected_HNc = choices.load_selected("run", layer)
+        assert selected_HNc.shape == (2, 128, 8)
+        visited = selected_HNc.sum((1, 2)) / (16 * sum(range(8)))
+        assert float(visited.mean()) == pytest.approx(report["layers"][layer]["listed"]["1"], abs=1e-4)
+    assert main(["study", "routing", str(tmp_path), *places, "--dump", "run.bin"]) == 2
+    assert "--dump run.bin must end in .npz; try run.npz" in capsys.readouterr().err
 
     monkeypatch.setattr(dispersion, "CHUNKS", (16, 64))  # of made-up inputs: thousands take seconds
     assert main(["study", "dispersion", str(tmp_path), "--output", str(tmp_path / "drawn")]) == 0

@@ -1,0 +1,147 @@
+"""Queries of a row of tokens and what its routers make of them, block by block: what `diagnostics.py` measures.
+
+Letters are as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dash_megatron.ops.chunk_grid import ChunkGrid, document_positions
+from dash_megatron.ops.pooling import pool_queries_reference
+from dash_megatron.ops.reference import Places, probabilities, summarize
+from dash_megatron.ops.types import Router
+
+# Scores alive at once, in elements: more queries are looked at block by block.
+MAX_SCORES = 2**24
+
+
+class Head(NamedTuple):
+    """One key/value head of a row of tokens."""
+
+    q_NGD: Tensor
+    routing_q_NGD: Tensor
+    """The router's queries."""
+    k_cWD: Tensor
+    """Keys on the grid, float32."""
+    summary_cD: Tensor
+    router: Router
+    grid: ChunkGrid
+
+    def queries(self, tokens: Tensor | slice) -> Tensor:
+        """Queries [S, G, D] of these tokens divided by sqrt(D), float32."""
+        return self.q_NGD[tokens].float() * self.q_NGD.shape[-1] ** -0.5
+
+    def probabilities(self, tokens: Tensor | slice, routed_Sc: Tensor, chunks: slice) -> Tensor:
+        """Group mean [S, c] of the entmax over routed chunks, for the queries of these tokens."""
+        q_SGD = self.routing_q_NGD[tokens].float() * self.q_NGD.shape[-1] ** -0.5
+        factor = self.router.score_factors(routed_Sc.sum(-1), 1, q_SGD.dtype)
+        if isinstance(factor, Tensor):
+            factor = factor[0, :, None, None]
+        z_SGc = factor * (q_SGD @ self.summary_cD[chunks].mT)
+        # the queries as a batch, with one query each
+        return probabilities(z_SGc[:, :, None], routed_Sc[:, None, None], self.router.alpha)[:, 0]
+
+
+class Row(NamedTuple):
+    """Tokens of all rows of a batch, concatenated."""
+
+    q_NHGD: Tensor
+    routing_q_NHGD: Tensor
+    k_NHD: Tensor
+    position_N: Tensor
+    grid: ChunkGrid
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, cu_seqlens: Tensor | None, router: Router) -> Row:
+        B, N, Hq, D = q.shape
+        if cu_seqlens is None and B > 1:
+            cu_seqlens = torch.arange(0, (B + 1) * N, N, dtype=torch.int32, device=q.device)
+        Hkv, q_NHD = k.shape[2], q.reshape(B * N, Hq, D)
+        position_N = document_positions(B * N, cu_seqlens, q.device)
+        pooled_NHD = q_NHD
+        if router.query_pool > 1:
+            pooled_NHD = pool_queries_reference(q_NHD[None], position_N, router.query_pool)[0]
+        return cls(
+            q_NHD.unflatten(1, (Hkv, -1)),
+            pooled_NHD.unflatten(1, (Hkv, -1)),
+            k.reshape(B * N, Hkv, D),
+            position_N,
+            ChunkGrid.of(B * N, router.chunk_size, cu_seqlens, q.device),
+        )
+
+    def heads(self, summary_query: Tensor, router: Router) -> Iterator[Head]:
+        """The key/value heads one by one, for memory."""
+        for head in range(self.k_NHD.shape[1]):
+            only = slice(head, head + 1)
+            k_1HcWD = self.grid.by_chunk(self.grid.spread(self.k_NHD[None, :, only].float()))
+            summary_1HcD = summarize(k_1HcWD, self.grid.filled(), summary_query[only].float())
+            queries = self.q_NHGD[:, head], self.routing_q_NHGD[:, head]
+            yield Head(*queries, k_1HcWD[0, 0], summary_1HcD[0, 0], router.of_heads(only), self.grid)
+
+    def places(self, token_S: Tensor) -> Places:
+        """Where tokens stand."""
+        grid = self.grid
+        return Places(grid.chunk_N[token_S], grid.slot_N[token_S], grid.first_chunk_N[token_S])
+
+
+class Block(NamedTuple):
+    """Sampled queries, rising, and the chunks that they may need."""
+
+    token_S: Tensor
+    places: Places
+    first: int
+    end: int
+    """One past the last chunk."""
+
+    @property
+    def chunks(self) -> slice:
+        return slice(self.first, self.end)
+
+    @property
+    def chunk_c(self) -> Tensor:
+        """Numbers of the chunks."""
+        return torch.arange(self.first, self.end, device=self.token_S.device)
+
+
+def blocks(row: Row, token_S: Tensor, scores_per_chunk: int) -> Iterator[Block]:
+    """Cut rising tokens into blocks with at most as many scores as may be alive."""
+    rows = max(1, MAX_SCORES // (row.grid.num_chunks * scores_per_chunk))
+    for part in token_S.split(rows):
+        places = row.places(part)
+        first, end = torch.stack([places.first_chunk_T.min(), places.chunk_T.max() + 1]).tolist()
+        yield Block(part, places, first, end)
+
+
+@torch.no_grad()
+def selected_chunks(q: Tensor, k: Tensor, summary_query: Tensor, router: Router) -> Tensor:
+    """The past chunks that every token of one document selects; local chunks count as selected, the own one does not.
+
+    Probabilities are computed in float32 from what is given; kernels in half precision may differ on chunks within a
+    rounding of the threshold.
+
+    Args:
+        q: queries after RoPE [1, N, Hq, D].
+        k: keys after RoPE [1, N, Hkv, D].
+        summary_query: [Hkv, D].
+        router: as `dash_attention` was given it.
+
+    Returns:
+        Bool [Hkv, N, chunks], on the CPU.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        row = Row.of(q, k, None, router)
+        N, H, G, _ = row.q_NHGD.shape
+        selected_HNc = torch.zeros(H, N, row.grid.num_chunks, dtype=torch.bool)
+        parts = list(blocks(row, torch.arange(N, device=q.device), G))
+        for head, selected_Nc in zip(row.heads(summary_query, router), selected_HNc, strict=True):
+            for block in parts:
+                routed_Sc, always_Sc = block.places.masks(block.chunk_c, router.local_chunks)
+                p_Sc = head.probabilities(block.token_S, routed_Sc, block.chunks)
+                past_Sc = ((p_Sc > 0) | always_Sc) & ~block.places.own(block.chunk_c)
+                selected_Nc[block.token_S.cpu(), block.chunks] = past_Sc.cpu()
+    return selected_HNc
