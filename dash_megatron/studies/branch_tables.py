@@ -170,15 +170,26 @@ def as_markdown(found: Table) -> list[str]:
 
 
 def sentences(study: Study, compared: list[Compared]) -> dict[str, dict[str, list[str]]]:
-    """For each base a sentence for every arm and measure, by whether the difference is beyond two standard errors."""
+    """For each base a sentence for every arm and measure, by whether the difference is beyond two standard errors.
+
+    Scores that are 0 for an arm and for the reference share a sentence.
+    """
     assert study.branches
+    reference = study.branches.reference
     found: dict[str, dict[str, list[str]]] = {}
+    zero: dict[tuple[str, str, str], list[str]] = {}
     first = headline(study, compared)
     for each in sorted(compared, key=lambda each: each.measure != first):
         if each.is_reference or not whole(each.measure):
             continue
         groups = found.setdefault(each.base, {group: [] for group in dict.fromkeys(GROUPS.values())})
-        groups[GROUPS[each.found.verdict]].append(_sentence(each, study.branches.reference))
+        group = GROUPS[each.found.verdict]
+        if each.found.value.value == each.found.reference == 0:
+            zero.setdefault((each.base, group, each.arm), []).append(name_of(each.measure))
+        else:
+            groups[group].append(_sentence(each, reference))
+    for (base, group, arm), names in zero.items():
+        found[base][group].append(f"{arm}: {', '.join(names)}: 0, as {reference}.")
     return found
 
 

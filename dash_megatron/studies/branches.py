@@ -15,7 +15,7 @@ from dash_megatron.evaluation.buckets import buckets
 from dash_megatron.evaluation.runner import RESULTS, read_lines
 from dash_megatron.evaluation.settings import DOCUMENTS, LOSSES
 from dash_megatron.files import write_whole
-from dash_megatron.studies.jobs import missing_evaluations
+from dash_megatron.studies.jobs import is_finished, missing_evaluations
 from dash_megatron.studies.paired import Comparison, Item, Measured, Ratio, compare
 from dash_megatron.studies.runs import StudyRun, expand
 from dash_megatron.studies.study_file import Branches, Study, StudyError
@@ -62,10 +62,11 @@ class Compared:
 def compare_branches(study: Study) -> list[Compared]:
     """Compare the arms of each base with its reference, on all that branches were evaluated on.
 
-    A pair of branches enters where both are trained and evaluated as the study says, in the same order of the data.
+    A pair of branches enters where both are trained in the same order of the data and evaluated as the study says; where an
+    evaluation is missing, with the others.
 
     Raises:
-        ValueError: no pair is there yet, or a file is damaged.
+        ValueError: no pair has losses of documents yet, or a file is damaged.
     """
     branches = _branches(study)
     runs = [run for run in expand(study) if run.base]
@@ -83,7 +84,7 @@ def compare_branches(study: Study) -> list[Compared]:
                 Compared(base, size, arm, measure, found, arm == branches.reference)
                 for measure, found in _compare_arm(f"{arm} of {base}", of_arm, reference)
             ]
-    if not compared:
+    if not any(each.measure.task == DOCUMENTS and not each.is_reference for each in compared):
         raise StudyError(
             f"no arm and {branches.reference} are trained and evaluated in one order of the data; `study submit` goes on"
         )
@@ -113,11 +114,12 @@ def _compare_arm(
 
 
 def _measured(study: Study, branches: Branches, run: StudyRun) -> dict[Measure, Measured]:
-    """All that a branch was measured on; nothing before it is trained and evaluated as the study says."""
-    if missing_evaluations(study, run):
+    """All that a branch was measured on since it is trained."""
+    if not is_finished(run):
         return {}
     found: dict[Measure, Measured] = {}
-    for name in branches.evaluate:
+    missing = missing_evaluations(study, run)
+    for name in (name for name in branches.evaluate if name not in missing):
         folder = run.folder / "evaluation" / name
         try:
             tasks = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["tasks"]

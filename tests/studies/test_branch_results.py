@@ -16,7 +16,8 @@ from PIL import Image
 
 from dash_megatron.__main__ import main
 from dash_megatron.studies.submit import submit_studies
-from tests.studies.study_runs import SIZES, Write, finish, finish_branch, runs_of
+from data_tools import make_retrieval, tokenize_corpus
+from tests.studies.study_runs import SIZES, STUDIES, Write, finish, finish_branch, runs_of
 
 EXTRA = {"full": 0.0, "worse": 0.05, "same": 0.0, "better": -0.02}
 SCORE = {"full": 1.0, "worse": 0.25, "same": 1.0, "better": 1.0}
@@ -136,7 +137,7 @@ def test_plots_show_differences_and_scores(measured_study: Path) -> None:
 def test_in_one_order_nothing_is_told_apart(measured_study: Path) -> None:
     for run in runs_of(measured_study):
         if run.base and run.config.training.seed > 1:
-            shutil.rmtree(run.folder / "evaluation")
+            shutil.rmtree(run.folder)
     row = row_of(collected(measured_study), arm="worse", task="documents")
     assert (row["orders"], row["verdict"], row["difference_error_orders"]) == ([1], "unknown", None)
     assert row["difference_error_items"] > 0
@@ -144,6 +145,14 @@ def test_in_one_order_nothing_is_told_apart(measured_study: Path) -> None:
     text = (measured_study.parent / "out" / "report.md").read_text()
     assert "Unknown: in one order of the data only, branches of h32_full:" in text
     assert "Beyond two standard errors, branches" not in text
+
+
+def test_what_is_evaluated_is_compared_before_the_rest_is(measured_study: Path) -> None:
+    tree = yaml.safe_load(measured_study.read_text())
+    tree["branches"]["evaluate"]["longer"] = "--tasks documents --lengths 512"
+    measured_study.write_text(yaml.safe_dump(tree))
+    rows = collected(measured_study)
+    assert {row["evaluation"] for row in rows} == {"held_out", "training"}
 
 
 def test_what_cannot_be_compared_is_told(measured_study: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,25 +176,31 @@ def test_what_cannot_be_compared_is_told(measured_study: Path, capsys: pytest.Ca
     assert "no arm and full are trained and evaluated in one order" in refused("report")
 
 
-def test_a_study_of_branches_runs_from_base_to_report(
-    tiny_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def make_retrieval_data(data: Path, folder: Path) -> str:
+    """Needles and pairs to recall in the words of the tiny corpus, tokenized; gives their prefix."""
+    tokenizer = ["--tokenizer", str(data / "tokenizer.model")]
+    text = ["--text", str(data / "documents"), "--lengths", "64", "128", "--tokens", "2000"]
+    assert make_retrieval.main([*text, *tokenizer, "--output", str(folder / "retrieval.jsonl")]) == 0
+    tokenize = ["--input", str(folder / "retrieval.jsonl"), "--output", str(folder / "retrieval")]
+    assert tokenize_corpus.main([*tokenize, *tokenizer, "--valid-fraction", "0", "--workers", "1"]) == 0
+    return str(folder / "retrieval" / "train")
+
+
+def test_the_quickstart_of_branches_runs_from_base_to_report(
+    tiny_config: dict[str, Any], tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    study = yaml.safe_load((STUDIES / "branches_quickstart.yaml").read_text())
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(tiny_config))
-    study = {
-        "base": str(tmp_path / "base.yaml"),
-        "output": str(tmp_path / "out"),
-        "overrides": {"attention.kind": "full", "data.seq_length": 64, "evaluation.every": 2},
-        "branches": {
-            "overrides": {"data.seq_length": 128, "training.steps": 4},
-            "arms": [
-                {"name": "full", "attention.kind": "full"},
-                {"name": "dash_50", "attention.chunk_size": 16, "attention.target_density": 0.5},
-            ],
-            "orders": [1, 2],
-            "reference": "full",
-            "evaluate": {"held_out": "--tasks documents,copy --samples 8 --lengths 128"},
-        },
-    }
+    study |= {"base": str(tmp_path / "base.yaml"), "output": str(tmp_path / "out")}
+    retrieval = make_retrieval_data(tiny_data, tmp_path)
+    study["overrides"] = {key: x for key, x in study["overrides"].items() if not key.startswith("model.")} | {
+        "data.train": [f"0.95 {tiny_data}/train", f"0.05 {retrieval}"],
+        "data.seq_length": 64, "training.steps": 3, "evaluation.every": 2,
+    }  # fmt: skip
+    smaller = {"data.seq_length": 128, "training.steps": 4, "schedule.warmup_steps": 1, "evaluation.every": 2}
+    study["branches"]["overrides"] |= smaller
+    study["branches"]["arms"].pop()
+    study["branches"]["evaluate"] = {"held_out": "--tasks documents,copy --samples 8 --lengths 128"}
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(study))
     assert submit_studies([path], at_once=2, only=["*order1*"]) == 0, capsys.readouterr().out
@@ -194,6 +209,7 @@ def test_a_study_of_branches_runs_from_base_to_report(
     assert all((tmp_path / "out" / "runs" / name / "metrics.jsonl").stat().st_mtime_ns == x for name, x in before.items())  # fmt: skip
     rows = collected(path)
     row = row_of(rows, base="full", arm="dash_50", task="documents")
+    assert runs_of(path)[0].config.data.train == runs_of(path)[1].config.data.train
     assert (row["orders"], row["items"]) == ([1, 2], 8)
     assert 0 < abs(row["relative"]) < 0.1
     assert {row["to"] for row in rows if row["task"] == "documents"} == {None, 64, 128}
