@@ -29,7 +29,10 @@ class StoredState:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         path = folder / DESCRIPTION
-        self.facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            self.facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
         if self.facts.get("format") != FORMAT:
             raise ValueError(
                 f"{path}: format={self.facts.get('format')} must be {FORMAT}; read it with the code that wrote it"

@@ -32,13 +32,7 @@ def open_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, 
         FileNotFoundError: there is no such folder, or it has no such checkpoint.
         ValueError: it is damaged.
     """
-    steps = agreed_steps(run_dir)
-    if not steps and not Path(run_dir).is_dir():
-        raise FileNotFoundError(f"{told(run_dir)} does not exist; give the folder of a run")
-    if not steps or (step is not None and step not in steps):
-        wanted = "any step" if step is None else f"step {step}"
-        raise FileNotFoundError(f"{run_dir} has no checkpoint of {wanted}; it has {steps or 'none'}")
-    step = steps[-1] if step is None else step
+    step = _existing_step(run_dir, step)
     folder = checkpoint_folder(run_dir) / tag_of(step)
     problem = agreed_damage(folder)
     if problem is not None:
@@ -46,10 +40,35 @@ def open_weights(run_dir: str | Path, step: int | None = None) -> tuple[Config, 
             f"{folder} is damaged: {problem}; restore it from a copy, name an earlier step, or move this one away"
         )
     stored = StoredState(folder)
-    config = config_of_stored_run({**stored.facts["config"], "run_dir": str(run_dir)})
+    config = _config_of(stored, run_dir)
     factors = stored.facts.get("trainer", {}).get("density", {}).get("factors", {})
     attention = _with_factors(config.attention, config.model.layers, factors)
     return config.model_copy(update={"attention": attention}), step, CheckpointWeights(stored)
+
+
+def stored_config(run_dir: str | Path, step: int | None = None) -> tuple[Config, int]:
+    """The config and step of a run's checkpoint, without a look at its weights; arguments as in `open_weights`.
+
+    Raises:
+        FileNotFoundError: as `open_weights`.
+        ValueError: the checkpoint's description is damaged.
+    """
+    step = _existing_step(run_dir, step)
+    return _config_of(StoredState(checkpoint_folder(run_dir) / tag_of(step)), run_dir), step
+
+
+def _existing_step(run_dir: str | Path, step: int | None) -> int:
+    steps = agreed_steps(run_dir)
+    if not steps and not Path(run_dir).is_dir():
+        raise FileNotFoundError(f"{told(run_dir)} does not exist; give the folder of a run")
+    if not steps or (step is not None and step not in steps):
+        wanted = "any step" if step is None else f"step {step}"
+        raise FileNotFoundError(f"{run_dir} has no checkpoint of {wanted}; it has {steps or 'none'}")
+    return steps[-1] if step is None else step
+
+
+def _config_of(stored: StoredState, run_dir: str | Path) -> Config:
+    return config_of_stored_run({**stored.facts["config"], "run_dir": str(run_dir)})
 
 
 def _with_factors(attention: AttentionConfig, layers: int, factors: Mapping[str, float]) -> AttentionConfig:

@@ -35,10 +35,14 @@ class Job(ABC):
     ) -> None:
         self.task, self.length = task, length
         self.settings, self.model, self.text = settings, model, text
-        facts = [VERSION, model.fingerprint, model.tokenizer.fingerprint, text.digest, text.num_tokens]
-        facts += [task, length, settings.seed, *self.key_facts()]
-        self.key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    @cached_property
+    def key(self) -> str:
         """Digest of all that a result depends on, except its item."""
+        model, text = self.model, self.text
+        facts = [VERSION, model.fingerprint, model.tokenizer.fingerprint, text.digest, text.num_tokens]
+        facts += [self.task, self.length, self.settings.seed, *self.key_facts()]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def key_facts(self) -> list[Any]:
         """Further facts that results depend on; they enter `key`."""
@@ -50,7 +54,7 @@ class Job(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Check, before anything is computed, that items can be made.
+        """Check, before anything is computed, that items can be made; of the model only the tokenizer is asked for.
 
         Raises:
             ValueError: no sample has this length.

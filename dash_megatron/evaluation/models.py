@@ -7,6 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from dash_megatron.checkpoint.files import MANIFEST
 from dash_megatron.checkpoint.folder import checkpoint_folder, tag_of
-from dash_megatron.checkpoint.weights import load_weights, whole_model
+from dash_megatron.checkpoint.weights import load_weights, stored_config, whole_model
 from dash_megatron.config import Config, RopeScaling
 from dash_megatron.data.blend import blend_prefixes
 from dash_megatron.data.index_file import edges_digest
@@ -152,10 +153,7 @@ class ExportedModel(LanguageModel):
         from transformers import AutoModelForCausalLM
 
         self.name, self.fingerprint = folder.name, _folder_fingerprint(folder)
-        names = [name for name in ("tokenizer.model", "tokenizer.json") if (folder / name).is_file()]
-        if not names:
-            raise FileNotFoundError(f"{folder} has neither tokenizer.model nor tokenizer.json")
-        self.tokenizer = Tokenizer(folder / names[0])
+        self.tokenizer = _tokenizer_of(folder)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=True, local_files_only=True, dtype="auto"
@@ -198,6 +196,61 @@ def _until(tokens: list[int], end: int) -> list[int]:
     return tokens[: tokens.index(end)] if end in tokens else tokens
 
 
+@dataclass(frozen=True)
+class Source:
+    """What is known of a model before its weights are read."""
+
+    folder: Path
+    step: int | None
+    """Of a run."""
+    tokenizer: Tokenizer
+    trained_length: int
+    """See `LanguageModel`, as for `data`."""
+    data: list[str]
+
+
+def describe_source(
+    source: str | Path, step: int | None = None, rope_scaling: RopeScaling | None = None
+) -> Source:
+    """Say what can be said of a run or an exported folder at once; arguments and errors as in `open_model`."""
+    folder = Path(source)
+    if (folder / "config.json").is_file():
+        if step is not None:
+            raise ValueError(f"--step {step} is for runs, and {folder} is an exported model; leave it out")
+        if rope_scaling is not None:
+            raise ValueError(
+                f"--rope-scaling is for runs, and {folder} is an exported model; leave it out, and set rope_parameters "
+                "in its config.json"
+            )
+        longest = json.loads((folder / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
+        return Source(folder, None, _tokenizer_of(folder), int(longest), [])
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{told(folder)} does not exist; give a run's folder or an exported model")
+    if not checkpoint_folder(folder).is_dir():
+        raise FileNotFoundError(
+            f"{folder} must be a run (with checkpoints/) or an exported model (with config.json)"
+        )
+    config, step = stored_config(folder, step)
+    _with_rope(config, rope_scaling)
+    tokenizer = Tokenizer(str(config.data.tokenizer))
+    return Source(folder, step, tokenizer, config.data.seq_length, blend_prefixes(config.data.valid))
+
+
+def _tokenizer_of(folder: Path) -> Tokenizer:
+    names = [name for name in ("tokenizer.model", "tokenizer.json") if (folder / name).is_file()]
+    if not names:
+        raise FileNotFoundError(f"{folder} has neither tokenizer.model nor tokenizer.json")
+    return Tokenizer(folder / names[0])
+
+
+def _with_rope(config: Config, rope_scaling: RopeScaling | None) -> Config:
+    """The config with its RoPE stretched, checked as a copy would not be: factors must fit the heads."""
+    if rope_scaling is None:
+        return config
+    shape = config.model.model_copy(update={"rope_scaling": rope_scaling})
+    return config.model_copy(update={"model": type(shape).model_validate(shape.model_dump())})
+
+
 @contextmanager
 def open_model(
     source: str | Path, step: int | None = None, rope_scaling: RopeScaling | None = None
@@ -213,28 +266,12 @@ def open_model(
         FileNotFoundError: the folder is neither, or has no such checkpoint.
         ValueError: the checkpoint is damaged, or `step` or `rope_scaling` was given for an export.
     """
-    folder = Path(source)
+    folder = describe_source(source, step, rope_scaling).folder
     if (folder / "config.json").is_file():
-        if step is not None:
-            raise ValueError(f"--step {step} is for runs, and {folder} is an exported model; leave it out")
-        if rope_scaling is not None:
-            raise ValueError(
-                f"--rope-scaling is for runs, and {folder} is an exported model; leave it out, and set rope_parameters "
-                "in its config.json"
-            )
         yield ExportedModel(folder)
         return
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{told(folder)} does not exist; give a run's folder or an exported model")
-    if not checkpoint_folder(folder).is_dir():
-        raise FileNotFoundError(
-            f"{folder} must be a run (with checkpoints/) or an exported model (with config.json)"
-        )
     config, step, weights = load_weights(folder, step)
-    if rope_scaling is not None:
-        shape = config.model.model_copy(update={"rope_scaling": rope_scaling})
-        # checks, which a copy does not, that factors fit the heads
-        config = config.model_copy(update={"model": type(shape).model_validate(shape.model_dump())})
+    config = _with_rope(config, rope_scaling)
     with whole_model(config, weights) as (model, device):
         digest = hashlib.sha256((checkpoint_folder(folder) / tag_of(step) / MANIFEST).read_bytes())
         half = next(model.parameters()).dtype == torch.bfloat16

@@ -9,11 +9,11 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dash_megatron.evaluation.buckets import buckets
 from dash_megatron.evaluation.jobs import JOBS, Job, TaskJob
-from dash_megatron.evaluation.models import LanguageModel
+from dash_megatron.evaluation.models import LanguageModel, Source
 from dash_megatron.evaluation.settings import LOSSES, PERPLEXITY, Settings
 from dash_megatron.evaluation.text import LocalText
 from dash_megatron.files import write_whole
@@ -42,13 +42,7 @@ def evaluate(
     Raises:
         ValueError: a sample cannot be made, in which case nothing was computed.
     """
-    jobs = [
-        JOBS.get(task, TaskJob)(task, length, settings, model, text)
-        for task in settings.tasks
-        for length in settings.lengths
-    ]
-    for job in jobs:
-        job.prepare()
+    jobs = _prepared_jobs(settings, model, text)
     output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
         "model": {
@@ -75,6 +69,26 @@ def evaluate(
         )
     write_whole(output / RESULTS, json.dumps(results, indent=2) + "\n")
     return results
+
+
+def check_samples(settings: Settings, source: Source, text: LocalText) -> None:
+    """Check that samples of every task and length can be made, before the weights of a model are read.
+
+    Raises:
+        ValueError: one cannot be made.
+    """
+    _prepared_jobs(settings, source, text)
+
+
+def _prepared_jobs(settings: Settings, model: LanguageModel | Source, text: LocalText) -> list[Job]:
+    jobs = [
+        JOBS.get(task, TaskJob)(task, length, settings, cast(LanguageModel, model), text)
+        for task in settings.tasks
+        for length in settings.lengths
+    ]
+    for job in jobs:
+        job.prepare()
+    return jobs
 
 
 def run_job(job: Job, path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import re
+import errno
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from dash_megatron.config import RopeScaling
-from dash_megatron.evaluation.models import LanguageModel, open_model
+from dash_megatron.evaluation.models import Source, describe_source, open_model
 from dash_megatron.evaluation.pictures import draw
-from dash_megatron.evaluation.runner import RESULTS, evaluate
+from dash_megatron.evaluation.runner import RESULTS, check_samples, evaluate
 from dash_megatron.evaluation.settings import Settings
 from dash_megatron.evaluation.text import LocalText, tokens_for_lines
 
@@ -44,33 +45,45 @@ def evaluate_source(
     """
     if text is not None and data:
         raise ValueError("--text and --data exclude each other; give one")
+    # all that can be wrong with the arguments is told before weights are read, which may take minutes
+    known = describe_source(source, step, rope_scaling)
+    if not settings.lengths:
+        whole = known.trained_length
+        settings = replace(settings, lengths=(whole // 4, whole // 2, whole))
+    folder = Path(output) if output else _default_output(known, rope_scaling)
+    _check_output(folder)
+    found = _open_text(known, max(settings.lengths), text, data)
+    check_samples(settings, known, found)
     with open_model(source, step, rope_scaling) as model:
-        if not settings.lengths:
-            whole = model.trained_length
-            settings = replace(settings, lengths=(whole // 4, whole // 2, whole))
-        found = _open_text(model, max(settings.lengths), text, data)
-        folder = Path(output) if output else _default_output(Path(source), model)
         results = evaluate(model, found, settings, folder, lambda line: print(line, flush=True))
     for path in draw(results, folder):
         print(path)
     return folder / RESULTS
 
 
-def _open_text(model: LanguageModel, longest: int, text: str | None, data: Sequence[str]) -> LocalText:
+def _check_output(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(errno.EEXIST, "File exists", str(folder))
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "Not a directory", str(place))
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "Permission denied", str(place))
+
+
+def _open_text(known: Source, longest: int, text: str | None, data: Sequence[str]) -> LocalText:
     num_tokens = tokens_for_lines(longest)
     if text is not None:
-        return LocalText.from_file(text, model.tokenizer, num_tokens)
-    prefixes = list(data) or model.data
+        return LocalText.from_file(text, known.tokenizer, num_tokens)
+    prefixes = list(data) or known.data
     if not prefixes:
-        raise ValueError(f"{model.name} names no validation data; give --text FILE or --data PREFIX")
-    return LocalText.from_data(prefixes, model.tokenizer, num_tokens)
+        raise ValueError(f"{known.folder} names no validation data; give --text FILE or --data PREFIX")
+    return LocalText.from_data(prefixes, known.tokenizer, num_tokens)
 
 
-def _default_output(source: Path, model: LanguageModel) -> Path:
-    step = re.search(r" step (\d+)$", model.name)
-    if step and (source / "checkpoints").is_dir():
-        # results of another RoPE are kept apart
-        scaling = model.rope_scaling
-        other = "" if scaling is None else f"_{scaling.rope_type}_{scaling.factor or 1:g}"
-        return source / "evaluation" / f"step_{int(step.group(1)):08d}{other}"
-    return source.with_name(f"{source.name}.evaluation")
+def _default_output(known: Source, scaling: RopeScaling | None) -> Path:
+    if known.step is None:
+        return known.folder.with_name(f"{known.folder.name}.evaluation")
+    # results of another RoPE are kept apart
+    other = "" if scaling is None else f"_{scaling.rope_type}_{scaling.factor or 1:g}"
+    return known.folder / "evaluation" / f"step_{known.step:08d}{other}"

@@ -17,6 +17,7 @@ from dash_megatron.__main__ import main
 from dash_megatron.checkpoint.weights import whole_model
 from dash_megatron.config import RopeScaling
 from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.evaluation import models
 from dash_megatron.evaluation.models import RunModel, open_model
 from dash_megatron.evaluation.samples import Sample
 from dash_megatron.evaluation.tasks import COMMON_WORDS, CUE_TOKENS, FREQUENT_WORDS, TASKS
@@ -243,23 +244,33 @@ def test_what_cannot_work_is_told(
     write_run: Callable[..., Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config, _ = write_run("dash")
+    # told before weights are read, which takes minutes where they are large
+    monkeypatch.setattr(models, "load_weights", None)
     assert main(["evaluate", config.run_dir, "--output", str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_a_path_to_the_wrong_kind_of_thing_is_told(
-    write_run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write_run: Callable[..., Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config, _ = write_run("dash")
+    monkeypatch.setattr(models, "load_weights", None)
     arguments = ["evaluate", config.run_dir, "--tasks", "copy", "--lengths", "100", "--samples", "1"]
     (tmp_path / "a_file").touch()
     for more, message in (
         (["--text", str(tmp_path)], f"Is a directory: '{tmp_path}'"),
         (["--output", str(tmp_path / "a_file")], f"File exists: '{tmp_path}/a_file'"),
         (["--output", str(tmp_path / "a_file" / "out")], "Not a directory"),
+        (["--text", str(tmp_path / "none.txt")], "No such file or directory"),
+        (["--text", str(tmp_path / "a_file")], "a_file is empty"),
+        (["--data", str(tmp_path / "none")], f"{tmp_path}/none.idx does not exist"),
     ):
         assert main([*arguments, *more]) == 2
         assert message in capsys.readouterr().err
