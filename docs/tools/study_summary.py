@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from dash_megatron.evaluation.settings import LOSSES
 from dash_megatron.training.metrics import StepMetrics, read_metrics
 
 # Points of a training curve: each is the mean over the steps logged since the last one.
@@ -129,7 +130,7 @@ def _validation(line: StepMetrics) -> dict[str, Any]:
 def _evaluation(folder: Path) -> dict[str, Any]:
     """Means by task and length of what `evaluate` wrote for each sample: number of samples, and score or loss.
 
-    Perplexity has the mean loss over all windows, over all their positions and by position.
+    Perplexity and documents have the mean loss over all windows or documents, over all their positions and by position.
     """
     found: dict[str, Any] = {}
     results = folder / "results.json"
@@ -138,8 +139,8 @@ def _evaluation(folder: Path) -> dict[str, Any]:
         samples = defaultdict(list)
         for sample in map(json.loads, path.read_text().splitlines()):
             samples[str(sample["length"])].append(sample)
-        if path.stem == "perplexity":
-            found[path.stem] = {length: _windows(x) for length, x in written.get(path.stem, {}).items()}
+        if path.stem in LOSSES:
+            found[path.stem] = {length: _losses(x) for length, x in written.get(path.stem, {}).items()}
         else:
             found[path.stem] = {
                 length: {
@@ -152,9 +153,10 @@ def _evaluation(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _windows(result: dict[str, Any]) -> dict[str, Any]:
+def _losses(result: dict[str, Any]) -> dict[str, Any]:
     by_position = {str(bucket["to"]): _round(bucket["nll"]) for bucket in result["buckets"]}
-    return {"samples": result["windows"], "nll": _round(result["nll"]), "nll_by_position": by_position}
+    samples = result.get("windows", result.get("documents"))
+    return {"samples": samples, "nll": _round(result["nll"]), "nll_by_position": by_position}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

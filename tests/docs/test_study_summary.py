@@ -31,6 +31,9 @@ def study(tmp_path: Path) -> Path:
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         samples = [{"length": 4096, "score": score, "nll": 1.0} for score in (0.0, 1.0)]
         (evaluation / "niah_single.jsonl").write_text("\n".join(map(json.dumps, samples)))
+        (evaluation / "documents.jsonl").write_text("")
+        found = {"documents": 3, "nll": 2.0, "buckets": [{"to": 64, "nll": 2.5}]}
+        (evaluation / "results.json").write_text(json.dumps({"tasks": {"documents": {"64": found}}}))
     return tmp_path
 
 
@@ -51,5 +54,8 @@ def test_a_summary_gives_back_configs_and_holds_means(study: Path, tmp_path: Pat
     assert run["curve"]["loss"][:2] == [8.0, 4.5]
     assert run["validations"] == [{"step": 200, "loss": 2.5, "loss_by_position": {"64": 3.0}}]
     assert run["evaluations"] == {
-        "tasks": {"niah_single": {"4096": {"samples": 2, "score": 0.5, "nll": 1.0}}}
+        "tasks": {
+            "documents": {"64": {"samples": 3, "nll": 2.0, "nll_by_position": {"64": 2.5}}},
+            "niah_single": {"4096": {"samples": 2, "score": 0.5, "nll": 1.0}},
+        }
     }

@@ -91,6 +91,16 @@ def test_the_larger_error_decides(shifts: list[float], verdict: str) -> None:
     assert found.verdict == verdict
 
 
+def test_documents_that_differ_either_way_are_not_told_apart_by_orders_that_agree() -> None:
+    reference, arm = measured([2.0] * 5), measured([2.5, 1.5, 2.6, 1.5, 1.95])
+    found = compare({1: arm, 2: arm}, {1: reference, 2: reference})
+    assert found is not None
+    assert found.difference.error_orders == pytest.approx(0.0)
+    assert found.difference.error == found.difference.error_items
+    assert found.difference.value > 0
+    assert found.verdict == "within"
+
+
 def test_only_what_both_have_is_compared() -> None:
     reference = {1: measured([2.0] * 5), 3: measured([2.0] * 5)}
     arm = {1: measured([2.5] * 4, SIZES[:4]), 2: measured([9.0] * 5)}
