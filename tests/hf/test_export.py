@@ -1,6 +1,8 @@
 """Exporting a run: from every layout, the same numbers, or nothing at all."""
 
 import os
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from dash_megatron.__main__ import main
 from dash_megatron.checkpoint.weights import open_weights
@@ -210,3 +212,38 @@ def test_the_command_line_exports_and_says_what_is_wrong(
     assert "no checkpoint of step 7" in capsys.readouterr().err
     assert main(["convert", "to-hf", config.run_dir, out + "2", "--dtype", "int8"]) == 2
     assert "--dtype=int8 must be one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prompt", ["def value", ""], ids=["prompt", "empty"])
+def test_a_run_and_its_export_draw_the_same_text(
+    prompt: str,
+    write_run: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, _ = write_run("dash")
+    export_run(config.run_dir, tmp_path / "hf", dtype="float32")
+    drawn: list[list[int]] = []
+
+    # the texts of random weights are mostly broken bytes, which the two tokenizers show differently
+    def decode(_: Any, ids: Any, **__: Any) -> str:
+        drawn.append(list(map(int, ids)))
+        return ""
+
+    monkeypatch.setattr(Tokenizer, "decode", decode)
+    monkeypatch.setattr(PreTrainedTokenizerBase, "decode", decode)
+    asked = ["--prompt", prompt, "--max-new-tokens", "30", "--temperature", "2.5"]
+    assert main(["sample", config.run_dir, *asked]) == 0
+    monkeypatch.setattr(sys, "argv", ["generate.py", str(tmp_path / "hf"), *asked])
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "generate.py"))
+    assert drawn[0] == drawn[2]
+    assert len(drawn[0]) >= 30
+
+
+def test_the_example_tells_of_a_folder_that_is_no_export(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["generate.py", "nothing", "--prompt", "x"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(Path(__file__).parents[2] / "examples" / "generate.py"))
+    assert "nothing has no config.json; give a folder of" in capsys.readouterr().err
