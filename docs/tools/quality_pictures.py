@@ -1,4 +1,4 @@
-"""Draw the pictures of `docs/results/quality.md` from its summary: `python -m docs.tools.quality_pictures --output docs/results/`."""
+"""Draw the picture of `docs/results/quality/from_scratch.md` from its summary: `python -m docs.tools.quality_pictures --output docs/results/`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dash_megatron.drawing import GRID, line_style, plt, save, tokens_axis
+from dash_megatron.drawing import GRID, line_style, plt, save
 
 SUMMARY = Path(__file__).parents[1] / "results" / "quality" / "quality_16k.json"
 KNEE_LOSS = 3.3
@@ -40,8 +40,6 @@ class Run:
     steps: tuple[int, ...]
     losses: tuple[float, ...]
     """Nats per token."""
-    by_position: dict[int, float]
-    """End loss of the tokens up to a position in their document, from the position before on."""
 
     @property
     def knee(self) -> float:
@@ -72,9 +70,7 @@ def read_runs(summary: Path = SUMMARY) -> list[Run]:
         kind, _, rest = name.partition("-")
         steps, losses = zip(*((point["step"], point["loss"]) for point in run["validations"]), strict=True)
         if steps[-1] == LAST_STEP:
-            positions = run["validations"][-1]["loss_by_position"]
-            by_position = {int(position): loss for position, loss in positions.items()}
-            found.append(Run(kind, int(rest[-1]), steps, losses, by_position))
+            found.append(Run(kind, int(rest[-1]), steps, losses))
     return found
 
 
@@ -86,32 +82,6 @@ def fit_knee(runs: list[Run]) -> Fit:
     left = ends - inputs @ np.array([slope, *constants])
     explained = 1 - (left**2).sum() / ((ends - ends.mean()) ** 2).sum()
     return Fit(float(slope), (float(constants[0]), float(constants[1])), float(explained))
-
-
-def draw_positions(runs: list[Run], output: Path) -> Path:
-    """End loss by position above that of full attention of the same seed, mean over the seeds of a kind."""
-    figure, axis = plt.subplots(figsize=(10, 5), layout="constrained")
-    full = {run.seed: run.by_position for run in runs if run.kind == "full"}
-    for index, (kind, label) in enumerate(KINDS.items()):
-        of_kind = [run for run in runs if run.kind == kind]
-        if kind == "full" or not of_kind:
-            continue
-        color, marker = line_style(index)
-        positions = sorted(full[1])
-        above = [
-            np.mean([run.by_position[place] - full[run.seed][place] for run in of_kind])
-            for place in positions
-        ]
-        label += f" ({len(of_kind)} seed{'s' if len(of_kind) > 1 else ''})"
-        axis.plot(positions, above, color=color, marker=marker, linewidth=1, label=label)
-    axis.axhline(0, color="gray", linewidth=1)
-    tokens_axis(axis, positions)
-    axis.set(
-        xlabel="position in the document, up to (tokens)", ylabel="end loss above full attention's (nats)"
-    )
-    axis.grid(alpha=GRID)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return save(figure, output / "quality_position.png")
 
 
 def draw_curves(runs: list[Run], output: Path) -> Path:
@@ -153,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     output, runs = parser.parse_args(arguments).output, read_runs()
     output.mkdir(parents=True, exist_ok=True)
-    print(draw_curves(runs, output), draw_positions(runs, output))
+    print(draw_curves(runs, output))
 
 
 if __name__ == "__main__":
