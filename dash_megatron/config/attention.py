@@ -26,9 +26,9 @@ class AttentionConfig(Section):
     """Multiplies the routing scores before entmax and must be above 0; larger values select fewer chunks. A list has one
     factor for each layer."""
     length_scaling: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Above 0, the routing scores of a token with n past chunks to select from are also multiplied by `1 + length_scaling * ln(n)`, as in
-    adaptive-scalable entmax (arXiv 2506.16640); it keeps the density from rising with the length of a document. At 1000
-    chunks, 0.1 makes a factor of 1.7."""
+    """Above 0, the routing scores of a token that selects among n past chunks are also multiplied by
+    `1 + length_scaling * ln(n)`, as in adaptive-scalable entmax (arXiv 2506.16640); it keeps the density from rising with
+    the length of a document. At 1000 chunks, 0.1 makes a factor of 1.7."""
     learned_scaling: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Above 0, a factor on the routing scores is learned for each kv head of each layer. It is
     `exp(learned_scaling * parameter)`, starts at 1 and multiplies `scaling_factor`. The number says how fast it moves beside
@@ -39,19 +39,19 @@ class AttentionConfig(Section):
     `scaling_factor`, until its router selects that share. A list has one target for each layer. A schedule, such as
     `{0: 1.0, 2000: 0.25}`, gives targets by step, with straight lines between them. Every query head of a group selects at
     least one past chunk, and all heads of the group attend to what any of them selects: a target near
-    (1 + heads / kv_heads) chunks a token leaves the router no choice."""
+    (1 + local_chunks + heads / kv_heads) chunks a token leaves the router no choice."""
     density_budget: Literal["layer", "model"] = "layer"
     """Whose density `target_density` holds. With `layer` every layer selects its target. With `model` the mean over layers is
     held: the scaling factors of all layers move in proportion, and layers may share the budget as they train, most of all
     with `learned_scaling`."""
     local_chunks: int = Field(default=0, ge=0)
     """Chunks before the token's own that every token attends to whatever the router says, with prior 0; the router selects
-    among those before them. Chunks of 32 with 4 of them and `query_pool: 16` ended 0.9% above full attention's loss at a
-    density of 25%, where the defaults ended 2.4% above (62M parameters, 16K). They count in the density."""
+    among those before them. They count in the density. Chunks of 32 with 4 of them and `query_pool: 16` ended 0.9% above
+    full attention's training loss at a density of 25%, the defaults 2.4% (62M parameters, 16K)."""
     query_pool: int = Field(default=1, ge=1, le=128)
     """The router sees the mean of the last so many queries of the document, the token's own included; 1 is its own alone.
     Neighbours then select alike: with 16, kernels visited 1.5 times the chunks that tokens selected instead of 2.9, and
-    training loss fell by 0.6 points (62M parameters, 16K). Keeps one more tensor of the queries' size a layer."""
+    training loss was 0.6% lower (62M parameters, 16K)."""
     sigma: float = Field(default=2.0, gt=0)
     """Flattens the router's prior on the softmax; 2 is the flattest prior whose router gradient is bounded."""
     estimate_diagonal: bool = True
@@ -107,7 +107,7 @@ class AttentionConfig(Section):
             raise ValueError(
                 f"attention.target_density={target} must name steps from 0 on, such as {{0: 1.0, 2000: 0.25}}"
             )
-        if not all(0 < number <= 1 for number in self._target_densities()):
+        if not all(0 < number <= 1 for numbers in self._targets() for number in numbers):
             raise ValueError(
                 f"attention.target_density={target} must be above 0 and at most 1, such as 0.25; null leaves densities alone"
             )
@@ -137,7 +137,9 @@ class AttentionConfig(Section):
         Raises:
             ValueError: naming field, value, rule and remedy.
         """
-        asked = min(self._target_densities(), default=None)
+        # of a budget that layers share, the mean is held
+        share = fmean if self.density_budget == "model" else min
+        asked = min((share(targets) for targets in self._targets()), default=None)
         if asked is None or not self.local_chunks:
             return
         chunks = math.ceil(seq_length / self.chunk_size)
@@ -154,12 +156,11 @@ class AttentionConfig(Section):
                 f"selected; ask for more, or use attention.local_chunks={fitting}"
             )
 
-    def _target_densities(self) -> list[float]:
-        """All numbers in `target_density`."""
+    def _targets(self) -> list[tuple[float, ...]]:
+        """The numbers of each step that `target_density` names: one for all layers, or one for each."""
         target = self.target_density
         values: list[Any] = list(target.values()) if isinstance(target, dict) else [target]
-        numbers = (x for value in values for x in (value if isinstance(value, tuple) else (value,)))
-        return [number for number in numbers if number is not None]
+        return [value if isinstance(value, tuple) else (value,) for value in values if value is not None]
 
     def check_layers(self, layers: int) -> None:
         """Refuse layers that the model does not have, and lists of another length than its number of layers.
