@@ -37,7 +37,8 @@ assert not REFUSED & set(sys.modules), REFUSED & set(sys.modules)
 def test_an_exported_model_alone_generates_the_text_of_training(
     tiny_config: dict[str, Any], run_processes: Callable[..., None], tmp_path: Path
 ) -> None:
-    changes = {"training": {"steps": 30}, "data": {"seq_length": 256}, "attention": {"scaling_factor": 4.0}}
+    attention = {"scaling_factor": 4.0, "local_chunks": 1, "query_pool": 16}
+    changes = {"training": {"steps": 30}, "data": {"seq_length": 256}, "attention": attention}
     tree = run_of(tiny_config, tmp_path / "run", **changes)
     run_processes(1, train_all, [(tree, None)])
     export_run(tree["run_dir"], tmp_path / "hf", dtype="float32")
