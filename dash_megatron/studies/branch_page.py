@@ -19,14 +19,14 @@ def render_branches_page(
     source: str | Path,
     rows: list[dict[str, Any]],
     compared: list[Compared],
-    pictures: dict[str, str],
+    pictures: dict[Path, str],
 ) -> str:
     """HTML of a report, images included.
 
     Args:
         study: the study; `source` is its YAML file, which the page quotes.
         rows, compared: as `collect` and `compare_branches` give them.
-        pictures: PNG files in `<output>/plots` with a sentence each.
+        pictures: PNG files with a sentence each.
     """
     runs = expand(study)
     title = f"Study {Path(source).stem}"
@@ -43,7 +43,7 @@ def render_branches_page(
     parts.append("<h2>Comparisons</h2>")
     parts += [table_html(f"{found.caption}.", *found[1:]) for found in tables(study, rows, compared)]
     parts.append("<h2>Pictures</h2>")
-    parts += [figure_html(Path(study.output) / "plots" / name, text) for name, text in pictures.items()]
+    parts += [figure_html(path, text) for path, text in pictures.items()]
     parts += [
         "<h2>Runs</h2>",
         table_html("Each run that has logged a step; FLOPs at the measured density.", *results_table(rows)),

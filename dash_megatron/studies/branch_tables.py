@@ -27,7 +27,7 @@ NOTE = (
     "Differences are paired: of the same documents, samples or steps, in the same order of the data. The first ± is the standard "
     "error over these, the second over orders. What is called higher or lower is further from 0 than two of the larger error. Errors "
     "over documents alone mislead: with the data in another order, an arm ended by up to ten times as much elsewhere. With three "
-    "orders two standard errors are met by chance 18 times in 100, with two 30 times: repeat what matters with more."
+    "orders two standard errors are exceeded by chance 18 times in 100, with two 30 times: repeat what matters with more."
 )
 
 
@@ -73,9 +73,10 @@ def _training(own: list[Compared]) -> list[Measure]:
 
 
 def _arms(base: str, first: Measure, rows: list[dict[str, Any]], own: list[Compared]) -> Table:
+    reference = next(each.arm for each in own if each.is_reference)
     columns = (
-        "arm", "orders", "density", "tokens/s", "GiB", "loss", "to the reference", "± documents", "± orders", "verdict",
-        "training loss to the reference", "± steps", "± orders",
+        "arm", "orders", "density", "tokens/s", "GiB", "loss", f"to {reference}", "± documents", "± orders", "verdict",
+        "training loss", "± steps", "± orders",
     )  # fmt: skip
     lines = []
     for each in own:
@@ -96,13 +97,16 @@ def _arms(base: str, first: Measure, rows: list[dict[str, Any]], own: list[Compa
                 *(amounts(training[0]) if training else ("", "", "")),
             ]
         )
-    caption = f"Branches of {base}: {name_of(first)} in nats a token, and differences"
+    caption = (
+        f"Branches of {base}: {name_of(first)} in nats a token; it and the training loss against {reference}"
+    )
     return Table(caption, columns, lines)
 
 
 def _others(caption: str, shown: list[Compared]) -> Table:
     """A line for each comparison, by measure."""
-    to = "to the reference" if shown[0].measure.is_loss else "of the reference's"
+    reference = next(each.arm for each in shown if each.is_reference)
+    to = f"to {reference}" if shown[0].measure.is_loss else f"of {reference}'s"
     columns = ("measure", "arm", "value", "± items", "± orders", to, "± items", "± orders", "verdict")
     lines = [
         [

@@ -210,14 +210,14 @@ def _numbers(name: str, found: Ratio | None) -> Mapping[str, float | None]:
     }
 
 
-def write_comparisons(study: Study, compared: list[Compared]) -> tuple[Path, Path]:
-    """Write `<output>/comparisons.json` and `comparisons.csv`, each whole or not at all."""
+def write_comparisons(study: Study, compared: list[Compared], folder: Path) -> tuple[Path, Path]:
+    """Write `comparisons.json` and `comparisons.csv` into a folder, each whole or not at all."""
     rows = as_rows(study, compared)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
     writer.writerows({**row, "orders": " ".join(map(str, row["orders"]))} for row in rows)
-    paths = Path(study.output) / "comparisons.json", Path(study.output) / "comparisons.csv"
+    paths = folder / "comparisons.json", folder / "comparisons.csv"
     for path, content in zip(paths, (json.dumps(rows, indent=1) + "\n", text.getvalue()), strict=True):
         write_whole(path, content, make_folder=True)
     return paths

@@ -57,9 +57,12 @@ def add_study(tools: Any) -> None:
     collect = _add(commands, "collect", "results of all runs as a table, JSON and CSV", _collect)
     collect.add_argument("--json", action="store_true", help="print JSON instead of the table")
     _add(commands, "fit", "loss against parameters, tokens and compute, with intervals", _fit)
-    _add(commands, "plot", "pictures of the study", _plot)
+    plot = _add(commands, "plot", "pictures of the study", _plot)
     report = _add(commands, "report", "one HTML page with everything; of branches also Markdown", _report)
     report.add_argument("--output", help="page to write; default: <output>/report.html")
+    for parser in (collect, plot, report):
+        text = "of a study of branches: compare with this arm instead, into <output>/against_ARM"
+        parser.add_argument("--reference", metavar="ARM", help=text)
 
     plot_run = commands.add_parser("plot-run", help="draw losses and per-layer density of one run")
     plot_run.add_argument("run_dir", metavar="RUN_DIR")
@@ -126,13 +129,22 @@ def _submit(options: argparse.Namespace) -> int:
     )
 
 
+def _opened(options: argparse.Namespace) -> tuple[Any, Path]:
+    """A study, and the folder of what compares its runs."""
+    from dash_megatron.studies.study_file import load_study
+
+    study = load_study(options.study)
+    if options.reference is None:
+        return study, Path(study.output)
+    return study.against(options.reference), Path(study.output) / f"against_{options.reference}"
+
+
 def _collect(options: argparse.Namespace) -> None:
     from dash_megatron.planning.table import table
     from dash_megatron.studies.collect import collect, write_table
     from dash_megatron.studies.page import results_table
-    from dash_megatron.studies.study_file import load_study
 
-    study = load_study(options.study)
+    study, folder = _opened(options)
     rows = collect(study)
     paths = write_table(study, rows)
     columns, lines = results_table(rows)
@@ -142,7 +154,7 @@ def _collect(options: argparse.Namespace) -> None:
         from dash_megatron.studies.branches import as_rows, compare_branches, write_comparisons
 
         compared = compare_branches(study)
-        written += write_comparisons(study, compared)
+        written += write_comparisons(study, compared, folder)
         found = as_rows(study, compared)
         text += [line for one in tables(study, rows, compared) for line in ["", *as_text(one)]]
     print(json.dumps(found, indent=2) if options.json else "\n".join([*text, "", *map(str, written)]))
@@ -178,26 +190,26 @@ def _fitted(path: str) -> tuple[Any, list[dict[str, Any]], dict[str, Any], Path]
 
 
 def _plot(options: argparse.Namespace) -> None:
-    study, pictures, _ = _drawn(options.study)
-    for name, text in pictures.items():
-        print(f"{Path(study.output) / 'plots' / name}: {text}")
+    _, pictures, _ = _drawn(options)
+    for path, text in pictures.items():
+        print(f"{path}: {text}")
 
 
-def _drawn(path: str) -> tuple[Any, dict[str, str], dict[str, str]]:
-    """A study, its pictures with a sentence each, and the reports that have them, by the end of their names."""
+def _drawn(options: argparse.Namespace) -> tuple[Path, dict[Path, str], dict[str, str]]:
+    """The folder of a study's reports, its pictures with a sentence each, and the reports by the end of their names."""
     from dash_megatron.studies.page import render_page
     from dash_megatron.studies.pictures import draw_study
-    from dash_megatron.studies.study_file import load_study
 
-    study = load_study(path)
+    study, folder = _opened(options)
     if study.branches:
-        return _drawn_branches(study, path)
-    _, rows, fits, _ = _fitted(path)
-    pictures = draw_study(study, rows, fits, Path(study.output) / "plots")
-    return study, pictures, {".html": render_page(study, path, rows, fits, pictures)}
+        return _drawn_branches(study, folder, options.study)
+    _, rows, fits, _ = _fitted(options.study)
+    drawn = draw_study(study, rows, fits, folder / "plots")
+    pictures = {folder / "plots" / name: text for name, text in drawn.items()}
+    return folder, pictures, {".html": render_page(study, options.study, rows, fits, pictures)}
 
 
-def _drawn_branches(study: Any, path: str) -> tuple[Any, dict[str, str], dict[str, str]]:
+def _drawn_branches(study: Any, folder: Path, source: str) -> tuple[Path, dict[Path, str], dict[str, str]]:
     from dash_megatron.studies.branch_page import render_branches_page, render_branches_text
     from dash_megatron.studies.branch_pictures import draw_branches
     from dash_megatron.studies.branches import compare_branches, write_comparisons
@@ -205,17 +217,18 @@ def _drawn_branches(study: Any, path: str) -> tuple[Any, dict[str, str], dict[st
 
     rows, compared = collect(study), compare_branches(study)
     write_table(study, rows)
-    write_comparisons(study, compared)
-    pictures = draw_branches(study, compared, Path(study.output) / "plots")
-    page = render_branches_page(study, path, rows, compared, pictures)
-    return study, pictures, {".html": page, ".md": render_branches_text(study, rows, compared)}
+    write_comparisons(study, compared, folder)
+    drawn = draw_branches(study, compared, folder / "plots")
+    pictures = {folder / "plots" / name: text for name, text in drawn.items()}
+    page = render_branches_page(study, source, rows, compared, pictures)
+    return folder, pictures, {".html": page, ".md": render_branches_text(study, rows, compared)}
 
 
 def _report(options: argparse.Namespace) -> None:
     from dash_megatron.files import write_whole
 
-    study, _, reports = _drawn(options.study)
-    path = Path(options.output) if options.output else Path(study.output) / "report.html"
+    folder, _, reports = _drawn(options)
+    path = Path(options.output) if options.output else folder / "report.html"
     for suffix, text in reports.items():
         output = path if suffix == ".html" else path.with_suffix(suffix)
         write_whole(output, text, make_folder=True)

@@ -33,19 +33,19 @@ def render_page(
     source: str | Path,
     rows: list[dict[str, Any]],
     fits: dict[str, Any],
-    pictures: dict[str, str],
+    pictures: dict[Path, str],
 ) -> str:
     """HTML of a report, images included.
 
     Args:
         study: the study; `source` is its YAML file, which the page quotes.
         rows, fits: as `collect` and `fit_study` give them.
-        pictures: PNG files in `<output>/plots` with a sentence each.
+        pictures: PNG files with a sentence each.
     """
     runs = expand(study)
     title = f"Study {Path(source).stem}"
     finished = sum(row["finished"] for row in rows)
-    figures = [figure_html(Path(study.output) / "plots" / name, text) for name, text in pictures.items()]
+    figures = [figure_html(path, text) for path, text in pictures.items()]
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{finished} of {len(runs)} runs are finished. Runs are compared by {escape(fits['quality'])}.</p>",

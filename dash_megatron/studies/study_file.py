@@ -191,6 +191,19 @@ class Study(Section):
             raise ValueError(f"seeds={list(self.seeds)} has one twice; take it out")
         return self
 
+    def against(self, reference: str) -> Study:
+        """The study with another arm as the reference of its branches.
+
+        Raises:
+            ValueError: it has no branches, or no such arm.
+        """
+        names = [arm["name"] for arm in self.branches.arms] if self.branches else []
+        if self.branches is None or reference not in names:
+            known = ", ".join(map(str, names)) or "the study has no branches"
+            raise StudyError(f"--reference {reference} must be the name of an arm: {known}")
+        branches = self.branches.model_copy(update={"reference": reference})
+        return self.model_copy(update={"branches": branches})
+
     def _check_branches(self, branches: Branches) -> None:
         owned = {
             "run_dir": "output",

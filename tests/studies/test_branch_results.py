@@ -123,6 +123,22 @@ def test_the_report_says_what_is_beyond_two_standard_errors(
     assert 'src="http' not in page
 
 
+def test_another_arm_can_be_the_reference(measured_study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def to_better(command: str, reference: str = "better") -> int:
+        return main(["study", command, str(measured_study), "--reference", reference])
+
+    first = row_of(collected(measured_study), arm="better", task="documents")
+    assert [to_better(command) for command in ("collect", "plot", "report")] == [0, 0, 0]
+    folder = measured_study.parent / "out" / "against_better"
+    assert {path.name for path in folder.iterdir()} == {
+        "comparisons.csv", "comparisons.json", "plots", "report.html", "report.md",
+    }  # fmt: skip
+    row = row_of(json.loads((folder / "comparisons.json").read_text()), arm="full", task="documents")
+    assert (row["difference"], row["verdict"]) == (pytest.approx(-first["difference"]), "above")
+    assert to_better("collect", "best") == 2
+    assert "--reference best must be the name of an arm: full, worse, same, better" in capsys.readouterr().err
+
+
 def test_plots_show_differences_and_scores(measured_study: Path) -> None:
     assert main(["study", "plot", str(measured_study)]) == 0
     plots = measured_study.parent / "out" / "plots"
