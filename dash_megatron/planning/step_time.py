@@ -173,9 +173,13 @@ def _attention(config: Config, layout: Layout, routing: Routing, hardware: Hardw
             routing.listed_over_selected,
             hardware.memory_bandwidth / hardware.speed,
         )
+    pooled = config.attention.kind == "dash" and config.attention.query_pool > 1
+    # queries once read or written
+    once = pooled * work.rows * work.heads * work.head_dim * 2 / hardware.memory_bandwidth * routed_layers
     return AttentionSeconds(
-        (routed_layers * routed.forward + dense_layers * dense.forward) / hardware.speed,
-        (routed_layers * routed.backward + dense_layers * dense.backward) / hardware.speed,
+        (routed_layers * routed.forward + dense_layers * dense.forward) / hardware.speed + 2 * once,
+        # means are computed again, and then their gradient
+        (routed_layers * routed.backward + dense_layers * dense.backward) / hardware.speed + 4 * once,
     )
 
 

@@ -116,7 +116,8 @@ def test_a_profile_corrects_compute_by_how_long_its_steps_took(
     modelled = estimate_configured(config, 8, Routing(density=0.25, peak_density=0.25)).seconds
     rate = config.training.global_batch * config.data.seq_length / modelled
     lines = [
-        {"tokens_per_second": rate / slow, "density": 0.25, "processes": 8} for slow in (50, 1.5, 1.5, 1.6)
+        {"step": step, "tokens_per_second": rate / slow, "density": 0.25, "processes": 8}
+        for step, slow in enumerate((50, 1.5, 1.5, 1.6), 1)
     ]
     text = "".join(json.dumps(line | {"gpu_memory_gib": 61.5}) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text)

@@ -146,6 +146,9 @@ def test_means_of_queries_cost_bytes_and_memory_and_local_chunks_pairs(config: C
     plain, pooled = step("all_gather"), step("all_gather", query_pool=16)
     assert sent(pooled) - sent(plain) == pytest.approx(queries)
     assert pooled.memory.working > plain.memory.working
+    # read and written in 2 forwards, and in the backward once more with the gradient: by rows of 16K tokens
+    passes = 8 * 32 * 8 * 16384 * 32 * 128 * 2 / Hardware().memory_bandwidth
+    assert pooled.attention - plain.attention == pytest.approx(passes)
     assert sent(step("a2a", query_pool=16)) == sent(step("a2a"))
     # 4 chunks of 64 more than the own one, of 131072 tokens
     least = (0.5 + 4) * 64 / (131072 / 2)
