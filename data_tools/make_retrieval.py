@@ -1,13 +1,17 @@
 """Make documents that can be learned from only by looking far back: needles in text, and lists of pairs to recall.
 
-python -m data_tools.make_retrieval --text data/corpus --tokenizer data/tokenizer.model --lengths 4096 16384 --tokens 5e7 \\
+python -m data_tools.make_retrieval --text data/corpus --tokenizer data/tokenizer.model --lengths 16384 16384 --tokens 5e7 \\
     --output data/retrieval.jsonl
+
+A document has exactly the number of tokens that was drawn for it, the one that ends it included: where shortest and longest are the
+`data.seq_length` of a run, every row holds one whole, and no row parts a question from its answer.
 
 They are worded as the tasks `needle`, `niah_...` and `associative_recall` of `python -m dash_megatron evaluate`, but ask
 several questions each, and none has the names or numbers of an evaluation's sample.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -28,7 +32,10 @@ from data_tools.shards import goes_to_valid
 
 # Of a list's lines, how many ask: what is asked for is all that can be learned, the rest is chance.
 ASKING = (0.125, 0.5)
-MOST_NEEDLES = 32
+MOST_NEEDLES = 128
+# Share of a document to aim at before it is filled up, and the least that it must come to; shorter ones lack at most so many tokens.
+AIM, LEAST, SHORT = 0.97, 0.9, 64
+TRIES = 12
 # Text whose tokens are counted, to know how many bytes a token has.
 SAMPLE_BYTES = 1 << 20
 
@@ -51,9 +58,13 @@ def _filler(text: Sequence[str], text_key: str, max_mb: float, valid_fraction: f
 
 
 def _needles(
-    generator: random.Random, length: int, lines: list[str], tokens_per_byte: float, tokens_per_needle: float
+    generator: random.Random,
+    length: float,
+    lines: list[str],
+    tokens_per_byte: float,
+    tokens_per_needle: float,
 ) -> str:
-    # as often one as two to three, or sixteen to thirty; the text is most of a document
+    # as often one as two to three, or 64 to 128; the text is most of a document
     most = min(MOST_NEEDLES, max(1, int(length / 4 / tokens_per_needle)))
     count = int(math.exp(generator.uniform(0, math.log(most + 1))))
     begin, size = generator.randrange(len(lines)), 0
@@ -66,19 +77,58 @@ def _needles(
     return needles_with_questions(generator, taken, count)
 
 
-def _pairs(generator: random.Random, length: int, tokens_per_pair: float) -> str:
+def _pairs(generator: random.Random, length: float, tokens_per_pair: float) -> str:
     lines = max(2, round(length / tokens_per_pair))
     questions = max(1, round(lines * generator.uniform(*ASKING)))
     return pairs_with_questions(generator, lines - questions, questions)
 
 
+def _text_before(generator: random.Random, lines: list[str], count: Callable[[str], int], tokens: int) -> str:
+    """Text of the corpus of so many tokens, its line end included; of about so many where none is found at once."""
+    begin, text = generator.randrange(len(lines)), ""
+    filler = itertools.chain(itertools.islice(lines, begin, None), itertools.cycle(lines))
+    while count(text) < tokens:
+        text += next(filler) + "\n"
+    low, high = 0, len(text)
+    while low < high:
+        middle = (low + high) // 2
+        found = count(text[:middle] + "\n")
+        if found == tokens:
+            return text[:middle] + "\n"
+        low, high = (middle + 1, high) if found < tokens else (low, middle)
+    return text[:low] + "\n"
+
+
+def _filled(
+    generator: random.Random,
+    make: Callable[[float], str],
+    lines: list[str],
+    count: Callable[[str], int],
+    tokens: int,
+) -> str | None:
+    """A document of exactly so many tokens: one of about as many, after text of the corpus; None where it does not fit."""
+    size = AIM * tokens
+    for _ in range(TRIES):
+        text = make(size)
+        found = count(text)
+        if found == tokens:
+            return text
+        if 0 < tokens - found <= max((1 - LEAST) * tokens, SHORT):
+            text = _text_before(generator, lines, count, tokens - found) + text
+            if count(text) == tokens:
+                return text
+        else:
+            size *= AIM * tokens / found
+    return None
+
+
 def documents(
     lines: list[str], count: Callable[[str], int], lengths: tuple[int, int], seed: int
 ) -> Iterator[tuple[str, int]]:
-    """Documents without end, of needles and of pairs in turn, and about how many tokens each has.
+    """Documents without end, two of needles for one of pairs, and how many tokens each has, the one that ends it included.
 
     Args:
-        lines: filler between needles.
+        lines: filler between needles, and before what would be too short.
         count: tokens of a text.
         lengths: shortest and longest document in tokens; logarithms are drawn evenly.
         seed: a document depends on it, on `lines` and on its own number.
@@ -91,10 +141,21 @@ def documents(
     for number in itertools.count():
         generator = random.Random(f"retrieval:{seed}:{number}")
         length = round(math.exp(generator.uniform(*map(math.log, lengths))))
-        if number % 2:
-            yield _pairs(generator, length, tokens_per_pair), length
-        else:
-            yield _needles(generator, length, lines, tokens_per_byte, tokens_per_needle), length
+        make: Callable[[float], str] = (
+            functools.partial(_pairs, generator, tokens_per_pair=tokens_per_pair)
+            if number % 3 == 2
+            else functools.partial(
+                _needles,
+                generator,
+                lines=lines,
+                tokens_per_byte=tokens_per_byte,
+                tokens_per_needle=tokens_per_needle,
+            )
+        )
+        document = _filled(generator, make, lines, count, length - 1)
+        # needles do not fit into the very shortest documents, where three lines of pairs do
+        if document:
+            yield document, length
 
 
 def make_retrieval(
@@ -153,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=int,
         default=(4096, 16384),
         metavar=("SHORTEST", "LONGEST"),
-        help="in tokens",
+        help="in tokens, the one that ends a document included (default: 4096 16384)",
     )
     parser.add_argument("--tokens", type=float, required=True, help="about how many to make")
     parser.add_argument("--seed", type=int, default=0)
@@ -180,9 +241,7 @@ def _make(options: argparse.Namespace) -> str:
         max_mb=options.max_mb,
         valid_fraction=options.valid_fraction,
     )
-    return (
-        f"{options.output}: {number} documents of about {options.lengths[0]} to {options.lengths[1]} tokens"
-    )
+    return f"{options.output}: {number} documents of {options.lengths[0]} to {options.lengths[1]} tokens"
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 # tokenizer, and documents that only long memory predicts. data/valid is of VALID_FOLDER, another source; data/held_out is a share of the
 # documents of the sources trained on, none of which is trained on.
 #   studies/make_data.sh TRAIN_FOLDER... -- VALID_FOLDER
-# Variables: PYTHON, VOCAB_SIZE, HELD_OUT (the share), LONG_TOKENS and SHORT_TOKENS (of retrieval, about), LENGTHS and SHORT_LENGTHS (of its documents), PARTS
-# (processes that make it), OUTPUT.
+# Variables: PYTHON, VOCAB_SIZE, HELD_OUT (the share), LONG_TOKENS and SHORT_TOKENS (of retrieval, about), LENGTHS and SHORT_LENGTHS (of its documents: those of
+# a row, so that no row parts a question from its answer), PARTS (processes that make it), OUTPUT.
 set -euo pipefail
 PYTHON=${PYTHON:-python3}
 OUTPUT=${OUTPUT:-data}
@@ -52,6 +52,6 @@ corpus valid "$2"
 "$PYTHON" -m data_tools.train_tokenizer --input "$OUTPUT/corpus/train" --vocab-size "${VOCAB_SIZE:-16384}" --max-mb 60 --output "$OUTPUT/tokenizer.model"
 tokens train "$OUTPUT/corpus/train" "$HELD_OUT" held_out
 tokens valid "$OUTPUT/corpus/valid"
-retrieval retrieval train "${LENGTHS:-4096 16384}" "${LONG_TOKENS:-5.4e7}" 0
-retrieval retrieval_short train "${SHORT_LENGTHS:-64 1024}" "${SHORT_TOKENS:-3.2e7}" 1000
-PARTS=1 retrieval retrieval_valid valid "${LENGTHS:-4096 16384}" "$("$PYTHON" -c "print(${LONG_TOKENS:-5.4e7} / 36)")" 2000
+retrieval retrieval train "${LENGTHS:-16384 16384}" "${LONG_TOKENS:-5.4e7}" 0
+retrieval retrieval_short train "${SHORT_LENGTHS:-2048 2048}" "${SHORT_TOKENS:-3.2e7}" 1000
+PARTS=1 retrieval retrieval_valid valid "${LENGTHS:-16384 16384}" "$("$PYTHON" -c "print(${LONG_TOKENS:-5.4e7} / 36)")" 2000

@@ -2,7 +2,9 @@ import json
 import re
 
 import pytest
+import torch
 
+from dash_megatron.data.dataset import build_dataset
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.evaluation.text import LocalText
 from data_tools import tokenize_corpus
@@ -22,7 +24,7 @@ def _documents(path):
     return [json.loads(line)["text"] for line in path.read_text().splitlines()]
 
 
-def test_documents_have_about_the_lengths_asked_for_and_every_answer_stands_before_its_question(
+def test_documents_have_the_lengths_asked_for_and_every_answer_stands_before_its_question(
     tmp_path, arguments, tokenizer_path, capsys
 ):
     output = tmp_path / "made" / "retrieval.jsonl"
@@ -30,23 +32,49 @@ def test_documents_have_about_the_lengths_asked_for_and_every_answer_stands_befo
     documents = _documents(output)
     assert f"{len(documents)} documents" in capsys.readouterr().out
     tokenizer = Tokenizer(tokenizer_path)
-    lengths = [len(tokenizer.encode(text)) for text in documents]
-    assert 0.7 * 20000 < sum(lengths) < 1.5 * 20000
-    assert min(lengths) > 350
-    assert max(lengths) < 3000
+    lengths = [len(tokenizer.encode(text)) + 1 for text in documents]
+    assert 20000 <= sum(lengths) < 22000
+    assert min(lengths) >= 500
+    assert max(lengths) <= 2000
     assert max(lengths) > 1.5 * min(lengths)
-    for text in documents[::2]:
+    needles = [text for text in documents if "Numbers are hidden" in text]
+    pairs_to_recall = [text for text in documents if "Numbers are hidden" not in text]
+    assert len(needles) > len(pairs_to_recall) > 2
+    for text in needles:
         questions = re.findall(r"In the text above, the number of (\w+) is (\d{7})\n", text)
-        assert 1 <= len(questions) <= 32
+        assert 1 <= len(questions) <= 128
+        assert len(questions) == len(re.findall(r"The number of \w+ is \d{7}\.", text))
         for name, secret in questions:
             assert text.index(f"The number of {name} is {secret}.") < text.index("In the text above")
-    for text in documents[1::2]:
-        lines = text.splitlines()
+    for text in pairs_to_recall:
+        # text of the corpus fills up the beginning
+        lines = re.sub(
+            r"^.*?\n(?=\w{6} \w{6}\n\w{6} \w{6}\n\w{6} \w{6}\n)", "", text, flags=re.DOTALL
+        ).splitlines()
         pairs = list(dict.fromkeys(lines))
         asked = lines[len(pairs) :]
         assert lines[: len(pairs)] == pairs
         assert len(set(asked)) == len(asked)
         assert 0.12 * len(lines) < len(asked) <= len(lines) / 2
+
+
+def test_documents_of_one_length_are_whole_rows_of_it(tmp_path, arguments, tokenizer_path):
+    output = tmp_path / "retrieval.jsonl"
+    assert main([*arguments, "--lengths", "640", "640", "--output", str(output)]) == 0
+    tokenize = [
+        "--input",
+        str(output),
+        "--tokenizer",
+        str(tokenizer_path),
+        "--output",
+        str(tmp_path / "tokens"),
+    ]
+    assert not tokenize_corpus.main([*tokenize, "--valid-fraction", "0", "--workers", "1"])
+    tokenizer = Tokenizer(tokenizer_path)
+    blend, cache = [str(tmp_path / "tokens" / "train")], tmp_path / "cache"
+    rows = build_dataset(blend, seq_length=640, num_samples=20, seed=0, tokenizer=tokenizer, cache_dir=cache)
+    ends = [torch.nonzero(rows[index]["tokens"] == tokenizer.eod).flatten().tolist() for index in range(20)]
+    assert ends == [[639]] * 20
 
 
 def test_documents_that_tokenize_corpus_holds_out_give_no_filler(tmp_path, arguments, tokenizer_path):
