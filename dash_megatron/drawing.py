@@ -11,7 +11,17 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-__all__ = ["COLORS", "GRID", "HEAT_MAP", "layer_colors", "line_style", "plt", "save", "tokens_axis"]
+__all__ = [
+    "COLORS",
+    "GRID",
+    "HEAT_MAP",
+    "layer_colors",
+    "line_style",
+    "line_widths",
+    "plt",
+    "save",
+    "tokens_axis",
+]
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, which colour-blind people tell apart."""
@@ -31,6 +41,14 @@ def layer_colors(layers: Sequence[int]) -> dict[int, Any]:
     """A colour for each layer, from dark to light; the brightest end is too pale for lines."""
     colors = plt.get_cmap("viridis")
     return {layer: colors(0.9 * index / max(1, len(layers) - 1)) for index, layer in enumerate(layers)}
+
+
+def line_widths(count: int) -> list[float]:
+    """A width for each of some lines, in the order in which they are drawn, from wide to thin.
+
+    Lines at the same values then show beside each other, not only the last one.
+    """
+    return [1.0 + 1.5 * (count - 1 - index) / max(1, count - 1) for index in range(count)]
 
 
 def tokens_axis(axis: Any, places: Sequence[int]) -> None:

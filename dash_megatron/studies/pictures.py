@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from dash_megatron.drawing import GRID, layer_colors, line_style, plt, save
+from dash_megatron.drawing import GRID, layer_colors, line_style, line_widths, plt, save
 from dash_megatron.studies.collect import compared, dense_twins
 from dash_megatron.studies.fit import frontier
 from dash_megatron.studies.plan import human
@@ -20,6 +20,8 @@ from dash_megatron.studies.study_file import Study
 from dash_megatron.training.metrics import read_metrics
 
 _MAX_PANELS = 6
+_FEWEST_VALIDATIONS = 3
+_MOST_MARKS = 100
 _LENGTH = re.compile(r" seq_length=\S+")
 
 
@@ -68,17 +70,18 @@ def _figure(xlabel: str, ylabel: str) -> tuple[Any, Any]:
     return figure, axis
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Any, path: Path, title: str) -> None:
+    figure.suptitle(title, fontsize=11)
     figure.tight_layout()
     save(figure, path)
 
 
-def _save_beside_twins(figure: Any, axes: Any, path: Path) -> None:
+def _save_beside_twins(figure: Any, axes: Any, path: Path, title: str) -> None:
     """Save quality and, if there are two axes, its difference to the dense twin's."""
     for axis in axes[1:]:
         axis.axhline(0, color="gray", lw=1)
     axes[0].legend(fontsize="small", framealpha=0.6)
-    _save(figure, path)
+    _save(figure, path, title)
 
 
 def _loss_compute(rows: list[dict[str, Any]], quality: str, fits: dict[str, Any], path: Path) -> str:
@@ -99,27 +102,46 @@ def _loss_compute(rows: list[dict[str, Any]], quality: str, fits: dict[str, Any]
     axis.xaxis.set_major_formatter("{x:.0e}")
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.legend(fontsize="small")
-    _save(figure, path)
+    _save(figure, path, f"{quality[0].upper()}{quality[1:]} against compute")
     text = f"{quality[0].upper()}{quality[1:]} against training FLOPs, one point a run"
     return text + ("; lines are fits to each frontier." if fitted else ".")
 
 
 def _loss_over_tokens(study: Study, rows: list[dict[str, Any]], quality: str, path: Path) -> str:
-    name = quality.partition(",")[0]
-    key: Literal["valid_loss", "loss"] = "valid_loss" if name == "validation loss" else "loss"
-    figure, axis = _figure("training tokens", f"{name} (nats)")
     folders = {run.name: run.folder for run in expand(study)}
     shown = _largest(rows)
-    for variant, (color, marker) in _styles(shown).items():
+    metrics = {row["run"]: read_metrics(folders[row["run"]]) for row in shown}
+    # fewer points would be no curve
+    validated = all(
+        sum(line["valid_loss"] is not None for line in lines) >= _FEWEST_VALIDATIONS
+        for lines in metrics.values()
+    )
+    key: Literal["valid_loss", "loss"] = (
+        "valid_loss" if quality.startswith("validation loss") and validated else "loss"
+    )
+    name = "validation loss" if key == "valid_loss" else "training loss"
+    figure, axis = _figure("training tokens", f"{name} (nats)")
+    styles = _styles(shown)
+    for (variant, (color, marker)), width in zip(styles.items(), line_widths(len(styles)), strict=True):
         label: str | None = variant
         for run in [row["run"] for row in shown if row["variant"] == variant]:
-            lines = [line for line in read_metrics(folders[run]) if line[key] is not None]
+            lines = [line for line in metrics[run] if line[key] is not None]
             tokens, losses = [line["tokens"] for line in lines], [line[key] for line in lines]
-            axis.plot(tokens, losses, marker, ls="-", lw=1, ms=4, color=color, label=label)
+            many = len(lines) > _MOST_MARKS
+            axis.plot(
+                tokens,
+                losses,
+                "" if many else marker,
+                ls="-",
+                lw=width,
+                ms=3 + width,
+                color=color,
+                label=label,
+            )
             label = None
     axis.xaxis.set_major_formatter(lambda tokens, _: human(tokens))
     axis.legend(fontsize="small")
-    _save(figure, path)
+    _save(figure, path, f"{name.capitalize()} over training")
     return f"{name.capitalize()} over training, a line for each of the largest runs."
 
 
@@ -141,15 +163,16 @@ def _loss_by_position(study: Study, rows: list[dict[str, Any]], path: Path) -> s
         panels.append((above, "validation loss above the dense twin's"))
     figure, axes = plt.subplots(1, len(panels), figsize=(12 if twins else 8, 5), squeeze=False)
     for axis, (values, label) in zip(axes[0], panels, strict=True):
-        for name, (color, marker) in _styles(shown).items():
+        styles = _styles(shown)
+        for (name, (color, marker)), width in zip(styles.items(), line_widths(len(styles)), strict=True):
             points = mean_by_position([part for run, part in values.items() if names[run] == name])
-            axis.plot(list(points), list(points.values()), color=color, marker=marker, lw=1, label=name)
+            axis.plot(list(points), list(points.values()), color=color, marker=marker, lw=width, label=name)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.set_xlabel("position in the document, up to (tokens)")
         axis.set_ylabel(f"{label} (nats)")
         axis.grid(alpha=GRID)
-    _save_beside_twins(figure, axes[0], path)
+    _save_beside_twins(figure, axes[0], path, "Loss by position in the document")
     text = "Loss of the last validation by position in the document, of the largest runs; means over seeds."
     return text + (" On the right, less that of the full-attention twin: below 0 is better." if twins else "")
 
@@ -220,7 +243,7 @@ def _pareto(rows: list[dict[str, Any]], quality: str, path: Path) -> str:
         axis.set_xlabel("density (% of available chunks selected)")
         axis.set_ylabel(f"{label} (nats)")
         axis.grid(alpha=GRID)
-    _save_beside_twins(figure, axes[0], path)
+    _save_beside_twins(figure, axes[0], path, f"{quality[0].upper()}{quality[1:]} against density")
     text = (
         f"{quality[0].upper()}{quality[1:]} against density, mean over layers that select; larger marks are larger models, "
         "full attention stands at 100%, and lines join, at equal size and tokens, the runs that no other beats at its density or less."
@@ -244,19 +267,20 @@ def _density_by_layer(study: Study, rows: list[dict[str, Any]], path: Path) -> s
     for axis, run in zip(axes.flat, runs, strict=False):
         metrics = read_metrics(run.folder)
         layers = len(metrics[0]["density_per_layer"])
+        widths = line_widths(layers)
         for layer, color in layer_colors(range(layers)).items():
             points = [(line["step"], line["density_per_layer"][layer]) for line in metrics]
             known = [(step, 100 * value) for step, value in points if value is not None]
             if known:
                 label = f"layer {layer}" if layer in (0, layers - 1) else None
-                axis.plot(*zip(*known, strict=True), color=color, lw=1, label=label)
+                axis.plot(*zip(*known, strict=True), color=color, lw=widths[layer], label=label)
         axis.set_title(run.name, fontsize=8, wrap=True)
         axis.set_ylim(0, 105)
         axis.set_xlabel("optimizer step")
         axis.grid(alpha=GRID)
         axis.legend(fontsize=7)
     axes[0][0].set_ylabel("density (%)")
-    _save(figure, path)
+    _save(figure, path, "Density of every layer over training")
     more = (
         f"; the {len(runs)} of {len(started)} runs that read most tokens" if len(started) > len(runs) else ""
     )
@@ -295,7 +319,7 @@ def _throughput(rows: list[dict[str, Any]], path: Path) -> str:
     axis.yaxis.set_major_formatter("{x:,.0f}")
     axis.set_ylim(bottom=0)
     axis.legend()
-    _save(figure, path)
+    _save(figure, path, "Speed of training")
     if column == "seq_length":
         return "Speed of training against context length, one line a size of each variant; medians of runs alike."
     return "Speed of training against parameters, at the study's one context length; medians of runs alike."

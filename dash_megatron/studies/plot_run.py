@@ -8,7 +8,7 @@ from typing import Any
 
 from dash_megatron.config import load_config
 from dash_megatron.data.blend import unigram_entropy
-from dash_megatron.drawing import GRID, layer_colors, plt, save
+from dash_megatron.drawing import GRID, layer_colors, line_widths, plt, save
 from dash_megatron.training.metrics import StepMetrics, read_metrics
 
 
@@ -64,14 +64,16 @@ def _plot_losses(axis: Any, metrics: Sequence[StepMetrics], entropy: float | Non
     if validated:
         steps, losses = zip(*validated, strict=True)
         axis.plot(steps, losses, color="tab:orange", marker="o", ms=4, label="validation loss")
-        label = {"boxstyle": "round", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+        # behind the line's end, which is at the right edge: it covers nothing there
+        axis.set_xlim(right=max(m["step"] for m in metrics))
         axis.annotate(
             f"{losses[-1]:.2f}",
-            (steps[-1], losses[-1]),
+            (1, losses[-1]),
+            xycoords=("axes fraction", "data"),
             textcoords="offset points",
-            xytext=(0, 10),
-            ha="center",
-            bbox=label,
+            xytext=(5, 0),
+            va="center",
+            annotation_clip=False,
         )
     if entropy is not None:
         axis.axhline(
@@ -84,13 +86,14 @@ def _plot_losses(axis: Any, metrics: Sequence[StepMetrics], entropy: float | Non
 
 def _plot_density(axis: Any, metrics: Sequence[StepMetrics]) -> None:
     num_layers = len(metrics[0]["density_per_layer"])
+    widths = line_widths(num_layers)
     for layer, color in layer_colors(range(num_layers)).items():
         points = [(m["step"], m["density_per_layer"][layer]) for m in metrics]
         points = [(step, density) for step, density in points if density is not None]
         if points:
             steps, density = zip(*points, strict=True)
             label = f"layer {layer}" if num_layers <= 16 or layer in (0, num_layers - 1) else None
-            axis.plot(steps, [100 * value for value in density], color=color, lw=1, label=label)
+            axis.plot(steps, [100 * value for value in density], color=color, lw=widths[layer], label=label)
     axis.set_ylim(0, 105)
     axis.set_ylabel("density (% of available chunks selected)")
     axis.grid(alpha=GRID)

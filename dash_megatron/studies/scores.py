@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from dash_megatron.drawing import GRID, plt, save
+from dash_megatron.drawing import GRID, line_widths, plt, save
 from dash_megatron.evaluation.runner import RESULTS
 
 
@@ -73,13 +73,13 @@ def draw_scores(
     for axis in axes.flat[len(tasks) :]:
         axis.set_visible(False)
     for axis, task in zip(axes.flat, tasks, strict=False):
-        for variant, found in scores.items():
+        for (variant, found), width in zip(scores.items(), line_widths(len(scores)), strict=True):
             color, marker = styles[variant]
             for stretched in (False, True):
                 points = {p.length: score for p, score in found.items() if p[:2] == (task, stretched)}
                 if points:
                     label = None if stretched else variant
-                    line = {"ls": ":" if stretched else "-", "lw": 1, "marker": marker, "ms": 4}
+                    line = {"ls": ":" if stretched else "-", "lw": width, "marker": marker, "ms": 3 + width}
                     axis.plot(list(points), list(points.values()), color=color, label=label, **line)
         axis.axvline(trained_length, color="gray", lw=0.8, ls="--")
         axis.set_title(task, fontsize=9)
@@ -92,6 +92,7 @@ def draw_scores(
     handles: dict[str, Any] = {}
     for axis in axes.flat:
         handles |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.suptitle("Scores of tasks by length", fontsize=11)
     figure.tight_layout(rect=(0, 0.6 / size[1], 1, 1))
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, fontsize=8, frameon=False)
     save(figure, path)

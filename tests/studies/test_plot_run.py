@@ -39,6 +39,9 @@ def test_losses_and_density_of_layers_that_route_are_drawn(
     assert len(axes) == panels
     assert list(axes[0].lines[0].get_ydata()) == [8.0, 4.0, 8 / 3, 2.0, 1.6]
     assert list(axes[0].lines[1].get_xdata()) == [1, 3, 5]
+    # the last loss stands behind the end of its line, not on it
+    (label,) = [text for text in axes[0].texts if text.get_text() == "1.00"]
+    assert label.get_window_extent().x0 >= axes[0].get_window_extent().x1
     if panels == 2:
         assert [list(line.get_ydata()) for line in axes[1].lines] == [
             [100 * layer] * 5 for layer in density if layer is not None

@@ -96,7 +96,7 @@ def test_speed_is_joined_over_context_lengths_of_one_kind(
     monkeypatch.setattr(
         pictures,
         "_save",
-        lambda figure, path: drawn.update(
+        lambda figure, path, title: drawn.update(
             {path.name: [(line.get_label(), list(line.get_xdata())) for line in figure.axes[0].lines]}
         ),
     )
@@ -113,7 +113,7 @@ def test_losses_over_training_are_a_line_for_each_seed_of_the_largest_runs(
         finish(run, 3.0 + index, 0.4)
     lines: dict[str, Any] = {}
     monkeypatch.setattr(
-        pictures, "_save", lambda figure, path: lines.update({path.name: figure.axes[0].lines})
+        pictures, "_save", lambda figure, path, title: lines.update({path.name: figure.axes[0].lines})
     )
     study = load_study(path)
     pictures.draw_study(study, collect(study), {"variants": {}}, path.parent)
@@ -124,6 +124,32 @@ def test_losses_over_training_are_a_line_for_each_seed_of_the_largest_runs(
     drawn = [(line.get_ydata()[-1], line.get_xdata()[-1]) for line in lines["curves.png"]]
     assert drawn == expected
     assert len(drawn) == 2
+
+
+def test_losses_over_training_are_those_of_training_where_validations_are_no_curve(
+    write_study: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_study(twins=["full"])
+    for run in runs_of(path):
+        finish(run, 3.0, None if run.config.attention.kind == "full" else 0.4)
+        lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+        for line in lines[:-2]:
+            line["valid_loss"] = None
+        (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures: dict[str, tuple[Any, str]] = {}
+    monkeypatch.setattr(
+        pictures, "_save", lambda figure, path, title: figures.update({path.name: (figure, title)})
+    )
+    study = load_study(path)
+    pictures.draw_study(study, collect(study), {"variants": {}}, path.parent)
+    figure, title = figures["curves.png"]
+    assert title == "Training loss over training"
+    first, second = figure.axes[0].lines
+    assert len(first.get_xdata()) == 10
+    # the two runs have the same losses: the second line is thinner, so that the first shows at its sides
+    assert list(first.get_ydata()) == list(second.get_ydata())
+    assert first.get_linewidth() >= 2 * second.get_linewidth()
+    assert all(title for _, title in figures.values())
 
 
 @pytest.fixture
