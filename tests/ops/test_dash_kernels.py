@@ -170,7 +170,7 @@ def test_local_chunks_and_pooled_queries_equal_the_reference_in_every_shape(name
     if not CUDA and (N == 0 or (dtype == torch.bfloat16 and name not in ("ragged", "three heads a group"))):
         pytest.skip("needs a CUDA GPU: too many tokens for the interpreter")
     # enough past chunks that some are routed
-    N = real_N if CUDA else N + 4 * shape.get("C", 16)
+    N = real_N if CUDA else N + 2 * shape.get("C", 16)
     leaves, upstream = _inputs(N, dtype=dtype, structured=True, **shape)
     same = not CUDA and dtype == torch.float32
     settings = {"chunk_size": shape.get("C", 16), "scaling_factor": 1.0, **LOCAL}
