@@ -25,6 +25,7 @@ from dash_megatron.hf.architectures import KNOWN
 from dash_megatron.hf.export import export_run
 from dash_megatron.hf.folder import INDEX, FolderWeights
 from dash_megatron.hf.importing import import_folder
+from dash_megatron.hf.modeling_dash import DashForCausalLM
 from dash_megatron.layers import init_weights
 from dash_megatron.layers.baselines import ZEROS
 from dash_megatron.training.initial import load_initial_weights
@@ -88,6 +89,23 @@ def test_a_run_comes_back_bit_for_bit(
 
 
 MINICPM = {"model_type": "minicpm", "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}
+
+
+def test_an_older_export_has_what_came_since_turned_off(
+    write_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    config, _ = write_run("dash")
+    export_run(config.run_dir, tmp_path / "hf", dtype="float32")
+    tree = json.loads((tmp_path / "hf" / "config.json").read_text())
+    for key in ("length_scaling", "learned_scaling", "local_chunks", "query_pool"):
+        del tree[key]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(tree))
+    sections = import_folder(tmp_path / "hf", tmp_path / "back").sections
+    assert config_from_dict({**config.model_dump(), **sections}).attention == config.attention
+    router = DashForCausalLM(LlamaConfig.from_pretrained(tmp_path / "hf")).model.layers[0].self_attn.router
+    assert (router.length_scaling, router.local_chunks, router.query_pool) == (0.0, 0, 1)
+
+
 PLAIN: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaForCausalLM, LlamaConfig(**SHAPE)),
     "tied": (LlamaForCausalLM, LlamaConfig(**SHAPE, tie_word_embeddings=True)),

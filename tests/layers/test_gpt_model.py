@@ -109,7 +109,8 @@ def test_summary_query_starts_at_zero_and_is_sharded_by_kv_head() -> None:
 
 
 def test_learned_scaling_starts_at_one_and_is_split_by_kv_head() -> None:
-    config = config_of(attention={"learned_scaling": 20.0, "scaling_factor": 3.0, "length_scaling": 0.5})
+    constants = {"length_scaling": 0.5, "local_chunks": 1, "query_pool": 3}
+    config = config_of(attention={"learned_scaling": 20.0, "scaling_factor": 3.0, **constants})
     model = model_of(config)
     assert sum(p.numel() for p in model.parameters()) == parameter_count(config, VOCABULARY)
     module = model.decoder.layers[1].self_attention.core_attention
@@ -128,7 +129,7 @@ def test_learned_scaling_starts_at_one_and_is_split_by_kv_head() -> None:
         module.summary_query,
         16,
         3 * (20 * log).exp(),
-        length_scaling=0.5,
+        **constants,
     )
     assert torch.equal(module(q, k, v, None), expected.transpose(0, 1).flatten(2))
 
