@@ -3,8 +3,9 @@
 # tokenizer, and documents that only long memory predicts. data/valid is of VALID_FOLDER, another source; data/held_out is a share of the
 # documents of the sources trained on, none of which is trained on.
 #   studies/make_data.sh TRAIN_FOLDER... -- VALID_FOLDER
-# Variables: PYTHON, VOCAB_SIZE, HELD_OUT (the share), LONG_TOKENS and SHORT_TOKENS (of retrieval, about), LENGTHS and SHORT_LENGTHS (of its documents: those of
-# a row, so that no row parts a question from its answer), PARTS (processes that make it), OUTPUT.
+# Variables: PYTHON, VOCAB_SIZE, HELD_OUT (the share), LONG_TOKENS, MIDDLE_TOKENS and SHORT_TOKENS (of retrieval, about), LENGTHS,
+# MIDDLE_LENGTHS and SHORT_LENGTHS (of its documents: those of a row, so that no row parts a question from its answer), PARTS (processes that make
+# it), OUTPUT.
 set -euo pipefail
 PYTHON=${PYTHON:-python3}
 OUTPUT=${OUTPUT:-data}
@@ -53,5 +54,6 @@ corpus valid "$2"
 tokens train "$OUTPUT/corpus/train" "$HELD_OUT" held_out
 tokens valid "$OUTPUT/corpus/valid"
 retrieval retrieval train "${LENGTHS:-16384 16384}" "${LONG_TOKENS:-5.4e7}" 0
+retrieval retrieval_8k train "${MIDDLE_LENGTHS:-8192 8192}" "${MIDDLE_TOKENS:-1.6e7}" 3000
 retrieval retrieval_short train "${SHORT_LENGTHS:-2048 2048}" "${SHORT_TOKENS:-3.2e7}" 1000
 PARTS=1 retrieval retrieval_valid valid "${LENGTHS:-16384 16384}" "$("$PYTHON" -c "print(${LONG_TOKENS:-5.4e7} / 36)")" 2000

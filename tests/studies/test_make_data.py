@@ -14,7 +14,8 @@ from dash_megatron.studies.study_file import load_study
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
-    "VOCAB_SIZE": "400", "LONG_TOKENS": "2e4", "SHORT_TOKENS": "6e3", "LENGTHS": "1024 2048", "SHORT_LENGTHS": "256 512", "PARTS": "2", "HELD_OUT": "0.4",
+    "VOCAB_SIZE": "400", "LONG_TOKENS": "2e4", "SHORT_TOKENS": "6e3", "LENGTHS": "1024 2048", "SHORT_LENGTHS": "256 512", "PARTS": "2",
+    "HELD_OUT": "0.4", "MIDDLE_TOKENS": "2e4", "MIDDLE_LENGTHS": "512 512",
 }  # fmt: skip
 
 
@@ -43,8 +44,11 @@ def test_studies_find_all_the_data_that_they_name(tmp_path: Path) -> None:
                 sidecars[prefix] = Sidecar.read(str(tmp_path / prefix))
     assert set(sidecars) == {
         f"data/{name}"
-        for name in ("train", "valid", "held_out", "retrieval", "retrieval_short", "retrieval_valid")
-    }
+        for name in (
+            "train", "valid", "held_out", "retrieval", "retrieval_short", "retrieval_valid",
+            "retrieval_8k",
+        )
+    }  # fmt: skip
     assert sidecars["data/retrieval"].tokens == pytest.approx(2e4, rel=0.5)
     assert sidecars["data/retrieval_short"].tokens == pytest.approx(6e3, rel=0.5)
     assert (tmp_path / "data" / "tokenizer.model").is_file()
