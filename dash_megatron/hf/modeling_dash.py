@@ -140,9 +140,8 @@ def pool_queries(q: Tensor, past: Tensor | None, first: int, start: Tensor, quer
     column = torch.arange(first - known, first + T, device=q.device)
     q = q.masked_fill((column < start[:, None])[:, None, :, None], 0)
     q = F.pad(q, (0, 0, query_pool - 1 - known, 0))
-    total = sum(q[:, :, i : i + T] for i in range(query_pool))
     number_BT = (column[known:] - start[:, None] + 1).clamp(1, query_pool)
-    return total / number_BT[:, None, :, None]
+    return q.unfold(2, query_pool, 1).sum(-1) / number_BT[:, None, :, None]
 
 
 def log_prior(q: Tensor, summary: Tensor, chunk: Tensor, router: Router) -> Tensor:
