@@ -298,20 +298,6 @@ def test_transposed_lists_in_any_parts_equal_the_reference(parts, monkeypatch):
     _check(Sequence(G=1, Hkv=1), "windows")
 
 
-@pytest.mark.parametrize(
-    ("case", "layout"), [("four heads a group", "compact windows"), ("one head a group", "one buffer")]
-)
-def test_keys_and_values_by_pair_equal_the_reference(case, layout, monkeypatch):
-    find_launches = sharded.find_launches
-
-    def by_pair(*args, **kwargs):
-        usual = find_launches(*args, **kwargs)
-        return usual._replace(keys=usual.keys._replace(kernel="pairs"))
-
-    monkeypatch.setattr(sharded, "find_launches", by_pair)
-    _check(Sequence(**CASES[case]), layout)
-
-
 def test_lists_that_are_counted_first_give_the_same_bits(monkeypatch):
     x = Sequence(G=2, scaling_factor=6.0, local_chunks=1)
     numbers = x.ranks[0]

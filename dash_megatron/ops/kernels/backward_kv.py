@@ -9,23 +9,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_megatron.ops.kernels.backward_kv_pairs import plan_sums, sum_pairs
 from dash_megatron.ops.kernels.backward_summary import (
     Summaries,
     routing_scales,
     summary_gradient,
     token_factors,
 )
-from dash_megatron.ops.kernels.configs import HOPPER, PAIRS, Config, Launches
+from dash_megatron.ops.kernels.configs import HOPPER, Config, Launches
 from dash_megatron.ops.kernels.geometry import Lists, Sizes, own_places
 from dash_megatron.ops.kernels.hopper import HOPPER_ROWS, fits_hopper
 from dash_megatron.ops.kernels.summarize import summary_gradients
-from dash_megatron.ops.kernels.tiles import LOG2_E, load_rows, place_sums
+from dash_megatron.ops.kernels.tiles import LOG2_E, load_rows
 from dash_megatron.ops.kernels.transpose import Transposed, WorkPartition, partition_work, transpose
 from dash_megatron.ops.types import Router
 
 # Keys of a chunk that the Hopper kernel takes.
 HOPPER_KEYS = 64
+
+
+@triton.jit
+def _place_sums(
+    i_p, i_row, i_h, begins, ends, o_c, o_k, m_k, HKV: tl.constexpr, C: tl.constexpr, DIRECT: tl.constexpr
+):
+    """Slot of a part's sums for a row that begins or ends in it; for each key the place in units of D, and whether to store."""
+    # slot 0 of a part: a row that began in an earlier part; slot 1: one that began here
+    i_slot = i_p * 2 + begins.to(tl.int64)
+    p_row, m_row = i_slot * C + o_c, o_c < C
+    if begins & ends:
+        # behind the slots of the parts lie slots for whole rows, or the gradients themselves
+        i_slot = tl.num_programs(0) * 2 + i_row
+        if DIRECT:
+            p_row = tl.num_programs(0).to(tl.int64) * (2 * C) + o_k.to(tl.int64) * HKV + i_h
+            m_row = m_k
+        else:
+            p_row = i_slot * C + o_c
+    return i_slot, p_row, m_row
 
 
 @triton.jit
@@ -115,8 +133,8 @@ def _dkv_kernel(
                     None if factor is None else factor + i_n * HKV + i_h + o_rn * HKV,
                     m_n & listed, score_scale, gradient_scale, exponent, inv_sigma, G, ALPHA_15,
                 )  # fmt: skip
-        i_slot, p_row, m_row = place_sums(
-            i_p, tl.num_programs(0), i_row, i_h, here == begin, stop >= end, o_c, o_k, m_k, HKV, C, DIRECT
+        i_slot, p_row, m_row = _place_sums(
+            i_p, i_row, i_h, here == begin, stop >= end, o_c, o_k, m_k, HKV, C, DIRECT
         )
         p_out, m_out = p_row[:, None] * D + o_d[None, :], m_row[:, None] & m_d[None, :]
         tl.store(dk_sum + p_out, b_dk * inv_sqrt_d, mask=m_out)
@@ -234,33 +252,12 @@ def _sum_slots(
     """The partial sums of `_sum_parts` where keys lie with the queries, and the partition they belong to."""
     config, places, window = launches.keys, own_places(None, chunks, sizes), (0, sizes.num_chunks)
     rows = q, k, v, d_out, centred_lse, delta, mean_log
-    by_pair = config.kernel == PAIRS
-    if by_pair:
-        plan = plan_sums(lists, chunks, places, sizes, window, launches.parts, config)
-        partition = plan.partition
-    else:
-        transposed = transpose(lists, chunks, sizes, window)
-        partition = partition_work(transposed, chunks, sizes, min(launches.parts, sizes.least_work))
+    transposed = transpose(lists, chunks, sizes, window)
+    partition = partition_work(transposed, chunks, sizes, min(launches.parts, sizes.least_work))
     slots, C, D = _num_slots(partition), sizes.chunk_size, sizes.head_dim
     sums = torch.empty(2, slots, C, D, dtype=torch.float32, device=k.device)
     ds_sum = None if summaries is None else torch.empty(slots, D, dtype=torch.float32, device=k.device)
-    if by_pair:
-        sum_pairs(
-            *rows,
-            lists,
-            plan,
-            chunks,
-            places,
-            places,
-            sums,
-            ds_sum,
-            summaries,
-            sizes,
-            inv_sigma,
-            config,
-            False,
-        )
-    elif summaries is None and _takes_hopper(q, k, v, sizes, config):
+    if summaries is None and _takes_hopper(q, k, v, sizes, config):
         from dash_megatron.ops.kernels.backward_kv_hopper import sum_hopper
 
         sum_hopper(*rows, lists.log_prior, transposed, partition, sums, chunks, sizes, inv_sigma, config)
@@ -344,24 +341,15 @@ def backward_kv_buffer(
 
     `keys` and `queries` are those of `_sum_parts`, of the chunks in the window first <= c < last, in which those of the lists lie.
     """
-    config, by_pair = launches.keys, launches.keys.kernel == PAIRS
-    rows = q, k, v, d_out, centred_lse, delta, mean_log
-    if by_pair:
-        plan = plan_sums(lists, chunks, queries, sizes, window, launches.parts, config)
-        partition = plan.partition
-    else:
-        transposed = transpose(lists, chunks, sizes, window)
-        partition = partition_work(transposed, chunks, sizes, launches.parts, queries)
+    transposed = transpose(lists, chunks, sizes, window)
+    partition = partition_work(transposed, chunks, sizes, launches.parts, queries)
     slots = 2 * len(partition.row) * sizes.chunk_size * sizes.head_dim
     # The buffer may hold few of the window's chunks: no slots for all of these. Zero, since parts may be empty.
     sums = torch.zeros(2, slots + k.numel(), dtype=torch.float32, device=k.device)
-    if by_pair:
-        sum_pairs(*rows, lists, plan, chunks, keys, queries, sums, None, None, sizes, inv_sigma, config, True)
-    else:
-        _sum_parts(
-            *rows, lists.log_prior, transposed, partition, keys, queries, sums, None, None, sizes, inv_sigma, config,
-            True,
-        )  # fmt: skip
+    _sum_parts(
+        q, k, v, d_out, centred_lse, delta, mean_log, lists.log_prior, transposed, partition, keys, queries, sums,
+        None, None, sizes, inv_sigma, launches.keys, True,
+    )  # fmt: skip
     dk, dv = sums[:, slots:].unflatten(1, k.shape)
     _finish(k, None, sums, None, dk, dv, None, partition, keys, sizes, False, True)
     return dk, dv

@@ -16,7 +16,7 @@ from dash_megatron.ops.kernels.geometry import next_power_of_two
 
 TABLE_FILE = Path(__file__).with_name("configs.json")
 # Values of `Config.kernel`.
-PLAIN, PAIRS, HOPPER, HOPPER_OVERLAP = "plain", "pairs", "hopper", "hopper-overlap"
+PLAIN, HOPPER, HOPPER_OVERLAP = "plain", "hopper", "hopper-overlap"
 # Of Hopper, for tensors that are not on a GPU: what the interpreter runs should be what a GPU would.
 DEFAULT_SHARED_BYTES = 227 * 1024
 DEFAULT_MULTIPROCESSORS = 4
@@ -124,7 +124,7 @@ def find_launches(
     entry = _rule(dtype.itemsize, head_dim, chunk_size, group, shared_bytes)
     measured = _table().get(gpu, {}).get(shape_key(dtype, head_dim, chunk_size, group), {})
     for name, value in measured.items():
-        if hopper or name not in STAGES or Config(**value).kernel in (PLAIN, PAIRS):
+        if hopper or name not in STAGES or Config(**value).kernel == PLAIN:
             entry[name] = value
     return Launches(
         tile_rows=entry["tile_rows"],

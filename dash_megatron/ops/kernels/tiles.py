@@ -72,33 +72,3 @@ def own_key_rows(key_start, key_end, stride_key, i_h, own):
     """First row and one past the last of the keys of a query tile's own chunk."""
     p_key = i_h.to(tl.int64) * stride_key + own
     return tl.load(key_start + p_key), tl.load(key_end + p_key)
-
-
-@triton.jit
-def place_sums(
-    i_p,
-    num_parts,
-    i_row,
-    i_h,
-    begins,
-    ends,
-    o_c,
-    o_k,
-    m_k,
-    HKV: tl.constexpr,
-    C: tl.constexpr,
-    DIRECT: tl.constexpr,
-):
-    """Slot of a part's sums for a row that begins or ends in it; for each key the place in units of D, and whether to store."""
-    # slot 0 of a part: a row that began in an earlier part; slot 1: one that began here
-    i_slot = i_p * 2 + begins.to(tl.int64)
-    p_row, m_row = i_slot * C + o_c, o_c < C
-    if begins & ends:
-        # behind the slots of the parts lie slots for whole rows, or the gradients themselves
-        i_slot = num_parts * 2 + i_row
-        if DIRECT:
-            p_row = num_parts.to(tl.int64) * (2 * C) + o_k.to(tl.int64) * HKV + i_h
-            m_row = m_k
-        else:
-            p_row = i_slot * C + o_c
-    return i_slot, p_row, m_row

@@ -75,24 +75,15 @@ def _scatter_run_kernel(
             tl.debug_barrier()
 
 
-def run_tiles(sizes: Sizes, num_chunks: int) -> int:
-    """Tiles of a run, so that the table of counts keeps to its bound."""
-    run = MIN_RUN_TILES
-    while (
-        triton.cdiv(sizes.tiles_per_head, run) * sizes.num_kv_heads * num_chunks > MAX_COUNTS
-        and run < sizes.tiles_per_head
-    ):
-        run *= 2
-    return run
-
-
 def transpose(
     lists: Lists, chunks: Tensor, sizes: Sizes, window: tuple[int, int] | None = None
 ) -> Transposed:
     """Transpose lists whose chunks all lie in the `window` first <= c < last, or are those of the queries if None."""
     first, last = (0, sizes.num_chunks) if window is None else window
     device, Hkv, nc = lists.chunk.device, sizes.num_kv_heads, last - first
-    run = run_tiles(sizes, nc)
+    run = MIN_RUN_TILES
+    while triton.cdiv(sizes.tiles_per_head, run) * Hkv * nc > MAX_COUNTS and run < sizes.tiles_per_head:
+        run *= 2
     runs = triton.cdiv(sizes.tiles_per_head, run)
     place, entry = torch.empty(2, *lists.chunk.shape, dtype=torch.int64, device=device)
 
