@@ -70,7 +70,7 @@ def relative_error(x: Tensor, expected: Tensor) -> float:
 
 def check(case: Case) -> dict[str, float]:
     """Relative errors against float64 on the case's inputs, cut to a length where that fits; raises if too large."""
-    case = replace(case, tokens=min(case.tokens, CHECK_TOKENS))
+    case = replace(case, tokens=min(case.tokens, CHECK_TOKENS), batch=1)
     leaves, upstream = make_inputs(case, case.tokens, DEVICE)
     doubles = [x.detach().double().requires_grad_() for x in leaves]
     if case.model:
@@ -200,19 +200,15 @@ def time_case(case: Case, dense: dict[str, tuple[float, float]]) -> dict[str, An
     # the router's backward adds to dq in place: what it adds to does not change its time
     times = {name: milliseconds(getattr(stages, name), DEVICE) for name in names}
     density, product = stages.density(), stages.products()
+    visited, selected = stages.listed_and_selected()
+    available = int(stages.available().sum()) * case.kv_heads
     rates = {"attend": 2 * product, "backward_queries": 3 * product, "backward_keys": 4 * product}
     result: dict[str, Any] = {
         "case": asdict(case),
         "density": density,
         "tiles": {"rows": stages.sizes.tile_rows, "tokens": stages.sizes.tile_tokens},
-        "listed_over_selected": product
-        / (
-            2.0
-            * stages.selected.sum(dtype=torch.float64).item()
-            * stages.sizes.group
-            * case.chunk_size
-            * case.head_dim
-        ),
+        "pairs": {"selected": selected, "visited": visited, "available": available},
+        "listed_over_selected": visited / selected,
         "milliseconds": total,
         "stages": times,
         "tflops": {name: work / times[name] / 1e9 for name, work in rates.items()},
@@ -228,8 +224,8 @@ def time_case(case: Case, dense: dict[str, tuple[float, float]]) -> dict[str, An
     if "cudnn" in dense:
         forward_ms, both_ms = dense["cudnn"]
         result["fraction_of_ideal"] = (
-            density * forward_ms / total["forward"],
-            density * both_ms / total["forward and backward"],
+            selected / available * forward_ms / total["forward"],
+            selected / available * both_ms / total["forward and backward"],
         )
     return result
 
@@ -251,7 +247,8 @@ def print_table(result: dict[str, Any]) -> None:
     case, total = result["case"], result["milliseconds"]
     print(
         f"\n{case['name']}: density {result['density']:.1%}, tiles of {result['tiles']['tokens']} tokens, "
-        f"listed/selected {result['listed_over_selected']:.2f}, "
+        f"{result['pairs']['selected'] / 1e6:.2f}M pairs of a token and a chunk selected, "
+        f"{result['pairs']['visited'] / 1e6:.2f}M visited ({result['listed_over_selected']:.2f} times as many), "
         f"extra memory {result['extra_memory_bytes'] / 2**30:.2f} GiB"
     )
     print(f"  {'':28s}{'forward':>10s}{'fwd+bwd':>10s}{'ratio':>8s}{'ratio':>8s}")
@@ -262,7 +259,7 @@ def print_table(result: dict[str, Any]) -> None:
     print(f"  {'ours, deterministic':28s}{'':10s}{total['forward and backward, deterministic']:10.2f}")
     if result["fraction_of_ideal"]:
         a, b = result["fraction_of_ideal"]
-        print(f"  {'fraction of density x cuDNN':28s}{a:10.2f}{b:10.2f}")
+        print(f"  {'share of ideal':28s}{a:10.2f}{b:10.2f}   (selected pairs at cuDNN's time a pair)")
     parts = [
         f"{name} {ms:.2f}" + (f" ({result['tflops'][name]:.0f} TFLOP/s)" if name in result["tflops"] else "")
         for name, ms in result["stages"].items()
@@ -282,7 +279,7 @@ class Suite:
         """Check, time and print one case."""
         try:
             # cut to the length of the check, many cases are the same
-            short = replace(case, tokens=min(case.tokens, CHECK_TOKENS), name="")
+            short = replace(case, tokens=min(case.tokens, CHECK_TOKENS), name="", batch=1)
             if short not in self.errors_of:
                 self.errors_of[short] = check(case)
             errors = self.errors_of[short]
@@ -290,7 +287,7 @@ class Suite:
             print(f"\nREFUSED {error}", flush=True)
             return {"case": asdict(case), "refused": str(error)}
         print(f"\n{case.name}: relative errors " + ", ".join(f"{k} {v:.1e}" for k, v in errors.items()))
-        key = case.tokens, case.heads, case.kv_heads, case.head_dim
+        key = case.batch, case.tokens, case.heads, case.kv_heads, case.head_dim
         if key not in self.dense_of:
             self.dense_of[key] = {name: time_dense(case, backend) for name, backend in self.dense.items()}
         dense = dict(self.dense_of[key])
@@ -313,6 +310,9 @@ def parse() -> argparse.Namespace:
         metavar="HOW",
         help="which chunks queries select: `independent` (each its own topic), `runs:N` (N queries share one), `unstructured` (no "
         "topics), `trained` (cases of benchmarks/choices: the middle layers, with --more all); default: as the case says",
+    )
+    parser.add_argument(
+        "--batch", type=int, default=1, help="rows of each case's tokens in one batch; default: 1"
     )
     parser.add_argument("--json", default="attention.json", help="file to write")
     parser.add_argument("--no-flash", action="store_true", help="skip dense flash attention")
@@ -338,6 +338,11 @@ def parse() -> argparse.Namespace:
     options.cases = [by_name[name] for name in options.cases] if options.cases else default
     if options.routing not in (None, "trained"):
         options.cases = [with_routing(case, options.routing) for case in options.cases]
+    if options.batch < 1:
+        parser.error(f"--batch {options.batch} must be at least 1")
+    if options.batch > 1:
+        named = [replace(case, name=f"{options.batch} x {case.name}") for case in options.cases]
+        options.cases = [replace(case, batch=options.batch) for case in named]
     return options
 
 

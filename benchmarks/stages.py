@@ -40,18 +40,21 @@ class Case:
     """
     layer: int = 0
     """The layer of that model."""
+    batch: int = 1
+    """Rows of so many tokens; those of a trained model all select alike."""
 
 
 def make_inputs(case: Case, tokens: int, device: torch.device, seed: int = 0) -> tuple[list[Tensor], Tensor]:
     """Leaves q, k, v, summary_query in bfloat16 and an upstream gradient; topics are the dial on density."""
     Hkv, D = case.kv_heads, case.head_dim
     inputs = Inputs(case.topics, Hkv, D, device, seed=seed)
-    q, k = inputs.noise(1, tokens, case.heads, D), inputs.noise(1, tokens, Hkv, D)
+    B = case.batch
+    q, k = inputs.noise(B, tokens, case.heads, D), inputs.noise(B, tokens, Hkv, D)
     if case.structured:
         k = inputs.gather_keys(k, case.chunk_size)
         q = inputs.gather_queries(q, case.run)
-    leaves = [q, k, inputs.noise(1, tokens, Hkv, D), 0.1 * inputs.noise(Hkv, D)]
-    return [x.requires_grad_() for x in leaves], inputs.noise(1, tokens, case.heads, D)
+    leaves = [q, k, inputs.noise(B, tokens, Hkv, D), 0.1 * inputs.noise(Hkv, D)]
+    return [x.requires_grad_() for x in leaves], inputs.noise(B, tokens, case.heads, D)
 
 
 def given_chunks(case: Case) -> Tensor:
@@ -73,8 +76,10 @@ def given_chunks(case: Case) -> Tensor:
     return selected_HNc[:, tokens - case.tokens :, chunks - case.tokens // case.chunk_size :]
 
 
-def as_routing(past_HNc: Tensor, sizes: geometry.Sizes) -> tuple[geometry.Lists, Tensor, Tensor, Tensor]:
-    """Selected past chunks in place of what `route` returns, for one document of whole chunks.
+def as_routing(
+    past_HNc: Tensor, sizes: geometry.Sizes, batch: int = 1
+) -> tuple[geometry.Lists, Tensor, Tensor, Tensor]:
+    """Selected past chunks in place of what `route` returns, for `batch` documents of whole chunks that select alike.
 
     All chunks of a token are equally probable, so that the prior is 0. Thresholds are infinite: nothing gets a gradient
     through the router, whose backward takes its time all the same.
@@ -83,6 +88,7 @@ def as_routing(past_HNc: Tensor, sizes: geometry.Sizes) -> tuple[geometry.Lists,
         past_HNc: bool [key/value heads, tokens, chunks].
         sizes: of the kernels' tiles.
     """
+    num_chunks, past_HNc = past_HNc.shape[-1], past_HNc.repeat(1, batch, 1)
     count_NH = past_HNc.sum(-1).mT.contiguous()
     mean_log_NH = -count_NH.clamp_min(1).log2()
     past_iTc = past_HNc.unflatten(1, (-1, sizes.tile_tokens)).flatten(0, 1)
@@ -91,6 +97,8 @@ def as_routing(past_HNc: Tensor, sizes: geometry.Sizes) -> tuple[geometry.Lists,
     log_prior = mean_log_NH.mT.reshape(-1, sizes.tile_tokens)[tile]
     log_prior = log_prior.masked_fill(~past_iTc[tile, :, chunk], -torch.inf)
     listed_i = listed_ic.sum(-1)
+    # chunks are numbered through all documents
+    chunk = chunk + tile % sizes.tiles_per_head // (sizes.tiles_per_head // batch) * num_chunks
     lists = geometry.Lists(chunk.int(), log_prior, listed_i.cumsum(0) - listed_i, listed_i.int())
     tau = torch.full((sizes.num_tokens, sizes.num_heads), torch.inf, device=past_HNc.device)
     return lists, tau, mean_log_NH, (count_NH + 1).int()
@@ -107,22 +115,20 @@ class Stages:
         deterministic: bool = False,
     ) -> None:
         leaves, upstream = make_inputs(case, case.tokens, device)
-        self.q, self.k, self.v = (x.detach()[0] for x in leaves[:3])
-        self.w, self.d_out = leaves[3].detach(), upstream[0]
+        self.q, self.k, self.v = (x.detach().flatten(0, 1) for x in leaves[:3])
+        self.w, self.d_out, self.batch = leaves[3].detach(), upstream.flatten(0, 1), case.batch
         self.launches = launches or configs.find_launches(
             self.q.device, self.q.dtype, case.head_dim, case.chunk_size, case.heads // case.kv_heads
         )
         self.router = Router(case.chunk_size, case.scaling_factor, sigma=1.0)
-        self.sizes = geometry.measure(
-            self.q[None], self.k[None], case.chunk_size, None, self.launches.tile_rows
-        )
+        self.sizes = geometry.measure(leaves[0], leaves[1], case.chunk_size, None, self.launches.tile_rows)
         self.deterministic = deterministic
         self.given = None
         if case.model:
-            self.given = as_routing(given_chunks(case).to(device), self.sizes)
+            self.given = as_routing(given_chunks(case).to(device), self.sizes, case.batch)
 
     def layout(self) -> None:
-        self.chunks, self.offsets = geometry.chunk_layout(self.sizes, 1, None, self.q.device)
+        self.chunks, self.offsets = geometry.chunk_layout(self.sizes, self.batch, None, self.q.device)
 
     def summarize(self) -> None:
         self.summary = summarize(self.k, self.w, self.chunks, self.sizes)
@@ -173,12 +179,21 @@ class Stages:
         for name in names:
             getattr(self, name)()
 
+    def available(self) -> Tensor:
+        """Chunks that each token may see, its own included: [tokens]."""
+        token = torch.arange(len(self.q) // self.batch, device=self.q.device)
+        return (token // self.sizes.chunk_size + 1).repeat(self.batch)
+
     def density(self) -> float:
         """Mean over tokens of chunks selected over chunks causally available."""
-        available = torch.arange(len(self.q), device=self.q.device) // self.sizes.chunk_size + 1
-        return (self.selected.double() / available[:, None]).mean().item()
+        return (self.selected.double() / self.available()[:, None]).mean().item()
+
+    def listed_and_selected(self) -> tuple[int, int]:
+        """Pairs of a token and a chunk that tiles visit, and those that were selected; both with the own chunks."""
+        tiles = int(self.lists.counts.sum(dtype=torch.int64)) + self.sizes.num_tiles
+        return tiles * self.sizes.tile_tokens, int(self.selected.sum(dtype=torch.int64))
 
     def products(self) -> float:
         """Floating-point operations of one matrix product over everything listed, own chunks included."""
-        blocks = int(self.lists.counts.sum(dtype=torch.int64)) + self.sizes.num_tiles
-        return 2.0 * blocks * self.sizes.tile_rows * self.sizes.chunk_size * self.sizes.head_dim
+        pairs, _ = self.listed_and_selected()
+        return 2.0 * pairs * self.sizes.padded_group * self.sizes.chunk_size * self.sizes.head_dim

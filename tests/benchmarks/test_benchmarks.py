@@ -23,7 +23,6 @@ STAGES = [
     "attend",
     "backward_queries",
     "backward_router",
-    "transpose",
     "backward_keys",
 ]
 COVERED_ELSEWHERE = {"generate": "tests/hf/test_generate_benchmark.py", "dialing": "part of generate"}
@@ -57,13 +56,18 @@ def test_attention_times_every_stage_and_its_json_is_drawn(tmp_path: Path) -> No
 
 def test_attention_is_timed_on_chunks_that_a_trained_router_selected(tmp_path: Path) -> None:
     measured = tmp_path / "attention.json"
-    _run("benchmarks/attention.py", "--tiny", "--routing", "trained", "--json", str(measured))
+    trained = ["--tiny", "--routing", "trained", "--batch", "2"]
+    _run("benchmarks/attention.py", *trained, "--json", str(measured))
     (row,) = json.loads(measured.read_text())["results"]
-    assert (row["case"]["model"], row["case"]["layer"]) == ("d11", 0)
+    assert (row["case"]["model"], row["case"]["layer"], row["case"]["batch"]) == ("d11", 0, 2)
     # the last 4 of 256 chunks
     past_HNc = load_selected("d11", 0)[:, -256:, -4:]
     own_N = torch.arange(256) // 64
     assert row["density"] == pytest.approx(((past_HNc.sum(-1) + 1) / (own_N + 1)).mean().item(), abs=1e-6)
+    # of two rows and two heads, with the own chunks
+    visited = past_HNc.unflatten(1, (-1, row["tiles"]["tokens"])).any(2).sum() * row["tiles"]["tokens"]
+    pairs = {"selected": past_HNc.sum() + 512, "visited": visited + 512, "available": 2 * (own_N + 1).sum()}
+    assert row["pairs"] == {name: 2 * int(count) for name, count in pairs.items()}
     assert list(row["errors"]) == ["out", "dq", "dk", "dv"]
     assert list(row["stages"]) == STAGES
     assert set(row["dense"]) == {"math"}
