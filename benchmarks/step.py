@@ -42,6 +42,8 @@ from dash_megatron.training.engine import Engine
 from dash_megatron.training.loss import share_of_global_mean
 
 NO_TOKEN = -1
+# densities are dialled
+NO_TARGET = "attention.target_density=null"
 TINY_STEP = [*TINY_MODEL, "data.seq_length=256", "training.micro_batch=1"]
 
 
@@ -56,7 +58,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="two narrow layers, 256 tokens, any device")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args()
-    config = load_config(options.config, [*(TINY_STEP if options.tiny else []), *options.overrides])
+    config = load_config(
+        options.config, [NO_TARGET, *(TINY_STEP if options.tiny else []), *options.overrides]
+    )
     launch = read_launch({})
     device = init_process_groups(launch, config.parallel)
     cases = [("full", None), *(("dash", density) for density in options.densities)]

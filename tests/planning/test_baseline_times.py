@@ -84,5 +84,8 @@ def test_a_step_of_a_baseline_has_the_density_of_its_lists() -> None:
 def test_a_plan_says_that_baselines_were_never_measured() -> None:
     for kind, expected in (("nsa", True), ("dash", False)):
         assert (
-            NOTE in plan("run", load_config(CONFIG, [f"attention.kind={kind}"]), 8).to_text(top=1)
+            NOTE
+            in plan(
+                "run", load_config(CONFIG, [f"attention.kind={kind}", "attention.target_density=null"]), 8
+            ).to_text(top=1)
         ) == expected

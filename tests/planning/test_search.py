@@ -186,7 +186,12 @@ def test_measured_steps_are_met_within_20_percent() -> None:
     large, longer = (
         load_config(
             CONFIGS / "1b_16k.yaml",
-            ["attention.kind=full", "training.global_batch=1", f"data.seq_length={tokens}"],
+            [
+                "attention.kind=full",
+                "attention.target_density=null",
+                "training.global_batch=1",
+                f"data.seq_length={tokens}",
+            ],
         )
         for tokens in (16384, 65536)
     )
