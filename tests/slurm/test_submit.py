@@ -302,6 +302,7 @@ def play(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
         (143, "3\\thalted: too many\\n75\\tsaved\\n", 3, "stopped", "halted: too many", 0),
         (1, "", 0, "requeued", "a process failed with exit code 1", 1),
         (134, "", 0, "requeued", "a process failed with exit code 134", 1),
+        (143, "1\\terror: disk full\\n", 0, "requeued", "error: disk full", 1),
     ],
 )
 def test_how_processes_end_decides_whether_the_job_is_queued_again(
