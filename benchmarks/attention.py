@@ -309,7 +309,7 @@ def parse() -> argparse.Namespace:
         "--routing",
         metavar="HOW",
         help="which chunks queries select: `independent` (each its own topic), `runs:N` (N queries share one), `unstructured` (no "
-        "topics), `trained` (cases of benchmarks/choices: the middle layers, with --more all); default: as the case says",
+        "topics), `trained` (cases of benchmarks/choices: the middle layers, of the last router and with --more all); default: as the case says",
     )
     parser.add_argument(
         "--batch", type=int, default=1, help="rows of each case's tokens in one batch; default: 1"
@@ -327,8 +327,9 @@ def parse() -> argparse.Namespace:
         parser.error(f"--routing {options.routing} must be independent, runs:N, unstructured or trained")
     if options.routing == "trained":
         by_name = {case.name: case for case in trained_cases(TRAINED_TINY if options.tiny else TRAINED)}
-        tiny = [by_name["d11, layer 0"]]
-        default = tiny if options.tiny else [x for x in by_name.values() if options.more or x.layer == 2]
+        tiny = [by_name["d11, layer 2"]]
+        few = [x for x in by_name.values() if options.more or x.layer == 2 or "_w4" in x.model]
+        default = tiny if options.tiny else few
     else:
         by_name = {case.name: case for case in CASES + MORE_CASES + TINY_CASES}
         default = TINY_CASES if options.tiny else CASES + (MORE_CASES if options.more else [])

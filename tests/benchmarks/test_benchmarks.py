@@ -59,9 +59,9 @@ def test_attention_is_timed_on_chunks_that_a_trained_router_selected(tmp_path: P
     trained = ["--tiny", "--routing", "trained", "--batch", "2"]
     _run("benchmarks/attention.py", *trained, "--json", str(measured))
     (row,) = json.loads(measured.read_text())["results"]
-    assert (row["case"]["model"], row["case"]["layer"], row["case"]["batch"]) == ("d11", 0, 2)
+    assert (row["case"]["model"], row["case"]["layer"], row["case"]["batch"]) == ("d11", 2, 2)
     # the last 4 of 256 chunks
-    past_HNc = load_selected("d11", 0)[:, -256:, -4:]
+    past_HNc = load_selected("d11", 2)[:, -256:, -4:]
     own_N = torch.arange(256) // 64
     assert row["density"] == pytest.approx(((past_HNc.sum(-1) + 1) / (own_N + 1)).mean().item(), abs=1e-6)
     # of two rows and two heads, with the own chunks

@@ -74,8 +74,8 @@ def test_trained_choices_are_of_the_past_and_as_the_table_says(model: str) -> No
         own_N1 = _own_chunk(selected_HNc)
         chunk_c = torch.arange(selected_HNc.shape[2])
         assert not selected_HNc[:, chunk_c >= own_N1].any()
-        if "_w2" in model:
-            assert selected_HNc[:, (chunk_c < own_N1) & (chunk_c >= own_N1 - 2)].all()
+        if local := re.search(r"_w(\d)", model):
+            assert selected_HNc[:, (chunk_c < own_N1) & (chunk_c >= own_N1 - int(local[1]))].all()
         visited = choices.visited_over_selected(selected_HNc, (8, 32))
         measured = f"{choices.past_density(selected_HNc):.3f}", f"{visited[8]:.2f}", f"{visited[32]:.2f}"
         assert list(measured) == figures
