@@ -54,6 +54,8 @@ class Router(NamedTuple):
     """Chunks before a query's own that it attends to whatever the router says; the router selects among those before."""
     query_pool: int = 1
     """The router sees the mean of the last so many queries of the row."""
+    pool_heads: bool = False
+    """The router sees the mean of the queries of a group of heads."""
 
 
 def entmax(z: Tensor, alpha: float) -> Tensor:
@@ -163,6 +165,8 @@ def log_prior(q: Tensor, summary: Tensor, chunk: Tensor, router: Router) -> Tens
         length_BT = (chunk - router.local_chunks).clamp_min(1).to(q.dtype).log()
         factor = factor * (1 + router.length_scaling * length_BT)[:, None, None, :, None]
     z_BHGTc = factor * (q @ summary[:, :, None].mT)
+    if router.pool_heads:
+        z_BHGTc = z_BHGTc.mean(2, keepdim=True)
     p_BHTc = entmax(z_BHGTc.masked_fill(~routed_BTc[:, None, None], -math.inf), router.alpha).mean(2)
     selected = p_BHTc > 0
     log_p = torch.where(selected, p_BHTc, 1).log()
@@ -407,6 +411,7 @@ class DashSelfAttention(nn.Module):
                 getattr(config, "length_scaling", 0.0),
                 getattr(config, "local_chunks", 0),
                 getattr(config, "query_pool", 1),
+                getattr(config, "pool_heads", False),
             )
             self.indexer_log_scaling: nn.Parameter | None = None
             # how fast the factors were learned; older exports say True for 1

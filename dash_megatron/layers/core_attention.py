@@ -168,6 +168,7 @@ def router_of(attention: AttentionConfig, scaling_factor: float) -> Router:
         attention.length_scaling,
         attention.local_chunks,
         attention.query_pool,
+        attention.pool_heads,
     )
 
 

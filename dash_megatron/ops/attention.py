@@ -28,6 +28,7 @@ def dash_attention(
     length_scaling: float = ...,
     local_chunks: int = ...,
     query_pool: int = ...,
+    pool_heads: bool = ...,
 ) -> Tensor: ...
 
 
@@ -49,6 +50,7 @@ def dash_attention(
     length_scaling: float = ...,
     local_chunks: int = ...,
     query_pool: int = ...,
+    pool_heads: bool = ...,
 ) -> tuple[Tensor, Routing]: ...
 
 
@@ -68,6 +70,7 @@ def dash_attention(
     length_scaling: float = 0.0,
     local_chunks: int = 0,
     query_pool: int = 1,
+    pool_heads: bool = False,
 ) -> Tensor | tuple[Tensor, Routing]:
     """Causal attention to the chunks that a differentiable, adaptive router selects (arXiv 2605.18753).
 
@@ -103,6 +106,7 @@ def dash_attention(
             The router selects among the past chunks before them; they count as selected.
         query_pool: the router sees the mean of so many queries: of the token and of those just before it in its document.
             From 1 (the own query alone) to 128. Sums are in float32 or better and rounded to q's dtype.
+        pool_heads: the router sees the mean of the queries of a group of heads, and takes one entmax for all of them.
 
     Returns:
         Output [B, N, Hq, D] in q's dtype, accumulated in float32 or better; with `return_routing`, also a `Routing`.
@@ -110,7 +114,7 @@ def dash_attention(
     Raises:
         ValueError: an argument is wrong; the message names it, its value, the rule and the remedy.
     """
-    constants = sigma, estimate_diagonal, alpha, length_scaling, local_chunks, query_pool
+    constants = sigma, estimate_diagonal, alpha, length_scaling, local_chunks, query_pool, pool_heads
     router = Router(chunk_size, scaling_factor, *constants)
     check_flag("return_routing", return_routing)
     out, chunks_selected = _attend(q, k, v, summary_query, router, cu_seqlens, backend)

@@ -36,6 +36,7 @@ def check_router(router: Router, num_kv_heads: int, device: torch.device) -> Non
     check_alpha(router.alpha)
     check_local_chunks(router.local_chunks)
     check_query_pool(router.query_pool)
+    check_flag("pool_heads", router.pool_heads)
 
 
 def check_alpha(alpha: float) -> None:

@@ -21,6 +21,7 @@ def dash_decode(
     length_scaling: float = 0.0,
     local_chunks: int = 0,
     query_pool: int = 1,
+    pool_heads: bool = False,
     routing_q: Tensor | None = None,
 ) -> Tensor:
     """What `dash_attention` gives for the last token of every sequence in a cache, which has that token already.
@@ -32,8 +33,8 @@ def dash_decode(
     Args:
         q: queries after RoPE, [B, Hq, D], the cache's dtype and device; the cache's Hkv divides Hq.
         cache: keys, values and summaries; its `chunk_size` is the model's.
-        scaling_factor, sigma, estimate_diagonal, alpha, backend, length_scaling, local_chunks, query_pool: as in
-            `dash_attention`.
+        scaling_factor, sigma, estimate_diagonal, alpha, backend, length_scaling, local_chunks, query_pool,
+            pool_heads: as in `dash_attention`.
         routing_q: where `query_pool` is above 1, the router's queries of the same tokens, [B, Hq, D] as q: what
             `cache.append` returned, or the last rows of what `cache.prefill` did.
 
@@ -46,7 +47,7 @@ def dash_decode(
     """
     if not isinstance(cache, DashCache):
         raise ValueError(f"cache={type(cache).__name__} must be a DashCache; see DashCache.contiguous")
-    constants = sigma, estimate_diagonal, alpha, length_scaling, local_chunks, query_pool
+    constants = sigma, estimate_diagonal, alpha, length_scaling, local_chunks, query_pool, pool_heads
     router = Router(cache.chunk_size, scaling_factor, *constants)
     return decode_and_count(q, cache, router, backend, routing_q)[0]
 

@@ -110,6 +110,9 @@ def route(
     if isinstance(factor, Tensor):
         factor = factor[:, None, :, None].expand(-1, G, -1, -1)
     z_HGTc = factor * products(q_HGTD, summary_HcD)
+    if router.pool_heads:
+        # the scores of the mean query
+        z_HGTc = z_HGTc.mean(-3, keepdim=True)
     return log_prior(probabilities(z_HGTc, routed_Tc, router.alpha), always_Tc, router)
 
 

@@ -43,6 +43,8 @@ class Head(NamedTuple):
         if isinstance(factor, Tensor):
             factor = factor[0, :, None, None]
         z_SGc = factor * (q_SGD @ self.summary_cD[chunks].mT)
+        if self.router.pool_heads:
+            z_SGc = z_SGc.mean(1, keepdim=True)
         # the queries as a batch, with one query each
         return probabilities(z_SGc[:, :, None], routed_Sc[:, None, None], self.router.alpha)[:, 0]
 

@@ -31,6 +31,20 @@ class Router(NamedTuple):
     query_pool: int = 1
     """The router sees the mean of a token's last `query_pool` queries in its document, its own among them; attention sees
     the own one."""
+    pool_heads: bool = False
+    """The router sees the mean over the query heads of a group, so that there is one entmax a key/value head."""
+
+    def over_groups(self, x: Tensor, num_kv_heads: int) -> Tensor:
+        """With `pool_heads`, x [..., Hq, D] with each query head replaced by the mean of its group; otherwise x itself.
+
+        The means are taken in float32 or wider and rounded to x's dtype. The gradient of this function is the function itself,
+        of the gradient.
+        """
+        if not self.pool_heads:
+            return x
+        groups = x.unflatten(-2, (num_kv_heads, -1))
+        mean = groups.mean(-2, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+        return mean.expand_as(groups).flatten(-3, -2)
 
     def of_heads(self, heads: slice) -> Router:
         """The same router for some of the key/value heads."""
@@ -48,7 +62,8 @@ class Router(NamedTuple):
         head_scaling = self.scaling_factor if isinstance(self.scaling_factor, Tensor) else None
         number = float(self.scaling_factor) if head_scaling is None else 1.0
         rest = float(self.sigma), self.estimate_diagonal, float(self.alpha), float(self.length_scaling)
-        return head_scaling, Router(self.chunk_size, number, *rest, self.local_chunks, self.query_pool)
+        pools = self.local_chunks, self.query_pool, self.pool_heads
+        return head_scaling, Router(self.chunk_size, number, *rest, *pools)
 
     def score_factors(self, routed_T: Tensor, num_kv_heads: int, dtype: torch.dtype) -> float | Tensor:
         """What the products of T queries and the chunk summaries are multiplied by, besides 1/sqrt(D).

@@ -182,6 +182,8 @@ def _scores_by_chunks(
     filled_cW = torch.ones(full, chunk_size, dtype=torch.bool, device=k.device)
     summary_HcD = summarize(k_HcWD, filled_cW, w.float())
     q_NHGD = pool_queries(q, router.query_pool)[0].float().unflatten(1, (num_heads, -1))
+    if router.pool_heads:
+        q_NHGD = q_NHGD.mean(2, keepdim=True)
     local = router.local_chunks
     for count in _RUN_CHUNKS:
         first = (local + count) * chunk_size

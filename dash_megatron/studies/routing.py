@@ -240,6 +240,7 @@ def _report(
         "alpha": attention.alpha,
         "local_chunks": attention.local_chunks,
         "query_pool": attention.query_pool,
+        "pool_heads": attention.pool_heads,
         "scaling_factor": [attention.layer_scaling_factor(layer) for layer in layers],
         "measures": MEASURES,
         "near_threshold": NEAR_THRESHOLD,

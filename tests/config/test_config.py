@@ -69,6 +69,10 @@ def test_configs_cannot_be_changed(path: Path) -> None:
         ("attention.local_chunks=-1", "attention.local_chunks=-1"),
         ("attention.query_pool=0", "attention.query_pool=0"),
         ("attention.query_pool=129", "attention.query_pool=129"),
+        (
+            "attention={density_budget: model, learned_scaling: 1.0e+5}",
+            "or they run away from the target; try",
+        ),
         ("attention.scaling_factor=0", "attention.scaling_factor=0.0 must be above 0"),
         ("attention.scaling_factor=[1, 1, -1, 1]", "must be above 0"),
         ("attention.scaling_factor=big", "attention.scaling_factor='big'"),

@@ -43,6 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "length_scaling": 0.3,
             "local_chunks": 1,
             "query_pool": 60,
+            "pool_heads": True,
             "learned_scaling": 3.0,
         },
     },

@@ -160,13 +160,15 @@ def _rotated_qkv(qkv: Tensor, model: Any) -> Any:
 
 
 SPLIT_QKV = names._split_qkv
-# of the run, what is done wrong, and the message (a key of the exported config grows by a tenth, or a whole number by one)
+# of the run, what is done wrong, and the message (a key of the exported config grows by a tenth, a whole number by one, and a bool is
+# turned)
 WRONG: dict[str, tuple[str, str, str]] = {
     "heads in another order": ("dash", "heads", "other chunks"),
     "another router": ("dash", "layer_scaling_factors", "other chunks"),
     "another length scaling": ("mixed", "length_scaling", "other chunks"),
     "other local chunks": ("mixed", "local_chunks", "other chunks"),
     "another query pool": ("mixed", "query_pool", "other chunks"),
+    "other heads pooled": ("mixed", "pool_heads", "other chunks"),
     "another prior": ("dash", "sigma", "of the export"),
     "another norm": ("full", "rms_norm_eps", "logits of the export differ"),
 }
@@ -182,7 +184,10 @@ def test_an_export_that_computes_something_else_is_not_published(
         config = make(*arguments)
         value = getattr(config, change)
         factors = value if isinstance(value, list) else [value]
-        grown = [each + 1 if isinstance(each, int) else 1.1 * each for each in factors]
+        grown = [
+            not each if isinstance(each, bool) else each + 1 if isinstance(each, int) else 1.1 * each
+            for each in factors
+        ]
         setattr(config, change, grown if isinstance(value, list) else grown[0])
         return config
 

@@ -18,7 +18,7 @@ import_kernels("dash", "decode", "decode_cache")
 # float64, sums in another order
 TOLERANCE = 1e-9
 # a router of single queries, among all past chunks
-SINGLE = {"local_chunks": 0, "query_pool": 1}
+SINGLE = {"local_chunks": 0, "query_pool": 1, "pool_heads": False}
 GREEDY = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -30,7 +30,7 @@ def _model(dtype: torch.dtype = torch.float64, **changes: Any) -> DashForCausalL
     shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "vocab_size": 320, "num_hidden_layers": 2, "chunk_size": 16}
     router = {"scaling_factor": 3.0, "sigma": 2.0, "estimate_diagonal": True, "alpha": 1.5}
-    router |= {"local_chunks": 1, "query_pool": 20}
+    router |= {"local_chunks": 1, "query_pool": 20, "pool_heads": True}
     model = DashForCausalLM(LlamaConfig(**(shape | router | changes)))
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():

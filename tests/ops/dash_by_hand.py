@@ -11,7 +11,19 @@ def _package_entmax(z, alpha):
 
 
 def _attend_by_loops(
-    q, k, v, w, C, scaling_factor, sigma, estimate_diagonal, alpha, length_scaling, local_chunks, query_pool
+    q,
+    k,
+    v,
+    w,
+    C,
+    scaling_factor,
+    sigma,
+    estimate_diagonal,
+    alpha,
+    length_scaling,
+    local_chunks,
+    query_pool,
+    pool_heads,
 ):
     """One document, one key/value head, one token and chunk at a time: q [N, G, D], k and v [N, D], w [D]."""
     N, G, D = q.shape
@@ -26,6 +38,7 @@ def _attend_by_loops(
             summaries = torch.stack([(x @ w / math.sqrt(D)).softmax(0) @ x for x in chunks])
             factor = scaling_factor * (1 + length_scaling * math.log(routed))
             r = q[max(0, i - query_pool + 1) : i + 1].mean(0)
+            r = r.mean(0, keepdim=True).expand(G, D) if pool_heads else r
             z = [factor * summaries @ r[g] / math.sqrt(D) for g in range(G)]
             p = sum(_package_entmax(z_g, alpha) for z_g in z) / G
             past = [c for c in range(routed) if p[c] > 0]
@@ -56,6 +69,7 @@ def oracle(
     length_scaling=0.0,
     local_chunks=0,
     query_pool=1,
+    pool_heads=False,
 ):
     """Output, gradients and chunk counts of the loops, in float64."""
     leaves = [x.detach().double().requires_grad_() for x in leaves]
@@ -71,7 +85,7 @@ def oracle(
                 out[b, document, heads], counts[b, document, h] = _attend_by_loops(
                     q[b, document, heads], k[b, document, h], v[b, document, h], w[h],
                     chunk_size, factors[h], sigma, estimate_diagonal, alpha, length_scaling,
-                    local_chunks, query_pool,
+                    local_chunks, query_pool, pool_heads,
                 )  # fmt: skip
     leaves += learned(scaling_factor)
     grads = torch.autograd.grad(out, leaves, upstream.double(), allow_unused=True, materialize_grads=True)

@@ -132,6 +132,8 @@ METHODS = {
     "length-aware, a factor a head": SCALED,
     "local chunks": {"local_chunks": 1},
     "pooled queries": {"query_pool": 3},
+    "one query a group": {"pool_heads": True},
+    "one pooled query a group": {**LOCAL, "pool_heads": True},
     "local chunks and pooled queries": LOCAL,
     "local and length-aware, not centred": {**LOCAL, **SCALED, "estimate_diagonal": False},
     "nothing but local chunks": {"local_chunks": 100},

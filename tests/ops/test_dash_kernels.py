@@ -200,6 +200,12 @@ METHODS = {
     },
     "local chunks": {"local_chunks": 1},
     "pooled queries": {"query_pool": 5},
+    "one query a group": {"pool_heads": True},
+    "one pooled query a group, a factor a head": {
+        **LOCAL,
+        "pool_heads": True,
+        "scaling_factor": _factors(2.0, 6.0),
+    },
     "local chunks, not centred": {"local_chunks": 1, "estimate_diagonal": False},
     "nothing but local chunks": {"local_chunks": 1000},
     "local and pooled, length-aware, a factor a head, packed": {
@@ -212,7 +218,7 @@ METHODS = {
 }
 
 
-DETERMINISTIC = ["sigma 1", "prior not centred", "alpha 1.7", *list(METHODS)[-8:]]
+DETERMINISTIC = ["sigma 1", "prior not centred", "alpha 1.7", *list(METHODS)[-10:]]
 
 
 @pytest.mark.parametrize(
@@ -385,7 +391,7 @@ def test_options_that_are_off_give_the_bits_of_a_plain_factor():
     leaves, upstream = _inputs(35, Hq=2)
     plain = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True)
     same_factors = {"length_scaling": 0.0}, {"scaling_factor": _factors(3.0, 3.0)}, {"length_scaling": 1e-30}
-    for same in (*same_factors, {"local_chunks": 0, "query_pool": 1}):
+    for same in (*same_factors, {"local_chunks": 0, "query_pool": 1, "pool_heads": False}):
         other = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True, **same)
         assert torch.equal(plain[0], other[0])
         assert all(torch.equal(x, y) for x, y in zip(plain[1], other[1][:4], strict=True))

@@ -246,6 +246,8 @@ CASES = {
     "local chunks, pooled queries": {
         "G": 4, "local_chunks": 2, "query_pool": 16, "length_scaling": 0.7, "head_scaling": [0.7, 2.0], "lengths": (9, 21, 150),
     },
+    "one query a group": {"G": 4, "pool_heads": True},
+    "one pooled query a group": {"G": 2, "local_chunks": 1, "query_pool": 3, "pool_heads": True},
     "local chunks, not centred": {"G": 2, "local_chunks": 1, "query_pool": 3, "estimate_diagonal": False},
 }  # fmt: skip
 
@@ -263,6 +265,8 @@ CASES = {
         ("length-aware, a factor a head", "windows"),
         ("local chunks", "windows"),
         ("local chunks, pooled queries", "compact windows"),
+        ("one query a group", "windows"),
+        ("one pooled query a group", "compact windows"),
         ("local chunks, not centred", "compact"),
     ],
 )

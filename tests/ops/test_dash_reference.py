@@ -87,6 +87,11 @@ CASES = {
             "scaling_factor": _factors(5.0, 1.5),
         },
     ),
+    "one query a group": ({"Hq": 6}, {"pool_heads": True, "scaling_factor": _factors(3.0, 9.0)}),
+    "one pooled query a group, local chunks, packed": (
+        {"N": 60},
+        {"cu_seqlens": _cu_seqlens(9, 1, 27, 4, 19), "local_chunks": 1, "query_pool": 8, "pool_heads": True},
+    ),
     "local chunks, not centred, alpha 1.3": (
         {"N": 41},
         {"local_chunks": 3, "estimate_diagonal": False, "alpha": 1.3, "query_pool": 2},

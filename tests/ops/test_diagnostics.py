@@ -57,6 +57,7 @@ def by_hand(q, k, w, router, lengths):
                 factor *= 1 + router.length_scaling * math.log(routed)
                 pooled = q[0, max(start, i - router.query_pool + 1) : i + 1].mean(0)
                 z = factor / math.sqrt(D) * pooled.view(H, G, D)[h]
+                z = z.mean(0, keepdim=True) if router.pool_heads else z
                 p = entmax(z @ (beta[..., None] * keys).sum(1).T, router.alpha).mean(0)
                 inside = p[p > 0]
                 near = (p > 0) & (p < NEAR_THRESHOLD * inside.mean())
@@ -81,8 +82,15 @@ def by_hand(q, k, w, router, lengths):
         Router(C, 9.0, 1.0, False, 2.0),
         Router(C, torch.tensor([2.0, 6.0]), 2.0, True, 1.5, length_scaling=0.5),
         Router(C, 6.0, 2.0, True, 1.5, 0.5, local_chunks=2, query_pool=3),
+        Router(C, 6.0, query_pool=3, pool_heads=True),
     ],
-    ids=["centred prior", "plain prior", "scaled by head and length", "local chunks, pooled queries"],
+    ids=[
+        "centred prior",
+        "plain prior",
+        "scaled by head and length",
+        "local chunks, pooled queries",
+        "one query a group",
+    ],
 )
 def test_measures_of_every_query_are_those_of_the_reference(
     router: Router, lengths: list[int], blocks: str, monkeypatch: pytest.MonkeyPatch

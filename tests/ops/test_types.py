@@ -8,10 +8,10 @@ from dash_megatron.ops.types import Router
 
 
 def test_a_router_with_one_number_splits_into_plain_numbers():
-    head_scaling, numbers = Router(32, 3, 2, True, 2, 1, 4, 16).split()
+    head_scaling, numbers = Router(32, 3, 2, True, 2, 1, 4, 16, True).split()
     assert head_scaling is None
-    assert numbers == (32, 3.0, 2.0, True, 2.0, 1.0, 4, 16)
-    assert [type(x) for x in numbers] == [int, float, float, bool, float, float, int, int]
+    assert numbers == (32, 3.0, 2.0, True, 2.0, 1.0, 4, 16, True)
+    assert [type(x) for x in numbers] == [int, float, float, bool, float, float, int, int, bool]
 
 
 def test_a_router_with_a_factor_for_each_head_splits_into_these_and_one():

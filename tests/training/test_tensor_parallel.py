@@ -40,6 +40,7 @@ def tree(tiny_config: dict[str, Any]) -> dict[str, Any]:
             "length_scaling": 0.2,
             "learned_scaling": True,
             "query_pool": 3,
+            "pool_heads": True,
         },
         optimizer={"lr": 0.03, "eps": 2e-3, "grad_clip": 0.1},
         training={"steps": STEPS},
@@ -156,6 +157,8 @@ def test_a_resumed_run_is_bit_identical_and_has_whole_weights(
 ) -> None:
     tree = with_changes(
         tree,
+        # a sharper router magnifies rounding
+        attention={"length_scaling": 0.0},
         training={"steps": 4},
         checkpoint={"every": 2},
         evaluation={"every": 2},

@@ -68,13 +68,14 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 
 def _pooled(
-    rows_q: Tensor, batch: int, router: Router, cu_seqlens: Tensor | None
+    rows_q: Tensor, batch: int, Hkv: int, router: Router, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The router's queries, and the positions of their means; the queries themselves and None where none are pooled."""
-    if router.query_pool == 1:
-        return rows_q, None
-    position = positions(len(rows_q) // batch, batch, cu_seqlens, rows_q.device)
-    return pool_rows(rows_q, position, router.query_pool), position
+    """The router's queries, and the positions of means over tokens; None where these are of one token."""
+    position = None
+    if router.query_pool > 1:
+        position = positions(len(rows_q) // batch, batch, cu_seqlens, rows_q.device)
+        rows_q = pool_rows(rows_q, position, router.query_pool)
+    return router.over_groups(rows_q, Hkv), position
 
 
 @torch.library.custom_op("dash_megatron::dash_forward", mutates_args=())
@@ -93,16 +94,17 @@ def _forward(
     length_scaling: float,
     local_chunks: int,
     query_pool: int,
+    pool_heads: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     launches, sizes = _prepare(q, k, chunk_size, cu_seqlens)
-    constants = sigma, estimate_diagonal, alpha, length_scaling, local_chunks, query_pool
+    constants = sigma, estimate_diagonal, alpha, length_scaling, local_chunks, query_pool, pool_heads
     router = Router(chunk_size, scaling_factor, *constants)
     chunks, offsets = chunk_layout(sizes, q.shape[0], cu_seqlens, q.device)
     rows_q, rows_k, rows_v, w = _one_row(q), _dense_rows(k), _dense_rows(v), w.contiguous()
     summary = summarize(rows_k, w, chunks, sizes)
     factor = _factors(router, sizes, chunks, head_scaling)
-    routing_q, _ = _pooled(rows_q, q.shape[0], router, cu_seqlens)
+    routing_q, _ = _pooled(rows_q, q.shape[0], k.shape[2], router, cu_seqlens)
     lists, tau, mean_log, selected = route(
         routing_q, summary, chunks, offsets, sizes, router, launches.route, factor=factor
     )
@@ -116,7 +118,7 @@ def _forward(
 @_forward.register_fake
 def _forward_fake(
     q, k, v, w, head_scaling, cu_seqlens, chunk_size, scaling_factor, sigma, estimate_diagonal, alpha,
-    length_scaling, local_chunks, query_pool, deterministic,
+    length_scaling, local_chunks, query_pool, pool_heads, deterministic,
 ):  # fmt: skip
     _, sizes = _prepare(q, k, chunk_size, cu_seqlens)
     B, N, Hq, D = q.shape
@@ -169,10 +171,11 @@ def _backward(
     length_scaling: float,
     local_chunks: int,
     query_pool: int,
+    pool_heads: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     launches, sizes = _prepare(q, k, chunk_size, cu_seqlens)
-    constants = sigma, estimate_diagonal, alpha, length_scaling, local_chunks, query_pool
+    constants = sigma, estimate_diagonal, alpha, length_scaling, local_chunks, query_pool, pool_heads
     router = Router(chunk_size, scaling_factor, *constants)
     factor = _factors(router, sizes, chunks, head_scaling)
     lists = Lists(list_chunk, list_log_prior, list_offset, list_count)
@@ -184,15 +187,19 @@ def _backward(
         launches.queries,
     )  # fmt: skip
     # recomputed rather than kept
-    routing_q, position = _pooled(rows_q, q.shape[0], router, cu_seqlens)
-    router_dq = dq if position is None else torch.zeros_like(dq)
+    routing_q, position = _pooled(rows_q, q.shape[0], k.shape[2], router, cu_seqlens)
+    # the router adds to the gradient of attention where both saw the same queries
+    router_dq = dq if routing_q is rows_q else torch.zeros_like(dq)
     d_summary, mean_dp, d_log_factor = backward_router(
         routing_q, summary, tau, router_dq, d_prior, lists, chunks, sizes, router, launches.router, deterministic, factor,
         head_scaling is not None,
     )  # fmt: skip
     if position is not None:
+        router_dq = router.over_groups(router_dq, k.shape[2])
         dq = pool_rows(router_dq, position, router.query_pool, transposed=True, base=dq)
-    if deterministic and (position is not None or router.local_chunks):
+    elif router.pool_heads:
+        dq = dq + router.over_groups(router_dq, k.shape[2])
+    if deterministic and (routing_q is not rows_q or router.local_chunks):
         # the pass to keys and values knows one kind of queries only, and not which chunks are local
         d_summary = sum_d_summary(
             routing_q, tau, mean_dp, summary, list_log_prior, d_prior, transpose(lists, chunks, sizes), chunks[0],

@@ -192,6 +192,7 @@ def decode(
     length_scaling: float,
     local_chunks: int,
     query_pool: int,
+    pool_heads: bool,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one token a sequence; arguments are those of `decode_and_count` and the tensors of its `DashCache`.
 
@@ -208,8 +209,10 @@ def decode(
     max_chunks = summary.shape[1] * (1 if page_table is None else page_table.shape[1])
     stride_table = 0 if page_table is None else page_table.stride(0)
     shapes = _Shapes(Hkv, G, max(16, next_power_of_two(G)), D, next_power_of_two(D), chunk_size)
-    constants = sigma, estimate_diagonal, alpha, length_scaling, local_chunks, query_pool
+    constants = sigma, estimate_diagonal, alpha, length_scaling, local_chunks, query_pool, pool_heads
     router = Router(chunk_size, scaling_factor, *constants)
+    if pool_heads:
+        routing_q = router.over_groups(q if routing_q is None else routing_q, Hkv)
     launch = find_launch(q, Hkv, max_chunks, chunk_size)
     routed: tuple[Tensor | None, ...] = (None, None, None)
     if not launch.short:

@@ -219,7 +219,7 @@ def route(
     Waits for the device only where lists are too long to be allocated for every chunk being selected.
     """
     launches, sizes = _prepare(q, len(summary), chunks, router)
-    past = _past(chunks)
+    q, past = router.over_groups(q, len(summary)), _past(chunks)
     lists, tau, mean_log, selected = routing.route(
         _rows(q), summary.contiguous(), _spans(chunks), list_offsets(sizes, past), sizes, router,
         launches.route, chunks.number.contiguous(), _factors(chunks, router, len(summary), head_scaling),
@@ -251,6 +251,7 @@ def route_backward(
     chunks, router, state = queries.chunks, queries.router, State(*queries.routed.state)
     launches, sizes = _prepare(queries.q, len(summary), chunks, router)
     q, summary, spans = _rows(queries.routing_q), summary.contiguous(), _spans(chunks)
+    q = router.over_groups(q, len(summary))
     dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     factor, number = _factors(chunks, router, len(summary), head_scaling), chunks.number.contiguous()
     d_summary, mean_dp, d_log_factor = backward_router(
@@ -263,6 +264,7 @@ def route_backward(
             q, state.tau, mean_dp, summary, state.list_log_prior, d_prior, transposed, chunks.start, number, sizes, router,
             factor,
         )  # fmt: skip
+    dq = router.over_groups(dq, len(summary))
     if head_scaling is None or d_log_factor is None:
         return RouterGradients(dq, d_summary, None)
     return RouterGradients(dq, d_summary, d_log_factor / head_scaling)
