@@ -22,6 +22,7 @@ MEASURED_ATTENTION = [
     "attention.chunk_size=64",
     "attention.local_chunks=0",
     "attention.query_pool=1",
+    "attention.pool_heads=false",
 ]
 ALONE = Layout(1, 1, 1, 1, "all_gather", "full")
 
