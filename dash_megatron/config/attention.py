@@ -152,12 +152,15 @@ class AttentionConfig(Section):
             return sum(min(past, local + 1) + 1 for past in range(chunks)) / (chunks * (chunks + 1) / 2)
 
         if asked < least(self.local_chunks):
-            fitting = max((n for n in range(self.local_chunks) if least(n) <= asked), default=0)
+            fitting = [n for n in range(self.local_chunks) if least(n) <= asked]
+            remedy = (
+                f"ask for more, or use attention.local_chunks={fitting[-1]}" if fitting else "ask for more"
+            )
             raise ValueError(
                 f"attention.target_density={self.target_density} must be at least {least(self.local_chunks):.3g} with "
                 f"attention.local_chunks={self.local_chunks}: a document of data.seq_length={seq_length} tokens has {chunks} "
                 f"chunks, and each token attends to its own, to those before it that are always on, and to one that is "
-                f"selected; ask for more, or use attention.local_chunks={fitting}"
+                f"selected; {remedy}"
             )
 
     def _targets(self) -> list[tuple[float, ...]]:

@@ -67,7 +67,8 @@ class Config(Section):
         # Adam moves a parameter by about the learning rate a step
         mean = (1 + schedule.min_lr_ratio) / 2 if schedule.kind == "cosine" else 1.0
         moved = self.optimizer.lr * mean * self.training.steps
-        if attention.density_budget == "model" and attention.learned_scaling * moved > MOST_LEARNED:
+        shares = attention.kind == "dash" and attention.density_budget == "model"
+        if shares and attention.learned_scaling * moved > MOST_LEARNED:
             raise ValueError(
                 f"attention.learned_scaling={attention.learned_scaling:g} lets factors move by exp("
                 f"{attention.learned_scaling * moved:.3g}) in training.steps={self.training.steps} at optimizer.lr="

@@ -153,10 +153,13 @@ def _of_lines(measure: Measure, lines: list[dict[str, Any]]) -> Iterator[tuple[M
 
 def _of_training(run: StudyRun) -> Iterator[tuple[Measure, Measured]]:
     """Losses of the last batches, which are the same for all arms of an order, and of each validation."""
-    length, steps = run.config.data.seq_length, run.config.training.steps
+    length, training = run.config.data.seq_length, run.config.training
     lines = read_metrics(run.folder)
+    # a step of another batch reads other samples
     last: dict[Item, tuple[float, float]] = {
-        (line["step"],): (line["loss"], 1.0) for line in lines if line["step"] > (1 - LAST_SHARE) * steps
+        (line["step"], training.global_batch): (line["loss"], 1.0)
+        for line in lines
+        if line["step"] > (1 - LAST_SHARE) * training.steps
     }
     yield Measure(TRAINING, "loss", length), last
     for line in lines:

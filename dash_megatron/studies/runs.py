@@ -182,9 +182,7 @@ def _make(study: Study, base: dict[str, Any], recipe: _Recipe) -> StudyRun:
     if study.warmup is not None or recipe.budget:
         # rules between steps and warm-up are checked once the budget has said how many steps there are
         tree.setdefault("schedule", {})["warmup_steps"] = 0
-    if recipe.budget:
-        set_key(tree, "training.steps", 10**9, "budgets")
-    config = config_from_dict(tree)
+    config = _rough_config(tree, recipe)
     facts = _facts(config)
     variant, size = _labels(config, recipe)
     name = _name(variant, size, recipe, config, bool(study.seeds))
@@ -208,6 +206,20 @@ def _make(study: Study, base: dict[str, Any], recipe: _Recipe) -> StudyRun:
     tokens = steps * config.training.global_batch * config.data.seq_length
     own = {**recipe.settings, **({} if recipe.seed is None else {"training.seed": recipe.seed})}
     return StudyRun(name, config, own, variant, size, facts.parameters, tokens, density, context, cost)
+
+
+def _rough_config(tree: dict[str, Any], recipe: _Recipe) -> Config:
+    """The config but for the steps of a budget, which are not known yet: more than any curriculum has."""
+    tree = json.loads(json.dumps(tree))
+    if recipe.budget:
+        set_key(tree, "training.steps", 10**9, "budgets")
+        # in so many steps factors that are learned would be said to run away
+        set_key(tree, "optimizer.lr", 1e-12, "budgets")
+    try:
+        return config_from_dict(tree)
+    except ValueError as error:
+        where = recipe.point or json.dumps(recipe.settings)
+        raise StudyError(f"{where}: {error}" if recipe.settings else str(error)) from error
 
 
 @dataclass(frozen=True)

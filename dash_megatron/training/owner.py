@@ -105,12 +105,14 @@ class Owner:
                 os.utime(self.path)
                 owner = _read(self.path)
             except FileNotFoundError:
-                with contextlib.suppress(OSError):
-                    self._create()
+                if not self._released.is_set():
+                    with contextlib.suppress(OSError):
+                        self._create()
             except OSError:
                 continue  # the file system is away, for others too
             else:
-                if not _same(owner, self._facts) and not self._released.is_set():
+                # one that says nothing is damaged, or was just made by another, whose facts the next look finds
+                if owner and not _same(owner, self._facts) and not self._released.is_set():
                     _leave_to(owner, self.path.parent)
 
 

@@ -195,11 +195,18 @@ def test_a_density_below_what_is_always_on_is_an_error_that_says_what_fits(path:
     assert (
         load_config(path, [*known, f"attention.target_density={always + 1e-3}"]).attention.local_chunks == 4
     )
+    with pytest.raises(ConfigError, match=r"must be at least 0\.335 .* one that is selected; ask for more$"):
+        load_config(path, [*known, "attention.target_density=0.01"])  # as no number of them makes it fit
     # layers that share a budget may divide it otherwise
     shared = ["attention.density_budget=model", f"attention.target_density=[0.01, 1.0, 1.0, {always}]"]
     assert load_config(path, [*known, *shared]).attention.density_budget == "model"
     # without local chunks, no target that was accepted before is refused
     assert load_config(path, ["attention.target_density=0.01"]).attention.target_density == 0.01
+
+
+def test_the_dense_twin_of_a_longer_run_learns_no_factors_to_refuse(path: Path) -> None:
+    dense = ["attention={kind: full, density_budget: model, learned_scaling: 1.0e+5}"]
+    assert load_config(path, dense).attention.kind == "full"
 
 
 def test_processes_that_share_a_model_are_one_data_parallel_rank(path: Path) -> None:

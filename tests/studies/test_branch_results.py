@@ -163,6 +163,16 @@ def test_in_one_order_nothing_is_told_apart(measured_study: Path) -> None:
     assert "Beyond two standard errors, branches" not in text
 
 
+def test_steps_of_another_batch_are_not_compared(measured_study: Path) -> None:
+    tree = yaml.safe_load(measured_study.read_text())
+    tree["branches"]["arms"][1]["training.global_batch"] = 8
+    measured_study.write_text(yaml.safe_dump(tree))
+    rows = collected(measured_study)
+    trained = [row["arm"] for row in rows if row["base"] == "h32_full" and row["task"] == "loss"]
+    assert trained == ["full", "same", "better"]
+    assert row_of(rows, arm="worse", task="documents")["orders"] == [1, 2, 3]
+
+
 def test_what_is_evaluated_is_compared_before_the_rest_is(measured_study: Path) -> None:
     tree = yaml.safe_load(measured_study.read_text())
     tree["branches"]["evaluate"]["longer"] = "--tasks documents --lengths 512"

@@ -116,6 +116,10 @@ def arms(*named: dict[str, Any]) -> dict[str, Any]:
         ({"overrides": {"steps": 3}}, "branches.overrides has 'steps'; settings read section.key"),
         ({"overrides": {"training.stepz": 3}}, "training.stepz=3 is not a known key"),
         ({"order": [1]}, "branches.order is not a known key"),
+        (
+            arms({"name": "a"}, {"name": "b", "attention.chunk": 3}),
+            "^b: attention.chunk=3 is not a known key",
+        ),
     ],
 )
 def test_a_wrong_section_is_refused(changes: dict[str, Any], message: str, write_study: Write) -> None:

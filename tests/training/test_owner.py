@@ -79,7 +79,11 @@ def test_an_owner_that_was_taken_for_dead_stops_and_one_whose_file_is_lost_goes_
     deadline = time.monotonic() + 20
     while not (tmp_path / FILE).exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert json.loads((tmp_path / FILE).read_text())["process"] == other.process.pid
+    written = (tmp_path / FILE).read_text()
+    assert json.loads(written)["process"] == other.process.pid
+    (tmp_path / FILE).write_text("")  # damage says nothing of another owner
+    time.sleep(0.3)
+    (tmp_path / FILE).write_text(written)
     as_of_another_machine(tmp_path / FILE)
     code, output = other.end(20)
     assert code == ExitCode.CONFIG_ERROR
