@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--config", required=True, help="YAML file, see docs/configuration.md")
     parser.add_argument("--processes", type=int, help="start so many on this machine, such as one a GPU")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.processes is not None:

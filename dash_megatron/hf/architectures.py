@@ -43,6 +43,21 @@ _CARRIED = {
     "num_local_experts",
 }
 _CARRIED_OF = {"minicpm": {"scale_emb", "scale_depth", "dim_model_base"}}
+_CARRIED_OF_EXPORTS = {
+    "alpha",
+    "chunk_size",
+    "estimate_diagonal",
+    "full_attention_layers",
+    "layer_scaling_factors",
+    "learned_scaling",
+    "length_scaling",
+    "local_chunks",
+    "pool_heads",
+    "qk_norm",
+    "query_pool",
+    "scaling_factor",
+    "sigma",
+}
 # what no logit depends on
 _INERT = {
     "_name_or_path",
@@ -113,9 +128,10 @@ def check_architecture(tree: dict[str, Any]) -> None:
         )
     _check_values(tree)
     known_keys = _CARRIED | _CARRIED_OF.get(kind, set()) | _INERT | _FIXED.keys()
+    if "chunk_size" in tree and code.endswith(_CODE[0]):
+        known_keys |= _CARRIED_OF_EXPORTS
     unknown = [f"{key}={value}" for key, value in tree.items() if value is not None and key not in known_keys]
-    # an export has keys of its own, which came from a run
-    if unknown and not ("chunk_size" in tree and code.endswith(_CODE[0])):
+    if unknown:
         raise ValueError(
             f"config.json has {', '.join(unknown)}, of which training does not know what it changes in {kind}; where that is "
             "nothing, remove it from config.json"

@@ -309,6 +309,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "has scale_emb=12, scale_depth=1.4, dim",
     ),
     "quantized": ({"quantization_config": {"bits": 4}}, "has quantization_config="),
+    "a key of a later export": (
+        {"chunk_size": 16, "scaling_factor": 1.0, "sigma": 2.0, "estimate_diagonal": True, "chunk_bias": 0.5},
+        "has chunk_bias=0.5, of which",
+    ),
     "code of its own": (
         {"auto_map": {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}},
         "auto_map names modeling_x.XForCausalLM",

@@ -50,7 +50,16 @@ def start(tree: dict[str, Any], folder: Path, *arguments: str) -> subprocess.Pop
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), "--config", str(path), "--processes", "2", *arguments],
+        [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "training.seed=7",
+            "--config",
+            str(path),
+            "--processes",
+            "2",
+            *arguments,
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -60,7 +69,7 @@ def start(tree: dict[str, Any], folder: Path, *arguments: str) -> subprocess.Pop
 
 
 def test_ctrl_c_saves_and_ends_with_a_sentence(tiny_config: dict[str, Any], tmp_path: Path) -> None:
-    process = start({**tiny_config, "training": {**tiny_config["training"], "steps": 500}}, tmp_path)
+    process = start(tiny_config, tmp_path, "training.steps=500")  # overrides stand before and behind options
     assert process.stdout is not None
     output = ""
     while not output.rpartition("\n")[0].rpartition("\n")[2].startswith("step "):
