@@ -86,7 +86,8 @@ def tell_unread(inputs: Sequence[str | os.PathLike[str]], text_key: str = "text"
         unread: dict[str, list[Path]] = {}
         for file in _files_of(path) if path.is_dir() else ():
             if file.name not in _ABOUT_DATA and not _is_input(file, text_key):
-                unread.setdefault("".join(file.suffixes[-2:]) or "no suffix", []).append(file)
+                suffix = "".join(file.suffixes[-2:]) or "no suffix"
+                unread.setdefault(suffix if file.is_file() else "links to no file", []).append(file)
         if unread:
             count = sum(map(len, unread.values()))
             each = ", ".join(f"{len(files)} {suffix} ({files[0]})" for suffix, files in unread.items())
@@ -99,18 +100,18 @@ def tell_unread(inputs: Sequence[str | os.PathLike[str]], text_key: str = "text"
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """A folder's files, sorted by path, without hidden ones and Python's compiled ones."""
+    """A folder's files, sorted by path, without hidden ones and Python's compiled ones; and its links to folders or to nothing."""
     return [
         file
         for file in sorted(folder.rglob("*"))
-        if file.is_file()
+        if (file.is_file() or file.is_symlink())
         and not any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(folder).parts)
     ]
 
 
 def _is_input(file: Path, text_key: str) -> bool:
     kind = kind_of(file.name)
-    if kind is None or file.name in _ABOUT_DATA:
+    if kind is None or file.name in _ABOUT_DATA or not file.is_file():
         return False
     if kind != ("json", ""):
         return True

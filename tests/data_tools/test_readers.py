@@ -144,6 +144,8 @@ def test_what_a_folder_holds_and_is_not_read_is_counted_and_named(tmp_path, caps
     for name in ("a.txt", "b.csv", "in/c.csv", "d.tar.gz", ".git/e.csv", "manifest.json", "noext"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
+    (tmp_path / "lost.txt").symlink_to(tmp_path / "moved.txt")
+    (tmp_path / "more").symlink_to(tmp_path / "in")
     (tmp_path / "package.json").write_text('{"name": "no text"}')
     (tmp_path / "records.json").write_text('[{"text": "one"}]')
     assert [path.removeprefix(f"{tmp_path}/") for path in find_inputs([tmp_path])] == [
@@ -152,8 +154,8 @@ def test_what_a_folder_holds_and_is_not_read_is_counted_and_named(tmp_path, caps
     ]
     tell_unread([tmp_path, tmp_path / "a.txt"])
     assert capsys.readouterr().err == (
-        f"{tmp_path}: 5 files are not read: 2 .csv ({tmp_path}/b.csv), 1 .tar.gz ({tmp_path}/d.tar.gz), "
-        f"1 no suffix ({tmp_path}/noext), 1 .json ({tmp_path}/package.json)\n"
+        f"{tmp_path}: 7 files are not read: 2 .csv ({tmp_path}/b.csv), 1 .tar.gz ({tmp_path}/d.tar.gz), "
+        f"2 links to no file ({tmp_path}/lost.txt), 1 no suffix ({tmp_path}/noext), 1 .json ({tmp_path}/package.json)\n"
     )
 
 
