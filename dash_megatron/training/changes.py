@@ -11,11 +11,15 @@ from dash_megatron.training.schedule import learning_rate
 _ORDER = "goes on at its sample number in another order: some samples are read twice, others never"
 _LAYOUT = "none but rounding"
 _NEXT = "holds from the next step on"
+_OTHERWISE = "weights were trained with the former; checkpoint.check_loss=false says that it is meant"
 # of a key, or of all others of a section
 _EFFECTS = {
     "run_dir": "the folder was moved or copied",
+    "model": _OTHERWISE,
     "model.init_std": "none: weights are loaded",
-    "attention": "goes on with weights that were trained with the former",
+    "attention": _OTHERWISE,
+    "attention.target_density": _NEXT,
+    "attention.density_budget": _NEXT,
     "attention.backend": _LAYOUT,
     "data": _NEXT,
     "data.tokenizer": "must be the one that made the data",

@@ -122,13 +122,16 @@ def test_every_setting_that_differs_on_a_resume_is_in_one_table(
         ["training.seed", "1234", "5"],
         ["training.init_from", "null", "elsewhere"],
     ]
-    assert rows[1][3] == "goes on with weights that were trained with the former"
+    assert (
+        rows[1][3]
+        == "weights were trained with the former; checkpoint.check_loss=false says that it is meant"
+    )
     assert rows[5][3] == "not read: the run goes on from its own checkpoint"
     assert table[6].startswith("learning rate: 0.001 in step 2, 0.001 in step 3")
     assert log.count("settings differ") == 1
 
 
-def test_a_finished_wsd_run_that_goes_on_says_that_it_returns_to_the_peak() -> None:
+def test_settings_that_differ_are_told_with_what_that_does_and_a_decay_that_is_undone() -> None:
     tree = {
         "run_dir": "unused",
         "model": {"layers": 2, "hidden_size": 8, "heads": 2, "kv_heads": 1, "ffn_hidden_size": 16},
@@ -145,6 +148,12 @@ def test_a_finished_wsd_run_that_goes_on_says_that_it_returns_to_the_peak() -> N
         in told
     )
     assert "undone" not in str(describe_changes(tree, longer, step=6))
+    for section, value, effect in (
+        ("attention", {"target_density": 0.5}, "holds from the next step on"),
+        ("model", {"rope_theta": 5e5}, "checkpoint.check_loss=false says that it is meant"),
+    ):
+        other = config_from_dict(run_of(tree, Path("unused"), **{section: value}))
+        assert str(describe_changes(tree, other, step=1)).endswith(effect)
     assert describe_changes(tree, config_from_dict(tree), step=10) is None
 
 
