@@ -35,7 +35,7 @@ def llama_config(config: Config, vocab_size: int, dtype: torch.dtype, end_token:
         "layer_scaling_factors": [attention.layer_scaling_factor(layer) for layer in range(model.layers)],
         "full_attention_layers": [layer for layer in range(model.layers) if is_full(attention, layer)],
     }
-    return LlamaConfig(
+    found = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         dtype=dtype,
         vocab_size=vocab_size,
@@ -56,6 +56,9 @@ def llama_config(config: Config, vocab_size: int, dtype: torch.dtype, end_token:
         pad_token_id=end_token,
         **ours,
     )
+    # again beside `rope_parameters`: where a rope_scaling is added by hand, transformers reads the base here
+    found.rope_theta = model.rope_theta
+    return found
 
 
 def _scaling_tree(model: ModelConfig) -> dict[str, Any]:

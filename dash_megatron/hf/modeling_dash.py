@@ -23,6 +23,10 @@ from transformers import DynamicCache, GenerationMixin, LlamaConfig, PreTrainedM
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.llama.modeling_llama import LlamaMLP, apply_rotary_pos_emb
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 # Caches of releases before it count their columns otherwise, and a model would go on from the wrong ones.
 LEAST_TRANSFORMERS = (5, 5)
@@ -357,20 +361,6 @@ class DashRMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class DashMLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., hidden_size] -> the same shape."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 @functools.cache
 def _kernels() -> Callable[..., Tensor | None] | None:
     """The package's attention to a prompt or a cache, where it can be imported."""
@@ -422,32 +412,50 @@ class DashSelfAttention(nn.Module):
         """"auto": the package's kernels on CUDA; "torch": this file alone; else the package's backend of that name."""
         self.keep_selection = False
         self.selection: Tensor | None = None
-        """Chunks that each query of the last forward pass attended to, bool [B, H, T, c], if `keep_selection`."""
+        """Chunks that each query of the last forward pass attended to, bool [B, H, T, c], if `keep_selection`; None where
+        rows had several documents."""
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, latest_start: int, cache: Cache | None
-    ) -> Tensor:
-        """x [B, T, hidden_size]; cos and sin [B, T, D]; start: column of each row's first token, int64 [B]."""
+        self, x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, latest_start: int, cache: Cache | None,
+        documents: list[int] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x [B, T, hidden_size]; cos and sin [B, T, D]; start: column of each row's first token, int64 [B]; documents as
+        from `_documents`."""
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (_rotate(each, cos[:, None], sin[:, None]) for each in (q, k))
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        if documents is None:
+            out = self._attend(q, k, v, start, latest_start, cache)
+        else:
+            # one row after the other, cut into documents
+            cut = (y.transpose(0, 1).flatten(1, 2)[None].split(documents, dim=2) for y in (q, k, v))
+            parts = [
+                self._attend(part_q, part_k, part_v, start.new_zeros(1), 0, None)
+                for part_q, part_k, part_v in zip(*cut, strict=True)
+            ]
+            out = torch.cat(parts, dim=2)[0].unflatten(1, x.shape[:2]).transpose(0, 1)
+            self.selection = None
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, latest_start: int, cache: Cache | None
+    ) -> Tensor:
+        """All [B, heads, T, D], the new columns, which a cache is given."""
         layer: Any = None if cache is None else dash_layer(cache, self.index)
         out = self._attend_with_kernels(q, k, v, start, latest_start, cache)
         if out is not None:
-            return self.o_proj(out.transpose(1, 2).flatten(2))
+            return out
         if cache is not None:
             if hasattr(layer, "as_plain"):
                 layer = cache.layers[self.index] = layer.as_plain(start)
             k, v = cache.update(k, v, self.index)
         if self.is_full:
-            out = self._attend_fully(q, k, v, start, latest_start)
-        else:
-            out = self._attend_by_chunks(q, k, v, start, latest_start, layer)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+            return self._attend_fully(q, k, v, start, latest_start)
+        return self._attend_by_chunks(q, k, v, start, latest_start, layer)
 
     def _attend_with_kernels(
         self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, latest_start: int, cache: Cache | None
@@ -517,18 +525,13 @@ class DashSelfAttention(nn.Module):
         return out.flatten(1, 2).to(q.dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
-
-
 class DashDecoderLayer(nn.Module):
     """Attention and feed-forward layer, each behind a norm and beside the residual stream."""
 
     def __init__(self, config: LlamaConfig, index: int) -> None:
         super().__init__()
         self.self_attn = DashSelfAttention(config, index)
-        self.mlp = DashMLP(config)
+        self.mlp = LlamaMLP(config)
         self.input_layernorm = DashRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = DashRMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -536,6 +539,10 @@ class DashDecoderLayer(nn.Module):
         """x [B, T, hidden_size]; `places` as in `DashSelfAttention.forward`."""
         x = x + self.self_attn(self.input_layernorm(x), *places)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# pipeline("text-generation") would print an error and a list of all models that are named here
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["dash"] = "DashForCausalLM"
 
 
 class DashPreTrainedModel(PreTrainedModel):
@@ -546,6 +553,7 @@ class DashPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["DashDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
+    _can_record_outputs = {"hidden_states": DashDecoderLayer}  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -591,6 +599,7 @@ class DashModel(DashPreTrainedModel):
         cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
         return cos.to(dtype), sin.to(dtype)
 
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -599,30 +608,90 @@ class DashModel(DashPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        **ignored: Any,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the last norm, [B, T, hidden_size].
 
         Args:
             input_ids: int64 [B, T]; or `inputs_embeds` [B, T, hidden_size].
             attention_mask: [B, S], 0 for padding, which stands before or after a row's tokens.
-            position_ids: [B, T]; None counts from each row's first token.
+            position_ids: [B, T]; None counts from each row's first token. Where they do not go on by one, another document
+                begins, which sees nothing of those before it; no cache is made then.
             past_key_values: dynamic or static cache of the S - T columns before.
+            kwargs: `output_hidden_states` and `return_dict` as in transformers; others have no effect.
+
+        Raises:
+            ValueError: arguments that contradict each other, or ask for what this model does not compute.
         """
+        self._check_arguments(input_ids, inputs_embeds, position_ids, kwargs)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
         cache = past_key_values
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache()
         past = int(cache.get_seq_length()) if cache is not None else 0
         start, latest_start = _row_starts(attention_mask, cache, x)
+        documents = None
         if position_ids is None:
             column_T = torch.arange(past, past + x.shape[1], device=x.device)
             position_ids = (column_T - start[:, None]).clamp_min(0)
-        cos, sin = self.rotary(position_ids.expand(x.shape[0], -1), x.dtype)
+        else:
+            position_ids = position_ids.expand(x.shape[0], -1)
+            documents = _documents(position_ids, attention_mask, start - past)
+        if documents is not None:
+            if use_cache or past_key_values is not None:
+                raise ValueError(
+                    "position_ids begin several documents in one row, which a cache cannot hold; pass use_cache=False and no "
+                    "past_key_values, or one document a row"
+                )
+            cache = None
+        cos, sin = self.rotary(position_ids, x.dtype)
         for layer in self.layers:
-            x = layer(x, cos, sin, start, latest_start, cache)
+            x = layer(x, cos, sin, start, latest_start, cache, documents)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache)
+
+    def _check_arguments(
+        self,
+        input_ids: Tensor | None,
+        embeds: Tensor | None,
+        position_ids: Tensor | None,
+        others: dict[str, Any],
+    ) -> None:
+        given = [each for each in (input_ids, embeds) if each is not None]
+        if len(given) != 1:
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if given[0].shape[1] == 0:
+            raise ValueError(
+                f"the input has no tokens; an empty prompt begins with the token that documents begin with, input_ids="
+                f"[[{self.config.bos_token_id}]]"
+            )
+        if others.get("output_attentions", getattr(self.config, "output_attentions", False)):
+            raise ValueError("output_attentions must be False: no layer makes a matrix of attention weights")
+        if position_ids is None and not {"cu_seq_lens_q", "seq_idx"}.isdisjoint(others):
+            raise ValueError(
+                "documents packed into one row are told apart by position_ids that begin again at each; pass them too"
+            )
+
+
+def _documents(position_ids: Tensor, mask: Tensor | None, start: Tensor) -> list[int] | None:
+    """Columns of each document, row after row, where some row's positions do not go on by one; None if all do.
+
+    Args:
+        position_ids: [B, T].
+        mask: [B, S], 0 for padding; it belongs to a document, or is one.
+        start: column of each row's first token, int64 [B].
+    """
+    T = position_ids.shape[1]
+    if T == 1:
+        return None
+    column_T = torch.arange(T, device=start.device)
+    begins_BT = (position_ids.diff(dim=1) != 1) & (column_T[1:] > start[:, None])
+    if mask is not None:
+        begins_BT &= mask[:, 1 - T :].bool()
+    if not bool(begins_BT.any()):
+        return None
+    begins_BT = F.pad(begins_BT, (1, 0), value=True) | (column_T == start[:, None])
+    edges = F.pad(begins_BT.flatten(), (0, 1), value=True).nonzero()[:, 0]
+    return edges.diff().tolist()
 
 
 def _row_starts(mask: Tensor | None, cache: Cache | None, x: Tensor) -> tuple[Tensor, int]:
@@ -678,6 +747,7 @@ class DashForCausalLM(DashPreTrainedModel, GenerationMixin):
         # generate would compile for a static cache, but shapes follow the columns filled
         return False
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -687,18 +757,30 @@ class DashForCausalLM(DashPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, vocab_size], of the last `logits_to_keep` columns unless that is 0; with labels also the loss.
+        """Logits [B, T, vocab_size], or of some columns; with labels also the loss.
+
+        Args:
+            logits_to_keep: how many of the last columns, 0 for all; or which, int64 [columns].
 
         Other arguments as in `DashModel.forward`.
         """
-        outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache
-        )
-        logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
+        places = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        outputs = self.model(*places, return_dict=True, **kwargs)
+        kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
+        if isinstance(kept, Tensor) and kept.ndim != 1:
+            raise ValueError(
+                f"logits_to_keep of shape {list(kept.shape)} must be a number or have one dimension: the columns"
+            )
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )

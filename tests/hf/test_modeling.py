@@ -1,18 +1,23 @@
 """The model file that travels with the weights: it computes what training computed, and generates with a cache."""
 
+import json
+import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, pipeline
 
 from dash_megatron.hf.export import export_run
+from dash_megatron.hf.importing import import_folder
 from dash_megatron.hf.modeling_dash import entmax
 from dash_megatron.ops import entmax as our_entmax
-from tests.hf.conftest import MODELS, training_logits
+from tests.hf.conftest import MODELS, YARN, training_logits
 
 # float64, sums in another order. In float32 a chunk at the very edge of the support, in or out, moves the mean log prior
 # of its token by much more than rounding.
@@ -193,3 +198,136 @@ def test_its_entmax_is_ours(alpha: float) -> None:
     z[:, 20:].masked_fill_(z[:, 20:] > 0, -torch.inf)
     z[0] = -torch.inf
     torch.testing.assert_close(entmax(z, alpha), our_entmax(z, alpha), atol=1e-12, rtol=0)
+
+
+PACKED = torch.tensor([[70, 2, 128], [33, 150, 17]])
+"""Tokens of the documents in each of two rows of 200."""
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", ["dash", "mixed"])
+@torch.no_grad()
+def test_documents_in_one_row_are_computed_as_if_each_stood_alone(
+    name: str, backend: str, exported: Callable[..., Any], tokens: Tensor
+) -> None:
+    model, *_ = exported(name)
+    for layer in model.model.layers:
+        layer.self_attn.backend = backend
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in PACKED])
+    found = model(tokens, position_ids=positions)
+    alone = [
+        model(part[None]).logits[0]
+        for row, lengths in zip(tokens, PACKED, strict=True)
+        for part in row.split(lengths.tolist())
+    ]
+    torch.testing.assert_close(found.logits.flatten(0, 1), torch.cat(alone), atol=TOLERANCE, rtol=0)
+    assert found.past_key_values is None
+    # the same behind and before padding, whose positions mean nothing
+    padded, places = (F.pad(x, (5, 7), value=3) for x in (tokens, positions))
+    mask = F.pad(torch.ones_like(tokens), (5, 7))
+    logits = model(padded, position_ids=places, attention_mask=mask).logits[:, 5:205]
+    torch.testing.assert_close(logits, found.logits, atol=TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
+def test_positions_of_padding_begin_no_document(exported: Callable[..., Any], tokens: Tensor) -> None:
+    model, *_ = exported("dash")
+    mask = torch.ones_like(tokens)
+    mask[1, :21] = mask[0, 190:] = 0
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)  # as `generate` has them
+    found = model(tokens, attention_mask=mask, position_ids=positions)
+    expected = model(tokens, attention_mask=mask).logits
+    torch.testing.assert_close(found.logits[mask == 1], expected[mask == 1], atol=0, rtol=0)
+    assert found.past_key_values.get_seq_length() == 200
+
+
+def test_documents_in_one_row_have_no_cache_and_are_told_by_positions(
+    exported: Callable[..., Any], tokens: Tensor
+) -> None:
+    model, *_ = exported("dash")
+    positions = torch.arange(100).repeat(2)[None]
+    for options in ({"use_cache": True}, {"past_key_values": DynamicCache(), "use_cache": False}):
+        with pytest.raises(ValueError, match="several documents in one row, which a cache cannot hold"):
+            model(tokens, position_ids=positions, **options)
+    with pytest.raises(ValueError, match="several documents in one row, which a cache cannot hold"):
+        model.generate(tokens, position_ids=positions.expand(2, -1), max_new_tokens=2)
+    with pytest.raises(ValueError, match="told apart by position_ids that begin again"):
+        model(tokens, cu_seq_lens_q=torch.tensor([0, 100, 200]))
+
+
+@torch.no_grad()
+def test_logits_of_the_last_columns_or_of_those_named(exported: Callable[..., Any], tokens: Tensor) -> None:
+    model, *_ = exported("dash")
+    expected = model(tokens).logits
+    for kept, columns in ((3, [197, 198, 199]), (torch.tensor([5, 0, 199]), [5, 0, 199])):
+        logits = model(tokens, logits_to_keep=kept).logits
+        torch.testing.assert_close(logits, expected[:, columns], atol=TOLERANCE, rtol=0)
+    with pytest.raises(ValueError, match=r"logits_to_keep of shape \[2, 1\] must be a number or have one"):
+        model(tokens, logits_to_keep=torch.tensor([[1], [2]]))
+
+
+@torch.no_grad()
+def test_hidden_states_are_those_between_the_layers_and_an_output_may_be_a_tuple(
+    exported: Callable[..., Any], tokens: Tensor
+) -> None:
+    model, *_ = exported("dash")
+    inner, outer = (each(tokens, output_hidden_states=True) for each in (model.model, model))
+    first, second, last = outer.hidden_states
+    assert torch.equal(first, model.get_input_embeddings()(tokens))
+    assert torch.equal(model.model.norm(model.model.layers[1](second, *_places(model, tokens))), last)
+    assert torch.equal(inner.last_hidden_state, last)
+    assert model(tokens).hidden_states is None
+    logits, cache = model(tokens, return_dict=False)
+    assert torch.equal(logits, outer.logits)
+    assert cache.get_seq_length() == 200
+    options = {"max_new_tokens": 2, "output_hidden_states": True, "return_dict_in_generate": True}
+    prompt, token = model.generate(tokens, **options).hidden_states
+    assert [states[2].shape[1] for states in (prompt, token)] == [200, 1]
+    with pytest.raises(ValueError, match="output_attentions must be False: no layer makes"):
+        model(tokens, output_attentions=True)
+
+
+def _places(model: Any, tokens: Tensor) -> tuple[Any, ...]:
+    cos, sin = model.model.rotary(torch.arange(tokens.shape[1])[None], torch.float64)
+    return cos, sin, torch.zeros(len(tokens), dtype=torch.int64), 0, None, None
+
+
+def test_an_input_of_no_tokens_or_of_two_kinds_is_an_error(exported: Callable[..., Any]) -> None:
+    model, *_ = exported("dash")
+    empty = torch.zeros(1, 0, dtype=torch.int64)
+    end = model.config.eos_token_id
+    for run in (model, partial(model.generate, max_new_tokens=2)):
+        with pytest.raises(ValueError, match=rf"the input has no tokens; .*input_ids=\[\[{end}\]\]"):
+            run(empty)
+    assert model.generate(max_new_tokens=2)[0, 0] == end
+    for arguments in ({}, {"input_ids": empty, "inputs_embeds": torch.zeros(1, 3, 64)}):
+        with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+            model(**arguments)
+
+
+def test_a_pipeline_continues_a_text_and_has_nothing_to_say(
+    write_run: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, _ = write_run("dash")
+    export_run(config.run_dir, tmp_path / "hf", dtype="float32")
+    logger = logging.getLogger("transformers")  # which keeps its messages to itself
+    logger.addHandler(caplog.handler)
+    try:
+        write = pipeline("text-generation", str(tmp_path / "hf"), trust_remote_code=True)
+        texts = write(["def value", ""], max_new_tokens=3)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert type(write.model).__name__ == "DashForCausalLM"
+    assert texts[0][0]["generated_text"].startswith("def value")
+    assert "not supported" not in caplog.text
+
+
+def test_a_scaling_added_by_hand_keeps_the_base(write_run: Callable[..., Any], tmp_path: Path) -> None:
+    config, _ = write_run("dash", model={"rope_theta": 5e5})
+    export_run(config.run_dir, tmp_path / "hf", dtype="float32")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_scaling": YARN}))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    assert model.config.rope_parameters == {**YARN, "rope_theta": 5e5}
+    with pytest.raises(ValueError, match=r"rope_parameters=.* and rope_scaling=.*yarn.* disagree"):
+        import_folder(tmp_path / "hf", tmp_path / "start")
