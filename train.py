@@ -124,6 +124,9 @@ def let_rank_0_tell() -> None:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # until the trainer notes it, Ctrl-C has nothing to save and ends without a stack
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         status = main()
     except Exception:

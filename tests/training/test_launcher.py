@@ -84,6 +84,22 @@ def test_ctrl_c_saves_and_ends_with_a_sentence(tiny_config: dict[str, Any], tmp_
     assert len(list(saved.glob("state_*.safetensors"))) == 2
 
 
+def test_ctrl_c_before_there_is_anything_to_save_says_nothing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.yaml")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), "--config", str(tmp_path / "config.yaml")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    with open(tmp_path / "config.yaml", "w"):  # which the process has begun to read
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (-signal.SIGINT, "")
+
+
 def test_an_error_that_all_have_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:
     late = "rank == 0 and time.sleep(0.3)"  # rank 0 tells it all the same, and the others do not
     assert (
