@@ -102,7 +102,10 @@ def _check_shapes(stored: StoredState, engine: TrainingState, config: Config) ->
         before = stored.whole_shape(name) if name in stored.shapes else None
         if shapes.get(name) == before:
             continue
-        told = f"{name} has shape {shapes.get(name)} in this run and {before} in {stored.folder}"
+        here, there = (
+            f"has shape {shape}" if shape else "is missing" for shape in (shapes.get(name), before)
+        )
+        told = f"{name} {here} in this run and {there} in {stored.folder}"
         attention = config_of_stored_run(stored.facts["config"]).attention
         changed = _differences("attention", attention, config.attention)
         if changed:

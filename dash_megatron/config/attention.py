@@ -40,7 +40,7 @@ class AttentionConfig(Section):
     `scaling_factor`, until its router selects that share. A list has one target for each layer. A schedule, such as
     `{0: 1.0, 2000: 0.25}`, gives targets by step, with straight lines between them. Every query head of a group selects at
     least one past chunk, and all heads of the group attend to what any of them selects: a target near
-    (1 + local_chunks + heads / kv_heads) chunks a token leaves the router no choice."""
+    (1 + local_chunks + heads / kv_heads) chunks a token leaves the router no choice; with `pool_heads` the last term is 1."""
     density_budget: Literal["layer", "model"] = "layer"
     """Whose density `target_density` holds. With `layer` every layer selects its target. With `model` the mean over layers is
     held: the scaling factors of all layers move in proportion, and layers may share the budget as they train, most of all
@@ -143,7 +143,15 @@ class AttentionConfig(Section):
         """
         # of a budget that layers share, the mean is held
         share = fmean if self.density_budget == "model" else min
-        asked = min((share(targets) for targets in self._targets()), default=None)
+        routing = [
+            [
+                target
+                for layer, target in enumerate(targets)
+                if len(targets) == 1 or layer not in self.full_layers
+            ]
+            for targets in self._targets()
+        ]
+        asked = min((share(targets) for targets in routing if targets), default=None)
         if asked is None or not self.local_chunks:
             return
         chunks = math.ceil(seq_length / self.chunk_size)

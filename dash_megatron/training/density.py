@@ -64,8 +64,8 @@ class DensityController:
             if any([self._move(layer, move) for layer in layers]):
                 logger.warning(
                     "step %d: the density of %s is %.1f%%, and no scaling factor brings it to attention.target_density=%g: "
-                    "attention.local_chunks are always on, each query head selects one more, and documents may be short; ask "
-                    "for more",
+                    "attention.local_chunks are always on, each query head (with attention.pool_heads each group) selects one "
+                    "more, and documents may be short; ask for more",
                     step,
                     name,
                     100 * mean,

@@ -200,6 +200,9 @@ def test_a_density_below_what_is_always_on_is_an_error_that_says_what_fits(path:
     # layers that share a budget may divide it otherwise
     shared = ["attention.density_budget=model", f"attention.target_density=[0.01, 1.0, 1.0, {always}]"]
     assert load_config(path, [*known, *shared]).attention.density_budget == "model"
+    # a layer that does not route has no target to reach
+    full = ["attention.full_layers=[1]", f"attention.target_density=[{always}, 0.01, 1.0, 1.0]"]
+    assert load_config(path, [*known, *full]).attention.full_layers == (1,)
     # without local chunks, no target that was accepted before is refused
     assert load_config(path, ["attention.target_density=0.01"]).attention.target_density == 0.01
 

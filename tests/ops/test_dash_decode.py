@@ -295,7 +295,7 @@ def test_the_ops_pass_torchs_own_checks():
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
         decode.decode,
-        (q, *tensors, cache.page_table, q + 1, None, C, 1.0, 2.0, True, 1.5, 0.0, 1, 16),
+        (q, *tensors, cache.page_table, q + 1, None, C, 1.0, 2.0, True, 1.5, 0.0, 1, 16, True),
         test_utils=utils,
     )
     cache.lengths.zero_()

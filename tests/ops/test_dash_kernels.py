@@ -380,7 +380,7 @@ def test_the_op_passes_torchs_own_checks(bounded, learned, monkeypatch):
         monkeypatch.setattr(geometry, "MAX_BOUNDED_BYTES", 0)
     leaves, _ = _inputs(40)
     scaling = torch.tensor([1.0, 2.0], device=DEVICE, requires_grad=True) if learned else None
-    options = (0.5, 1, 16) if learned else (0.0, 0, 1)
+    options = (0.5, 1, 16, True) if learned else (0.0, 0, 1, False)
     arguments = (*leaves, scaling, None, 16, 3.0, 2.0, True, 1.5, *options, True)
     torch.library.opcheck(
         dash._forward, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")

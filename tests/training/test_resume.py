@@ -166,7 +166,7 @@ def test_settings_that_differ_are_told_with_what_that_does_and_a_decay_that_is_u
         ),
         (
             {"attention": {"kind": "full"}},
-            r"attention.kind=full differs from dash, whose weights it cannot use: ",
+            r"attention.kind=full differs from dash, whose weights it cannot use: \S+ is missing in this run and has shape",
         ),
         (
             {"attention": {"full_layers": [0]}},
