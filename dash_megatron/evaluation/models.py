@@ -214,6 +214,17 @@ def describe_source(
 ) -> Source:
     """Say what can be said of a run or an exported folder at once; arguments and errors as in `open_model`."""
     folder = Path(source)
+    if _is_export(folder, step, rope_scaling):
+        longest = json.loads((folder / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
+        return Source(folder, None, _tokenizer_of(folder), int(longest), [])
+    config, step = stored_config(folder, step)
+    _with_rope(config, rope_scaling)
+    tokenizer = Tokenizer(str(config.data.tokenizer))
+    return Source(folder, step, tokenizer, config.data.seq_length, blend_prefixes(config.data.valid))
+
+
+def _is_export(folder: Path, step: int | None, rope_scaling: RopeScaling | None) -> bool:
+    """Whether a folder is an exported model, and no run; arguments and errors as in `open_model`."""
     if (folder / "config.json").is_file():
         if step is not None:
             raise ValueError(f"--step {step} is for runs, and {folder} is an exported model; leave it out")
@@ -222,18 +233,14 @@ def describe_source(
                 f"--rope-scaling is for runs, and {folder} is an exported model; leave it out, and set rope_parameters "
                 "in its config.json"
             )
-        longest = json.loads((folder / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
-        return Source(folder, None, _tokenizer_of(folder), int(longest), [])
+        return True
     if not folder.is_dir():
         raise FileNotFoundError(f"{told(folder)} does not exist; give a run's folder or an exported model")
     if not checkpoint_folder(folder).is_dir():
         raise FileNotFoundError(
             f"{folder} must be a run (with checkpoints/) or an exported model (with config.json)"
         )
-    config, step = stored_config(folder, step)
-    _with_rope(config, rope_scaling)
-    tokenizer = Tokenizer(str(config.data.tokenizer))
-    return Source(folder, step, tokenizer, config.data.seq_length, blend_prefixes(config.data.valid))
+    return False
 
 
 def _tokenizer_of(folder: Path) -> Tokenizer:
@@ -266,8 +273,8 @@ def open_model(
         FileNotFoundError: the folder is neither, or has no such checkpoint.
         ValueError: the checkpoint is damaged, or `step` or `rope_scaling` was given for an export.
     """
-    folder = describe_source(source, step, rope_scaling).folder
-    if (folder / "config.json").is_file():
+    folder = Path(source)
+    if _is_export(folder, step, rope_scaling):
         yield ExportedModel(folder)
         return
     config, step, weights = load_weights(folder, step)

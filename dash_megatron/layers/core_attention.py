@@ -176,8 +176,8 @@ class DashCoreAttention(CoreAttention):
     """DashAttention (arXiv 2605.18753) as Megatron core attention.
 
     Owns the summary query, [kv heads of this rank, D], zero at initialisation, so that a chunk's summary starts as
-    its mean key; with `attention.learned_scaling` also the logarithm of a factor on routing scores over that number, [kv heads of
-    this rank], zero too. Both are marked as sharded by kv head over the tensor-parallel group.
+    its mean key; with `attention.learned_scaling` also the logarithm of a factor on routing scores over that
+    number, [kv heads of this rank], zero too. Both are marked as sharded by kv head over the tensor-parallel group.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:

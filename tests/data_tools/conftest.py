@@ -39,6 +39,14 @@ def tokenizer_path(tmp_path_factory, texts) -> Path:
     return folder / "tokenizer.model"
 
 
+@pytest.fixture(
+    params=["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz", "a.parquet", "a.arrow", "folder"]
+)
+def input_name(request) -> str:
+    """A name for `write_input`, one of each kind."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def write_input():
     """A function that writes texts to a file of the kind its name tells, or as text files into a folder."""

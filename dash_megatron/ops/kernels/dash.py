@@ -194,11 +194,12 @@ def _backward(
         routing_q, summary, tau, router_dq, d_prior, lists, chunks, sizes, router, launches.router, deterministic, factor,
         head_scaling is not None,
     )  # fmt: skip
-    if position is not None:
+    if routing_q is not rows_q:
         router_dq = router.over_groups(router_dq, k.shape[2])
-        dq = pool_rows(router_dq, position, router.query_pool, transposed=True, base=dq)
-    elif router.pool_heads:
-        dq = dq + router.over_groups(router_dq, k.shape[2])
+        if position is None:
+            dq = dq + router_dq
+        else:
+            dq = pool_rows(router_dq, position, router.query_pool, transposed=True, base=dq)
     if deterministic and (routing_q is not rows_q or router.local_chunks):
         # the pass to keys and values knows one kind of queries only, and not which chunks are local
         d_summary = sum_d_summary(
