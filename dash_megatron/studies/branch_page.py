@@ -8,8 +8,13 @@ from typing import Any
 
 from dash_megatron.studies.branch_tables import NOTE, as_markdown, sentences, tables
 from dash_megatron.studies.branches import Compared
-from dash_megatron.studies.page import figure_html, page_html, results_table, table_html
-from dash_megatron.studies.plan import assumptions, cells, headings
+from dash_megatron.studies.page import (
+    figure_html,
+    page_html,
+    plan_and_source_html,
+    results_table,
+    table_html,
+)
 from dash_megatron.studies.runs import expand
 from dash_megatron.studies.study_file import Study
 
@@ -47,12 +52,7 @@ def render_branches_page(
     parts += [
         "<h2>Runs</h2>",
         table_html("Each run that has logged a step; FLOPs at the measured density.", *results_table(rows)),
-        table_html(
-            "What was planned, at the assumed density.", headings(), [cells(run, study) for run in runs]
-        ),
-        *[f"<p>{escape(line[0].upper() + line[1:])}.</p>" for line in assumptions(study, runs)],
-        "<h2>The study</h2>",
-        f"<pre>{escape(Path(source).read_text(encoding='utf-8'))}</pre>",
+        *plan_and_source_html(study, source, runs),
     ]
     return page_html(title, parts)
 

@@ -11,7 +11,7 @@ from typing import Any
 from dash_megatron.studies.collect import compared, dense_twins
 from dash_megatron.studies.fit import render_fits
 from dash_megatron.studies.plan import assumptions, cells, headings, human
-from dash_megatron.studies.runs import expand
+from dash_megatron.studies.runs import StudyRun, expand
 from dash_megatron.studies.study_file import Study
 
 _STYLE = """
@@ -57,6 +57,14 @@ def render_page(
         "<h2>Fits</h2>",
         f"<pre>{escape(chr(10).join(render_fits(fits)))}</pre>",
         "<h2>Plan</h2>",
+        *plan_and_source_html(study, source, runs),
+    ]
+    return page_html(title, parts)
+
+
+def plan_and_source_html(study: Study, source: str | Path, runs: Sequence[StudyRun]) -> list[str]:
+    """What was planned and assumed of a study's runs, and its YAML file as it stands."""
+    return [
         table_html(
             "What was planned, at the assumed density.", headings(), [cells(run, study) for run in runs]
         ),
@@ -64,7 +72,6 @@ def render_page(
         "<h2>The study</h2>",
         f"<pre>{escape(Path(source).read_text(encoding='utf-8'))}</pre>",
     ]
-    return page_html(title, parts)
 
 
 def page_html(title: str, parts: Sequence[str]) -> str:
