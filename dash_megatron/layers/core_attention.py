@@ -27,12 +27,12 @@ from dash_megatron.config import AttentionConfig
 from dash_megatron.ops.attention import attention_and_routing
 from dash_megatron.ops.reference import wide
 from dash_megatron.ops.types import Router, Routing
+from dash_megatron.parallel.context.attention import sharded_dash_attention
 from dash_megatron.parallel.context.communication import (
     ContextGroup,
     heads_for_rows,
     rows_for_heads,
 )
-from dash_megatron.parallel.context.exchange import sharded_dash_attention
 from dash_megatron.parallel.context.layout import ChunkLayout, ContextShard
 
 

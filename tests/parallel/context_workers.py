@@ -13,12 +13,12 @@ from dash_megatron.config import ParallelConfig
 from dash_megatron.ops import dash_attention
 from dash_megatron.ops.types import Router
 from dash_megatron.parallel import destroy_process_groups, init_process_groups, read_launch
+from dash_megatron.parallel.context.attention import sharded_dash_attention
 from dash_megatron.parallel.context.communication import (
     ContextGroup,
     heads_for_rows,
     rows_for_heads,
 )
-from dash_megatron.parallel.context.exchange import sharded_dash_attention
 from dash_megatron.parallel.context.layout import shard_sequence
 
 CHUNK = 16

@@ -1,0 +1,144 @@
+"""Context-parallel DashAttention: attention of one rank's rows of a sequence that several ranks share.
+
+`sharded_dash_attention` is what a layer calls. All ranks summarize their chunks, gather all summaries (1 / chunk_size of the
+keys) and route their own queries, whose means may need some of other ranks (`query_halo.py`). A `ContextExchange`
+(`exchange.py`) then attends. `_ShardedDash.forward` reads like these sentences.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dash_megatron.ops.sharded import stages
+from dash_megatron.ops.shards import Attended, OutputGradient, Routed, RoutedQueries
+from dash_megatron.ops.types import Router
+from dash_megatron.parallel.context.communication import ContextGroup, Pending, move_rows
+from dash_megatron.parallel.context.exchange import EXCHANGES, ContextExchange
+from dash_megatron.parallel.context.layout import ChunkLayout
+from dash_megatron.parallel.context.query_halo import routing_queries
+
+
+class _ShardedDash(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        pooled_q: Tensor | None,
+        k: Tensor,
+        v: Tensor,
+        w: Tensor,
+        head_scaling: Tensor | None,
+        router: Router,
+        exchange: ContextExchange,
+    ) -> tuple[Tensor, Tensor]:
+        stages, layout, group = exchange.stages, exchange.layout, exchange.group
+        with group.counting("forward"):
+            pending = _send_summaries(
+                stages.summarize(k, w, layout.queries, router.chunk_size), layout, group
+            )
+            # after the summaries, which the router waits for
+            exchange.start(k, v)
+            summary = _all_summaries(pending, layout)
+            routing_q = q if pooled_q is None else pooled_q
+            routed = stages.route(routing_q, summary, layout.queries, router, head_scaling)
+            attended = exchange.attend(RoutedQueries(q, layout.queries, router, routed, pooled_q), k, v)
+        out = attended.out.to(q.dtype)
+        # nothing of size stays on ctx itself, where activation checkpointing would not find it
+        saved = q, pooled_q, k, v, w, head_scaling, out, attended.lse, summary
+        ctx.save_for_backward(*saved, routed.selected, *routed.state)
+        ctx.router, ctx.exchange = router, exchange
+        ctx.mark_non_differentiable(routed.selected)
+        return out, routed.selected
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        q, pooled_q, k, v, w, head_scaling, out, lse, summary, selected, *state = ctx.saved_tensors
+        exchange: ContextExchange = ctx.exchange
+        router: Router = ctx.router
+        stages, layout, group = exchange.stages, exchange.layout, exchange.group
+        queries = RoutedQueries(q, layout.queries, router, Routed(selected, tuple(state)), pooled_q)
+        with group.counting("backward"):
+            d_prior = stages.new_d_prior(queries.routed)
+            gradient = OutputGradient(d_out.contiguous(), Attended(out, lse), d_prior)
+            attended = exchange.attend_backward(gradient, queries, k, v)
+            routed = stages.route_backward(d_prior, queries, summary, head_scaling)
+            d_own = _return_summaries(routed.summary, layout, group)
+            dk, dw = stages.summarize_backward(d_own, k, w, layout.queries, router.chunk_size)
+        dq = attended.q + routed.q if pooled_q is None else attended.q
+        d_pooled = None if pooled_q is None else routed.q.to(q.dtype)
+        gradients = dq, attended.k + dk, attended.v, dw
+        dq, dk, dv, dw = (g.to(x.dtype) for g, x in zip(gradients, (q, k, v, w), strict=True))
+        d_scaling = None if routed.head_scaling is None else routed.head_scaling.to(head_scaling.dtype)
+        return dq, d_pooled, dk, dv, dw, d_scaling, None, None
+
+
+def sharded_dash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    router: Router,
+    layout: ChunkLayout,
+    group: ContextGroup,
+    *,
+    exchange: str,
+    backend: str = "auto",
+    head_scaling: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """DashAttention of this rank's rows of a packed sequence, differentiable; collective.
+
+    Args:
+        q: [N / P, Hq, D], in the order of `ContextShard.token`.
+        k, v: [N / P, Hkv, D].
+        w: summary query [Hkv, D]; its gradient is this rank's part.
+        router: its scaling factor is a number.
+        layout: where the chunks of the sequence lie.
+        group: the ranks that share the sequence.
+        exchange: "all_gather", "p2p" or "sparse".
+        backend: as in `dash_attention`.
+        head_scaling: multiplies the router's scaling factor, for each key/value head [Hkv]; its gradient is this rank's
+            part.
+
+    Returns:
+        Output [N / P, Hq, D] in q's dtype, and the number of chunks selected, the own one included, int32 [n, Hkv], of
+        the n aligned rows.
+    """
+    aligned = layout.alignment
+    if aligned is not None:
+        q, k, v = (move_rows(x, aligned.there, aligned.back, group) for x in (q, k, v))
+    keys = EXCHANGES[exchange](stages(backend, q), layout, group)
+    pooled_q = None
+    if router.query_pool > 1:
+        assert layout.halo is not None, "the layout is of this router"
+        pooled_q = routing_queries(q, router.query_pool, layout.halo, group, backend)
+    rows = q, pooled_q, k.contiguous(), v.contiguous()
+    out, selected = _ShardedDash.apply(*rows, w, head_scaling, router, keys)
+    if aligned is not None:
+        out = move_rows(out, aligned.back, aligned.there, group)
+    return out, selected
+
+
+def _send_summaries(summary: Tensor, layout: ChunkLayout, group: ContextGroup) -> Pending:
+    """Begin to gather this rank's summaries [Hkv, own chunks, D] with everybody's."""
+    H, c, D = summary.shape
+    padded = summary.new_zeros(H, layout.places.max_chunks, D)
+    padded[:, :c] = summary
+    return group.all_gather(padded)
+
+
+def _all_summaries(pending: Pending, layout: ChunkLayout) -> Tensor:
+    """Summaries of all chunks [Hkv, chunks, D]."""
+    places = layout.places
+    return pending.wait()[places.owner, :, places.local].transpose(0, 1).contiguous()
+
+
+def _return_summaries(d_summary: Tensor, layout: ChunkLayout, group: ContextGroup) -> Tensor:
+    """Sum over ranks of the gradient [Hkv, chunks, D] of the summaries that this rank made."""
+    places = layout.places
+    H, _, D = d_summary.shape
+    shares = d_summary.new_zeros(group.size, H, places.max_chunks, D)
+    shares[places.owner, :, places.local] = d_summary.transpose(0, 1)
+    return group.sum_shares(shares)[:, : len(layout.queries.start)]
