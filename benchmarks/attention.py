@@ -94,7 +94,7 @@ def attend_to_given(case: Case, qkv: list[Tensor]) -> Tensor:
     """Attention of q, k, v to each token's own chunk and to those the trained model of a case selected."""
     q, k, v = (x.transpose(1, 2) for x in qkv)
     token_N = torch.arange(case.tokens, device=DEVICE)
-    seen_HNc = given_chunks(case).to(DEVICE).clone()
+    seen_HNc = given_chunks(case, DEVICE).clone()
     seen_HNc[:, token_N, token_N // case.chunk_size] = True
     seen_HNN = seen_HNc.repeat_interleave(case.chunk_size, 2) & (token_N <= token_N[:, None])
     mask = seen_HNN.repeat_interleave(case.heads // case.kv_heads, 0)
@@ -309,7 +309,11 @@ def parse() -> argparse.Namespace:
         "--routing",
         metavar="HOW",
         help="which chunks queries select: `independent` (each its own topic), `runs:N` (N queries share one), `unstructured` (no "
-        "topics), `trained` (cases of benchmarks/choices: the middle layers, of the last router and with --more all); default: as the case says",
+        "topics), `trained` (cases of benchmarks/choices: the middle layers, of the last router and with --more all), "
+        "`trained:MODEL:LAYER` (the usual cases with choices like this layer's and its chunk size); default: as the case says",
+    )
+    parser.add_argument(
+        "--tokens", type=int, help="of each row; choices of trained routers are made where files are shorter"
     )
     parser.add_argument(
         "--batch", type=int, default=1, help="rows of each case's tokens in one batch; default: 1"
@@ -321,10 +325,18 @@ def parse() -> argparse.Namespace:
         parser.error(
             "there is no GPU; set TRITON_INTERPRET=1 and add --tiny to run the kernels in Triton's interpreter"
         )
-    if options.routing and not re.fullmatch(
-        r"independent|unstructured|trained|runs:[1-9]\d*", options.routing
-    ):
-        parser.error(f"--routing {options.routing} must be independent, runs:N, unstructured or trained")
+    options.cases = pick_cases(options, parser)
+    return options
+
+
+def pick_cases(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Case]:
+    """The cases that the options ask for."""
+    like = {f"trained:{case.model}:{case.layer}" for case in trained_cases(TRAINED)}
+    usual = r"independent|unstructured|trained|runs:[1-9]\d*"
+    if options.routing and not re.fullmatch(usual, options.routing) and options.routing not in like:
+        parser.error(
+            f"--routing {options.routing} must be independent, runs:N, unstructured or trained, or one of {sorted(like)}"
+        )
     if options.routing == "trained":
         by_name = {case.name: case for case in trained_cases(TRAINED_TINY if options.tiny else TRAINED)}
         tiny = [by_name["d11, layer 2"]]
@@ -336,15 +348,20 @@ def parse() -> argparse.Namespace:
     unknown = set(options.cases or []) - set(by_name)
     if unknown:
         parser.error(f"--cases {sorted(unknown)} must be among {list(by_name)}")
-    options.cases = [by_name[name] for name in options.cases] if options.cases else default
+    cases = [by_name[name] for name in options.cases] if options.cases else default
     if options.routing not in (None, "trained"):
-        options.cases = [with_routing(case, options.routing) for case in options.cases]
-    if options.batch < 1:
-        parser.error(f"--batch {options.batch} must be at least 1")
+        cases = [with_routing(case, options.routing) for case in cases]
+    for name, value in (("batch", options.batch), ("tokens", options.tokens)):
+        if value is not None and value < 1:
+            parser.error(f"--{name} {value} must be at least 1")
+    if options.tokens:
+        cases = [
+            replace(case, name=f"{case.name}, {options.tokens} tokens", tokens=options.tokens)
+            for case in cases
+        ]
     if options.batch > 1:
-        named = [replace(case, name=f"{options.batch} x {case.name}") for case in options.cases]
-        options.cases = [replace(case, batch=options.batch) for case in named]
-    return options
+        cases = [replace(case, name=f"{options.batch} x {case.name}", batch=options.batch) for case in cases]
+    return cases
 
 
 def main() -> None:

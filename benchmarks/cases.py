@@ -57,19 +57,27 @@ TRAINED = Case("", 16384, heads=8, head_dim=64)
 TRAINED_TINY = replace(TRAINED, tokens=256, heads=2, head_dim=16)
 
 
+def chunk_size_of(model: str) -> int:
+    """Tokens of a chunk of a model in `benchmarks/choices`, by its name."""
+    return 32 if "_c32" in model else 64
+
+
 def trained_cases(like: Case) -> list[Case]:
     """A case for each model and layer of `benchmarks/choices`."""
     cases = []
     for model in model_names():
-        topics, size = 4 if model.startswith("d25") else 10, 32 if "_c32" in model else 64
+        topics, size = 4 if model.startswith("d25") else 10, chunk_size_of(model)
         own = replace(like, topics=topics, chunk_size=size, model=model)
         cases += [replace(own, name=f"{model}, layer {layer}", layer=layer) for layer in layers_of(model)]
     return cases
 
 
 def with_routing(case: Case, routing: str) -> Case:
-    """A case whose queries select as told: `independent`, `runs:N` or `unstructured`."""
+    """A case whose queries select as told: `independent`, `runs:N`, `unstructured` or `trained:MODEL:LAYER`."""
     name = f"{case.name}, {routing}"
+    if routing.startswith("trained:"):
+        _, model, layer = routing.split(":")
+        return replace(case, name=name, model=model, layer=int(layer), chunk_size=chunk_size_of(model))
     if routing == "unstructured":
         return replace(case, name=name, structured=False, scaling_factor=6.0)
     return replace(case, name=name, run=1 if routing == "independent" else int(routing.removeprefix("runs:")))

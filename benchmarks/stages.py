@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.choices import load_selected
 from benchmarks.inputs import Inputs
+from benchmarks.persistence import make_selected
 from dash_megatron.ops.kernels import configs, geometry
 from dash_megatron.ops.kernels.attend import attend_forward
 from dash_megatron.ops.kernels.backward_kv import backward_kv
@@ -36,7 +37,7 @@ class Case:
     model: str = ""
     """Name of a trained model in `benchmarks/choices`: its chunks take the place of those the router selects.
 
-    A case shorter than its document is the document's end.
+    A case shorter than its document is the document's end; one that is longer, or has other heads, has made choices like them.
     """
     layer: int = 0
     """The layer of that model."""
@@ -57,23 +58,22 @@ def make_inputs(case: Case, tokens: int, device: torch.device, seed: int = 0) ->
     return [x.requires_grad_() for x in leaves], inputs.noise(B, tokens, case.heads, D)
 
 
-def given_chunks(case: Case) -> Tensor:
-    """Past chunks that the trained model of a case selected, bool [key/value heads, tokens, chunks].
+def given_chunks(case: Case, device: torch.device | str = "cpu") -> Tensor:
+    """Past chunks that the trained model of a case selected, bool [key/value heads, tokens, chunks] on the device.
+
+    Where the case has more tokens or other heads than the model's file, made ones that persist alike (`make_selected`).
 
     Raises:
-        ValueError: the case has other key/value heads or chunks than the model, a part of a chunk, or too many tokens.
+        ValueError: the case has other chunks than the model, or a part of a chunk.
     """
     selected_HNc = load_selected(case.model, case.layer)
     heads, tokens, chunks = selected_HNc.shape
-    if (case.kv_heads, case.chunk_size) != (heads, tokens // chunks):
-        raise ValueError(
-            f"{case.model} has {heads} key/value heads and chunks of {tokens // chunks}, not those of {case}"
-        )
-    if case.tokens % case.chunk_size or case.tokens > tokens:
-        raise ValueError(
-            f"{case.tokens} tokens must be whole chunks of {case.chunk_size}, and at most {tokens}"
-        )
-    return selected_HNc[:, tokens - case.tokens :, chunks - case.tokens // case.chunk_size :]
+    size = tokens // chunks
+    if case.chunk_size != size or case.tokens % size:
+        raise ValueError(f"{case.model} has chunks of {size}, of which {case} must have a whole number")
+    if case.kv_heads != heads or case.tokens > tokens:
+        return make_selected(case.model, case.layer, case.kv_heads, case.tokens, size, device)
+    return selected_HNc[:, tokens - case.tokens :, chunks - case.tokens // size :].to(device)
 
 
 def as_routing(
@@ -125,7 +125,7 @@ class Stages:
         self.deterministic = deterministic
         self.given = None
         if case.model:
-            self.given = as_routing(given_chunks(case).to(device), self.sizes, case.batch)
+            self.given = as_routing(given_chunks(case, device), self.sizes, case.batch)
 
     def layout(self) -> None:
         self.chunks, self.offsets = geometry.chunk_layout(self.sizes, self.batch, None, self.q.device)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.choices import load_selected
+from benchmarks.persistence import make_selected
 from dash_megatron.config import ParallelConfig, config_from_dict
 from tests.conftest import NO_GPU
 
@@ -26,7 +27,7 @@ STAGES = [
     "backward_keys",
 ]
 COVERED_ELSEWHERE = {"generate": "tests/hf/test_generate_benchmark.py", "dialing": "part of generate"}
-PARTS = {"cases", "choices", "inputs", "stages", "timing"}
+PARTS = {"cases", "choices", "inputs", "persistence", "stages", "timing"}
 
 
 def _run(*command: str, interpreted: bool = True) -> str:
@@ -82,6 +83,18 @@ def test_queries_of_a_case_select_as_told(tmp_path: Path) -> None:
     assert row["case"]["name"] == "64 tokens, 10 topics, runs:2"
     with pytest.raises(AssertionError, match="runs:0 must be independent, runs:N, unstructured or trained"):
         _run("benchmarks/attention.py", *case, "--routing", "runs:0")
+
+
+def test_choices_like_a_trained_routers_are_made_for_any_case(tmp_path: Path) -> None:
+    measured = tmp_path / "attention.json"
+    case = ["--tiny", "--cases", "64 tokens, 2 topics", "--tokens", "192"]
+    _run("benchmarks/attention.py", *case, "--routing", "trained:d25:2", "--json", str(measured))
+    (row,) = json.loads(measured.read_text())["results"]
+    assert row["case"]["name"] == "64 tokens, 2 topics, trained:d25:2, 192 tokens"
+    made = make_selected("d25", 2, heads=1, tokens=192, chunk_size=64, device="cpu")
+    assert row["pairs"]["selected"] == made.sum() + 192
+    with pytest.raises(AssertionError, match=r"trained:d25:1 must be independent, .* 'trained:d25:2'"):
+        _run("benchmarks/attention.py", *case, "--routing", "trained:d25:1")
 
 
 def test_decode_times_caches_of_both_layouts(tmp_path: Path) -> None:

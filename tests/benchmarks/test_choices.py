@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import choices
+from benchmarks.persistence import Persistence, fit_persistence, make_selected
 
 LIMIT = 2_000_000
 TABLE = (choices.FOLDER / "README.md").read_text()
@@ -79,3 +80,40 @@ def test_trained_choices_are_of_the_past_and_as_the_table_says(model: str) -> No
         visited = choices.visited_over_selected(selected_HNc, (8, 32))
         measured = f"{choices.past_density(selected_HNc):.3f}", f"{visited[8]:.2f}", f"{visited[32]:.2f}"
         assert list(measured) == figures
+
+
+@pytest.mark.parametrize("model", choices.model_names())
+def test_made_choices_have_the_density_and_the_union_curve_of_those_they_are_like(model: str) -> None:
+    for layer in choices.layers_of(model):
+        found_HNc = choices.load_selected(model, layer)
+        heads, tokens, chunks = found_HNc.shape
+        made_HNc = make_selected(model, layer, heads, tokens, tokens // chunks, "cpu")
+        assert made_HNc.shape == found_HNc.shape
+        assert not made_HNc[:, torch.arange(chunks) >= _own_chunk(made_HNc)].any()
+        assert choices.past_density(made_HNc) == pytest.approx(choices.past_density(found_HNc), rel=0.04)
+        found, made = (choices.visited_over_selected(x) for x in (found_HNc, made_HNc))
+        for tile in choices.TILES:
+            assert made[tile] == pytest.approx(found[tile], rel=0.04), (layer, tile)
+
+
+def test_made_choices_of_more_tokens_and_heads_persist_alike() -> None:
+    like, made_HNc = fit_persistence("d11_w2m16", 2), make_selected("d11_w2m16", 2, 3, 32768, 64, "cpu")
+    own_N1 = _own_chunk(made_HNc)
+    local_Nc = (torch.arange(512) < own_N1) & (torch.arange(512) >= own_N1 - 2)
+    assert made_HNc[:, local_Nc].all()
+    routed_HNc = made_HNc & ~local_Nc
+    assert choices.past_density(routed_HNc) == pytest.approx(like.density, rel=0.04)
+    expected = like.union_curve()
+    for curve in (choices.visited_over_selected(head_Nc[None]) for head_Nc in routed_HNc):
+        assert list(curve.values()) == pytest.approx(expected, rel=0.02)
+
+
+def test_a_union_curve_is_that_of_all_ways_to_select() -> None:
+    like = Persistence(density=0.4, steady=0.5, redrawn=0.3, flicker=0.6)
+    share, again = like.flickering_set, 0.3 * 0.6
+    # two tokens, by whether the steady chunk and the set are drawn anew between them
+    steady_none = 0.8 * (0.7 * 1 + 0.3 * 0.8)
+    flicker_none = share * ((1 - again) * 0.4**2 + again * 0.4 * (1 - share * 0.6)) + (1 - share) * (
+        1 - again + again * (1 - share * 0.6)
+    )
+    assert like.union_curve((1, 2)) == pytest.approx([1.0, (1 - steady_none * flicker_none) / 0.4])
