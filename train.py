@@ -36,6 +36,8 @@ def main() -> int:
             check_processes(arguments.processes)
             command = [sys.executable, os.path.abspath(__file__), "--config", arguments.config]
             return launch([*command, *arguments.overrides], arguments.processes)
+        if not rank():
+            print("loading torch, Megatron-core and DeepSpeed", flush=True)
         # imported late, so that a wrong config is told at once and before any process group exists
         from dash_megatron.checkpoint.folder import CheckpointError
         from dash_megatron.parallel import destroy_process_groups

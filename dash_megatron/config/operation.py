@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dash_megatron.config.section import Section
 
@@ -27,8 +27,12 @@ class CheckpointConfig(Section):
     run ends with an error."""
 
 
+MOST_PROFILED = 20
+"""Steps in one trace: viewers do not open what is much longer."""
+
+
 class LoggingConfig(Section):
-    """Console, `metrics.jsonl` and TensorBoard."""
+    """Console, `metrics.jsonl`, TensorBoard and traces."""
 
     every: int = Field(default=10, gt=0)
     """Steps between logged lines."""
@@ -37,6 +41,35 @@ class LoggingConfig(Section):
     routing_every: int = Field(default=0, ge=0)
     """Steps between measurements of how each layer and kv head routes, written to `<run_dir>/routing.jsonl` and TensorBoard;
     0 = never. They cover rank 0's heads and its first micro-batch."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step to record with torch's profiler, such as `[5, 6]`, counted from 1: each process writes a Chrome
+    trace and, on a GPU, a memory snapshot to `<run_dir>/profile`; null records nothing. docs/profiling.md says how to read
+    them."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LoggingConfig:
+        if self.profile_steps is None:
+            return self
+        first, last = self.profile_steps
+        if not 1 <= first <= last < first + MOST_PROFILED:
+            raise ValueError(
+                f"logging.profile_steps={list(self.profile_steps)} must be the first and the last of at most "
+                f"{MOST_PROFILED} steps, counted from 1, such as [5, 6]"
+            )
+        return self
+
+    def check_steps(self, steps: int) -> None:
+        """Refuse to record steps that a run does not have.
+
+        Raises:
+            ValueError: naming field, value, rule and remedy.
+        """
+        if self.profile_steps is not None and self.profile_steps[1] > steps:
+            last = self.profile_steps[1] - self.profile_steps[0]
+            raise ValueError(
+                f"logging.profile_steps={list(self.profile_steps)} must end by training.steps={steps}; try "
+                f"{[max(1, steps - last), steps]}"
+            )
 
 
 class FaultsConfig(Section):

@@ -44,6 +44,7 @@ class Config(Section):
         self.attention.check_layers(self.model.layers)
         self.attention.check_density(seq_length)
         self.schedule.check_steps(steps)
+        self.logging.check_steps(steps)
         self._check_learned_factors()
         self.data.check_curriculum(steps, 1 if self.attention.kind == "full" else self.attention.chunk_size)
         self.evaluation.check_data(self.data.valid, seq_length)

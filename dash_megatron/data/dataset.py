@@ -250,7 +250,7 @@ def _one_pass(
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     try:
         if not folder.is_dir() and (not distributed or torch.distributed.get_rank() == 0):
-            _build_aside(build, folder)
+            _build_aside(build, folder, prefix)
     finally:
         if distributed:
             # in `finally`, so that an error on rank 0 does not leave the others waiting
@@ -265,7 +265,8 @@ def _one_pass(
     return build(str(folder))
 
 
-def _build_aside(build: Any, folder: Path) -> None:
+def _build_aside(build: Any, folder: Path, prefix: str) -> None:
+    logger.info("ordering the rows of %s, once: later starts read the order from %s", prefix, folder)
     temporary = folder.parent / f".building-{folder.name}-{socket.gethostname()}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

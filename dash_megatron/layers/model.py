@@ -33,6 +33,7 @@ from dash_megatron.layers.core_attention import (
 from dash_megatron.layers.norm import RMSNorm
 from dash_megatron.layers.rotary import PackedRotaryEmbedding, attention_factor
 from dash_megatron.layers.sharding import mark_splits, shard, split_of, whole_shape
+from dash_megatron.ops.backend import keep_triton_cache
 from dash_megatron.parallel.context.layout import ContextShard
 
 CORE_ATTENTION: dict[str, type[CoreAttention]] = {
@@ -247,6 +248,8 @@ def build_model(config: Config, vocab_size: int, device: torch.device | str = "c
     Raises:
         RuntimeError: Megatron's process groups do not exist yet; see `dash_megatron.parallel`.
     """
+    if torch.device(device).type == "cuda":
+        keep_triton_cache()
     with torch.device(device):
         model = DashGPTModel(
             config=_transformer_config(config, torch.device(device)),

@@ -20,6 +20,17 @@ def _import_triton_kernels() -> None:
     import dash_megatron.ops.kernels.dash  # noqa: F401
 
 
+def keep_triton_cache() -> str:
+    """Fix the folder in which Triton keeps compiled kernels for the next process; gives its path.
+
+    The first kernel that torch.compile loads would otherwise send all later ones to a folder of its own under `/tmp`, so
+    that where a kernel is found would depend on what ran before it.
+    """
+    from triton import knobs
+
+    return os.environ.setdefault("TRITON_CACHE_DIR", knobs.cache.dir)
+
+
 def pick_backend(backend: str, q: Tensor, chunk_size: int | None = None) -> str:
     """Name of a backend that can run.
 

@@ -36,6 +36,7 @@ _EFFECTS = {
     "training.recompute": _LAYOUT,
     "training.precision": _NEXT,
     "training.seed": _ORDER,
+    "logging.profile_steps": "none",
     "training.init_from": "not read: the run goes on from its own checkpoint",
 }
 _MOVES_THE_RATE = ("training.steps", "optimizer.lr", "schedule.")

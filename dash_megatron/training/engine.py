@@ -13,11 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
 
 import deepspeed
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import nvtx, safe_get_full_fp32_param, safe_get_full_grad
 
@@ -83,6 +85,7 @@ class Engine:
         """The model itself, whose weights may be sharded."""
         return self._engine.module
 
+    @record_function("backward")
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss` to the step's gradient.
 
@@ -92,6 +95,7 @@ class Engine:
         """
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
+    @record_function("update")
     def step(self) -> None:
         """Count a micro-batch; on the last one of a step clip gradients, update weights and clear gradients."""
         if self._optimizer_is_plain and self._engine.is_gradient_accumulation_boundary():
@@ -208,6 +212,10 @@ class _GuardedAdamW(torch.optim.AdamW):
         return None
 
 
+# DeepSpeed knows torch's AdamW by its very class, and would warn of an untested optimizer at every start
+ZERO_SUPPORTED_OPTIMIZERS.append(_GuardedAdamW)
+
+
 def _is_sharded(parameter: torch.nn.Parameter) -> bool:
     """Whether ZeRO shards the parameter (stage 3) or links it to a shard of the optimizer (stages 1 and 2)."""
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
@@ -248,6 +256,5 @@ def _deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         # bf16 sums of many micro-batches lose what is small; ZeRO 0 knows one type only
         "data_types": {"grad_accum_dtype": "fp32" if stage or not bf16 else "bf16"},
         "zero_optimization": {"stage": stage, **config.zero.options},
-        "zero_allow_untested_optimizer": True,  # it knows AdamW by its very class, not by those derived from it
         "steps_per_print": 2**31,
     }

@@ -160,11 +160,15 @@ class Meter:
         """Count a step since the last `lap`."""
         self._steps += 1
 
+    def seconds_since_lap(self) -> float:
+        """Seconds that training has taken since the last lap or the start."""
+        return time.perf_counter() - self._start
+
     def lap(self) -> None:
         """Set `seconds_per_step` to the mean over the steps since the last lap, and begin a new lap."""
-        now = time.perf_counter()
-        self.seconds_per_step = (now - self._start) / max(1, self._steps)
-        self._start, self._steps = now, 0
+        seconds = self.seconds_since_lap()
+        self.seconds_per_step = seconds / max(1, self._steps)
+        self._start, self._steps = self._start + seconds, 0
 
     def measure(
         self, result: StepResult, valid: Validation, *, alarms: int, slowest: tuple[int, float]

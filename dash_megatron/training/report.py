@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from dash_megatron.config import Config
 from dash_megatron.config.flops import parameter_count
 from dash_megatron.data.blend import unigram_entropy
 from dash_megatron.layers import DashCoreAttention
+from dash_megatron.ops.backend import keep_triton_cache
 from dash_megatron.training.health import BusyTime, CollapseAlarm
 from dash_megatron.training.meter import Meter, StepResult
 from dash_megatron.training.metrics import MetricsWriter, console_line, read_metrics
@@ -40,6 +42,7 @@ class Reporter:
         self.routing = RoutingProbe(config.logging.routing_every if self.is_main else 0, layers)
         self.meter = Meter(config, vocab_size, dist.get_world_size(), device)
         self.writer: MetricsWriter | None = None
+        self._waits = False
 
     def start(self, step: int, commit: str) -> None:
         """Write the resolved config, say what is about to run, and start the clock.
@@ -52,6 +55,9 @@ class Reporter:
             write_config(self.config, commit)
             self.open(step)
             print(introduction(self.config, self.vocab_size, step, self.device), flush=True)
+            self._waits = self.device.type == "cuda"
+            if self._waits:
+                print(f"first step: compiling the kernels that are not in {keep_triton_cache()}", flush=True)
         self.meter.start()
 
     def open(self, step: int) -> None:
@@ -69,12 +75,15 @@ class Reporter:
     @contextlib.contextmanager
     def watching_forward(self, step: int, micro_batch: int) -> Iterator[None]:
         """Time the forward pass within, and measure its routers where that is due."""
-        with self.busy.computing(), self.routing.watching(step, micro_batch):
+        with record_function("forward"), self.busy.computing(), self.routing.watching(step, micro_batch):
             yield
 
     def count_step(self, result: StepResult) -> None:
         """Count a finished step in times and alarms; the device must have finished it."""
         self.meter.count_step()
+        if self._waits:
+            self._waits = False
+            print(f"first step done after {self.meter.seconds_since_lap():.1f} s", flush=True)
         self.busy.end_of_step()
         if self.config.attention.kind == "dash":  # no other router is learned
             self.collapse.update(result.step, result.totals.densities, result.totals.chunks_selected)

@@ -34,6 +34,7 @@ from dash_megatron.training.report import Reporter
 from dash_megatron.training.schedule import learning_rate
 from dash_megatron.training.sources import training_source
 from dash_megatron.training.stop import Halted, StopSignals, agree
+from dash_megatron.training.trace import StepTracer
 from dash_megatron.training.validation import Validation, Validator
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class Trainer:
         self.guard = Guard(config.faults, config.training.global_batch)
         self.watchdog = Watchdog(hang_minutes)
         self.reporter = Reporter(config, self.vocab_size, routers, self.device)
+        self.tracer = StepTracer(config.logging.profile_steps, config.run_dir, dist.get_rank(), self.device)
 
     def run(self) -> ExitCode:
         """Train from the newest checkpoint, or from scratch, to the last step, or until a signal asks to stop.
@@ -119,13 +121,15 @@ class Trainer:
         """Take steps until the last one, or until a signal on any process; see `run`."""
         while self.step < self.config.training.steps and not self.stopping:
             self.watchdog.beat()
-            result = self.train_step()
+            with self.tracer.step(self.step + 1):
+                result = self.train_step()
             if self.rolled_back:
                 continue
             self.reporter.log(result, self.maybe_validate())
             self.watchdog.beat()
             self.maybe_save()
         self.watchdog.stop()
+        self.tracer.close()
         self.reporter.finish(self.step)
         if self.owner is not None:
             self.owner.release()

@@ -127,6 +127,10 @@ def test_a_wrong_setting_names_field_value_and_rule(override: str, message: str,
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["logging.profile_steps=[0, 1]"], "[0, 1] must be the first and the last of at most 20 steps"),
+        (["logging.profile_steps=[3, 2]"], "[3, 2] must be the first and the last of at most 20 steps"),
+        (["logging.profile_steps=[1, 21]"], "such as [5, 6]"),
+        (["training.steps=8", "logging.profile_steps=[9, 11]"], "must end by training.steps=8; try [6, 8]"),
         (["parallel.tensor=4"], "model.kv_heads=2 must be a multiple of parallel.tensor=4"),
         (
             ["parallel.tensor=2", "model.ffn_hidden_size=97"],

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dash_megatron.ops import backend, dash_attention
-from dash_megatron.ops.backend import pick_backend
+from dash_megatron.ops.backend import keep_triton_cache, pick_backend
 
 
 def _fail_to_import():
@@ -135,3 +135,13 @@ def test_every_wrong_argument_is_a_value_error_that_names_it_and_a_remedy(name, 
 def test_a_misspelt_argument_fails():
     with pytest.raises(TypeError, match="chunksize"):
         dash_attention(_Q, _KV, _KV, _W, chunksize=64)
+
+
+def test_the_folder_of_compiled_kernels_is_tritons_own_and_stays(monkeypatch):
+    knobs = pytest.importorskip("triton.knobs")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    home = knobs.cache.dir
+    monkeypatch.setenv("TRITON_CACHE_DIR", "elsewhere")  # so that the test's end undoes what follows
+    assert keep_triton_cache() == "elsewhere"
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    assert keep_triton_cache() == home == knobs.cache.dir

@@ -86,7 +86,8 @@ def test_a_job_trains_over_both_nodes_to_its_end(study: Study, whole: list[dict[
     run = study.folder / "runs" / "whole"
     assert len(list(run.glob("logs/*.0/rank_0000[01].log"))) == 2
     assert len(list(run.glob("slurm/*.sbatch"))) == len(list(run.glob("slurm/*.yaml"))) == 1
-    assert (study.folder / "scratch" / f"triton-{os.getuid()}").is_dir()
+    for cache in ("triton", "inductor"):
+        assert (study.folder / "scratch" / f"{cache}-{os.getuid()}").is_dir()
 
 
 def test_a_config_error_at_run_time_fails_once_and_says_why(study: Study, jobs: dict[str, str]) -> None:

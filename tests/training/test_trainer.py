@@ -69,6 +69,11 @@ def test_train_alone_leaves_config_metrics_tensorboard_checkpoint(
     assert (run / "config.yaml").read_text().startswith("# commit: ")
     assert load_config(run / "config.yaml").training.steps == 3
     assert re.search(r"validation loss \d\.\d+, unigram entropy of the corpus \d\.\d+", result.stdout)
+    # what the start waits for, and nothing that would alarm its reader
+    assert result.stdout.startswith("loading torch, Megatron-core and DeepSpeed\n")
+    assert "ordering the rows of" in result.stderr
+    assert "WARNING" not in result.stderr
+    assert "untested" not in result.stdout + result.stderr
 
 
 def test_training_on_cpu_compiles_nothing(config_file: str, tmp_path: Path) -> None:
