@@ -73,8 +73,9 @@ class TrainingConfig(Section):
     init_from: str | None = None
     """Weights that a new run starts from: another run's folder, whose newest checkpoint is loaded, or a folder that
     `python -m dash_megatron convert from-hf` wrote; null draws random weights. A run that resumes does not read it."""
-    recompute: Literal["none", "attention", "full"] = "none"
-    """What backward recomputes instead of keeping: nothing, core attention, or whole layers."""
+    recompute: Literal["none", "selective", "attention", "full"] = "none"
+    """What backward recomputes instead of keeping: nothing; norm, first matrix product and activation of each feed-forward
+    part (`selective`); core attention; or whole layers."""
 
 
 def micro_batches(global_batch: int, micro_batch: int, data_parallel_size: int) -> int:

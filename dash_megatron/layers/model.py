@@ -31,6 +31,7 @@ from dash_megatron.layers.core_attention import (
     RoutingMeans,
 )
 from dash_megatron.layers.norm import RMSNorm
+from dash_megatron.layers.recompute import RecomputedTransformerLayer, SelectiveTransformerLayer
 from dash_megatron.layers.rotary import PackedRotaryEmbedding, attention_factor
 from dash_megatron.layers.sharding import mark_splits, shard, split_of, whole_shape
 from dash_megatron.ops.backend import keep_triton_cache
@@ -42,6 +43,8 @@ CORE_ATTENTION: dict[str, type[CoreAttention]] = {
     "infllmv2": InfLLMv2CoreAttention,
     "nsa": NSACoreAttention,
 }
+# of `training.recompute`; others are Megatron's own
+LAYER = {"full": RecomputedTransformerLayer, "selective": SelectiveTransformerLayer}
 # Most logits alive at once, in elements (1 GiB in float32): longer sequences are scored piece by piece.
 MAX_LOGITS = 2**28
 
@@ -163,18 +166,6 @@ def scoring(model: torch.nn.Module, vocab_size: int) -> Iterator[None]:
         scorer.scored_vocab_size = None
 
 
-class RecomputedTransformerLayer(TransformerLayer):
-    """A transformer layer whose backward runs its forward again instead of keeping activations."""
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
-        """As `TransformerLayer.forward`."""
-        if not (self.training and torch.is_grad_enabled()):
-            return super().forward(hidden_states, **kwargs)
-        # re-entrant, because ZeRO-3 regathers parameters by module hooks that only a full re-run triggers
-        run = functools.partial(super().forward, **kwargs)
-        return checkpoint(run, hidden_states, use_reentrant=True, preserve_rng_state=False)
-
-
 def _transformer_config(config: Config, device: torch.device) -> TransformerConfig:
     model = config.model
     transformer = TransformerConfig(
@@ -232,7 +223,7 @@ def _block_spec(config: Config) -> TransformerBlockSubmodules:
             context_comm=config.parallel.context_comm,
             recompute=config.training.recompute == "attention",
         )
-        layer = RecomputedTransformerLayer if config.training.recompute == "full" else TransformerLayer
+        layer = LAYER.get(config.training.recompute, TransformerLayer)
         layers.append(ModuleSpec(module=layer, params=spec.params, submodules=spec.submodules))
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=layer_norm)
 

@@ -9,7 +9,7 @@ from dash_megatron.config import Config, config_from_dict
 from dash_megatron.config.flops import peak_flops
 from dash_megatron.planning.traffic import ContextComm
 
-Recompute = Literal["none", "attention", "full"]
+Recompute = Literal["none", "selective", "attention", "full"]
 
 GPUS = {
     "B200": (178.0, 8.0e12, 900e9),

@@ -186,17 +186,21 @@ def memory_use(
         # where queries of other ranks are in them, they are not computed again
         kept_attention += parts["pooled"]
     layer = 4 * parts["stream"] + parts["attention"] + parts["feed_forward"]
-    activations = {"none": layer + kept_attention, "attention": layer, "full": parts["stream"]}[
-        layout.recompute
-    ]
+    # norm, halves and activation
+    feed_forward = parts["stream"] + parts["feed_forward"]
+    activations = {
+        "none": layer + kept_attention,
+        "selective": layer + kept_attention - feed_forward,
+        "attention": layer,
+        "full": parts["stream"],
+    }[layout.recompute]
     # while one layer's backward runs: what was not kept, and gradients of either half of the layer
     rows_width = 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.element_bytes
     gradient_rows = shape.tokens * rows_width + 2 * parts["pooled"]
     attention_phase = gradient_rows + backward_lists + max(forward_exchange, backward_exchange)
-    layer_phase = max(attention_phase, parts["feed_forward"] / 2)
-    layer_phase += {"none": 0.0, "attention": kept_attention, "full": layer + kept_attention}[
-        layout.recompute
-    ]
+    feed_forward_phase = parts["feed_forward"] / 2 + feed_forward * (layout.recompute == "selective")
+    layer_phase = max(attention_phase, feed_forward_phase)
+    layer_phase += {"attention": kept_attention, "full": layer + kept_attention}.get(layout.recompute, 0.0)
     logits = min(MAX_LOGITS / vocab_size, shape.tokens) * vocab_size / layout.tensor
     logits *= LOGIT_BYTES["whole" if layout.tensor == 1 else "split"]
     return MemoryUse(

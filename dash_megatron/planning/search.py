@@ -13,7 +13,7 @@ from dash_megatron.planning.step_time import Routing, StepEstimate, estimate_ste
 from dash_megatron.planning.traffic import ContextComm
 
 EXCHANGES: tuple[ContextComm, ...] = ("all_gather", "p2p", "a2a", "sparse")
-RECOMPUTE: tuple[Recompute, ...] = ("none", "attention", "full")
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "attention", "full")
 
 
 def configured_layout(config: Config, gpus: int) -> Layout:

@@ -47,6 +47,9 @@ FORWARD_SHARE = 0.35
 LOGIT_TRAFFIC = (3.3, 7.7)
 """Bytes read and written per logit: by the loss's forward pass, and by both passes."""
 
+REPEATS_ATTENTION = ("attention", "full")
+"""Values of `training.recompute` whose backward runs core attention, and its exchange, a second time."""
+
 PARTS = {
     "matmul": "matmul",
     "elementwise": "elementwise",
@@ -183,14 +186,18 @@ def _attention(config: Config, layout: Layout, routing: Routing, hardware: Hardw
     )
 
 
+def _first_products(config: Config) -> int:
+    """Weights of the first matrix product of every feed-forward part, which `selective` repeats."""
+    return config.model.layers * 2 * config.model.hidden_size * config.model.ffn_hidden_size
+
+
 def _matmul_flops(config: Config, layout: Layout, vocab_size: int) -> float:
     """Operations of one micro-batch on one rank, recomputation included, attention excluded."""
     tokens = context_shape(config, layout).tokens
     total = matmul_parameters(config, vocab_size)
     vocabulary = config.model.hidden_size * vocab_size
-    flops = 6.0 * total
-    if layout.recompute == "full":
-        flops += 2.0 * (total - vocabulary)
+    again = {"full": total - vocabulary, "selective": _first_products(config)}.get(layout.recompute, 0)
+    flops = 6.0 * total + 2.0 * again
     if tokens * vocab_size > MAX_LOGITS:
         flops += 2.0 * vocabulary  # logits in pieces are scored again
     return flops * tokens / layout.tensor
@@ -200,12 +207,14 @@ def _elementwise_bytes(config: Config, layout: Layout, vocab_size: int) -> float
     """Bytes that everything else reads and writes in one micro-batch on one rank, recomputation included."""
     model, tokens = config.model, context_shape(config, layout).tokens
     stream_tokens = tokens / layout.tensor if layout.sequence else tokens
-    elements = stream_tokens * model.hidden_size + tokens * model.ffn_hidden_size / layout.tensor
-    again = FORWARD_SHARE if layout.recompute == "full" else 0.0
+    stream, activation = stream_tokens * model.hidden_size, tokens * model.ffn_hidden_size / layout.tensor
+    # one of two norms, and the activation
+    repeated = {"full": stream + activation, "selective": stream / 2 + activation}.get(layout.recompute, 0.0)
     forward, both = LOGIT_TRAFFIC
     pieces = forward if tokens * vocab_size > MAX_LOGITS else 0
     logits = tokens * vocab_size / layout.tensor
-    return model.layers * elements * ELEMENTWISE_BYTES * (1 + again) + logits * (both + pieces)
+    elements = stream + activation + FORWARD_SHARE * repeated
+    return model.layers * elements * ELEMENTWISE_BYTES + logits * (both + pieces)
 
 
 def _context_seconds(layout: Layout, group: Group, sent: float, calls: float, hardware: Hardware) -> float:
@@ -236,9 +245,10 @@ def _tensor_sent(config: Config, layout: Layout, group: Group, hardware: Hardwar
         sequence=layout.sequence,
         element_bytes=element,
     )
-    forwards = 2 if layout.recompute == "full" else 1
-    sent = batches * config.model.layers * (forwards * layer.forward + layer.backward)
-    calls = batches * config.model.layers * 4 * (forwards + 1)
+    # `selective` gathers the tokens of its norm again, one of four transfers, where they are sharded
+    again = {"full": 1.0, "selective": 0.25 * layout.sequence}.get(layout.recompute, 0.0)
+    sent = batches * config.model.layers * ((1 + again) * layer.forward + layer.backward)
+    calls = batches * config.model.layers * 4 * (2 + again)
     return _Sent(sent, group.ring_seconds(sent, hardware, calls), group.network_share(all_to_all=False))
 
 
@@ -258,7 +268,7 @@ def _context_sent(
     layer: PassBytes = context_exchange(layout.context_comm, shape, sent_chunks=triples)
     halo = _halo_queries(config, layout)
     layer += query_halo(shape, halo, halo)
-    forwards = 1 if layout.recompute == "none" else 2
+    forwards = 2 if layout.recompute in REPEATS_ATTENTION else 1
     sent = batches * config.model.layers * (forwards * layer.forward + layer.backward)
     # what to send is asked for first
     calls = batches * config.model.layers * (forwards + 2) * (2 if layout.context_comm == "sparse" else 1)
@@ -271,7 +281,8 @@ def _context_sent(
 def _zero_sent(
     config: Config, layout: Layout, parameters: float, group: Group, hardware: Hardware, batches: int
 ) -> _Sent:
-    gathers = 3 if layout.recompute == "full" else 2
+    share = _first_products(config) / layout.tensor / parameters
+    gathers = 2 + {"full": 1.0, "selective": share}.get(layout.recompute, 0.0)
     element = 2 if config.training.precision == "bf16" else 4
     sent = zero_step(
         parameters,
@@ -330,7 +341,7 @@ def estimate_step(
     moved = batches * _elementwise_bytes(config, layout, vocab_size)
     elementwise = moved / hardware.memory_bandwidth
     once = _attention(config, layout, routing, hardware)
-    again = 0.0 if layout.recompute == "none" else once.forward
+    again = once.forward if layout.recompute in REPEATS_ATTENTION else 0.0
     attention = batches * (once.forward + again + once.backward)
     if layout.context > 1:
         attention *= routing.imbalance

@@ -244,7 +244,7 @@ def zero_step(
     ranks: int,
     *,
     micro_batches: int = 1,
-    gathers: int = 2,
+    gathers: float = 2,
     reduce_scatter: bool = True,
     element_bytes: int = 2,
 ) -> ZeroBytes:

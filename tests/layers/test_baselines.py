@@ -59,7 +59,7 @@ def test_every_weight_learns_and_layers_report_their_density(kind: str) -> None:
 def test_packed_documents_and_recomputation_change_nothing(kind: str) -> None:
     losses, gradients = [], []
     lengths = (50, 16, 62)
-    for recompute in ("none", "attention", "full"):
+    for recompute in ("none", "selective", "attention", "full"):
         config = baseline_of(kind, training={"steps": 1, "global_batch": 1, "recompute": recompute})
         model = build_model(config, VOCABULARY)
         init_weights(model, 0, 0.5)

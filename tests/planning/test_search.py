@@ -218,3 +218,16 @@ def test_the_layouts_of_the_long_configs_fit_with_room_to_spare(name: str) -> No
 def test_routing_out_of_range_is_an_error(setting: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{setting}={value}"):
         Routing(**{setting: value})
+
+
+def test_selective_recomputation_repeats_two_of_three_feed_forward_products_and_no_attention() -> None:
+    config = load_config(CONFIGS / "8b_16k.yaml")
+    modes: tuple[Recompute, ...] = ("none", "selective", "full")
+    none, selective, full = (estimate_step(config, replace(LAYOUT, recompute=x), 128256) for x in modes)
+    model = config.model
+    products = model.layers * 2 * model.hidden_size * model.ffn_hidden_size
+    flops = 2 * products * config.training.global_batch * config.data.seq_length / LAYOUT.gpus
+    assert selective.matmul - none.matmul == pytest.approx(flops / Hardware().matmul_flops)
+    assert none.elementwise < selective.elementwise < full.elementwise
+    assert selective.attention == none.attention < full.attention
+    assert selective.context == none.context

@@ -144,7 +144,9 @@ def test_recomputation_leaves_gradients_alone(
     tree = with_changes(tree, attention={"local_chunks": 1, "query_pool": 5})
     run_processes(1, one_step, [("one", tree)], str(tmp_path))
     cases = []
-    for number, (mode, comm) in enumerate(itertools.product(("attention", "full"), EXCHANGES["dash"])):
+    for number, (mode, comm) in enumerate(
+        itertools.product(("selective", "attention", "full"), EXCHANGES["dash"])
+    ):
         sections = {"parallel": {"context": 2, "context_comm": comm}, "zero": {"stage": 1 + 2 * (number % 2)}}
         cases.append((f"{mode}_{comm}", with_changes(tree, training={"recompute": mode}, **sections)))
     run_processes(2, one_step, cases, str(tmp_path))

@@ -67,7 +67,8 @@ def test_recomputation_and_scoring_in_pieces_leave_gradients_alone(
     tree = with_changes(tiny_config, zero={"stage": stage}, model={"tie_embeddings": tied, "qk_norm": True})
     run_processes(1, one_step, [("reference", with_changes(tree, zero={"stage": 0}))], str(tmp_path))
     cases = [
-        (mode, with_changes(tree, training={"recompute": mode})) for mode in ("none", "attention", "full")
+        (mode, with_changes(tree, training={"recompute": mode}))
+        for mode in ("none", "selective", "attention", "full")
     ]
     # 128 tokens and a vocabulary of 320: four pieces
     run_processes(2, one_step, cases, str(tmp_path), 32 * 320)

@@ -119,7 +119,7 @@ def test_recomputation_and_scoring_in_pieces_leave_gradients_alone(
             tensor_parallel(tree, stage, sequence, model=MODELS[model], training={"recompute": mode}),
         )
         for model, mode, stage, sequence in itertools.product(
-            MODELS, ("attention", "full"), (1, 3), (False, True)
+            MODELS, ("selective", "attention", "full"), (1, 3), (False, True)
         )
     ]
     # 128 tokens and a vocabulary of 320: pieces of 40 tokens, or of 20 of each rank's 64, and a shorter last one

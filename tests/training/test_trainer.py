@@ -160,7 +160,7 @@ def test_bf16_training_learns_under_every_zero_stage(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("kind", ["dash", "full"])
-@pytest.mark.parametrize("recompute", ["none", "attention", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "attention", "full"])
 def test_a_gpu_learns_in_bf16(
     kind: str, recompute: str, config_file: str, tiny_config: dict[str, Any]
 ) -> None:
