@@ -9,13 +9,32 @@ import pytest
 
 from dash_megatron.config import Config, load_config
 from dash_megatron.planning.layout import Group, Hardware, Layout, Recompute, groups, with_layout
-from dash_megatron.planning.search import candidates, configured_layout, estimate_configured, search
+from dash_megatron.planning.search import (
+    RECOMPUTE,
+    candidates,
+    configured_layout,
+    estimate_configured,
+    search,
+)
 from dash_megatron.planning.step_time import Routing, StepEstimate, estimate_step
 from dash_megatron.studies.runs import expand
 from dash_megatron.studies.study_file import load_study
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LAYOUT = Layout(2, 8, 4, 3, "all_gather", "full")
+# GPUs that the first line of each config names
+GPUS_OF = {
+    "60m_16k": 1,
+    "125m_16k": 1,
+    "350m_16k": 8,
+    "1b_16k": 8,
+    "3b_16k": 32,
+    "8b_16k": 64,
+    "8b_64k": 64,
+    "8b_128k": 64,
+    "8b_512k": 64,
+    "continued_1b_64k": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -231,3 +250,15 @@ def test_selective_recomputation_repeats_two_of_three_feed_forward_products_and_
     assert none.elementwise < selective.elementwise < full.elementwise
     assert selective.attention == none.attention < full.attention
     assert selective.context == none.context
+
+
+@pytest.mark.parametrize("name", [path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "quickstart"])
+def test_a_config_recomputes_what_costs_least_of_what_fits_a_gpu_of_80_gb(name: str) -> None:
+    hardware = Hardware.of("H100")
+    fitting = {}
+    for recompute in RECOMPUTE:
+        config = load_config(CONFIGS / f"{name}.yaml", [f"training.recompute={recompute}"])
+        estimate = estimate_configured(config, GPUS_OF[name], hardware=hardware)
+        if estimate.memory.total <= hardware.budget_bytes:
+            fitting[recompute] = estimate.seconds
+    assert load_config(CONFIGS / f"{name}.yaml").training.recompute == min(fitting, key=fitting.__getitem__)
