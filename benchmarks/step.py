@@ -1,30 +1,36 @@
 """Time whole training steps of a config on random tokens: full attention, and DashAttention at dialled densities.
 
     python benchmarks/step.py --config configs/1b_16k.yaml --densities 0.25 0.1 --json step.json data.seq_length=65536
+    python benchmarks/step.py --config configs/1b_16k.yaml --routing trained --json step.json
 
 Weights are random, so that nothing is known of the routing a trained model would have: every layer's scaling factor is
-searched until the layer selects the density asked for; the density reported is the one measured. The share of
-attention is what a step saves when core attention hands its values through instead. `--tiny` makes the config's model so
+searched until the layer selects the density asked for; the density reported is the one measured. With `--routing trained`
+the chunks that trained routers selected (`benchmarks/choices`) take the place of those of every layer's router, which runs all
+the same; layers, heads and tokens beyond a file's get made choices that persist alike. The share of attention is what a step saves when core attention hands its values through instead. `--tiny` makes the config's model so
 small, and its sequences so short, that any device runs it in seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.choices import layers_of, load_selected, model_names
 from benchmarks.inputs import TINY_MODEL, device_name
+from benchmarks.persistence import local_chunks_of, make_selected
 from benchmarks.timing import seconds_of
 from dash_megatron.config import Config, config_from_dict, load_config
 from dash_megatron.config.flops import peak_flops, training_flops_per_token
@@ -34,6 +40,7 @@ from dash_megatron.layers import (
     FullCoreAttention,
     RoutingMeans,
     build_model,
+    dash_layers,
     init_weights,
     routing_means,
 )
@@ -52,6 +59,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--densities", type=float, nargs="*", default=[0.25, 0.1], help="of DashAttention")
+    parser.add_argument(
+        "--routing",
+        choices=("dialled", "trained"),
+        default="dialled",
+        help="trained: densities are those of the files",
+    )
     parser.add_argument("--steps", type=int, default=5, help="steps timed, after two to warm up")
     parser.add_argument("--vocab-size", type=int, default=32768, help="where the config has none")
     parser.add_argument("--json", type=Path, help="write the results there too")
@@ -63,11 +76,13 @@ def main() -> None:
     )
     launch = read_launch({})
     device = init_process_groups(launch, config.parallel)
-    cases = [("full", None), *(("dash", density) for density in options.densities)]
+    cases: list[tuple[str, float | str | None]] = [("full", None)]
+    wanted = trained_models(config) if options.routing == "trained" else options.densities
+    cases += [("dash", density_or_model) for density_or_model in wanted]
     _print_header(config, device)
     results: list[dict[str, Any]] = []
-    for kind, density in cases:
-        results.append(_measure(_case(config, kind), kind, density, options, device))
+    for kind, routing in cases:
+        results.append(_measure(_case(config, kind), kind, routing, options, device))
         _print_row(results, device)
         if options.json is not None:
             written = {"config": options.config, "results": results}
@@ -84,18 +99,21 @@ def _case(config: Config, kind: str) -> Config:
 
 
 def _measure(
-    config: Config, kind: str, density: float | None, options: argparse.Namespace, device: torch.device
+    config: Config, kind: str, routing: float | str | None, options: argparse.Namespace, device: torch.device
 ) -> dict[str, Any]:
     vocab_size = config.model.vocab_size or options.vocab_size
     model = build_model(config, vocab_size, device)
     init_weights(model, config.training.seed, config.model.init_std)
     engine = Engine(model, config, world_size=1)
     batch = _random_batch(config, vocab_size).to(device)
-    if density is not None:
-        _dial(engine, batch, density)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds = _time_steps(engine, batch, options.steps, device)
+    if isinstance(routing, float):
+        _dial(engine, batch, routing)
+    given = with_choices(engine, config, routing) if isinstance(routing, str) else contextlib.nullcontext()
+    with given:
+        engine.model(batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = _time_steps(engine, batch, options.steps, device)
     memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     means = routing_means(engine.module)
     chunks = {layer: mean.chunks_selected.item() for layer, mean in means.items()}
@@ -110,6 +128,7 @@ def _measure(
         torch.cuda.empty_cache()
     return {
         "kind": kind,
+        "choices": routing if isinstance(routing, str) else None,
         "density": _density(means.values()) if means else 1.0,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
@@ -134,11 +153,7 @@ def _random_batch(config: Config, vocab_size: int) -> PackedBatch:
 @torch.no_grad()
 def _dial(engine: Engine, batch: PackedBatch, density: float, rounds: int = 16) -> None:
     """Search every layer's scaling factor by bisection of its logarithm; more scaling selects less."""
-    layers = {
-        module.layer_number - 1: module
-        for module in engine.module.modules()
-        if isinstance(module, DashCoreAttention)
-    }
+    layers = dash_layers(engine.module)
     low = {index: module.scaling_factor * 2.0**-4 for index, module in layers.items()}
     high = {index: module.scaling_factor * 2.0**24 for index, module in layers.items()}
     for _ in range(rounds):
@@ -148,6 +163,65 @@ def _dial(engine: Engine, batch: PackedBatch, density: float, rounds: int = 16) 
         for index, means in routing_means(engine.module).items():
             bound = low if means.chunks_selected > density * means.chunks_available else high
             bound[index] = layers[index].scaling_factor
+
+
+def trained_models(config: Config) -> list[str]:
+    """Models of `benchmarks/choices` with the config's chunk size and local chunks.
+
+    Raises:
+        ValueError: there is none.
+    """
+    size, local = config.attention.chunk_size, config.attention.local_chunks
+    found = [
+        name for name in model_names() if local_chunks_of(name) == local and _chunk_size_of(name) == size
+    ]
+    if not found:
+        sizes = sorted({(_chunk_size_of(name), local_chunks_of(name)) for name in model_names()})
+        raise ValueError(
+            f"attention.chunk_size={size}, attention.local_chunks={local} must be one of the pairs {sizes} of "
+            "benchmarks/choices with --routing trained; set both as one of them"
+        )
+    return found
+
+
+def _chunk_size_of(model: str) -> int:
+    _, tokens, chunks = load_selected(model, layers_of(model)[0]).shape
+    return tokens // chunks
+
+
+@contextlib.contextmanager
+def with_choices(engine: Engine, config: Config, model: str) -> Iterator[None]:
+    """Within, every layer's router runs, and then makes way for choices of a model's layer at the same relative depth."""
+    from benchmarks.stages import as_routing
+    from dash_megatron.ops.kernels import dash
+
+    route, layer, given = dash.route, 0, {}
+    depths, rows = layers_of(model), config.training.micro_batch
+
+    def choose(q: Tensor, *arguments: Any, **more: Any) -> tuple[Any, ...]:
+        route(q, *arguments, **more)
+        if layer not in given:
+            sizes, like = arguments[3], depths[layer * len(depths) // config.model.layers]
+            shape = config.model.kv_heads, config.data.seq_length, config.attention.chunk_size
+            given[layer] = as_routing(make_selected(model, like, *shape, q.device, seed=layer), sizes, rows)
+        return given[layer]
+
+    def of_layer(number: int, attend: Any) -> Any:
+        def attend_as(q: Tensor, k: Tensor, v: Tensor, packed: Any) -> Tensor:
+            nonlocal layer
+            layer = number
+            # one document a row, as a batch of which nothing else is packed
+            out: Tensor = attend(*(x.view(rows, -1, *x.shape[2:]) for x in (q, k, v)), None)
+            return out.view(q.shape)
+
+        return attend_as
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(dash, "route", choose))
+        for number, module in dash_layers(engine.module).items():
+            attend = of_layer(number, module._attend_here)
+            stack.enter_context(patch.object(module, "_attend_here", attend))
+        yield
 
 
 def _time_steps(engine: Engine, batch: PackedBatch, steps: int, device: torch.device) -> float:

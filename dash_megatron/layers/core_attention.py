@@ -8,13 +8,11 @@ are those of this tensor-parallel rank. Under context parallelism N counts this 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
@@ -25,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dash_megatron.config import AttentionConfig
 from dash_megatron.ops.attention import attention_and_routing
+from dash_megatron.ops.full import causal_attention, packed_attention
 from dash_megatron.ops.reference import wide
 from dash_megatron.ops.types import Router, Routing
 from dash_megatron.parallel.context.attention import sharded_dash_attention
@@ -273,45 +272,9 @@ def _shard_means(selected: Tensor, layout: ChunkLayout, num_rows: int) -> Routin
 
 
 class FullCoreAttention(CoreAttention):
-    """Causal softmax attention through torch: cuDNN or flash attention on CUDA, the CPU kernel elsewhere."""
+    """Causal softmax attention, by the fastest implementation that is here."""
 
     def _attend_here(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
         if packed is None or len(packed.cu_seqlens_q) == 2:
-            return _causal_attention(q, k, v)
-        if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-            return _packed_flash_attention(q, k, v, packed)
-        # a few large documents per sequence: one call each
-        lengths = packed.cu_seqlens_q.diff().tolist()
-        documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
-        return torch.cat([_causal_attention(*document) for document in documents], dim=1)
-
-
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of whole rows, [B, N, H, D] in and out."""
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        is_causal=True,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return out.transpose(1, 2)
-
-
-def _packed_flash_attention(q: Tensor, k: Tensor, v: Tensor, packed: PackedSeqParams) -> Tensor:
-    """Causal attention inside each document, one launch for all documents; [1, N, H, D] in and out."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    cu_seqlens, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-    # not every torch that has this kernel takes fewer kv heads, so they are repeated; a view until it is copied
-    groups = q.shape[2] // k.shape[2]
-    k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
-    causal = _causal_argument(varlen_attn)
-    out: Any = varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, longest, longest, **causal)
-    return out.unsqueeze(0)
-
-
-def _causal_argument(varlen_attn: Any) -> dict[str, Any]:
-    """The argument that makes this torch's `varlen_attn` causal: a flag in its first releases, a window in later ones."""
-    parameters = inspect.signature(varlen_attn).parameters
-    return {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
+            return causal_attention(q, k, v)
+        return packed_attention(q[0], k[0], v[0], packed.cu_seqlens_q, packed.max_seqlen_q)[None]

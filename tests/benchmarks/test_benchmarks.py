@@ -134,6 +134,42 @@ def test_a_whole_step_is_timed_with_full_attention_and_at_a_density(tmp_path: Pa
         assert row["attention_share"] < 1
 
 
+def test_a_whole_step_is_timed_with_choices_of_trained_routers(tmp_path: Path) -> None:
+    measured = tmp_path / "step.json"
+    trained = ["--config", "configs/1b_16k.yaml", "--tiny", "--routing", "trained", "--steps", "1"]
+    overrides = [
+        "model.head_dim=16",
+        "attention.backend=triton",
+        "attention.chunk_size=32",
+        "data.seq_length=96",
+    ]
+    overrides += ["attention.local_chunks=0", "attention.query_pool=1"]
+    _run("benchmarks/step.py", *trained, "--json", str(measured), *overrides)
+    full, *dash = json.loads(measured.read_text())["results"]
+    assert full["choices"] is None
+    assert [row["choices"] for row in dash] == ["d11_c32", "d25_c32"]
+    own_N = torch.arange(96) // 32
+    for row in dash:
+        # the file's one layer stands for both
+        made = [make_selected(row["choices"], 2, 2, 96, 32, "cpu", seed) for seed in (0, 1)]
+        wanted = [((x.sum(-1) + 1).double().mean() / (own_N + 1).double().mean()).item() for x in made]
+        assert row["density"] == pytest.approx(sum(wanted) / 2, abs=1e-4)
+        assert row["attention_share"] > 0
+    with pytest.raises(AssertionError, match=r"chunk_size=128, .*local_chunks=4 must be one of the pairs"):
+        _run("benchmarks/step.py", *trained, "attention.chunk_size=128")
+
+
+def test_full_attention_of_packed_rows_is_timed_by_what_is_here(tmp_path: Path) -> None:
+    measured = tmp_path / "full.json"
+    table = _run("benchmarks/full_attention.py", "--tiny", "--json", str(measured), interpreted=False)
+    found = json.loads(measured.read_text())
+    assert found["auto"] == "each"
+    assert [row["documents"] for row in found["results"] if row["way"] == "each"] == [2, 8]
+    for row in found["results"]:
+        assert row["both_ms"] > 0 if row["way"] == "each" else "on cpu" in row["reason"]
+    assert "training takes each" in table
+
+
 @pytest.fixture
 def single_process() -> Iterator[None]:
     from dash_megatron.parallel import destroy_process_groups, init_process_groups, read_launch
