@@ -15,10 +15,6 @@ from dash_megatron.config.parallel import ParallelConfig, ZeroConfig
 from dash_megatron.config.section import Section
 from dash_megatron.config.training import OptimizerConfig, ScheduleConfig, TrainingConfig, micro_batches
 
-# How far the logarithms of learned factors on routing scores may move in a run, and how far they did where they served best:
-# see docs/results/quality.md.
-MOST_LEARNED, GOOD_LEARNED = 12.0, 5.0
-
 
 class Config(Section):
     """One run."""
@@ -45,7 +41,6 @@ class Config(Section):
         self.attention.check_density(seq_length)
         self.schedule.check_steps(steps)
         self.logging.check_steps(steps)
-        self._check_learned_factors()
         self.data.check_curriculum(steps, 1 if self.attention.kind == "full" else self.attention.chunk_size)
         self.evaluation.check_data(self.data.valid, seq_length)
         self.model.check_tensor(self.parallel.tensor)
@@ -61,21 +56,6 @@ class Config(Section):
             )
         self.zero.check_tensor(self.parallel.tensor)
         return self
-
-    def _check_learned_factors(self) -> None:
-        """Refuse learned factors that can drift so far that no scaling factor of all layers holds the density."""
-        attention, schedule = self.attention, self.schedule
-        # Adam moves a parameter by about the learning rate a step
-        mean = (1 + schedule.min_lr_ratio) / 2 if schedule.kind == "cosine" else 1.0
-        moved = self.optimizer.lr * mean * self.training.steps
-        shares = attention.kind == "dash" and attention.density_budget == "model"
-        if shares and attention.learned_scaling * moved > MOST_LEARNED:
-            raise ValueError(
-                f"attention.learned_scaling={attention.learned_scaling:g} lets factors move by exp("
-                f"{attention.learned_scaling * moved:.3g}) in training.steps={self.training.steps} at optimizer.lr="
-                f"{self.optimizer.lr:g}, and must keep that below exp({MOST_LEARNED:g}) with attention.density_budget=model, "
-                f"or they run away from the target; try {GOOD_LEARNED / moved:.2g}"
-            )
 
     def _check_context(self) -> None:
         context, attention = self.parallel.context, self.attention

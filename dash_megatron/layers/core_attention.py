@@ -34,6 +34,9 @@ from dash_megatron.parallel.context.communication import (
 )
 from dash_megatron.parallel.context.layout import ChunkLayout, ContextShard
 
+# Learned factors on routing scores stay within exp of this, either way.
+LARGEST_LOG_FACTOR = 10 / 3
+
 
 @dataclass
 class PackedDocuments(PackedSeqParams):

@@ -213,8 +213,6 @@ def _rough_config(tree: dict[str, Any], recipe: _Recipe) -> Config:
     tree = json.loads(json.dumps(tree))
     if recipe.budget:
         set_key(tree, "training.steps", 10**9, "budgets")
-        # in so many steps factors that are learned would be said to run away
-        set_key(tree, "optimizer.lr", 1e-12, "budgets")
     try:
         return config_from_dict(tree)
     except ValueError as error:

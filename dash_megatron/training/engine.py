@@ -25,6 +25,7 @@ from deepspeed.utils import nvtx, safe_get_full_fp32_param, safe_get_full_grad
 
 from dash_megatron.checkpoint.fragments import Fragment, adam_state, fragments, local_shapes, refresh_weights
 from dash_megatron.config import Config
+from dash_megatron.layers.core_attention import LARGEST_LOG_FACTOR
 from dash_megatron.layers.sharding import Split, join, split_of
 from dash_megatron.parallel import GradientGroups, gradient_group, tensor_group
 
@@ -54,7 +55,7 @@ class Engine:
         self.zero_stage = config.zero.stage
         device = next(model.parameters()).device
         self._adam = _GuardedAdamW(
-            _parameter_groups(model, config.optimizer.weight_decay),
+            parameter_groups(model, config),
             lr=config.optimizer.lr,
             betas=config.optimizer.betas,
             eps=config.optimizer.eps,
@@ -235,13 +236,26 @@ def _full_gradient(parameter: torch.nn.Parameter) -> Tensor:
     )
 
 
-def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of parameters: matrices, with weight decay; norms, summary queries and learned factors, without."""
+def parameter_groups(model: torch.nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Parameters by weight decay: matrices; norms and summary queries, which have none; learned factors, if there are any.
+
+    Adam moves a parameter by at most about the learning rate, so that decay w keeps it within 1 / w. The decay of factors is
+    such that their logarithms stay within `LARGEST_LOG_FACTOR`, however long a run is.
+    """
     decayed: list[Tensor] = []
     kept: list[Tensor] = []
+    factors: list[Tensor] = []
     for name, parameter in model.named_parameters():
-        (kept if parameter.dim() == 1 or name.endswith("summary_query") else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        if name.endswith("log_scaling"):
+            factors.append(parameter)
+        else:
+            (kept if parameter.dim() == 1 or name.endswith("summary_query") else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.optimizer.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+        {"params": factors, "weight_decay": config.attention.learned_scaling / LARGEST_LOG_FACTOR},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:

@@ -69,10 +69,6 @@ def test_configs_cannot_be_changed(path: Path) -> None:
         ("attention.local_chunks=-1", "attention.local_chunks=-1"),
         ("attention.query_pool=0", "attention.query_pool=0"),
         ("attention.query_pool=129", "attention.query_pool=129"),
-        (
-            "attention={density_budget: model, learned_scaling: 1.0e+5}",
-            "or they run away from the target; try",
-        ),
         ("attention.scaling_factor=0", "attention.scaling_factor=0.0 must be above 0"),
         ("attention.scaling_factor=[1, 1, -1, 1]", "must be above 0"),
         ("attention.scaling_factor=big", "attention.scaling_factor='big'"),
@@ -209,11 +205,6 @@ def test_a_density_below_what_is_always_on_is_an_error_that_says_what_fits(path:
     assert load_config(path, [*known, *full]).attention.full_layers == (1,)
     # without local chunks, no target that was accepted before is refused
     assert load_config(path, ["attention.target_density=0.01"]).attention.target_density == 0.01
-
-
-def test_the_dense_twin_of_a_longer_run_learns_no_factors_to_refuse(path: Path) -> None:
-    dense = ["attention={kind: full, density_budget: model, learned_scaling: 1.0e+5}"]
-    assert load_config(path, dense).attention.kind == "full"
 
 
 def test_processes_that_share_a_model_are_one_data_parallel_rank(path: Path) -> None:

@@ -18,7 +18,9 @@ from dash_megatron.layers import (
     routing_means,
 )
 from dash_megatron.layers import model as model_module
+from dash_megatron.layers.core_attention import LARGEST_LOG_FACTOR
 from dash_megatron.ops import dash_attention
+from dash_megatron.training.engine import parameter_groups
 from dash_megatron.training.loss import token_losses
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -106,6 +108,22 @@ def test_summary_query_starts_at_zero_and_is_sharded_by_kv_head() -> None:
     assert query.shape == (2, 16)
     assert not query.any()
     assert (query.tensor_model_parallel, query.partition_dim) == (True, 0)
+
+
+def test_learned_factors_stay_bounded_however_long_a_gradient_pulls() -> None:
+    config = config_of(attention={"learned_scaling": 20.0})
+    model = model_of(config)
+    core = model.decoder.layers[1].self_attention.core_attention
+    adam = torch.optim.AdamW(parameter_groups(model, config), lr=0.01)
+    for _ in range(200):
+        core.log_scaling.grad = torch.tensor([-1.0, 1e-3])
+        adam.step()
+    bound = LARGEST_LOG_FACTOR
+    assert core.head_scaling().log().tolist() == pytest.approx([bound, -bound], rel=1e-3)
+    assert [group["weight_decay"] for group in parameter_groups(model_of(config_of()), config_of())] == [
+        0.1,
+        0.0,
+    ]
 
 
 def test_learned_scaling_starts_at_one_and_is_split_by_kv_head() -> None:

@@ -115,18 +115,6 @@ def test_all_runs_of_a_twin_family_are_compared_with_its_dense_run(write_study: 
     assert all(twin == f"{run.split('_')[0]}_full" for run, twin in twins.items()), twins
 
 
-def test_the_steps_of_a_budget_are_those_in_which_learned_factors_may_move(write_study: Write) -> None:
-    factors = {"attention.density_budget": "model", "attention.learned_scaling": 5, "optimizer.lr": 1e-3}
-    assert [
-        run.config.training.steps
-        for run in runs_of(write_study(overrides=factors, budgets={"tokens": [5120]}))
-    ] == [10]
-    with pytest.raises(
-        ValueError, match=r"learned_scaling=5 lets factors move by .* in training.steps=20000 "
-    ):
-        runs_of(write_study(overrides=factors, budgets={"tokens": [20_000 * 512]}))
-
-
 def test_a_run_is_planned_at_the_density_that_it_asks_for_unless_the_study_says_another(
     write_study: Write,
 ) -> None:
