@@ -13,7 +13,7 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def matmul_parameters(config: Config, vocab_size: int) -> int:
-    """Weights that multiply every token: all but the embedding table, norms and summary queries."""
+    """Weights that multiply every token: all but the embedding table, norms, biases and summary queries."""
     model = config.model
     head_dim = model.channels_per_head
     attention = model.hidden_size * head_dim * (2 * model.heads + 2 * model.kv_heads)
@@ -29,8 +29,9 @@ def parameter_count(config: Config, vocab_size: int) -> int:
         norms += 2 * model.channels_per_head * model.layers
     sparse_layers = model.layers - len(set(config.attention.full_layers))
     core = sparse_layers * core_attention_parameters(config)
+    biases = model.layers * model.channels_per_head * (model.heads + 2 * model.kv_heads) * model.qkv_bias
     embedding = 0 if model.tie_embeddings else model.hidden_size * vocab_size
-    return matmul_parameters(config, vocab_size) + embedding + norms + core
+    return matmul_parameters(config, vocab_size) + embedding + norms + biases + core
 
 
 def core_attention_parameters(config: Config) -> int:

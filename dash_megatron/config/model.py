@@ -87,7 +87,7 @@ _ROPE_FIELDS: dict[str, tuple[set[str], set[str]]] = {
 
 
 class ModelConfig(Section):
-    """The Llama-shaped decoder: RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases."""
+    """The Llama-shaped decoder: RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases but those of `qkv_bias`."""
 
     layers: int = Field(gt=0)
     """Number of transformer layers."""
@@ -111,6 +111,8 @@ class ModelConfig(Section):
     Its fields are below."""
     qk_norm: bool = False
     """RMSNorm on every query and key head before RoPE."""
+    qkv_bias: bool = False
+    """Biases on queries, keys and values, which Qwen2 has; they start at zero and have no weight decay."""
     tie_embeddings: bool = False
     """Use the embedding table as the output projection too."""
     norm_eps: float = Field(default=1e-5, gt=0)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-KNOWN = ("llama", "mistral", "qwen3", "minicpm", "internlm3")
+KNOWN = ("llama", "mistral", "qwen2", "qwen3", "minicpm", "internlm3")
 """Values of `model_type` that are taken; tests compare logits of each. SmolLM2 and Falcon3 are `llama`."""
 
 _DIFFERENCES = {
-    "qwen2": "biases on queries, keys and values",
     "granite": "multipliers on embeddings, residuals, attention and logits",
     "smollm3": "layers without rotary embedding",
     "gemma": "another norm and scaled embeddings",
@@ -38,11 +37,12 @@ _CARRIED = {
     "original_max_position_embeddings",
     "sliding_window",
     "use_sliding_window",
+    "max_window_layers",
     "layer_types",
     "num_experts",
     "num_local_experts",
 }
-_CARRIED_OF = {"minicpm": {"scale_emb", "scale_depth", "dim_model_base"}}
+_CARRIED_OF = {"minicpm": {"scale_emb", "scale_depth", "dim_model_base"}, "internlm3": {"qkv_bias"}}
 _CARRIED_OF_EXPORTS = {
     "alpha",
     "chunk_size",
@@ -54,6 +54,7 @@ _CARRIED_OF_EXPORTS = {
     "local_chunks",
     "pool_heads",
     "qk_norm",
+    "qkv_bias",
     "query_pool",
     "scaling_factor",
     "sigma",
@@ -73,7 +74,6 @@ _INERT = {
     "is_encoder_decoder",
     "is_llama_config",
     "label2id",
-    "max_window_layers",
     "mup_denominator",
     "neftune_noise_alpha",
     "output_attentions",
@@ -126,10 +126,11 @@ def check_architecture(tree: dict[str, Any]) -> None:
         raise ValueError(
             f"config.json: auto_map names {code}, code of the folder's own, and training does not know what it computes"
         )
-    _check_values(tree)
-    known_keys = _CARRIED | _CARRIED_OF.get(kind, set()) | _INERT | _FIXED.keys()
+    carried = _CARRIED | _CARRIED_OF.get(kind, set())
     if "chunk_size" in tree and code.endswith(_CODE[0]):
-        known_keys |= _CARRIED_OF_EXPORTS
+        carried |= _CARRIED_OF_EXPORTS
+    _check_values(tree, carried)
+    known_keys = carried | _INERT | _FIXED.keys()
     unknown = [f"{key}={value}" for key, value in tree.items() if value is not None and key not in known_keys]
     if unknown:
         raise ValueError(
@@ -138,17 +139,16 @@ def check_architecture(tree: dict[str, Any]) -> None:
         )
 
 
-def _check_values(tree: dict[str, Any]) -> None:
+def _check_values(tree: dict[str, Any], carried: set[str]) -> None:
     for key, value in _FIXED.items():
         found = tree.get(key)
-        if found is not None and found != value:
+        if found is not None and found != value and key not in carried:
             told = {True: "true", False: "false"}
             raise ValueError(
                 f"config.json: {key}={told.get(found, found)} must be {told.get(value, value)}, which training computes"
             )
-    # what transformers takes where a file of Mistral says nothing
-    window = tree.get("sliding_window", 4096 if tree["model_type"] == "mistral" else None)
-    if window and tree.get("use_sliding_window", True):
+    window = _window(tree)
+    if window:
         raise ValueError(f"config.json: sliding_window={window} must be null: attention is full or dash")
     layers = set(tree.get("layer_types") or ()) - {"full_attention"}
     if layers:
@@ -157,3 +157,14 @@ def _check_values(tree: dict[str, Any]) -> None:
         )
     if tree.get("num_experts") or tree.get("num_local_experts"):
         raise ValueError("config.json: a mixture of experts cannot be trained here")
+
+
+def _window(tree: dict[str, Any]) -> int | None:
+    """Positions that some layer attends to; None where all attend to all. A file that says nothing is read as transformers does."""
+    if tree["model_type"] not in ("qwen2", "qwen3"):
+        window = tree.get("sliding_window", 4096 if tree["model_type"] == "mistral" else None)
+        return window if tree.get("use_sliding_window", True) else None
+    # here a window holds from some layer on, and `layer_types` says it again where the file has them
+    some = tree.get("max_window_layers", 28) < tree.get("num_hidden_layers", 0)
+    windowed = tree.get("use_sliding_window", False) and not tree.get("layer_types")
+    return tree.get("sliding_window", 4096) if windowed and some else None

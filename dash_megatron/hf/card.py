@@ -28,6 +28,8 @@ def model_card(
     ignored = "the summary queries (`indexer_q`)" + (
         " and `q_norm`, `k_norm`" if config.model.qk_norm else ""
     )
+    if config.model.qkv_bias:
+        ignored += " and the biases of `q_proj`, `k_proj`, `v_proj`"
     if config.attention.learned_scaling:
         ignored += " and the factors on routing scores (`indexer_log_scaling`)"
     shown = {
@@ -75,7 +77,7 @@ their logits differed by at most {report.logits_difference:.1e} (float64 arithme
 
 
 def _without_paths(config: Config) -> dict[str, Any]:
-    tree: dict[str, Any] = config.model_dump(mode="json", exclude={"run_dir"})
+    tree: dict[str, Any] = config.model_dump(mode="json", exclude={"run_dir": True, "logging": {"wandb"}})
     for name in ("train", "valid"):
         blend = parse_blend(tree["data"][name])
         tree["data"][name] = [

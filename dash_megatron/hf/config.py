@@ -21,6 +21,7 @@ def llama_config(config: Config, vocab_size: int, dtype: torch.dtype, end_token:
     ours: dict[str, Any] = {
         "auto_map": {"AutoModelForCausalLM": f"{MODEL_FILE.removesuffix('.py')}.DashForCausalLM"},
         "qk_norm": model.qk_norm,
+        "qkv_bias": model.qkv_bias,
         "chunk_size": attention.chunk_size,
         # nothing where layers differ: a reader of this key alone must not take one layer's for all
         "scaling_factor": None if isinstance(attention.scaling_factor, tuple) else attention.scaling_factor,
@@ -92,6 +93,7 @@ def sections_of(tree: dict[str, Any], names: set[str]) -> tuple[ModelConfig, Att
         rope_theta=theta,
         rope_scaling=scaling,
         qk_norm="model.layers.0.self_attn.q_norm.weight" in names,
+        qkv_bias=tree["model_type"] == "qwen2" or tree.get("qkv_bias") or False,
         tie_embeddings=tree.get("tie_word_embeddings", False),
         norm_eps=tree.get("rms_norm_eps", 1e-6),
         init_std=tree.get("initializer_range") or 0.02,

@@ -380,9 +380,10 @@ class DashSelfAttention(nn.Module):
         self.head_dim: int = config.head_dim or config.hidden_size // config.num_attention_heads
         self.kv_heads: int = config.num_key_value_heads or config.num_attention_heads
         width, q_width = config.hidden_size, config.num_attention_heads * self.head_dim
-        self.q_proj = nn.Linear(width, q_width, bias=False)
-        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=False)
+        bias: bool = getattr(config, "qkv_bias", False)
+        self.q_proj = nn.Linear(width, q_width, bias=bias)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(q_width, width, bias=False)
         self.q_norm = self.k_norm = None
         if getattr(config, "qk_norm", False):

@@ -61,6 +61,9 @@ def _layer(model: ModelConfig, attention: AttentionConfig, index: int) -> Piece:
         "mlp.up_proj.weight": (inner, width),
         "mlp.down_proj.weight": (width, inner),
     }
+    if model.qkv_bias:
+        ours["self_attention.linear_qkv.bias"] = (q + 2 * kv,)
+        theirs |= {f"self_attn.{name}_proj.bias": (rows,) for name, rows in (("q", q), ("k", kv), ("v", kv))}
     if model.qk_norm:
         ours |= {f"self_attention.{name}_layernorm.weight": (D,) for name in "qk"}
         theirs |= {f"self_attn.{name}_norm.weight": (D,) for name in "qk"}
@@ -90,7 +93,7 @@ _SAME = {
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
 }
-_QKV = "self_attention.linear_qkv.weight"
+_QKV = "self_attention.linear_qkv."
 _GATE_UP = "mlp.linear_fc1.weight"
 _SUMMARY_QUERY = "self_attention.core_attention.summary_query"
 
@@ -101,10 +104,9 @@ def to_hugging_face(ours: Mapping[str, Tensor], piece: Piece, model: ModelConfig
     result: dict[str, Tensor] = {}
     for name in piece.ours:
         short, tensor = name.removeprefix(before), ours[name]
-        if short == _QKV:
-            result |= zip(
-                _names(after, "self_attn.{}_proj.weight", "qkv"), _split_qkv(tensor, model), strict=True
-            )
+        if short.startswith(_QKV):
+            pattern = "self_attn.{}_proj." + short.removeprefix(_QKV)
+            result |= zip(_names(after, pattern, "qkv"), _split_qkv(tensor, model), strict=True)
         elif short == _GATE_UP:
             # the rows of the gate stand above those of the other factor
             result |= zip(_names(after, "mlp.{}_proj.weight", ("gate", "up")), tensor.chunk(2), strict=True)
@@ -121,8 +123,9 @@ def from_hugging_face(theirs: Mapping[str, Tensor], piece: Piece, model: ModelCo
     result: dict[str, Tensor] = {}
     for name, shape in piece.ours.items():
         short = name.removeprefix(after)
-        if short == _QKV:
-            q, k, v = (theirs[each] for each in _names(before, "self_attn.{}_proj.weight", "qkv"))
+        if short.startswith(_QKV):
+            pattern = "self_attn.{}_proj." + short.removeprefix(_QKV)
+            q, k, v = (theirs[each] for each in _names(before, pattern, "qkv"))
             result[name] = _join_qkv(q, k, v, model)
         elif short == _GATE_UP:
             result[name] = torch.cat(
@@ -146,13 +149,14 @@ def _names(prefix: str, pattern: str, parts: tuple[str, ...] | str) -> list[str]
 
 
 def _split_qkv(qkv: Tensor, model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of queries, keys and values: Megatron keeps each group's query heads beside its key and value head."""
+    """Rows of queries, keys and values, of a matrix or a bias: Megatron keeps each group's query heads beside its key and
+    value head."""
     group = model.heads // model.kv_heads
-    heads = qkv.view(model.kv_heads, group + 2, model.channels_per_head, -1)
+    heads = qkv.view(model.kv_heads, group + 2, model.channels_per_head, *qkv.shape[1:])
     q, k, v = heads.split([group, 1, 1], dim=1)
     return q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
 
 
 def _join_qkv(q: Tensor, k: Tensor, v: Tensor, model: ModelConfig) -> Tensor:
-    parts = [x.view(model.kv_heads, -1, model.channels_per_head, x.shape[-1]) for x in (q, k, v)]
+    parts = [x.view(model.kv_heads, -1, model.channels_per_head, *x.shape[1:]) for x in (q, k, v)]
     return torch.cat(parts, dim=1).flatten(0, 2)

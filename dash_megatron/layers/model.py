@@ -180,6 +180,7 @@ def _transformer_config(config: Config, device: torch.device) -> TransformerConf
         activation_func=torch.nn.functional.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -261,7 +262,7 @@ def build_model(config: Config, vocab_size: int, device: torch.device | str = "c
 
 @torch.no_grad()
 def init_weights(model: DashGPTModel, seed: int, std: float) -> None:
-    """Fill every weight: norms 1, summary queries and logarithms of scaling 0, the baselines' `ZEROS` too, matrices normal.
+    """Fill every weight: norms 1; biases, summary queries, logarithms of scaling and the baselines' `ZEROS` 0; matrices normal.
 
     Each parameter draws from a generator seeded by `seed` and its own name, so that a weight depends neither on the
     other weights nor on the process that holds it: it draws the whole weight and keeps its tensor-parallel rank's shard.
@@ -270,7 +271,7 @@ def init_weights(model: DashGPTModel, seed: int, std: float) -> None:
     group = model.pg_collection.tp
     residual_std = std / math.sqrt(2 * model.config.num_layers)
     for name, parameter in model.named_parameters():
-        if name.endswith(("summary_query", "log_scaling", *ZEROS)):
+        if name.endswith(("linear_qkv.bias", "summary_query", "log_scaling", *ZEROS)):
             parameter.zero_()
         elif parameter.dim() == 1:
             parameter.fill_(1.0)

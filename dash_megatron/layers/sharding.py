@@ -22,7 +22,7 @@ class Split(NamedTuple):
 def mark_splits(model: torch.nn.Module) -> None:
     """Give every weight that Megatron's layers split the attributes that say so.
 
-    Megatron does it while it initializes weights, which here it does not.
+    Megatron does it while it initializes weights, which here it does not. Biases it marks when it makes them.
     """
     for name, module in model.named_modules():
         if not isinstance(module, (VocabParallelEmbedding, ColumnParallelLinear, RowParallelLinear)):

@@ -237,7 +237,7 @@ def _full_gradient(parameter: torch.nn.Parameter) -> Tensor:
 
 
 def parameter_groups(model: torch.nn.Module, config: Config) -> list[dict[str, Any]]:
-    """Parameters by weight decay: matrices; norms and summary queries, which have none; learned factors, if there are any.
+    """Parameters by weight decay: matrices; norms, biases and summary queries, which have none; learned factors, if any.
 
     Adam moves a parameter by at most about the learning rate, so that decay w keeps it within 1 / w. The decay of factors is
     such that their logarithms stay within `LARGEST_LOG_FACTOR`, however long a run is.

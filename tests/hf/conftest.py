@@ -35,7 +35,14 @@ LLAMA3 = {
 MODELS: dict[str, dict[str, Any]] = {
     "dash": {},
     "mixed": {
-        "model": {"qk_norm": True, "tie_embeddings": True, "layers": 3, "head_dim": 24, "rope_scaling": YARN},
+        "model": {
+            "qk_norm": True,
+            "qkv_bias": True,
+            "tie_embeddings": True,
+            "layers": 3,
+            "head_dim": 24,
+            "rope_scaling": YARN,
+        },
         "attention": {
             "full_layers": [1],
             "alpha": 1.3,

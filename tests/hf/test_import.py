@@ -15,6 +15,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -109,6 +111,13 @@ def test_an_older_export_has_what_came_since_turned_off(
 PLAIN: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaForCausalLM, LlamaConfig(**SHAPE)),
     "tied": (LlamaForCausalLM, LlamaConfig(**SHAPE, tie_word_embeddings=True)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SHAPE)),
+    "qwen2, tied": (
+        Qwen2ForCausalLM,
+        Qwen2Config(
+            **SHAPE, tie_word_embeddings=True, use_sliding_window=True, sliding_window=8, max_window_layers=2
+        ),
+    ),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=True)),
     "mistral": (MistralForCausalLM, MistralConfig(**SHAPE, sliding_window=None)),
 }
@@ -116,8 +125,17 @@ PLAIN: dict[str, tuple[Any, Any]] = {
 LIKE_LLAMA: dict[str, dict[str, Any]] = {
     "minicpm": {**MINICPM, "auto_map": {"AutoModelForCausalLM": "modeling_minicpm.MiniCPMForCausalLM"}},
     "internlm3": {"model_type": "internlm3", "bias": False, "qkv_bias": False},
+    "internlm3, biases": {"model_type": "internlm3", "bias": False, "qkv_bias": True},
     "smollm2": {"is_llama_config": True, "rope_interleaved": False},
 }
+
+
+@torch.no_grad()
+def draw_norms_and_biases(model: torch.nn.Module) -> None:
+    """Move what starts at 1 or 0."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter += torch.randn_like(parameter) * 0.3
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -128,9 +146,7 @@ def test_a_dense_model_computes_the_same_under_full_attention(
     kind, config = PLAIN[name]
     torch.manual_seed(0)
     model = kind(config).eval()
-    for key, parameter in model.named_parameters():
-        if "norm" in key:
-            parameter += torch.randn_like(parameter) * 0.3
+    draw_norms_and_biases(model)
     model.save_pretrained(tmp_path / "hf")
     import_folder(tmp_path / "hf", tmp_path / "start")
     run = run_config(tiny_config, tmp_path / "start", kind="full")
@@ -146,7 +162,12 @@ def test_a_model_that_is_a_llama_by_another_name_computes_the_same(
     name: str, tiny_config: dict[str, Any], tmp_path: Path, tokens: Tensor
 ) -> None:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    # Qwen2 is a Llama with biases
+    biased = LIKE_LLAMA[name].get("qkv_bias")
+    model = (
+        Qwen2ForCausalLM(Qwen2Config(**SHAPE)) if biased else LlamaForCausalLM(LlamaConfig(**SHAPE))
+    ).eval()
+    draw_norms_and_biases(model)
     model.save_pretrained(tmp_path / "hf")
     path = tmp_path / "hf" / "config.json"
     tree = json.loads(path.read_text()) | LIKE_LLAMA[name]
@@ -294,6 +315,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "activation": ({"hidden_act": "gelu"}, "hidden_act=gelu must be silu"),
     "bias": ({"attention_bias": True}, "attention_bias=true"),
+    "biases": ({"qkv_bias": True}, "qkv_bias=true must be false"),
+    "biases elsewhere": (
+        {"model_type": "internlm3", "qkv_bias": True, "bias": True},
+        "bias=true must be false",
+    ),
     "nothing": ({"hidden_size": None}, "no hidden_size"),
     "another architecture": (
         {"model_type": "granite"},
@@ -322,6 +348,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "windows in some layers": (
         {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]},
         r"layer_types has \['sliding_attention'\]",
+    ),
+    "windows from a layer on": (
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
+        "sliding_window=64 must be null",
     ),
     "two scalings": (
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},

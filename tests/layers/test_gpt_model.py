@@ -224,12 +224,14 @@ def test_scoring_in_pieces_gives_the_same_loss(tied: bool, monkeypatch: pytest.M
     assert sizes == [32, 32, 32, 4]
 
 
-def test_wide_heads_and_qk_norm_build_and_run() -> None:
-    model = model_of(config_of(model={"head_dim": 32, "qk_norm": True}))
+def test_wide_heads_with_qk_norm_and_biases_build_and_run() -> None:
+    config = config_of(model={"head_dim": 32, "qk_norm": True, "qkv_bias": True})
+    model = model_of(config)
     assert model(tokens_of(40), positions_of(40)).shape == (1, 40, VOCABULARY)
-    assert sum(p.numel() for p in model.parameters()) == parameter_count(
-        config_of(model={"head_dim": 32, "qk_norm": True}), VOCABULARY
-    )
+    assert sum(p.numel() for p in model.parameters()) == parameter_count(config, VOCABULARY)
+    biases = [value for name, value in model.named_parameters() if name.endswith("bias")]
+    assert len(biases) == config.model.layers
+    assert not any(bias.any() for bias in biases)
 
 
 # Llama 3.2 1B and 3B and Llama 3.1 8B by their published counts, plus layers x kv heads x head dim of summary queries

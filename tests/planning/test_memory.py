@@ -39,6 +39,7 @@ def tiny(precision: str = "bf16") -> Config:
                 "ffn_hidden_size": 96,
                 "vocab_size": 128,
                 "qk_norm": True,
+                "qkv_bias": True,
             },
             "data": {"seq_length": 256},
             "training": {"steps": 1, "global_batch": 8, "precision": precision},

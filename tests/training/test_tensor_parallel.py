@@ -23,7 +23,7 @@ BF16_TOLERANCE = 0.03
 
 MODELS: dict[str, dict[str, Any]] = {
     "untied": {"qk_norm": True},
-    "tied": {"tie_embeddings": True},
+    "tied": {"tie_embeddings": True, "qkv_bias": True},
 }
 
 
