@@ -60,9 +60,9 @@ quickstart: $(DATA)/train.idx.json
 	$(BIN)/python -m dash_megatron convert to-hf $(RUN) $(RUN)/hf --dtype float32
 	$(BIN)/python examples/generate.py $(RUN)/hf --prompt "$(PROMPT)"
 
-# what only tests need: exports are scored by lm-eval, which brings fifty packages
+# what only tests need: exports are scored by lm-eval, which brings fifty packages, and runs are shown by wandb
 $(VENV)/.tested: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation 'lm-eval[hf]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation 'lm-eval[hf]' wandb
 	@touch $@
 
 # tests of several processes and of SLURM wait more than they compute: three workers keep two cores busy

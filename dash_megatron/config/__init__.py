@@ -11,7 +11,7 @@ from dash_megatron.config.loading import (
     read_rope_scaling,
 )
 from dash_megatron.config.model import ModelConfig, RopeScaling
-from dash_megatron.config.operation import CheckpointConfig, FaultsConfig, LoggingConfig
+from dash_megatron.config.operation import CheckpointConfig, FaultsConfig, LoggingConfig, WandbConfig
 from dash_megatron.config.parallel import ParallelConfig, ZeroConfig
 from dash_megatron.config.run import Config
 from dash_megatron.config.section import Section
@@ -37,6 +37,7 @@ __all__ = [
     "ScheduleConfig",
     "Section",
     "TrainingConfig",
+    "WandbConfig",
     "ZeroConfig",
     "config_from_dict",
     "config_of_stored_run",

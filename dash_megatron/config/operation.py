@@ -31,13 +31,30 @@ MOST_PROFILED = 20
 """Steps in one trace: viewers do not open what is much longer."""
 
 
+class WandbConfig(Section):
+    """Weights & Biases (`pip install 'dash-megatron[wandb]'`): the scalars of TensorBoard under the same names. A run that
+    resumes goes on in the same page. Where the login or the network fails, training goes on without. `WANDB_MODE=offline`
+    keeps everything in `<run_dir>/wandb` for `wandb sync`."""
+
+    project: str = Field(min_length=1)
+    """The project in which the run is shown."""
+    entity: str | None = None
+    """The user or team whose project it is; null means that of the login."""
+    name: str | None = None
+    """The run's name; null means that of its folder."""
+    group: str | None = None
+    """Runs of one group are shown together."""
+
+
 class LoggingConfig(Section):
-    """Console, `metrics.jsonl`, TensorBoard and traces."""
+    """Console, `metrics.jsonl`, TensorBoard, Weights & Biases and traces."""
 
     every: int = Field(default=10, gt=0)
     """Steps between logged lines."""
     tensorboard: bool = True
     """Write `<run_dir>/tensorboard`."""
+    wandb: WandbConfig | None = None
+    """Show the run at Weights & Biases, such as `logging.wandb.project=NAME`; null does not. Its fields are below."""
     routing_every: int = Field(default=0, ge=0)
     """Steps between measurements of how each layer and kv head routes, written to `<run_dir>/routing.jsonl` and TensorBoard;
     0 = never. They cover rank 0's heads and its first micro-batch."""

@@ -1,22 +1,17 @@
-"""What a run reports: a console line, `metrics.jsonl` and TensorBoard, from rank 0."""
+"""What a run reports: a console line, `metrics.jsonl` and curves, from rank 0."""
 
 from __future__ import annotations
 
 import datetime
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from dash_megatron.files import told
 from dash_megatron.json_lines import JsonLines, read_json_lines
-from dash_megatron.retry import explain
-
-logger = logging.getLogger(__name__)
-
+from dash_megatron.training.boards import Board, TensorBoard, add_or_drop, close_quietly
 
 PositionLoss = TypedDict("PositionLoss", {"from": int, "to": int, "loss": float})
 """Mean loss of the targets whose tokens stand at positions [from, to) of their document."""
@@ -94,15 +89,17 @@ class MetricsWriter:
         tensorboard: also write TensorBoard events.
         resumed_step: steps finished before this start; later lines of an earlier start are dropped, because this
             start writes them anew.
+        boards: others to show values on, which `close` leaves open; one that fails is taken out of the list.
     """
 
-    def __init__(self, run_dir: str | Path, tensorboard: bool, resumed_step: int) -> None:
+    def __init__(
+        self, run_dir: str | Path, tensorboard: bool, resumed_step: int, boards: list[Board] | None = None
+    ) -> None:
         folder = Path(run_dir)
         self._lines = JsonLines(folder / "metrics.jsonl", resumed_step)
         self._routing = JsonLines(folder / "routing.jsonl", resumed_step)
-        self._board = (
-            SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1) if tensorboard else None
-        )
+        self._own: list[Board] = [TensorBoard(folder, resumed_step)] if tensorboard else []
+        self._others = [] if boards is None else boards
 
     def write(self, metrics: StepMetrics) -> None:
         """Append one step.
@@ -111,12 +108,16 @@ class MetricsWriter:
             OSError: the disk has been full or unavailable for minutes. What was written before is whole.
         """
         self._lines.append(metrics)
-        self._on_board(lambda: self._write_scalars(metrics))
+        curves = (
+            curve for name, value in metrics.items() if name != "step" for curve in _scalars(name, value)
+        )
+        scalars = {tag: number for tag, number in curves if number is not None}
+        self._show(metrics["step"], scalars, {})
 
     def write_routing(
         self, line: Mapping[str, Any], histograms: Mapping[str, Tensor], scalars: Mapping[str, float]
     ) -> None:
-        """Append one step's line to `routing.jsonl`, and values of its step to TensorBoard.
+        """Append one step's line to `routing.jsonl`, and values of its step to the boards.
 
         Args:
             line: has `step`.
@@ -127,43 +128,20 @@ class MetricsWriter:
             OSError: as in `write`.
         """
         self._routing.append(line)
+        self._show(line["step"], scalars, histograms)
 
-        def add() -> None:
-            assert self._board is not None
-            for tag, values in histograms.items():
-                self._board.add_histogram(tag, values.numpy(), line["step"])
-            for tag, value in scalars.items():
-                self._board.add_scalar(tag, value, line["step"])
-
-        self._on_board(add)
-
-    def _on_board(self, add: Callable[[], None]) -> None:
-        if self._board is None:
-            return
-        try:
-            add()
-            self._board.flush()
-        except OSError as error:
-            # a copy of what the .jsonl files have, for which no run is to end
-            reason = explain(error, self._lines.path)
-            logger.error("TensorBoard stops here: %s; metrics.jsonl goes on", reason)
-            self._board = None
-
-    def _write_scalars(self, metrics: StepMetrics) -> None:
-        assert self._board is not None
-        for name, value in metrics.items():
-            for tag, number in _scalars(name, value):
-                if number is not None and name != "step":
-                    self._board.add_scalar(tag, number, metrics["step"])
+    def _show(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Tensor]) -> None:
+        for boards in (self._own, self._others):
+            add_or_drop(boards, step, scalars, histograms)
 
     def close(self) -> None:
         """Finish TensorBoard's file; the `.jsonl` files are complete after every step."""
-        if self._board is not None:
-            self._board.close()
+        for board in self._own:
+            close_quietly(board)
 
 
 def _scalars(name: str, value: Any) -> Iterator[tuple[str, float | None]]:
-    """A metric's curves in TensorBoard, and their points."""
+    """A metric's curves on boards, and their points."""
     if isinstance(value, dict):
         for task, lengths in value.items():
             for length, means in lengths.items():

@@ -1,4 +1,4 @@
-"""Reports of a run: lines on the console, `metrics.jsonl`, `routing.jsonl` and TensorBoard."""
+"""Reports of a run: lines on the console, `metrics.jsonl`, `routing.jsonl` and curves on boards."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dash_megatron.config.flops import parameter_count
 from dash_megatron.data.blend import unigram_entropy
 from dash_megatron.layers import DashCoreAttention
 from dash_megatron.ops.backend import keep_triton_cache
+from dash_megatron.training.boards import Board, close_quietly, open_wandb
 from dash_megatron.training.health import BusyTime, CollapseAlarm
 from dash_megatron.training.meter import Meter, StepResult
 from dash_megatron.training.metrics import MetricsWriter, console_line, read_metrics
@@ -43,6 +44,7 @@ class Reporter:
         self.meter = Meter(config, vocab_size, dist.get_world_size(), device)
         self.writer: MetricsWriter | None = None
         self._waits = False
+        self.boards: list[Board] = []
 
     def start(self, step: int, commit: str) -> None:
         """Write the resolved config, say what is about to run, and start the clock.
@@ -53,6 +55,8 @@ class Reporter:
         """
         if self.is_main:
             write_config(self.config, commit)
+            wandb = open_wandb(self.config)
+            self.boards = [] if wandb is None else [wandb]
             self.open(step)
             print(introduction(self.config, self.vocab_size, step, self.device), flush=True)
             self._waits = self.device.type == "cuda"
@@ -64,7 +68,9 @@ class Reporter:
         """On rank 0: open the files to go on after a step; lines of later steps are dropped."""
         self.close()
         if self.is_main:
-            self.writer = MetricsWriter(self.config.run_dir, self.config.logging.tensorboard, step)
+            self.writer = MetricsWriter(
+                self.config.run_dir, self.config.logging.tensorboard, step, self.boards
+            )
 
     def close(self) -> None:
         """Close the files, if they are open."""
@@ -109,6 +115,8 @@ class Reporter:
         if self.writer is None:
             return
         self.close()
+        for board in self.boards:
+            close_quietly(board)
         if step < self.config.training.steps:
             print(f"stopped by a signal after step {step}; start again to go on", flush=True)
             return

@@ -20,6 +20,7 @@ from dash_megatron.layers import build_model, dash_layers, init_weights
 from dash_megatron.parallel import init_process_groups, read_launch
 from dash_megatron.retry import make_writable_folder
 from dash_megatron.training import setup
+from dash_megatron.training.boards import check_wandb
 from dash_megatron.training.changes import describe_changes
 from dash_megatron.training.density import DensityController
 from dash_megatron.training.engine import Engine
@@ -62,6 +63,7 @@ class Trainer:
         self.step = 0
         launch = read_launch(environment)
         self.accumulation_steps = config.accumulation_steps(launch.world_size)
+        check_wandb(config)
         tokenizer = setup.load_tokenizer(config)
         self.vocab_size = config.padded_vocabulary(tokenizer.vocab_size)
         make_writable_folder(config.run_dir, "run_dir")
