@@ -17,6 +17,7 @@ from dash_megatron.files import told
 from data_tools.compressed import read_lines, read_whole
 from data_tools.documents import BadLine, BadLineCounter, Document, Piece, TooManyBadLines
 from data_tools.kinds import SUPPORTED, kind_of
+from data_tools.records import keys_of, text_of
 from data_tools.tables import count_parts, read_table
 
 __all__ = [
@@ -44,10 +45,11 @@ _PEEK_BYTES = 1 << 20
 _ABOUT_DATA = ("manifest.json", "dataset_info.json", "state.json", "dataset_dict.json")
 
 
-def find_inputs(inputs: Sequence[str | os.PathLike[str]], text_key: str = "text") -> list[str]:
+def find_inputs(inputs: Sequence[str | os.PathLike[str]], text_key: str | None = "text") -> list[str]:
     """List the files of each input in order: a file itself, a folder's supported files, sorted by path.
 
-    A .json file of a folder counts where it has the key of the text; source folders hold others.
+    A .json file of a folder counts where it has a key that is read, see `text_of`; source folders hold others. Conversations
+    are in no text files.
 
     Raises:
         FileNotFoundError: an input does not exist.
@@ -69,9 +71,10 @@ def find_inputs(inputs: Sequence[str | os.PathLike[str]], text_key: str = "text"
             found.extend(inside)
         elif not path.exists():
             raise FileNotFoundError(f"--input={told(entry)} does not exist; give a file or a folder")
-        elif kind_of(path.name) is None:
+        elif (kind := kind_of(path.name)) is None or (kind.format == "text" and text_key is None):
+            kinds = SUPPORTED if text_key is not None else "JSONL, JSON, parquet or Arrow with conversations"
             raise ValueError(
-                f"--input={entry} must be of a kind that can be read: {SUPPORTED}; rename or convert it"
+                f"--input={entry} must be of a kind that can be read: {kinds}; rename or convert it"
             )
         else:
             found.append(str(path))
@@ -79,7 +82,7 @@ def find_inputs(inputs: Sequence[str | os.PathLike[str]], text_key: str = "text"
     return list(dict.fromkeys(found))
 
 
-def tell_unread(inputs: Sequence[str | os.PathLike[str]], text_key: str = "text") -> None:
+def tell_unread(inputs: Sequence[str | os.PathLike[str]], text_key: str | None = "text") -> None:
     """Print on standard error how many files of the input folders are not read, by suffix, with the first of each."""
     for entry in inputs:
         path = Path(entry)
@@ -109,14 +112,17 @@ def _files_of(folder: Path) -> list[Path]:
     ]
 
 
-def _is_input(file: Path, text_key: str) -> bool:
+def _is_input(file: Path, text_key: str | None) -> bool:
     kind = kind_of(file.name)
     if kind is None or file.name in _ABOUT_DATA or not file.is_file():
+        return False
+    if kind.format == "text" and text_key is None:
         return False
     if kind != ("json", ""):
         return True
     with file.open("rb") as opened:
-        return json.dumps(text_key).encode() in opened.read(_PEEK_BYTES)
+        begin = opened.read(_PEEK_BYTES)
+    return any(json.dumps(key).encode() in begin for key in keys_of(text_key))
 
 
 def split_into_pieces(path: str, piece_bytes: int) -> list[Piece]:
@@ -137,8 +143,12 @@ def split_into_pieces(path: str, piece_bytes: int) -> list[Piece]:
     return [Piece(path, start, stop, size // count) for start, stop in pairwise(bounds)]
 
 
-def read_piece(piece: Piece, text_key: str = "text") -> Iterator[Document | BadLine]:
+def read_piece(piece: Piece, text_key: str | None = "text") -> Iterator[Document | BadLine]:
     """Read a part of a file, a document at a time; documents without any text are skipped.
+
+    Args:
+        piece: what to read.
+        text_key: see `text_of`; None reads conversations.
 
     Raises:
         ValueError: the file as a whole is damaged: cut short, not what its name says, or without the text
@@ -154,7 +164,7 @@ def read_piece(piece: Piece, text_key: str = "text") -> Iterator[Document | BadL
 
 
 def read_inputs(
-    inputs: Sequence[str | os.PathLike[str]], text_key: str, bad_lines: BadLineCounter
+    inputs: Sequence[str | os.PathLike[str]], text_key: str | None, bad_lines: BadLineCounter
 ) -> Iterator[Document]:
     """Read all inputs one after another; bad lines are counted."""
     for path in find_inputs(inputs, text_key):
@@ -166,7 +176,7 @@ def read_inputs(
 
 
 def read_folders(
-    inputs: Sequence[str | os.PathLike[str]], text_key: str, bad_lines: BadLineCounter
+    inputs: Sequence[str | os.PathLike[str]], text_key: str | None, bad_lines: BadLineCounter
 ) -> Iterator[Document]:
     """As `read_inputs`, but the text files that lie in the same folder are one document, each under its name."""
     folders: dict[Path, list[Path]] = {}
@@ -186,7 +196,7 @@ def read_folders(
             yield Document("\n".join(f"{name}\n\n{text}" for name, text in files), str(folder))
 
 
-def parse_line(line: bytes, text_key: str) -> tuple[str, str]:
+def parse_line(line: bytes, text_key: str | None) -> tuple[str, str]:
     """Take the text out of a JSON line; returns (text, "") or ("", why not)."""
     try:
         value = json.loads(line.decode("utf-8"))
@@ -195,36 +205,17 @@ def parse_line(line: bytes, text_key: str) -> tuple[str, str]:
     # RecursionError, and ValueError of numbers with thousands of digits, which JSON allows and Python does not
     except (ValueError, RecursionError) as error:
         return "", f"not JSON ({error})"
-    return _text_of(value, text_key)
+    return text_of(value, text_key)
 
 
-def _text_of(value: Any, text_key: str) -> tuple[str, str]:
-    if not isinstance(value, dict):
-        return "", f"not a JSON object but {type(value).__name__}"
-    if text_key not in value:
-        return "", f"no key {text_key!r} (it has {', '.join(map(repr, list(value)[:5])) or 'none'})"
-    text = value[text_key]
-    if not isinstance(text, str):
-        return "", f"{text_key!r} is not a string but {type(text).__name__}"
-    return _check_text(text)
-
-
-def _check_text(text: str) -> tuple[str, str]:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return "", f"lone surrogate at character {error.start}, which no UTF-8 text can hold"
-    return text, ""
-
-
-def _from_line(path: str, number: int, line: bytes, text_key: str) -> Document | BadLine | None:
+def _from_line(path: str, number: int, line: bytes, text_key: str | None) -> Document | BadLine | None:
     if not line.strip():
         return None
     text, reason = parse_line(line, text_key)
     return BadLine(path, number, reason) if reason else Document(text, f"{path}:{number}")
 
 
-def _read_jsonl(piece: Piece, text_key: str) -> Iterator[Document | BadLine]:
+def _read_jsonl(piece: Piece, text_key: str | None) -> Iterator[Document | BadLine]:
     """Read the lines that begin in [start, stop)."""
     with open(piece.path, "rb") as file:
         stop = piece.stop if piece.stop >= 0 else os.path.getsize(piece.path)
@@ -253,7 +244,7 @@ def _count_newlines(file: Any, stop: int) -> int:
     return count
 
 
-def _read_compressed(piece: Piece, text_key: str) -> Iterator[Document | BadLine]:
+def _read_compressed(piece: Piece, text_key: str | None) -> Iterator[Document | BadLine]:
     parts = max(1, piece.stop)
     for index, line in enumerate(read_lines(piece.path)):
         if (index // _LINES_PER_TURN) % parts == piece.start:
@@ -262,7 +253,7 @@ def _read_compressed(piece: Piece, text_key: str) -> Iterator[Document | BadLine
                 yield item
 
 
-def _read_json(piece: Piece, text_key: str) -> Iterator[Document | BadLine]:
+def _read_json(piece: Piece, text_key: str | None) -> Iterator[Document | BadLine]:
     """Read one array of records, or one record, or a record a line, which many call .json too."""
     data = read_whole(piece.path)
     if data.startswith(codecs.BOM_UTF8):
@@ -293,7 +284,7 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _read_array(path: str, text: str, text_key: str) -> Iterator[Document | BadLine]:
+def _read_array(path: str, text: str, text_key: str | None) -> Iterator[Document | BadLine]:
     strict, lenient = json.JSONDecoder(), json.JSONDecoder(parse_int=len)
     place = _skip(text, text.index("[") + 1, "")
     counted, line = 0, 1
@@ -302,7 +293,7 @@ def _read_array(path: str, text: str, text_key: str) -> Iterator[Document | BadL
         try:
             try:
                 value, end = strict.raw_decode(text, place)
-                found, reason = _text_of(value, text_key)
+                found, reason = text_of(value, text_key)
             except json.JSONDecodeError:
                 raise
             except ValueError as error:  # of a number with thousands of digits
@@ -324,7 +315,7 @@ def _skip(text: str, place: int, sign: str) -> int:
     return place
 
 
-def _read_text(piece: Piece, text_key: str) -> Iterator[Document | BadLine]:
+def _read_text(piece: Piece, text_key: str | None) -> Iterator[Document | BadLine]:
     data = read_whole(piece.path)
     try:
         yield Document(data.decode("utf-8"), piece.path)

@@ -6,16 +6,17 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from dash_megatron.data.index_file import check_bin_size, read_index, read_lengths, token_dtype, write_index
-from dash_megatron.data.sidecar import Sidecar, describe, sidecar_path
-from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.data.sidecar import Sidecar, answers_path, describe, sidecar_path
 from data_tools.atomic import TEMPORARY_SUFFIX, atomic_write, remove_files, sync_and_rename
+from data_tools.documents import Document
+from data_tools.encoding import Encoder, Tokens
 from data_tools.readers import BadLine, Piece, read_piece, split_into_pieces
 
 SPLITS = ("train", "valid")
@@ -34,9 +35,17 @@ class Options:
     fingerprint: str
     vocab_size: int
     eod: int
-    text_key: str
+    text_key: str | None
+    """None reads conversations, see `text_of`."""
     valid_fraction: float
     seed: int
+    chat_template: str | None = None
+    """Renders conversations; None where texts are read."""
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the files of a split."""
+        return (".bin", ".idx") if self.chat_template is None else (".bin", ".answers.bin", ".idx")
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,10 @@ class ShardReport:
     num_bad_lines: int
     bad_lines: list[str]
     """The first of them, as file:line: reason."""
+    answers: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    """Tokens of answers, for train and valid."""
+    rendered: int = 0
+    """Documents that the chat template rendered."""
 
 
 def plan_units(paths: Sequence[str], options: Options, unit_bytes: int | None = None) -> list[Unit]:
@@ -99,7 +112,10 @@ def _key(pieces: Sequence[Piece], options: Options) -> str:
             [os.path.abspath(piece.path), status.st_size, status.st_mtime_ns, piece.start, piece.stop]
         )
     # the fingerprint stands for the tokenizer, wherever its file lies
-    values = [_FORMAT, inputs, {**asdict(options), "tokenizer": ""}]
+    decisive = {**asdict(options), "tokenizer": ""}
+    if options.chat_template is None:
+        del decisive["chat_template"]  # as before there were any
+    values = [_FORMAT, inputs, decisive]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -110,22 +126,33 @@ def goes_to_valid(text: bytes, valid_fraction: float, seed: int) -> bool:
 
 
 class _SplitWriter:
-    """The .bin and .idx of one split, under temporary names until `finish`."""
+    """The files of one split, under temporary names until `finish`."""
 
-    def __init__(self, prefix: Path, dtype: np.dtype, stack: ExitStack) -> None:
+    def __init__(self, prefix: Path, dtype: np.dtype, suffixes: Sequence[str], stack: ExitStack) -> None:
         self.prefix = prefix
         self.dtype = dtype
+        self.suffixes = suffixes
         self.lengths: list[int] = []
-        self._file: IO[bytes] = stack.enter_context(self._temporary(".bin").open("wb"))
+        self.answers = self.rendered = 0
+        self._files: dict[str, IO[bytes]] = {
+            suffix: stack.enter_context(self._temporary(suffix).open("wb"))
+            for suffix in suffixes
+            if suffix != ".idx"
+        }
 
-    def add(self, ids: list[int]) -> None:
-        self._file.write(np.asarray(ids, dtype=self.dtype).tobytes())
-        self.lengths.append(len(ids))
+    def add(self, tokens: Tokens) -> None:
+        self._files[".bin"].write(np.asarray(tokens.ids, dtype=self.dtype).tobytes())
+        self.lengths.append(len(tokens.ids))
+        if tokens.answers is not None:
+            self._files[".answers.bin"].write(bytes(tokens.answers))
+            self.answers += sum(tokens.answers)
+        self.rendered += tokens.rendered
 
     def finish(self) -> None:
-        self._file.close()
+        for file in self._files.values():
+            file.close()
         write_index(self._temporary(".idx"), np.asarray(self.lengths, dtype=np.int32), self.dtype)
-        for suffix in (".bin", ".idx"):
+        for suffix in self.suffixes:
             sync_and_rename(self._temporary(suffix), Path(f"{self.prefix}{suffix}"))
 
     def _temporary(self, suffix: str) -> Path:
@@ -142,14 +169,14 @@ def _report_path(folder: Path, unit: Unit) -> Path:
 
 
 def tokenize_unit(
-    unit: Unit, folder: Path, tokenizer: Tokenizer, options: Options, max_bad_lines: int
+    unit: Unit, folder: Path, encode: Encoder, options: Options, max_bad_lines: int
 ) -> ShardReport:
     """Tokenise a unit and save its shard, the report last.
 
     Args:
         unit: what to read.
         folder: where the shards are.
-        tokenizer: the one that `options` describe.
+        encode: of the tokenizer and chat template that `options` describe.
         options: see `Options`.
         max_bad_lines: with more than these the shard is given up and not saved.
 
@@ -160,18 +187,22 @@ def tokenize_unit(
     bad_lines: list[str] = []
     num_bad_lines = 0
     with ExitStack() as stack:
-        writers = {split: _SplitWriter(shard_prefix(folder, unit, split), dtype, stack) for split in SPLITS}
+        writers = {
+            split: _SplitWriter(shard_prefix(folder, unit, split), dtype, options.suffixes, stack)
+            for split in SPLITS
+        }
         for item in (item for piece in unit.pieces for item in read_piece(piece, options.text_key)):
-            if isinstance(item, BadLine):
+            found = _encode(item, encode)
+            if isinstance(found, str):
                 num_bad_lines += 1
                 if len(bad_lines) < _MAX_REPORTS:
-                    bad_lines.append(str(item))
+                    bad_lines.append(found)
                 if num_bad_lines > max_bad_lines:
                     break
                 continue
-            text = item.text.encode("utf-8")
+            text, tokens = found
             split = "valid" if goes_to_valid(text, options.valid_fraction, options.seed) else "train"
-            writers[split].add([*tokenizer.encode(item.text), options.eod])
+            writers[split].add(tokens)
         report = ShardReport(
             key=unit.key,
             num_bytes=unit.num_bytes,
@@ -179,6 +210,8 @@ def tokenize_unit(
             tokens={split: sum(writer.lengths) for split, writer in writers.items()},
             num_bad_lines=num_bad_lines,
             bad_lines=bad_lines,
+            answers={split: writer.answers for split, writer in writers.items()},
+            rendered=sum(writer.rendered for writer in writers.values()),
         )
         if num_bad_lines <= max_bad_lines:
             # an older shard's report must not vouch for these files, should the run be killed among them
@@ -190,40 +223,63 @@ def tokenize_unit(
     return report
 
 
+def _encode(item: Document | BadLine, encode: Encoder) -> tuple[bytes, Tokens] | str:
+    """A document's text and tokens, or what is wrong with it and where it is from."""
+    if isinstance(item, BadLine):
+        return str(item)
+    try:
+        return item.text.encode("utf-8"), encode(item.text)
+    except ValueError as error:
+        return f"{item.source}: {error}"
+
+
 def finished_report(unit: Unit, folder: Path) -> ShardReport | None:
     """Give the report of a unit's shard if it is there, whole, and of the same input and options."""
     try:
         report = ShardReport(**json.loads(_report_path(folder, unit).read_text(encoding="utf-8")))
         for split in SPLITS:
             prefix = shard_prefix(folder, unit, split)
-            check_bin_size(prefix, read_index(prefix))
+            index = read_index(prefix)
+            check_bin_size(prefix, index)
+            marks = answers_path(prefix)
+            if marks.is_file() and marks.stat().st_size != index.tokens:
+                return None
     except (OSError, ValueError, TypeError):
         return None
     return report if report.key == unit.key else None
 
 
-def merge_split(units: Sequence[Unit], folder: Path, output: Path, split: str, options: Options) -> Sidecar:
-    """Concatenate the shards of a split into OUTPUT/SPLIT.bin and .idx, and write the sidecar.
+def merge_split(
+    units: Sequence[Unit], folder: Path, output: Path, split: str, options: Options, rendered: bool
+) -> Sidecar:
+    """Concatenate the shards of a split into OUTPUT/SPLIT.bin and the files beside it, and write the sidecar.
 
     The old sidecar goes first and the new one comes last: at no moment does a sidecar stand beside data it
-    does not describe.
+    does not describe. It keeps the chat template where that `rendered` any document.
     """
     prefix = output / split
-    bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-    temporary = {path: path.with_name(path.name + TEMPORARY_SUFFIX) for path in (bin_path, idx_path)}
-    lengths = []
-    with open(temporary[bin_path], "wb") as merged:
-        for unit in units:
-            shard = shard_prefix(folder, unit, split)
-            with open(f"{shard}.bin", "rb") as file:
-                shutil.copyfileobj(file, merged, 1 << 22)
-            lengths.append(np.array(read_lengths(shard)[0]))
-    write_index(temporary[idx_path], np.concatenate(lengths), token_dtype(options.vocab_size))
+    paths = {suffix: Path(f"{prefix}{suffix}") for suffix in options.suffixes}
+    temporary = {suffix: path.with_name(path.name + TEMPORARY_SUFFIX) for suffix, path in paths.items()}
+    shards = [shard_prefix(folder, unit, split) for unit in units]
+    for suffix in paths:
+        if suffix == ".idx":
+            lengths = [np.array(read_lengths(shard)[0]) for shard in shards]
+            write_index(temporary[suffix], np.concatenate(lengths), token_dtype(options.vocab_size))
+            continue
+        with open(temporary[suffix], "wb") as merged:
+            for shard in shards:
+                with open(f"{shard}{suffix}", "rb") as file:
+                    shutil.copyfileobj(file, merged, 1 << 22)
     sidecar_path(prefix).unlink(missing_ok=True)
-    for path in (bin_path, idx_path):
-        sync_and_rename(temporary[path], path)
+    answers_path(prefix).unlink(missing_ok=True)
+    for suffix, path in paths.items():
+        sync_and_rename(temporary[suffix], path)
     sidecar = describe(
-        prefix, tokenizer_fingerprint=options.fingerprint, vocab_size=options.vocab_size, eod=options.eod
+        prefix,
+        tokenizer_fingerprint=options.fingerprint,
+        vocab_size=options.vocab_size,
+        eod=options.eod,
+        chat_template=options.chat_template if rendered else None,
     )
     sidecar.write(prefix)
     return sidecar
@@ -231,7 +287,7 @@ def merge_split(units: Sequence[Unit], folder: Path, output: Path, split: str, o
 
 def remove_shards(folder: Path) -> None:
     """Remove all shards, and the folder if nothing else is in it."""
-    parts = [f"{split}.{end}" for split in SPLITS for end in ("bin", "idx")]
+    parts = [f"{split}.{end}" for split in SPLITS for end in ("bin", "answers.bin", "idx")]
     remove_files(folder, *(f"[0-9]*.{part}" for part in [*parts, "json"]))
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
@@ -239,7 +295,8 @@ def remove_shards(folder: Path) -> None:
 
 def remove_split(output: Path, split: str) -> None:
     """Remove the files of a split that an earlier run with other options left."""
-    remove_files(output, sidecar_path(output / split).name, f"{split}.idx", f"{split}.bin")
+    names = (f"{split}.{end}" for end in ("idx", "answers.bin", "bin"))
+    remove_files(output, sidecar_path(output / split).name, *names)
 
 
 def progress_of(reports: Sequence[ShardReport]) -> Iterator[tuple[str, Any]]:
@@ -247,4 +304,6 @@ def progress_of(reports: Sequence[ShardReport]) -> Iterator[tuple[str, Any]]:
     for split in SPLITS:
         yield f"{split}_documents", sum(report.documents[split] for report in reports)
         yield f"{split}_tokens", sum(report.tokens[split] for report in reports)
+        yield f"{split}_answer_tokens", sum(report.answers[split] for report in reports)
+    yield "rendered_documents", sum(report.rendered for report in reports)
     yield "bad_lines", sum(report.num_bad_lines for report in reports)

@@ -6,6 +6,7 @@ from typing import Any
 
 from data_tools.documents import BadLine, Document, Piece
 from data_tools.kinds import kind_of
+from data_tools.records import known_columns, text_of
 
 
 def count_parts(path: str) -> int:
@@ -20,7 +21,7 @@ def count_parts(path: str) -> int:
         return sum(1 for _ in _arrow_batches(path))
 
 
-def read_table(piece: Piece, text_key: str) -> Iterator[Document | BadLine]:
+def read_table(piece: Piece, text_key: str | None) -> Iterator[Document | BadLine]:
     """Read the texts of a piece's row groups or record batches.
 
     Raises:
@@ -32,21 +33,22 @@ def read_table(piece: Piece, text_key: str) -> Iterator[Document | BadLine]:
     with _naming(piece.path):
         for batch in batches:
             # one value at a time: a row that is not UTF-8 then harms no other
-            for value in batch.column(text_key):
+            columns = [batch.column(name) for name in batch.schema.names]
+            for values in zip(*columns, strict=True):
                 row += 1
-                yield _from_value(value, piece.path, row, text_key)
+                yield _from_values(
+                    dict(zip(batch.schema.names, values, strict=True)), piece.path, row, text_key
+                )
 
 
-def _from_value(value: Any, path: str, row: int, text_key: str) -> Document | BadLine:
+def _from_values(values: dict[str, Any], path: str, row: int, text_key: str | None) -> Document | BadLine:
     try:
-        text = value.as_py()
+        text, reason = text_of({name: value.as_py() for name, value in values.items()}, text_key)
     except UnicodeDecodeError as error:
         return BadLine(path, row, f"not UTF-8 (byte {error.start} of the value)")
     except Exception as error:  # whatever a library raises of one value
         return BadLine(path, row, f"cannot be read ({type(error).__name__}: {error})")
-    if isinstance(text, str):
-        return Document(text, f"{path}:{row}")
-    return BadLine(path, row, f"{text_key!r} is not a string but {type(text).__name__}")
+    return BadLine(path, row, reason) if reason else Document(text, f"{path}:{row}")
 
 
 def _is_parquet(path: str) -> bool:
@@ -73,24 +75,24 @@ def _parquet_file(path: str) -> Any:
     return pyarrow.parquet.ParquetFile(path)
 
 
-def _parquet_batches(piece: Piece, text_key: str) -> tuple[int, Iterable[Any]]:
+def _parquet_batches(piece: Piece, text_key: str | None) -> tuple[int, Iterable[Any]]:
     """The rows before a piece, and its batches."""
     with _naming(piece.path):
         file = _parquet_file(piece.path)
-        _check_column(piece.path, file.schema_arrow.names, text_key)
+        columns = _columns(piece.path, file.schema_arrow.names, text_key)
         stop = piece.stop if piece.stop >= 0 else file.num_row_groups
         before = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
         groups = list(range(piece.start, stop))
-        return before, file.iter_batches(batch_size=256, row_groups=groups, columns=[text_key])
+        return before, file.iter_batches(batch_size=256, row_groups=groups, columns=columns)
 
 
-def _arrow_part(piece: Piece, text_key: str) -> tuple[int, Iterable[Any]]:
+def _arrow_part(piece: Piece, text_key: str | None) -> tuple[int, Iterable[Any]]:
     with _naming(piece.path):
         batches = list(_arrow_batches(piece.path))  # memory maps, not copies
-    if batches:
-        _check_column(piece.path, batches[0].schema.names, text_key)
+    columns = _columns(piece.path, batches[0].schema.names, text_key) if batches else []
     stop = piece.stop if piece.stop >= 0 else len(batches)
-    return sum(batch.num_rows for batch in batches[: piece.start]), batches[piece.start : stop]
+    before = sum(batch.num_rows for batch in batches[: piece.start])
+    return before, [batch.select(columns) for batch in batches[piece.start : stop]]
 
 
 def _arrow_batches(path: str) -> Iterator[Any]:
@@ -109,6 +111,12 @@ def _arrow_batches(path: str) -> Iterator[Any]:
         yield file.get_batch(number)
 
 
-def _check_column(path: str, names: list[str], text_key: str) -> None:
-    if text_key not in names:
-        raise ValueError(f"{path} has no column {text_key!r} (it has {', '.join(names)}); set --text-key")
+def _columns(path: str, names: list[str], text_key: str | None) -> list[str]:
+    columns = known_columns(text_key, names)
+    if columns:
+        return columns
+    if text_key is None:
+        raise ValueError(
+            f"{path} has no column 'messages', nor 'prompt' and 'completion' (it has {', '.join(names)}); rename columns"
+        )
+    raise ValueError(f"{path} has no column {text_key!r} (it has {', '.join(names)}); set --text-key")

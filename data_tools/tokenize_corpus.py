@@ -1,6 +1,7 @@
 """Turn a corpus into Megatron .bin/.idx files, train and validation, split by document.
 
     python -m data_tools.tokenize_corpus --input data/corpus --tokenizer data/tokenizer.model --output data
+    python -m data_tools.tokenize_corpus --input chats.jsonl --conversations --tokenizer data/tokenizer.model --output data/chats
 
 A run that was killed goes on where it was: finished shards are not made again, nor is a finished run.
 """
@@ -22,9 +23,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dash_megatron.data.chat import ChatTemplate, read_template
 from dash_megatron.data.tokenizer import Tokenizer
 from data_tools.arguments import add_input, add_max_bad_lines, add_text_key, make_parser, run
 from data_tools.atomic import atomic_write
+from data_tools.encoding import Encoder, make_encoder
 from data_tools.readers import BadLineCounter, find_inputs, tell_unread
 from data_tools.shards import (
     SPLITS,
@@ -53,10 +56,14 @@ def tokenize_corpus(
     seed: int = 0,
     workers: int | None = None,
     text_key: str = "text",
+    conversations: bool = False,
+    chat_template: Path | None = None,
     shard_mb: float | None = None,
     max_bad_lines: int = 0,
 ) -> dict[str, Any]:
     """Tokenise and give the run's manifest; arguments as on the command line.
+
+    Of conversations the answers alone are marked to be learnt: PREFIX.answers.bin has a byte for each token.
 
     Raises:
         FileNotFoundError: an input or the tokenizer does not exist.
@@ -67,18 +74,27 @@ def tokenize_corpus(
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     _check_arguments(valid_fraction, seed, workers, shard_mb)
     tokenizer = Tokenizer(tokenizer_path)
+    template = None
+    if conversations:
+        template, source = read_template(tokenizer_path, chat_template)
+        ChatTemplate(template, tokenizer, source)  # told before anything is read
+    elif chat_template is not None:
+        raise ValueError(f"--chat-template={chat_template} must come with --conversations, which it renders")
     options = Options(
         tokenizer=str(tokenizer_path),
         fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         eod=tokenizer.eod,
-        text_key=text_key,
+        text_key=None if conversations else text_key,
         valid_fraction=valid_fraction,
         seed=seed,
+        chat_template=template,
     )
-    tell_unread(inputs, text_key)
+    tell_unread(inputs, options.text_key)
     units = plan_units(
-        find_inputs(inputs, text_key), options, None if shard_mb is None else max(1, int(shard_mb * 1e6))
+        find_inputs(inputs, options.text_key),
+        options,
+        None if shard_mb is None else max(1, int(shard_mb * 1e6)),
     )
     run_key = hashlib.sha256("".join(unit.key for unit in units).encode()).hexdigest()
     finished = _finished_manifest(output, run_key)
@@ -162,9 +178,9 @@ def _run(
 ) -> Iterator[tuple[Unit, ShardReport]]:
     """Yield the units' reports as they come in."""
     if workers <= 1:
-        tokenizer = Tokenizer(options.tokenizer)
+        encode = make_encoder(Tokenizer(options.tokenizer), options.chat_template)
         for unit in units:
-            yield unit, tokenize_unit(unit, folder, tokenizer, options, max_bad_lines)
+            yield unit, tokenize_unit(unit, folder, encode, options, max_bad_lines)
         return
     # spawn: a forked copy of whatever the caller runs, with its threads' locks, is no safe place to work in
     pool = concurrent.futures.ProcessPoolExecutor(
@@ -186,12 +202,13 @@ def _run(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_worker_arguments: tuple[Path, Tokenizer, Options, int]
+_worker_arguments: tuple[Path, Encoder, Options, int]
 
 
 def _start_worker(options: Options, folder: Path, max_bad_lines: int) -> None:
     global _worker_arguments
-    _worker_arguments = (folder, Tokenizer(options.tokenizer), options, max_bad_lines)
+    encode = make_encoder(Tokenizer(options.tokenizer), options.chat_template)
+    _worker_arguments = (folder, encode, options, max_bad_lines)
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
@@ -235,9 +252,10 @@ def _merge(units: list[Unit], output: Path, options: Options, manifest: dict[str
         if split not in splits:
             remove_split(output, split)
             continue
-        sidecar = merge_split(units, output / SHARDS, output, split, options)
+        rendered = manifest["rendered_documents"] > 0
+        sidecar = merge_split(units, output / SHARDS, output, split, options, rendered)
         manifest[f"{split}_unigram_entropy_nats"] = sidecar.unigram_entropy_nats
-        files += [f"{split}.bin", f"{split}.idx", f"{split}.idx.json"]
+        files += [*(f"{split}{suffix}" for suffix in options.suffixes), f"{split}.idx.json"]
     manifest = {**manifest, "tokenizer_fingerprint": options.fingerprint, "files": files}
     with atomic_write(output / MANIFEST) as file:
         json.dump(manifest, file, indent=2)
@@ -261,6 +279,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     add_text_key(parser)
     parser.add_argument(
+        "--conversations",
+        action="store_true",
+        help="read `messages`, or `prompt` and `completion`, of which the answers alone are learnt",
+    )
+    parser.add_argument(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="Jinja that renders `messages` (default: the one beside the tokenizer, else a plain one)",
+    )
+    parser.add_argument(
         "--shard-mb", type=float, help="input in a shard (default: a 256th of it, 1 to 64 MB)"
     )
     add_max_bad_lines(parser)
@@ -277,14 +306,18 @@ def _tokenize(options: argparse.Namespace) -> str:
         seed=options.seed,
         workers=options.workers,
         text_key=options.text_key,
+        conversations=options.conversations,
+        chat_template=options.chat_template,
         shard_mb=options.shard_mb,
         max_bad_lines=options.max_bad_lines,
     )
-    return (
-        f"{options.output}: train {manifest['train_documents']} documents, {manifest['train_tokens']} "
-        f"tokens; valid {manifest['valid_documents']} documents, {manifest['valid_tokens']} tokens; "
-        f"{manifest['bad_lines']} bad lines; {time.monotonic() - start:.1f} s"
-    )
+    splits = []
+    for split in SPLITS:
+        text = f"{split} {manifest[f'{split}_documents']} documents, {manifest[f'{split}_tokens']} tokens"
+        if options.conversations:
+            text += f", {manifest[f'{split}_answer_tokens']} of them in answers"
+        splits.append(text)
+    return f"{options.output}: {'; '.join(splits)}; {manifest['bad_lines']} bad lines; {time.monotonic() - start:.1f} s"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import pytest
 # before torch is imported anywhere: tests share two cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.tiny import make_tiny_data, tiny_tree
+from tests.tiny import make_tiny_chats, make_tiny_data, tiny_tree
 
 # whatever the machine has; DeepSpeed's choice would be inherited from a test that had a GPU
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -27,6 +27,12 @@ NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """See `make_tiny_data`."""
     return make_tiny_data(tmp_path_factory.mktemp("tiny_data"))
+
+
+@pytest.fixture(scope="session")
+def tiny_chats(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `make_tiny_chats`."""
+    return make_tiny_chats(tmp_path_factory.mktemp("tiny_chats"), tiny_data / "tokenizer.model")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """A corpus and a model small enough to train in a moment, for tests and for `python -m tests.chaos`."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,39 @@ def make_tiny_data(folder: Path) -> Path:
     tokenize = ["--input", str(documents), "--tokenizer", tokenizer, "--output", str(folder)]
     assert not tokenize_corpus.main([*tokenize, "--valid-fraction", "0.1", "--workers", "1"])
     return folder
+
+
+def make_tiny_chats(folder: Path, tokenizer: Path) -> Path:
+    """Fill a folder with train/valid files of 400 conversations of one to three questions, of which the answers are learnt."""
+    from data_tools import tokenize_corpus
+
+    generator = random.Random(1)
+    lines = []
+    for _ in range(400):
+        messages = []
+        for word in generator.choices(WORDS, k=generator.choice([1, 1, 2, 3])):
+            messages.append({"role": "user", "content": f"what is {word}{generator.randrange(10)}?"})
+            messages.append({"role": "assistant", "content": answer_about(word)})
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "chats.jsonl").write_text("".join(lines))
+    arguments = [
+        "--input",
+        str(folder / "chats.jsonl"),
+        "--tokenizer",
+        str(tokenizer),
+        "--output",
+        str(folder),
+    ]
+    assert not tokenize_corpus.main(
+        [*arguments, "--conversations", "--valid-fraction", "0.1", "--workers", "1"]
+    )
+    return folder
+
+
+def answer_about(word: str) -> str:
+    """What the tiny conversations answer to a question about a word."""
+    return "a list in value" if WORDS.index(word) % 2 else "an error"
 
 
 def tiny_tree(data: Path, run_dir: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dash_megatron.parallel.context.layout import ContextShard, shard_sequence
 
 
 class RowDataset(Protocol):
-    """What `BatchSource` reads: a number of rows, each with tokens and labels, both int64 [seq_length]."""
+    """What `BatchSource` reads: a number of rows, as `pack_samples` takes them."""
 
     def __len__(self) -> int: ...
 
@@ -32,7 +32,7 @@ class PackedBatch:
     labels: Tensor
     """int64 [1, T]: the token that follows each token in its row."""
     loss_mask: Tensor
-    """bool [1, T]: False where the label belongs to another document, and on padding rows."""
+    """bool [1, T]: False where the label belongs to another document or to no answer, and on padding rows."""
     position_ids: Tensor
     """int64 [1, T]: 0 at the start of each document, then counting up."""
     cu_seqlens: Tensor
@@ -101,7 +101,8 @@ def pack_samples(
     """Concatenate rows and mark where documents start.
 
     Args:
-        rows: each with tokens and labels, int64 [seq_length], and optionally loss_mask [seq_length].
+        rows: each with tokens and labels, int64 [seq_length], and optionally loss_mask [seq_length]. A row with starts, bool
+            [seq_length], says itself where its documents start, and eod means nothing in it: it may end turns.
         eod: the token that ends a document.
         pack_documents: True starts a document at each row start and after each eod; False at row starts only, so
             that a row attends across the documents in it. The label of an eod never counts in the loss.
@@ -127,16 +128,19 @@ def pack_samples(
     labels_BN = torch.stack([row["labels"] for row in rows]).long()
     num_rows, seq_length = tokens_BN.shape
 
-    loss_mask_BN = tokens_BN != eod
+    ends_BN = tokens_BN == eod
+    starts_BN = ends_BN.roll(1, dims=1)
+    loss_mask_BN = ~ends_BN
     for index, row in enumerate(rows):
+        if "starts" in row:
+            starts_BN[index] = row["starts"]
+            loss_mask_BN[index] = True
         if ids[index] < 0:
             loss_mask_BN[index] = False
         elif "loss_mask" in row:
             loss_mask_BN[index] &= row["loss_mask"] > 0
 
-    starts_BN = torch.zeros_like(loss_mask_BN)
-    if pack_documents:
-        starts_BN[:, 1:] = tokens_BN[:, :-1] == eod
+    starts_BN &= pack_documents
     starts_BN[:, :: max_context or seq_length] = True
     starts = starts_BN.flatten().nonzero().flatten()
     num_tokens = num_rows * seq_length

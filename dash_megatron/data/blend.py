@@ -24,6 +24,27 @@ def blend_prefixes(entries: Sequence[str]) -> list[str]:
     return [entry if isinstance(entry, str) else entry[1] for entry in parse_blend(entries)]
 
 
+def chat_template(entries: Sequence[str]) -> str | None:
+    """The template that rendered the conversations of a blend; None where it has none.
+
+    Raises:
+        FileNotFoundError: a data set has no sidecar.
+        ValueError: a sidecar cannot be read, or two data sets were rendered by different templates.
+    """
+    found: dict[str, str] = {}
+    for prefix in blend_prefixes(entries):
+        template = Sidecar.read(prefix).chat_template
+        if template is not None:
+            found.setdefault(template, prefix)
+    if len(found) > 1:
+        one, other, *_ = found.values()
+        raise ValueError(
+            f"data.train: {one} and {other} were rendered by different chat templates, and a model speaks one; tokenize both "
+            "with the same --chat-template"
+        )
+    return next(iter(found), None)
+
+
 def unigram_entropy(entries: Sequence[str]) -> float:
     """Entropy of the tokens' frequencies in nats: the loss per token of a model that knows nothing else.
 

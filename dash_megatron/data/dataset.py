@@ -12,15 +12,16 @@ import shutil
 import socket
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dash_megatron.data.bin_reader import BinReader
+from dash_megatron.data.conversations import ConversationRows
 from dash_megatron.data.index_file import edges_digest
 from dash_megatron.data.open_files import allow_open_files
 from dash_megatron.data.sidecar import Sidecar, check_data
@@ -34,17 +35,19 @@ with warnings.catch_warnings():
     from megatron.core.datasets.utils import Split
 
 logger = logging.getLogger(__name__)
-# it warns of a blend that is not cached, which is on purpose: see `_uncached`
+# it warns of a blend that is not cached, which is on purpose: see `build_dataset`
 logging.getLogger("megatron.core.datasets.blended_dataset").setLevel(logging.ERROR)
 
-# .idx, .bin, and Megatron's orders of documents, rows and their shuffle, all but .bin mapped into memory
+# .idx, .bin, and Megatron's orders of documents, rows and their shuffle, all but .bin mapped into memory, or answers in their
+# place
 _FILES_PER_PREFIX = 5
 
+_OnePass: TypeAlias = "GPTDataset | ConversationRows"
 Blend = Sequence[str | os.PathLike[str] | tuple[float, str | os.PathLike[str]]]
 
 
 class TokenRows(torch.utils.data.Dataset[Mapping[str, Tensor]]):
-    """Rows with tokens and labels (int64 [seq_length]) and loss_mask (float32 [seq_length])."""
+    """Rows with tokens and labels (int64 [seq_length]) and loss_mask (float32 [seq_length]), and of conversations starts."""
 
     def __init__(self, dataset: Any, num_samples: int, vocab_size: int, names: str) -> None:
         self.dataset = dataset
@@ -69,7 +72,7 @@ class TokenRows(torch.utils.data.Dataset[Mapping[str, Tensor]]):
             sample = self.dataset[index]
         except OSError as error:
             raise OSError(error.errno, f"row {index} of {self.names}: {error.strerror}") from error
-        row = {name: sample[name] for name in ("tokens", "labels", "loss_mask")}
+        row = {name: sample[name] for name in ("tokens", "labels", "loss_mask", "starts") if name in sample}
         for name in ("tokens", "labels"):
             low, high = torch.aminmax(row[name])
             if low < 0 or high >= self.vocab_size:
@@ -120,11 +123,15 @@ def build_dataset(
     allow_open_files(_FILES_PER_PREFIX * len(prefixes), f"{field} names {len(prefixes)} data sets")
 
     passes = [
-        _one_pass(prefix, seq_length, seed, tokenizer, Path(cache_dir), split_name) for prefix in prefixes
+        _one_pass(prefix, seq_length, seed, tokenizer, Path(cache_dir), split_name)
+        if sidecar.answer_tokens is None
+        else ConversationRows(prefix, seq_length, seed, tokenizer.eod)
+        for prefix, sidecar in zip(prefixes, sidecars, strict=True)
     ]
     for one_pass in passes:
         # now, as the index files are, so that the next blend's count of open files is right
-        one_pass.dataset.bin_reader.open()  # type: ignore[attr-defined]
+        readers = one_pass if isinstance(one_pass, ConversationRows) else one_pass.dataset.bin_reader  # type: ignore[attr-defined]
+        readers.open()
     lengths = [len(one_pass) for one_pass in passes]
     at_most_one_pass = split_name == "valid" or num_samples is None
     if at_most_one_pass and weights is not None and len(prefixes) > 1:
@@ -134,11 +141,15 @@ def build_dataset(
     assert num_samples is not None
     if len(passes) == 1:
         dataset: Any = _Repeated(passes[0], num_samples, seed)
-    elif at_most_one_pass:
-        # no size: Megatron then takes each part's length for its weight and draws every row once
-        dataset = BlendedDataset(passes, lengths, None, _uncached(passes[0].config))
     else:
-        dataset = _blended(passes, weights or [float(length) for length in lengths], num_samples, seed)
+        # a blend is quick to make, and Megatron's cache for it needs a process group
+        config = _config(seq_length, seed, tokenizer, None)
+        if at_most_one_pass:
+            parts = [_Repeated(one_pass, len(one_pass), seed) for one_pass in passes]
+            # no size: Megatron then takes each part's length for its weight and draws every row once
+            dataset = BlendedDataset(parts, lengths, None, config)
+        else:
+            dataset = _blended(passes, weights or [float(length) for length in lengths], num_samples, config)
     return TokenRows(dataset, num_samples, tokenizer.vocab_size, ", ".join(prefixes))
 
 
@@ -208,7 +219,7 @@ class _MegatronTokenizer:
         return {"class": "dash_megatron.Tokenizer", "fingerprint": self.fingerprint}
 
 
-def _config(seq_length: int, seed: int, tokenizer: Tokenizer, cache_dir: str) -> GPTDatasetConfig:
+def _config(seq_length: int, seed: int, tokenizer: Tokenizer, cache_dir: str | None) -> GPTDatasetConfig:
     return GPTDatasetConfig(
         random_seed=seed,
         sequence_length=seq_length,
@@ -288,12 +299,12 @@ class _Repeated(torch.utils.data.Dataset[Any]):
     samples; a run that is resumed with more steps would see some rows again and miss others.
     """
 
-    def __init__(self, one_pass: GPTDataset, num_samples: int, seed: int) -> None:
+    def __init__(self, one_pass: _OnePass, num_samples: int, seed: int) -> None:
         self.one_pass = one_pass
         self.num_samples = num_samples
         self.seed = seed
         # what BlendedDataset reads
-        self.index_split = one_pass.index_split
+        self.index_split = Split.train
         self.unique_identifiers = one_pass.unique_identifiers
         self._order = functools.lru_cache(maxsize=2)(self._make_order)
 
@@ -309,15 +320,14 @@ class _Repeated(torch.utils.data.Dataset[Any]):
         return np.random.default_rng([self.seed, number]).permutation(len(self.one_pass))
 
 
-def _blended(passes: list[GPTDataset], weights: list[float], num_samples: int, seed: int) -> BlendedDataset:
+def _blended(
+    passes: list[_OnePass], weights: list[float], num_samples: int, config: GPTDatasetConfig
+) -> BlendedDataset:
     """Draw from the passes by weight, repeating each as often as needed."""
     shares = [weight / sum(weights) for weight in weights]
     # Megatron's blend keeps each part within one row of its share at every point, hence the margin
     sizes = [math.ceil(num_samples * share) + len(passes) for share in shares]
-    parts = [_Repeated(one_pass, size, seed) for one_pass, size in zip(passes, sizes, strict=True)]
-    return BlendedDataset(parts, shares, num_samples, _uncached(passes[0].config))
-
-
-def _uncached(config: GPTDatasetConfig) -> GPTDatasetConfig:
-    # a blend is quick to make, and Megatron's cache for it needs a process group
-    return replace(config, path_to_cache=None)
+    parts = [
+        _Repeated(one_pass, size, config.random_seed) for one_pass, size in zip(passes, sizes, strict=True)
+    ]
+    return BlendedDataset(parts, shares, num_samples, config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,42 @@ class JsonTokenizer:
         self.eod = self._id_of(end)
         begin = self._name_of("bos_token")
         self.bos = -1 if begin is None else self._id_of(begin)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special: dict[str, int] = {
+            token.content: index for index, token in added.items() if token.special
+        }
+        named = {role: self._name_of(role) for role in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        self.roles = {role: name for role, name in named.items() if name is not None}
         self._check_texts()
 
-    def encode(self, text: str | bytes) -> list[int]:
+    def encode(self, text: str | bytes, continues: bool = False) -> list[int]:
         """As `Tokenizer.encode`."""
         if isinstance(text, bytes):
             text = text.decode("utf-8", "replace")
         else:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._encode(self._tokenizer, text, continues)
+
+    def encode_rendered(self, text: str, continues: bool) -> list[int]:
+        """As `Tokenizer.encode_rendered`."""
+        return self._encode(self._with_special, text, continues)
+
+    @cached_property
+    def _with_special(self) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+
+    def _encode(self, tokenizer: tokenizers.Tokenizer, text: str, continues: bool) -> list[int]:
+        if not (continues and self._puts_before):
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+            return ids
+        newline = tokenizer.encode("\n", add_special_tokens=False).ids
+        return self._encode(tokenizer, f"\n{text}", False)[len(newline) :]
+
+    @cached_property
+    def _puts_before(self) -> bool:
+        """Whether something, such as a space, is put before a text."""
+        newline, word, both = map(self.encode, ("\n", "a", "\na"))
+        return newline + word != both
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         """The UTF-8 of the text that token ids stand for, with U+FFFD for parts of characters."""

@@ -45,14 +45,32 @@ class SentencePieceModel:
         self.vocab_size: int = self._processor.vocab_size()
         self.bos: int = self._processor.bos_id()
         self.eod: int = self._processor.eos_id()
+        self.special: dict[str, int] = {
+            self._processor.id_to_piece(token_id): token_id
+            for token_id in range(self.vocab_size)
+            if self._processor.is_control(token_id) or self._processor.is_unknown(token_id)
+        }
         self._byte_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         self.has_prefix = self._processor.encode("a", out_type=str)[0].startswith(SPACE_SYMBOL)
         # what encodes a text's later parts
         self._later = _without_prefix(model) if self.has_prefix else self._processor
         self._check_model()
+        names = {token_id: name for name, token_id in self.special.items()}
+        end = names[self.eod]
+        # as the exported tokenizer names them
+        self.roles: dict[str, str] = {
+            "bos_token": names.get(self.bos, end),
+            "eos_token": end,
+            "pad_token": end,
+            "unk_token": names[self._processor.unk_id()],
+        }
 
-    def encode(self, text: str | bytes) -> list[int]:
-        """As `Tokenizer.encode`; `decode_bytes` gives back the bytes, whatever they are."""
+    def encode(self, text: str | bytes, continues: bool = False) -> list[int]:
+        """As `Tokenizer.encode`; `decode_bytes` gives back the bytes, whatever they are.
+
+        Args:
+            continues: the text follows another one, so that no space is put before it.
+        """
         if isinstance(text, str):
             try:
                 text.encode("utf-8")
@@ -66,7 +84,18 @@ class SentencePieceModel:
                 ids.extend(self._byte_ids[byte] for byte in run.encode("utf-8", "surrogateescape"))
             else:
                 for segment in _segments(run):
-                    ids.extend((self._later if ids else self._processor).encode(segment))
+                    ids.extend((self._later if ids or continues else self._processor).encode(segment))
+        return ids
+
+    def encode_rendered(self, text: str, continues: bool) -> list[int]:
+        """As `Tokenizer.encode_rendered`."""
+        names = sorted(self.special, key=len, reverse=True)
+        ids: list[int] = []
+        for position, part in enumerate(re.split(f"({'|'.join(map(re.escape, names))})", text)):
+            if position % 2:
+                ids.append(self.special[part])
+            elif part:
+                ids.extend(self.encode(part, continues and not position))
         return ids
 
     def decode_bytes(self, ids: list[int]) -> bytes:

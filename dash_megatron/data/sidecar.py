@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,12 @@ class Sidecar:
     """See `edges_digest`."""
     unigram_entropy_nats: float
     """Entropy of the tokens' frequencies: the loss of a model that knows nothing else."""
+    answer_tokens: int | None = None
+    """Tokens that PREFIX.answers.bin marks, which alone are learnt; None where there is no such file and all are."""
+    answers_digest: str | None = None
+    """See `edges_digest`; of PREFIX.answers.bin."""
+    chat_template: str | None = None
+    """The template that rendered the conversations; None where there are none."""
 
     def write(self, prefix: str | os.PathLike[str]) -> None:
         """Write PREFIX.idx.json, whole or not at all."""
@@ -63,7 +69,14 @@ class Sidecar:
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{field.name: values[field.name] for field in fields(cls)})
+            # what came later has a default
+            return cls(
+                **{
+                    field.name: values[field.name]
+                    for field in fields(cls)
+                    if field.default is MISSING or field.name in values
+                }
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} must be a data sidecar, but is none ({type(error).__name__}: {error}); {remedy}"
@@ -73,6 +86,11 @@ class Sidecar:
 def sidecar_path(prefix: str | os.PathLike[str]) -> Path:
     """The path of the sidecar of PREFIX.bin and PREFIX.idx."""
     return Path(f"{os.fspath(prefix)}.idx.json")
+
+
+def answers_path(prefix: str | os.PathLike[str]) -> Path:
+    """The path of the marks of answers: a byte for each token of PREFIX.bin, 1 in answers and 0 elsewhere."""
+    return Path(f"{os.fspath(prefix)}.answers.bin")
 
 
 def check_data(prefix: str, tokenizer: Tokenizer, seq_length: int) -> Sidecar:
@@ -103,7 +121,9 @@ def check_data(prefix: str, tokenizer: Tokenizer, seq_length: int) -> Sidecar:
         raise ValueError(
             f"{prefix} has no tokens; an empty corpus cannot be trained on: tokenize one with documents"
         )
-    if index.tokens < seq_length + 1:
+    _check_answers(prefix, sidecar, tokenizer)
+    # rows of conversations are filled up
+    if sidecar.answer_tokens is None and index.tokens < seq_length + 1:
         raise ValueError(
             f"{prefix} has {index.tokens} tokens and must have at least data.seq_length + 1 = "
             f"{seq_length + 1} for one row; use more text, a larger --valid-fraction if this is validation "
@@ -117,14 +137,42 @@ def check_data(prefix: str, tokenizer: Tokenizer, seq_length: int) -> Sidecar:
     return sidecar
 
 
+def _check_answers(prefix: str, sidecar: Sidecar, tokenizer: Tokenizer) -> None:
+    path = answers_path(prefix)
+    if sidecar.answer_tokens is not None and not path.is_file():
+        raise FileNotFoundError(
+            f"{told(path)} does not exist, which says what of {prefix}.bin is an answer; copy it too, or tokenize again"
+        )
+    known = edges_digest(path) if path.is_file() else None
+    if known != sidecar.answers_digest:
+        raise ValueError(
+            f"{prefix}.idx.json must describe the files beside it, but {path} was replaced since; tokenize again, or make it "
+            f"anew with `python -m data_tools.write_sidecar --prefix {prefix} --tokenizer {tokenizer.path}`"
+        )
+    if sidecar.answer_tokens == 0:
+        raise ValueError(
+            f"{path} marks no token, so that nothing of {prefix} would be learnt; tokenize again"
+        )
+
+
 def describe(
-    prefix: str | os.PathLike[str], *, tokenizer_fingerprint: str, vocab_size: int, eod: int
+    prefix: str | os.PathLike[str],
+    *,
+    tokenizer_fingerprint: str,
+    vocab_size: int,
+    eod: int,
+    chat_template: str | None = None,
 ) -> Sidecar:
-    """Make the sidecar of PREFIX.bin, reading the file once to count its tokens.
+    """Make the sidecar of PREFIX.bin, and of PREFIX.answers.bin if it is there, reading them once to count tokens.
+
+    Args:
+        prefix: of the files.
+        tokenizer_fingerprint, vocab_size, eod, chat_template: see `Sidecar`.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the .bin's size contradicts the .idx, or it holds a token id outside the vocabulary.
+        ValueError: the .bin's size contradicts the .idx, it holds a token id outside the vocabulary, or the marks of answers
+            are not one for each token.
     """
     index = read_index(prefix)
     check_bin_size(prefix, index)
@@ -155,7 +203,25 @@ def describe(
         idx_digest=edges_digest(f"{os.fspath(prefix)}.idx"),
         bin_digest=edges_digest(bin_path),
         unigram_entropy_nats=_entropy_nats(counts),
+        answer_tokens=_count_answers(prefix, index.tokens),
+        answers_digest=edges_digest(answers_path(prefix)) if answers_path(prefix).is_file() else None,
+        chat_template=chat_template,
     )
+
+
+def _count_answers(prefix: str | os.PathLike[str], tokens: int) -> int | None:
+    path = answers_path(prefix)
+    if not path.is_file():
+        return None
+    if path.stat().st_size != tokens:
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes and must have {tokens}, one for each token; tokenize again"
+        )
+    count = 0
+    with open(path, "rb") as file:
+        while block := file.read(_TOKENS_PER_READ):
+            count += int(np.count_nonzero(np.frombuffer(block, dtype=np.uint8)))
+    return count
 
 
 def _entropy_nats(counts: np.ndarray) -> float:

@@ -43,15 +43,28 @@ class Tokenizer:
         """The id that ends a document: the model's end of sequence."""
         self.has_prefix: bool = self._model.has_prefix
         """Whether encoding puts a space before a text, which decoding removes."""
+        self.special: dict[str, int] = self._model.special
+        """Ids of special tokens by the names that stand for them in what a chat template renders."""
+        self.roles: dict[str, str] = self._model.roles
+        """Names of special tokens as a chat template asks for them: `eos_token`, and where there are such, `bos_token` ..."""
 
-    def encode(self, text: str | bytes) -> list[int]:
+    def encode(self, text: str | bytes, continues: bool = False) -> list[int]:
         """Encode text, or any bytes, as token ids; bos, eod and unk are never among them.
 
         Args:
             text: bytes are read as UTF-8 where they are UTF-8. What is not, and lone surrogates in a str, a sentencepiece
                 model keeps as bytes, and a tokenizer.json replaces by U+FFFD.
+            continues: the text follows another one, so that a sentencepiece model puts no space before it.
         """
-        return self._model.encode(text)
+        return self._model.encode(text, continues)
+
+    def encode_rendered(self, text: str, continues: bool = False) -> list[int]:
+        """Encode what a chat template rendered, as transformers does: names of special tokens are these tokens.
+
+        Args:
+            continues: the text follows another one, so that nothing is put before it.
+        """
+        return self._model.encode_rendered(text, continues)
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         """The bytes that the ids stand for; control tokens such as bos and eod stand for none.

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from dash_megatron.checkpoint.weights import open_weights
 from dash_megatron.config import Config
+from dash_megatron.data.chat import ChatTemplate, template_of_run
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.hf import modeling_dash, probe
 from dash_megatron.hf.card import model_card
@@ -64,6 +65,17 @@ def export_run(
         return _write(folder, config, step, weights, DTYPES[dtype], terms)
 
 
+def _chat_of(config: Config, tokenizer: Tokenizer) -> ChatTemplate | None:
+    text = template_of_run(config.run_dir, tokenizer.path)
+    if text is None:
+        return None
+    try:
+        return ChatTemplate(text, tokenizer)
+    except ValueError as error:
+        logger.warning("generation will stop at the end of sequence only: %s", error)
+        return None
+
+
 def _write(
     folder: Path, config: Config, step: int, weights: Mapping[str, Tensor], dtype: torch.dtype, terms: str
 ) -> probe.Report:
@@ -72,10 +84,12 @@ def _write(
     end = tokenizer.eod
     vocab_size = len(weights["embedding.word_embeddings.weight"])
     llama_config(config, vocab_size, dtype, end).save_pretrained(folder)
-    export_tokenizer(source, folder)
+    chat = _chat_of(config, tokenizer)
+    export_tokenizer(source, folder, chat)
+    ends = [end] if chat is None or chat.turn_end == end else [end, chat.turn_end]
     GenerationConfig(
         bos_token_id=end,
-        eos_token_id=end,
+        eos_token_id=ends if len(ends) > 1 else end,
         pad_token_id=end,
         # rows that only pad the table are never drawn
         suppress_tokens=list(range(tokenizer.vocab_size, vocab_size)) or None,

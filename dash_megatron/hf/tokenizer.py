@@ -11,6 +11,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from dash_megatron.data.chat import TEMPLATE_FILE, ChatTemplate, template_beside
 from dash_megatron.data.sentencepiece_model import SPACE_SYMBOL
 from dash_megatron.data.tokenizer import Tokenizer as OurTokenizer
 
@@ -32,26 +33,35 @@ _BESIDE_JSON = (
 )  # fmt: skip
 
 
-def export_tokenizer(source: Path, folder: Path) -> None:
+def export_tokenizer(source: Path, folder: Path, chat: ChatTemplate | None = None) -> None:
     """Write the tokenizer of a run into a folder that has its config.json already.
 
     Args:
         source: a sentencepiece model, of which a fast tokenizer is made, or a tokenizer.json, which is copied with the
             files beside it.
+        chat: the template that the folder is to carry. A tokenizer made of a sentencepiece model then reads names of special
+            tokens as these tokens, because the template writes them.
 
     Raises:
         ValueError: the result does not encode as in training.
     """
-    if source.suffix != ".json":
-        build_tokenizer(source).save_pretrained(folder)
+    if source.suffix == ".json":
+        _copy_json(source, folder)
+    else:
+        build_tokenizer(source, names_are_text=chat is None).save_pretrained(folder)
         shutil.copyfile(source, folder / "tokenizer.model")
-        return
-    _copy_json(source, folder)
-    check_tokenizer(AutoTokenizer.from_pretrained(folder), OurTokenizer(source))
+    if chat is not None:
+        # read before a template in tokenizer_config.json
+        (folder / TEMPLATE_FILE).write_text(chat.text, encoding="utf-8")
+    if source.suffix == ".json" or chat is not None:
+        exported = AutoTokenizer.from_pretrained(folder)
+        check_tokenizer(exported, OurTokenizer(source))
+        if chat is not None:
+            check_chat(exported, chat)
 
 
 def import_tokenizer(source: Path, folder: Path) -> str | None:
-    """Copy what data can be tokenized with, and give the name of the file to name in `data.tokenizer`.
+    """Copy what data can be tokenized with, chat template included, and give the name of the file for `data.tokenizer`.
 
     None where the source has no tokenizer, or one that training refuses.
     """
@@ -64,6 +74,8 @@ def import_tokenizer(source: Path, folder: Path) -> str | None:
             _copy_json(source / name, folder)
         else:
             shutil.copyfile(source / name, folder / name)
+            if found := template_beside(source / name):
+                (folder / TEMPLATE_FILE).write_text(found[0], encoding="utf-8")
         return name
     return None
 
@@ -75,11 +87,29 @@ def _copy_json(source: Path, folder: Path) -> None:
             shutil.copyfile(source.parent / name, folder / name)
 
 
-def build_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+def check_chat(fast: PreTrainedTokenizerBase, chat: ChatTemplate) -> None:
+    """Compare how a question is rendered and encoded.
+
+    Raises:
+        ValueError: `apply_chat_template` gives other tokens than training read.
+    """
+    messages = [{"role": "user", "content": "Two  lines,\n and an end."}]
+    expected = chat.encode_question(messages)
+    found = fast.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    if found != expected:
+        raise ValueError(f"the exported tokenizer renders a question as {found}, but training as {expected}")
+
+
+def build_tokenizer(path: str | Path, names_are_text: bool = True) -> PreTrainedTokenizerFast:
     """Make a fast tokenizer from a sentencepiece BPE model with byte fallback.
 
     Pieces are kept with real spaces where sentencepiece writes U+2581, so that a U+2581 of the text is spelt in bytes,
-    as in training. Names of control tokens inside a text are text.
+    as in training.
+
+    Args:
+        path: the model.
+        names_are_text: whether names of control tokens inside a text are text, as in training, or these tokens, as chat
+            templates need them.
 
     Raises:
         ValueError: the model is of another kind, or the result does not encode as the model does.
@@ -92,12 +122,12 @@ def build_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
             f"data.tokenizer={path} must be a BPE model to be exported; train one with "
             "`python -m data_tools.train_tokenizer`"
         )
-    fast = _wrap(proto, ours)
+    fast = _wrap(proto, ours, names_are_text)
     check_tokenizer(fast, ours)
     return fast
 
 
-def _wrap(proto: Any, ours: OurTokenizer) -> PreTrainedTokenizerFast:
+def _wrap(proto: Any, ours: OurTokenizer, names_are_text: bool) -> PreTrainedTokenizerFast:
     kinds = _format.ModelProto.SentencePiece
     vocabulary, scores, control = {}, {}, []
     for index, piece in enumerate(proto.pieces):
@@ -132,7 +162,7 @@ def _wrap(proto: Any, ours: OurTokenizer) -> PreTrainedTokenizerFast:
         pad_token=end,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        split_special_tokens=True,
+        split_special_tokens=names_are_text,
     )
 
 

@@ -11,6 +11,9 @@ def add_sample(tools: Any) -> None:
     sample = tools.add_parser("sample", help="continue a prompt with a run's newest checkpoint")
     sample.add_argument("run_dir", metavar="RUN_DIR")
     sample.add_argument("--prompt", default="", help="text to continue; default: start a document")
+    sample.add_argument(
+        "--chat", action="store_true", help="the prompt is a user's message, and what is printed the answer"
+    )
     sample.add_argument("--max-new-tokens", type=int, default=128)
     sample.add_argument("--temperature", type=float, default=0.7, help="0 takes the argmax of the logits")
     sample.add_argument("--seed", type=int, default=0)
@@ -29,5 +32,6 @@ def _sample(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         seed=options.seed,
         step=options.step,
+        chat=options.chat,
     )
-    print(options.prompt + text)
+    print(text if options.chat else options.prompt + text)

@@ -19,7 +19,7 @@ from dash_megatron.training.health import BusyTime, CollapseAlarm
 from dash_megatron.training.meter import Meter, StepResult
 from dash_megatron.training.metrics import MetricsWriter, console_line, read_metrics
 from dash_megatron.training.routing import RoutingProbe
-from dash_megatron.training.setup import write_config
+from dash_megatron.training.setup import write_chat_template, write_config
 from dash_megatron.training.validation import Validation
 
 
@@ -55,6 +55,7 @@ class Reporter:
         """
         if self.is_main:
             write_config(self.config, commit)
+            write_chat_template(self.config)
             wandb = open_wandb(self.config)
             self.boards = [] if wandb is None else [wandb]
             self.open(step)

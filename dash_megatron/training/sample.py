@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from dash_megatron.checkpoint.weights import load_weights, whole_model
+from dash_megatron.data.chat import ChatTemplate, template_of_run
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.layers import DashGPTModel
 
@@ -19,20 +21,22 @@ def sample_from_run(
     temperature: float = 0.7,
     seed: int = 0,
     step: int | None = None,
+    chat: bool = False,
 ) -> str:
     """Load a run's weights and give back the text that follows `prompt`.
 
     Args:
         run_dir: the run's folder.
         prompt: any text; empty starts a document.
-        max_new_tokens: stop after so many tokens, at the end of the document, or at `data.seq_length`.
+        max_new_tokens: stop after so many tokens, at the end of the document or of the turn, or at `data.seq_length`.
         temperature: divides the logits; 0 takes the argmax.
         seed: fixes the draw.
         step: which checkpoint; None: the newest.
+        chat: `prompt` is what a user says, as the run's chat template renders it, and the text is the answer.
 
     Raises:
         FileNotFoundError: the run has no such checkpoint.
-        ValueError: an argument breaks a rule.
+        ValueError: an argument breaks a rule, or there is no chat template.
     """
     if temperature < 0 or max_new_tokens < 1:
         raise ValueError(
@@ -41,14 +45,24 @@ def sample_from_run(
     config, _, weights = load_weights(run_dir, step)
     tokenizer = Tokenizer(str(config.data.tokenizer))
     with whole_model(config, weights) as (model, _):
+        template = template_of_run(run_dir, str(config.data.tokenizer))
+        if chat and template is None:
+            raise ValueError(
+                f"--chat: {run_dir} learnt no conversations, and its tokenizer has no chat template"
+            )
+        ends: list[int] = []
         ids = tokenizer.encode(prompt) or [tokenizer.eod]
+        if chat and template is not None:
+            speech = ChatTemplate(template, tokenizer)
+            ends.append(speech.turn_end)
+            ids = speech.encode_question([{"role": "user", "content": prompt}])
         room = config.data.seq_length - len(ids)
         if room < 1:
             raise ValueError(
                 f"prompt has {len(ids)} tokens and must have fewer than data.seq_length={config.data.seq_length}"
             )
         generator = torch.Generator().manual_seed(seed)
-        new = generate(model, ids, min(max_new_tokens, room), temperature, tokenizer, generator)
+        new = generate(model, ids, min(max_new_tokens, room), temperature, tokenizer, generator, ends)
     # decoded with what stands before them: alone, the first might lose a space
     return tokenizer.decode([*ids, *new])[len(tokenizer.decode(ids)) :]
 
@@ -61,6 +75,7 @@ def generate(
     temperature: float,
     tokenizer: Tokenizer,
     generator: torch.Generator,
+    ends: Sequence[int] = (),
 ) -> list[int]:
     """Draw tokens that follow `ids`, each by a forward pass over the whole sequence.
 
@@ -71,9 +86,10 @@ def generate(
         temperature: divides the logits; 0 takes the argmax.
         tokenizer: tells the vocabulary's size and the end-of-document token, at which drawing stops.
         generator: of the CPU.
+        ends: other tokens at which drawing stops.
 
     Returns:
-        The new tokens, without the end of the document.
+        The new tokens, without the one at which drawing stopped.
     """
     device = next(model.parameters()).device
     sequence = list(ids)
@@ -85,7 +101,7 @@ def generate(
             token = int(logits.argmax())
         else:
             token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
-        if token == tokenizer.eod:
+        if token in (tokenizer.eod, *ends):
             break
         sequence.append(token)
     return sequence[len(ids) :]

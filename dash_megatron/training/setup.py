@@ -13,6 +13,8 @@ import torch.distributed as dist
 import yaml
 
 from dash_megatron.config import Config
+from dash_megatron.data.blend import chat_template
+from dash_megatron.data.chat import TEMPLATE_FILE
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.files import write_whole
 from dash_megatron.ops.fingerprint import implementation_fingerprint
@@ -99,6 +101,13 @@ def load_tokenizer(config: Config) -> Tokenizer:
         if not value:
             raise ValueError(f"data.{name} is empty; set it in the YAML or as data.{name}=...")
     return Tokenizer(str(config.data.tokenizer))
+
+
+def write_chat_template(config: Config) -> None:
+    """Write `<run>/chat_template.jinja`, which exports carry, if the training data has conversations."""
+    template = chat_template(config.data.train)
+    if template is not None:
+        write_whole(Path(config.run_dir) / TEMPLATE_FILE, template)
 
 
 def write_config(config: Config, commit: str) -> None:

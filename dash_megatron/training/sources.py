@@ -9,7 +9,7 @@ import torch
 
 from dash_megatron.config import Config
 from dash_megatron.data.batches import BatchSource, RowDataset
-from dash_megatron.data.blend import parse_blend
+from dash_megatron.data.blend import chat_template, parse_blend
 from dash_megatron.data.dataset import TokenRows, build_dataset
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.parallel import context_rank, data_rank
@@ -29,8 +29,9 @@ def open_rows(config: Config, split: str, num_samples: int, tokenizer: Tokenizer
 
 
 def training_source(config: Config, tokenizer: Tokenizer, device: torch.device) -> BatchSource:
-    """Open this process's share of all training batches; collective. Raises what `build_dataset` raises."""
+    """Open this process's share of all training batches; collective. Raises what `build_dataset` and `chat_template` raise."""
     num_samples = config.training.steps * config.training.global_batch
+    chat_template(config.data.train)  # of which there must be one
     return batch_source(
         config,
         open_rows(config, "train", num_samples, tokenizer),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dash_megatron.data.index_file import token_dtype, write_index
-from dash_megatron.data.sidecar import describe
+from dash_megatron.data.sidecar import answers_path, describe
 from dash_megatron.data.tokenizer import Tokenizer
 from data_tools.train_tokenizer import train
 
@@ -22,13 +22,23 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 @pytest.fixture
 def write_data(tokenizer):
-    """A function that writes documents of token ids (without eod) to PREFIX.bin, .idx and the sidecar."""
+    """A function that writes documents of token ids (without eod) to PREFIX.bin, .idx and the sidecar.
 
-    def write(prefix: Path, documents: list[list[int]], sidecar: bool = True) -> str:
+    With answers, which have a mark for each token, the end included, they are conversations.
+    """
+
+    def write(
+        prefix: Path,
+        documents: list[list[int]],
+        sidecar: bool = True,
+        answers: list[list[int]] | None = None,
+    ) -> str:
         dtype = token_dtype(tokenizer.vocab_size)
         ended = [[*document, tokenizer.eod] for document in documents]
         np.array([token for document in ended for token in document], dtype=dtype).tofile(f"{prefix}.bin")
         write_index(f"{prefix}.idx", np.array([len(document) for document in ended], dtype=np.int32), dtype)
+        if answers is not None:
+            answers_path(prefix).write_bytes(bytes(mark for document in answers for mark in document))
         if sidecar:
             describe(
                 prefix,

@@ -46,9 +46,15 @@ def tree_of(tiny_config: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def tree(tiny_config: dict[str, Any]) -> dict[str, Any]:
+def tree(tiny_config: dict[str, Any], tiny_chats: Path) -> dict[str, Any]:
     """See `tree_of`."""
-    return tree_of(tiny_config)
+    return with_chats(tree_of(tiny_config), tiny_chats)
+
+
+def with_chats(tree: dict[str, Any], chats: Path) -> dict[str, Any]:
+    """Every other row is one of conversations, of which the answers alone are learnt."""
+    blend = [f"0.5 {tree['data']['train'][0]}", f"0.5 {chats / 'train'}"]
+    return with_changes(tree, data={"train": blend, "valid": [*tree["data"]["valid"], str(chats / "valid")]})
 
 
 def documents_of(tree: dict[str, Any], documents: str, kind: str) -> dict[str, Any]:
@@ -61,11 +67,11 @@ def documents_of(tree: dict[str, Any], documents: str, kind: str) -> dict[str, A
 
 @pytest.fixture(scope="module")
 def expected(
-    tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_data: Path, tiny_chats: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """One process."""
     folder = tmp_path_factory.mktemp("one_process")
-    tree = tree_of(tiny_tree(tiny_data, folder / "run"))
+    tree = with_chats(tree_of(tiny_tree(tiny_data, folder / "run")), tiny_chats)
     keys = list(itertools.product(DOCUMENTS, EXCHANGES))
     cases = [(f"one_{documents}_{kind}", documents_of(tree, documents, kind)) for documents, kind in keys]
     run_in_processes(folder, 1, one_step, cases, str(folder), None, STEPS)

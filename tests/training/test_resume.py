@@ -41,10 +41,18 @@ def samples_of(folder: Path, rank: int) -> dict[int, list[int]]:
     ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")]
 )
 def test_an_interrupted_run_ends_bit_identical_to_one_that_was_not(
-    stage: int, precision: str, tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
+    stage: int,
+    precision: str,
+    tiny_config: dict[str, Any],
+    tiny_chats: Path,
+    run_processes: Any,
+    tmp_path: Path,
 ) -> None:
+    # one of the runs learns conversations beside text
+    chats = [f"0.5 {tiny_chats / 'train'}"] if stage == 2 else []
     sections: dict[str, dict[str, Any]] = {
         "zero": {"stage": stage},
+        "data": {"train": [f"0.5 {tiny_config['data']['train'][0]}", *chats]},
         "training": {"steps": 6, "precision": precision},
         "checkpoint": {"every": 3},
         "evaluation": {"every": 3, "samples": 5},

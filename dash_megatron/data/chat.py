@@ -1,0 +1,233 @@
+"""Conversations as tokens: what a chat template renders, and which of its tokens are answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.files import told
+
+TEMPLATE_FILE = "chat_template.jinja"
+"""Beside a tokenizer, in an exported folder and in the folder of a run that learnt conversations: the chat template."""
+
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '### ' + message['role'] | capitalize + '\\n' + message['content'] | trim }}"
+    "{{ eos_token if message['role'] == 'assistant' }}{{ '\\n\\n' }}"
+    "{% endfor %}"
+    "{{ '### Assistant\\n' if add_generation_prompt }}"
+)
+"""For tokenizers that come without a template: roles are headings, and the end of sequence ends each answer."""
+
+ANSWERS = "assistant"
+"""The role whose messages are learnt."""
+
+Messages = Sequence[Mapping[str, str]]
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# what every template must be able to render; it shows which token ends a turn
+_EXAMPLE: Messages = ({"role": "user", "content": "Hello."}, {"role": ANSWERS, "content": "Good day."})
+
+
+class Encoded(NamedTuple):
+    """A document whose answers alone are learnt."""
+
+    ids: list[int]
+    answers: list[bool]
+    """Which of the tokens belong to an answer, its end included."""
+
+
+class ChatTemplate:
+    """A chat template with the tokenizer that reads what it renders.
+
+    Args:
+        text: the template, in Jinja as transformers takes it.
+        tokenizer: of the run.
+        source: names the template in errors.
+
+    Raises:
+        ValueError: the template cannot render a question and its answer, or ends an answer with no special token.
+    """
+
+    def __init__(self, text: str, tokenizer: Tokenizer, source: str = "the chat template") -> None:
+        self.text = text
+        self.tokenizer = tokenizer
+        names = sorted(tokenizer.special, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        try:
+            whole, spans = self._find_answers(_EXAMPLE)
+            self.turn_end: int = tokenizer.special[self._special.findall(whole[: spans[-1][1]])[-1]]
+            """The special token that ends an answer, at which generation stops."""
+        except ValueError as error:
+            raise ValueError(
+                f"{source} must render a question and an answer that a special token of {tokenizer.path} ends, but {error}; "
+                "give another template with --chat-template"
+            ) from error
+
+    def encode(self, messages: Messages) -> Encoded:
+        """Encode a conversation up to its last answer, and mark the answers.
+
+        Each answer runs from where generation would begin to the special token that ends the turn. Question and answer are
+        encoded apart, as they are when the model is asked. The end of sequence follows, if it is not that token.
+
+        Args:
+            messages: each has `role` and `content`.
+
+        Raises:
+            ValueError: there is no answer or an empty one, a text has the name of a special token, or the template cannot
+                render the conversation, or renders its beginning otherwise when more follows.
+        """
+        for number, message in enumerate(messages, 1):
+            if found := self._special.search(message["content"]):
+                raise ValueError(
+                    f"message {number} has the text {found.group()!r}, which is the name of a special token and would be read as one"
+                )
+            if message["role"] == ANSWERS and not message["content"].strip():
+                raise ValueError(f"message {number} is an empty answer")
+        whole, spans = self._find_answers(messages)
+        ids: list[int] = []
+        answers: list[bool] = []
+        place = 0
+        for start, end in spans:
+            for first, last, learnt in ((place, start, False), (start, end, True)):
+                part = self.tokenizer.encode_rendered(whole[first:last], continues=first > 0)
+                ids += part
+                answers += [learnt] * len(part)
+            if ids[-1] != self.turn_end:
+                raise ValueError(f"the template ends the answer {whole[start:end]!r} otherwise than others")
+            place = end
+        return _ended(ids, answers, self.tokenizer.eod, learn_end=False)
+
+    def encode_question(self, messages: Messages) -> list[int]:
+        """Encode a conversation that waits for an answer.
+
+        Raises:
+            ValueError: the template cannot render it.
+        """
+        return self.tokenizer.encode_rendered(self._render(messages, ask=True)[0])
+
+    def _find_answers(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
+        """What the template renders, and where in it the answers are, each with the special token that ends it."""
+        whole, spans = self._render(messages)
+        if not _GENERATION.search(self.text):
+            spans = self._spans_by_prefix(messages, whole)
+        if not spans:
+            raise ValueError(f"there is no message of role {ANSWERS!r} to learn")
+        return whole, [(start, self._end_of_turn(whole, start, end)) for start, end in spans]
+
+    def _spans_by_prefix(self, messages: Messages, whole: str) -> list[tuple[int, int]]:
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] == ANSWERS:
+                asked, _ = self._render(messages[:number], ask=True)
+                answered = whole if number + 1 == len(messages) else self._render(messages[: number + 1])[0]
+                if not (whole.startswith(answered) and answered.startswith(asked)):
+                    raise ValueError(
+                        f"the template renders what stands before or in answer {number + 1} otherwise when more messages follow, "
+                        "so that no row could hold what is asked later; split the conversation, or give a template that marks "
+                        "answers with {% generation %}"
+                    )
+                spans.append((len(asked), len(answered)))
+        return spans
+
+    def _end_of_turn(self, whole: str, start: int, end: int) -> int:
+        inside = list(self._special.finditer(whole, start, end))
+        behind = self._special.match(whole, end)
+        found = inside[-1] if inside else behind
+        if found is None:
+            raise ValueError(f"the template ends the answer {whole[start:end]!r} with no special token")
+        return found.end()
+
+    def _render(self, messages: Messages, ask: bool = False) -> tuple[str, list[tuple[int, int]]]:
+        """The text of messages, and the places that `{% generation %}` marks."""
+        # imported late: not every tool that tokenizes needs it
+        from transformers.utils import chat_template_utils
+
+        render: Any = chat_template_utils.render_jinja_template
+        try:
+            (text,), spans = render(
+                [[dict(message) for message in messages]],
+                chat_template=self.text,
+                add_generation_prompt=ask,
+                return_assistant_tokens_mask=bool(_GENERATION.search(self.text)),
+                **self.tokenizer.roles,
+            )
+        except Exception as error:  # whatever a template raises
+            raise ValueError(f"the template does not render it ({error})") from error
+        return text, spans[0] if spans else []
+
+
+def encode_pair(prompt: str, completion: str, tokenizer: Tokenizer) -> Encoded:
+    """Encode a text and its continuation, which is learnt together with the end of sequence behind it.
+
+    Raises:
+        ValueError: one of them is empty.
+    """
+    for name, text in (("prompt", prompt), ("completion", completion)):
+        if not text.strip():
+            raise ValueError(f"{name!r} is empty")
+    asked, answer = tokenizer.encode(prompt), tokenizer.encode(completion, continues=True)
+    return _ended(asked + answer, [False] * len(asked) + [True] * len(answer), tokenizer.eod, learn_end=True)
+
+
+def _ended(ids: list[int], answers: list[bool], eod: int, *, learn_end: bool) -> Encoded:
+    if ids[-1] == eod:
+        return Encoded(ids, answers)
+    return Encoded([*ids, eod], [*answers, learn_end])
+
+
+def read_template(
+    tokenizer: str | os.PathLike[str], file: str | os.PathLike[str] | None = None
+) -> tuple[str, str]:
+    """The chat template of a file, else the one that came with the tokenizer, else `PLAIN_TEMPLATE`; and where it is from.
+
+    Args:
+        tokenizer: path of the tokenizer, beside which `chat_template.jinja` or `tokenizer_config.json` may hold one.
+        file: a template.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: `tokenizer_config.json` is damaged.
+    """
+    if file is not None:
+        path = Path(file)
+        if not path.is_file():
+            raise FileNotFoundError(f"--chat-template={told(path)} does not exist")
+        return path.read_text(encoding="utf-8"), str(path)
+    found = template_beside(tokenizer)
+    return found if found is not None else (PLAIN_TEMPLATE, "the plain chat template")
+
+
+def template_of_run(run_dir: str | os.PathLike[str], tokenizer: str | os.PathLike[str]) -> str | None:
+    """The chat template that a run learnt with, else the one that came with its tokenizer; None where there is neither.
+
+    Raises:
+        ValueError: as in `read_template`.
+    """
+    path = Path(run_dir) / TEMPLATE_FILE
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    found = template_beside(tokenizer)
+    return None if found is None else found[0]
+
+
+def template_beside(tokenizer: str | os.PathLike[str]) -> tuple[str, str] | None:
+    """The chat template that came with a tokenizer and the file it is in, or None; errors as in `read_template`."""
+    path = Path(tokenizer).parent / TEMPLATE_FILE
+    if path.is_file():
+        return path.read_text(encoding="utf-8"), str(path)
+    path = path.with_name("tokenizer_config.json")
+    if not path.is_file():
+        return None
+    try:
+        template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}, beside the tokenizer, is not valid JSON: {error}") from error
+    if isinstance(template, list):  # several by name
+        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    return None if template is None else (template, str(path))

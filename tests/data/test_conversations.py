@@ -1,0 +1,176 @@
+"""Rows of whole conversations, alone and beside plain text."""
+
+import json
+import logging
+import shutil
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dash_megatron.data.batches import BatchSource, num_target_tokens, pack_samples
+from dash_megatron.data.blend import chat_template
+from dash_megatron.data.dataset import build_dataset
+from dash_megatron.data.sidecar import Sidecar, answers_path, check_data, sidecar_path
+
+SEQ_LENGTH = 32
+
+
+@pytest.fixture
+def build(tokenizer, tmp_path):
+    def build(blend, **changes):
+        settings = {"seq_length": SEQ_LENGTH, "num_samples": 10, "seed": 1, "tokenizer": tokenizer}
+        return build_dataset(blend, **(settings | {"cache_dir": tmp_path / "cache"} | changes))
+
+    return build
+
+
+def conversations(seed: int, count: int, most: int, eod: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Documents that begin with a number of their own, some with ends of sequence inside, and marks of their answers."""
+    rng = np.random.default_rng(seed)
+    documents, answers = [], []
+    for number in range(count):
+        length = int(rng.integers(4, most))
+        document = [3 + number, *rng.integers(150, 300, length - 1).tolist()]
+        marks = (rng.random(length + 1) < 0.3).astype(int).tolist()
+        marks[0], marks[2] = 0, 1
+        if number % 2:
+            document[length // 2] = eod
+        documents.append(document)
+        answers.append(marks)
+    return documents, answers
+
+
+def documents_of(batch) -> list[tuple[list[int], list[int]]]:
+    """Tokens of each document of a batch, and the labels that count."""
+    found = []
+    borders = batch.cu_seqlens.tolist()
+    for start, end in pairwise(borders):
+        counted = batch.labels[0, start:end][batch.loss_mask[0, start:end]].tolist()
+        found.append((batch.tokens[0, start:end].tolist(), counted))
+    return found
+
+
+def test_a_pass_has_every_conversation_once_and_whole_and_counts_its_answers_alone(
+    write_data, build, tmp_path, tokenizer
+):
+    documents, answers = conversations(0, 100, 20, tokenizer.eod)
+    dataset = build([write_data(tmp_path / "a", documents, answers=answers)], num_samples=None)
+    expected = {
+        3 + number: (
+            [*document, tokenizer.eod],
+            [t for t, mark in zip([*document, tokenizer.eod], marks, strict=True) if mark],
+        )
+        for number, (document, marks) in enumerate(zip(documents, answers, strict=True))
+    }
+    seen = Counter()
+    for index in range(len(dataset)):
+        batch = pack_samples([dataset[index]], tokenizer.eod)
+        assert batch.tokens.shape == (1, SEQ_LENGTH)
+        for tokens, counted in documents_of(batch):
+            if tokens[0] == tokenizer.eod:  # what is left of the row
+                assert set(tokens) == {tokenizer.eod}
+                assert not counted
+                continue
+            assert (tokens, counted) == expected[tokens[0]]
+            seen[tokens[0]] += 1
+    assert seen == Counter(expected.keys())
+    total = sum(len(tokens) for tokens, _ in expected.values())
+    assert len(dataset) * SEQ_LENGTH <= 1.1 * total  # rows are filled
+
+
+def test_rows_attend_across_conversations_where_documents_are_not_packed(
+    write_data, build, tmp_path, tokenizer
+):
+    documents, answers = conversations(0, 10, 8, tokenizer.eod)
+    dataset = build([write_data(tmp_path / "a", documents, answers=answers)], num_samples=None)
+    apart, across = (pack_samples([dataset[0]], tokenizer.eod, packed) for packed in (True, False))
+    assert across.cu_seqlens.tolist() == [0, SEQ_LENGTH]
+    assert torch.equal(apart.loss_mask, across.loss_mask)
+
+
+def test_a_longer_conversation_is_cut_or_left_out_and_counted(write_data, build, tmp_path, tokenizer, caplog):
+    fits = [
+        list(range(100, 100 + SEQ_LENGTH))
+    ]  # with its end one more than a row, of which the last is a label
+    cut = [list(range(100, 100 + SEQ_LENGTH + 1))]
+    late = [list(range(100, 180))]
+    marks = [[0, 1] + [0] * (SEQ_LENGTH - 2) + [1]]
+    marks.append([0, 1] + [0] * (SEQ_LENGTH - 2) + [1, 1])
+    marks.append([0] * 60 + [1] * 21)
+    prefix = write_data(tmp_path / "a", fits + cut + late, answers=marks)
+    with caplog.at_level(logging.WARNING):
+        dataset = build([prefix], num_samples=None)
+    assert (
+        "2 of 3 conversations are longer than data.seq_length=32: 1 are cut there, and 1 are left out"
+        in caplog.text
+    )
+    found = sorted(documents_of(pack_samples([dataset[i]], tokenizer.eod))[0] for i in range(len(dataset)))
+    assert found == sorted([(fits[0], [101, tokenizer.eod]), (cut[0][:-1], [101, cut[0][-1]])])
+    with pytest.raises(ValueError, match=r"no conversation .* in its first data\.seq_length=16"):
+        build([write_data(tmp_path / "b", late, answers=marks[2:])], seq_length=16)
+
+
+def test_rows_are_mixed_with_those_of_plain_text_and_go_on_where_they_ended(
+    write_data, build, tmp_path, tokenizer
+):
+    documents, answers = conversations(0, 60, 20, tokenizer.eod)
+    plain = [[int(t) for t in np.random.default_rng(i).integers(150, 300, 40)] for i in range(40)]
+    blend = [
+        (0.5, write_data(tmp_path / "a", documents, answers=answers)),
+        (0.5, write_data(tmp_path / "b", plain)),
+    ]
+    rows = build(blend, num_samples=200)
+    longer = build(blend, num_samples=300)
+    for index in range(200):
+        assert all(torch.equal(rows[index][name], longer[index][name]) for name in rows[index])
+    kinds = Counter("starts" in rows[index] for index in range(200))
+    assert kinds == {True: 100, False: 100}
+    # of every kind once, where one pass is read
+    once = build([prefix for _, prefix in blend], num_samples=None, split_name="valid")
+    assert 0 < sum("starts" in once[index] for index in range(len(once))) < len(once)
+    source = BatchSource(rows, global_batch=8, micro_batch=4, eod=tokenizer.eod)
+    batch = source.next_batch()
+    alone = [pack_samples([rows[index]], tokenizer.eod) for index in range(4)]
+    assert num_target_tokens(batch) == sum(num_target_tokens(one) for one in alone)
+    assert documents_of(batch) == [document for one in alone for document in documents_of(one)]
+
+
+def test_lost_replaced_and_useless_marks_are_refused(write_data, tmp_path, tokenizer):
+    documents, answers = conversations(0, 20, 20, tokenizer.eod)
+    prefix = write_data(tmp_path / "a", documents, answers=answers)
+    assert check_data(prefix, tokenizer, 1000).answer_tokens == sum(map(sum, answers))
+    marks = answers_path(prefix)
+    shutil.copy(marks, tmp_path / "kept")
+    marks.unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.answers\.bin does not exist, which says what"):
+        check_data(prefix, tokenizer, 10)
+    marks.write_bytes(bytes(len((tmp_path / "kept").read_bytes())))
+    with pytest.raises(ValueError, match=r"a\.answers\.bin was replaced since"):
+        check_data(prefix, tokenizer, 10)
+    # marks beside data that was described without them
+    plain = write_data(tmp_path / "b", documents)
+    shutil.copy(tmp_path / "kept", answers_path(plain))
+    with pytest.raises(ValueError, match=r"b\.answers\.bin was replaced since"):
+        check_data(plain, tokenizer, 10)
+    with pytest.raises(ValueError, match="marks no token"):
+        check_data(write_data(tmp_path / "c", [[5, 6]], answers=[[0, 0, 0]]), tokenizer, 10)
+    with pytest.raises(ValueError, match=r"has 2 bytes and must have 3, one for each token"):
+        write_data(tmp_path / "d", [[5, 6]], answers=[[0, 1]])
+
+
+def test_sidecars_of_before_have_no_answers_and_a_blend_speaks_one_template(write_data, tmp_path):
+    prefixes = [write_data(tmp_path / name, [[5, 6, 7]]) for name in "abc"]
+    path = sidecar_path(prefixes[0])
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in values.items() if not k.startswith(("answer", "chat"))}))
+    assert Sidecar.read(prefixes[0]).answer_tokens is None
+    assert chat_template(prefixes) is None
+    for prefix, template in zip(prefixes[1:], "xy", strict=True):
+        Path(sidecar_path(prefix)).write_text(json.dumps({**values, "chat_template": template}))
+    assert chat_template(prefixes[:2]) == "x"
+    with pytest.raises(ValueError, match=r"b and .*c were rendered by different chat templates"):
+        chat_template(prefixes)
