@@ -1,12 +1,15 @@
 # Two commands for a fresh machine with Python >= 3.11, gcc and a package index:
 #   make quickstart   corpus -> tokenizer -> training -> checkpoint -> text, a picture and a Hugging Face folder
 #   make test         the whole test suite
+# and, after the quickstart, make finetune: conversations -> fine-tuning -> a Hugging Face folder that answers
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 DATA := $(RUN)/data
 PROMPT := def read_lines(path):
+TUNED := runs/finetune_quickstart
+QUESTION := What does json.loads do?
 
 NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 ifeq ($(NUM_GPUS),0)
@@ -22,7 +25,7 @@ endif
 # two single-threaded processes are what two cores can run
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint docs env chaos tensorboard
+.PHONY: quickstart finetune test lint docs env chaos tensorboard
 
 env: $(VENV)/.installed
 
@@ -59,6 +62,20 @@ quickstart: $(DATA)/train.idx.json
 	rm -rf $(RUN)/hf
 	$(BIN)/python -m dash_megatron convert to-hf $(RUN) $(RUN)/hf --dtype float32
 	$(BIN)/python examples/generate.py $(RUN)/hf --prompt "$(PROMPT)"
+
+$(TUNED)/data/train.idx.json: $(DATA)/tokenizer.model
+	@echo "== 1. conversations about the standard library, of which the answers alone are learnt"
+	mkdir -p $(TUNED)/data
+	$(BIN)/python examples/stdlib_chats.py > $(TUNED)/data/chats.jsonl
+	$(BIN)/python -m data_tools.tokenize_corpus --conversations --input $(TUNED)/data/chats.jsonl --tokenizer $< --output $(TUNED)/data
+
+finetune: $(TUNED)/data/train.idx.json
+	@echo "== 2. fine-tuning of $(RUN), which make quickstart trained"
+	$(BIN)/python train.py --processes $(PROCESSES) --config configs/finetune_quickstart.yaml
+	@echo "== 3. export to $(TUNED)/hf, and an answer from there through transformers alone"
+	rm -rf $(TUNED)/hf
+	$(BIN)/python -m dash_megatron convert to-hf $(TUNED) $(TUNED)/hf --dtype float32
+	$(BIN)/python examples/generate.py $(TUNED)/hf --chat --prompt "$(QUESTION)" --temperature 0
 
 # what only tests need: exports are scored by lm-eval, which brings fifty packages, and runs are shown by wandb
 $(VENV)/.tested: $(VENV)/.installed

@@ -12,6 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("folder", help="folder of `python -m dash_megatron convert to-hf`")
 parser.add_argument("--prompt", required=True, help="text to continue; empty starts a document")
+parser.add_argument(
+    "--chat",
+    action="store_true",
+    help="the prompt is a user's message; prints the answer of a fine-tuned model",
+)
 parser.add_argument("--max-new-tokens", type=int, default=100)
 parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy: always the argmax")
 parser.add_argument("--seed", type=int, default=0)
@@ -26,7 +31,11 @@ if not (Path(options.folder) / "config.json").is_file():
 
 tokenizer = AutoTokenizer.from_pretrained(options.folder)
 model = AutoModelForCausalLM.from_pretrained(options.folder, trust_remote_code=True).to(options.device)
-ids = tokenizer(options.prompt, add_special_tokens=False).input_ids or [tokenizer.eos_token_id]
+if options.chat:
+    message = [{"role": "user", "content": options.prompt}]
+    ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+else:
+    ids = tokenizer(options.prompt, add_special_tokens=False).input_ids or [tokenizer.eos_token_id]
 inputs = torch.tensor([ids], device=options.device)
 drawn = {"do_sample": False}
 if options.temperature:
@@ -36,4 +45,5 @@ torch.manual_seed(options.seed)
 output = model.generate(
     inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=options.max_new_tokens, **drawn
 )
-print(tokenizer.decode(output[0], skip_special_tokens=True))
+shown = output[0][len(ids) :] if options.chat else output[0]
+print(tokenizer.decode(shown, skip_special_tokens=True))

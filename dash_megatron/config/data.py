@@ -18,7 +18,8 @@ class DataConfig(Section):
     have it."""
     train: tuple[str, ...] = ()
     """Training blend: prefixes of `.bin/.idx` pairs, each optionally preceded by its weight and a space
-    (`"0.7 data/web"`); without weights, data sets are mixed in proportion to their tokens."""
+    (`"0.7 data/web"`); without weights, data sets are mixed in proportion to their tokens. Of conversations
+    (`tokenize_corpus --conversations`) the answers alone are learnt."""
     valid: tuple[str, ...] = ()
     """Validation blend, in the form of `train`; empty means no validation."""
     seq_length: int = Field(gt=1)

@@ -95,7 +95,7 @@ class ChatTemplate:
         place = 0
         for start, end in spans:
             for first, last, learnt in ((place, start, False), (start, end, True)):
-                part = self.tokenizer.encode_rendered(whole[first:last], continues=first > 0)
+                part = self._encode_part(whole, first, last)
                 ids += part
                 answers += [learnt] * len(part)
             if ids[-1] != self.turn_end:
@@ -110,6 +110,14 @@ class ChatTemplate:
             ValueError: the template cannot render it.
         """
         return self.tokenizer.encode_rendered(self._render(messages, ask=True)[0])
+
+    def _encode_part(self, whole: str, first: int, last: int) -> list[int]:
+        """Encode whole[first:last] as what stands behind whole[:first]."""
+        before = [name for name in self.tokenizer.special if whole.endswith(name, 0, first)]
+        if not before:
+            return self.tokenizer.encode_rendered(whole[first:last], continues=first > 0)
+        # some tokenizers put a space behind a special token
+        return self.tokenizer.encode_rendered(max(before, key=len) + whole[first:last])[1:]
 
     def _find_answers(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
         """What the template renders, and where in it the answers are, each with the special token that ends it."""

@@ -13,11 +13,14 @@ from torch import Tensor
 
 from dash_megatron.config import Config
 from dash_megatron.config.flops import peak_flops, training_flops_per_token
-from dash_megatron.data.batches import PackedBatch
+from dash_megatron.data.batches import PackedBatch, num_target_tokens
 from dash_megatron.layers import routing_means, take_context_bytes
 from dash_megatron.parallel import context_parallel_group, tensor_group
 from dash_megatron.training.metrics import StepMetrics
 from dash_megatron.training.validation import Validation
+
+# numbers of the whole step, which come before those of each layer
+_WHOLE = 4
 
 
 class StepTotals:
@@ -30,9 +33,9 @@ class StepTotals:
 
     def __init__(self, num_layers: int, device: torch.device) -> None:
         self.num_layers = num_layers
-        # loss, sum of causal contexts, tokens, then per layer: available and selected chunks, how often measured,
+        # loss, sum of causal contexts, tokens, target tokens, then per layer: available and selected chunks, how often measured,
         # and bytes sent to context-parallel peers, forward and backward
-        self._sums = torch.zeros(3 + 5 * num_layers, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(_WHOLE + 5 * num_layers, dtype=torch.float64, device=device)
         self._values: list[float] = []
         self._imbalance = torch.ones((), dtype=torch.float64, device=device)
 
@@ -43,14 +46,15 @@ class StepTotals:
             loss.detach().double(),
             contexts.double(),
             contexts.new_tensor(batch.tokens.numel()).double(),
+            num_target_tokens(batch).double(),
         ]
-        self._sums[:3] += torch.stack([part.to(self._sums.device) for part in parts])
+        self._sums[:_WHOLE] += torch.stack([part.to(self._sums.device) for part in parts])
         for layer, means in routing_means(model).items():
-            row = 3 + 5 * layer
+            row = _WHOLE + 5 * layer
             self._sums[row : row + 2] += torch.stack([means.chunks_available, means.chunks_selected]).double()
             self._sums[row + 2] += 1
         for layer, sent in take_context_bytes(model).items():
-            row = 6 + 5 * layer
+            row = _WHOLE + 3 + 5 * layer
             self._sums[row : row + 2] += self._sums.new_tensor(sent)
 
     def reduce(self) -> None:
@@ -58,13 +62,13 @@ class StepTotals:
         self._compare_context_ranks()
         dist.all_reduce(self._sums)
         # tensor-parallel ranks have copies of these; of routing, which belongs to kv heads, they have their own
-        self._sums[:3] /= dist.get_world_size(tensor_group())
+        self._sums[:_WHOLE] /= dist.get_world_size(tensor_group())
         self._values = self._sums.tolist()
 
     def _compare_context_ranks(self) -> None:
         """Selected chunks of the busiest rank over the mean of the ranks that share its sequences; the largest in the run."""
         group = context_parallel_group()
-        most = self._sums[4::5].sum()
+        most = self._sums[_WHOLE + 1 :: 5].sum()
         mean = most / dist.get_world_size(group)
         dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
         dist.all_reduce(mean, group=group)
@@ -75,6 +79,11 @@ class StepTotals:
     def loss(self) -> float:
         """Mean loss of the global batch's target tokens, in nats."""
         return self._values[0]
+
+    @property
+    def target_tokens(self) -> int:
+        """Number of the global batch's tokens that enter the loss."""
+        return round(self._values[3])
 
     @property
     def context(self) -> float:
@@ -105,7 +114,8 @@ class StepTotals:
         return [row[3 + column] / dist.get_world_size() for row in self._rows()]
 
     def _rows(self) -> list[list[float]]:
-        return [self._values[3 + 5 * layer : 8 + 5 * layer] for layer in range(self.num_layers)]
+        rows = self._values[_WHOLE:]
+        return [rows[5 * layer : 5 * layer + 5] for layer in range(self.num_layers)]
 
 
 @dataclass(frozen=True)
@@ -201,6 +211,7 @@ class Meter:
             lr=result.lr,
             grad_norm=result.grad_norm,
             tokens=result.step * self.tokens_per_step,
+            target_tokens=totals.target_tokens,
             context_length=self.config.data.context_length_at(result.step - 1),
             tokens_per_second=rate,
             model_tflops_per_second=model_flops / 1e12,

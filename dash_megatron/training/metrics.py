@@ -44,6 +44,8 @@ class StepMetrics(TypedDict):
     """Global gradient norm before clipping."""
     tokens: int
     """Tokens read since the start of the run."""
+    target_tokens: int
+    """Tokens of the step that enter the loss: of conversations those of answers."""
     context_length: int
     """Longest context of the step in tokens, by `data.seq_length_curriculum`."""
     tokens_per_second: float

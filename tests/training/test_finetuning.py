@@ -92,6 +92,7 @@ def test_a_fine_tuned_model_answers_in_form_from_the_run_and_from_its_export(
     run_processes(1, train_all, [(base, None), (tuned, None)])
     lines = read_metrics(tmp_path / "tuned")
     assert lines[-1]["valid_loss"] < 0.1 < lines[0]["loss"]
+    assert all(0 < line["target_tokens"] < 4 * 128 / 3 for line in lines)
     assert (tmp_path / "tuned" / "chat_template.jinja").read_text() == PLAIN_TEMPLATE
 
     export_run(tmp_path / "tuned", tmp_path / "hf", dtype="float32")

@@ -1,0 +1,88 @@
+"""Chat templates on their way from a model through a run to its export."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from dash_megatron.data.chat import PLAIN_TEMPLATE, ChatTemplate, read_template
+from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.hf.export import export_run
+from dash_megatron.hf.importing import import_folder
+from tests.data.test_chat import CHATML, TURNS, write_chatml
+from tests.hf.test_import import SHAPE
+from tests.hf.test_tokenizers import write_llama2
+
+LLAMA2 = (
+    "{{ bos_token }}{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else "
+    "' ' + m.content + ' ' + eos_token }}{% endfor %}"
+)
+
+
+def ids_of(folder: Path, messages: list[dict[str, str]], **settings: Any) -> list[int]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer.apply_chat_template(messages, return_dict=False, **settings)
+
+
+def test_a_kept_template_is_that_of_training_and_export_and_generation_stops_at_its_turns(
+    write_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A byte-level tokenizer whose turns end with another token than its documents."""
+    source = write_chatml(tmp_path / "source")
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(source.parent)
+    kept = import_folder(source.parent, tmp_path / "start").tokenizer
+    assert kept is not None
+    assert read_template(kept)[0] == CHATML
+    config, _ = write_run("full", data={"tokenizer": str(kept)})
+    export_run(config.run_dir, tmp_path / "hf", dtype="float32")
+    tokenizer = Tokenizer(kept)
+    stops = GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id
+    assert stops == [tokenizer.eod, tokenizer.special["<|im_end|>"]]
+    encoded = ChatTemplate(CHATML, tokenizer).encode(TURNS[:3])
+    assert ids_of(tmp_path / "hf", TURNS[:3]) == [*encoded.ids[:-1], *tokenizer.encode("\n")]
+    start = encoded.answers.index(True)
+    assert ids_of(tmp_path / "hf", TURNS[:2], add_generation_prompt=True) == encoded.ids[:start]
+
+    # a run that learnt with another template keeps that
+    other = CHATML.replace("role + '\n'", "role + ': '").replace("assistant\n", "assistant: ")
+    (Path(config.run_dir) / "chat_template.jinja").write_text(other)
+    export_run(config.run_dir, tmp_path / "other", dtype="float32")
+    assert AutoTokenizer.from_pretrained(tmp_path / "other").chat_template == other
+    again = import_folder(tmp_path / "other", tmp_path / "again").tokenizer
+    assert again is not None
+    assert read_template(again)[0] == other
+
+
+@pytest.mark.parametrize("template", [LLAMA2, PLAIN_TEMPLATE], ids=["llama2", "plain"])
+def test_a_sentencepiece_model_keeps_its_template_and_reads_it_as_training_did(
+    template: str, write_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    write_llama2(tmp_path / "source")
+    config_file = tmp_path / "source" / "tokenizer_config.json"
+    config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "chat_template": template}))
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path / "source")
+    kept = import_folder(tmp_path / "source", tmp_path / "start").tokenizer
+    assert kept is not None
+    assert kept.name == "tokenizer.model"
+    assert read_template(kept)[0] == template
+    config, _ = write_run("full", data={"tokenizer": str(kept)})
+    export_run(config.run_dir, tmp_path / "hf", dtype="float32")
+    tokenizer = Tokenizer(kept)
+    encoded = ChatTemplate(template, tokenizer).encode(TURNS[1:5])
+    whole = ids_of(tmp_path / "hf", TURNS[1:5])
+    assert whole[: len(encoded.ids)] == encoded.ids
+    assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == tokenizer.eod
+
+
+def test_a_template_that_shows_no_end_of_turns_is_exported_with_a_warning(
+    write_run: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = write_chatml(tmp_path / "source", "{{ messages[-1].content }}")
+    config, _ = write_run("full", data={"tokenizer": str(source)})
+    export_run(config.run_dir, tmp_path / "hf", dtype="float32")
+    assert "generation will stop at the end of sequence only" in caplog.text
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template == "{{ messages[-1].content }}"
+    assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == Tokenizer(source).eod
