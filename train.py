@@ -8,19 +8,18 @@ import contextlib
 import hashlib
 import os
 import signal
+import socket
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 from dash_megatron.config import load_config
 from dash_megatron.exit_codes import ExitCode
-from dash_megatron.launcher import launch
+from dash_megatron.launcher import check_processes, launch, launched_rank
 
 OTHERS_WAIT_SECONDS = 10.0
 """For which ranks other than 0 keep an error to themselves: mostly rank 0 has it too, and its end ends them."""
-SAME_ERROR_SECONDS = 60.0
-"""For which an error that one rank has told is not told by others."""
+SAME_ERROR_SECONDS = 1.0
+"""For which a rank other than 0 stays behind an error that it has told, so that others see that it is told."""
 
 
 def main() -> int:
@@ -36,7 +35,7 @@ def main() -> int:
             check_processes(arguments.processes)
             command = [sys.executable, os.path.abspath(__file__), "--config", arguments.config]
             return launch([*command, *arguments.overrides], arguments.processes)
-        if not rank():
+        if not launched_rank():
             print("loading torch, Megatron-core and DeepSpeed", flush=True)
         # imported late, so that a wrong config is told at once and before any process group exists
         from dash_megatron.checkpoint.folder import CheckpointError
@@ -62,24 +61,6 @@ def main() -> int:
     return code
 
 
-def check_processes(processes: int) -> None:
-    """Refuse a number of processes that cannot be started, or that a launcher has started already."""
-    if processes < 1:
-        raise ValueError(f"--processes {processes} must be at least 1")
-    if rank() is not None:
-        raise ValueError(
-            "--processes is for a command that nothing else starts, and torchrun or srun has started this one; leave it out"
-        )
-
-
-def rank() -> int | None:
-    """Number of this process among those of the run, as its launcher says; None where it has none."""
-    environment = os.environ
-    alone = "RANK" not in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") == "1"
-    number = environment.get("RANK", environment.get("SLURM_PROCID", ""))
-    return None if alone or not number.isdigit() else int(number)
-
-
 def told(error: Exception) -> str:
     """What went wrong, without Python's number of it."""
     if isinstance(error, OSError) and error.strerror:
@@ -100,15 +81,19 @@ def leave(code: ExitCode, reason: str = "stopped as asked, and saved") -> ExitCo
 
 
 def tell(reason: str) -> None:
-    """Print why this process ends, unless another of this machine, which the same launcher started, has just told the same."""
-    if rank() is not None:
-        told_before = Path(tempfile.gettempdir(), f"dash-megatron-told-{launch_digest(reason)}")
-        with contextlib.suppress(OSError):
-            if rank() and time.time() - told_before.stat().st_mtime < SAME_ERROR_SECONDS:
+    """Print why this process ends, unless another of this machine, which the same launcher started, is telling the same.
+
+    Rank 0 always tells. Of the others one can have a name in Linux's table of sockets, which ends with the process.
+    """
+    with socket.socket(socket.AF_UNIX) as claim:
+        if launched_rank():
+            try:
+                claim.bind(f"\0dash-megatron-told-{launch_digest(reason)}")
+            except OSError:
                 return
-        with contextlib.suppress(OSError):
-            told_before.touch()
-    print(reason, file=sys.stderr, flush=True)
+        print(reason, file=sys.stderr, flush=True)
+        if launched_rank():
+            time.sleep(SAME_ERROR_SECONDS)
 
 
 def launch_digest(text: str) -> str:
@@ -119,7 +104,7 @@ def launch_digest(text: str) -> str:
 
 def let_rank_0_tell() -> None:
     """Wait for rank 0 to tell an error and to end, upon which the launcher ends this process, which has nothing to add."""
-    if rank():
+    if launched_rank():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         time.sleep(OTHERS_WAIT_SECONDS)

@@ -7,6 +7,7 @@ long as saving takes, gives the command's own exit code, and adds nothing to wha
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -20,10 +21,33 @@ _LAST_WORDS_SECONDS = 5.0
 """For which the others go on when one process was killed or aborted: they may have something to tell about it too."""
 
 
+def launched_rank() -> int | None:
+    """Number of this process among those of a run, as the launcher that started it says; None where it was started alone."""
+    environment = os.environ
+    alone = "RANK" not in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") == "1"
+    number = environment.get("RANK", environment.get("SLURM_PROCID", ""))
+    return None if alone or not number.isdigit() else int(number)
+
+
+def check_processes(processes: int) -> None:
+    """Refuse a number of processes that cannot be started, or that a launcher has started already.
+
+    Raises:
+        ValueError: it is below 1, or this process has a rank.
+    """
+    if processes < 1:
+        raise ValueError(f"--processes {processes} must be at least 1")
+    if launched_rank() is not None:
+        raise ValueError(
+            "--processes is for a command that nothing else starts, and torchrun or srun has started this one; leave it out"
+        )
+
+
 def launch(command: Sequence[str], processes: int) -> int:
     """Run a command `processes` times at once, as ranks of one run, until all have ended or one has failed.
 
-    SIGINT, SIGTERM and SIGUSR1 are passed on to all. When one fails, the others are killed.
+    SIGINT, SIGTERM and SIGUSR1 are passed on to all. When one fails, the others are killed. When this process is killed,
+    they get SIGTERM.
 
     Returns:
         The exit code of the first that failed, 128 + its number after a signal; else REQUEUE if one gave that; else 0.
@@ -47,12 +71,21 @@ def launch(command: Sequence[str], processes: int) -> int:
         with _passing_orders_on(children):
             for rank in range(processes):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                children.append(subprocess.Popen(command, env=common | own))
+                process = subprocess.Popen(command, env=common | own, preexec_fn=_end_with_parent)
+                children.append(process)
             return _wait(children)
     finally:
         for child in children:
             child.kill()
             child.wait()
+
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextlib.contextmanager

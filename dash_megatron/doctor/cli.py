@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
+
+from dash_megatron.launcher import check_processes, launch
 
 
 def add_doctor(tools: Any) -> None:
@@ -14,6 +17,7 @@ def add_doctor(tools: Any) -> None:
     )
     doctor.add_argument("--config", required=True, metavar="FILE", help="YAML file")
     doctor.add_argument("--only", metavar="NAME,...", help="checks to run, see docs/doctor.md; default: all")
+    doctor.add_argument("--processes", type=int, help="start so many on this machine, such as one a GPU")
     doctor.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the config")
     doctor.set_defaults(run=_doctor)
 
@@ -37,6 +41,11 @@ def _doctor(options: argparse.Namespace) -> int:
     from dash_megatron.config import load_config
 
     config = load_config(options.config, options.overrides)
+    if options.processes is not None:
+        check_processes(options.processes)
+        command = [sys.executable, "-m", "dash_megatron", "doctor", "--config", options.config]
+        only = [] if options.only is None else ["--only", options.only]
+        return launch([*command, *only, *options.overrides], options.processes)
     # imported late, so that a wrong config is told at once
     from dash_megatron.doctor.examine import examine
 

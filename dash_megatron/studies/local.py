@@ -36,18 +36,9 @@ def repository_script(name: str) -> str:
 
 
 def train_command(processes: int) -> list[str]:
-    """The command that trains, without its config: `train.py`, under torchrun where there are several processes."""
-    if processes == 1:
-        return [sys.executable, repository_script("train.py")]
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-    ]
-    return [*launcher, repository_script("train.py")]
+    """The command that trains in so many processes, without its config."""
+    several = ["--processes", str(processes)] if processes > 1 else []
+    return [sys.executable, repository_script("train.py"), *several]
 
 
 class LocalRuns:
@@ -126,8 +117,9 @@ class LocalRuns:
 
     def _attempts(self, title: str, run: StudyRun, config: Path, environment: dict[str, str]) -> str | None:
         """What went wrong; None: the run is finished, or everything stops."""
+        run.folder.mkdir(parents=True, exist_ok=True)
         for attempt in range(self.restarts + 1):
-            code = self._start(run, config, environment)
+            code = self._call([*self.command, "--config", str(config)], run.folder, environment)
             if self._stop is not None:
                 return None
             if code == ExitCode.REQUEUE:  # somebody asked that process alone
@@ -140,19 +132,6 @@ class LocalRuns:
             if attempt < self.restarts:
                 print(f"{title}: exit code {code}: started again", flush=True)
         return f"exit code {code} in each of {self.restarts + 1} starts"
-
-    def _start(self, run: StudyRun, config: Path, environment: dict[str, str]) -> int:
-        """Train until the process ends; its exit code, under torchrun that of `train.py`."""
-        run.folder.mkdir(parents=True, exist_ok=True)
-        tell = run.folder / "study.exit"
-        tell.unlink(missing_ok=True)
-        command = [*self.command, "--config", str(config)]
-        code = self._call(command, run.folder, {**environment, "DASH_EXIT_FILE": str(tell)})
-        if code and tell.is_file():
-            # torchrun gives 1 for everything
-            codes = [int(line.split("\t")[0]) for line in tell.read_text().splitlines() if line[:1].isdigit()]
-            return max(codes, default=code) if ExitCode.REQUEUE not in codes else int(ExitCode.REQUEUE)
-        return code
 
     def _call(self, command: list[str], folder: Path, environment: dict[str, str]) -> int:
         """The exit code of a command; what it prints goes to the folder's `study.log`."""

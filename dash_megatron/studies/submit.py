@@ -36,7 +36,7 @@ def submit_studies(
 
     Args:
         paths: studies; all their runs wait in one queue, study after study.
-        processes: of each run on this machine; more than one start under torchrun.
+        processes: of each run on this machine, see `train.py --processes`.
         restarts: starts of a run after faults, as `train.py`'s exit code tells them from errors.
         slurm: arguments for `slurm/submit.py`, which gets all runs as one array; None: on this machine.
         train: command that trains instead of this repository's `train.py`.

@@ -1,7 +1,13 @@
 """Checks that raise, how the findings of all processes become one result, and what people see of it."""
 
 import math
+from pathlib import Path
+from typing import Any
 
+import pytest
+import yaml
+
+from dash_megatron.__main__ import main
 from dash_megatron.doctor.runner import (
     Check,
     Finding,
@@ -78,3 +84,22 @@ def test_a_check_that_raises_has_failed_and_does_not_stop_the_others(session: Se
 
     assert statuses(False) == ["failed", "ok"]
     assert statuses(True) == ["failed", "skipped"]
+
+
+def test_processes_are_started_with_the_arguments_of_the_command(
+    tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tiny_config))
+    started: list[Any] = []
+
+    def launch(command: list[str], processes: int) -> int:
+        started.append((command[1:], processes))
+        return 1
+
+    monkeypatch.setattr("dash_megatron.doctor.cli.launch", launch)
+    doctor = ["doctor", "--config", str(path), "--only", "disk"]
+    assert main([*doctor, "--processes", "2", "zero.stage=1"]) == 1
+    assert started == [(["-m", "dash_megatron", *doctor, "zero.stage=1"], 2)]
+    assert main([*doctor, "--processes", "2", "zero.stage=9"]) == main([*doctor, "--processes", "0"]) == 2
+    assert len(started) == 1

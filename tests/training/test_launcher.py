@@ -46,6 +46,31 @@ def test_the_exit_code_is_that_of_the_processes_and_one_that_fails_ends_all(prog
     assert time.monotonic() - begin < 30
 
 
+def lives(process: str) -> bool:
+    try:
+        return bool(
+            Path("/proc", process, "cmdline").read_bytes()
+        )  # nothing where only its parent has not noted its end
+    except OSError:
+        return False
+
+
+def test_processes_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    child = f"import os, time; open('{tmp_path}/' + str(os.getpid()), 'w').close(); time.sleep(300)"
+    program = (
+        f"import sys; from dash_megatron.launcher import launch; launch([sys.executable, '-c', {child!r}], 2)"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    deadline = time.monotonic() + 60
+    while len(children := list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    launcher.kill()
+    launcher.wait()
+    while any(lives(child.name) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert time.monotonic() < deadline
+
+
 def start(tree: dict[str, Any], folder: Path, *arguments: str) -> subprocess.Popen[str]:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
@@ -108,10 +133,14 @@ def test_an_error_that_all_have_is_told_once(capfd: pytest.CaptureFixture[str]) 
     assert capfd.readouterr().err == "error: of all\n"
 
 
-def test_an_error_that_some_have_is_told_by_one_of_them(capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_error_that_some_have_is_told_by_one_of_them_and_leaves_no_file(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     wait = "import train; train.OTHERS_WAIT_SECONDS = 0.2 * rank; rank or time.sleep(60)"
     assert launched(f"{wait}; sys.exit(train.leave(2, 'error: of 1 and 2'))") == ExitCode.CONFIG_ERROR
     assert capfd.readouterr().err == "error: of 1 and 2\n"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("processes", ["0", "2"])
