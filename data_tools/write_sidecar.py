@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dash_megatron.data.sidecar import describe, sidecar_path
+from dash_megatron.data.sidecar import Sidecar, describe, sidecar_path
 from dash_megatron.data.tokenizer import Tokenizer
 from data_tools.arguments import make_parser, run
 
@@ -30,9 +30,18 @@ def _describe(options: argparse.Namespace) -> str:
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         eod=tokenizer.eod,
+        chat_template=_known_template(options.prefix),
     )
     sidecar.write(options.prefix)
     return f"{sidecar_path(options.prefix)}: {sidecar.documents} documents, {sidecar.tokens} tokens"
+
+
+def _known_template(prefix: str) -> str | None:
+    """The chat template that the sidecar names which is replaced, and which the files do not tell."""
+    try:
+        return Sidecar.read(prefix).chat_template
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 if __name__ == "__main__":

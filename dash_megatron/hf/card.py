@@ -11,9 +11,25 @@ from dash_megatron.config import Config
 from dash_megatron.data.blend import parse_blend
 from dash_megatron.hf import probe
 
+_CHAT = """
+It has a chat template, and generation stops where the answer ends:
+
+```python
+message = {"role": "user", "content": "..."}
+inputs = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0], skip_special_tokens=True))
+```
+"""
+
 
 def model_card(
-    config: Config, step: int, metrics: dict[str, Any], report: probe.Report, dtype: torch.dtype, terms: str
+    config: Config,
+    step: int,
+    metrics: dict[str, Any],
+    report: probe.Report,
+    dtype: torch.dtype,
+    terms: str,
+    chat: bool = False,
 ) -> str:
     """Write what the model is, how to load it, how exactly it was checked, and how it was trained.
 
@@ -22,6 +38,7 @@ def model_card(
     Args:
         terms: the license, as the Hugging Face hub writes it.
         metrics: the last logged line up to the checkpoint, or nothing.
+        chat: whether the folder has a chat template.
     """
     name = str(dtype).removeprefix("torch.")
     rounding = f" Rounding to {name} changes them by {report.rounding:.2%}." if report.rounding else ""
@@ -56,7 +73,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 ```
-
+{_CHAT if chat else ""}
 Without `trust_remote_code=True` transformers loads a dense Llama, which attends to everything and reports as unexpected
 the tensors it ignores: {ignored}. Its outputs are not those of training.
 

@@ -112,6 +112,6 @@ def _write(
     logged = Path(config.run_dir) / "metrics.jsonl"
     lines = read_json_lines(logged) if logged.is_file() else []
     last = [line for line in lines if line["step"] <= step][-1:]
-    card = model_card(config, step, last[0] if last else {}, report, dtype, terms)
+    card = model_card(config, step, last[0] if last else {}, report, dtype, terms, chat is not None)
     (folder / "README.md").write_text(card)
     return report

@@ -92,6 +92,11 @@ def test_answers_alone_are_marked_whatever_the_kind_of_file(name, tmp_path, toke
         )
         assert facts[split].chat_template == PLAIN_TEMPLATE
         assert f"{facts[split].tokens} tokens, {facts[split].answer_tokens} of them in answers" in told
+    # a sidecar that is made anew knows as much
+    prefix = str(output / "train")
+    assert write_sidecar.main(["--prefix", prefix, "--tokenizer", str(tokenizer_path)]) == 0
+    assert Sidecar.read(prefix) == facts["train"]
+    capsys.readouterr()
     # finished: nothing is made again
     assert run(path, output, tokenizer_path, "--valid-fraction", "0.1") == 0
     assert "nothing to do" in capsys.readouterr().err
@@ -105,11 +110,6 @@ def test_prompts_and_completions_need_no_template_and_none_is_kept(tmp_path, tok
     found = read_documents(tmp_path / "out" / "train", Tokenizer(tokenizer_path))
     assert ("def f3(x):\n    return 3\n", "    return 3\n|") in found
     assert Sidecar.read(tmp_path / "out" / "train").chat_template is None
-    # a sidecar that is made anew counts the same answers
-    prefix = str(tmp_path / "out" / "train")
-    before = Sidecar.read(prefix)
-    assert write_sidecar.main(["--prefix", prefix, "--tokenizer", str(tokenizer_path)]) == 0
-    assert Sidecar.read(prefix) == before
 
 
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

@@ -96,6 +96,7 @@ def test_a_fine_tuned_model_answers_in_form_from_the_run_and_from_its_export(
     assert (tmp_path / "tuned" / "chat_template.jinja").read_text() == PLAIN_TEMPLATE
 
     export_run(tmp_path / "tuned", tmp_path / "hf", dtype="float32")
+    assert "apply_chat_template" in (tmp_path / "hf" / "README.md").read_text()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     for word in ("def", "query", "range"):

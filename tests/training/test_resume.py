@@ -52,7 +52,7 @@ def test_an_interrupted_run_ends_bit_identical_to_one_that_was_not(
     chats = [f"0.5 {tiny_chats / 'train'}"] if stage == 2 else []
     sections: dict[str, dict[str, Any]] = {
         "zero": {"stage": stage},
-        "data": {"train": [f"0.5 {tiny_config['data']['train'][0]}", *chats]},
+        "data": {"train": [*chats, f"0.5 {tiny_config['data']['train'][0]}"]},
         "training": {"steps": 6, "precision": precision},
         "checkpoint": {"every": 3},
         "evaluation": {"every": 3, "samples": 5},
