@@ -13,9 +13,11 @@ from tests.tiny import tiny_tree
 from tests.training.test_global_batch import assert_same_step, relative_error, with_changes
 from tests.training.workers import one_step, one_step_on_one_gpu, steps_with_an_idle_rank, train_all
 
-STEPS = 10
+STEPS, KERNEL_STEPS = 4, 10
 # float32, sums in another order
 TOLERANCE = 1e-5
+# of weights after so many updates
+WEIGHT_TOLERANCE = 1e-6 * STEPS
 # the kernels' products of float32 on tensor cores, and atomics
 KERNEL_TOLERANCE = 1e-4
 
@@ -108,7 +110,7 @@ def test_loss_gradients_and_weights_are_those_of_one_process(
         if kind == "dash":
             assert found["density"] == pytest.approx(one["density"], rel=TOLERANCE), name
         for parameter, weight in one["weights"].items():
-            assert relative_error(found["weights"][parameter], weight) <= TOLERANCE, (name, parameter)
+            assert relative_error(found["weights"][parameter], weight) <= WEIGHT_TOLERANCE, (name, parameter)
         copies = [torch.load(tmp_path / f"{name}_{rank}.pt") for rank in range(context * tensor * data)]
         assert copies[0]
         for parameter in copies[0]:
@@ -120,9 +122,15 @@ def test_loss_gradients_and_weights_are_those_of_one_process(
 def test_ranks_that_share_a_gpu_train_as_one_with_the_kernels(
     layout: str, tree: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
-    tree = with_changes(tree, attention={"scaling_factor": 1.0}, data={"num_workers": 0})
+    tree = with_changes(
+        tree,
+        attention={"scaling_factor": 1.0},
+        data={"num_workers": 0},
+        training={"steps": KERNEL_STEPS},
+        evaluation={"every": KERNEL_STEPS},
+    )
     trees = {d: documents_of(tree, d, "dash") for d in DOCUMENTS}
-    run_processes(1, one_step_on_one_gpu, list(trees.items()), str(tmp_path), None, STEPS, cuda=True)
+    run_processes(1, one_step_on_one_gpu, list(trees.items()), str(tmp_path), None, KERNEL_STEPS, cuda=True)
     expected = {d: torch.load(tmp_path / f"{d}.pt", map_location="cpu") for d in DOCUMENTS}
     context, tensor, _ = LAYOUTS[layout]
     cases = {n: c for n, c in covering_cases(layout).items() if c[0] == "dash"}
@@ -134,7 +142,9 @@ def test_ranks_that_share_a_gpu_train_as_one_with_the_kernels(
         for n, (_, comm, _, stage) in cases.items()
     }
     several = [(n, with_changes(trees[cases[n][2]], **sections[n])) for n in cases]
-    run_processes(context * tensor, one_step_on_one_gpu, several, str(tmp_path), None, STEPS, cuda=True)
+    run_processes(
+        context * tensor, one_step_on_one_gpu, several, str(tmp_path), None, KERNEL_STEPS, cuda=True
+    )
     for name, (_, _, documents, _) in cases.items():
         found, one = torch.load(tmp_path / f"{name}.pt", map_location="cpu"), expected[documents]
         errors = [relative_error(found["gradients"][p], g) for p, g in one["gradients"].items()]

@@ -15,9 +15,11 @@ from tests.training.test_global_batch import assert_same_step, relative_error, w
 from tests.training.test_resume import EXACT, run_of
 from tests.training.workers import compare_fingerprints, one_step, save_logits, train_all
 
-STEPS = 10
+STEPS = 4
 # float32, sums in another order
 TOLERANCE = 1e-5
+# of weights after so many updates
+WEIGHT_TOLERANCE = 1e-6 * STEPS
 # 8 bits of mantissa
 BF16_TOLERANCE = 0.03
 
@@ -105,7 +107,10 @@ def test_loss_gradients_and_weights_are_those_of_one_process(
             assert found["validation"] == pytest.approx(one["validation"], rel=TOLERANCE), name
             assert found["density"] == pytest.approx(one["density"], rel=TOLERANCE), name
             for parameter, weight in one["weights"].items():
-                assert relative_error(found["weights"][parameter], weight) <= TOLERANCE, (name, parameter)
+                assert relative_error(found["weights"][parameter], weight) <= WEIGHT_TOLERANCE, (
+                    name,
+                    parameter,
+                )
             assert_copies_agree(tmp_path, name, processes)
 
 
