@@ -260,6 +260,15 @@ def test_the_resolved_config_reads_back_as_itself(path: Path, tmp_path: Path) ->
     assert load_config(resolved) == config
 
 
+def test_the_quickstart_is_fine_tuned_with_the_shape_of_its_weights() -> None:
+    base, tuned = (
+        load_config(ROOT / "configs" / f"{name}.yaml") for name in ("quickstart", "finetune_quickstart")
+    )
+    assert tuned.training.init_from == base.run_dir
+    assert (tuned.model, tuned.attention) == (base.model, base.attention)
+    assert (tuned.data.tokenizer, tuned.data.seq_length) == (base.data.tokenizer, base.data.seq_length)
+
+
 def test_every_field_has_a_docstring() -> None:
     for name, field in Config.model_fields.items():
         section = field.annotation
