@@ -25,10 +25,6 @@ class AttentionConfig(Section):
     scaling_factor: float | tuple[float, ...] = 1.0
     """Multiplies the routing scores before entmax and must be above 0; larger values select fewer chunks. A list has one
     factor for each layer."""
-    length_scaling: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Above 0, the routing scores of a token that selects among n past chunks are also multiplied by
-    `1 + length_scaling * ln(n)`, as in adaptive-scalable entmax (arXiv 2506.16640); it keeps the density from rising with
-    the length of a document. At 1000 chunks, 0.1 makes a factor of 1.7."""
     learned_scaling: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Above 0, a factor on the routing scores is learned for each kv head of each layer. It is
     `exp(learned_scaling * parameter)`, starts at 1 and multiplies `scaling_factor`. The number says how fast it moves beside
@@ -120,6 +116,19 @@ class AttentionConfig(Section):
                 f"attention.target_density={target} needs a router: set attention.kind=dash, or "
                 "attention.target_density=null"
             )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_what_was_off(cls, tree: Any) -> Any:
+        """Runs of earlier releases have a key that was taken out; what they computed without it is what is computed now."""
+        if not isinstance(tree, dict) or "length_scaling" not in tree:
+            return tree
+        if tree["length_scaling"]:
+            raise ValueError(
+                f"attention.length_scaling={tree['length_scaling']} was taken out, as it gained nothing "
+                "(docs/results/quality.md); leave it out, or go on with a run that has it under release 0.1"
+            )
+        return {key: value for key, value in tree.items() if key != "length_scaling"}
 
     @model_validator(mode="after")
     def _check(self) -> AttentionConfig:

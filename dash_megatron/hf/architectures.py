@@ -50,7 +50,6 @@ _CARRIED_OF_EXPORTS = {
     "full_attention_layers",
     "layer_scaling_factors",
     "learned_scaling",
-    "length_scaling",
     "local_chunks",
     "pool_heads",
     "qk_norm",
@@ -100,6 +99,8 @@ _FIXED: dict[str, Any] = {
     "rope_interleaved": False,
     "use_mup": False,
     "partial_rotary_factor": 1.0,
+    # of exports of earlier releases
+    "length_scaling": 0.0,
 }
 _CODE = ("DashForCausalLM", "MiniCPMForCausalLM", "InternLM3ForCausalLM")
 """Classes of model files beside the weights that compute what this file says."""

@@ -52,8 +52,6 @@ class Router(NamedTuple):
     sigma: float
     estimate_diagonal: bool
     alpha: float
-    length_scaling: float = 0.0
-    """Scores of a query that selects among n chunks are multiplied by 1 + length_scaling * ln(n) too (arXiv 2506.16640)."""
     local_chunks: int = 0
     """Chunks before a query's own that it attends to whatever the router says; the router selects among those before."""
     query_pool: int = 1
@@ -165,9 +163,6 @@ def log_prior(q: Tensor, summary: Tensor, chunk: Tensor, router: Router) -> Tens
     factor = router.scaling_factor
     if isinstance(factor, Tensor):
         factor = factor.to(q.dtype)[:, None, None, None]
-    if router.length_scaling:
-        length_BT = (chunk - router.local_chunks).clamp_min(1).to(q.dtype).log()
-        factor = factor * (1 + router.length_scaling * length_BT)[:, None, None, :, None]
     z_BHGTc = factor * (q @ summary[:, :, None].mT)
     if router.pool_heads:
         z_BHGTc = z_BHGTc.mean(2, keepdim=True)
@@ -399,7 +394,6 @@ class DashSelfAttention(nn.Module):
                 config.sigma,
                 config.estimate_diagonal,
                 getattr(config, "alpha", 1.5),
-                getattr(config, "length_scaling", 0.0),
                 getattr(config, "local_chunks", 0),
                 getattr(config, "query_pool", 1),
                 getattr(config, "pool_heads", False),

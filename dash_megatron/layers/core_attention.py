@@ -167,7 +167,6 @@ def router_of(attention: AttentionConfig, scaling_factor: float) -> Router:
         attention.sigma,
         attention.estimate_diagonal,
         attention.alpha,
-        attention.length_scaling,
         attention.local_chunks,
         attention.query_pool,
         attention.pool_heads,

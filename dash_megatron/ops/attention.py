@@ -25,7 +25,6 @@ def dash_attention(
     cu_seqlens: Tensor | None = ...,
     backend: str = ...,
     return_routing: Literal[False] = ...,
-    length_scaling: float = ...,
     local_chunks: int = ...,
     query_pool: int = ...,
     pool_heads: bool = ...,
@@ -47,7 +46,6 @@ def dash_attention(
     backend: str = ...,
     *,
     return_routing: Literal[True],
-    length_scaling: float = ...,
     local_chunks: int = ...,
     query_pool: int = ...,
     pool_heads: bool = ...,
@@ -67,7 +65,6 @@ def dash_attention(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
     return_routing: bool = False,
-    length_scaling: float = 0.0,
     local_chunks: int = 0,
     query_pool: int = 1,
     pool_heads: bool = False,
@@ -99,9 +96,6 @@ def dash_attention(
             Values are checked on CPU only, since reading them would stall a GPU.
         backend: "reference" (any device), "triton" (CUDA), or "auto": Triton on CUDA if importable, else the reference.
         return_routing: also return what the router selected.
-        length_scaling: where it is above 0, the scores of a token with n routed chunks (past chunks that are not local)
-            are multiplied by 1 + length_scaling * ln(n) too: the growth with length of adaptive-scalable entmax (Vasylenko et al.,
-            "Long-Context Generalization with Sparse Attention", arXiv 2506.16640).
         local_chunks: how many chunks just before its own one a token always attends to, with the prior of the own chunk.
             The router selects among the past chunks before them; they count as selected.
         query_pool: the router sees the mean of so many queries: of the token and of those just before it in its document.
@@ -114,7 +108,7 @@ def dash_attention(
     Raises:
         ValueError: an argument is wrong; the message names it, its value, the rule and the remedy.
     """
-    constants = sigma, estimate_diagonal, alpha, length_scaling, local_chunks, query_pool, pool_heads
+    constants = sigma, estimate_diagonal, alpha, local_chunks, query_pool, pool_heads
     router = Router(chunk_size, scaling_factor, *constants)
     check_flag("return_routing", return_routing)
     out, chunks_selected = _attend(q, k, v, summary_query, router, cu_seqlens, backend)

@@ -30,7 +30,6 @@ def check_router(router: Router, num_kv_heads: int, device: torch.device) -> Non
     """
     check_chunk_size(router.chunk_size)
     check_scaling(router.scaling_factor, num_kv_heads, device)
-    check_length_scaling(router.length_scaling)
     check_positive("sigma", router.sigma, "try 2.0, or 1e6 for a flat prior")
     check_flag("estimate_diagonal", router.estimate_diagonal)
     check_alpha(router.alpha)
@@ -132,13 +131,6 @@ def check_scaling(scaling_factor: float | Tensor, num_kv_heads: int, device: tor
         raise ValueError(
             f"scaling_factor={x.tolist()} must be above 0 for every head; learn its logarithm, for example"
         )
-
-
-def check_length_scaling(value: float) -> None:
-    """Raise ValueError unless `value` is a finite number of at least 0."""
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not 0 <= value < math.inf:
-        raise ValueError(f"length_scaling={value!r} must be a finite Python number of at least 0; try 0.0")
 
 
 def check_local_chunks(value: int) -> None:

@@ -18,7 +18,6 @@ def dash_decode(
     estimate_diagonal: bool = True,
     alpha: float = 1.5,
     backend: str = "auto",
-    length_scaling: float = 0.0,
     local_chunks: int = 0,
     query_pool: int = 1,
     pool_heads: bool = False,
@@ -33,7 +32,7 @@ def dash_decode(
     Args:
         q: queries after RoPE, [B, Hq, D], the cache's dtype and device; the cache's Hkv divides Hq.
         cache: keys, values and summaries; its `chunk_size` is the model's.
-        scaling_factor, sigma, estimate_diagonal, alpha, backend, length_scaling, local_chunks, query_pool,
+        scaling_factor, sigma, estimate_diagonal, alpha, backend, local_chunks, query_pool,
             pool_heads: as in `dash_attention`.
         routing_q: where `query_pool` is above 1, the router's queries of the same tokens, [B, Hq, D] as q: what
             `cache.append` returned, or the last rows of what `cache.prefill` did.
@@ -47,7 +46,7 @@ def dash_decode(
     """
     if not isinstance(cache, DashCache):
         raise ValueError(f"cache={type(cache).__name__} must be a DashCache; see DashCache.contiguous")
-    constants = sigma, estimate_diagonal, alpha, length_scaling, local_chunks, query_pool, pool_heads
+    constants = sigma, estimate_diagonal, alpha, local_chunks, query_pool, pool_heads
     router = Router(cache.chunk_size, scaling_factor, *constants)
     return decode_and_count(q, cache, router, backend, routing_q)[0]
 

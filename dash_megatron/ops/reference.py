@@ -105,11 +105,7 @@ def route(
         Bias [..., H, T, c] on the attention scores of every chunk: the log prior, 0 for the own chunk and the local
         ones, -inf where the chunk is not selected. And the number of chunks selected, these included, int32 [..., H, T].
     """
-    H, G = q_HGTD.shape[-4:-2]
-    factor = router.score_factors(routed_Tc.sum(-1), H, q_HGTD.dtype) * scale
-    if isinstance(factor, Tensor):
-        factor = factor[:, None, :, None].expand(-1, G, -1, -1)
-    z_HGTc = factor * products(q_HGTD, summary_HcD)
+    z_HGTc = router.factors(q_HGTD.dtype) * scale * products(q_HGTD, summary_HcD)
     if router.pool_heads:
         # the scores of the mean query
         z_HGTc = z_HGTc.mean(-3, keepdim=True)

@@ -39,10 +39,8 @@ class Head(NamedTuple):
     def probabilities(self, tokens: Tensor | slice, routed_Sc: Tensor, chunks: slice) -> Tensor:
         """Group mean [S, c] of the entmax over routed chunks, for the queries of these tokens."""
         q_SGD = self.routing_q_NGD[tokens].float() * self.q_NGD.shape[-1] ** -0.5
-        factor = self.router.score_factors(routed_Sc.sum(-1), 1, q_SGD.dtype)
-        if isinstance(factor, Tensor):
-            factor = factor[0, :, None, None]
-        z_SGc = factor * (q_SGD @ self.summary_cD[chunks].mT)
+        scores = q_SGD @ self.summary_cD[chunks].mT
+        z_SGc = (self.router.factors(q_SGD.dtype) * scores).view_as(scores)
         if self.router.pool_heads:
             z_SGc = z_SGc.mean(1, keepdim=True)
         # the queries as a batch, with one query each

@@ -23,11 +23,9 @@ class Router(NamedTuple):
     """Whether the log prior of past chunks is centred around that of the token's own chunk."""
     alpha: float = 1.5
     """Of the entmax, in (1, 2]."""
-    length_scaling: float = 0.0
-    """Scores of a token with n routed chunks are multiplied by 1 + length_scaling * ln(n) too (arXiv 2506.16640)."""
     local_chunks: int = 0
-    """Chunks just before a token's own one that it always attends to, with the own chunk's prior, 0. Entmax, the prior's
-    mean and `length_scaling` are over the routed chunks alone: the past chunks before the local ones."""
+    """Chunks just before a token's own one that it always attends to, with the own chunk's prior, 0. Entmax and the
+    prior's mean are over the routed chunks alone: the past chunks before the local ones."""
     query_pool: int = 1
     """The router sees the mean of a token's last `query_pool` queries in its document, its own among them; attention sees
     the own one."""
@@ -56,32 +54,20 @@ class Router(NamedTuple):
         """Plain numbers and a tensor, as custom ops take them.
 
         Returns:
-            The factor of each key/value head [Hkv], or None where all heads have the same, and a router whose
+            The factor of each key/value head [Hkv], contiguous, or None where all heads have the same, and a router whose
             `scaling_factor` is a number: 1 beside a tensor, so that the two multiply to this router's factor.
         """
-        head_scaling = self.scaling_factor if isinstance(self.scaling_factor, Tensor) else None
-        number = float(self.scaling_factor) if head_scaling is None else 1.0
-        rest = float(self.sigma), self.estimate_diagonal, float(self.alpha), float(self.length_scaling)
+        given = self.scaling_factor
+        head_scaling = given.contiguous() if isinstance(given, Tensor) else None
+        number = 1.0 if isinstance(given, Tensor) else float(given)
+        rest = float(self.sigma), self.estimate_diagonal, float(self.alpha)
         pools = self.local_chunks, self.query_pool, self.pool_heads
         return head_scaling, Router(self.chunk_size, number, *rest, *pools)
 
-    def score_factors(self, routed_T: Tensor, num_kv_heads: int, dtype: torch.dtype) -> float | Tensor:
-        """What the products of T queries and the chunk summaries are multiplied by, besides 1/sqrt(D).
-
-        Args:
-            routed_T: integers [T]: how many chunks the router may select for each query; below 1 counts as 1.
-            num_kv_heads: Hkv.
-            dtype: of a tensor that is returned.
-
-        Returns:
-            A number where all heads and queries share it, otherwise a tensor [Hkv, T].
-        """
-        heads = self.scaling_factor
-        if not isinstance(heads, Tensor):
-            if self.length_scaling == 0:
-                return heads
-            heads = torch.full((num_kv_heads,), heads, dtype=dtype, device=routed_T.device)
-        return heads.to(dtype)[:, None] * (1 + self.length_scaling * routed_T.clamp_min(1).to(dtype).log())
+    def factors(self, dtype: torch.dtype) -> float | Tensor:
+        """The scaling factor as scores [..., Hkv, G, N, chunks] are multiplied by it; a tensor gets `dtype`."""
+        given = self.scaling_factor
+        return given.to(dtype)[:, None, None, None] if isinstance(given, Tensor) else given
 
     @property
     def exponent(self) -> float:

@@ -194,7 +194,6 @@ def _scores_by_chunks(
         own = tokens // chunk_size
         window = own[:, None] - local - count + torch.arange(count, device=q.device)
         for head in range(num_heads):
-            of_head = router.of_heads(slice(head, head + 1))
-            factor = of_head.score_factors(torch.tensor([count], device=q.device), 1, torch.float32)
+            factor = router.of_heads(slice(head, head + 1)).scaling_factor
             scale = torch.as_tensor(factor, dtype=torch.float32).item() / math.sqrt(q.shape[-1])
             yield count, scale * torch.einsum("sgd,snd->sgn", q_NHGD[tokens, head], summary_HcD[head, window])

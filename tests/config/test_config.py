@@ -68,6 +68,7 @@ def test_configs_cannot_be_changed(path: Path) -> None:
         ),
         ("attention.local_chunks=-1", "attention.local_chunks=-1"),
         ("attention.query_pool=0", "attention.query_pool=0"),
+        ("attention.length_scaling=0.3", "attention.length_scaling=0.3 was taken out"),
         ("attention.query_pool=129", "attention.query_pool=129"),
         ("attention.scaling_factor=0", "attention.scaling_factor=0.0 must be above 0"),
         ("attention.scaling_factor=[1, 1, -1, 1]", "must be above 0"),

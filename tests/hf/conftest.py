@@ -47,7 +47,6 @@ MODELS: dict[str, dict[str, Any]] = {
             "full_layers": [1],
             "alpha": 1.3,
             "scaling_factor": [20.0, 1.0, 30.0],
-            "length_scaling": 0.3,
             "local_chunks": 1,
             "query_pool": 60,
             "pool_heads": True,

@@ -165,7 +165,6 @@ SPLIT_QKV = names._split_qkv
 WRONG: dict[str, tuple[str, str, str]] = {
     "heads in another order": ("dash", "heads", "other chunks"),
     "another router": ("dash", "layer_scaling_factors", "other chunks"),
-    "another length scaling": ("mixed", "length_scaling", "other chunks"),
     "other local chunks": ("mixed", "local_chunks", "other chunks"),
     "another query pool": ("mixed", "query_pool", "other chunks"),
     "other heads pooled": ("mixed", "pool_heads", "other chunks"),

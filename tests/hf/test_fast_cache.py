@@ -87,8 +87,9 @@ def test_greedy_text_in_float32_is_that_of_the_model_file_alone(
     both: Callable[..., Any], tokens: Tensor
 ) -> None:
     prompt = tokens[:, :70]
-    scaling = {"length_scaling": 0.5, "learned_scaling": True}
-    ours, expected = both(_model(torch.float32, **scaling), prompt, attention_mask=_left_padding(prompt, 21))
+    ours, expected = both(
+        _model(torch.float32, learned_scaling=True), prompt, attention_mask=_left_padding(prompt, 21)
+    )
     assert torch.equal(ours, expected)
 
 
@@ -229,7 +230,7 @@ def test_kernels_generate_what_the_model_file_alone_does(
 ) -> None:
     if not CUDA:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    shape = {"num_attention_heads": 8, "head_dim": 16, "length_scaling": 0.5, "learned_scaling": True}
+    shape = {"num_attention_heads": 8, "head_dim": 16, "learned_scaling": True}
     model = _model(torch.float32, num_hidden_layers=1, **shape).to(DEVICE)
     prompt = tokens[:, :34].to(DEVICE)
     options = GREEDY | {"attention_mask": _left_padding(prompt, 5), "max_new_tokens": 3}

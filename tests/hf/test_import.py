@@ -99,13 +99,13 @@ def test_an_older_export_has_what_came_since_turned_off(
     config, _ = write_run("dash")
     export_run(config.run_dir, tmp_path / "hf", dtype="float32")
     tree = json.loads((tmp_path / "hf" / "config.json").read_text())
-    for key in ("length_scaling", "learned_scaling", "local_chunks", "query_pool"):
+    for key in ("learned_scaling", "local_chunks", "query_pool"):
         del tree[key]
     (tmp_path / "hf" / "config.json").write_text(json.dumps(tree))
     sections = import_folder(tmp_path / "hf", tmp_path / "back").sections
     assert config_from_dict({**config.model_dump(), **sections}).attention == config.attention
     router = DashForCausalLM(LlamaConfig.from_pretrained(tmp_path / "hf")).model.layers[0].self_attn.router
-    assert (router.length_scaling, router.local_chunks, router.query_pool) == (0.0, 0, 1)
+    assert (router.local_chunks, router.query_pool) == (0, 1)
 
 
 PLAIN: dict[str, tuple[Any, Any]] = {

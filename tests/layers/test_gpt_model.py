@@ -127,7 +127,7 @@ def test_learned_factors_stay_bounded_however_long_a_gradient_pulls() -> None:
 
 
 def test_learned_scaling_starts_at_one_and_is_split_by_kv_head() -> None:
-    constants = {"length_scaling": 0.5, "local_chunks": 1, "query_pool": 3}
+    constants = {"local_chunks": 1, "query_pool": 3}
     config = config_of(attention={"learned_scaling": 20.0, "scaling_factor": 3.0, **constants})
     model = model_of(config)
     assert sum(p.numel() for p in model.parameters()) == parameter_count(config, VOCABULARY)

@@ -20,7 +20,6 @@ def _attend_by_loops(
     sigma,
     estimate_diagonal,
     alpha,
-    length_scaling,
     local_chunks,
     query_pool,
     pool_heads,
@@ -36,10 +35,9 @@ def _attend_by_loops(
         if routed > 0:
             chunks = [k[c * C : (c + 1) * C] for c in range(routed)]
             summaries = torch.stack([(x @ w / math.sqrt(D)).softmax(0) @ x for x in chunks])
-            factor = scaling_factor * (1 + length_scaling * math.log(routed))
             r = q[max(0, i - query_pool + 1) : i + 1].mean(0)
             r = r.mean(0, keepdim=True).expand(G, D) if pool_heads else r
-            z = [factor * summaries @ r[g] / math.sqrt(D) for g in range(G)]
+            z = [scaling_factor * summaries @ r[g] / math.sqrt(D) for g in range(G)]
             p = sum(_package_entmax(z_g, alpha) for z_g in z) / G
             past = [c for c in range(routed) if p[c] > 0]
             log_p = [p[c].log() for c in past]
@@ -66,7 +64,6 @@ def oracle(
     estimate_diagonal=True,
     alpha=1.5,
     cu_seqlens=None,
-    length_scaling=0.0,
     local_chunks=0,
     query_pool=1,
     pool_heads=False,
@@ -84,7 +81,7 @@ def oracle(
             for document in map(slice, ends[:-1], ends[1:]):
                 out[b, document, heads], counts[b, document, h] = _attend_by_loops(
                     q[b, document, heads], k[b, document, h], v[b, document, h], w[h],
-                    chunk_size, factors[h], sigma, estimate_diagonal, alpha, length_scaling,
+                    chunk_size, factors[h], sigma, estimate_diagonal, alpha,
                     local_chunks, query_pool, pool_heads,
                 )  # fmt: skip
     leaves += learned(scaling_factor)

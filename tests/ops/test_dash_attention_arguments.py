@@ -98,7 +98,6 @@ WRONG = [
             torch.ones(2, device="meta"),
         )
     ),
-    *(("length_scaling", {"length_scaling": x}) for x in (-0.1, math.inf, math.nan, "1", None, True)),
     *(("local_chunks", {"local_chunks": x}) for x in (-1, 1.0, "2", None, True)),
     *(("pool_heads", {"pool_heads": x}) for x in (0, 1, None, "yes")),
     *(("query_pool", {"query_pool": x}) for x in (0, 129, 4.0, "2", None, True)),

@@ -60,7 +60,7 @@ def test_sequences_of_different_lengths_equal_the_reference(form, page_size, lau
 
 # as trained models have it; more local chunks than some sequence has
 LOCAL = {"local_chunks": 2, "query_pool": 16}
-SCALED = {"length_scaling": 0.7, "scaling_factor": torch.tensor([1.0, 4.0], device=DEVICE)}
+SCALED = {"scaling_factor": torch.tensor([1.0, 4.0], device=DEVICE)}
 
 
 @pytest.mark.parametrize("router", [{}, {"estimate_diagonal": False}, {"alpha": 1.7}, SCALED, LOCAL], ids=str)
@@ -128,14 +128,13 @@ METHODS = {
     "alpha 2": {"alpha": 2.0},
     "everything selected": {"scaling_factor": 0.01},
     "nearly nothing selected": {"scaling_factor": 50.0},
-    "length-aware": {"length_scaling": 0.7},
-    "length-aware, a factor a head": SCALED,
+    "a factor a head": SCALED,
     "local chunks": {"local_chunks": 1},
     "pooled queries": {"query_pool": 3},
     "one query a group": {"pool_heads": True},
     "one pooled query a group": {**LOCAL, "pool_heads": True},
     "local chunks and pooled queries": LOCAL,
-    "local and length-aware, not centred": {**LOCAL, **SCALED, "estimate_diagonal": False},
+    "local, a factor a head, not centred": {**LOCAL, **SCALED, "estimate_diagonal": False},
     "nothing but local chunks": {"local_chunks": 100},
 }
 
@@ -295,7 +294,7 @@ def test_the_ops_pass_torchs_own_checks():
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
         decode.decode,
-        (q, *tensors, cache.page_table, q + 1, None, C, 1.0, 2.0, True, 1.5, 0.0, 1, 16, True),
+        (q, *tensors, cache.page_table, q + 1, None, C, 1.0, 2.0, True, 1.5, 1, 16, True),
         test_utils=utils,
     )
     cache.lengths.zero_()

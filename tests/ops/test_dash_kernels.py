@@ -190,10 +190,8 @@ METHODS = {
     "alpha 2": {"alpha": 2.0, "estimate_diagonal": False},
     "everything selected": {"scaling_factor": 0.01},
     "nearly nothing selected": {"scaling_factor": 50.0},
-    "length-aware": {"length_scaling": 0.7},
     "a factor a head": {"scaling_factor": _factors(2.0, 6.0)},
-    "length-aware, a factor a head, packed": {
-        "length_scaling": 0.7,
+    "a factor a head, packed": {
         "scaling_factor": _factors(2.0, 6.0),
         "alpha": 1.7,
         "cu_seqlens": _cu_seqlens(*((300, 1, 602, 100) if CUDA else (17, 1, 32))),
@@ -208,9 +206,8 @@ METHODS = {
     },
     "local chunks, not centred": {"local_chunks": 1, "estimate_diagonal": False},
     "nothing but local chunks": {"local_chunks": 1000},
-    "local and pooled, length-aware, a factor a head, packed": {
+    "local and pooled, a factor a head, packed": {
         **LOCAL,
-        "length_scaling": 0.7,
         "scaling_factor": _factors(2.0, 6.0),
         "alpha": 1.7,
         "cu_seqlens": _cu_seqlens(*((400, 1, 502, 100) if CUDA else (1, 49))),
@@ -380,7 +377,7 @@ def test_the_op_passes_torchs_own_checks(bounded, learned, monkeypatch):
         monkeypatch.setattr(geometry, "MAX_BOUNDED_BYTES", 0)
     leaves, _ = _inputs(40)
     scaling = torch.tensor([1.0, 2.0], device=DEVICE, requires_grad=True) if learned else None
-    options = (0.5, 1, 16, True) if learned else (0.0, 0, 1, False)
+    options = (1, 16, True) if learned else (0, 1, False)
     arguments = (*leaves, scaling, None, 16, 3.0, 2.0, True, 1.5, *options, True)
     torch.library.opcheck(
         dash._forward, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
@@ -390,8 +387,8 @@ def test_the_op_passes_torchs_own_checks(bounded, learned, monkeypatch):
 def test_options_that_are_off_give_the_bits_of_a_plain_factor():
     leaves, upstream = _inputs(35, Hq=2)
     plain = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True)
-    same_factors = {"length_scaling": 0.0}, {"scaling_factor": _factors(3.0, 3.0)}, {"length_scaling": 1e-30}
-    for same in (*same_factors, {"local_chunks": 0, "query_pool": 1, "pool_heads": False}):
+    off = {"local_chunks": 0, "query_pool": 1, "pool_heads": False}
+    for same in ({"scaling_factor": _factors(3.0, 3.0)}, off):
         other = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True, **same)
         assert torch.equal(plain[0], other[0])
         assert all(torch.equal(x, y) for x, y in zip(plain[1], other[1][:4], strict=True))

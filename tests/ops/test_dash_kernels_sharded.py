@@ -240,11 +240,10 @@ CASES = {
     "one head, alpha 1.3, prior not centred": {"G": 1, "alpha": 1.3, "estimate_diagonal": False},
     "four heads, alpha 1.3": {"G": 4, "alpha": 1.3},
     "four heads, prior not centred": {"G": 4, "estimate_diagonal": False},
-    "length-aware": {"G": 2, "length_scaling": 0.7},
-    "length-aware, a factor a head": {"G": 2, "length_scaling": 0.7, "head_scaling": [0.7, 2.0]},
+    "a factor a head": {"G": 2, "head_scaling": [0.7, 2.0]},
     "local chunks": {"G": 1, "local_chunks": 1, "lengths": (9, 21, 150)},
     "local chunks, pooled queries": {
-        "G": 4, "local_chunks": 2, "query_pool": 16, "length_scaling": 0.7, "head_scaling": [0.7, 2.0], "lengths": (9, 21, 150),
+        "G": 4, "local_chunks": 2, "query_pool": 16, "head_scaling": [0.7, 2.0], "lengths": (9, 21, 150),
     },
     "one query a group": {"G": 4, "pool_heads": True},
     "one pooled query a group": {"G": 2, "local_chunks": 1, "query_pool": 3, "pool_heads": True},
@@ -261,8 +260,8 @@ CASES = {
         ("one head, alpha 1.3, prior not centred", "windows"),
         ("four heads, alpha 1.3", "compact"),
         ("four heads, prior not centred", "compact windows"),
-        ("length-aware", "one buffer"),
-        ("length-aware, a factor a head", "windows"),
+        ("a factor a head", "one buffer"),
+        ("a factor a head", "windows"),
         ("local chunks", "windows"),
         ("local chunks, pooled queries", "compact windows"),
         ("one query a group", "windows"),
@@ -319,9 +318,7 @@ def test_lists_that_are_counted_first_give_the_same_bits(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(bounded, counted, strict=True))
 
 
-@pytest.mark.parametrize(
-    "method", [{"alpha": 1.5}, {"alpha": 1.3}, {"length_scaling": 0.7}, {"local_chunks": 2}], ids=str
-)
+@pytest.mark.parametrize("method", [{"alpha": 1.5}, {"alpha": 1.3}, {"local_chunks": 2}], ids=str)
 def test_summary_gradients_are_the_same_bits_in_every_run_if_asked(method):
     x, generator = Sequence(G=3, **method), torch.Generator().manual_seed(1)
     numbers = x.ranks[0]

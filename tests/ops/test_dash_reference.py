@@ -67,10 +67,9 @@ CASES = {
     "prior not centred": ({}, {"estimate_diagonal": False}),
     "alpha 1.3": ({}, {"alpha": 1.3}),
     "alpha 2": ({}, {"alpha": 2.0}),
-    "length-aware": ({}, {"length_scaling": 0.7, "scaling_factor": 2.0}),
-    "length-aware, a factor a head, packed": (
+    "a factor a head, packed": (
         {"N": 40},
-        {"cu_seqlens": _cu_seqlens(17, 23), "length_scaling": 0.7, "scaling_factor": _factors(5.0, 1.5)},
+        {"cu_seqlens": _cu_seqlens(17, 23), "scaling_factor": _factors(5.0, 1.5)},
     ),
     "a factor a head": ({"B": 2}, {"scaling_factor": _factors(2.0, 9.0)}),
     "local chunks": ({"N": 41}, {"local_chunks": 2}),
@@ -83,7 +82,6 @@ CASES = {
             "cu_seqlens": _cu_seqlens(9, 1, 27, 4, 19),
             "local_chunks": 1,
             "query_pool": 8,
-            "length_scaling": 0.7,
             "scaling_factor": _factors(5.0, 1.5),
         },
     ),
@@ -154,10 +152,9 @@ def test_autocast_does_not_lower_the_precision():
         {"alpha": 1.3},
         {"alpha": 2.0, "estimate_diagonal": False},
         {"cu_seqlens": _cu_seqlens(8, 1, 4)},
-        {"length_scaling": 0.7},
         {"local_chunks": 1, "query_pool": 3},
     ],
-    ids=["centred", "not-centred", "alpha-1.3", "alpha-2", "packed", "length-aware", "local-pooled"],
+    ids=["centred", "not-centred", "alpha-1.3", "alpha-2", "packed", "local-pooled"],
 )
 def test_gradient_of_every_input_passes_gradcheck(settings, wrt, monkeypatch):
     leaves, _ = _inputs(N=13, D=3, seed=3)

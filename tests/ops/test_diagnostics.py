@@ -54,7 +54,6 @@ def by_hand(q, k, w, router, lengths):
                 beta = (keys @ w[h] / math.sqrt(D)).softmax(1)
                 factors = router.scaling_factor
                 factor = float(factors[h] if isinstance(factors, torch.Tensor) else factors)
-                factor *= 1 + router.length_scaling * math.log(routed)
                 pooled = q[0, max(start, i - router.query_pool + 1) : i + 1].mean(0)
                 z = factor / math.sqrt(D) * pooled.view(H, G, D)[h]
                 z = z.mean(0, keepdim=True) if router.pool_heads else z
@@ -80,14 +79,14 @@ def by_hand(q, k, w, router, lengths):
     [
         ROUTER,
         Router(C, 9.0, 1.0, False, 2.0),
-        Router(C, torch.tensor([2.0, 6.0]), 2.0, True, 1.5, length_scaling=0.5),
-        Router(C, 6.0, 2.0, True, 1.5, 0.5, local_chunks=2, query_pool=3),
+        Router(C, torch.tensor([2.0, 6.0]), 2.0, True, 1.5),
+        Router(C, 6.0, 2.0, True, 1.5, local_chunks=2, query_pool=3),
         Router(C, 6.0, query_pool=3, pool_heads=True),
     ],
     ids=[
         "centred prior",
         "plain prior",
-        "scaled by head and length",
+        "scaled by head",
         "local chunks, pooled queries",
         "one query a group",
     ],

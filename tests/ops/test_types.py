@@ -1,17 +1,15 @@
 """The router as one value."""
 
-import math
-
 import torch
 
 from dash_megatron.ops.types import Router
 
 
 def test_a_router_with_one_number_splits_into_plain_numbers():
-    head_scaling, numbers = Router(32, 3, 2, True, 2, 1, 4, 16, True).split()
+    head_scaling, numbers = Router(32, 3, 2, True, 2, 4, 16, True).split()
     assert head_scaling is None
-    assert numbers == (32, 3.0, 2.0, True, 2.0, 1.0, 4, 16, True)
-    assert [type(x) for x in numbers] == [int, float, float, bool, float, float, int, int, bool]
+    assert numbers == (32, 3.0, 2.0, True, 2.0, 4, 16, True)
+    assert [type(x) for x in numbers] == [int, float, float, bool, float, int, int, bool]
 
 
 def test_a_router_with_a_factor_for_each_head_splits_into_these_and_one():
@@ -29,11 +27,7 @@ def test_some_heads_of_a_router_keep_their_factors():
     assert Router(scaling_factor=2.0).of_heads(slice(0, 1)) == Router(scaling_factor=2.0)
 
 
-def test_score_factors_are_a_number_unless_they_depend_on_head_or_length():
-    past = torch.tensor([0, 1, 8])
-    assert Router(scaling_factor=3.0).score_factors(past, 2, torch.float64) == 3.0
-    by_length = Router(scaling_factor=3.0, length_scaling=0.5).score_factors(past, 2, torch.float64)
-    row = [3.0, 3.0, 3.0 * (1 + 0.5 * math.log(8))]
-    torch.testing.assert_close(by_length, torch.tensor([row, row], dtype=torch.float64))
-    by_head = Router(scaling_factor=torch.tensor([1.0, 2.0])).score_factors(past, 2, torch.float64)
-    assert by_head.tolist() == [[1, 1, 1], [2, 2, 2]]
+def test_factors_of_scores_are_a_number_or_one_for_each_head():
+    assert Router(scaling_factor=3.0).factors(torch.float64) == 3.0
+    by_head = Router(scaling_factor=torch.tensor([1.0, 2.0])).factors(torch.float64)
+    assert (by_head.dtype, by_head.tolist()) == (torch.float64, [[[[1]]], [[[2]]]])

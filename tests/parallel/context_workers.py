@@ -34,7 +34,6 @@ class Case(NamedTuple):
     scaling_factor: float = 3.0
     alpha: float = 1.5
     estimate_diagonal: bool = True
-    length_scaling: float = 0.0
     local_chunks: int = 0
     query_pool: int = 1
     learned_scaling: bool = False
@@ -61,7 +60,6 @@ class Case(NamedTuple):
             "sigma": 2.0,
             "estimate_diagonal": self.estimate_diagonal,
             "alpha": self.alpha,
-            "length_scaling": self.length_scaling,
             "local_chunks": self.local_chunks,
             "query_pool": self.query_pool,
         }

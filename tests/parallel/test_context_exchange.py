@@ -67,12 +67,10 @@ def test_every_exchange_gives_what_one_process_gives(size: int, run_processes: A
         cases[f"other_prior_{comm}"] = Case(
             DOCUMENTS["packed"], comm=comm, heads=(12, 12), alpha=1.3, estimate_diagonal=False
         )
-        cases[f"scaled_{comm}"] = Case(
-            DOCUMENTS["packed"], comm=comm, heads=(12, 12), length_scaling=0.7, learned_scaling=True
-        )
+        cases[f"scaled_{comm}"] = Case(DOCUMENTS["packed"], comm=comm, heads=(12, 12), learned_scaling=True)
         for (name, router), documents in itertools.product(ROUTERS.items(), DOCUMENTS):
             cases[f"{name}_{comm}_{documents}"] = Case(
-                DOCUMENTS[documents], comm=comm, heads=(24, 12), length_scaling=0.7, **router
+                DOCUMENTS[documents], comm=comm, heads=(24, 12), **router
             )
     for name, (found, _) in together(cases, size, run_processes, tmp_path).items():
         for what, x, expected in zip(NAMES[: len(found)], found, attend_alone(cases[name]), strict=True):

@@ -56,7 +56,7 @@ def test_scores_of_a_run_are_of_queries_that_have_so_many_chunks_to_select_from(
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(1, 100, 4, 8, generator=generator), torch.randn(1, 100, 2, 8, generator=generator)
     found: dict[int, list[Any]] = {}
-    router = Router(8, torch.tensor([1.0, 3.0]), length_scaling=0.5, local_chunks=1, query_pool=3)
+    router = Router(8, torch.tensor([1.0, 3.0]), local_chunks=1, query_pool=3)
     for count, z in module._scores_by_chunks(q, k, torch.zeros(2, 8), router, most=3):
         found.setdefault(count, []).append(z)
     assert {count: [list(z.shape) for z in scores] for count, scores in found.items()} == {
@@ -65,7 +65,7 @@ def test_scores_of_a_run_are_of_queries_that_have_so_many_chunks_to_select_from(
     }
     # the last one with 4 chunks before the local one: token 47, on the mean keys of chunks 0 to 3
     means = k[0, :32, 1].view(4, 8, 8).mean(1)
-    factor = 3.0 * (1 + 0.5 * math.log(4)) / math.sqrt(8)
+    factor = 3.0 / math.sqrt(8)
     torch.testing.assert_close(found[4][1][-1], factor * q[0, 45:48, 2:].mean(0) @ means.T)
 
 

@@ -62,7 +62,7 @@ def with_chats(tree: dict[str, Any], chats: Path) -> dict[str, Any]:
 def documents_of(tree: dict[str, Any], documents: str, kind: str) -> dict[str, Any]:
     attention: dict[str, Any] = {"kind": "dash", "full_layers": [0]} if kind == "mixed" else {"kind": kind}
     if documents == "packed":
-        attention |= {"length_scaling": 0.5, "learned_scaling": True, "local_chunks": 1, "query_pool": 5}
+        attention |= {"learned_scaling": True, "local_chunks": 1, "query_pool": 5}
         attention |= {"pool_heads": True}
     return with_changes(tree, data={"pack_documents": DOCUMENTS[documents]}, attention=attention)
 

@@ -59,7 +59,6 @@ def test_losses_and_weights_go_on_as_in_one_layout(
         "attention": {
             **tiny_config["attention"],
             "learned_scaling": True,
-            "length_scaling": 0.5,
             "local_chunks": 1,
             "query_pool": 5,
         },

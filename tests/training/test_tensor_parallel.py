@@ -39,7 +39,6 @@ def tree(tiny_config: dict[str, Any]) -> dict[str, Any]:
         tiny_config,
         attention={
             "scaling_factor": 10.0,
-            "length_scaling": 0.2,
             "learned_scaling": True,
             "query_pool": 3,
             "pool_heads": True,
@@ -136,8 +135,7 @@ def test_recomputation_and_scoring_in_pieces_leave_gradients_alone(
 def test_bf16_gradients_and_their_norm_are_those_of_one_process(
     tree: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
-    # a sharper router magnifies rounding, by which chunks pass the threshold
-    tree = with_changes(tree, training={"precision": "bf16"}, attention={"length_scaling": 0.0})
+    tree = with_changes(tree, training={"precision": "bf16"})
     expected = references(tree, run_processes, tmp_path, steps=1)["untied"]
     cases = [
         (f"{stage}_{sequence}", tensor_parallel(tree, stage, sequence, model=MODELS["untied"]))

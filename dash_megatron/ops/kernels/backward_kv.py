@@ -13,7 +13,6 @@ from dash_megatron.ops.kernels.backward_summary import (
     Summaries,
     routing_scales,
     summary_gradient,
-    token_factors,
 )
 from dash_megatron.ops.kernels.configs import HOPPER, Config, Launches
 from dash_megatron.ops.kernels.geometry import Lists, Sizes, own_places
@@ -48,7 +47,7 @@ def _place_sums(
 
 @triton.jit
 def _dkv_kernel(
-    q, k, v, d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, list_log_prior, d_prior, factor,
+    q, k, v, d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, list_log_prior, d_prior, head_scaling,
     row_place, row_entry, row_offset, row_work, part_bound, part_row, dk_sum, dv_sum, ds_sum,
     key_start, key_end, query_start, query_end, stride_table,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,
@@ -84,6 +83,7 @@ def _dkv_kernel(
         if SUMMARY:
             p_s = summary + (i_h * num_chunks + i_c) * D + o_d
             b_summary = tl.load(p_s, mask=m_d, other=0.0).to(tl.float32)
+            factor = 1.0 if head_scaling is None else tl.load(head_scaling + i_h).to(tl.float32)
         p_entry = tl.load(row_offset + i_row) - own_tiles
         first_step = (here - begin).to(tl.int32) * STEPS
         last_step = (tl.minimum(stop, end) - begin).to(tl.int32) * STEPS
@@ -130,8 +130,7 @@ def _dkv_kernel(
                 b_ds += summary_gradient(
                     b_q, b_summary, b_log, tau + i_head + o_head, mean_dp + i_head + o_head,
                     d_prior + p_list * T + i_r // GP + o_rn,
-                    None if factor is None else factor + i_n * HKV + i_h + o_rn * HKV,
-                    m_n & listed, score_scale, gradient_scale, exponent, inv_sigma, G, ALPHA_15,
+                    m_n & listed, score_scale * factor, gradient_scale * factor, exponent, inv_sigma, G, ALPHA_15,
                 )  # fmt: skip
         i_slot, p_row, m_row = _place_sums(
             i_p, i_row, i_h, here == begin, stop >= end, o_c, o_k, m_k, HKV, C, DIRECT
@@ -209,9 +208,9 @@ def _sum_parts(
     give first row and one past the last of every chunk's keys and of the queries of the same chunk, equal if absent.
     """
     D = sizes.head_dim
-    tau, mean_dp, summary, d_prior, factor, router = summaries or (None,) * 6
+    tau, mean_dp, summary, d_prior, head_scaling, router = summaries or (None,) * 6
     _dkv_kernel[(len(partition.row), sizes.chunk_size // config.keys)](
-        q, k, v, d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, log_prior, d_prior, factor,
+        q, k, v, d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, log_prior, d_prior, head_scaling,
         *transposed, *partition, *sums, ds_sum, *keys, *queries, keys.stride(1),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         D**-0.5 * LOG2_E, D**-0.5, *routing_scales(router, D), inv_sigma, keys.shape[2],
@@ -282,17 +281,17 @@ def _takes_hopper(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, config: Config)
 def backward_kv(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, tau: Tensor,
     mean_log: Tensor, mean_dp: Tensor, summary: Tensor, d_summary: Tensor, d_prior: Tensor, lists: Lists,
-    chunks: Tensor, sizes: Sizes, router: Router, launches: Launches, deterministic: bool, factor: Tensor | None = None,
+    chunks: Tensor, sizes: Sizes, router: Router, launches: Launches, deterministic: bool,
+    head_scaling: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of k and v, [tokens, Hkv, D] in their dtype, and of w, float32 [Hkv, D].
 
     With `deterministic` the gradient of the summaries is summed here, in order, instead of taken from `d_summary`; only
-    then `factor`, that of `route`, matters.
+    then `head_scaling`, that of `route`, matters.
     """
     summaries = None
     if deterministic:
-        factor = token_factors(factor, chunks[0], len(q))
-        summaries = Summaries(tau, mean_dp, summary, d_prior, factor, router)
+        summaries = Summaries(tau, mean_dp, summary, d_prior, head_scaling, router)
     sums, ds_sum, partition = _sum_slots(
         q,
         k,

@@ -157,7 +157,8 @@ def _router_block(
 @triton.jit
 def _router_bwd_kernel(
     q, summary, tau, dq, d_summary, mean_dp, list_chunk, list_log_prior, d_prior, list_offset, list_count,
-    chunk_start, chunk_end, chunk_first, chunk_number, factor, d_log_factor, stride_qn, stride_qh, scale, gradient_scale,
+    chunk_start, chunk_end, chunk_first, chunk_number, head_scaling, d_log_factor, stride_qn, stride_qh, scale,
+    gradient_scale,
     exponent, inv_sigma, num_chunks, num_summaries,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     T: tl.constexpr, C: tl.constexpr, BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr,
@@ -166,10 +167,10 @@ def _router_bwd_kernel(
     i_h, i_tile, i_c, start, end = query_tile(chunk_start, chunk_end, num_chunks, T, C)
     if start >= end:
         return
-    if factor is not None:
-        row_factor = tl.load(factor + i_h * num_chunks + i_c)
-        scale *= row_factor
-        gradient_scale *= row_factor
+    if head_scaling is not None:
+        factor = tl.load(head_scaling + i_h).to(tl.float32)
+        scale *= factor
+        gradient_scale *= factor
     p_tile, offset, count = tile_list(list_offset, list_count, i_h, i_tile, num_chunks * (C // T))
     if LOCAL > 0:
         # local chunks, which the router does not select, are the last ones listed
@@ -249,24 +250,28 @@ def backward_q(
 
 def backward_router(
     q: Tensor, summary: Tensor, tau: Tensor, dq: Tensor, d_prior: Tensor, lists: Lists, chunks: Tensor,
-    sizes: Sizes, router: Router, config: Config, deterministic: bool, factor: Tensor | None = None,
-    learned: bool = False, number: Tensor | None = None,
+    sizes: Sizes, router: Router, config: Config, deterministic: bool, head_scaling: Tensor | None = None,
+    number: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Add the router's part to `dq` in place; `q`, `factor` and `number` are those of `route`.
+    """Add the router's part to `dq` in place; `q`, `head_scaling` and `number` are those of `route`.
 
     Returns:
         Gradient of the summaries, float32 [Hkv, chunks, D], summed with atomics; all zero if `deterministic`, for the
         pass over the transposed lists to fill. The mean of dp that the entmax gradient subtracts, [tokens, Hq]. And the
-        gradient of the logarithm of each head's factor, float32 [Hkv], if it is `learned`.
+        gradient of the logarithm of `head_scaling`, float32 [Hkv], if there is one.
     """
     d_summary = torch.zeros(summary.shape, dtype=torch.float32, device=q.device)
     mean_dp = torch.empty_like(tau)
     # tiles without rows write nothing
-    d_log = torch.zeros(sizes.num_kv_heads, sizes.tiles_per_head, device=q.device) if learned else None
+    d_log = (
+        None
+        if head_scaling is None
+        else torch.zeros(sizes.num_kv_heads, sizes.tiles_per_head, device=q.device)
+    )
     local = (chunks[2], number) if router.local_chunks else (None, None)
     _router_bwd_kernel[(sizes.num_tiles,)](
         q, summary, tau, dq, d_summary, mean_dp, lists.chunk, lists.log_prior, d_prior, lists.offset, lists.counts,
-        chunks[0], chunks[1], *local, factor, d_log, *q.stride()[:2], score_scale(router, sizes.head_dim),
+        chunks[0], chunks[1], *local, head_scaling, d_log, *q.stride()[:2], score_scale(router, sizes.head_dim),
         router.scaling_factor * sizes.head_dim**-0.5, router.exponent, router.inv_sigma, sizes.num_chunks,
         summary.shape[1],
         **sizes.constants, BLOCK_S=config.block, ALPHA_15=router.alpha == 1.5, ATOMIC=not deterministic,

@@ -16,14 +16,10 @@ from dash_megatron.ops.types import Router
 
 @triton.jit
 def summary_gradient(
-    b_q, b_summary, b_log, p_tau, p_mean_dp, p_d_prior, p_factor, m_n, score_scale, gradient_scale, exponent, inv_sigma,
+    b_q, b_summary, b_log, p_tau, p_mean_dp, p_d_prior, m_n, score_scale, gradient_scale, exponent, inv_sigma,
     G: tl.constexpr, ALPHA_15: tl.constexpr,
 ):  # fmt: skip
     """What rows `b_q` [ROWS, D], of which `m_n` list the chunk, add to its summary's gradient [D]."""
-    if p_factor is not None:
-        b_factor = tl.load(p_factor, mask=m_n, other=1.0)
-        score_scale *= b_factor
-        gradient_scale *= b_factor
     b_dp = prior_to_probability(tl.load(p_d_prior, mask=m_n, other=0.0), b_log, inv_sigma, 1.0 / G)
     b_tau = tl.load(p_tau, mask=m_n, other=float("inf"))
     b_q = b_q.to(tl.float32)
@@ -40,8 +36,7 @@ class Summaries(NamedTuple):
     mean_dp: Tensor
     summary: Tensor
     d_prior: Tensor
-    factor: Tensor | None
-    """Of `token_factors`."""
+    head_scaling: Tensor | None
     router: Router
 
 
@@ -58,14 +53,9 @@ def _chunk_of_tokens(start: Tensor, num_tokens: int) -> Tensor:
     return torch.searchsorted(start, token, right=True) - 1
 
 
-def token_factors(factor: Tensor | None, start: Tensor, num_tokens: int) -> Tensor | None:
-    """Factors [Hkv, chunks] on routing scores, of the tokens: [tokens, Hkv]; `start` is every chunk's first token."""
-    return None if factor is None else factor.mT[_chunk_of_tokens(start, num_tokens)].contiguous()
-
-
 @triton.jit
 def _d_summary_kernel(
-    q, tau, mean_dp, summary, list_log_prior, d_prior, factor, first_local, row_place, row_entry, row_offset, d_summary,
+    q, tau, mean_dp, summary, list_log_prior, d_prior, head_scaling, first_local, row_place, row_entry, row_offset, d_summary,
     stride_qn, stride_qh, score_scale, gradient_scale, exponent, inv_sigma, num_chunks,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     T: tl.constexpr, ALPHA_15: tl.constexpr,
@@ -75,6 +65,10 @@ def _d_summary_kernel(
     i_h = i_row // num_chunks
     o_r, o_d = tl.arange(0, T * GP), tl.arange(0, BLOCK_D)
     m_d = o_d < D
+    if head_scaling is not None:
+        factor = tl.load(head_scaling + i_h).to(tl.float32)
+        score_scale *= factor
+        gradient_scale *= factor
     b_summary = tl.load(summary + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_ds = tl.zeros([BLOCK_D], tl.float32)
     for i_e in range(tl.load(row_offset + i_row), tl.load(row_offset + i_row + 1)):
@@ -90,7 +84,6 @@ def _d_summary_kernel(
         b_log = tl.load(list_log_prior + o_list, mask=m_n, other=float("-inf"))
         b_ds += summary_gradient(
             b_q, b_summary, b_log, tau + o_head, mean_dp + o_head, d_prior + o_list,
-            None if factor is None else factor + o_n * HKV + i_h,
             m_n, score_scale, gradient_scale, exponent, inv_sigma, G, ALPHA_15,
         )  # fmt: skip
     tl.store(d_summary + i_row * D + o_d, b_ds, mask=m_d)
@@ -98,11 +91,12 @@ def _d_summary_kernel(
 
 def sum_d_summary(
     q: Tensor, tau: Tensor, mean_dp: Tensor, summary: Tensor, log_prior: Tensor, d_prior: Tensor,
-    transposed: Transposed, start: Tensor, number: Tensor | None, sizes: Sizes, router: Router, factor: Tensor | None,
+    transposed: Transposed, start: Tensor, number: Tensor | None, sizes: Sizes, router: Router,
+    head_scaling: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Gradient of the summaries, float32 [Hkv, chunks, D], summed in the order of the lists transposed over all chunks.
 
-    `start` is the first token of each of the queries' chunks; `q`, `number` and `factor` are those of `route`.
+    `start` is the first token of each of the queries' chunks; `q`, `number` and `head_scaling` are those of `route`.
     """
     first_local = None
     if router.local_chunks:
@@ -111,7 +105,7 @@ def sum_d_summary(
     d_summary = torch.empty(summary.shape, dtype=torch.float32, device=q.device)
     Hkv, nc, D = summary.shape
     _d_summary_kernel[(Hkv * nc,)](
-        q, tau, mean_dp, summary, log_prior, d_prior, token_factors(factor, start, len(q)), first_local, *transposed,
+        q, tau, mean_dp, summary, log_prior, d_prior, head_scaling, first_local, *transposed,
         d_summary, *q.stride()[:2], *routing_scales(router, D), router.inv_sigma, nc,
         HKV=Hkv, G=sizes.group, GP=sizes.padded_group, D=D, BLOCK_D=sizes.block_d, T=sizes.tile_tokens,
         ALPHA_15=router.alpha == 1.5, num_warps=4,

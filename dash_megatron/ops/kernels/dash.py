@@ -23,7 +23,7 @@ from dash_megatron.ops.kernels.geometry import (
     measure,
 )
 from dash_megatron.ops.kernels.pool import pool_rows, positions
-from dash_megatron.ops.kernels.route import factors, has_factors, route
+from dash_megatron.ops.kernels.route import route
 from dash_megatron.ops.kernels.summarize import summarize
 from dash_megatron.ops.kernels.transpose import transpose
 from dash_megatron.ops.types import Router
@@ -47,13 +47,6 @@ def _prepare(q: Tensor, k: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -
     launches = find_launches(q.device, q.dtype, q.shape[3], chunk_size, q.shape[2] // k.shape[2])
     documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return launches, measure(q, k, chunk_size, documents, launches.tile_rows)
-
-
-def _factors(router: Router, sizes: Sizes, chunks: Tensor, head_scaling: Tensor | None) -> Tensor | None:
-    if not has_factors(router, head_scaling):
-        return None
-    past = torch.arange(sizes.num_chunks, device=chunks.device) - chunks[2]
-    return factors(router, past - router.local_chunks, sizes.num_kv_heads, head_scaling)
 
 
 def _one_row(x: Tensor) -> Tensor:
@@ -91,22 +84,20 @@ def _forward(
     sigma: float,
     estimate_diagonal: bool,
     alpha: float,
-    length_scaling: float,
     local_chunks: int,
     query_pool: int,
     pool_heads: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     launches, sizes = _prepare(q, k, chunk_size, cu_seqlens)
-    constants = sigma, estimate_diagonal, alpha, length_scaling, local_chunks, query_pool, pool_heads
+    constants = sigma, estimate_diagonal, alpha, local_chunks, query_pool, pool_heads
     router = Router(chunk_size, scaling_factor, *constants)
     chunks, offsets = chunk_layout(sizes, q.shape[0], cu_seqlens, q.device)
     rows_q, rows_k, rows_v, w = _one_row(q), _dense_rows(k), _dense_rows(v), w.contiguous()
     summary = summarize(rows_k, w, chunks, sizes)
-    factor = _factors(router, sizes, chunks, head_scaling)
     routing_q, _ = _pooled(rows_q, q.shape[0], k.shape[2], router, cu_seqlens)
     lists, tau, mean_log, selected = route(
-        routing_q, summary, chunks, offsets, sizes, router, launches.route, factor=factor
+        routing_q, summary, chunks, offsets, sizes, router, launches.route, head_scaling=head_scaling
     )
     out, lse = attend_forward(
         rows_q, rows_k, rows_v, lists, mean_log, chunks, sizes, router.inv_sigma, launches.attend
@@ -118,7 +109,7 @@ def _forward(
 @_forward.register_fake
 def _forward_fake(
     q, k, v, w, head_scaling, cu_seqlens, chunk_size, scaling_factor, sigma, estimate_diagonal, alpha,
-    length_scaling, local_chunks, query_pool, pool_heads, deterministic,
+    local_chunks, query_pool, pool_heads, deterministic,
 ):  # fmt: skip
     _, sizes = _prepare(q, k, chunk_size, cu_seqlens)
     B, N, Hq, D = q.shape
@@ -168,16 +159,14 @@ def _backward(
     sigma: float,
     estimate_diagonal: bool,
     alpha: float,
-    length_scaling: float,
     local_chunks: int,
     query_pool: int,
     pool_heads: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     launches, sizes = _prepare(q, k, chunk_size, cu_seqlens)
-    constants = sigma, estimate_diagonal, alpha, length_scaling, local_chunks, query_pool, pool_heads
+    constants = sigma, estimate_diagonal, alpha, local_chunks, query_pool, pool_heads
     router = Router(chunk_size, scaling_factor, *constants)
-    factor = _factors(router, sizes, chunks, head_scaling)
     lists = Lists(list_chunk, list_log_prior, list_offset, list_count)
     rows_q, rows_k, rows_v, rows_w = _one_row(q), _dense_rows(k), _dense_rows(v), w.contiguous()
     rows_out, rows_d_out = out.flatten(0, 1).contiguous(), d_out.flatten(0, 1).contiguous()
@@ -191,8 +180,7 @@ def _backward(
     # the router adds to the gradient of attention where both saw the same queries
     router_dq = dq if routing_q is rows_q else torch.zeros_like(dq)
     d_summary, mean_dp, d_log_factor = backward_router(
-        routing_q, summary, tau, router_dq, d_prior, lists, chunks, sizes, router, launches.router, deterministic, factor,
-        head_scaling is not None,
+        routing_q, summary, tau, router_dq, d_prior, lists, chunks, sizes, router, launches.router, deterministic, head_scaling,
     )  # fmt: skip
     if routing_q is not rows_q:
         router_dq = router.over_groups(router_dq, k.shape[2])
@@ -204,12 +192,12 @@ def _backward(
         # the pass to keys and values knows one kind of queries only, and not which chunks are local
         d_summary = sum_d_summary(
             routing_q, tau, mean_dp, summary, list_log_prior, d_prior, transpose(lists, chunks, sizes), chunks[0],
-            None, sizes, router, factor,
+            None, sizes, router, head_scaling,
         )  # fmt: skip
         deterministic = False
     dk, dv, dw = backward_kv(
         rows_q, rows_k, rows_v, rows_w, rows_d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, d_summary,
-        d_prior, lists, chunks, sizes, router, launches, deterministic, factor,
+        d_prior, lists, chunks, sizes, router, launches, deterministic, head_scaling,
     )  # fmt: skip
     # an op returns tensors only
     d_scaling = q.new_empty(0)

@@ -119,7 +119,7 @@ def _route_long(
         *summary.stride()[:3], stride_table,
         summary.shape[1], max_chunks, blocks, score_scale(router, D),
         **shapes._asdict(), BLOCK_S=launch.block_chunks, PAGED=page_table is not None,
-        LENGTH_SCALING=router.length_scaling, LOCAL=router.local_chunks, DEPENDENT=launch.dependent,
+        LOCAL=router.local_chunks, DEPENDENT=launch.dependent,
         num_warps=8 if shapes.BLOCK_D * routing_q.element_size() > 512 else 4,
     )  # fmt: skip
     # third-order convergence: a move this small leaves an error below float32's own
@@ -161,7 +161,7 @@ def _attend(
         **shapes._asdict(), KEYS=launch.keys, BLOCK_E=16, CHUNKS=max(16, next_power_of_two(max_chunks)),
         WORDS=next_power_of_two(words), PAGED=page_table is not None, ALPHA_15=alpha_15,
         CENTRE=router.estimate_diagonal, SHORT=launch.short, WHOLE=launch.whole, STAGES=launch.stages,
-        LENGTH_SCALING=router.length_scaling, LOCAL=router.local_chunks,
+        LOCAL=router.local_chunks,
         DEPENDENT=launch.dependent, num_warps=launch.warps, **({} if launch.short else _follow(launch)),
     )  # fmt: skip
     if not launch.whole:
@@ -189,7 +189,6 @@ def decode(
     sigma: float,
     estimate_diagonal: bool,
     alpha: float,
-    length_scaling: float,
     local_chunks: int,
     query_pool: int,
     pool_heads: bool,
@@ -209,7 +208,7 @@ def decode(
     max_chunks = summary.shape[1] * (1 if page_table is None else page_table.shape[1])
     stride_table = 0 if page_table is None else page_table.stride(0)
     shapes = _Shapes(Hkv, G, max(16, next_power_of_two(G)), D, next_power_of_two(D), chunk_size)
-    constants = sigma, estimate_diagonal, alpha, length_scaling, local_chunks, query_pool, pool_heads
+    constants = sigma, estimate_diagonal, alpha, local_chunks, query_pool, pool_heads
     router = Router(chunk_size, scaling_factor, *constants)
     if pool_heads:
         routing_q = router.over_groups(q if routing_q is None else routing_q, Hkv)

@@ -179,7 +179,7 @@ def decode_attend_kernel(
     HKV: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr,
     KEYS: tl.constexpr, BLOCK_E: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr, PAGED: tl.constexpr,
     ALPHA_15: tl.constexpr, CENTRE: tl.constexpr, SHORT: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
-    LENGTH_SCALING: tl.constexpr, LOCAL: tl.constexpr, DEPENDENT: tl.constexpr,
+    LOCAL: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One split: output and log-sum-exp of its share; if WHOLE, the only program has everything and writes the output."""
     parts = splits if WHOLE else splits + 1
@@ -203,7 +203,7 @@ def decode_attend_kernel(
         list_place += i_bh.to(tl.int64) * max_chunks
         list_log += i_bh.to(tl.int64) * max_chunks
         if SHORT:
-            route_scale = scale_of(route_scale, head_scaling, i_h, routed, LENGTH_SCALING)
+            route_scale = scale_of(route_scale, head_scaling, i_h)
             first, last, log_sum = _list_short(
                 b_routing_q, summary, page_table, list_place, list_log, i_b, i_h, i_split, splits, routed,
                 stride_sp, stride_sc, stride_sh, stride_table, chunks_per_page, route_scale, exponent, tolerance,

@@ -74,12 +74,10 @@ def routed_chunks(past, LOCAL: tl.constexpr):
 
 
 @triton.jit
-def scale_of(scale, head_scaling, i_h, routed, LENGTH_SCALING: tl.constexpr):
-    """What turns q.s into x for a head of a sequence with `routed` chunks to select from; see `route.factors`."""
+def scale_of(scale, head_scaling, i_h):
+    """What turns q.s into x for a head."""
     if head_scaling is not None:
         scale *= tl.load(head_scaling + i_h).to(tl.float32)
-    if LENGTH_SCALING != 0:
-        scale *= 1 + LENGTH_SCALING * tl.log(tl.maximum(routed, 1).to(tl.float32))
     return scale
 
 
@@ -122,7 +120,7 @@ def decode_score_kernel(
     q, summary, lengths, page_table, head_scaling, x, stride_qb, stride_qh, stride_sp, stride_sc, stride_sh, stride_table,
     chunks_per_page, max_chunks, blocks, scale,
     HKV: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr,
-    BLOCK_S: tl.constexpr, PAGED: tl.constexpr, LENGTH_SCALING: tl.constexpr, LOCAL: tl.constexpr,
+    BLOCK_S: tl.constexpr, PAGED: tl.constexpr, LOCAL: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Scores float32 [B, Hq, max_chunks] of the routed chunks, a block of chunks for the heads of a group a program."""
@@ -137,7 +135,7 @@ def decode_score_kernel(
     m_c = o_c < routed
     o_place = chunk_place(page_table, i_b, o_c, m_c, stride_table, chunks_per_page, PAGED)
     b_q = load_queries(q, i_b, i_h, stride_qb, stride_qh, G, D, BLOCK_D, ROWS)
-    scale = scale_of(scale, head_scaling, i_h, routed, LENGTH_SCALING)
+    scale = scale_of(scale, head_scaling, i_h)
     b_x = score_chunks(
         b_q, summary, o_place, m_c, i_h, stride_sp, stride_sc, stride_sh, chunks_per_page, scale, D, BLOCK_D
     )

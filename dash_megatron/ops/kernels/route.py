@@ -28,28 +28,6 @@ def score_scale(router: Router, head_dim: int) -> float:
     return (router.alpha - 1) * router.scaling_factor * head_dim**-0.5
 
 
-def has_factors(router: Router, head_scaling: Tensor | None) -> bool:
-    """Whether `factors` gives any."""
-    return head_scaling is not None or router.length_scaling != 0
-
-
-def factors(router: Router, routed: Tensor, num_kv_heads: int, head_scaling: Tensor | None) -> Tensor | None:
-    """What the scores of a chunk's queries are multiplied by besides `score_scale`; None for one everywhere.
-
-    Args:
-        router: its scaling factor is a number.
-        routed: how many chunks the router may select for the queries of each chunk, [chunks]; below 1 counts as 1.
-        num_kv_heads: Hkv.
-        head_scaling: a factor for each key/value head [Hkv], if there is one.
-
-    Returns:
-        float32 [Hkv, chunks].
-    """
-    by_head = router._replace(scaling_factor=1.0 if head_scaling is None else head_scaling)
-    found = by_head.score_factors(routed, num_kv_heads, torch.float32)
-    return found if isinstance(found, Tensor) else None
-
-
 @triton.jit
 def routing_products(b_q, summary, o_c, m_c, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
     """q.s [rows, chunks] of rows `b_q` with the chunks `o_c` of one head's summaries; zero where `m_c` is false."""
@@ -208,7 +186,7 @@ def _emit(
 @triton.jit
 def _route_kernel(
     q, summary, tau, list_chunk, list_log_prior, list_offset, list_count, mean_log, selected,
-    chunk_start, chunk_end, chunk_first, chunk_number, factor, stride_qn, stride_qh, scale, exponent, tolerance,
+    chunk_start, chunk_end, chunk_first, chunk_number, head_scaling, stride_qn, stride_qh, scale, exponent, tolerance,
     num_chunks, num_summaries,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     T: tl.constexpr, C: tl.constexpr, BLOCK_S: tl.constexpr, ALPHA_15: tl.constexpr,
@@ -227,8 +205,8 @@ def _route_kernel(
         own = tl.load(chunk_number + i_c)
     # one past the last chunk that is routed; local ones follow it
     routed_end = own if LOCAL == 0 else tl.maximum(own - LOCAL, first)
-    if factor is not None:
-        scale *= tl.load(factor + i_h * num_chunks + i_c)
+    if head_scaling is not None:
+        scale *= tl.load(head_scaling + i_h).to(tl.float32)
     _, o_d, o_n, o_g, m_row = tile_rows(start, end, G, GP, T, BLOCK_D)
     b_q = load_tile(q, i_h, o_n, o_g, o_d, m_row, stride_qn, stride_qh, G, D)
     b_q = saturate(b_q, summary.dtype.element_ty)
@@ -278,7 +256,7 @@ def _route_kernel(
 
 def route(
     q: Tensor, summary: Tensor, chunks: Tensor, offsets: Tensor, sizes: Sizes, router: Router, config: Config,
-    number: Tensor | None = None, factor: Tensor | None = None,
+    number: Tensor | None = None, head_scaling: Tensor | None = None,
 ) -> tuple[Lists, Tensor, Tensor, Tensor]:  # fmt: skip
     """Solve and list.
 
@@ -287,7 +265,7 @@ def route(
         summary: [Hkv, chunks, D].
         chunks, offsets: from `chunk_layout`.
         number: which summary is a chunk's own, int32 [chunks]; None if chunks and summaries are numbered alike.
-        factor: of `factors`, [Hkv, chunks].
+        head_scaling: multiplies the router's scaling factor, for each key/value head [Hkv], contiguous.
 
     Returns:
         The lists, local chunks last, with a token's mean as their log prior; thresholds [tokens, Hq]; mean log2 probability
@@ -305,7 +283,7 @@ def route(
     def launch(lists: Lists, SOLVE: bool, COUNT: bool, EMIT: bool) -> None:
         _route_kernel[(sizes.num_tiles,)](
             q, summary, tau, lists.chunk, lists.log_prior, lists.offset, lists.counts, mean_log, selected,
-            *chunks, number, factor, *q.stride()[:2],
+            *chunks, number, head_scaling, *q.stride()[:2],
             score_scale(router, sizes.head_dim), router.exponent, tolerance, sizes.num_chunks, summary.shape[1],
             **sizes.constants, BLOCK_S=config.block, ALPHA_15=router.alpha == 1.5,
             CENTRE=router.estimate_diagonal, LOCAL=router.local_chunks, SOLVE=SOLVE, COUNT=COUNT, EMIT=EMIT,

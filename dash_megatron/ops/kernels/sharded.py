@@ -146,12 +146,6 @@ def _past(chunks: QueryChunks) -> Tensor:
     return torch.where(chunks.end > chunks.start, chunks.number - chunks.first, 0)
 
 
-def _factors(
-    chunks: QueryChunks, router: Router, num_kv_heads: int, head_scaling: Tensor | None
-) -> Tensor | None:
-    return routing.factors(router, _past(chunks) - router.local_chunks, num_kv_heads, head_scaling)
-
-
 def _in_window(chunks: QueryChunks, keys: KeyBuffer) -> Tensor:
     """Bool [local chunks]: whether the window has the chunk itself."""
     return (chunks.number >= keys.first) & (chunks.number < keys.last) & (chunks.end > chunks.start)
@@ -222,7 +216,7 @@ def route(
     q, past = router.over_groups(q, len(summary)), _past(chunks)
     lists, tau, mean_log, selected = routing.route(
         _rows(q), summary.contiguous(), _spans(chunks), list_offsets(sizes, past), sizes, router,
-        launches.route, chunks.number.contiguous(), _factors(chunks, router, len(summary), head_scaling),
+        launches.route, chunks.number.contiguous(), head_scaling,
     )  # fmt: skip
     return Routed(selected, State(*lists, tau, mean_log))
 
@@ -253,16 +247,16 @@ def route_backward(
     q, summary, spans = _rows(queries.routing_q), summary.contiguous(), _spans(chunks)
     q = router.over_groups(q, len(summary))
     dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    factor, number = _factors(chunks, router, len(summary), head_scaling), chunks.number.contiguous()
+    number = chunks.number.contiguous()
     d_summary, mean_dp, d_log_factor = backward_router(
         q, summary, state.tau, dq, d_prior, state.lists, spans, sizes, router, launches.router, deterministic,
-        factor, head_scaling is not None, number,
+        head_scaling, number,
     )  # fmt: skip
     if deterministic:
         transposed = transpose(state.lists, spans, sizes, (0, summary.shape[1]))
         d_summary = sum_d_summary(
             q, state.tau, mean_dp, summary, state.list_log_prior, d_prior, transposed, chunks.start, number, sizes, router,
-            factor,
+            head_scaling,
         )  # fmt: skip
     dq = router.over_groups(dq, len(summary))
     if head_scaling is None or d_log_factor is None:
