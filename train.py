@@ -14,6 +14,7 @@ import time
 
 from dash_megatron.config import load_config
 from dash_megatron.exit_codes import ExitCode
+from dash_megatron.files import error_text
 from dash_megatron.launcher import check_processes, launch, launched_rank
 
 OTHERS_WAIT_SECONDS = 10.0
@@ -46,26 +47,19 @@ def main() -> int:
         trainer = Trainer(config)
         trainer.start()
     except (ValueError, FileNotFoundError, PermissionError) as error:
-        return leave(ExitCode.CONFIG_ERROR, f"error: {error}")
+        return leave(ExitCode.CONFIG_ERROR, f"error: {error_text(error)}")
     except OSError as error:
-        return leave(ExitCode.FAULT, f"error: {told(error)}")
+        return leave(ExitCode.FAULT, f"error: {error_text(error)}")
     try:
         code = trainer.train()
     except Halted as error:
         return leave(ExitCode.HALTED, f"halted: {error}")
     except (CheckpointError, OSError) as error:
-        return leave(ExitCode.FAULT, f"error: {told(error)}")
+        return leave(ExitCode.FAULT, f"error: {error_text(error)}")
     if code == ExitCode.REQUEUE:
         leave(code)
     destroy_process_groups()
     return code
-
-
-def told(error: Exception) -> str:
-    """What went wrong, without Python's number of it."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return str(error)
 
 
 def leave(code: ExitCode, reason: str = "stopped as asked, and saved") -> ExitCode:

@@ -8,6 +8,7 @@ import sys
 
 from dash_megatron.doctor.cli import add_doctor, replay_parser
 from dash_megatron.evaluation.cli import add_evaluate
+from dash_megatron.files import error_text
 from dash_megatron.hf.cli import add_convert
 from dash_megatron.planning.cli import add_plan
 from dash_megatron.studies.cli import add_study
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = options.run(options)
     except (ValueError, *_WRONG_FILES) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error_text(error)}", file=sys.stderr)
         return 2
     return code or 0
 

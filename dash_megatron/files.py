@@ -11,6 +11,13 @@ def told(path: str | os.PathLike[str]) -> str:
     return str(path) if os.path.isabs(path) else f"{path} (relative to {os.getcwd()})"
 
 
+def error_text(error: Exception) -> str:
+    """What went wrong, without Python's number of it."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error)
+
+
 def write_whole(path: Path, text: str, make_folder: bool = False) -> None:
     """Write UTF-8 text, newlines as they are, so that the file is replaced as a whole or stays as it was.
 

@@ -64,6 +64,7 @@ class Sidecar:
         path = sidecar_path(prefix)
         remedy = f"make it with `python -m data_tools.write_sidecar --prefix {prefix} --tokenizer TOKENIZER`"
         if not path.is_file():
+            read_index(prefix)  # where all of it is missing, that is the error
             raise FileNotFoundError(
                 f"{told(path)} does not exist, so that nothing says which tokenizer made {prefix}.bin; {remedy}"
             )

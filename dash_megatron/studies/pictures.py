@@ -99,7 +99,8 @@ def _loss_compute(rows: list[dict[str, Any]], quality: str, fits: dict[str, Any]
     axis.set_xscale("log")
     spent = [row["flops"] for row in rows]
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(spent) < 100 * min(spent) else (1,)))
-    axis.xaxis.set_major_formatter("{x:.0e}")
+    # ticks that are close together need more digits
+    axis.xaxis.set_major_formatter("{x:.0e}" if max(spent) > 2 * min(spent) else "{x:.2e}")
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.legend(fontsize="small")
     _save(figure, path, f"{quality[0].upper()}{quality[1:]} against compute")
@@ -238,7 +239,7 @@ def _pareto(rows: list[dict[str, Any]], quality: str, path: Path) -> str:
         points = [(density[row["run"]], row["quality"]) for row in same]
         best = frontier(np.array([point[0] for point in points]), np.array([point[1] for point in points]))
         axes[0][0].plot(*zip(*[points[index] for index in best], strict=True), color="gray", lw=0.8, zorder=0)
-    for axis, label in zip(axes[0], (quality, f"{quality} above the dense twin's"), strict=False):
+    for axis, label in zip(axes[0], (quality, f"{quality},\nabove the dense twin's"), strict=False):
         axis.set_xlim(0, 105)
         axis.set_xlabel("density (% of available chunks selected)")
         axis.set_ylabel(f"{label} (nats)")
@@ -317,8 +318,9 @@ def _throughput(rows: list[dict[str, Any]], path: Path) -> str:
         axis.set_xticks(known, [human(number) for number in known])
     axis.minorticks_off()
     axis.yaxis.set_major_formatter("{x:,.0f}")
+    axis.margins(x=0.1, y=0.2)
     axis.set_ylim(bottom=0)
-    axis.legend()
+    axis.legend(fontsize="small", framealpha=0.6)
     _save(figure, path, "Speed of training")
     if column == "seq_length":
         return "Speed of training against context length, one line a size of each variant; medians of runs alike."

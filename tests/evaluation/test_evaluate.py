@@ -265,10 +265,10 @@ def test_a_path_to_the_wrong_kind_of_thing_is_told(
     arguments = ["evaluate", config.run_dir, "--tasks", "copy", "--lengths", "100", "--samples", "1"]
     (tmp_path / "a_file").touch()
     for more, message in (
-        (["--text", str(tmp_path)], f"Is a directory: '{tmp_path}'"),
-        (["--output", str(tmp_path / "a_file")], f"File exists: '{tmp_path}/a_file'"),
+        (["--text", str(tmp_path)], f"Is a directory: {tmp_path}"),
+        (["--output", str(tmp_path / "a_file")], f"File exists: {tmp_path}/a_file"),
         (["--output", str(tmp_path / "a_file" / "out")], "Not a directory"),
-        (["--text", str(tmp_path / "none.txt")], "No such file or directory"),
+        (["--text", str(tmp_path / "none.txt")], f"error: No such file or directory: {tmp_path}/none.txt"),
         (["--text", str(tmp_path / "a_file")], "a_file is empty"),
         (["--data", str(tmp_path / "none")], f"{tmp_path}/none.idx does not exist"),
     ):

@@ -112,7 +112,7 @@ def test_torchrun_starts_two_processes_that_train_as_one(
     [
         ("model.layer=3", "did you mean model.layers"),
         ("training.global_batch=3", "training.global_batch=3 must be a multiple of 2"),
-        ("data.train=[/nowhere/train]", "/nowhere/train"),
+        ("data.train=[/nowhere/train]", "/nowhere/train.idx does not exist"),
         ("data.tokenizer=null", "data.tokenizer is empty"),
         ("model.vocab_size=64", "model.vocab_size=64 must be at least 320"),
         ("parallel.sequence=true", "parallel.sequence=true needs parallel.tensor > 1"),
