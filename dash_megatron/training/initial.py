@@ -95,13 +95,19 @@ def _open(folder: Path) -> tuple[ModelConfig, AttentionConfig | None, Mapping[st
 
 
 def _check_model(config: ModelConfig, other: ModelConfig, folder: Path) -> None:
-    """Check that constants which no shape shows, such as `rope_theta`, are those of the folder."""
+    """Check that constants which no shape shows, such as `rope_theta`, are those of the folder.
+
+    Only `rope_scaling` may be set to another value, to go on with a longer context; left out, it must be left out there too.
+    """
     for name in ModelConfig.model_fields:
         new, old = getattr(config, name), getattr(other, name)
         if name == "head_dim":
             new, old = config.channels_per_head, other.channels_per_head
         # the standard deviation made earlier weights; no vocabulary size is the tokenizer's, which shapes tell
         if name == "init_std" or (name == "vocab_size" and None in (new, old)) or new == old:
+            continue
+        if name == "rope_scaling" and new is not None:
+            logger.info("positions are rescaled: model.rope_scaling=%s, not %s as in %s", new, old, folder)
             continue
         raise ValueError(
             f"model.{name}={new} differs from {old} in training.init_from={folder}; set it to that"

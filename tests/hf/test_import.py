@@ -1,6 +1,7 @@
 """Hugging Face folders as the start of a run."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from transformers import (
 )
 
 from dash_megatron.__main__ import main
-from dash_megatron.config import config_from_dict
+from dash_megatron.config import RopeScaling, config_from_dict
 from dash_megatron.hf.architectures import KNOWN
 from dash_megatron.hf.export import export_run
-from dash_megatron.hf.folder import INDEX, FolderWeights
+from dash_megatron.hf.folder import INDEX, MODEL_SECTIONS, FolderWeights
 from dash_megatron.hf.importing import import_folder
 from dash_megatron.hf.modeling_dash import DashForCausalLM
 from dash_megatron.layers import init_weights
@@ -398,6 +399,27 @@ def test_a_folder_that_is_none_or_has_a_damaged_config_is_named(
     ):
         assert main(["convert", "from-hf", str(tmp_path / name), str(tmp_path / "start")]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_run_may_rescale_positions_to_go_on_with_a_longer_context_but_not_forget_to(
+    tiny_config: dict[str, Any], tmp_path: Path, tokens: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path / "hf")
+    assert main(["convert", "from-hf", str(tmp_path / "hf"), str(tmp_path / "start")]) == 0
+    run = run_config(tiny_config, tmp_path / "start")
+    yarn = RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=128)
+    longer = run.model_copy(update={"model": run.model.model_copy(update={"rope_scaling": yarn})})
+    with caplog.at_level(logging.INFO):
+        found = first_logits(longer, tokens)
+    assert "positions are rescaled: model.rope_scaling=rope_type='yarn'" in caplog.text
+    assert not torch.allclose(found, first_logits(run, tokens))
+    sections = tmp_path / "start" / MODEL_SECTIONS
+    tree = yaml.safe_load(sections.read_text())
+    tree["model"]["rope_scaling"] = yarn.model_dump()
+    sections.write_text(yaml.safe_dump(tree))
+    assert torch.equal(found, first_logits(longer, tokens))
+    with pytest.raises(ValueError, match=r"model.rope_scaling=None differs from rope_type='yarn'"):
+        first_logits(run, tokens)
 
 
 def test_a_run_refuses_weights_of_another_model(
