@@ -74,11 +74,8 @@ def tokenize_corpus(
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     _check_arguments(valid_fraction, seed, workers, shard_mb)
     tokenizer = Tokenizer(tokenizer_path)
-    template = None
-    if conversations:
-        template, source = read_template(tokenizer_path, chat_template)
-        ChatTemplate(template, tokenizer, source)  # told before anything is read
-    elif chat_template is not None:
+    template = _find_template(tokenizer, chat_template) if conversations else None
+    if chat_template is not None and not conversations:
         raise ValueError(f"--chat-template={chat_template} must come with --conversations, which it renders")
     options = Options(
         tokenizer=str(tokenizer_path),
@@ -121,6 +118,12 @@ def _check_arguments(valid_fraction: float, seed: int, workers: int, shard_mb: f
         raise ValueError(f"--workers={workers} must be at least 1; leave it out to use all cores")
     if shard_mb is not None and shard_mb <= 0:
         raise ValueError(f"--shard-mb={shard_mb} must be above 0; leave it out to have it chosen")
+
+
+def _find_template(tokenizer: Tokenizer, chat_template: Path | None) -> str:
+    """The text of the template, which is tried before anything is read."""
+    text, source = read_template(tokenizer.path, chat_template)
+    return ChatTemplate(text, tokenizer, source).text
 
 
 def _finished_manifest(output: Path, run_key: str) -> dict[str, Any] | None:

@@ -128,18 +128,7 @@ def pack_samples(
     labels_BN = torch.stack([row["labels"] for row in rows]).long()
     num_rows, seq_length = tokens_BN.shape
 
-    ends_BN = tokens_BN == eod
-    starts_BN = ends_BN.roll(1, dims=1)
-    loss_mask_BN = ~ends_BN
-    for index, row in enumerate(rows):
-        if "starts" in row:
-            starts_BN[index] = row["starts"]
-            loss_mask_BN[index] = True
-        if ids[index] < 0:
-            loss_mask_BN[index] = False
-        elif "loss_mask" in row:
-            loss_mask_BN[index] &= row["loss_mask"] > 0
-
+    starts_BN, loss_mask_BN = _starts_and_targets(rows, ids, tokens_BN, eod)
     starts_BN &= pack_documents
     starts_BN[:, :: max_context or seq_length] = True
     starts = starts_BN.flatten().nonzero().flatten()
@@ -155,6 +144,23 @@ def pack_samples(
         max_seqlen=int((ends - starts).max()),
         sample_ids=ids,
     )
+
+
+def _starts_and_targets(
+    rows: Sequence[Mapping[str, Tensor]], ids: list[int], tokens_BN: Tensor, eod: int
+) -> tuple[Tensor, Tensor]:
+    """Where documents start, but for the first of each row, and whose labels count; bool [rows, seq_length] both."""
+    ends_BN = tokens_BN == eod
+    starts_BN, loss_mask_BN = ends_BN.roll(1, dims=1), ~ends_BN
+    for index, row in enumerate(rows):
+        if "starts" in row:
+            starts_BN[index] = row["starts"]
+            loss_mask_BN[index] = True
+        if ids[index] < 0:
+            loss_mask_BN[index] = False
+        elif "loss_mask" in row:
+            loss_mask_BN[index] &= row["loss_mask"] > 0
+    return starts_BN, loss_mask_BN
 
 
 class BatchSource:

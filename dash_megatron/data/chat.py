@@ -144,12 +144,13 @@ class ChatTemplate:
         return spans
 
     def _end_of_turn(self, whole: str, start: int, end: int) -> int:
-        inside = list(self._special.finditer(whole, start, end))
-        behind = self._special.match(whole, end)
-        found = inside[-1] if inside else behind
-        if found is None:
-            raise ValueError(f"the template ends the answer {whole[start:end]!r} with no special token")
-        return found.end()
+        """Where the special token ends with which an answer ends, spaces and newlines apart, or which follows it."""
+        *_, last = (None, *(found.end() for found in self._special.finditer(whole, start, end)))
+        if last is not None and not whole[last:end].strip():
+            return last
+        if (behind := self._special.match(whole, end)) is not None:
+            return behind.end()
+        raise ValueError(f"the template ends the answer {whole[start:end]!r} with no special token")
 
     def _render(self, messages: Messages, ask: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The text of messages, and the places that `{% generation %}` marks."""

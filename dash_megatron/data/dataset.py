@@ -123,15 +123,11 @@ def build_dataset(
     allow_open_files(_FILES_PER_PREFIX * len(prefixes), f"{field} names {len(prefixes)} data sets")
 
     passes = [
-        _one_pass(prefix, seq_length, seed, tokenizer, Path(cache_dir), split_name)
-        if sidecar.answer_tokens is None
-        else ConversationRows(prefix, seq_length, seed, tokenizer.eod)
+        _conversations(prefix, seq_length, seed, tokenizer)
+        if sidecar.answer_tokens is not None
+        else _documents(prefix, seq_length, seed, tokenizer, Path(cache_dir), split_name)
         for prefix, sidecar in zip(prefixes, sidecars, strict=True)
     ]
-    for one_pass in passes:
-        # now, as the index files are, so that the next blend's count of open files is right
-        readers = one_pass if isinstance(one_pass, ConversationRows) else one_pass.dataset.bin_reader  # type: ignore[attr-defined]
-        readers.open()
     lengths = [len(one_pass) for one_pass in passes]
     at_most_one_pass = split_name == "valid" or num_samples is None
     if at_most_one_pass and weights is not None and len(prefixes) > 1:
@@ -236,6 +232,21 @@ def _config(seq_length: int, seed: int, tokenizer: Tokenizer, cache_dir: str | N
         # a file that is lost or cut short under a memory map kills the process without a word: see `BinReader`
         mmap_bin_files=False,
     )
+
+
+def _conversations(prefix: str, seq_length: int, seed: int, tokenizer: Tokenizer) -> ConversationRows:
+    rows = ConversationRows(prefix, seq_length, seed, tokenizer.eod)
+    rows.open()  # as in `_documents`
+    return rows
+
+
+def _documents(
+    prefix: str, seq_length: int, seed: int, tokenizer: Tokenizer, cache_dir: Path, split_name: str
+) -> GPTDataset:
+    rows = _one_pass(prefix, seq_length, seed, tokenizer, cache_dir, split_name)
+    # now, as the index files are, so that the next blend's count of open files is right
+    rows.dataset.bin_reader.open()  # type: ignore[attr-defined]
+    return rows
 
 
 def _one_pass(

@@ -97,6 +97,14 @@ def test_a_template_marks_answers_itself_and_may_shorten_what_was_said(chatml):
     ]
 
 
+def test_the_end_of_a_turn_is_learnt_though_a_template_marks_what_stands_before_it(chatml):
+    names = {token: name for name, token in chatml.special.items()}
+    headed = MARKED.replace("{% generation %}{{", "{% generation %}{{ '<|im_start|>' +")
+    for template, answer in ((MARKED, "No.<|im_end|>"), (headed, "<|im_start|>No.<|im_end|>")):
+        found = ChatTemplate(template, chatml).encode(TURNS[3:5])
+        assert [text for text, learnt in parts(chatml, *found, names) if learnt] == [answer]
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
