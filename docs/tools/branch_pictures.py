@@ -1,4 +1,4 @@
-"""Draw the pictures of `docs/results/quality.md` from its summary: `python -m docs.tools.branch_pictures --output docs/results/`."""
+"""Draw the pictures of `docs/results/quality.md` from two summaries: `python -m docs.tools.branch_pictures --output docs/results/`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -15,23 +16,30 @@ import numpy as np
 
 from dash_megatron.drawing import COLORS, GRID, line_style, plt, save
 
-FOLDER = Path(__file__).parents[1] / "results" / "quality" / "branches_held_out"
+QUALITY = Path(__file__).parents[1] / "results" / "quality"
+STUDIES = ("branches_held_out", "branches_factors")
 POSITIONS = ("0-64", "64-512", "512-2K", "2K-4K", "4K-8K", "8K-16K")
+# by label: how an arm is called in the first and in the second study; "" where it was not run
 BARS = {
-    "inf25": "InfLLMv2, 25%",
-    "p25": "DashAttention, 25%,\na λ a layer",
-    "p25-g-l-sh": "one λ for all layers,\nlearned factors, 25%",
-    "x2.p25-g-l-sh": "the same, 1,600 steps",
-    "big.p25-g-l-sh-c16-w8": "the same, 199M parameters,\nchunks of 16, 400 steps",
-    "inf11": "InfLLMv2, 11%",
-    "p11-g-l-sh": "one λ for all layers,\nlearned factors, 11%",
+    "the recipe, 25%": ("p25-g-l-sh", "k25"),
+    "25%, 1,600 steps": ("x2.p25-g-l-sh", ""),
+    "25%, 199M parameters, chunks of 16, 400 steps": ("big.p25-g-l-sh-c16-w8", ""),
+    "25%, a λ a layer, no learned factors": ("p25", ""),
+    "25%, from scratch: 95% in the base": ("", "scd.k25"),
+    "InfLLMv2, 25%": ("inf25", ""),
+    "NSA, 25%, 400 steps": ("", "h.nsa25"),
+    "the recipe, 11%": ("p11-g-l-sh", "k11"),
+    "InfLLMv2, 11%": ("inf11", "inf11"),
+    "NSA, 11%, 400 steps": ("", "h.nsa11"),
 }
-LINES = ("inf11", "inf25", "p11-g-l-sh", "p25", "p25-g-l-sh")
+LINES = (
+    "InfLLMv2, 11%", "InfLLMv2, 25%", "the recipe, 11%", "25%, from scratch: 95% in the base", "the recipe, 25%",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the losses of an arm lie above those of full attention in the same order of the data, in percent."""
+    """How far the losses of an arm lie above others in the same order of the data, in percent of full attention's loss."""
 
     by_order: tuple[float, ...]
     documents: float
@@ -46,6 +54,13 @@ class Difference:
         """Standard error of the mean over orders of the data; None for one order."""
         return stdev(self.by_order) / len(self.by_order) ** 0.5 if len(self.by_order) > 1 else None
 
+    @classmethod
+    def pooled(cls, differences: Sequence[Difference]) -> Difference:
+        """Orders of several studies together. Their pieces are the same, and their errors count as if they were equal."""
+        sizes = [len(x.by_order) for x in differences]
+        error = sum(n * x.documents for n, x in zip(sizes, differences, strict=True)) / sum(sizes)
+        return cls(tuple(chain.from_iterable(x.by_order for x in differences)), error)
+
 
 @dataclass(frozen=True)
 class Study:
@@ -56,10 +71,10 @@ class Study:
     pieces: list[dict[str, str]]
 
     @classmethod
-    def read(cls, folder: Path = FOLDER) -> Study:
-        """Read `summary.json` and `documents.csv`."""
-        runs = json.loads((folder / "summary.json").read_text())["runs"]
-        return cls(runs, list(csv.DictReader((folder / "documents.csv").open())))
+    def read(cls, name: str) -> Study:
+        """Read `summary.json` and `documents.csv` of one of `STUDIES`."""
+        runs = json.loads((QUALITY / name / "summary.json").read_text())["runs"]
+        return cls(runs, list(csv.DictReader((QUALITY / name / "documents.csv").open())))
 
     def orders(self, arm: str) -> list[str]:
         """The runs of an arm, one an order of the data."""
@@ -69,29 +84,42 @@ class Study:
         """The run of full attention that a run is compared with; None where there is none."""
         arm, at, order = run.partition("@")
         kind = arm.rpartition(".")[0]
-        if kind == "base":
+        if kind in {"base", "dense"}:
             return None
         twin = "full-conv" if arm.endswith("conv") else "full"
-        return (f"{kind}." if kind not in {"", "scr"} else "") + twin + at + order
+        return (f"{kind}." if kind not in {"", "scr", "scd"} else "") + twin + at + order
 
     def difference(self, arm: str, loss: str = "valid_loss") -> Difference:
         """An arm's difference to full attention, in the loss of held-out documents or another one."""
         runs = self.orders(arm)
-        fulls = [self.runs[full][loss] for run in runs if (full := self.full(run))]
-        percent = tuple(
-            100 * (self.runs[run][loss] / full - 1) for run, full in zip(runs, fulls, strict=True)
-        )
-        return Difference(percent, self.documents_error(runs))
-
-    def documents_error(self, runs: Sequence[str]) -> float:
-        """Standard error over pieces of the mean of several orders, in percent of full attention's loss."""
-        if len(runs) == 1:
-            return float(self.runs[runs[0]]["documents_error_percent"])
         fulls = [full for run in runs if (full := self.full(run))]
+        percent = tuple(
+            100 * (self.runs[run][loss] / self.runs[full][loss] - 1)
+            for run, full in zip(runs, fulls, strict=True)
+        )
+        if len(runs) == 1:
+            return Difference(percent, float(self.runs[runs[0]]["documents_error_percent"]))
+        return Difference(percent, self._documents_error(runs, fulls, fulls))
+
+    def paired(self, arm: str, other: str) -> Difference:
+        """An arm's difference to another, in the orders that both have, in points of full attention's loss."""
+        pairs = [(run, other + run.removeprefix(arm)) for run in self.orders(arm)]
+        runs, others = zip(*(pair for pair in pairs if pair[1] in self.runs), strict=True)
+        fulls = [full for run in runs if (full := self.full(run))]
+        points = tuple(
+            100
+            * (self.runs[run]["valid_loss"] - self.runs[twin]["valid_loss"])
+            / self.runs[full]["valid_loss"]
+            for run, twin, full in zip(runs, others, fulls, strict=True)
+        )
+        return Difference(points, self._documents_error(runs, others, fulls))
+
+    def _documents_error(self, runs: Sequence[str], others: Sequence[str], fulls: Sequence[str]) -> float:
+        """Standard error over pieces of the mean difference of several orders, in percent of full attention's loss."""
         tokens = np.array([float(piece["tokens"]) for piece in self.pieces])
         above = np.array(
             [
-                fmean(float(x[run]) - float(x[full]) for run, full in zip(runs, fulls, strict=True))
+                fmean(float(x[run]) - float(x[twin]) for run, twin in zip(runs, others, strict=True))
                 for x in self.pieces
             ]
         )
@@ -111,41 +139,54 @@ class Study:
         ]
         return list(zip(*ratios, strict=True))
 
+    def share(self, arm: str, task: str) -> tuple[float, float]:
+        """Right answers at 16K as a share of full attention's, with the standard error over samples, paired."""
+        runs = self.orders(arm)
+        fulls = [full for run in runs if (full := self.full(run))]
+        own, others = (
+            np.array([[int(x) for x in self.runs[name]["right_at_16k"][task]] for name in names])
+            for names in (runs, fulls)
+        )
+        share = own.sum() / others.sum()
+        # the samples are the same in every order
+        rest = (own - share * others).sum(0)
+        return float(share), float(
+            (rest**2).sum() ** 0.5 * (rest.size / (rest.size - 1)) ** 0.5 / others.sum()
+        )
 
-def draw_losses(study: Study, output: Path) -> Path:
+
+def draw_losses(studies: Sequence[Study], output: Path) -> Path:
     """Difference to full attention by arm; a dot an order, bars of two standard errors."""
-    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
-    for place, (arm, label) in enumerate(reversed(BARS.items())):
-        found = study.difference(arm)
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    for place, (label, arms) in enumerate(reversed(BARS.items())):
+        found = Difference.pooled([x.difference(arm) for x, arm in zip(studies, arms, strict=True) if arm])
         error = found.documents if found.orders is None else (found.documents**2 + found.orders**2) ** 0.5
-        color = COLORS[1] if arm.startswith("inf") else COLORS[0]
+        color = COLORS[1] if label.startswith(("InfLLMv2", "NSA")) else COLORS[0]
         axis.errorbar(found.mean, place, xerr=2 * error, fmt="s", color=color, capsize=4)
         axis.plot(found.by_order, [place + 0.25] * len(found.by_order), ".", color=color, alpha=0.6)
-        orders = f"{len(found.by_order)} order{'s' if len(found.by_order) > 1 else ''}"
         axis.annotate(
-            f"{found.mean:+.2f}  ({orders})",
+            f"{found.mean:+.2f}  ({_number(len(found.by_order))})",
             (found.mean + 2 * error, place),
             (6, -3),
             textcoords="offset points",
         )
         axis.annotate(label, (0, place), (-6, 0), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="center")  # fmt: skip
     axis.axvline(0, color="gray", linewidth=1)
-    axis.set(xlabel="loss on held-out documents above full attention's (%)", yticks=[], xlim=(-0.2, 5.5))
+    axis.set(xlabel="loss on held-out documents above full attention's (%)", yticks=[], xlim=(-0.2, 8.2))
     axis.grid(alpha=GRID, axis="x")
     return save(figure, output / "quality_losses.png")
 
 
-def draw_positions(study: Study, output: Path) -> Path:
+def draw_positions(studies: Sequence[Study], output: Path) -> Path:
     """Difference to full attention by position in the document, mean over orders, bars of two standard errors over them."""
     figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
-    for number, arm in enumerate(LINES):
+    for number, label in enumerate(LINES):
         color, marker = line_style(number)
-        columns = study.by_position(arm)
-        errors = [2 * stdev(x) / len(x) ** 0.5 if len(x) > 1 else 0.0 for x in columns]
-        label = BARS[arm].replace("\n", " ")
+        found = [x.by_position(arm) for x, arm in zip(studies, BARS[label], strict=True) if arm]
+        columns = [tuple(chain.from_iterable(x)) for x in zip(*found, strict=True)]
         axis.errorbar(
-            range(len(columns)), [fmean(x) for x in columns], yerr=errors, color=color, marker=marker,
-            capsize=3, linewidth=1, label=f"{label} ({len(columns[0])} order{'s' if len(columns[0]) > 1 else ''})",
+            range(len(columns)), [fmean(x) for x in columns], yerr=[2 * stdev(x) / len(x) ** 0.5 for x in columns],
+            color=color, marker=marker, capsize=3, linewidth=1, label=f"{label} ({_number(len(columns[0]))})",
         )  # fmt: skip
     axis.axhline(0, color="gray", linewidth=1)
     axis.set_xticks(range(len(POSITIONS)), POSITIONS)
@@ -155,13 +196,17 @@ def draw_positions(study: Study, output: Path) -> Path:
     return save(figure, output / "quality_position.png")
 
 
+def _number(branches: int) -> str:
+    return f"{branches} branch{'es' if branches > 1 else ''}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Draw into a folder, which is made where it is missing."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    output, study = parser.parse_args(arguments).output, Study.read()
+    output, studies = parser.parse_args(arguments).output, [Study.read(name) for name in STUDIES]
     output.mkdir(parents=True, exist_ok=True)
-    print(draw_losses(study, output), draw_positions(study, output))
+    print(draw_losses(studies, output), draw_positions(studies, output))
 
 
 if __name__ == "__main__":

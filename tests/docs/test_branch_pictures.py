@@ -1,4 +1,4 @@
-"""The pages on branches judged on held-out documents, and their pictures, against the summary of the runs."""
+"""The pages on branches judged on held-out documents, and their pictures, against the summaries of the runs."""
 
 import re
 from pathlib import Path
@@ -6,100 +6,139 @@ from statistics import fmean, stdev
 
 import pytest
 
-from docs.tools.branch_pictures import FOLDER, Study, main
+from docs.tools.branch_pictures import BARS, QUALITY, STUDIES, Difference, Study, main
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
-PAGE = (RESULTS / "quality" / "branches_held_out.md").read_text()
-ROWS = [line for line in PAGE.splitlines() if line.startswith("| `")]
-STUDY = Study.read()
+ANSWERS = (QUALITY.parent / "quality.md").read_text()
+PAGES = {name: (QUALITY / f"{name}.md").read_text() for name in STUDIES}
+ROWS = [(name, line) for name in STUDIES for line in PAGES[name].splitlines() if line.startswith("| `")]
+READ = {name: Study.read(name) for name in STUDIES}
+FACTORS = READ["branches_factors"]
 TASKS = ("niah_single", "niah_multikey", "associative_recall")
 
 
-def _compared(arm: str) -> bool:
-    return STUDY.full(STUDY.orders(arm)[0]) not in {None, STUDY.orders(arm)[0]}
+def _compared(study: Study, arm: str) -> bool:
+    return study.full(study.orders(arm)[0]) not in {None, study.orders(arm)[0]}
 
 
 def _error(values: tuple[float, ...]) -> str:
     return f" ± {stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
 
 
-def _training(arm: str) -> str:
-    found = STUDY.difference(arm, "train_loss").by_order
+def _training(study: Study, arm: str) -> str:
+    found = study.difference(arm, "train_loss").by_order
     return f"{fmean(found):+.2f}{_error(found)}"
 
 
-def _to_full(arm: str) -> str:
-    found = STUDY.difference(arm)
+def _to_full(study: Study, arm: str) -> str:
+    found = study.difference(arm)
     return f"{found.mean:+.2f} ± {found.documents:.2f}{_error(found.by_order)}"
 
 
-def _scores(arm: str, task: str) -> str:
-    runs = [STUDY.runs[run]["tasks"][task] for run in STUDY.orders(arm)]
+def _scores(study: Study, arm: str, task: str) -> str:
+    runs = [study.runs[run]["tasks"][task] for run in study.orders(arm)]
     lengths = ("16384",) if arm.startswith("h.") else tuple(runs[0])
     return " ".join(f"{fmean(run[length][0] for run in runs):.2f}" for length in lengths)
 
 
-def _answers(arm: str) -> str:
-    runs = [STUDY.runs[run]["tasks"] for run in STUDY.orders(arm)]
+def _answers(study: Study, arm: str) -> str:
+    runs = [study.runs[run]["tasks"] for run in study.orders(arm)]
     return f"{fmean(run[task]['16384'][1] for run in runs for task in TASKS):.2f}"
 
 
-def _visited(arm: str) -> str:
-    routings = [STUDY.runs[run].get("routing") for run in STUDY.orders(arm)]
+def _visited(study: Study, arm: str) -> str:
+    routings = [study.runs[run].get("routing") for run in study.orders(arm)]
     return ", ".join(
         f"{fmean(sum(x[f'visited_{tile}']) / sum(x['selected']) for x in routings):.2f}" for tile in (8, 32)
         if routings[0]
     )  # fmt: skip
 
 
-def cells(arm: str) -> list[str]:
+def cells(study: Study, arm: str) -> list[str]:
     """What the table has to say of an arm, after its name and its description."""
-    runs = [STUDY.runs[run] for run in STUDY.orders(arm)]
-    compared, judged = _compared(arm), "tasks" in runs[0]
+    runs = [study.runs[run] for run in study.orders(arm)]
+    compared, judged = _compared(study, arm), "tasks" in runs[0]
     return [
         str(len(runs)),
         f"{fmean(run.get('density', 1) for run in runs):.3f}",
         f"{fmean(run['valid_loss'] for run in runs):.4f}",
-        _to_full(arm) if compared else "",
-        _training(arm) if compared else "",
+        _to_full(study, arm) if compared else "",
+        _training(study, arm) if compared else "",
         f"{fmean(run['tokens_per_second'] for run in runs) / 1000:.0f}K",
-        _visited(arm),
-        *(_scores(arm, task) if judged else "" for task in TASKS),
-        _answers(arm) if judged else "",
+        _visited(study, arm),
+        *(_scores(study, arm, task) if judged else "" for task in TASKS),
+        _answers(study, arm) if judged else "",
     ]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.split("`")[1])
-def test_the_tables_are_what_the_runs_came_to(row: str) -> None:
+@pytest.mark.parametrize(("name", "row"), ROWS, ids=lambda x: x.split("`")[1] if "`" in x else x)
+def test_the_tables_are_what_the_runs_came_to(name: str, row: str) -> None:
     arm, _, *found = (cell.strip(" `") for cell in row.strip("|").split("|"))
-    assert found == cells(arm)
+    assert found == cells(READ[name], arm)
 
 
-def test_the_tables_have_every_run() -> None:
-    assert {row.split("`")[1] for row in ROWS} == {run.partition("@")[0] for run in STUDY.runs}
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_tables_have_every_run(name: str) -> None:
+    arms = {run.partition("@")[0] for run in READ[name].runs}
+    assert {row.split("`")[1] for study, row in ROWS if study == name} == arms
 
 
-def test_losses_by_document_come_to_the_loss_of_the_run() -> None:
-    for run in list(STUDY.pieces[0])[3:]:
-        losses = [(float(x[run]), int(x["tokens"])) for x in STUDY.pieces]
+@pytest.mark.parametrize("study", READ.values(), ids=STUDIES)
+def test_losses_by_document_come_to_the_loss_of_the_run(study: Study) -> None:
+    for run in list(study.pieces[0])[3:]:
+        losses = [(float(x[run]), int(x["tokens"])) for x in study.pieces]
         mean = sum(loss * tokens for loss, tokens in losses) / sum(tokens for _, tokens in losses)
-        assert mean == pytest.approx(STUDY.runs[run]["valid_loss"], abs=1e-4)
+        assert mean == pytest.approx(study.runs[run]["valid_loss"], abs=1e-4)
 
 
-def test_the_page_of_answers_has_the_differences_of_the_three_orders() -> None:
-    text = (RESULTS / "quality.md").read_text()
-    for arm in ("inf25", "p11-g-l-sh", "p25-g-l-sh"):
-        found = STUDY.difference(arm)
-        assert f"{found.mean:+.2f} ± {found.orders:.2f}%" in text
+@pytest.mark.parametrize("label", BARS)
+def test_the_page_of_answers_has_the_differences_of_the_picture(label: str) -> None:
+    pairs = zip(READ.values(), BARS[label], strict=True)
+    found = Difference.pooled([study.difference(arm) for study, arm in pairs if arm])
+    error = found.documents if found.orders is None else found.orders
+    assert f"{found.mean:+.2f} ± {error:.2f}%" in ANSWERS
 
 
-def test_positions_are_those_of_the_table() -> None:
-    table = re.findall(r"^\| ([\w-]+) \| (\d) \| ([+-].*) \|$", PAGE, re.MULTILINE)
-    assert len(table) == 7
+@pytest.mark.parametrize("name", STUDIES)
+def test_positions_are_those_of_the_table(name: str) -> None:
+    table = re.findall(r"^\| ([\w.-]+) \| (\d) \| ([+-].*) \|$", PAGES[name], re.MULTILINE)
+    assert len(table) >= 7
     for arm, orders, columns in table:
-        by_order = STUDY.by_position(arm)
+        by_order = READ[name].by_position(arm)
         assert [f"{fmean(x):+.2f}{_error(x)}" for x in by_order] == columns.split(" | ")
         assert len(by_order[0]) == int(orders)
+
+
+def test_arms_are_compared_with_the_recipe_by_document() -> None:
+    table = re.findall(
+        r"^\| (h\.[\w-]+) \| [^|]* \| ([^|]*) \| ([^|]*) \|$", PAGES["branches_factors"], re.MULTILINE
+    )
+    assert len(table) == 9
+    for arm, difference, densities in table:
+        found, density = FACTORS.paired(arm, "h.k25"), FACTORS.runs[arm]["routing"]["mean_by_position"]
+        assert difference == f"{found.mean:+.2f} ± {found.documents:.2f}"
+        assert densities == " ".join(f"{density[place]:.2f}" for place in (1, 2, 5))
+
+
+def test_factors_are_those_of_the_table() -> None:
+    table = re.findall(
+        r"^\| ([\w.]+) \| [^|]* \| (\S+) to (\S+) \| (\S+) \| (\S+) \|$",
+        PAGES["branches_factors"],
+        re.MULTILINE,
+    )
+    assert len(table) == 6
+    for arm, *found in table:
+        runs = [FACTORS.runs[run] for run in FACTORS.orders(arm)]
+        logs = [x for run in runs for layer in run["log_factors"] for x in layer]
+        lowest = min(low + mean for run in runs for _, low, _, mean, _ in run["factor_path"])
+        scaling = fmean(run["scaling_factor_per_layer"][0] for run in runs)
+        assert found == [f"{min(logs):+.1f}", f"{max(logs):+.1f}", f"{lowest:+.1f}", f"{scaling:.2g}"]
+
+
+@pytest.mark.parametrize("arm", ["k25", "k11", "scd.k25"])
+def test_shares_of_right_answers_are_those_of_the_page(arm: str) -> None:
+    shares = [FACTORS.share(arm, task) for task in TASKS]
+    cells = " | ".join(f"{share:.2f} ± {error:.2f}" for share, error in shares)
+    assert f"| {arm} | {cells} |" in PAGES["branches_factors"]
 
 
 def test_pictures_are_drawn_into_a_new_folder(tmp_path: Path) -> None:
@@ -109,5 +148,6 @@ def test_pictures_are_drawn_into_a_new_folder(tmp_path: Path) -> None:
     assert all(path.stat().st_size > 10_000 for path in folder.iterdir())
 
 
-def test_files_are_small() -> None:
-    assert all(path.stat().st_size <= 100_000 for path in FOLDER.iterdir())
+@pytest.mark.parametrize("name", STUDIES)
+def test_files_are_small(name: str) -> None:
+    assert all(path.stat().st_size <= 100_000 for path in (QUALITY / name).iterdir())

@@ -1,13 +1,19 @@
-"""The README's example prints what the README says, and pages keep to their size."""
+"""The README's example prints what the README says, the recipe's commands can be given, and pages keep to their size."""
 
 import io
 import re
+import shlex
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from dash_megatron.config import load_config
+
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+RECIPE_COMMANDS = re.findall(r"^python train.py .*$", (ROOT / "docs" / "recipe.md").read_text(), re.MULTILINE)
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PRINTED = re.compile(r"^print\(.*\)  # (.+)$", re.MULTILINE)
 
@@ -36,3 +42,21 @@ def test_prose_of_the_results_has_at_most_200_characters_a_line() -> None:
         if len(line) > 200 and not line.startswith("|")
     ]
     assert long == []
+
+
+@pytest.mark.parametrize("command", RECIPE_COMMANDS)
+def test_the_recipe_has_commands_of_a_base_and_its_branch(command: str) -> None:
+    config_path, *overrides = shlex.split(command.removeprefix("python train.py --config "))
+    config = load_config(ROOT / config_path, overrides)
+    attention, base = config.attention, config.training.init_from
+    if base is None:
+        assert (attention.kind, config.data.seq_length, config.schedule.kind) == ("full", 2048, "constant")
+        return
+    assert (attention.density_budget, attention.learned_scaling, config.data.seq_length) == (
+        "model",
+        20,
+        16384,
+    )
+    before = [x for x in RECIPE_COMMANDS if f"run_dir={base} " in x]
+    assert len(before) == 1
+    assert before[0].split()[3] == config_path
