@@ -237,7 +237,7 @@ def test_wide_heads_with_qk_norm_and_biases_build_and_run() -> None:
 # Llama 3.2 1B and 3B and Llama 3.1 8B by their published counts, plus layers x kv heads x head dim of summary queries,
 # and layers x kv heads of learned factors where a dense model goes on
 PARAMETERS = {
-    "quickstart": 4_001_024,
+    "quickstart": 918_528,
     "60m_16k": 61_358_400,
     "125m_16k": 121_919_232,
     "350m_16k": 360_766_464,
