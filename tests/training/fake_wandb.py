@@ -26,9 +26,8 @@ class FakeWandb(ModuleType):
         self.folder, self.failing, self.step = folder, failing, 0
 
     def init(self, **asked: Any) -> "FakeWandb":
-        """Begin a run."""
+        """Begin a run, or go on with it, whose count of lines the real package knows."""
         self._note("init", asked)
-        self.step = 0
         return self
 
     def define_metric(self, name: str, step_metric: str) -> None:
