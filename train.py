@@ -5,22 +5,15 @@ Alone, in `--processes N` on this machine, or under a launcher (srun, torchrun).
 
 import argparse
 import contextlib
-import hashlib
 import os
 import signal
-import socket
 import sys
-import time
 
 from dash_megatron.config import load_config
 from dash_megatron.exit_codes import ExitCode
 from dash_megatron.files import error_text
-from dash_megatron.launcher import check_processes, launch, launched_rank
-
-OTHERS_WAIT_SECONDS = 10.0
-"""For which ranks other than 0 keep an error to themselves: mostly rank 0 has it too, and its end ends them."""
-SAME_ERROR_SECONDS = 1.0
-"""For which a rank other than 0 stays behind an error that it has told, so that others see that it is told."""
+from dash_megatron.launcher import check_processes, launch
+from dash_megatron.ranks import launched_rank, let_rank_0_tell, tell_once
 
 
 def main() -> int:
@@ -69,39 +62,8 @@ def leave(code: ExitCode, reason: str = "stopped as asked, and saved") -> ExitCo
         with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
             file.write(f"{int(code)}\t{' '.join(reason.splitlines())}\n")
     if code != ExitCode.REQUEUE:
-        let_rank_0_tell()
-        tell(reason)
+        tell_once(reason)
     return code
-
-
-def tell(reason: str) -> None:
-    """Print why this process ends, unless another of this machine, which the same launcher started, is telling the same.
-
-    Rank 0 always tells. Of the others one can have a name in Linux's table of sockets, which ends with the process.
-    """
-    with socket.socket(socket.AF_UNIX) as claim:
-        if launched_rank():
-            try:
-                claim.bind(f"\0dash-megatron-told-{launch_digest(reason)}")
-            except OSError:
-                return
-        print(reason, file=sys.stderr, flush=True)
-        if launched_rank():
-            time.sleep(SAME_ERROR_SECONDS)
-
-
-def launch_digest(text: str) -> str:
-    """Digest of a text and of what the processes of one launcher on one machine have in common."""
-    launcher = (os.getppid(), os.environ.get("MASTER_PORT"), os.environ.get("SLURM_JOB_ID"))
-    return hashlib.sha256(f"{launcher} {text}".encode()).hexdigest()[:24]
-
-
-def let_rank_0_tell() -> None:
-    """Wait for rank 0 to tell an error and to end, upon which the launcher ends this process, which has nothing to add."""
-    if launched_rank():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        time.sleep(OTHERS_WAIT_SECONDS)
 
 
 if __name__ == "__main__":

@@ -15,18 +15,11 @@ import time
 from collections.abc import Iterator, Sequence
 
 from dash_megatron.exit_codes import ExitCode
+from dash_megatron.ranks import launched_rank
 
 _POLL_SECONDS = 0.05
 _LAST_WORDS_SECONDS = 5.0
 """For which the others go on when one process was killed or aborted: they may have something to tell about it too."""
-
-
-def launched_rank() -> int | None:
-    """Number of this process among those of a run, as the launcher that started it says; None where it was started alone."""
-    environment = os.environ
-    alone = "RANK" not in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") == "1"
-    number = environment.get("RANK", environment.get("SLURM_PROCID", ""))
-    return None if alone or not number.isdigit() else int(number)
 
 
 def check_processes(processes: int) -> None:

@@ -103,3 +103,18 @@ def test_processes_are_started_with_the_arguments_of_the_command(
     assert started == [(["-m", "dash_megatron", *doctor, "zero.stage=1"], 2)]
     assert main([*doctor, "--processes", "2", "zero.stage=9"]) == main([*doctor, "--processes", "0"]) == 2
     assert len(started) == 1
+
+
+def test_an_error_that_all_processes_have_is_told_by_rank_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # whoever waits for rank 0 is ended by its launcher, and here looks past it
+    monkeypatch.setattr("dash_megatron.ranks.OTHERS_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("dash_megatron.ranks.signal.signal", lambda *_: None)
+    waited: list[float] = []
+    monkeypatch.setattr("dash_megatron.ranks.time.sleep", waited.append)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["doctor", "--config", str(tmp_path / "none.yaml")]) == 2
+        assert capsys.readouterr().err.startswith("error: --config")
+        assert waited == ([] if rank == "0" else [0.0, 1.0])

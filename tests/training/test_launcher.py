@@ -137,7 +137,7 @@ def test_an_error_that_some_have_is_told_by_one_of_them_and_leaves_no_file(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    wait = "import train; train.OTHERS_WAIT_SECONDS = 0.2 * rank; rank or time.sleep(60)"
+    wait = "import train; from dash_megatron import ranks; ranks.OTHERS_WAIT_SECONDS = 0.2 * rank; rank or time.sleep(60)"
     assert launched(f"{wait}; sys.exit(train.leave(2, 'error: of 1 and 2'))") == ExitCode.CONFIG_ERROR
     assert capfd.readouterr().err == "error: of 1 and 2\n"
     assert not list(tmp_path.iterdir())
