@@ -88,7 +88,8 @@ class DensityController:
     def begin_as(self, earlier: AttentionConfig) -> None:
         """Take over the scaling factors of the run whose weights this one starts from.
 
-        Without a target of its own, this run keeps the factors of its config, and is warned where they differ.
+        Without a target of its own, this run keeps the factors of its config, and is warned where they differ by more than a
+        tenth.
 
         Args:
             earlier: the attention section of that run, with the factors it ended with.
@@ -100,7 +101,7 @@ class DensityController:
         if self._attention.target_density is not None:
             for layer, core in self._cores.items():
                 core.scaling_factor = factors[layer]
-        elif factors != own:
+        elif not all(math.isclose(own[layer], factor, rel_tol=0.1) for layer, factor in factors.items()):
             logger.warning(
                 "the run of training.init_from ended with scaling factors %s, and this one goes on with %s of "
                 "attention.scaling_factor; give it those, or a target_density",

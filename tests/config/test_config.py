@@ -266,7 +266,9 @@ def test_the_quickstart_is_fine_tuned_with_the_shape_of_its_weights() -> None:
         load_config(ROOT / "configs" / f"{name}.yaml") for name in ("quickstart", "finetune_quickstart")
     )
     assert tuned.training.init_from == base.run_dir
-    assert (tuned.model, tuned.attention) == (base.model, base.attention)
+    # conversations are so short that a target would be out of reach: the factors stay where the base's went
+    factors = {"target_density": None, "scaling_factor": tuned.attention.scaling_factor}
+    assert (tuned.model, tuned.attention) == (base.model, base.attention.model_copy(update=factors))
     assert (tuned.data.tokenizer, tuned.data.seq_length) == (base.data.tokenizer, base.data.seq_length)
 
 

@@ -117,7 +117,7 @@ def test_a_run_reaches_its_target_and_resumes_bit_identically(
 ) -> None:
     sections: dict[str, dict[str, Any]] = {
         "attention": {"target_density": 0.75, "scaling_factor": 300.0},
-        "training": {"steps": 90, "global_batch": 4},
+        "training": {"steps": 90, "global_batch": 4, "micro_batch": 4},
         "optimizer": {"lr": 1e-3},
         "checkpoint": {"every": 50},
         "data": {"pack_documents": False},

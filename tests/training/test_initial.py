@@ -127,6 +127,8 @@ def test_without_a_target_other_scaling_factors_than_before_are_told(
     caplog.clear()
     cores[1].scaling_factor = 3.0
     DensityController(earlier, cores).begin_as(earlier)
+    cores[1].scaling_factor = 3.2
+    DensityController(earlier, cores).begin_as(earlier)
     DensityController(AttentionConfig(), cores).begin_as(AttentionConfig(kind="full"))
     assert not caplog.text
 
