@@ -221,7 +221,7 @@ def test_the_quickstart_of_branches_runs_from_base_to_report(
     retrieval = make_retrieval_data(tiny_data, tmp_path)
     study["overrides"] = {key: x for key, x in study["overrides"].items() if not key.startswith("model.")} | {
         "data.train": [f"0.95 {tiny_data}/train", f"0.05 {retrieval}"],
-        "data.seq_length": 64, "training.steps": 3, "evaluation.every": 2,
+        "data.seq_length": 64, "training.steps": 3, "schedule.warmup_steps": 1, "evaluation.every": 2,
     }  # fmt: skip
     smaller = {"data.seq_length": 128, "training.steps": 4, "schedule.warmup_steps": 1, "evaluation.every": 2}
     study["branches"]["overrides"] |= smaller
