@@ -1,6 +1,8 @@
 """Context-parallel processes train as one process would, with every exchange, beside tensor parallelism and ZeRO."""
 
+import functools
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 
 from dash_megatron.training.metrics import read_metrics
 from tests.conftest import run_in_processes
+from tests.gpus import NEEDS_TWO_GPUS, in_float32_on, on_two_gpus
 from tests.tiny import tiny_tree
 from tests.training.test_global_batch import assert_same_step, relative_error, with_changes
 from tests.training.workers import one_step, one_step_on_one_gpu, steps_with_an_idle_rank, train_all
@@ -20,6 +23,8 @@ TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = 1e-6 * STEPS
 # the kernels' products of float32 on tensor cores, and atomics
 KERNEL_TOLERANCE = 1e-4
+# 8 bits of mantissa; a chunk at the threshold may be selected on one side and not on the other
+BF16_TOLERANCE, BF16_GRADIENTS = 0.01, 0.1
 
 DOCUMENTS = {"packed": True, "long": False}
 EXCHANGES = {"dash": ["all_gather", "a2a", "p2p", "sparse"], "full": ["a2a"], "mixed": ["a2a"]}
@@ -70,14 +75,24 @@ def documents_of(tree: dict[str, Any], documents: str, kind: str) -> dict[str, A
 @pytest.fixture(scope="module")
 def expected(
     tiny_data: Path, tiny_chats: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, str], dict[str, Any]]:
-    """One process."""
-    folder = tmp_path_factory.mktemp("one_process")
-    tree = with_chats(tree_of(tiny_tree(tiny_data, folder / "run")), tiny_chats)
-    keys = list(itertools.product(DOCUMENTS, EXCHANGES))
-    cases = [(f"one_{documents}_{kind}", documents_of(tree, documents, kind)) for documents, kind in keys]
-    run_in_processes(folder, 1, one_step, cases, str(folder), None, STEPS)
-    return {key: torch.load(folder / f"{name}.pt") for key, (name, _) in zip(keys, cases, strict=True)}
+) -> Callable[[bool], dict[tuple[str, str], dict[str, Any]]]:
+    """What one process gives, on the CPU or on a GPU; computed once."""
+
+    @functools.cache
+    def on(cuda: bool) -> dict[tuple[str, str], dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("one_process")
+        tree = with_chats(tree_of(tiny_tree(tiny_data, folder / "run")), tiny_chats)
+        tree = in_float32_on(cuda, tree)
+        keys = list(itertools.product(DOCUMENTS, EXCHANGES))
+        cases = [(f"one_{documents}_{kind}", documents_of(tree, documents, kind)) for documents, kind in keys]
+        run_in_processes(folder, 1, one_step, cases, str(folder), None, STEPS, cuda=cuda)
+        return {key: loaded(folder / f"{name}.pt") for key, (name, _) in zip(keys, cases, strict=True)}
+
+    return on
+
+
+def loaded(path: Path) -> Any:
+    return torch.load(path, map_location="cpu")
 
 
 def covering_cases(layout: str) -> dict[str, tuple[str, str, str, int]]:
@@ -91,9 +106,11 @@ def covering_cases(layout: str) -> dict[str, tuple[str, str, str, int]]:
     return cases
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "cuda"), [*((layout, False) for layout in LAYOUTS), on_two_gpus("context-2")]
+)
 def test_loss_gradients_and_weights_are_those_of_one_process(
-    layout: str, tree: dict[str, Any], expected: dict[Any, Any], run_processes: Any, tmp_path: Path
+    layout: str, cuda: bool, tree: dict[str, Any], expected: Any, run_processes: Any, tmp_path: Path
 ) -> None:
     context, tensor, data = LAYOUTS[layout]
     cases = covering_cases(layout)
@@ -101,20 +118,51 @@ def test_loss_gradients_and_weights_are_those_of_one_process(
     for name, (kind, comm, documents, stage) in cases.items():
         parallel = {"context": context, "tensor": tensor, "sequence": tensor > 1, "context_comm": comm}
         sections = {"parallel": parallel, "zero": {"stage": stage}}
-        trees.append((name, with_changes(documents_of(tree, documents, kind), **sections)))
-    run_processes(context * tensor * data, one_step, trees, str(tmp_path), None, STEPS)
+        case = with_changes(documents_of(tree, documents, kind), **sections)
+        trees.append((name, in_float32_on(cuda, case)))
+    run_processes(context * tensor * data, one_step, trees, str(tmp_path), None, STEPS, cuda=cuda)
     for name, (kind, _, documents, _) in cases.items():
-        found, one = torch.load(tmp_path / f"{name}.pt"), expected[documents, kind]
+        found, one = loaded(tmp_path / f"{name}.pt"), expected(cuda)[documents, kind]
         assert_same_step(found, one, TOLERANCE)
         assert found["validation"] == pytest.approx(one["validation"], rel=TOLERANCE), name
         if kind == "dash":
             assert found["density"] == pytest.approx(one["density"], rel=TOLERANCE), name
         for parameter, weight in one["weights"].items():
             assert relative_error(found["weights"][parameter], weight) <= WEIGHT_TOLERANCE, (name, parameter)
-        copies = [torch.load(tmp_path / f"{name}_{rank}.pt") for rank in range(context * tensor * data)]
+        copies = [loaded(tmp_path / f"{name}_{rank}.pt") for rank in range(context * tensor * data)]
         assert copies[0]
         for parameter in copies[0]:
             assert all(torch.equal(copies[0][parameter], other[parameter]) for other in copies), parameter
+
+
+@NEEDS_TWO_GPUS
+def test_two_gpus_train_as_one_in_bf16_with_the_kernels_at_8k(
+    tree: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    tree = with_changes(
+        tree,
+        model={"hidden_size": 512, "heads": 8, "kv_heads": 4, "head_dim": 64, "ffn_hidden_size": 1408},
+        attention={"chunk_size": 64, "local_chunks": 2, "query_pool": 16},
+        data={"seq_length": 8192, "pack_documents": False},
+        training={"steps": STEPS, "global_batch": 2, "precision": "bf16"},
+        # normal updates: rounding to bf16 is larger than what tiny ones change
+        optimizer={"lr": 1e-3, "eps": 1e-8, "grad_clip": 1.0},
+        evaluation={"every": 0},
+    )
+    run_processes(1, one_step, [("one", tree)], str(tmp_path), cuda=True)
+    one = loaded(tmp_path / "one.pt")
+    assert max(one["density"]) < 0.95, "every chunk is selected"
+    cases = {comm: {"context": 2, "context_comm": comm} for comm in EXCHANGES["dash"]}
+    cases["tensor"] = {"tensor": 2, "sequence": True}
+    trees = [(name, with_changes(tree, parallel=parallel)) for name, parallel in cases.items()]
+    run_processes(2, one_step, trees, str(tmp_path), cuda=True)
+    for name in cases:
+        found = loaded(tmp_path / f"{name}.pt")
+        errors = {p: relative_error(found["gradients"][p], g) for p, g in one["gradients"].items()}
+        print(f"{name}: loss {found['loss'] / one['loss'] - 1:.1e}, largest error {max(errors.values()):.1e}")
+        assert found["loss"] == pytest.approx(one["loss"], rel=BF16_TOLERANCE), name
+        assert found["norm"] == pytest.approx(one["norm"], rel=BF16_TOLERANCE), name
+        assert max(errors.values()) <= BF16_GRADIENTS, (name, errors)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

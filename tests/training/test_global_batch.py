@@ -9,6 +9,7 @@ import torch
 from dash_megatron.data.batches import num_target_tokens, pack_samples
 from dash_megatron.data.dataset import build_dataset
 from dash_megatron.data.tokenizer import Tokenizer
+from tests.gpus import in_float32_on, on_two_gpus
 from tests.training.workers import one_step
 
 # float32, sums in another order
@@ -32,29 +33,29 @@ def assert_same_step(found: dict[str, Any], expected: dict[str, Any], tolerance:
         assert relative_error(found["gradients"][name], gradient) <= tolerance, name
 
 
-@pytest.fixture
-def reference(tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path) -> dict[str, Any]:
-    """One process, four micro-batches, nothing sharded."""
-    run_processes(1, one_step, [("reference", with_changes(tiny_config, zero={"stage": 0}))], str(tmp_path))
-    return torch.load(tmp_path / "reference.pt")
-
-
-@pytest.mark.parametrize(("processes", "micro_batches"), [(1, 4), (2, 2), (4, 1)])
+@pytest.mark.parametrize(
+    ("processes", "micro_batches", "cuda"),
+    [(1, 4, False), (2, 2, False), (4, 1, False), on_two_gpus(2, 2)],
+)
 def test_loss_and_gradients_do_not_depend_on_split_or_zero_stage(
     processes: int,
     micro_batches: int,
-    reference: dict[str, Any],
+    cuda: bool,
     tiny_config: dict[str, Any],
     run_processes: Any,
     tmp_path: Path,
 ) -> None:
     assert tiny_config["training"]["global_batch"] == processes * micro_batches
-    cases = [(f"zero_{stage}", with_changes(tiny_config, zero={"stage": stage})) for stage in (0, 1, 2, 3)]
-    run_processes(processes, one_step, cases, str(tmp_path))
+    tree = in_float32_on(cuda, tiny_config)
+    # one process, four micro-batches, nothing sharded
+    run_processes(1, one_step, [("one", with_changes(tree, zero={"stage": 0}))], str(tmp_path), cuda=cuda)
+    one = torch.load(tmp_path / "one.pt", map_location="cpu")
+    cases = [(f"zero_{stage}", with_changes(tree, zero={"stage": stage})) for stage in (0, 1, 2, 3)]
+    run_processes(processes, one_step, cases, str(tmp_path), cuda=cuda)
     for name, _ in cases:
-        found = torch.load(tmp_path / f"{name}.pt")
-        assert_same_step(found, reference)
-        for parameter, weight in reference["weights"].items():
+        found = torch.load(tmp_path / f"{name}.pt", map_location="cpu")
+        assert_same_step(found, one)
+        for parameter, weight in one["weights"].items():
             # Adam divides by the gradient's size, which magnifies its rounding
             assert relative_error(found["weights"][parameter], weight) <= 1e-3, (name, parameter)
 

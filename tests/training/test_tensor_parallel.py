@@ -11,6 +11,7 @@ from dash_megatron.checkpoint.weights import load_weights
 from dash_megatron.layers.sharding import Split, join, shard, whole_shape
 from dash_megatron.training.metrics import read_metrics
 from dash_megatron.training.sample import sample_from_run
+from tests.gpus import in_float32_on, on_two_gpus
 from tests.training.test_global_batch import assert_same_step, relative_error, with_changes
 from tests.training.test_resume import EXACT, run_of
 from tests.training.workers import compare_fingerprints, one_step, save_logits, train_all
@@ -57,12 +58,16 @@ def tensor_parallel(
 
 
 def references(
-    tree: dict[str, Any], run_processes: Any, folder: Path, steps: int = STEPS
+    tree: dict[str, Any], run_processes: Any, folder: Path, steps: int = STEPS, cuda: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Every model's run in one process."""
     cases = [(f"one_process_{name}", with_changes(tree, model=model)) for name, model in MODELS.items()]
-    run_processes(1, one_step, cases, str(folder), None, steps)
-    return {name: torch.load(folder / f"one_process_{name}.pt") for name in MODELS}
+    run_processes(1, one_step, cases, str(folder), None, steps, cuda=cuda)
+    return {name: loaded(folder / f"one_process_{name}.pt") for name in MODELS}
+
+
+def loaded(path: Path) -> Any:
+    return torch.load(path, map_location="cpu")
 
 
 def assert_bites(result: dict[str, Any], tree: dict[str, Any]) -> None:
@@ -75,22 +80,24 @@ def assert_bites(result: dict[str, Any], tree: dict[str, Any]) -> None:
 
 def assert_copies_agree(folder: Path, name: str, processes: int) -> None:
     """Weights that every process holds whole are equal to the last bit."""
-    copies = [torch.load(folder / f"{name}_{rank}.pt") for rank in range(processes)]
+    copies = [loaded(folder / f"{name}_{rank}.pt") for rank in range(processes)]
     assert copies[0]
     for parameter, weight in copies[0].items():
         assert "norm" in parameter, "a matrix is not split"
         assert all(torch.equal(weight, other[parameter]) for other in copies), (name, parameter)
 
 
+@pytest.mark.parametrize("cuda", [pytest.param(False, id="gloo"), on_two_gpus()])
 def test_loss_gradients_and_weights_are_those_of_one_process(
-    tree: dict[str, Any], run_processes: Any, tmp_path: Path
+    cuda: bool, tree: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
-    expected = references(tree, run_processes, tmp_path)
+    tree = in_float32_on(cuda, tree)
+    expected = references(tree, run_processes, tmp_path, cuda=cuda)
     for one in expected.values():
         assert_bites(one, tree)
     assert max(expected["untied"]["density"]) < 0.95, "every chunk is selected"
     # tensor parallel alone, then two such models side by side
-    for processes, models in ((2, ["untied", "tied"]), (4, ["untied"])):
+    for processes, models in ((2, ["untied", "tied"]), (4, ["untied"]))[: 1 if cuda else 2]:
         cases = {
             f"{model}_{'sequence' if sequence else 'plain'}_{stage}_{processes}": (model, sequence, stage)
             for model, sequence, stage in itertools.product(models, (False, True), (1, 2, 3))
@@ -99,9 +106,9 @@ def test_loss_gradients_and_weights_are_those_of_one_process(
             (name, tensor_parallel(tree, stage, sequence, model=MODELS[model]))
             for name, (model, sequence, stage) in cases.items()
         ]
-        run_processes(processes, one_step, trees, str(tmp_path), None, STEPS)
+        run_processes(processes, one_step, trees, str(tmp_path), None, STEPS, cuda=cuda)
         for name, (model, _, _) in cases.items():
-            found, one = torch.load(tmp_path / f"{name}.pt"), expected[model]
+            found, one = loaded(tmp_path / f"{name}.pt"), expected[model]
             assert_same_step(found, one, TOLERANCE)
             assert found["validation"] == pytest.approx(one["validation"], rel=TOLERANCE), name
             assert found["density"] == pytest.approx(one["density"], rel=TOLERANCE), name

@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from dash_megatron.training.trace import StepTracer
@@ -56,3 +58,15 @@ def test_steps_that_come_again_do_not_replace_the_trace(tmp_path: Path) -> None:
         torch.ones(2).sum()
     tracer.close()
     assert (tmp_path / "profile" / "rank_0.trace.json.gz").read_bytes() == written
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_leaves_kernels_and_a_snapshot_of_its_memory(tmp_path: Path) -> None:
+    tracer = StepTracer((1, 1), str(tmp_path), 0, torch.device("cuda"))
+    with tracer.step(1):
+        (torch.randn(256, 256, device="cuda") @ torch.randn(256, 256, device="cuda")).sum().item()
+    with gzip.open(tmp_path / "profile" / "rank_0.trace.json.gz") as file:
+        categories = {event.get("cat") for event in json.load(file)["traceEvents"]}
+    assert "kernel" in categories
+    snapshot = pickle.loads((tmp_path / "profile" / "rank_0.memory.pickle").read_bytes())
+    assert any(snapshot["device_traces"])

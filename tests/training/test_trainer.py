@@ -159,6 +159,22 @@ def test_bf16_training_learns_under_every_zero_stage(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_compiles_nothing_at_a_second_start(config_file: str, tmp_path: Path) -> None:
+    caches = {name: str(tmp_path / name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
+    found = []
+    for number in (1, 2):
+        arguments = ["--config", config_file, "model.head_dim=64", f"run_dir={tmp_path / str(number)}"]
+        arguments += ["training.precision=bf16", "evaluation.every=2"]
+        result = start(arguments, CUDA_VISIBLE_DEVICES="0", **caches)
+        assert result.returncode == 0, result.stderr
+        assert f"compiling the kernels that are not in {caches['TRITON_CACHE_DIR']}" in result.stdout
+        print(re.findall("first step done after .*", result.stdout))
+        found.append(set(tmp_path.rglob("*.cubin")))
+    assert found[0]
+    assert found[1] == found[0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("kind", ["dash", "full"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "attention", "full"])
 def test_a_gpu_learns_in_bf16(
