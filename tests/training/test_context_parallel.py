@@ -137,10 +137,10 @@ def test_loss_gradients_and_weights_are_those_of_one_process(
 
 @NEEDS_TWO_GPUS
 def test_two_gpus_train_as_one_in_bf16_with_the_kernels_at_8k(
-    tree: dict[str, Any], run_processes: Any, tmp_path: Path
+    tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
     tree = with_changes(
-        tree,
+        tree_of(tiny_config),
         model={"hidden_size": 512, "heads": 8, "kv_heads": 4, "head_dim": 64, "ffn_hidden_size": 1408},
         attention={"chunk_size": 64, "local_chunks": 2, "query_pool": 16},
         data={"seq_length": 8192, "pack_documents": False},
