@@ -98,6 +98,7 @@ _FIXED: dict[str, Any] = {
     "qkv_bias": False,
     "rope_interleaved": False,
     "use_mup": False,
+    "use_mrope": False,
     "partial_rotary_factor": 1.0,
     # of exports of earlier releases
     "length_scaling": 0.0,

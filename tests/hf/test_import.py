@@ -24,7 +24,7 @@ from transformers import (
 
 from dash_megatron.__main__ import main
 from dash_megatron.config import RopeScaling, config_from_dict
-from dash_megatron.hf.architectures import KNOWN
+from dash_megatron.hf.architectures import KNOWN, check_architecture
 from dash_megatron.hf.export import export_run
 from dash_megatron.hf.folder import INDEX, MODEL_SECTIONS, FolderWeights
 from dash_megatron.hf.importing import import_folder
@@ -316,6 +316,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "activation": ({"hidden_act": "gelu"}, "hidden_act=gelu must be silu"),
     "bias": ({"attention_bias": True}, "attention_bias=true"),
+    "positions of several kinds": (
+        {"model_type": "qwen2", "use_mrope": True},
+        "use_mrope=true must be false",
+    ),
     "biases": ({"qkv_bias": True}, "qkv_bias=true must be false"),
     "biases elsewhere": (
         {"model_type": "internlm3", "qkv_bias": True, "bias": True},
@@ -374,6 +378,16 @@ def test_a_model_that_training_would_not_compute_is_refused(
         import_folder(tmp_path / "hf", tmp_path / "start")
     assert main(["convert", "from-hf", str(tmp_path / "hf"), str(tmp_path / "start")]) == 2
     assert "config.json" in capsys.readouterr().err
+
+
+def test_windows_that_a_config_names_but_does_not_use_are_no_windows() -> None:
+    unused = {
+        "use_mrope": False,
+        "use_sliding_window": False,
+        "max_window_layers": 24,
+        "sliding_window": 32768,
+    }
+    check_architecture({"model_type": "qwen2", "num_hidden_layers": 28, **unused})  # as Qwen2.5 is published
 
 
 def test_two_descriptions_of_rope_that_agree_are_taken(tmp_path: Path) -> None:
