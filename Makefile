@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 DATA := $(RUN)/data
-PROMPT := def read_lines(path):
+PROMPT := class Reader:
 TUNED := runs/finetune_quickstart
 QUESTION := What does json.loads do?
 
