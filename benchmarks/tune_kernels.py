@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import sys
 from dataclasses import replace
@@ -37,12 +38,15 @@ from dash_megatron.ops.kernels.configs import (
 TOKENS, TINY_TOKENS = 32768, 64
 TABLE = "dash_megatron/ops/kernels/configs.json"
 DEVICE = default_device()
+# Pairs are always taken where tiles would have to list less than this many times the selected pairs to cost less.
+ALWAYS_BELOW = 1.05
 STAGE_METHOD = {
     "route": "route",
     "attend": "attend",
     "queries": "backward_queries",
     "router": "backward_router",
     "keys": "backward_keys",
+    "pairs": "backward_keys",
 }
 
 
@@ -83,6 +87,15 @@ def candidates(stage: str, chunk_size: int) -> list[Config]:
             (8, 2, 64, PLAIN),
             (8, 2, 128, PLAIN),
         ],
+        "pairs": [
+            (4, 3, 32, PLAIN),
+            (4, 2, 64, PLAIN),
+            (4, 3, 64, PLAIN),
+            (4, 4, 32, PLAIN),
+            (4, 2, 128, PLAIN),
+            (8, 2, 64, PLAIN),
+            (8, 2, 128, PLAIN),
+        ],
     }
     return [Config(warps, stages, block, chunk_size, kernel) for warps, stages, block, kernel in tries[stage]]
 
@@ -109,9 +122,20 @@ def try_time(stages: Stages, stage: str, launches: Launches) -> float:
 
 
 def with_config(launches: Launches, stage: str, config: Config) -> Launches:
-    """The same launches, but for one stage."""
-    changed: dict[str, Any] = {stage: config}
+    """The same launches, but for one stage; of the two ways to keys and values, the stage's own is taken."""
+    changed: dict[str, Any] = {stage: config, "pairs_above": 0 if stage == "pairs" else math.inf}
     return launches._replace(**changed)
+
+
+def pairs_above(stages: Stages, over_tiles: float, over_pairs: float) -> float:
+    """How many times the selected pairs tiles must list for pairs to cost less, from milliseconds of both on one input.
+
+    Tiles cost what they list, pairs what is selected. 0 where tiles, which list at least what is selected, would hardly ever
+    cost less: one way alone is faster than both with a choice.
+    """
+    listed, selected = stages.listed_and_selected()
+    ratio = over_pairs / over_tiles * listed / selected
+    return round(ratio, 2) if ratio > ALWAYS_BELOW else 0
 
 
 def compile_one(case: Case, tile_rows: int, stage: str, config: Config) -> None:
@@ -155,7 +179,7 @@ def tune_tile(case: Case, tile_rows: int, most_candidates: int | None) -> tuple[
     multiprocessors = count_multiprocessors()
     stages = Stages(case, DEVICE, best)
     stages.run(*Stages.FORWARD)
-    total, per_multiprocessor = 0.0, 2
+    times, per_multiprocessor = {}, 2
     for stage in STAGE_METHOD:
         timed = []
         for config in candidates(stage, case.chunk_size)[:most_candidates]:
@@ -167,11 +191,14 @@ def tune_tile(case: Case, tile_rows: int, most_candidates: int | None) -> tuple[
         best = with_config(best, stage, config)._replace(parts=per_multiprocessor * multiprocessors)
         stages.launches = best
         stages.run(STAGE_METHOD[stage])
-        total += milliseconds_best
+        times[stage] = milliseconds_best
         shown = ", ".join(f"{list(c)}x{p} {ms:.2f}" for ms, c, p in timed[:5])
         print(f"  rows {tile_rows} {stage}: {shown}", flush=True)
-    entry = {stage: table_entry(getattr(best, stage)) for stage in STAGES}
-    return total, {"tile_rows": tile_rows, **entry, "parts_per_multiprocessor": per_multiprocessor}
+    entry: Entry = {stage: table_entry(getattr(best, stage)) for stage in STAGES}
+    entry |= {"tile_rows": tile_rows, "parts_per_multiprocessor": per_multiprocessor}
+    entry["pairs_above"] = pairs_above(stages, times["keys"], times["pairs"])
+    # structured inputs take the better of the two
+    return sum(times.values()) - max(times["keys"], times["pairs"]), entry
 
 
 def count_multiprocessors() -> int:

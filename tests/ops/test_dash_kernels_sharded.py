@@ -301,6 +301,26 @@ def test_transposed_lists_in_any_parts_equal_the_reference(parts, monkeypatch):
     _check(Sequence(G=1, Hkv=1), "windows")
 
 
+@pytest.mark.parametrize(
+    ("case", "layout", "above"),
+    [
+        ("four heads a group", "compact windows", 0),
+        ("one head a group", "one buffer", 0),
+        ("four heads a group", "windows", 1.5),
+    ],
+)
+def test_keys_and_values_by_pair_equal_the_reference(case, layout, above, monkeypatch):
+    """Above 1.5 some windows go over pairs and some over tiles."""
+
+    find_launches = sharded.find_launches
+
+    def by_pair(*args, **kwargs):
+        return find_launches(*args, **kwargs)._replace(pairs_above=above)
+
+    monkeypatch.setattr(sharded, "find_launches", by_pair)
+    _check(Sequence(**CASES[case]), layout)
+
+
 def test_lists_that_are_counted_first_give_the_same_bits(monkeypatch):
     x = Sequence(G=2, scaling_factor=6.0, local_chunks=1)
     numbers = x.ranks[0]

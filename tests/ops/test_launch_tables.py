@@ -1,6 +1,7 @@
 """Launch configurations: what the pinned table holds, and what is taken from it."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -31,19 +32,29 @@ def test_every_entry_of_the_table_names_its_numbers_and_kernels():
     entries = [entry for shapes in table.values() for entry in shapes.values()]
     assert entries
     for entry in entries:
-        assert set(entry) == {*STAGES, "tile_rows", "parts_per_multiprocessor"}
-        for stage in STAGES:
+        assert set(entry) <= {*STAGES, "tile_rows", "parts_per_multiprocessor", "pairs_above"}
+        for stage in set(STAGES) & set(entry):
             config = Config(**entry[stage])
             assert config.kernel in KERNELS[stage]
             # a Hopper kernel does not fit everything: the plain one must find all its numbers
-            assert config.block > 0 if stage in ("route", "router", "keys") else config.keys > 0
+            assert config.block > 0 if stage in ("route", "router", "keys", "pairs") else config.keys > 0
 
 
 def test_launches_of_a_measured_shape_come_from_the_table(on_h200):
     launches = configs.find_launches(on_h200, *SHAPE)
     assert launches.attend == Config(num_warps=4, num_stages=5, keys=64, kernel=HOPPER_OVERLAP)
     assert launches.keys == Config(num_warps=4, num_stages=2, block=64, keys=64, kernel=HOPPER)
-    assert launches.parts == 2 * 132
+    assert launches.pairs == Config(num_warps=4, num_stages=2, block=64, keys=64)
+    assert (launches.parts, launches.pairs_above) == (4 * 132, 0)
+
+
+def test_keys_and_values_go_over_pairs_where_these_were_measured_to_cost_less(on_h200):
+    def above(dtype, head_dim, chunk_size):
+        return configs.find_launches(on_h200, dtype, head_dim, chunk_size, 3).pairs_above
+
+    assert {above(torch.bfloat16, D, C) for D, C in ((128, 64), (128, 32), (64, 32), (96, 128))} == {0}
+    others = (torch.bfloat16, 64, 64), (torch.bfloat16, 256, 64), (torch.float32, 128, 64)
+    assert {above(*shape) for shape in others} == {math.inf}
 
 
 def test_without_hopper_its_stages_follow_the_rule_and_others_the_table(on_h200):

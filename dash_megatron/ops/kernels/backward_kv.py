@@ -4,11 +4,15 @@ Early chunks are listed by almost every tile. So the work of all chunks is conca
 chunk cut by a boundary leaves one partial sum per part, which the last kernel adds in order.
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dash_megatron.ops.kernels.backward_kv_pairs import sum_pairs
 from dash_megatron.ops.kernels.backward_summary import (
     Summaries,
     routing_scales,
@@ -17,32 +21,21 @@ from dash_megatron.ops.kernels.backward_summary import (
 from dash_megatron.ops.kernels.configs import HOPPER, Config, Launches
 from dash_megatron.ops.kernels.geometry import Lists, Sizes, own_places
 from dash_megatron.ops.kernels.hopper import HOPPER_ROWS, fits_hopper
+from dash_megatron.ops.kernels.pairs import plan_pairs
 from dash_megatron.ops.kernels.summarize import summary_gradients
-from dash_megatron.ops.kernels.tiles import LOG2_E, load_rows
+from dash_megatron.ops.kernels.tiles import (
+    KEYS_AS_ROWS,
+    LOG2_E,
+    load_rows,
+    place_sums,
+    step_products,
+    store_sums,
+)
 from dash_megatron.ops.kernels.transpose import Transposed, WorkPartition, partition_work, transpose
 from dash_megatron.ops.types import Router
 
 # Keys of a chunk that the Hopper kernel takes.
 HOPPER_KEYS = 64
-
-
-@triton.jit
-def _place_sums(
-    i_p, i_row, i_h, begins, ends, o_c, o_k, m_k, HKV: tl.constexpr, C: tl.constexpr, DIRECT: tl.constexpr
-):
-    """Slot of a part's sums for a row that begins or ends in it; for each key the place in units of D, and whether to store."""
-    # slot 0 of a part: a row that began in an earlier part; slot 1: one that began here
-    i_slot = i_p * 2 + begins.to(tl.int64)
-    p_row, m_row = i_slot * C + o_c, o_c < C
-    if begins & ends:
-        # behind the slots of the parts lie slots for whole rows, or the gradients themselves
-        i_slot = tl.num_programs(0) * 2 + i_row
-        if DIRECT:
-            p_row = tl.num_programs(0).to(tl.int64) * (2 * C) + o_k.to(tl.int64) * HKV + i_h
-            m_row = m_k
-        else:
-            p_row = i_slot * C + o_c
-    return i_slot, p_row, m_row
 
 
 @triton.jit
@@ -54,7 +47,7 @@ def _dkv_kernel(
     scale, inv_sqrt_d, score_scale, gradient_scale, exponent, inv_sigma, num_chunks,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     T: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, ALPHA_15: tl.constexpr,
-    SUMMARY: tl.constexpr, DIRECT: tl.constexpr,
+    SUMMARY: tl.constexpr, DIRECT: tl.constexpr, KEYS_AS_ROWS: tl.constexpr,
 ):  # fmt: skip
     STEPS: tl.constexpr = T * GP // ROWS
     TILES_PER_CHUNK: tl.constexpr = C // T
@@ -78,7 +71,8 @@ def _dkv_kernel(
         own_tiles = tl.where(own_end > own_start, TILES_PER_CHUNK, 0)
         b_k = load_rows(k + i_h * stride_kh, o_k, stride_kn, m_k, D, BLOCK_D)
         b_v = load_rows(v + i_h * stride_vh, o_k, stride_vn, m_k, D, BLOCK_D)
-        b_dk, b_dv = tl.zeros([KEYS, BLOCK_D], tl.float32), tl.zeros([KEYS, BLOCK_D], tl.float32)
+        b_dk = tl.zeros([KEYS, BLOCK_D] if KEYS_AS_ROWS else [BLOCK_D, KEYS], tl.float32)
+        b_dv = tl.zeros([KEYS, BLOCK_D] if KEYS_AS_ROWS else [BLOCK_D, KEYS], tl.float32)
         b_ds = tl.zeros([BLOCK_D], tl.float32)
         if SUMMARY:
             p_s = summary + (i_h * num_chunks + i_c) * D + o_d
@@ -116,28 +110,22 @@ def _dkv_kernel(
             p_log = tl.where(listed, list_log_prior + p_list * T + i_r // GP, mean_log + i_n * HKV + i_h)
             b_log = tl.load(p_log + o_rn * tl.where(listed, 1, HKV), mask=m_n, other=0.0)
 
-            # transposed scores [KEYS, ROWS]
-            b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
             # later chunks see all of it
-            i_slot = tl.where(listed, C, i_e * T + i_r // GP)
-            m_s = o_c[:, None] <= (i_slot + o_rn)[None, :]
-            b_p = tl.exp2(tl.where(m_s, b_s * scale + (b_log * inv_sigma - b_lse)[None, :], float("-inf")))
-            b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
-            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
-            b_dsc = b_p * (b_dp - b_delta[None, :])
-            b_dk = tl.dot(b_dsc.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+            o_slot = tl.where(listed, C, i_e * T + i_r // GP) + o_rn
+            b_shift = b_log * inv_sigma - b_lse
+            b_dk, b_dv = step_products(
+                b_k, b_v, b_q, b_do, b_dk, b_dv, b_shift, b_delta, o_c, o_slot, scale, KEYS_AS_ROWS
+            )
             if SUMMARY:
                 b_ds += summary_gradient(
                     b_q, b_summary, b_log, tau + i_head + o_head, mean_dp + i_head + o_head,
                     d_prior + p_list * T + i_r // GP + o_rn,
                     m_n & listed, score_scale * factor, gradient_scale * factor, exponent, inv_sigma, G, ALPHA_15,
                 )  # fmt: skip
-        i_slot, p_row, m_row = _place_sums(
-            i_p, i_row, i_h, here == begin, stop >= end, o_c, o_k, m_k, HKV, C, DIRECT
+        i_slot, p_row, m_row = place_sums(
+            i_p, tl.num_programs(0), i_row, i_h, here == begin, stop >= end, o_c, o_k, m_k, HKV, C, DIRECT
         )
-        p_out, m_out = p_row[:, None] * D + o_d[None, :], m_row[:, None] & m_d[None, :]
-        tl.store(dk_sum + p_out, b_dk * inv_sqrt_d, mask=m_out)
-        tl.store(dv_sum + p_out, b_dv, mask=m_out)
+        store_sums(dk_sum, dv_sum, b_dk * inv_sqrt_d, b_dv, p_row, m_row, o_d, m_d, D, KEYS_AS_ROWS)
         if SUMMARY:
             tl.store(ds_sum + i_slot * D + o_d, b_ds, mask=m_d & (tl.program_id(1) == 0))
         here = end
@@ -152,7 +140,7 @@ def _finish_kernel(
 ):  # fmt: skip
     """Add the partial sums of one chunk in order, then the gradient through its summary, unless `w` is None.
 
-    With DIRECT a row that one part did alone is skipped: its gradients are in place.
+    Rows without work are skipped, and with DIRECT those that one part did alone: their gradients are in place.
     """
     i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i_row = i_h * num_chunks + i_c
@@ -161,12 +149,14 @@ def _finish_kernel(
     p_table = i_h * stride_table + i_c
     start, end = tl.load(key_start + p_table), tl.load(key_end + p_table)
     first_part, last_part = tl.load(row_part + i_row * 2), tl.load(row_part + i_row * 2 + 1)
-    done = start >= end
+    if start >= end:
+        if w is not None:
+            tl.store(dw_chunk + i_row * D + o_d, tl.zeros([BLOCK_D], tl.float32), mask=m_d)
+        return
+    done = first_part < 0
     if DIRECT:
         done = done | (first_part >= last_part)
     if done:
-        if w is not None:
-            tl.store(dw_chunk + i_row * D + o_d, tl.zeros([BLOCK_D], tl.float32), mask=m_d)
         return
     o_n = start + o_c
     m_k = o_n < end
@@ -216,7 +206,7 @@ def _sum_parts(
         D**-0.5 * LOG2_E, D**-0.5, *routing_scales(router, D), inv_sigma, keys.shape[2],
         **sizes.constants, KEYS=config.keys, ROWS=min(config.block, sizes.tile_rows), STAGES=config.num_stages,
         ALPHA_15=router is not None and router.alpha == 1.5, SUMMARY=summaries is not None, DIRECT=direct,
-        num_warps=config.num_warps,
+        KEYS_AS_ROWS=config.keys >= KEYS_AS_ROWS, num_warps=config.num_warps,
     )  # fmt: skip
 
 
@@ -231,6 +221,8 @@ def _finish(
     nc, D = keys.shape[2], sizes.head_dim
     ends = torch.stack([partition.work[:-1], partition.work[1:] - 1], dim=1)
     row_part = torch.searchsorted(partition.bound, ends, right=True) - 1
+    # rows without work are those of another pass, or of no chunk
+    row_part.masked_fill_((ends[:, 1] < ends[:, 0])[:, None], -1)
     _finish_kernel[(nc, sizes.num_kv_heads)](
         k, w, *sums, ds_sum, dk, dv, dw_chunk, row_part, *keys, keys.stride(1),
         *k.stride()[:2], 0 if w is None else w.stride(0), D**-0.5, nc, len(partition.row),
@@ -239,33 +231,70 @@ def _finish(
     )  # fmt: skip
 
 
+class _Pass(NamedTuple):
+    """Partial sums of one kernel."""
+
+    sums: Tensor
+    """Of dk and dv, as `_sum_parts` fills them."""
+    ds_sum: Tensor | None
+    """Of the summaries' gradient."""
+    partition: WorkPartition
+
+
 def _num_slots(partition: WorkPartition) -> int:
     """Two for each part, and one for each row."""
     return 2 * len(partition.row) + len(partition.work) - 1
 
 
-def _sum_slots(
+def _passes(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, mean_log: Tensor, lists: Lists,
-    chunks: Tensor, summaries: Summaries | None, sizes: Sizes, inv_sigma: float, launches: Launches,
-) -> tuple[Tensor, Tensor | None, WorkPartition]:  # fmt: skip
-    """The partial sums of `_sum_parts` where keys lie with the queries, and the partition they belong to."""
-    config, places, window = launches.keys, own_places(None, chunks, sizes), (0, sizes.num_chunks)
+    window: tuple[int, int], chunks: Tensor, keys: Tensor, queries: Tensor, summaries: Summaries | None, sizes: Sizes,
+    inv_sigma: float, launches: Launches, direct: bool,
+) -> list[_Pass]:  # fmt: skip
+    """Partial sums over pairs, over tiles, or both: then one has no work, and only the device knows which."""
     rows = q, k, v, d_out, centred_lse, delta, mean_log
-    transposed = transpose(lists, chunks, sizes, window)
-    partition = partition_work(transposed, chunks, sizes, min(launches.parts, sizes.least_work))
-    slots, C, D = _num_slots(partition), sizes.chunk_size, sizes.head_dim
-    sums = torch.empty(2, slots, C, D, dtype=torch.float32, device=k.device)
-    ds_sum = None if summaries is None else torch.empty(slots, D, dtype=torch.float32, device=k.device)
-    if summaries is None and _takes_hopper(q, k, v, sizes, config):
-        from dash_megatron.ops.kernels.backward_kv_hopper import sum_hopper
+    found: list[_Pass] = []
+    taken = None
 
-        sum_hopper(*rows, lists.log_prior, transposed, partition, sums, chunks, sizes, inv_sigma, config)
-    else:
-        _sum_parts(
-            *rows, lists.log_prior, transposed, partition, places, places, sums, ds_sum, summaries, sizes, inv_sigma,
-            config, False,
+    def allocate(partition: WorkPartition) -> _Pass:
+        slots, C, D = _num_slots(partition), sizes.chunk_size, sizes.head_dim
+        ds_sum = None if summaries is None else torch.empty(slots, D, dtype=torch.float32, device=k.device)
+        if direct:
+            # The buffer may hold few of the window's chunks: no slots for all of these. Zero, since not all is written.
+            room = 2 * len(partition.row) * C * D + k.numel()
+            found.append(_Pass(torch.zeros(2, room, device=k.device), ds_sum, partition))
+        else:
+            sums = torch.empty(2, slots, C, D, dtype=torch.float32, device=k.device)
+            found.append(_Pass(sums, ds_sum, partition))
+        return found[-1]
+
+    if launches.pairs_above < math.inf:
+        config = launches.pairs
+        step = config.block // sizes.group
+        plan = plan_pairs(
+            lists, chunks, queries, sizes, window, launches.parts, step, launches.pairs_above
         )  # fmt: skip
-    return sums, ds_sum, partition
+        sums, ds_sum, _ = allocate(plan.partition)
+        sum_pairs(
+            *rows, lists, plan, chunks, keys, queries, sums, ds_sum, summaries, sizes, inv_sigma, config, direct
+        )  # fmt: skip
+        taken = plan.taken
+    if launches.pairs_above > 0:
+        transposed = transpose(lists, chunks, sizes, window)
+        partition = partition_work(transposed, queries, sizes, launches.parts, taken)
+        sums, ds_sum, _ = allocate(partition)
+        if not direct and summaries is None and _takes_hopper(q, k, v, sizes, launches.keys):
+            from dash_megatron.ops.kernels.backward_kv_hopper import sum_hopper
+
+            sum_hopper(
+                *rows, lists.log_prior, transposed, partition, sums, chunks, sizes, inv_sigma, launches.keys
+            )
+        else:
+            _sum_parts(
+                *rows, lists.log_prior, transposed, partition, keys, queries, sums, ds_sum, summaries, sizes, inv_sigma,
+                launches.keys, direct,
+            )  # fmt: skip
+    return found
 
 
 def _takes_hopper(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, config: Config) -> bool:
@@ -292,27 +321,16 @@ def backward_kv(
     summaries = None
     if deterministic:
         summaries = Summaries(tau, mean_dp, summary, d_prior, head_scaling, router)
-    sums, ds_sum, partition = _sum_slots(
-        q,
-        k,
-        v,
-        d_out,
-        centred_lse,
-        delta,
-        mean_log,
-        lists,
-        chunks,
-        summaries,
-        sizes,
-        router.inv_sigma,
-        launches,
-    )
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     dw_chunk = torch.empty(summary.shape, dtype=torch.float32, device=k.device)
     places = own_places(None, chunks, sizes)
-    ds_sum = d_summary if ds_sum is None else ds_sum
-    _finish(k, w, sums, ds_sum, dk, dv, dw_chunk, partition, places, sizes, deterministic, False)
+    for sums, ds_sum, partition in _passes(
+        q, k, v, d_out, centred_lse, delta, mean_log, lists, (0, sizes.num_chunks), chunks, places, places, summaries,
+        sizes, router.inv_sigma, launches, False,
+    ):  # fmt: skip
+        ds_sum = d_summary if ds_sum is None else ds_sum
+        _finish(k, w, sums, ds_sum, dk, dv, dw_chunk, partition, places, sizes, deterministic, False)
     return dk, dv, dw_chunk.sum(1)
 
 
@@ -321,13 +339,14 @@ def backward_kv_lists(
     chunks: Tensor, sizes: Sizes, inv_sigma: float, launches: Launches,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of k and v [tokens, Hkv, D], in their dtype, through attention alone: there are no summaries."""
-    sums, _, partition = _sum_slots(
-        q, k, v, d_out, centred_lse, delta, mean_log, lists, chunks, None, sizes, inv_sigma, launches
-    )
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     places = own_places(None, chunks, sizes)
-    _finish(k, None, sums, None, dk, dv, None, partition, places, sizes, False, False)
+    for sums, _, partition in _passes(
+        q, k, v, d_out, centred_lse, delta, mean_log, lists, (0, sizes.num_chunks), chunks, places, places, None, sizes,
+        inv_sigma, launches, False,
+    ):  # fmt: skip
+        _finish(k, None, sums, None, dk, dv, None, partition, places, sizes, False, False)
     return dk, dv
 
 
@@ -340,15 +359,16 @@ def backward_kv_buffer(
 
     `keys` and `queries` are those of `_sum_parts`, of the chunks in the window first <= c < last, in which those of the lists lie.
     """
-    transposed = transpose(lists, chunks, sizes, window)
-    partition = partition_work(transposed, chunks, sizes, launches.parts, queries)
-    slots = 2 * len(partition.row) * sizes.chunk_size * sizes.head_dim
-    # The buffer may hold few of the window's chunks: no slots for all of these. Zero, since parts may be empty.
-    sums = torch.zeros(2, slots + k.numel(), dtype=torch.float32, device=k.device)
-    _sum_parts(
-        q, k, v, d_out, centred_lse, delta, mean_log, lists.log_prior, transposed, partition, keys, queries, sums,
-        None, None, sizes, inv_sigma, launches.keys, True,
-    )  # fmt: skip
-    dk, dv = sums[:, slots:].unflatten(1, k.shape)
-    _finish(k, None, sums, None, dk, dv, None, partition, keys, sizes, False, True)
-    return dk, dv
+    parts = []
+    for sums, _, partition in _passes(
+        q, k, v, d_out, centred_lse, delta, mean_log, lists, window, chunks, keys, queries, None, sizes, inv_sigma,
+        launches, True,
+    ):  # fmt: skip
+        dk, dv = sums[:, -k.numel() :].unflatten(1, k.shape)
+        _finish(k, None, sums, None, dk, dv, None, partition, keys, sizes, False, True)
+        parts.append((dk, dv))
+    if len(parts) == 1:
+        return parts[0]
+    # one is zero
+    (dk, dv), (more_dk, more_dv) = parts
+    return dk.add_(more_dk), dv.add_(more_dv)

@@ -2,10 +2,12 @@
 
 Nothing is ever tuned at run time: ranks that chose different configurations would compute different results.
 `benchmarks/tune_kernels.py` writes the table, configs.json: GPU name -> shape (`shape_key`) -> `tile_rows` and
-`parts_per_multiprocessor`, integers, and for each stage of `Launches` the fields of a `Config` that differ from their defaults.
+`parts_per_multiprocessor`, integers, `pairs_above`, and for each stage of `Launches` the fields of a `Config` that differ from
+their defaults. What a shape leaves out follows the rule.
 """
 
 import json
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,16 +30,16 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     block: int = 0
-    """Route and router: summaries a step. Keys: query rows a step of the plain kernel. Attend and queries: unused."""
+    """Route and router: summaries a step. Keys and pairs: query rows a step, of keys the plain kernel's. Attend and queries: unused."""
     keys: int = 0
-    """Keys of a chunk a step or, in the pass over the transposed lists, a program. Route and router: unused."""
+    """Keys of a chunk a step or, in the passes to keys and values, a program. Route and router: unused."""
     kernel: str = PLAIN
     """Attend and keys: "hopper" takes the Hopper kernel where it fits, and elsewhere the plain one with the other numbers.
     For attend, "hopper-overlap" also computes the next scores during the softmax."""
 
 
 # The fields of `Launches` that have a `Config`.
-STAGES = ("route", "attend", "queries", "router", "keys")
+STAGES = ("route", "attend", "queries", "router", "keys", "pairs")
 
 
 class Launches(NamedTuple):
@@ -50,8 +52,13 @@ class Launches(NamedTuple):
     queries: Config
     router: Config
     keys: Config
+    """Keys and values over the transposed lists."""
+    pairs: Config
+    """Keys and values over pairs."""
     parts: int
-    """Programs that share the transposed lists."""
+    """Programs that share the transposed lists, or the pairs."""
+    pairs_above: float
+    """Keys and values go over pairs where tiles list more than this many times the pairs that tokens selected; 0: anyway, infinity: never."""
 
 
 # A shape's numbers and, by stage, the fields of its configurations.
@@ -101,6 +108,11 @@ def _rule(itemsize: int, head_dim: int, chunk_size: int, group: int, shared_byte
     attend_stages = stages_that_fit(3, rows * row_bytes, step_bytes, shared_bytes)
     queries_stages = stages_that_fit(2, 2 * rows * row_bytes, step_bytes, shared_bytes)
     keys_stages = stages_that_fit(2, step_bytes, 4 * step * row_bytes, shared_bytes)
+    # two programs a multiprocessor, whose accumulators leave few registers to a step's scores where rows are wide
+    pair_rows, pair_keys = max(16, padded_group, 64 if row_bytes <= 128 else 32), min(keys, 64)
+    pairs_stages = stages_that_fit(3, 2 * pair_keys * row_bytes, 2 * pair_rows * row_bytes, shared_bytes // 2)
+    # measured on an H200: pairs cost less however alike tokens select, but for heads of 64 with chunks of 64
+    by_pairs = itemsize == 2 and head_dim <= 128 and (head_dim > 64 or chunk_size < 64)
     return {
         "tile_rows": tile_rows,
         "route": {"num_warps": warps, "num_stages": route_stages, "block": block},
@@ -108,7 +120,14 @@ def _rule(itemsize: int, head_dim: int, chunk_size: int, group: int, shared_byte
         "queries": {"num_warps": 8 if wide else warps, "num_stages": queries_stages, "keys": keys},
         "router": {"num_warps": warps, "num_stages": 1, "block": block},
         "keys": {"num_warps": 8 if wide else 4, "num_stages": keys_stages, "block": step, "keys": keys},
+        "pairs": {
+            "num_warps": 8 if pair_keys * row_bytes > 128 * 128 else 4,
+            "num_stages": pairs_stages,
+            "block": pair_rows,
+            "keys": pair_keys,
+        },
         "parts_per_multiprocessor": 2,
+        "pairs_above": 0 if by_pairs else math.inf,
     }
 
 
@@ -129,5 +148,6 @@ def find_launches(
     return Launches(
         tile_rows=entry["tile_rows"],
         parts=entry["parts_per_multiprocessor"] * multiprocessors,
+        pairs_above=entry["pairs_above"],
         **{stage: Config(**entry[stage]) for stage in STAGES},
     )

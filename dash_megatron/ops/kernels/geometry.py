@@ -56,11 +56,6 @@ class Sizes(NamedTuple):
         return self.tiles_per_head * self.num_kv_heads
 
     @property
-    def least_work(self) -> int:
-        """At most the number of tiles in chunks that exist."""
-        return -(-self.num_tokens // self.chunk_size) * self.tiles_per_chunk * self.num_kv_heads
-
-    @property
     def block_d(self) -> int:
         return next_power_of_two(self.head_dim)
 

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
+# Fewer keys would leave rows of the tensor cores empty, where keys are the rows of a product.
+KEYS_AS_ROWS = 64
 
 
 @triton.jit
@@ -72,3 +74,71 @@ def own_key_rows(key_start, key_end, stride_key, i_h, own):
     """First row and one past the last of the keys of a query tile's own chunk."""
     p_key = i_h.to(tl.int64) * stride_key + own
     return tl.load(key_start + p_key), tl.load(key_end + p_key)
+
+
+@triton.jit
+def place_sums(
+    i_p,
+    num_parts,
+    i_row,
+    i_h,
+    begins,
+    ends,
+    o_c,
+    o_k,
+    m_k,
+    HKV: tl.constexpr,
+    C: tl.constexpr,
+    DIRECT: tl.constexpr,
+):
+    """Slot of a part's sums for a row that begins or ends in it; for each key the place in units of D, and whether to store."""
+    # slot 0 of a part: a row that began in an earlier part; slot 1: one that began here
+    i_slot = i_p * 2 + begins.to(tl.int64)
+    p_row, m_row = i_slot * C + o_c, o_c < C
+    if begins & ends:
+        # behind the slots of the parts lie slots for whole rows, or the gradients themselves
+        i_slot = num_parts * 2 + i_row
+        if DIRECT:
+            p_row = num_parts.to(tl.int64) * (2 * C) + o_k.to(tl.int64) * HKV + i_h
+            m_row = m_k
+        else:
+            p_row = i_slot * C + o_c
+    return i_slot, p_row, m_row
+
+
+@triton.jit
+def step_products(
+    b_k, b_v, b_q, b_do, b_dk, b_dv, b_shift, b_delta, o_c, o_slot, scale, KEYS_AS_ROWS: tl.constexpr
+):
+    """Add a step's rows to dk and dv [KEYS, BLOCK_D], or turned. There, products that do not wait for each other
+    come first; else they would need more registers than there are."""
+    if KEYS_AS_ROWS:
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+        b_s = tl.where(o_c[:, None] <= o_slot[None, :], b_s * scale + b_shift[None, :], float("-inf"))
+        b_p = tl.exp2(b_s)
+        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
+        b_ds = b_p * (b_dp - b_delta[None, :])
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+    else:
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
+        b_s = tl.where(o_c[None, :] <= o_slot[:, None], b_s * scale + b_shift[:, None], float("-inf"))
+        b_p = tl.exp2(b_s)
+        b_dv = tl.dot(tl.trans(b_do), b_p.to(b_do.dtype), b_dv, input_precision="ieee")
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        b_dk = tl.dot(tl.trans(b_q), b_ds.to(b_q.dtype), b_dk, input_precision="ieee")
+    return b_dk, b_dv
+
+
+@triton.jit
+def store_sums(
+    dk_sum, dv_sum, b_dk, b_dv, p_row, m_row, o_d, m_d, D: tl.constexpr, KEYS_AS_ROWS: tl.constexpr
+):
+    """Store what `step_products` summed at the places of the keys, `p_row` in units of D."""
+    if KEYS_AS_ROWS:
+        p_out, m_out = p_row[:, None] * D + o_d[None, :], m_row[:, None] & m_d[None, :]
+    else:
+        p_out, m_out = p_row[None, :] * D + o_d[:, None], m_row[None, :] & m_d[:, None]
+    tl.store(dk_sum + p_out, b_dk, mask=m_out)
+    tl.store(dv_sum + p_out, b_dv, mask=m_out)

@@ -75,15 +75,24 @@ def _scatter_run_kernel(
             tl.debug_barrier()
 
 
+def run_tiles(sizes: Sizes, num_chunks: int) -> int:
+    """Tiles of a run, so that the table of counts keeps to its bound."""
+    run = MIN_RUN_TILES
+    while (
+        triton.cdiv(sizes.tiles_per_head, run) * sizes.num_kv_heads * num_chunks > MAX_COUNTS
+        and run < sizes.tiles_per_head
+    ):
+        run *= 2
+    return run
+
+
 def transpose(
     lists: Lists, chunks: Tensor, sizes: Sizes, window: tuple[int, int] | None = None
 ) -> Transposed:
     """Transpose lists whose chunks all lie in the `window` first <= c < last, or are those of the queries if None."""
     first, last = (0, sizes.num_chunks) if window is None else window
     device, Hkv, nc = lists.chunk.device, sizes.num_kv_heads, last - first
-    run = MIN_RUN_TILES
-    while triton.cdiv(sizes.tiles_per_head, run) * Hkv * nc > MAX_COUNTS and run < sizes.tiles_per_head:
-        run *= 2
+    run = run_tiles(sizes, nc)
     runs = triton.cdiv(sizes.tiles_per_head, run)
     place, entry = torch.empty(2, *lists.chunk.shape, dtype=torch.int64, device=device)
 
@@ -102,22 +111,24 @@ def transpose(
     return Transposed(place, entry, offset)
 
 
-def partition_work(
-    transposed: Transposed, chunks: Tensor, sizes: Sizes, parts: int, queries: Tensor | None = None
-) -> WorkPartition:
-    """Give every part the same amount of work, wherever that cuts a row.
+def rows_of_bounds(work: Tensor, bound: Tensor) -> Tensor:
+    """The row whose work contains each bound; rows without work share their beginning with the next."""
+    return torch.searchsorted(work, bound, right=True) - 1
 
-    `queries`, int32 [2, Hkv, window], gives first and one past the last row of the queries of each row's chunk, if the rows
-    are not those of `chunks`. An empty part leaves its sums unwritten; with at most `least_work` parts none is empty.
+
+def partition_work(
+    transposed: Transposed, queries: Tensor, sizes: Sizes, parts: int, absent: Tensor | None = None
+) -> WorkPartition:
+    """Give every part the same amount of work, wherever that cuts a row. The last parts may be empty.
+
+    `queries`, int32 [2, Hkv, window], gives first and one past the last row of the queries of each row's chunk. There is no
+    work where `absent`, bool [], says so.
     """
-    start, end = (
-        chunks[:2].repeat(1, sizes.num_kv_heads) if queries is None else queries.flatten(1)
-    ).unbind()
-    own_tiles = ((end > start).long() * sizes.tiles_per_chunk).cumsum(0)
-    work = transposed.offset.clone()
-    work[1:] += own_tiles
-    part = torch.arange(parts + 1, device=work.device)
-    bound = part * work[-1] // parts
-    # the row whose work contains the bound; rows without work share their beginning with the next
-    row = torch.searchsorted(work, bound[:-1], right=True) - 1
-    return WorkPartition(work, bound, row)
+    start, end = queries
+    row_work = transposed.offset.diff().view(start.shape) + (end > start) * sizes.tiles_per_chunk
+    if absent is not None:
+        row_work = row_work.masked_fill(absent, 0)
+    work = torch.cat([row_work.new_zeros(1), row_work.flatten().cumsum(0)])
+    share = ((work[-1] + parts - 1) // parts).clamp(1)
+    bound = torch.minimum(torch.arange(parts + 1, device=work.device) * share, work[-1])
+    return WorkPartition(work, bound, rows_of_bounds(work, bound[:-1]))

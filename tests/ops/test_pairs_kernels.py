@@ -1,0 +1,145 @@
+"""Gradients of keys and values by gathered pairs equal those over tiles, which other tests hold to the reference."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels, with_router
+
+dash, configs, pairs, geometry, backward_kv = import_kernels(
+    "dash", "configs", "pairs", "geometry", "backward_kv"
+)
+find_launches = configs.find_launches
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def _by_pair(monkeypatch, rows=None, parts=None, above=0):
+    """From now on keys and values go over pairs, in steps of `rows` rows and shared by `parts` programs, if they are given."""
+
+    def launches(*args, **kwargs):
+        usual = find_launches(*args, **kwargs)
+        config = usual.pairs._replace(block=rows or usual.pairs.block)
+        return usual._replace(pairs=config, parts=parts or usual.parts, pairs_above=above)
+
+    monkeypatch.setattr(dash, "find_launches", launches)
+
+
+def _gradients(
+    N=50, Hq=4, Hkv=2, D=16, C=16, dtype=torch.float32, lengths=None, deterministic=False, **router
+):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (1, N, Hq, D), (1, N, Hkv, D), (1, N, Hkv, D), (Hkv, D), (1, N, Hq, D)
+    *leaves, upstream = (torch.randn(*shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
+    leaves = [x.requires_grad_() for x in leaves]
+    cu_seqlens = None
+    if lengths is not None:
+        cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(DEVICE)
+    settings = {"chunk_size": C, "scaling_factor": 2.0, "sigma": 2.0, "alpha": 1.5, "cu_seqlens": cu_seqlens}
+    out, _ = dash.dash_attention_triton(
+        *leaves, **with_router(settings | router), deterministic=deterministic
+    )
+    return torch.autograd.grad(out, leaves, upstream)
+
+
+def _check(expected, gradients, dtype=torch.float32):
+    for name, x, y in zip("qkvw", gradients, expected, strict=True):
+        assert not x.isnan().any(), name
+        assert (x - y).norm() <= TOLERANCE[dtype][1] * y.norm(), name
+
+
+SHAPES = {
+    "one head a group, rows of a step that no chunk fills": ({"Hq": 2}, 64),
+    "three heads a group": ({"Hq": 6}, 16),
+    "sixteen heads a group": ({"Hq": 16, "Hkv": 1}, 32),
+    "head dim 24, chunks of 64": ({"N": 150, "D": 24, "C": 64, "Hkv": 1}, 32),
+    "bfloat16, chunks of 32": ({"N": 80, "C": 32, "dtype": torch.bfloat16}, 32),
+    "alpha 1.7, prior not centred": ({"alpha": 1.7, "estimate_diagonal": False}, 16),
+    "packed": ({"lengths": (9, 1, 16, 24)}, 16),
+    "everything selected": ({"scaling_factor": 0.01}, 16),
+    "local chunks, pooled queries": ({"N": 59, "Hq": 6, "local_chunks": 1, "query_pool": 3}, 16),
+}
+
+
+@pytest.mark.parametrize(("shape", "rows"), SHAPES.values(), ids=SHAPES)
+def test_gradients_by_pair_equal_those_over_tiles(shape, rows, monkeypatch):
+    expected = _gradients(**shape)
+    _by_pair(monkeypatch, rows)
+    _check(expected, _gradients(**shape), shape.get("dtype", torch.float32))
+
+
+@pytest.mark.parametrize("shape", [{}, {"alpha": 1.7, "scaling_factor": torch.tensor([1.0, 3.0], device=DEVICE), "lengths": (33, 17)}], ids=str)
+def test_deterministic_gradients_by_pair_are_the_same_bits_in_every_run(shape, monkeypatch):
+    expected = _gradients(deterministic=True, **shape)
+    _by_pair(monkeypatch)
+    first, again = (_gradients(deterministic=True, **shape) for _ in range(2))
+    _check(expected, first)
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize(("parts", "most"), [(1, 2**26), (500, 2**26), (2, 64)])
+def test_gradients_by_pair_do_not_depend_on_parts_and_slabs(parts, most, monkeypatch):
+    """Whole in one part; more parts than there are steps; and few pairs at a time, so that slabs cut chunks."""
+    shape = {"N": 100, "Hq": 8, "Hkv": 1}
+    expected = _gradients(**shape, deterministic=True)
+    monkeypatch.setattr(pairs, "MAX_PAIRS", most)
+    _by_pair(monkeypatch, 16 if most == 64 else None, parts)
+    _check(expected, _gradients(**shape, deterministic=True))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_device_takes_pairs_or_tiles_by_how_much_tiles_list(deterministic, monkeypatch):
+    """Just below and above the ratio both give the gradients; each leaves the other without work."""
+    shape = {"N": 100, "Hq": 4, "Hkv": 2, "deterministic": deterministic}
+    expected = _gradients(**shape)
+    plans = []
+
+    def plan_and_keep(*args):
+        plans.append(plan_pairs(*args))
+        return plans[-1]
+
+    plan_pairs = pairs.plan_pairs
+    monkeypatch.setattr(backward_kv, "plan_pairs", plan_and_keep)
+    for above, taken in ((1.0, True), (16.0, False)):
+        _by_pair(monkeypatch, above=above)
+        _check(expected, _gradients(**shape))
+        assert plans[-1].taken.item() is taken
+        assert (plans[-1].partition.work[-1] > 0).item() is taken
+
+
+def test_a_chunk_has_its_own_tokens_then_those_that_selected_it():
+    N, Hkv, C, T = 70, 2, 16, 8
+    sizes = geometry.size_tiles(N, (Hkv, 16), Hkv, C, 5, 10, T)
+    assert sizes.tile_tokens == 16
+    chunks = geometry.chunk_table(sizes, 1, None, torch.device(DEVICE))
+    generator = torch.Generator().manual_seed(0)
+    past = torch.arange(5) < (torch.arange(N) // C)[:, None]
+    selected_HNc = ((torch.rand(Hkv, N, 5, generator=generator) < 0.4) & past).to(DEVICE)
+    log_HNc = torch.randn(Hkv, N, 5, generator=generator).to(DEVICE).masked_fill(~selected_HNc, -torch.inf)
+    tiles_itc = F.pad(log_HNc, (0, 0, 0, 10), value=-torch.inf).unflatten(1, (5, 16)).flatten(0, 1)
+    tile, chunk = (tiles_itc > -torch.inf).any(1).nonzero(as_tuple=True)
+    counts = torch.bincount(tile, minlength=10)
+    lists = geometry.Lists(chunk.int(), tiles_itc[tile, :, chunk], counts.cumsum(0) - counts, counts.int())
+    mean_log = torch.randn(N, Hkv, generator=generator).to(DEVICE)
+    queries = geometry.own_places(None, chunks, sizes)
+    plan = pairs.plan_pairs(lists, chunks, queries, sizes, (0, 5), 3, 4, 0)
+    assert plan.slabs == 1
+    packed = pairs.fill_pairs(plan, 0, lists, mean_log, chunks, queries, sizes).token_prior
+    for row in range(Hkv * 5):
+        h, c = divmod(row, 5)
+        token, bits = packed[plan.offset[row] : plan.offset[row + 1]].unbind(1)
+        own = torch.arange(c * C, min(c * C + C, N), device=DEVICE)
+        listed = selected_HNc[h, :, c].nonzero().flatten()
+        assert torch.equal(token.long(), torch.cat([own, listed]))
+        expected = torch.cat([mean_log[own, h], log_HNc[h, listed, c]])
+        assert torch.equal(bits.view(torch.float32), expected)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU: too many tokens for the interpreter")
+def test_half_precision_by_pair_equals_that_over_tiles_at_real_sizes(monkeypatch):
+    for C, D, rows in ((64, 128, 32), (64, 64, 64), (32, 64, 64), (16, 128, 64), (128, 128, 32)):
+        shape = {"N": 3000, "Hq": 8, "D": D, "C": C, "dtype": torch.bfloat16, "scaling_factor": 1.0}
+        monkeypatch.setattr(dash, "find_launches", find_launches)
+        expected = _gradients(**shape)
+        _by_pair(monkeypatch, rows)
+        _check(expected, _gradients(**shape), torch.bfloat16)
