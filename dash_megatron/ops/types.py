@@ -32,17 +32,28 @@ class Router(NamedTuple):
     pool_heads: bool = False
     """The router sees the mean over the query heads of a group, so that there is one entmax a key/value head."""
 
-    def over_groups(self, x: Tensor, num_kv_heads: int) -> Tensor:
-        """With `pool_heads`, x [..., Hq, D] with each query head replaced by the mean of its group; otherwise x itself.
+    def group_means(self, x: Tensor, num_kv_heads: int) -> Tensor:
+        """With `pool_heads` the means [..., Hkv, D] of x [..., Hq, D] over the query heads of each group; otherwise x itself.
 
-        The means are taken in float32 or wider and rounded to x's dtype. The gradient of this function is the function itself,
-        of the gradient.
+        They are taken in float32 or wider and rounded to x's dtype.
         """
         if not self.pool_heads:
             return x
         groups = x.unflatten(-2, (num_kv_heads, -1))
-        mean = groups.mean(-2, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
-        return mean.expand_as(groups).flatten(-3, -2)
+        return groups.mean(-2, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+
+    def group_means_backward(self, d_means: Tensor, num_heads: int) -> Tensor:
+        """The gradient of what `group_means` was given, [..., num_heads, D], from that of what it returned."""
+        if not self.pool_heads:
+            return d_means
+        group = num_heads // d_means.shape[-2]
+        return (d_means / group).repeat_interleave(group, dim=-2)
+
+    def over_groups(self, x: Tensor, num_kv_heads: int) -> Tensor:
+        """`group_means` with each mean once for every query head of its group, [..., Hq, D]."""
+        return self.group_means(x, num_kv_heads).repeat_interleave(
+            x.shape[-2] // num_kv_heads if self.pool_heads else 1, dim=-2
+        )
 
     def of_heads(self, heads: slice) -> Router:
         """The same router for some of the key/value heads."""

@@ -226,6 +226,15 @@ def test_every_form_of_the_method_equals_the_reference(name, deterministic):
     _check(leaves, upstream, deterministic=deterministic, same_selection=not CUDA, **METHODS[name])
 
 
+@pytest.mark.parametrize("Hq", [6, 32], ids=["three heads a group", "sixteen heads a group"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_one_query_a_group_equals_the_reference_for_tiles_of_few_tokens(Hq, deterministic):
+    """Of sixteen heads a tile has eight tokens: with one row each, fewer rows than a product takes."""
+    leaves, upstream = _inputs(1003 if CUDA else 50, Hq=Hq)
+    settings = {"pool_heads": True, "local_chunks": 1, "query_pool": 3}
+    _check(leaves, upstream, deterministic=deterministic, same_selection=not CUDA, **settings)
+
+
 PACKED = {
     "several": (9, 1, 16, 33),
     "shorter than a chunk": (3, 1, 2, 15, 7),

@@ -68,7 +68,11 @@ def test_gradients_by_pair_equal_those_over_tiles(shape, rows, monkeypatch):
     _check(expected, _gradients(**shape), shape.get("dtype", torch.float32))
 
 
-@pytest.mark.parametrize("shape", [{}, {"alpha": 1.7, "scaling_factor": torch.tensor([1.0, 3.0], device=DEVICE), "lengths": (33, 17)}], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"alpha": 1.7, "scaling_factor": torch.tensor([1.0, 3.0], device=DEVICE), "lengths": (33, 17)}],
+    ids=str,
+)
 def test_deterministic_gradients_by_pair_are_the_same_bits_in_every_run(shape, monkeypatch):
     expected = _gradients(deterministic=True, **shape)
     _by_pair(monkeypatch)

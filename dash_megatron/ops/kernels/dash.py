@@ -63,12 +63,12 @@ def _dense_rows(x: Tensor) -> Tensor:
 def _pooled(
     rows_q: Tensor, batch: int, Hkv: int, router: Router, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The router's queries, and the positions of means over tokens; None where these are of one token."""
+    """The router's queries, of key/value heads with `pool_heads`, and the positions of means over tokens; None where of one."""
     position = None
     if router.query_pool > 1:
         position = positions(len(rows_q) // batch, batch, cu_seqlens, rows_q.device)
         rows_q = pool_rows(rows_q, position, router.query_pool)
-    return router.over_groups(rows_q, Hkv), position
+    return router.group_means(rows_q, Hkv), position
 
 
 @torch.library.custom_op("dash_megatron::dash_forward", mutates_args=())
@@ -97,7 +97,14 @@ def _forward(
     summary = summarize(rows_k, w, chunks, sizes)
     routing_q, _ = _pooled(rows_q, q.shape[0], k.shape[2], router, cu_seqlens)
     lists, tau, mean_log, selected = route(
-        routing_q, summary, chunks, offsets, sizes, router, launches.route, head_scaling=head_scaling
+        routing_q,
+        summary,
+        chunks,
+        offsets,
+        sizes.of_router(pool_heads),
+        router,
+        launches.route,
+        head_scaling=head_scaling,
     )
     out, lse = attend_forward(
         rows_q, rows_k, rows_v, lists, mean_log, chunks, sizes, router.inv_sigma, launches.attend
@@ -121,7 +128,7 @@ def _forward_fake(
         selected,
         *Saved(
             lse=q.new_empty(B * N, Hq, dtype=torch.float32),
-            tau=q.new_empty(B * N, Hq, dtype=torch.float32),
+            tau=q.new_empty(B * N, sizes.of_router(pool_heads).num_heads, dtype=torch.float32),
             mean_log=q.new_empty(B * N, Hkv, dtype=torch.float32),
             summary=k.new_empty(
                 Hkv, sizes.num_chunks, D, dtype=torch.float32 if k.dtype == torch.float32 else torch.float16
@@ -178,12 +185,14 @@ def _backward(
     # recomputed rather than kept
     routing_q, position = _pooled(rows_q, q.shape[0], k.shape[2], router, cu_seqlens)
     # the router adds to the gradient of attention where both saw the same queries
-    router_dq = dq if routing_q is rows_q else torch.zeros_like(dq)
+    router_dq = dq if routing_q is rows_q else dq.new_zeros(routing_q.shape)
+    router_sizes = sizes.of_router(pool_heads)
     d_summary, mean_dp, d_log_factor = backward_router(
-        routing_q, summary, tau, router_dq, d_prior, lists, chunks, sizes, router, launches.router, deterministic, head_scaling,
+        routing_q, summary, tau, router_dq, d_prior, lists, chunks, router_sizes, router, launches.router, deterministic,
+        head_scaling,
     )  # fmt: skip
     if routing_q is not rows_q:
-        router_dq = router.over_groups(router_dq, k.shape[2])
+        router_dq = router.group_means_backward(router_dq, q.shape[2])
         if position is None:
             dq = dq + router_dq
         else:
@@ -192,7 +201,7 @@ def _backward(
         # the pass to keys and values knows one kind of queries only, and not which chunks are local
         d_summary = sum_d_summary(
             routing_q, tau, mean_dp, summary, list_log_prior, d_prior, transpose(lists, chunks, sizes), chunks[0],
-            None, sizes, router, head_scaling,
+            None, router_sizes, router, head_scaling,
         )  # fmt: skip
         deterministic = False
     dk, dv, dw = backward_kv(

@@ -59,6 +59,14 @@ class Sizes(NamedTuple):
     def block_d(self) -> int:
         return next_power_of_two(self.head_dim)
 
+    def of_router(self, pool_heads: bool) -> "Sizes":
+        """The same tiles as the router sees them: with `pool_heads` a token has one row for each key/value head."""
+        if not pool_heads:
+            return self
+        # as few rows as a product takes
+        padded_group = max(1, 16 // self.tile_tokens)
+        return self._replace(num_heads=self.num_kv_heads, group=1, padded_group=padded_group)
+
     @property
     def constants(self) -> dict[str, int]:
         """What kernels over query tiles know when they are compiled."""

@@ -61,7 +61,7 @@ class State(NamedTuple):
     list_offset: Tensor
     list_count: Tensor
     tau: Tensor
-    """float32 [n, Hq]: threshold of the entmax."""
+    """float32 [n, Hq], or [n, Hkv] with `pool_heads`: threshold of the entmax."""
     mean_log: Tensor
     """float32 [n, Hkv]: mean log2 probability of the past chunks selected; zero if the prior is not centred."""
 
@@ -213,7 +213,7 @@ def route(
     Waits for the device only where lists are too long to be allocated for every chunk being selected.
     """
     launches, sizes = _prepare(q, len(summary), chunks, router)
-    q, past = router.over_groups(q, len(summary)), _past(chunks)
+    q, past, sizes = router.group_means(q, len(summary)), _past(chunks), sizes.of_router(router.pool_heads)
     lists, tau, mean_log, selected = routing.route(
         _rows(q), summary.contiguous(), _spans(chunks), list_offsets(sizes, past), sizes, router,
         launches.route, chunks.number.contiguous(), head_scaling,
@@ -245,7 +245,7 @@ def route_backward(
     chunks, router, state = queries.chunks, queries.router, State(*queries.routed.state)
     launches, sizes = _prepare(queries.q, len(summary), chunks, router)
     q, summary, spans = _rows(queries.routing_q), summary.contiguous(), _spans(chunks)
-    q = router.over_groups(q, len(summary))
+    q, sizes = router.group_means(q, len(summary)), sizes.of_router(router.pool_heads)
     dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     number = chunks.number.contiguous()
     d_summary, mean_dp, d_log_factor = backward_router(
@@ -258,7 +258,7 @@ def route_backward(
             q, state.tau, mean_dp, summary, state.list_log_prior, d_prior, transposed, chunks.start, number, sizes, router,
             head_scaling,
         )  # fmt: skip
-    dq = router.over_groups(dq, len(summary))
+    dq = router.group_means_backward(dq, queries.q.shape[1])
     if head_scaling is None or d_log_factor is None:
         return RouterGradients(dq, d_summary, None)
     return RouterGradients(dq, d_summary, d_log_factor / head_scaling)
