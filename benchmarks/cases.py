@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.choices import layers_of, model_names
+from benchmarks.choices import chunk_size_of, layers_of, model_names
 from benchmarks.stages import Case
 
 CASES = [
@@ -55,11 +55,6 @@ TINY_CASES = [
 # of the models with chunks of their own: their shape, and topics that make the replaced router's lists about as long
 TRAINED = Case("", 16384, heads=8, head_dim=64)
 TRAINED_TINY = replace(TRAINED, tokens=256, heads=2, head_dim=16)
-
-
-def chunk_size_of(model: str) -> int:
-    """Tokens of a chunk of a model in `benchmarks/choices`, by its name."""
-    return 32 if "_c32" in model else 64
 
 
 def trained_cases(like: Case) -> list[Case]:

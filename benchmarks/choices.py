@@ -27,6 +27,13 @@ def layers_of(model: str) -> list[int]:
         return sorted(int(name.removeprefix("layer_")) for name in arrays.files)
 
 
+def chunk_size_of(model: str) -> int:
+    """Tokens of a chunk in a model's file."""
+    with np.load(FOLDER / f"{model}.npz") as arrays:
+        _, chunks, token_bytes = arrays[arrays.files[0]].shape
+    return int(8 * token_bytes // chunks)
+
+
 def load_selected(model: str, layer: int) -> Tensor:
     """Past chunks that each token selected in one layer.
 

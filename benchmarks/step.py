@@ -28,7 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.choices import layers_of, load_selected, model_names
+from benchmarks.choices import chunk_size_of, layers_of, model_names
 from benchmarks.inputs import TINY_MODEL, device_name
 from benchmarks.persistence import local_chunks_of, make_selected
 from benchmarks.timing import seconds_of
@@ -172,21 +172,14 @@ def trained_models(config: Config) -> list[str]:
         ValueError: there is none.
     """
     size, local = config.attention.chunk_size, config.attention.local_chunks
-    found = [
-        name for name in model_names() if local_chunks_of(name) == local and _chunk_size_of(name) == size
-    ]
+    found = [name for name in model_names() if local_chunks_of(name) == local and chunk_size_of(name) == size]
     if not found:
-        sizes = sorted({(_chunk_size_of(name), local_chunks_of(name)) for name in model_names()})
+        sizes = sorted({(chunk_size_of(name), local_chunks_of(name)) for name in model_names()})
         raise ValueError(
             f"attention.chunk_size={size}, attention.local_chunks={local} must be one of the pairs {sizes} of "
             "benchmarks/choices with --routing trained; set both as one of them"
         )
     return found
-
-
-def _chunk_size_of(model: str) -> int:
-    _, tokens, chunks = load_selected(model, layers_of(model)[0]).shape
-    return tokens // chunks
 
 
 @contextlib.contextmanager
