@@ -18,10 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class ConversationRows(torch.utils.data.Dataset[Mapping[str, Tensor]]):
-    """One pass over documents with marked answers, in random order, as many whole ones in a row as find room.
+    """One pass over documents with marked answers, in random order, packed into rows by best fit.
 
-    A row never holds the rest of a document, whose beginning would be missing. A document that is longer than a row is cut
-    at the row's end, and left out where no answer begins before that.
+    No document goes on in another row. One that is longer than a row is cut at the row's end, and left out where no answer
+    begins before that.
 
     Each row has tokens and labels (int64 [seq_length]), starts (bool [seq_length], where documents start) and loss_mask
     (float32 [seq_length], 1 where the label belongs to an answer). What documents leave empty is filled with `eod`.
@@ -114,7 +114,7 @@ class ConversationRows(torch.utils.data.Dataset[Mapping[str, Tensor]]):
                 len(keep),
                 self.seq_length,
                 keep[long].sum(),
-                (~keep).sum(),
+                (~keep[long]).sum(),
             )
         if not keep.any():
             raise ValueError(

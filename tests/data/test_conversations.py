@@ -93,19 +93,19 @@ def test_rows_attend_across_conversations_where_documents_are_not_packed(
 
 
 def test_a_longer_conversation_is_cut_or_left_out_and_counted(write_data, build, tmp_path, tokenizer, caplog):
-    fits = [
-        list(range(100, 100 + SEQ_LENGTH))
-    ]  # with its end one more than a row, of which the last is a label
+    # with its end one more than a row, of which the last is a label
+    fits = [list(range(100, 100 + SEQ_LENGTH))]
     cut = [list(range(100, 100 + SEQ_LENGTH + 1))]
     late = [list(range(100, 180))]
     marks = [[0, 1] + [0] * (SEQ_LENGTH - 2) + [1]]
     marks.append([0, 1] + [0] * (SEQ_LENGTH - 2) + [1, 1])
     marks.append([0] * 60 + [1] * 21)
-    prefix = write_data(tmp_path / "a", fits + cut + late, answers=marks)
+    empty: list[list[int]] = [[]]  # its end alone, which is not told: it is not long
+    prefix = write_data(tmp_path / "a", fits + cut + late + empty, answers=[*marks, [0]])
     with caplog.at_level(logging.WARNING):
         dataset = build([prefix], num_samples=None)
     assert (
-        "2 of 3 conversations are longer than data.seq_length=32: 1 are cut there, and 1 are left out"
+        "2 of 4 conversations are longer than data.seq_length=32: 1 are cut there, and 1 are left out"
         in caplog.text
     )
     found = sorted(documents_of(pack_samples([dataset[i]], tokenizer.eod))[0] for i in range(len(dataset)))
