@@ -1,7 +1,4 @@
-"""Causal softmax attention: over whole rows, and inside packed documents by the fastest implementation that is here.
-
-Implementations of the latter share one signature, `(q, k, v, cu_seqlens, longest)`: see `packed_attention`.
-"""
+"""Causal softmax attention: over whole rows, and inside packed documents by the fastest implementation that is installed."""
 
 from __future__ import annotations
 
@@ -19,17 +16,18 @@ PREFERENCE = ("flash3", "varlen", "each")
 """What `auto` takes: the first of these that can run. Others run only where they are asked for."""
 
 Packed = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+"""The signature of an implementation, (q, k, v, cu_seqlens, longest), as `packed_attention` describes them."""
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of whole rows by torch: cuDNN or flash attention on CUDA, the CPU kernel elsewhere.
 
     Args:
-        q: [B, N, Hq, D].
-        k, v: [B, N, Hkv, D].
+        q: [B, N, Hq, D], of any floating dtype.
+        k, v: [B, N, Hkv, D] in q's dtype; Hkv divides Hq.
 
     Returns:
-        [B, N, Hq, D].
+        [B, N, Hq, D] in q's dtype.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
@@ -42,14 +40,14 @@ def packed_attention(
     """Causal attention inside each of the documents that make up a row.
 
     Args:
-        q: [N, Hq, D].
-        k, v: [N, Hkv, D]; Hkv divides Hq.
+        q: [N, Hq, D], float16 or bfloat16 on CUDA for every implementation but "each".
+        k, v: [N, Hkv, D] in q's dtype; Hkv divides Hq.
         cu_seqlens: where documents start, and N; int32 [documents + 1].
         longest: tokens of the longest document, or a bound on them.
-        implementation: a name of `IMPLEMENTATIONS`, or "auto".
+        implementation: a name of `IMPLEMENTATIONS`, or "auto" for the first of `PREFERENCE` that can run.
 
     Returns:
-        [N, Hq, D].
+        [N, Hq, D] in q's dtype.
 
     Raises:
         ValueError: there is no such implementation, or it cannot run here.
@@ -58,7 +56,7 @@ def packed_attention(
 
 
 def pick_implementation(q: Tensor, implementation: str = "auto") -> str:
-    """Name of the implementation that `packed_attention` runs; its arguments, errors and choice are described there."""
+    """Name of the implementation that `packed_attention` runs; arguments and errors are described there."""
     if implementation == "auto":
         return next(name for name in PREFERENCE if why_not(name, q) is None)
     if implementation not in IMPLEMENTATIONS:
@@ -89,6 +87,7 @@ MODULES = {"flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
 
 @functools.cache
 def _flash_function(name: str) -> Callable[..., Any] | None:
+    """The function of one of the `MODULES`; None where that is not installed."""
     try:
         found: Callable[..., Any] = importlib.import_module(MODULES[name]).flash_attn_varlen_func
         return found
@@ -155,4 +154,4 @@ IMPLEMENTATIONS: dict[str, Packed] = {
     "varlen": _varlen,
     "each": _each,
 }
-"""Of attention inside packed documents."""
+"""Ways to compute `packed_attention`, by name; `benchmarks/full_attention.py` compares them."""

@@ -23,7 +23,10 @@ BLOCK_ELEMENTS = 4096
 
 
 class PairPlan(NamedTuple):
-    """Where pairs go. For row r = head * chunks + chunk, chunks counted from the first of a window: places offset[r] up to offset[r + 1]."""
+    """Where the pairs of each chunk go.
+
+    Row r = head * chunks + chunk, with chunks counted from the first of a window, has the places offset[r] up to offset[r + 1].
+    """
 
     partition: WorkPartition
     """Of steps: a row has as many as its pairs fill, the last one perhaps not wholly. The last parts may be empty."""
@@ -49,7 +52,7 @@ class Pairs(NamedTuple):
     """The pairs of one slab."""
 
     token_prior: Tensor
-    """int32 [room, 2]: a token, and the bits of a float32: its log priors as in the lists. Own tokens have the mean of
+    """int32 [room, 2]: a token, and the bits of a float32, which is its log prior as in the lists. Own tokens have the mean of
     their log priors instead, so that centring leaves nothing."""
     d_prior: Tensor | None
     """float32 [room]: the gradient of the log prior, if it is asked for; not set for own tokens."""
@@ -141,15 +144,18 @@ def plan_pairs(
     lists: Lists, chunks: Tensor, queries: Tensor, sizes: Sizes, window: tuple[int, int], parts: int, step: int,
     above: float,
 ) -> PairPlan:  # fmt: skip
-    """Count the pairs of lists whose chunks all lie in the `window` first <= c < last, and cut them into slabs and parts.
+    """Count the selected pairs, and cut them into slabs and parts.
 
     Args:
         lists, chunks, sizes: of the queries.
         queries: int32 [2, Hkv, window], first and one past the last row of the queries of each chunk of the window.
-        window: as it says.
+        window: first chunk, and one past the last, of those among which all chunks of the lists lie.
         parts: programs that share the work of a slab evenly, wherever that cuts a row.
         step: pairs that a program takes at a time.
         above: pairs are taken where tiles list more than this many times those that were selected; 0: anyway.
+
+    Returns:
+        The plan, whose tensors are on the device of the lists.
     """
     Hkv, nc = sizes.num_kv_heads, window[1] - window[0]
     runs = triton.cdiv(sizes.tiles_per_head, run_tiles(sizes, nc))
