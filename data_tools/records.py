@@ -6,7 +6,7 @@ from typing import Any
 
 CONVERSATION_KEYS = ("messages", "prompt", "completion")
 # what would change an answer, and is not read
-_TOOLS = ("tools", "functions", "documents", "images")
+_UNREAD = ("tools", "functions", "documents", "images")
 
 
 def keys_of(text_key: str | None) -> tuple[str, ...]:
@@ -16,7 +16,7 @@ def keys_of(text_key: str | None) -> tuple[str, ...]:
 
 def known_columns(text_key: str | None, columns: Iterable[str]) -> list[str]:
     """The columns of a table to read, empty where it has no text or no conversations."""
-    wanted = (*keys_of(text_key), *_TOOLS) if text_key is None else keys_of(text_key)
+    wanted = (*keys_of(text_key), *_UNREAD) if text_key is None else keys_of(text_key)
     found = [name for name in columns if name in wanted]
     enough = text_key is not None or "messages" in found or {"prompt", "completion"} <= set(found)
     return found if enough else []
@@ -53,7 +53,7 @@ def check_text(text: str) -> tuple[str, str]:
 
 def _conversation_of(record: dict[str, Any]) -> tuple[str, str]:
     given = {key for key in record if record[key] is not None}
-    for key in _TOOLS:
+    for key in _UNREAD:
         if record.get(key):
             return "", f"{key!r}, which is not read: answers that need it cannot be learnt"
     if {"prompt", "completion"} <= given and "messages" not in given:

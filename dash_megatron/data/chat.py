@@ -24,14 +24,14 @@ PLAIN_TEMPLATE = (
 )
 """For tokenizers that come without a template: roles are headings, and the end of sequence ends each answer."""
 
-ANSWERS = "assistant"
+ANSWER_ROLE = "assistant"
 """The role whose messages are learnt."""
 
 Messages = Sequence[Mapping[str, str]]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # what every template must be able to render; it shows which token ends a turn
-_EXAMPLE: Messages = ({"role": "user", "content": "Hello."}, {"role": ANSWERS, "content": "Good day."})
+_EXAMPLE: Messages = ({"role": "user", "content": "Hello."}, {"role": ANSWER_ROLE, "content": "Good day."})
 
 
 class Encoded(NamedTuple):
@@ -87,7 +87,7 @@ class ChatTemplate:
                 raise ValueError(
                     f"message {number} has the text {found.group()!r}, which is the name of a special token and would be read as one"
                 )
-            if message["role"] == ANSWERS and not message["content"].strip():
+            if message["role"] == ANSWER_ROLE and not message["content"].strip():
                 raise ValueError(f"message {number} is an empty answer")
         whole, spans = self._find_answers(messages)
         ids: list[int] = []
@@ -125,13 +125,13 @@ class ChatTemplate:
         if not _GENERATION.search(self.text):
             spans = self._spans_by_prefix(messages, whole)
         if not spans:
-            raise ValueError(f"there is no message of role {ANSWERS!r} to learn")
+            raise ValueError(f"there is no message of role {ANSWER_ROLE!r} to learn")
         return whole, [(start, self._end_of_turn(whole, start, end)) for start, end in spans]
 
     def _spans_by_prefix(self, messages: Messages, whole: str) -> list[tuple[int, int]]:
         spans = []
         for number, message in enumerate(messages):
-            if message["role"] == ANSWERS:
+            if message["role"] == ANSWER_ROLE:
                 asked, _ = self._render(messages[:number], ask=True)
                 answered = whole if number + 1 == len(messages) else self._render(messages[: number + 1])[0]
                 if not (whole.startswith(answered) and answered.startswith(asked)):
@@ -144,8 +144,8 @@ class ChatTemplate:
         return spans
 
     def _end_of_turn(self, whole: str, start: int, end: int) -> int:
-        """Where the special token ends with which an answer ends, spaces and newlines apart, or which follows it."""
-        *_, last = (None, *(found.end() for found in self._special.finditer(whole, start, end)))
+        """End of the special token that closes the answer whole[start:end]: its last token, white space aside, or the next."""
+        last = max((found.end() for found in self._special.finditer(whole, start, end)), default=None)
         if last is not None and not whole[last:end].strip():
             return last
         if (behind := self._special.match(whole, end)) is not None:
@@ -164,7 +164,7 @@ class ChatTemplate:
                 chat_template=self.text,
                 add_generation_prompt=ask,
                 return_assistant_tokens_mask=bool(_GENERATION.search(self.text)),
-                **self.tokenizer.roles,
+                **self.tokenizer.special_tokens_map,
             )
         except Exception as error:  # whatever a template raises
             raise ValueError(f"the template does not render it ({error})") from error

@@ -140,12 +140,7 @@ def build_dataset(
     else:
         # a blend is quick to make, and Megatron's cache for it needs a process group
         config = _config(seq_length, seed, tokenizer, None)
-        if at_most_one_pass:
-            parts = [_Repeated(one_pass, len(one_pass), seed) for one_pass in passes]
-            # no size: Megatron then takes each part's length for its weight and draws every row once
-            dataset = BlendedDataset(parts, lengths, None, config)
-        else:
-            dataset = _blended(passes, weights or [float(length) for length in lengths], num_samples, config)
+        dataset = _blended(passes, None if at_most_one_pass else weights or lengths, num_samples, config)
     return TokenRows(dataset, num_samples, tokenizer.vocab_size, ", ".join(prefixes))
 
 
@@ -332,9 +327,13 @@ class _Repeated(torch.utils.data.Dataset[Any]):
 
 
 def _blended(
-    passes: list[_OnePass], weights: list[float], num_samples: int, config: GPTDatasetConfig
+    passes: list[_OnePass], weights: Sequence[float] | None, num_samples: int, config: GPTDatasetConfig
 ) -> BlendedDataset:
-    """Draw from the passes by weight, repeating each as often as needed."""
+    """Draw from the passes by weight, repeating each as often as needed; without weights draw every row once."""
+    if weights is None:
+        parts = [_Repeated(one_pass, len(one_pass), config.random_seed) for one_pass in passes]
+        # no size: Megatron then takes each part's length for its weight
+        return BlendedDataset(parts, [len(one_pass) for one_pass in passes], None, config)
     shares = [weight / sum(weights) for weight in weights]
     # Megatron's blend keeps each part within one row of its share at every point, hence the margin
     sizes = [math.ceil(num_samples * share) + len(passes) for share in shares]

@@ -65,7 +65,7 @@ class JsonTokenizer:
             token.content: index for index, token in added.items() if token.special
         }
         named = {role: self._name_of(role) for role in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        self.roles = {role: name for role, name in named.items() if name is not None}
+        self.special_tokens_map = {role: name for role, name in named.items() if name is not None}
         self._check_texts()
 
     def encode(self, text: str | bytes, continues: bool = False) -> list[int]:

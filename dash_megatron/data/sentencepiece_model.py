@@ -58,7 +58,7 @@ class SentencePieceModel:
         names = {token_id: name for name, token_id in self.special.items()}
         end = names[self.eod]
         # as the exported tokenizer names them
-        self.roles: dict[str, str] = {
+        self.special_tokens_map: dict[str, str] = {
             "bos_token": names.get(self.bos, end),
             "eos_token": end,
             "pad_token": end,

@@ -45,8 +45,8 @@ class Tokenizer:
         """Whether encoding puts a space before a text, which decoding removes."""
         self.special: dict[str, int] = self._model.special
         """Ids of special tokens by the names that stand for them in what a chat template renders."""
-        self.roles: dict[str, str] = self._model.roles
-        """Names of special tokens as a chat template asks for them: `eos_token`, and where there are such, `bos_token` ..."""
+        self.special_tokens_map: dict[str, str] = self._model.special_tokens_map
+        """Names of special tokens by what a chat template calls them: `eos_token`, and `bos_token` and others that there are."""
 
     def encode(self, text: str | bytes, continues: bool = False) -> list[int]:
         """Encode text, or any bytes, as token ids; bos, eod and unk are never among them.

@@ -43,7 +43,7 @@ class Reporter:
         self.routing = RoutingProbe(config.logging.routing_every if self.is_main else 0, layers)
         self.meter = Meter(config, vocab_size, dist.get_world_size(), device)
         self.writer: MetricsWriter | None = None
-        self._waits = False
+        self._awaits_first_step = False
         self.boards: list[Board] = []
 
     def start(self, step: int, commit: str) -> None:
@@ -60,8 +60,8 @@ class Reporter:
             self.boards = [] if wandb is None else [wandb]
             self.open(step)
             print(introduction(self.config, self.vocab_size, step, self.device), flush=True)
-            self._waits = self.device.type == "cuda"
-            if self._waits:
+            self._awaits_first_step = self.device.type == "cuda"
+            if self._awaits_first_step:
                 print(f"first step: compiling the kernels that are not in {keep_triton_cache()}", flush=True)
         self.meter.start()
 
@@ -88,8 +88,8 @@ class Reporter:
     def count_step(self, result: StepResult) -> None:
         """Count a finished step in times and alarms; the device must have finished it."""
         self.meter.count_step()
-        if self._waits:
-            self._waits = False
+        if self._awaits_first_step:
+            self._awaits_first_step = False
             print(f"first step done after {self.meter.seconds_since_lap():.1f} s", flush=True)
         self.busy.end_of_step()
         if self.config.attention.kind == "dash":  # no other router is learned

@@ -45,17 +45,18 @@ def sample_from_run(
     config, _, weights = load_weights(run_dir, step)
     tokenizer = Tokenizer(str(config.data.tokenizer))
     with whole_model(config, weights) as (model, _):
-        template = template_of_run(run_dir, str(config.data.tokenizer))
-        if chat and template is None:
-            raise ValueError(
-                f"--chat: {run_dir} learnt no conversations, and its tokenizer has no chat template"
-            )
         ends: list[int] = []
-        ids = tokenizer.encode(prompt) or [tokenizer.eod]
-        if chat and template is not None:
-            speech = ChatTemplate(template, tokenizer)
-            ends.append(speech.turn_end)
-            ids = speech.encode_question([{"role": "user", "content": prompt}])
+        if chat:
+            text = template_of_run(run_dir, tokenizer.path)
+            if text is None:
+                raise ValueError(
+                    f"--chat: {run_dir} learnt no conversations, and its tokenizer has no chat template"
+                )
+            template = ChatTemplate(text, tokenizer)
+            ends.append(template.turn_end)
+            ids = template.encode_question([{"role": "user", "content": prompt}])
+        else:
+            ids = tokenizer.encode(prompt) or [tokenizer.eod]
         room = config.data.seq_length - len(ids)
         if room < 1:
             raise ValueError(
