@@ -18,6 +18,8 @@ from dash_megatron.exit_codes import ExitCode
 from dash_megatron.ranks import launched_rank
 
 _POLL_SECONDS = 0.05
+_MOST_A_CORE = 8
+"""More processes are a slip of the finger: they would take a machine's memory before one of them trains."""
 _LAST_WORDS_SECONDS = 5.0
 """For which the others go on when one process was killed or aborted: they may have something to tell about it too."""
 
@@ -26,10 +28,16 @@ def check_processes(processes: int) -> None:
     """Refuse a number of processes that cannot be started, or that a launcher has started already.
 
     Raises:
-        ValueError: it is below 1, or this process has a rank.
+        ValueError: it is below 1 or far above the number of CPU cores, or this process has a rank.
     """
     if processes < 1:
         raise ValueError(f"--processes {processes} must be at least 1")
+    cores = os.cpu_count() or 1
+    if processes > _MOST_A_CORE * cores:
+        raise ValueError(
+            f"--processes {processes} must be at most {_MOST_A_CORE * cores}, {_MOST_A_CORE} for each of this machine's {cores} CPU "
+            "cores; start one for each GPU, or a few where there are none"
+        )
     if launched_rank() is not None:
         raise ValueError(
             "--processes is for a command that nothing else starts, and torchrun or srun has started this one; leave it out"

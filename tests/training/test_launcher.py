@@ -143,11 +143,21 @@ def test_an_error_that_some_have_is_told_by_one_of_them_and_leaves_no_file(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("processes", ["0", "2"])
+TOO_MANY = str(1000 * (os.cpu_count() or 1))
+
+
+@pytest.mark.parametrize(
+    ("processes", "message"),
+    [
+        ("0", "must be at least 1"),
+        ("2", "torchrun or srun has started this one"),
+        (TOO_MANY, f"{TOO_MANY} must be at most"),
+    ],
+)
 def test_a_number_of_processes_that_cannot_be_is_told(
-    processes: str, tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    processes: str, message: str, tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "0")  # as under torchrun
     output, _ = (process := start(tiny_config, tmp_path, "--processes", processes)).communicate()
     assert process.returncode == ExitCode.CONFIG_ERROR
-    assert ("must be at least 1" if processes == "0" else "torchrun or srun has started this one") in output
+    assert message in output
