@@ -49,12 +49,6 @@ class Router(NamedTuple):
         group = num_heads // d_means.shape[-2]
         return (d_means / group).repeat_interleave(group, dim=-2)
 
-    def over_groups(self, x: Tensor, num_kv_heads: int) -> Tensor:
-        """`group_means` with each mean once for every query head of its group, [..., Hq, D]."""
-        return self.group_means(x, num_kv_heads).repeat_interleave(
-            x.shape[-2] // num_kv_heads if self.pool_heads else 1, dim=-2
-        )
-
     def of_heads(self, heads: slice) -> Router:
         """The same router for some of the key/value heads."""
         if not isinstance(self.scaling_factor, Tensor):

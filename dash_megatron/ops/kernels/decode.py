@@ -211,7 +211,9 @@ def decode(
     constants = sigma, estimate_diagonal, alpha, local_chunks, query_pool, pool_heads
     router = Router(chunk_size, scaling_factor, *constants)
     if pool_heads:
-        routing_q = router.over_groups(q if routing_q is None else routing_q, Hkv)
+        means = router.group_means(q if routing_q is None else routing_q, Hkv)
+        # the kernels score every query head
+        routing_q = means.repeat_interleave(G, dim=1)
     launch = find_launch(q, Hkv, max_chunks, chunk_size)
     routed: tuple[Tensor | None, ...] = (None, None, None)
     if not launch.short:
