@@ -126,7 +126,7 @@ class AttentionConfig(Section):
         if tree["length_scaling"]:
             raise ValueError(
                 f"attention.length_scaling={tree['length_scaling']} was taken out, as it gained nothing "
-                "(docs/results/quality.md); leave it out, or go on with a run that has it under release 0.1"
+                "(docs/results/quality.md); leave it out, or go on with a run that has it in the code whose commit its config.yaml names"
             )
         return {key: value for key, value in tree.items() if key != "length_scaling"}
 
