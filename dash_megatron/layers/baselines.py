@@ -18,7 +18,7 @@ from dash_megatron.ops.topk.infllmv2 import infllmv2_attention
 from dash_megatron.ops.topk.nsa import Compression, nsa_attention
 
 # Parameters below that start at zero, so that a compressed key or value is the mean of its kernel and every gate 1/2.
-ZEROS = ("key_pool", "value_pool", "key_mlp_out", "value_mlp_out", "gate_weight", "gate_bias")
+ZERO_INITIALIZED = ("key_pool", "value_pool", "key_mlp_out", "value_mlp_out", "gate_weight", "gate_bias")
 
 
 class InfLLMv2CoreAttention(CoreAttention):

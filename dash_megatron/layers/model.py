@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dash_megatron.config import Config
 from dash_megatron.layers.argmax import is_argmax
-from dash_megatron.layers.baselines import ZEROS, InfLLMv2CoreAttention, NSACoreAttention
+from dash_megatron.layers.baselines import ZERO_INITIALIZED, InfLLMv2CoreAttention, NSACoreAttention
 from dash_megatron.layers.core_attention import (
     CoreAttention,
     DashCoreAttention,
@@ -43,8 +43,8 @@ CORE_ATTENTION: dict[str, type[CoreAttention]] = {
     "infllmv2": InfLLMv2CoreAttention,
     "nsa": NSACoreAttention,
 }
-# of `training.recompute`; others are Megatron's own
-LAYER = {"full": RecomputedTransformerLayer, "selective": SelectiveTransformerLayer}
+# by `training.recompute`; for other values the layer is Megatron's own
+TRANSFORMER_LAYERS = {"full": RecomputedTransformerLayer, "selective": SelectiveTransformerLayer}
 # Most logits alive at once, in elements (1 GiB in float32): longer sequences are scored piece by piece.
 MAX_LOGITS = 2**28
 
@@ -224,7 +224,7 @@ def _block_spec(config: Config) -> TransformerBlockSubmodules:
             context_comm=config.parallel.context_comm,
             recompute=config.training.recompute == "attention",
         )
-        layer = LAYER.get(config.training.recompute, TransformerLayer)
+        layer = TRANSFORMER_LAYERS.get(config.training.recompute, TransformerLayer)
         layers.append(ModuleSpec(module=layer, params=spec.params, submodules=spec.submodules))
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=layer_norm)
 
@@ -262,7 +262,7 @@ def build_model(config: Config, vocab_size: int, device: torch.device | str = "c
 
 @torch.no_grad()
 def init_weights(model: DashGPTModel, seed: int, std: float) -> None:
-    """Fill every weight: norms 1; biases, summary queries, logarithms of scaling and the baselines' `ZEROS` 0; matrices normal.
+    """Fill every weight: norms with 1, matrices from a normal distribution, the rest with 0.
 
     Each parameter draws from a generator seeded by `seed` and its own name, so that a weight depends neither on the
     other weights nor on the process that holds it: it draws the whole weight and keeps its tensor-parallel rank's shard.
@@ -271,7 +271,7 @@ def init_weights(model: DashGPTModel, seed: int, std: float) -> None:
     group = model.pg_collection.tp
     residual_std = std / math.sqrt(2 * model.config.num_layers)
     for name, parameter in model.named_parameters():
-        if name.endswith(("linear_qkv.bias", "summary_query", "log_scaling", *ZEROS)):
+        if name.endswith(("linear_qkv.bias", "summary_query", "log_scaling", *ZERO_INITIALIZED)):
             parameter.zero_()
         elif parameter.dim() == 1:
             parameter.fill_(1.0)

@@ -62,21 +62,21 @@ def with_recomputed_input(use: Callable[[Tensor], Out], make: Callable[[Tensor],
         make: keeps nothing; deterministic.
         x: kept, and needs a gradient.
     """
-    made = _Made(make, x)
-    y = _Make.apply(x, made)
+    computation = _Recomputation(make, x)
+    y = _Recomputed.apply(x, computation)
     address, size = y.data_ptr(), y.numel()
 
     def pack(kept: Tensor) -> Tensor | torch.Size:
         return kept.shape if kept.data_ptr() == address and kept.numel() == size else kept
 
     def unpack(packed: Tensor | torch.Size) -> Tensor:
-        return packed if isinstance(packed, Tensor) else made.again()[1].detach().view(packed)
+        return packed if isinstance(packed, Tensor) else computation.again()[1].detach().view(packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return use(y)
 
 
-class _Made:
+class _Recomputation:
     """Input, and once the backward asks for it output, of a function that is computed twice."""
 
     def __init__(self, make: Callable[[Tensor], Tensor], x: Tensor) -> None:
@@ -97,16 +97,16 @@ class _Made:
         return both
 
 
-class _Make(torch.autograd.Function):
+class _Recomputed(torch.autograd.Function):
     """The first computation, whose backward goes through the second."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, made: _Made) -> Tensor:
-        ctx.made = made
-        return made.make(x)
+    def forward(ctx: Any, x: Tensor, computation: _Recomputation) -> Tensor:
+        ctx.computation = computation
+        return computation.make(x)
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
-        x, y = ctx.made.take()
+        x, y = ctx.computation.take()
         torch.autograd.backward(y, d_y)
         return x.grad, None

@@ -19,9 +19,6 @@ from dash_megatron.parallel import context_parallel_group, tensor_group
 from dash_megatron.training.metrics import StepMetrics
 from dash_megatron.training.validation import Validation
 
-# numbers of the whole step, which come before those of each layer
-_WHOLE = 4
-
 
 class StepTotals:
     """Loss and routing of one step, summed over its micro-batches, then over the processes.
@@ -32,11 +29,13 @@ class StepTotals:
     """
 
     def __init__(self, num_layers: int, device: torch.device) -> None:
-        self.num_layers = num_layers
-        # loss, sum of causal contexts, tokens, target tokens, then per layer: available and selected chunks, how often measured,
-        # and bytes sent to context-parallel peers, forward and backward
-        self._sums = torch.zeros(_WHOLE + 5 * num_layers, dtype=torch.float64, device=device)
-        self._values: list[float] = []
+        self._sums = torch.zeros(4 + 5 * num_layers, dtype=torch.float64, device=device)
+        # loss, sum of causal contexts, tokens, target tokens
+        self._step_sums = self._sums[:4]
+        # available and selected chunks, how often measured, and bytes sent to context-parallel peers, forward and backward
+        self._layer_sums = self._sums[4:].view(num_layers, 5)
+        self._step_values: list[float] = []
+        self._layer_values: list[list[float]] = []
         self._imbalance = torch.ones((), dtype=torch.float64, device=device)
 
     def add(self, loss: Tensor, batch: PackedBatch, model: torch.nn.Module) -> None:
@@ -48,27 +47,26 @@ class StepTotals:
             contexts.new_tensor(batch.tokens.numel()).double(),
             num_target_tokens(batch).double(),
         ]
-        self._sums[:_WHOLE] += torch.stack([part.to(self._sums.device) for part in parts])
+        self._step_sums += torch.stack([part.to(self._sums.device) for part in parts])
         for layer, means in routing_means(model).items():
-            row = _WHOLE + 5 * layer
-            self._sums[row : row + 2] += torch.stack([means.chunks_available, means.chunks_selected]).double()
-            self._sums[row + 2] += 1
+            chunks = torch.stack([means.chunks_available, means.chunks_selected]).double()
+            self._layer_sums[layer, :2] += chunks
+            self._layer_sums[layer, 2] += 1
         for layer, sent in take_context_bytes(model).items():
-            row = _WHOLE + 3 + 5 * layer
-            self._sums[row : row + 2] += self._sums.new_tensor(sent)
+            self._layer_sums[layer, 3:] += self._sums.new_tensor(sent)
 
     def reduce(self) -> None:
         """Add up the sums of all processes; collective, and waits for the device."""
         self._compare_context_ranks()
         dist.all_reduce(self._sums)
         # tensor-parallel ranks have copies of these; of routing, which belongs to kv heads, they have their own
-        self._sums[:_WHOLE] /= dist.get_world_size(tensor_group())
-        self._values = self._sums.tolist()
+        self._step_sums /= dist.get_world_size(tensor_group())
+        self._step_values, self._layer_values = self._step_sums.tolist(), self._layer_sums.tolist()
 
     def _compare_context_ranks(self) -> None:
         """Selected chunks of the busiest rank over the mean of the ranks that share its sequences; the largest in the run."""
         group = context_parallel_group()
-        most = self._sums[_WHOLE + 1 :: 5].sum()
+        most = self._layer_sums[:, 1].sum()
         mean = most / dist.get_world_size(group)
         dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
         dist.all_reduce(mean, group=group)
@@ -78,27 +76,27 @@ class StepTotals:
     @property
     def loss(self) -> float:
         """Mean loss of the global batch's target tokens, in nats."""
-        return self._values[0]
+        return self._step_values[0]
 
     @property
     def target_tokens(self) -> int:
         """Number of the global batch's tokens that enter the loss."""
-        return round(self._values[3])
+        return round(self._step_values[3])
 
     @property
     def context(self) -> float:
         """Mean number of tokens that a token may attend to causally, itself included."""
-        return self._values[1] / self._values[2]
+        return self._step_values[1] / self._step_values[2]
 
     @property
     def densities(self) -> list[float | None]:
         """Selected over causally available chunks of each layer; None without a router."""
-        return [row[1] / row[0] if row[2] else None for row in self._rows()]
+        return [row[1] / row[0] if row[2] else None for row in self._layer_values]
 
     @property
     def chunks_selected(self) -> list[float | None]:
         """Selected chunks per token of each layer, own chunk included; None without a router."""
-        return [row[1] / row[2] if row[2] else None for row in self._rows()]
+        return [row[1] / row[2] if row[2] else None for row in self._layer_values]
 
     @property
     def context_imbalance(self) -> float:
@@ -111,11 +109,7 @@ class StepTotals:
         Args:
             column: 0 for forward passes, 1 for backward passes.
         """
-        return [row[3 + column] / dist.get_world_size() for row in self._rows()]
-
-    def _rows(self) -> list[list[float]]:
-        rows = self._values[_WHOLE:]
-        return [rows[5 * layer : 5 * layer + 5] for layer in range(self.num_layers)]
+        return [row[3 + column] / dist.get_world_size() for row in self._layer_values]
 
 
 @dataclass(frozen=True)

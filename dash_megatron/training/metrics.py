@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dash_megatron.files import told
 from dash_megatron.json_lines import JsonLines, read_json_lines
-from dash_megatron.training.boards import Board, TensorBoard, add_or_drop, close_quietly
+from dash_megatron.training.trackers import TensorBoard, Tracker, add_or_drop, close_quietly
 
 PositionLoss = TypedDict("PositionLoss", {"from": int, "to": int, "loss": float})
 """Mean loss of the targets whose tokens stand at positions [from, to) of their document."""
@@ -91,17 +91,17 @@ class MetricsWriter:
         tensorboard: also write TensorBoard events.
         resumed_step: steps finished before this start; later lines of an earlier start are dropped, because this
             start writes them anew.
-        boards: others to show values on, which `close` leaves open; one that fails is taken out of the list.
+        trackers: others to show values on, which `close` leaves open; one that fails is taken out of the list.
     """
 
     def __init__(
-        self, run_dir: str | Path, tensorboard: bool, resumed_step: int, boards: list[Board] | None = None
+        self, run_dir: str | Path, tensorboard: bool, resumed_step: int, trackers: list[Tracker] | None = None
     ) -> None:
         folder = Path(run_dir)
         self._lines = JsonLines(folder / "metrics.jsonl", resumed_step)
         self._routing = JsonLines(folder / "routing.jsonl", resumed_step)
-        self._own: list[Board] = [TensorBoard(folder, resumed_step)] if tensorboard else []
-        self._others = [] if boards is None else boards
+        self._own: list[Tracker] = [TensorBoard(folder, resumed_step)] if tensorboard else []
+        self._others = [] if trackers is None else trackers
 
     def write(self, metrics: StepMetrics) -> None:
         """Append one step.
@@ -119,7 +119,7 @@ class MetricsWriter:
     def write_routing(
         self, line: Mapping[str, Any], histograms: Mapping[str, Tensor], scalars: Mapping[str, float]
     ) -> None:
-        """Append one step's line to `routing.jsonl`, and values of its step to the boards.
+        """Append one step's line to `routing.jsonl`, and values of its step to the trackers.
 
         Args:
             line: has `step`.
@@ -133,17 +133,17 @@ class MetricsWriter:
         self._show(line["step"], scalars, histograms)
 
     def _show(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Tensor]) -> None:
-        for boards in (self._own, self._others):
-            add_or_drop(boards, step, scalars, histograms)
+        for trackers in (self._own, self._others):
+            add_or_drop(trackers, step, scalars, histograms)
 
     def close(self) -> None:
         """Finish TensorBoard's file; the `.jsonl` files are complete after every step."""
-        for board in self._own:
-            close_quietly(board)
+        for tracker in self._own:
+            close_quietly(tracker)
 
 
 def _scalars(name: str, value: Any) -> Iterator[tuple[str, float | None]]:
-    """A metric's curves on boards, and their points."""
+    """A metric's curves on trackers, and their points."""
     if isinstance(value, dict):
         for task, lengths in value.items():
             for length, means in lengths.items():

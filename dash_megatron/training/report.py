@@ -1,4 +1,4 @@
-"""Reports of a run: lines on the console, `metrics.jsonl`, `routing.jsonl` and curves on boards."""
+"""Reports of a run: lines on the console, `metrics.jsonl`, `routing.jsonl` and curves on trackers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dash_megatron.config.flops import parameter_count
 from dash_megatron.data.blend import unigram_entropy
 from dash_megatron.layers import DashCoreAttention
 from dash_megatron.ops.backend import keep_triton_cache
-from dash_megatron.training.boards import Board, close_quietly, open_wandb
 from dash_megatron.training.health import BusyTime, CollapseAlarm
 from dash_megatron.training.meter import Meter, StepResult
 from dash_megatron.training.metrics import MetricsWriter, console_line, read_metrics
 from dash_megatron.training.routing import RoutingProbe
 from dash_megatron.training.setup import write_chat_template, write_config
+from dash_megatron.training.trackers import Tracker, close_quietly, open_wandb
 from dash_megatron.training.validation import Validation
 
 
@@ -44,7 +44,7 @@ class Reporter:
         self.meter = Meter(config, vocab_size, dist.get_world_size(), device)
         self.writer: MetricsWriter | None = None
         self._awaits_first_step = False
-        self.boards: list[Board] = []
+        self.trackers: list[Tracker] = []
 
     def start(self, step: int, commit: str) -> None:
         """Write the resolved config, say what is about to run, and start the clock.
@@ -57,7 +57,7 @@ class Reporter:
             write_config(self.config, commit)
             write_chat_template(self.config)
             wandb = open_wandb(self.config)
-            self.boards = [] if wandb is None else [wandb]
+            self.trackers = [] if wandb is None else [wandb]
             self.open(step)
             print(introduction(self.config, self.vocab_size, step, self.device), flush=True)
             self._awaits_first_step = self.device.type == "cuda"
@@ -70,7 +70,7 @@ class Reporter:
         self.close()
         if self.is_main:
             self.writer = MetricsWriter(
-                self.config.run_dir, self.config.logging.tensorboard, step, self.boards
+                self.config.run_dir, self.config.logging.tensorboard, step, self.trackers
             )
 
     def close(self) -> None:
@@ -116,8 +116,8 @@ class Reporter:
         if self.writer is None:
             return
         self.close()
-        for board in self.boards:
-            close_quietly(board)
+        for tracker in self.trackers:
+            close_quietly(tracker)
         if step < self.config.training.steps:
             print(f"stopped by a signal after step {step}; start again to go on", flush=True)
             return

@@ -20,7 +20,6 @@ from dash_megatron.layers import build_model, dash_layers, init_weights
 from dash_megatron.parallel import init_process_groups, read_launch
 from dash_megatron.retry import make_writable_folder
 from dash_megatron.training import setup
-from dash_megatron.training.boards import check_wandb
 from dash_megatron.training.changes import describe_changes
 from dash_megatron.training.density import DensityController
 from dash_megatron.training.engine import Engine
@@ -36,6 +35,7 @@ from dash_megatron.training.schedule import learning_rate
 from dash_megatron.training.sources import training_source
 from dash_megatron.training.stop import Halted, StopSignals, agree
 from dash_megatron.training.trace import StepTracer
+from dash_megatron.training.trackers import check_wandb
 from dash_megatron.training.validation import Validation, Validator
 
 logger = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ from dash_megatron.hf.folder import INDEX, MODEL_SECTIONS, FolderWeights
 from dash_megatron.hf.importing import import_folder
 from dash_megatron.hf.modeling_dash import DashForCausalLM
 from dash_megatron.layers import init_weights
-from dash_megatron.layers.baselines import ZEROS
+from dash_megatron.layers.baselines import ZERO_INITIALIZED
 from dash_megatron.training.initial import load_initial_weights
 from tests.hf.conftest import MODELS, training_model
 from tests.training.test_resume import run_of
@@ -203,7 +203,7 @@ def test_a_dense_model_goes_on_with_nsa_whose_own_weights_start_fresh(
         loaded = {name for name, value in model.named_parameters() if not torch.equal(value, drawn[name])}
     given = FolderWeights(tmp_path / "start")
     fresh = {name.rpartition(".")[2] for name in set(drawn) - set(given)}
-    assert fresh == {*ZEROS, "key_mlp_in", "value_mlp_in"}
+    assert fresh == {*ZERO_INITIALIZED, "key_mlp_in", "value_mlp_in"}
     # norms are 1 in both
     assert loaded == {name for name in given if "norm" not in name}
     assert "has no gate_bias, gate_weight, key_mlp_in" in caplog.text

@@ -10,8 +10,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dash_megatron.config import config_from_dict
-from dash_megatron.training.boards import WANDB_ID
 from dash_megatron.training.metrics import read_metrics
+from dash_megatron.training.trackers import WANDB_ID
 from dash_megatron.training.trainer import Trainer
 from tests.conftest import Started
 from tests.training.fake_wandb import train_beside

@@ -24,7 +24,7 @@ WANDB_ID = "wandb_id"
 _FINISH_SECONDS = "60"
 
 
-class Board(Protocol):
+class Tracker(Protocol):
     """A copy of what the `.jsonl` files have, which no run ends for."""
 
     def add(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Tensor]) -> None:
@@ -46,7 +46,7 @@ class TensorBoard:
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
 
     def add(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Tensor]) -> None:
-        """As `Board.add`."""
+        """As `Tracker.add`."""
         for tag, values in histograms.items():
             self._writer.add_histogram(tag, values.numpy(), step)
         for tag, value in scalars.items():
@@ -54,7 +54,7 @@ class TensorBoard:
         self._writer.flush()
 
     def close(self) -> None:
-        """As `Board.close`."""
+        """As `Tracker.close`."""
         self._writer.close()
 
 
@@ -94,12 +94,12 @@ class WeightsAndBiases:
         self._run.define_metric("*", step_metric="step")
 
     def add(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Tensor]) -> None:
-        """As `Board.add`, without histograms."""
+        """As `Tracker.add`, without histograms."""
         # the package counts lines in steps of its own, and drops those that do not ascend
         self._run.log({**scalars, "step": step}, step=max(step, self._run.step), commit=True)
 
     def close(self) -> None:
-        """As `Board.close`; waits a minute at most for what is still to be sent."""
+        """As `Tracker.close`; waits a minute at most for what is still to be sent."""
         self._run.finish()
 
 
@@ -118,7 +118,7 @@ def check_wandb(config: Config) -> None:
         )
 
 
-def open_wandb(config: Config) -> Board | None:
+def open_wandb(config: Config) -> Tracker | None:
     """Begin, or go on with, the run's page at Weights & Biases; None where none is wanted, or where that fails, which is told."""
     if config.logging.wandb is None:
         return None
@@ -130,23 +130,23 @@ def open_wandb(config: Config) -> Board | None:
 
 
 def add_or_drop(
-    boards: list[Board], step: int, scalars: Mapping[str, float], histograms: Mapping[str, Tensor]
+    trackers: list[Tracker], step: int, scalars: Mapping[str, float], histograms: Mapping[str, Tensor]
 ) -> None:
-    """Show the values of a step on all boards; one that fails is told of and dropped from the list."""
-    for board in list(boards):
+    """Show the values of a step on all trackers; one that fails is told of and dropped from the list."""
+    for tracker in list(trackers):
         try:
-            board.add(step, scalars, histograms)
+            tracker.add(step, scalars, histograms)
         except Exception as error:  # of a disk, a network or a package
-            _tell(f"{type(board).__name__} stops here", error)
-            boards.remove(board)
+            _tell(f"{type(tracker).__name__} stops here", error)
+            trackers.remove(tracker)
 
 
-def close_quietly(board: Board) -> None:
-    """Close a board; what goes wrong is told."""
+def close_quietly(tracker: Tracker) -> None:
+    """Close a tracker; what goes wrong is told."""
     try:
-        board.close()
+        tracker.close()
     except Exception as error:
-        _tell(f"{type(board).__name__} was not closed properly", error)
+        _tell(f"{type(tracker).__name__} was not closed properly", error)
 
 
 def _tell(what: str, error: Exception) -> None:
