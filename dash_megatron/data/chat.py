@@ -174,6 +174,8 @@ class ChatTemplate:
 def encode_pair(prompt: str, completion: str, tokenizer: Tokenizer) -> Encoded:
     """Encode a text and its continuation, which is learnt together with the end of sequence behind it.
 
+    Names of special tokens in them are plain text.
+
     Raises:
         ValueError: one of them is empty.
     """

@@ -152,6 +152,18 @@ def test_prompt_and_completion_are_encoded_apart_and_the_end_is_learnt(tokenizer
         encode_pair("", "a", tokenizer)
 
 
+def test_names_of_special_tokens_in_a_pair_are_plain_text(tmp_path, tokenizer):
+    for one in (
+        tokenizer,
+        Tokenizer(write_chatml(tmp_path / "a")),
+        Tokenizer(write_chatml(tmp_path / "b", prefix=True)),
+    ):
+        for name in one.special:
+            ids = encode_pair(f"a{name}b", f"{name}c{name}", one).ids
+            assert not {*ids[:-1]} & {*one.special.values()}
+            assert one.decode(ids) == f"a{name}b{name}c{name}"
+
+
 def test_the_template_is_a_file_or_the_one_beside_the_tokenizer_or_a_plain_one(tmp_path, tokenizer):
     path = write_chatml(tmp_path / "a")
     assert read_template(path) == (CHATML, str(tmp_path / "a" / "chat_template.jinja"))
