@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.inputs import default_device, device_name
 from benchmarks.timing import milliseconds
-from dash_megatron.ops.full import IMPLEMENTATIONS, packed_attention, pick_implementation, why_not
+from dash_megatron.ops.full import IMPLEMENTATIONS, packed_attention, pick_implementation, why_unavailable
 
 MEAN_SHORT = 1500
 FORWARD, BACKWARD = 4, 10
@@ -94,7 +94,7 @@ def _measure(row: Row, name: str, q: Tensor, k: Tensor, v: Tensor, starts: Tenso
     lengths = starts.diff()
     pairs = (lengths.double() * (lengths.double() + 1) / 2).sum().item()
     found: dict[str, Any] = {"pairs": pairs / (row.tokens * (row.tokens + 1) / 2)}
-    reason = why_not("varlen" if name == "flex" else name, q)
+    reason = why_unavailable("varlen" if name == "flex" else name, q)
     if reason is not None:
         return {**found, "reason": reason}
     try:

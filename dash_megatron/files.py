@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def told(path: str | os.PathLike[str]) -> str:
+def path_for_message(path: str | os.PathLike[str]) -> str:
     """A path for a message that it does not exist: a relative one with the folder that it is relative to."""
     return str(path) if os.path.isabs(path) else f"{path} (relative to {os.getcwd()})"
 

@@ -13,7 +13,7 @@ _LARGEST_WINDOW = 1 << 31
 
 
 @contextmanager
-def naming(path: str) -> Iterator[None]:
+def naming_damaged_files(path: str) -> Iterator[None]:
     """Turn errors of decompressing into one that names the file.
 
     Raises:
@@ -27,14 +27,14 @@ def naming(path: str) -> Iterator[None]:
 
 def read_whole(path: str) -> bytes:
     """Read a file, decompressed where its name says that it is compressed."""
-    with naming(path):
+    with naming_damaged_files(path):
         return b"".join(_blocks(path))
 
 
 def read_lines(path: str) -> Iterator[bytes]:
     """Read the lines of a compressed file, without their ends."""
     rest: list[bytes] = []
-    with naming(path):
+    with naming_damaged_files(path):
         for block in _blocks(path):
             *lines, tail = block.split(b"\n")
             for line in lines:

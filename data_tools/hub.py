@@ -34,7 +34,7 @@ def hub_documents(entry: str, text_key: str, bad_lines: BadLineCounter) -> Itera
         TooManyBadLines: see `BadLineCounter`.
     """
     rows = _open(entry, text_key)
-    for number, row in enumerate(_naming(rows, entry), 1):
+    for number, row in enumerate(_naming_input(rows, entry), 1):
         text = row.get(text_key)
         if not isinstance(text, str):
             bad_lines.add(BadLine(entry, number, f"{text_key!r} is not a string but {type(text).__name__}"))
@@ -62,7 +62,7 @@ def _open(entry: str, text_key: str) -> Any:
     return rows
 
 
-def _naming(rows: Any, entry: str) -> Iterator[dict[str, Any]]:
+def _naming_input(rows: Any, entry: str) -> Iterator[dict[str, Any]]:
     try:
         yield from rows
     except Exception as error:  # a consumer's errors do not come here

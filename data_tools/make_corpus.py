@@ -29,7 +29,7 @@ from data_tools.readers import (
     find_inputs,
     read_folders,
     read_inputs,
-    tell_unread,
+    warn_of_unread_files,
 )
 
 MANIFEST = "manifest.json"
@@ -164,7 +164,7 @@ def make_corpus(
         raise ValueError(
             f"--output={output} must not hold the inputs, which it would overwrite; give another folder"
         )
-    tell_unread(files, text_key)
+    warn_of_unread_files(files, text_key)
     output.mkdir(parents=True, exist_ok=True)
     (output / UNFINISHED).touch()
     (output / MANIFEST).unlink(missing_ok=True)

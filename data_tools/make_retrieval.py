@@ -31,11 +31,11 @@ from data_tools.readers import BadLineCounter, read_inputs
 from data_tools.shards import goes_to_valid
 
 # Of a list's lines, how many ask: what is asked for is all that can be learned, the rest is chance.
-ASKING = (0.125, 0.5)
-MOST_NEEDLES = 128
+QUESTION_SHARE = (0.125, 0.5)
+MAX_NEEDLES = 128
 # Share of a document to aim at before it is filled up, and the least that it must come to; shorter ones lack at most so many tokens.
-AIM, LEAST, SHORT = 0.97, 0.9, 64
-TRIES = 12
+TARGET_SHARE, MIN_SHARE, MAX_MISSING_TOKENS = 0.97, 0.9, 64
+MAX_TRIES = 12
 # Text whose tokens are counted, to know how many bytes a token has.
 SAMPLE_BYTES = 1 << 20
 
@@ -65,7 +65,7 @@ def _needles(
     tokens_per_needle: float,
 ) -> str:
     # as often one as two to three, or 64 to 128; the text is most of a document
-    most = min(MOST_NEEDLES, max(1, int(length / 4 / tokens_per_needle)))
+    most = min(MAX_NEEDLES, max(1, int(length / 4 / tokens_per_needle)))
     count = int(math.exp(generator.uniform(0, math.log(most + 1))))
     begin, size = generator.randrange(len(lines)), 0
     room = (length - count * tokens_per_needle) / tokens_per_byte
@@ -79,7 +79,7 @@ def _needles(
 
 def _pairs(generator: random.Random, length: float, tokens_per_pair: float) -> str:
     lines = max(2, round(length / tokens_per_pair))
-    questions = max(1, round(lines * generator.uniform(*ASKING)))
+    questions = max(1, round(lines * generator.uniform(*QUESTION_SHARE)))
     return pairs_with_questions(generator, lines - questions, questions)
 
 
@@ -107,18 +107,18 @@ def _filled(
     tokens: int,
 ) -> str | None:
     """A document of exactly so many tokens: one of about as many, after text of the corpus; None where it does not fit."""
-    size = AIM * tokens
-    for _ in range(TRIES):
+    size = TARGET_SHARE * tokens
+    for _ in range(MAX_TRIES):
         text = make(size)
         found = count(text)
         if found == tokens:
             return text
-        if 0 < tokens - found <= max((1 - LEAST) * tokens, SHORT):
+        if 0 < tokens - found <= max((1 - MIN_SHARE) * tokens, MAX_MISSING_TOKENS):
             text = _text_before(generator, lines, count, tokens - found) + text
             if count(text) == tokens:
                 return text
         else:
-            size *= AIM * tokens / found
+            size *= TARGET_SHARE * tokens / found
     return None
 
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dash_megatron.files import told
+from dash_megatron.files import path_for_message
 from data_tools.compressed import read_lines, read_whole
 from data_tools.documents import BadLine, BadLineCounter, Document, Piece, TooManyBadLines
 from data_tools.kinds import SUPPORTED, kind_of
@@ -32,7 +32,7 @@ __all__ = [
     "read_inputs",
     "read_piece",
     "split_into_pieces",
-    "tell_unread",
+    "warn_of_unread_files",
 ]
 
 # In a corpus folder from the first shard that is written to the manifest.
@@ -70,7 +70,9 @@ def find_inputs(inputs: Sequence[str | os.PathLike[str]], text_key: str | None =
                 raise ValueError(f"--input={entry} must hold files to read, but has no {SUPPORTED}")
             found.extend(inside)
         elif not path.exists():
-            raise FileNotFoundError(f"--input={told(entry)} does not exist; give a file or a folder")
+            raise FileNotFoundError(
+                f"--input={path_for_message(entry)} does not exist; give a file or a folder"
+            )
         elif (kind := kind_of(path.name)) is None or (kind.format == "text" and text_key is None):
             kinds = SUPPORTED if text_key is not None else "JSONL, JSON, parquet or Arrow with conversations"
             raise ValueError(
@@ -82,7 +84,7 @@ def find_inputs(inputs: Sequence[str | os.PathLike[str]], text_key: str | None =
     return list(dict.fromkeys(found))
 
 
-def tell_unread(inputs: Sequence[str | os.PathLike[str]], text_key: str | None = "text") -> None:
+def warn_of_unread_files(inputs: Sequence[str | os.PathLike[str]], text_key: str | None = "text") -> None:
     """Print on standard error how many files of the input folders are not read, by suffix, with the first of each."""
     for entry in inputs:
         path = Path(entry)

@@ -15,7 +15,7 @@ def count_parts(path: str) -> int:
     Raises:
         ValueError: the file is not what its name says.
     """
-    with _naming(path):
+    with _naming_damaged_files(path):
         if _is_parquet(path):
             return int(_parquet_file(path).num_row_groups)
         return sum(1 for _ in _arrow_batches(path))
@@ -30,7 +30,7 @@ def read_table(piece: Piece, text_key: str | None) -> Iterator[Document | BadLin
     row, batches = (
         _parquet_batches(piece, text_key) if _is_parquet(piece.path) else _arrow_part(piece, text_key)
     )
-    with _naming(piece.path):
+    with _naming_damaged_files(piece.path):
         for batch in batches:
             # one value at a time: a row that is not UTF-8 then harms no other
             columns = [batch.column(name) for name in batch.schema.names]
@@ -57,7 +57,7 @@ def _is_parquet(path: str) -> bool:
 
 
 @contextmanager
-def _naming(path: str) -> Iterator[None]:
+def _naming_damaged_files(path: str) -> Iterator[None]:
     import pyarrow
 
     suffix = path[path.rindex(".") :]
@@ -77,7 +77,7 @@ def _parquet_file(path: str) -> Any:
 
 def _parquet_batches(piece: Piece, text_key: str | None) -> tuple[int, Iterable[Any]]:
     """The rows before a piece, and its batches."""
-    with _naming(piece.path):
+    with _naming_damaged_files(piece.path):
         file = _parquet_file(piece.path)
         columns = _columns(piece.path, file.schema_arrow.names, text_key)
         stop = piece.stop if piece.stop >= 0 else file.num_row_groups
@@ -87,7 +87,7 @@ def _parquet_batches(piece: Piece, text_key: str | None) -> tuple[int, Iterable[
 
 
 def _arrow_part(piece: Piece, text_key: str | None) -> tuple[int, Iterable[Any]]:
-    with _naming(piece.path):
+    with _naming_damaged_files(piece.path):
         batches = list(_arrow_batches(piece.path))  # memory maps, not copies
     columns = _columns(piece.path, batches[0].schema.names, text_key) if batches else []
     stop = piece.stop if piece.stop >= 0 else len(batches)

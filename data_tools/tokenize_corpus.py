@@ -28,7 +28,7 @@ from dash_megatron.data.tokenizer import Tokenizer
 from data_tools.arguments import add_input, add_max_bad_lines, add_text_key, make_parser, run
 from data_tools.atomic import atomic_write
 from data_tools.encoding import Encoder, make_encoder
-from data_tools.readers import BadLineCounter, find_inputs, tell_unread
+from data_tools.readers import BadLineCounter, find_inputs, warn_of_unread_files
 from data_tools.shards import (
     SPLITS,
     Options,
@@ -87,7 +87,7 @@ def tokenize_corpus(
         seed=seed,
         chat_template=template,
     )
-    tell_unread(inputs, options.text_key)
+    warn_of_unread_files(inputs, options.text_key)
     units = plan_units(
         find_inputs(inputs, options.text_key),
         options,

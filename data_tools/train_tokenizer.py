@@ -18,7 +18,7 @@ import sentencepiece
 from dash_megatron.data.tokenizer import Tokenizer
 from data_tools.arguments import add_input, add_max_bad_lines, add_text_key, make_parser, run
 from data_tools.atomic import atomic_write
-from data_tools.readers import BadLineCounter, find_inputs, read_inputs, tell_unread
+from data_tools.readers import BadLineCounter, find_inputs, read_inputs, warn_of_unread_files
 
 # unk, bos, eos and the 256 bytes
 SMALLEST_VOCABULARY = 259 + 1
@@ -110,7 +110,7 @@ def train(
         )
     if max_mb <= 0:
         raise ValueError(f"--max-mb={max_mb} must be above 0; leave it out for 100")
-    tell_unread(inputs, text_key)
+    warn_of_unread_files(inputs, text_key)
     sample = _Sample(inputs, text_key, max_mb * 1e6, BadLineCounter(max_bad_lines))
     pieces: Iterator[str] = iter(sample)
     first = next(pieces, None)

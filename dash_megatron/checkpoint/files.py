@@ -52,16 +52,16 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-    return _sealed(path)
+    return _synced_entry(path)
 
 
 def write_json(path: Path, value: Any) -> dict[str, Any]:
     """Write a JSON file, wait until it is on the disk, and give its manifest entry."""
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    return _sealed(path)
+    return _synced_entry(path)
 
 
-def _sealed(path: Path) -> dict[str, Any]:
+def _synced_entry(path: Path) -> dict[str, Any]:
     sync(path)
     return {"bytes": path.stat().st_size, "sha256": checksum(path)}
 

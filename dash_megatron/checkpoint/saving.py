@@ -49,7 +49,7 @@ class Checkpointer:
         self.about = about
         self.folder = checkpoint_folder(config.run_dir)
         self._copies: dict[str, Tensor] = {}
-        self._writing: _Writing | None = None
+        self._writing: _WriterThread | None = None
 
     def save(self, step: int, trainer: dict[str, Any], probe: dict[str, Tensor], probe_loss: float) -> None:
         """Begin to save; collective.
@@ -79,7 +79,7 @@ class Checkpointer:
                 entries[files.DESCRIPTION] = files.write_json(partial / files.DESCRIPTION, description)
             return entries
 
-        self._writing = _Writing(step, write, self.config.checkpoint.retry_seconds, partial)
+        self._writing = _WriterThread(step, write, self.config.checkpoint.retry_seconds, partial)
         self._writing.stalled = time.perf_counter() - begin
         if not self.config.checkpoint.asynchronous:
             self.finish()
@@ -185,7 +185,7 @@ class Checkpointer:
                 remove(self.folder / tag_of(step))
 
 
-class _Writing:
+class _WriterThread:
     """A thread that writes one process's files."""
 
     def __init__(self, step: int, write: Callable[[], dict[str, Any]], seconds: float, folder: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dash_megatron.data.tokenizer import Tokenizer
-from dash_megatron.files import told
+from dash_megatron.files import path_for_message
 
 TEMPLATE_FILE = "chat_template.jinja"
 """Beside a tokenizer, in an exported folder and in the folder of a run that learnt conversations: the chat template."""
@@ -208,7 +208,7 @@ def read_template(
     if file is not None:
         path = Path(file)
         if not path.is_file():
-            raise FileNotFoundError(f"--chat-template={told(path)} does not exist")
+            raise FileNotFoundError(f"--chat-template={path_for_message(path)} does not exist")
         return path.read_text(encoding="utf-8"), str(path)
     found = template_beside(tokenizer)
     return found if found is not None else (PLAIN_TEMPLATE, "the plain chat template")

@@ -136,7 +136,7 @@ def build_dataset(
         num_samples = min(num_samples or sum(lengths), sum(lengths))
     assert num_samples is not None
     if len(passes) == 1:
-        dataset: Any = _Repeated(passes[0], num_samples, seed)
+        dataset: Any = _ShuffledPasses(passes[0], num_samples, seed)
     else:
         # a blend is quick to make, and Megatron's cache for it needs a process group
         config = _config(seq_length, seed, tokenizer, None)
@@ -267,7 +267,7 @@ def _one_pass(
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     try:
         if not folder.is_dir() and (not distributed or torch.distributed.get_rank() == 0):
-            _build_aside(build, folder, prefix)
+            _build_in_temporary_folder(build, folder, prefix)
     finally:
         if distributed:
             # in `finally`, so that an error on rank 0 does not leave the others waiting
@@ -282,7 +282,7 @@ def _one_pass(
     return build(str(folder))
 
 
-def _build_aside(build: Any, folder: Path, prefix: str) -> None:
+def _build_in_temporary_folder(build: Any, folder: Path, prefix: str) -> None:
     logger.info("ordering the rows of %s, once: later starts read the order from %s", prefix, folder)
     temporary = folder.parent / f".building-{folder.name}-{socket.gethostname()}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -298,7 +298,7 @@ def _build_aside(build: Any, folder: Path, prefix: str) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-class _Repeated(torch.utils.data.Dataset[Any]):
+class _ShuffledPasses(torch.utils.data.Dataset[Any]):
     """Several passes over the same rows, each in another order.
 
     Megatron's own repetition shuffles over all passes together, so that its order changes with the number of
@@ -331,13 +331,14 @@ def _blended(
 ) -> BlendedDataset:
     """Draw from the passes by weight, repeating each as often as needed; without weights draw every row once."""
     if weights is None:
-        parts = [_Repeated(one_pass, len(one_pass), config.random_seed) for one_pass in passes]
+        parts = [_ShuffledPasses(one_pass, len(one_pass), config.random_seed) for one_pass in passes]
         # no size: Megatron then takes each part's length for its weight
         return BlendedDataset(parts, [len(one_pass) for one_pass in passes], None, config)
     shares = [weight / sum(weights) for weight in weights]
     # Megatron's blend keeps each part within one row of its share at every point, hence the margin
     sizes = [math.ceil(num_samples * share) + len(passes) for share in shares]
     parts = [
-        _Repeated(one_pass, size, config.random_seed) for one_pass, size in zip(passes, sizes, strict=True)
+        _ShuffledPasses(one_pass, size, config.random_seed)
+        for one_pass, size in zip(passes, sizes, strict=True)
     ]
     return BlendedDataset(parts, shares, num_samples, config)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dash_megatron.files import told
+from dash_megatron.files import path_for_message
 
 _MAGIC = b"MMIDIDX\x00\x00"
 # after the magic: version, dtype code, sequences, document boundaries
@@ -81,7 +81,7 @@ def read_lengths(prefix: str | os.PathLike[str]) -> tuple[np.ndarray, np.dtype, 
     path = Path(f"{os.fspath(prefix)}.idx")
     if not path.is_file():
         raise FileNotFoundError(
-            f"{told(path)} does not exist; make it with `python -m data_tools.tokenize_corpus`"
+            f"{path_for_message(path)} does not exist; make it with `python -m data_tools.tokenize_corpus`"
         )
     with open(path, "rb") as file:
         header = file.read(_HEADER_BYTES)
@@ -119,7 +119,7 @@ def check_bin_size(prefix: str | os.PathLike[str], index: IndexSummary) -> None:
     path = Path(f"{os.fspath(prefix)}.bin")
     if not path.is_file():
         raise FileNotFoundError(
-            f"{told(path)} does not exist; make it with `python -m data_tools.tokenize_corpus`"
+            f"{path_for_message(path)} does not exist; make it with `python -m data_tools.tokenize_corpus`"
         )
     size = path.stat().st_size
     if size != index.bin_bytes:

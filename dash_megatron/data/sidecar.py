@@ -9,7 +9,7 @@ import numpy as np
 
 from dash_megatron.data.index_file import check_bin_size, edges_digest, read_index
 from dash_megatron.data.tokenizer import Tokenizer
-from dash_megatron.files import told
+from dash_megatron.files import path_for_message
 
 _TOKENS_PER_READ = 1 << 20
 
@@ -66,7 +66,7 @@ class Sidecar:
         if not path.is_file():
             read_index(prefix)  # where all of it is missing, that is the error
             raise FileNotFoundError(
-                f"{told(path)} does not exist, so that nothing says which tokenizer made {prefix}.bin; {remedy}"
+                f"{path_for_message(path)} does not exist, so that nothing says which tokenizer made {prefix}.bin; {remedy}"
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -142,7 +142,7 @@ def _check_answers(prefix: str, sidecar: Sidecar, tokenizer: Tokenizer) -> None:
     path = answers_path(prefix)
     if sidecar.answer_tokens is not None and not path.is_file():
         raise FileNotFoundError(
-            f"{told(path)} does not exist, which says what of {prefix}.bin is an answer; copy it too, or tokenize again"
+            f"{path_for_message(path)} does not exist, which says what of {prefix}.bin is an answer; copy it too, or tokenize again"
         )
     known = edges_digest(path) if path.is_file() else None
     if known != sidecar.answers_digest:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dash_megatron.data.json_tokenizer import JsonTokenizer
 from dash_megatron.data.sentencepiece_model import SentencePieceModel
-from dash_megatron.files import told
+from dash_megatron.files import path_for_message
 
 
 class Tokenizer:
@@ -27,7 +27,7 @@ class Tokenizer:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(
-                f"data.tokenizer={told(self.path)} does not exist; train one with "
+                f"data.tokenizer={path_for_message(self.path)} does not exist; train one with "
                 f"`python -m data_tools.train_tokenizer --input CORPUS --output {self.path}`"
             )
         json = self.path.suffix == ".json"

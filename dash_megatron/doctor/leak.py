@@ -7,14 +7,14 @@ from torch import Tensor
 
 from dash_megatron.config import Config
 from dash_megatron.doctor.runner import Finding
-from dash_megatron.doctor.session import Session, same_bits_every_time
-from dash_megatron.doctor.small import NUM_DOCUMENTS, build, documents_batch, tiny, vocabulary_of
+from dash_megatron.doctor.session import Session, deterministic_sums
+from dash_megatron.doctor.small import NUM_DOCUMENTS, build, documents_batch, tiny_config, vocabulary_of
 from dash_megatron.layers import DashGPTModel
 from dash_megatron.layers.sharding import split_of
 from dash_megatron.parallel import tensor_group
 from dash_megatron.training.loss import token_losses
 
-_CHANGED = 1
+_CHANGED_DOCUMENT = 1
 # Of a gradient's norm, where kernels add up keys' gradients in pieces whose borders all documents' lists decide: a leak is
 # far above it.
 _ROUNDING = {"fp32": 1e-5, "bf16": 1e-2}
@@ -28,33 +28,33 @@ def check_leak(session: Session) -> Finding:
     """
     if not session.config.data.pack_documents:
         return Finding("skipped", {}, "data.pack_documents=false: documents attend to each other on purpose")
-    config = tiny(session.config, precision=session.config.training.precision)
-    with session.model_groups(config.parallel), same_bits_every_time():
+    config = tiny_config(session.config, precision=session.config.training.precision)
+    with session.model_groups(config.parallel), deterministic_sums():
         model = build(config, session.device)
         if config.training.precision == "bf16":
             model.bfloat16()
         usual = _losses_and_gradients(model, config, (), session.device)
-        changed = _losses_and_gradients(model, config, (_CHANGED,), session.device)
+        changed = _losses_and_gradients(model, config, (_CHANGED_DOCUMENT,), session.device)
     problems = []
     for name in usual:
         for document in range(NUM_DOCUMENTS):
             before, after = usual[name][document], changed[name][document]
             allowed = _ROUNDING[config.training.precision] if before.is_cuda and name == "gradient" else 0.0
-            if document != _CHANGED and not (before - after).norm() <= allowed * before.norm():
+            if document != _CHANGED_DOCUMENT and not (before - after).norm() <= allowed * before.norm():
                 most = (before - after).abs().max().item()
                 problems.append(f"the {name} of document {document} changed by up to {most:.1e}")
     if not problems and session.config.parallel.context == session.config.parallel.tensor == 1:
         # the check sees nothing where nothing moves
-        own = usual["loss"][_CHANGED], changed["loss"][_CHANGED]
+        own = usual["loss"][_CHANGED_DOCUMENT], changed["loss"][_CHANGED_DOCUMENT]
         if torch.equal(*own):
-            problems.append(f"the loss of document {_CHANGED} itself did not change")
+            problems.append(f"the loss of document {_CHANGED_DOCUMENT} itself did not change")
     figures = {"documents": NUM_DOCUMENTS, "tokens": config.data.seq_length}
     if not problems:
         return Finding(figures=figures)
     return Finding(
         "failed",
         figures,
-        f"with document {_CHANGED} changed, {'; '.join(problems)}; documents of a packed sequence see each other: "
+        f"with document {_CHANGED_DOCUMENT} changed, {'; '.join(problems)}; documents of a packed sequence see each other: "
         "train with data.pack_documents=false at best, and report this",
     )
 

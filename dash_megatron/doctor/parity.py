@@ -14,7 +14,7 @@ from dash_megatron.data.batches import num_target_tokens
 from dash_megatron.doctor.kernels import TOLERANCE, uses_kernels
 from dash_megatron.doctor.runner import Figure, Finding
 from dash_megatron.doctor.session import Session
-from dash_megatron.doctor.small import build, documents_batch, tiny
+from dash_megatron.doctor.small import build, documents_batch, tiny_config
 from dash_megatron.layers import routing_means
 from dash_megatron.layers.sharding import join, split_of
 from dash_megatron.parallel import context_parallel_group, tensor_group
@@ -22,10 +22,10 @@ from dash_megatron.training.loss import share_of_global_mean
 
 # Relative, of the loss and of every gradient. Float64, so that what remains is a fault, and not sums in another order:
 # in float32 a router near its threshold magnifies these tenfold.
-ALLOWED = 1e-5
+LAYOUT_TOLERANCE = 1e-5
 
 
-class Pass(NamedTuple):
+class ForwardBackward(NamedTuple):
     """What one forward and backward pass gave."""
 
     loss: Tensor
@@ -44,12 +44,12 @@ def check_parity(session: Session) -> Finding:
     config, parallel = session.config, session.config.parallel
     if parallel.context == parallel.tensor == 1:
         return Finding("skipped", {}, "parallel.context=1 and parallel.tensor=1: no model is shared")
-    alone = tiny(config, backend="reference")
+    alone = tiny_config(config, backend="reference")
     sections = alone.model_dump(mode="json") | {"parallel": ParallelConfig().model_dump()}
     alone = Config.model_validate(sections)
     with session.model_groups(alone.parallel):
-        expected = session.together(lambda: run_once(alone, session.device, torch.float64))
-    passes = {"reference": (torch.float64, ALLOWED, ALLOWED)}
+        expected = session.run_on_all(lambda: run_once(alone, session.device, torch.float64))
+    passes = {"reference": (torch.float64, LAYOUT_TOLERANCE, LAYOUT_TOLERANCE)}
     if uses_kernels(config, session.device):
         # no nearer than the kernels are without a layout
         passes["triton"] = (torch.float32, *TOLERANCE[torch.float32])
@@ -57,7 +57,7 @@ def check_parity(session: Session) -> Finding:
     problems = []
     for backend, (dtype, *allowed) in passes.items():
         with session.model_groups(parallel):
-            found = run_once(tiny(config, backend=backend), session.device, dtype)
+            found = run_once(tiny_config(config, backend=backend), session.device, dtype)
         errors = {"loss": relative_error(found.loss, expected.loss)}
         errors |= {
             name: relative_error(found.gradients[name], gradient)
@@ -81,7 +81,7 @@ def check_parity(session: Session) -> Finding:
     return Finding("failed", figures, "; ".join(problems))
 
 
-def run_once(config: Config, device: torch.device, dtype: torch.dtype) -> Pass:
+def run_once(config: Config, device: torch.device, dtype: torch.dtype) -> ForwardBackward:
     """Compute loss and gradients of one batch, the same in all copies of the model; collective within each copy."""
     model = build(config, device).to(dtype)
     batch = documents_batch(config).to(device)
@@ -98,7 +98,7 @@ def run_once(config: Config, device: torch.device, dtype: torch.dtype) -> Pass:
     for share in (total, chunks):
         dist.all_reduce(share, group=context_parallel_group())
     gradients = {name: _whole_gradient(parameter) for name, parameter in model.named_parameters()}
-    return Pass(total.cpu(), gradients, (chunks[1] / chunks[0]).item() if means else 1.0)
+    return ForwardBackward(total.cpu(), gradients, (chunks[1] / chunks[0]).item() if means else 1.0)
 
 
 def _whole_gradient(parameter: Tensor) -> Tensor:

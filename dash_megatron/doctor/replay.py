@@ -115,7 +115,7 @@ def replay_batches(model: DashGPTModel, batches: Sequence[PackedBatch], seq_leng
 def render(result: Replay) -> str:
     """The result as text for people, the largest losses and gradients first."""
     lines = ["", "sample         loss   document with the largest loss"]
-    for sample in sorted(result.samples, key=lambda sample: _badness(sample.loss), reverse=True):
+    for sample in sorted(result.samples, key=lambda sample: _nan_as_infinity(sample.loss), reverse=True):
         start, end = sample.document
         lines.append(
             f"{sample.sample:<10} {sample.loss:8.4f}   tokens {start} to {end - 1}: {sample.document_loss:.4f}"
@@ -127,8 +127,8 @@ def render(result: Replay) -> str:
         group: math.hypot(*(result.gradient_norms[name] for name in names)) for group, names in groups.items()
     }
     lines += ["", f"gradient norm {result.gradient_norm:.4g}, by group; its largest parameter"]
-    for group, norm in sorted(norms.items(), key=lambda pair: _badness(pair[1]), reverse=True):
-        largest = max(groups[group], key=lambda name: _badness(result.gradient_norms[name]))
+    for group, norm in sorted(norms.items(), key=lambda pair: _nan_as_infinity(pair[1]), reverse=True):
+        largest = max(groups[group], key=lambda name: _nan_as_infinity(result.gradient_norms[name]))
         lines.append(f"{norm:10.4g}  {group}; {largest} {result.gradient_norms[largest]:.4g}")
     module = result.first_module
     lines.append("")
@@ -193,7 +193,7 @@ def _sample_losses(loss_T: Tensor, batch: PackedBatch, seq_length: int) -> list[
             ((start - first, end - first), _mean(loss_T[start:end], mask_T[start:end]))
             for start, end in itertools.pairwise(cuts)
         ]
-        document, worst = max(documents, key=lambda pair: _badness(pair[1]))
+        document, worst = max(documents, key=lambda pair: _nan_as_infinity(pair[1]))
         losses.append(SampleLoss(sample, _mean(loss_T[first:last], mask_T[first:last]), document, worst))
     return losses
 
@@ -202,7 +202,7 @@ def _mean(loss: Tensor, mask: Tensor) -> float:
     return loss[mask].mean().item() if mask.any() else 0.0
 
 
-def _badness(value: float) -> float:
+def _nan_as_infinity(value: float) -> float:
     """A value to sort by, in which NaN counts as infinite."""
     return value if math.isfinite(value) else math.inf
 

@@ -26,9 +26,9 @@ from dash_megatron.training.trainer import Trainer
 
 # One start of the small run. Two of them, and time to notice, make the check's limit.
 START_SECONDS = 600.0
-SAVED, LAST = 2, 4
+SAVE_STEP, LAST_STEP = 2, 4
 # What torchrun and SLURM tell processes of the other launch, which those of this one must not read
-_OF_THE_LAUNCHER = ("TORCHELASTIC_", "SLURM_", "GROUP_", "ROLE_")
+_LAUNCHER_VARIABLES = ("TORCHELASTIC_", "SLURM_", "GROUP_", "ROLE_")
 
 
 def check_resume(session: Session) -> Finding:
@@ -41,7 +41,7 @@ def check_resume(session: Session) -> Finding:
     if session.device.type == "cuda":
         # what the checks before this one held is for the processes to come
         torch.cuda.empty_cache()
-    made = session.together(lambda: _make_folder(session.config.run_dir) if is_main else "")
+    made = session.run_on_all(lambda: _make_folder(session.config.run_dir) if is_main else "")
     folder = Path(session.gather(made)[0])
     began: list[int] = []
     losses: list[dict[int, float]] = []
@@ -50,9 +50,9 @@ def check_resume(session: Session) -> Finding:
         for number in range(2):
             port = session.gather(_free_port() if is_main else 0)[0]
             start = functools.partial(start_training, session.launch, config, folder, number, port)
-            began.append(session.together(start, wait_seconds=START_SECONDS))
+            began.append(session.run_on_all(start, wait_seconds=START_SECONDS))
             read = functools.partial(_read_losses, config.run_dir, forget_last_checkpoint=number == 0)
-            losses.append(session.together(lambda read=read: read() if is_main else {}))  # type: ignore[misc]
+            losses.append(session.run_on_all(lambda read=read: read() if is_main else {}))  # type: ignore[misc]
     finally:
         if is_main:
             shutil.rmtree(folder, ignore_errors=True)
@@ -66,16 +66,18 @@ def compare_starts(began: Sequence[int], losses: Sequence[Mapping[int, float]]) 
         began: step after which each began.
         losses: loss by step, as each left them.
     """
-    if list(began) != [0, SAVED]:
-        return Finding("failed", {}, f"the starts began after steps {list(began)}, in place of 0 and {SAVED}")
+    if list(began) != [0, SAVE_STEP]:
+        return Finding(
+            "failed", {}, f"the starts began after steps {list(began)}, in place of 0 and {SAVE_STEP}"
+        )
     first, second = losses
-    wrong = [step for step in range(1, LAST + 1) if step not in first or first[step] != second.get(step)]
+    wrong = [step for step in range(1, LAST_STEP + 1) if step not in first or first[step] != second.get(step)]
     if not wrong:
-        return Finding(figures={f"loss of step {LAST}": first[LAST]})
+        return Finding(figures={f"loss of step {LAST_STEP}": first[LAST_STEP]})
     return Finding(
         "failed",
         {},
-        f"the loss of step {wrong[0]} is {second.get(wrong[0])} after resuming from step {SAVED}, and "
+        f"the loss of step {wrong[0]} is {second.get(wrong[0])} after resuming from step {SAVE_STEP}, and "
         f"{first.get(wrong[0])} without a stop: a run would go on as another one; if the file system of run_dir is sound, "
         "report this",
     )
@@ -93,10 +95,10 @@ def small_run(config: Config, world_size: int, folder: Path) -> Config:
         data={"cache_dir": cache, "valid": []},
         schedule={"kind": "constant", "warmup_steps": 0, "decay_steps": None},
         training={
-            "steps": LAST,
+            "steps": LAST_STEP,
             "global_batch": config.training.micro_batch * config.data_parallel_size(world_size),
         },
-        checkpoint={"every": SAVED, "keep": 0, "keep_every": 0},
+        checkpoint={"every": SAVE_STEP, "keep": 0, "keep_every": 0},
         logging={"every": 1, "tensorboard": False},
         evaluation={"every": 0},
     )
@@ -124,7 +126,9 @@ def start_training(launch: Launch, config: Config, folder: Path, number: int, po
         raise ValueError(
             f"{folder} of rank 0 is not on this machine: run_dir must be on a disk that all machines share"
         )
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(_OF_THE_LAUNCHER)}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER_VARIABLES)
+    }
     environment |= {
         "RANK": str(launch.rank),
         "WORLD_SIZE": str(launch.world_size),
@@ -173,11 +177,11 @@ def _make_folder(run_dir: str) -> str:
 
 def _read_losses(run_dir: str, forget_last_checkpoint: bool) -> dict[int, float]:
     if forget_last_checkpoint:
-        if finished_steps(run_dir) != [SAVED, LAST]:
+        if finished_steps(run_dir) != [SAVE_STEP, LAST_STEP]:
             raise RuntimeError(
-                f"the small run saved steps {finished_steps(run_dir)}, in place of {[SAVED, LAST]}"
+                f"the small run saved steps {finished_steps(run_dir)}, in place of {[SAVE_STEP, LAST_STEP]}"
             )
-        shutil.rmtree(checkpoint_folder(run_dir) / tag_of(LAST))
+        shutil.rmtree(checkpoint_folder(run_dir) / tag_of(LAST_STEP))
     return {line["step"]: line["loss"] for line in read_metrics(run_dir)}
 
 

@@ -76,7 +76,7 @@ class Session:
         dist.all_gather_object(values, value, group=self._agreement)
         return values
 
-    def together(self, function: Callable[[], T], wait_seconds: float = COLLECTIVE_TIMEOUT_SECONDS) -> T:
+    def run_on_all(self, function: Callable[[], T], wait_seconds: float = COLLECTIVE_TIMEOUT_SECONDS) -> T:
         """Call a function on every process, and go on only if it succeeds on all; collective.
 
         Args:
@@ -120,7 +120,7 @@ def describe(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def same_bits_every_time() -> Iterator[None]:
+def deterministic_sums() -> Iterator[None]:
     """Let torch and the kernels sum in an order that is always the same."""
     before = (
         torch.are_deterministic_algorithms_enabled(),

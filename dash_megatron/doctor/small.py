@@ -52,7 +52,9 @@ def scaled_down(config: Config, **sections: dict[str, Any]) -> Config:
     return config_from_dict(tree)
 
 
-def tiny(config: Config, precision: Literal["bf16", "fp32"] = "fp32", backend: str | None = None) -> Config:
+def tiny_config(
+    config: Config, precision: Literal["bf16", "fp32"] = "fp32", backend: str | None = None
+) -> Config:
     """`scaled_down`, with a small vocabulary and sequences just long enough for documents to straddle every border."""
     parallel, chunk = config.parallel, config.attention.chunk_size
     unit = math.lcm(2 * parallel.context * chunk, parallel.context * parallel.tensor)
@@ -76,7 +78,7 @@ def documents_batch(config: Config, changed: Sequence[int] = ()) -> PackedBatch:
     """This context rank's share of one row of four random documents, whose ends lie inside chunks.
 
     Args:
-        config: as `tiny` makes it.
+        config: as `tiny_config` makes it.
         changed: documents that have other tokens than usual.
     """
     length, vocab_size = config.data.seq_length, config.model.vocab_size

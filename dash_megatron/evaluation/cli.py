@@ -89,10 +89,10 @@ def check_arguments(arguments: Sequence[str]) -> None:
 def _read(options: argparse.Namespace) -> tuple[Settings, RopeScaling | None]:
     # imported late, so that --help is fast
     from dash_megatron.config import read_rope_scaling
-    from dash_megatron.evaluation.settings import FAMILIES, Settings
+    from dash_megatron.evaluation.settings import ALL_TASKS, Settings
 
     settings = Settings(
-        tasks=options.tasks or FAMILIES,
+        tasks=options.tasks or ALL_TASKS,
         lengths=options.lengths or (),
         depths=options.depths,
         samples=options.samples,

@@ -8,14 +8,14 @@ from dash_megatron.evaluation.tasks import TASKS
 from dash_megatron.evaluation.text import LocalText
 
 # what `evaluate` takes by default, and training always
-SEED = 0
-DEPTHS = 5
+DEFAULT_SEED = 0
+DEFAULT_DEPTHS = 5
 
 Item = tuple[int, float | None]
 """Index, and depth where it is given."""
 
 
-def task_items(task: str, samples: int, depths: int = DEPTHS) -> list[Item]:
+def task_items(task: str, samples: int, depths: int = DEFAULT_DEPTHS) -> list[Item]:
     """All items of a task: `samples` of them, or `samples` for each of `depths` depths if the task has depths."""
     places: list[float | None] = [None]
     if TASKS[task].by_depth:
@@ -24,7 +24,7 @@ def task_items(task: str, samples: int, depths: int = DEPTHS) -> list[Item]:
 
 
 def make_sample(
-    task: str, length: int, item: Item, text: LocalText, tokenizer: Tokenizer, seed: int = SEED
+    task: str, length: int, item: Item, text: LocalText, tokenizer: Tokenizer, seed: int = DEFAULT_SEED
 ) -> Sample:
     """Make the sample of an item; it depends on these arguments alone.
 

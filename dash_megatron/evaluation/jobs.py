@@ -22,7 +22,7 @@ from dash_megatron.evaluation.settings import DOCUMENTS, PERPLEXITY, Settings
 from dash_megatron.evaluation.text import LocalText
 
 # raised whenever prompts or scores change, so that older results are not taken for new ones
-VERSION = 2
+RESULTS_VERSION = 2
 # what a model may write beside the tokens of the answer
 EXTRA_TOKENS = 8
 
@@ -40,7 +40,13 @@ class Job(ABC):
     def key(self) -> str:
         """Digest of all that a result depends on, except its item."""
         model, text = self.model, self.text
-        facts = [VERSION, model.fingerprint, model.tokenizer.fingerprint, text.digest, text.num_tokens]
+        facts = [
+            RESULTS_VERSION,
+            model.fingerprint,
+            model.tokenizer.fingerprint,
+            text.digest,
+            text.num_tokens,
+        ]
         facts += [self.task, self.length, self.settings.seed, *self.key_facts()]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 

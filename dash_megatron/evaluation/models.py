@@ -21,7 +21,7 @@ from dash_megatron.config import Config, RopeScaling
 from dash_megatron.data.blend import blend_prefixes
 from dash_megatron.data.index_file import edges_digest
 from dash_megatron.data.tokenizer import Tokenizer
-from dash_megatron.files import told
+from dash_megatron.files import path_for_message
 from dash_megatron.layers import DashGPTModel
 from dash_megatron.layers.model import MAX_LOGITS
 
@@ -197,7 +197,7 @@ def _until(tokens: list[int], end: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """What is known of a model before its weights are read."""
 
     folder: Path
@@ -211,16 +211,16 @@ class Source:
 
 def describe_source(
     source: str | Path, step: int | None = None, rope_scaling: RopeScaling | None = None
-) -> Source:
+) -> ModelSource:
     """Say what can be said of a run or an exported folder at once; arguments and errors as in `open_model`."""
     folder = Path(source)
     if _is_export(folder, step, rope_scaling):
         longest = json.loads((folder / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
-        return Source(folder, None, _tokenizer_of(folder), int(longest), [])
+        return ModelSource(folder, None, _tokenizer_of(folder), int(longest), [])
     config, step = stored_config(folder, step)
     _with_rope(config, rope_scaling)
     tokenizer = Tokenizer(str(config.data.tokenizer))
-    return Source(folder, step, tokenizer, config.data.seq_length, blend_prefixes(config.data.valid))
+    return ModelSource(folder, step, tokenizer, config.data.seq_length, blend_prefixes(config.data.valid))
 
 
 def _is_export(folder: Path, step: int | None, rope_scaling: RopeScaling | None) -> bool:
@@ -235,7 +235,9 @@ def _is_export(folder: Path, step: int | None, rope_scaling: RopeScaling | None)
             )
         return True
     if not folder.is_dir():
-        raise FileNotFoundError(f"{told(folder)} does not exist; give a run's folder or an exported model")
+        raise FileNotFoundError(
+            f"{path_for_message(folder)} does not exist; give a run's folder or an exported model"
+        )
     if not checkpoint_folder(folder).is_dir():
         raise FileNotFoundError(
             f"{folder} must be a run (with checkpoints/) or an exported model (with config.json)"

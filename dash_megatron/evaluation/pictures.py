@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dash_megatron.drawing import GRID, HEAT_MAP, plt, save, tokens_axis
-from dash_megatron.evaluation.settings import LOSSES
+from dash_megatron.evaluation.settings import LOSS_TASKS
 
 
 def draw(results: dict[str, Any], output: Path) -> list[Path]:
@@ -17,12 +17,12 @@ def draw(results: dict[str, Any], output: Path) -> list[Path]:
     """
     tasks = results["tasks"]
     drawn = []
-    for name in LOSSES:
+    for name in LOSS_TASKS:
         if name in tasks:
             drawn.append(_save(_perplexity(tasks[name]), results, output / f"{name}.png"))
     if "needle" in tasks:
         drawn.append(_save(_needle(tasks["needle"]), results, output / "needle.png"))
-    scored = {name: by_length for name, by_length in tasks.items() if name not in LOSSES}
+    scored = {name: by_length for name, by_length in tasks.items() if name not in LOSS_TASKS}
     if scored:
         figure = _scores(scored, results["model"]["trained_length"])
         drawn.append(_save(figure, results, output / "tasks.png"))

@@ -13,8 +13,8 @@ from typing import Any, cast
 
 from dash_megatron.evaluation.buckets import buckets
 from dash_megatron.evaluation.jobs import JOBS, Job, TaskJob
-from dash_megatron.evaluation.models import LanguageModel, Source
-from dash_megatron.evaluation.settings import LOSSES, PERPLEXITY, Settings
+from dash_megatron.evaluation.models import LanguageModel, ModelSource
+from dash_megatron.evaluation.settings import LOSS_TASKS, PERPLEXITY, Settings
 from dash_megatron.evaluation.text import LocalText
 from dash_megatron.files import write_whole
 
@@ -60,7 +60,7 @@ def evaluate(
     for job in jobs:
         begin = time.perf_counter()
         lines, computed = run_job(job, output / f"{job.task}.jsonl")
-        summary = _sum_up_losses(job, lines) if job.task in LOSSES else _sum_up_scores(lines)
+        summary = _sum_up_losses(job, lines) if job.task in LOSS_TASKS else _sum_up_scores(lines)
         # of the lines in the file, those with this key are of these settings
         results["tasks"][job.task][str(job.length)] = {**summary, "key": job.key}
         seconds = time.perf_counter() - begin
@@ -71,7 +71,7 @@ def evaluate(
     return results
 
 
-def check_samples(settings: Settings, source: Source, text: LocalText) -> None:
+def check_samples(settings: Settings, source: ModelSource, text: LocalText) -> None:
     """Check that samples of every task and length can be made, before the weights of a model are read.
 
     Raises:
@@ -80,7 +80,7 @@ def check_samples(settings: Settings, source: Source, text: LocalText) -> None:
     _prepared_jobs(settings, source, text)
 
 
-def _prepared_jobs(settings: Settings, model: LanguageModel | Source, text: LocalText) -> list[Job]:
+def _prepared_jobs(settings: Settings, model: LanguageModel | ModelSource, text: LocalText) -> list[Job]:
     jobs = [
         JOBS.get(task, TaskJob)(task, length, settings, cast(LanguageModel, model), text)
         for task in settings.tasks

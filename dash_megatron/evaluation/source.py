@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dash_megatron.config import RopeScaling
-from dash_megatron.evaluation.models import Source, describe_source, open_model
+from dash_megatron.evaluation.models import ModelSource, describe_source, open_model
 from dash_megatron.evaluation.pictures import draw
 from dash_megatron.evaluation.runner import RESULTS, check_samples, evaluate
 from dash_megatron.evaluation.settings import Settings
@@ -71,7 +71,7 @@ def _check_output(folder: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(place))
 
 
-def _open_text(known: Source, longest: int, text: str | None, data: Sequence[str]) -> LocalText:
+def _open_text(known: ModelSource, longest: int, text: str | None, data: Sequence[str]) -> LocalText:
     num_tokens = tokens_for_lines(longest)
     if text is not None:
         return LocalText.from_file(text, known.tokenizer, num_tokens)
@@ -81,7 +81,7 @@ def _open_text(known: Source, longest: int, text: str | None, data: Sequence[str
     return LocalText.from_data(prefixes, known.tokenizer, num_tokens)
 
 
-def _default_output(known: Source, scaling: RopeScaling | None) -> Path:
+def _default_output(known: ModelSource, scaling: RopeScaling | None) -> Path:
     if known.step is None:
         return known.folder.with_name(f"{known.folder.name}.evaluation")
     # results of another RoPE are kept apart

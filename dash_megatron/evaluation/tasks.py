@@ -23,7 +23,7 @@ COMMON_WORDS = 10
 FREQUENT_WORDS = 3
 HOPS = 4
 
-Build = Callable[[random.Random, int, Sequence[str], float | None], Prompt]
+BuildPrompt = Callable[[random.Random, int, Sequence[str], float | None], Prompt]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Task:
     """A family of samples."""
 
     name: str
-    build: Build | None
+    build: BuildPrompt | None
     """Makes a prompt of a generator, a size, lines of filler and a depth; None: `copy`, which is made of tokens."""
     smallest: int = 1
     """Size that `build` begins with."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-KNOWN = ("llama", "mistral", "qwen2", "qwen3", "minicpm", "internlm3")
+KNOWN_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "minicpm", "internlm3")
 """Values of `model_type` that are taken; tests compare logits of each. SmolLM2 and Falcon3 are `llama`."""
 
-_DIFFERENCES = {
+_UNSUPPORTED = {
     "granite": "multipliers on embeddings, residuals, attention and logits",
     "smollm3": "layers without rotary embedding",
     "gemma": "another norm and scaled embeddings",
@@ -18,7 +18,7 @@ _DIFFERENCES = {
     "deepseek_v3": "latent attention and experts",
 }
 # read by `sections_of` and `multipliers`
-_CARRIED = {
+_CONVERTED_KEYS = {
     "model_type",
     "vocab_size",
     "hidden_size",
@@ -42,8 +42,8 @@ _CARRIED = {
     "num_experts",
     "num_local_experts",
 }
-_CARRIED_OF = {"minicpm": {"scale_emb", "scale_depth", "dim_model_base"}, "internlm3": {"qkv_bias"}}
-_CARRIED_OF_EXPORTS = {
+_CONVERTED_KEYS_OF = {"minicpm": {"scale_emb", "scale_depth", "dim_model_base"}, "internlm3": {"qkv_bias"}}
+_CONVERTED_KEYS_OF_EXPORTS = {
     "alpha",
     "chunk_size",
     "estimate_diagonal",
@@ -59,7 +59,7 @@ _CARRIED_OF_EXPORTS = {
     "sigma",
 }
 # what no logit depends on
-_INERT = {
+_IGNORED_KEYS = {
     "_name_or_path",
     "architectures",
     "attention_dropout",
@@ -89,7 +89,7 @@ _INERT = {
     "use_cache",
 }
 # what training computes as if it were this
-_FIXED: dict[str, Any] = {
+_REQUIRED_VALUES: dict[str, Any] = {
     "hidden_act": "silu",
     "activation": "swiglu",
     "attention_bias": False,
@@ -103,7 +103,7 @@ _FIXED: dict[str, Any] = {
     # of exports of earlier releases
     "length_scaling": 0.0,
 }
-_CODE = ("DashForCausalLM", "MiniCPMForCausalLM", "InternLM3ForCausalLM")
+_KNOWN_CLASSES = ("DashForCausalLM", "MiniCPMForCausalLM", "InternLM3ForCausalLM")
 """Classes of model files beside the weights that compute what this file says."""
 
 
@@ -117,22 +117,22 @@ def check_architecture(tree: dict[str, Any]) -> None:
         ValueError: its architecture, or a key that is not null, is not known to be computed exactly; the message names it.
     """
     kind = tree.get("model_type")
-    if kind not in KNOWN:
-        known = f"must be one of {', '.join(KNOWN)}, which training computes exactly"
-        reason = f"; {kind} has {_DIFFERENCES[kind]}" if kind in _DIFFERENCES else ""
+    if kind not in KNOWN_MODEL_TYPES:
+        known = f"must be one of {', '.join(KNOWN_MODEL_TYPES)}, which training computes exactly"
+        reason = f"; {kind} has {_UNSUPPORTED[kind]}" if kind in _UNSUPPORTED else ""
         raise ValueError(
             f"config.json: model_type={kind} {known}{reason}; start from one of those, or from scratch"
         )
-    code = str((tree.get("auto_map") or {}).get("AutoModelForCausalLM", _CODE[0]))
-    if not code.endswith(_CODE):
+    code = str((tree.get("auto_map") or {}).get("AutoModelForCausalLM", _KNOWN_CLASSES[0]))
+    if not code.endswith(_KNOWN_CLASSES):
         raise ValueError(
             f"config.json: auto_map names {code}, code of the folder's own, and training does not know what it computes"
         )
-    carried = _CARRIED | _CARRIED_OF.get(kind, set())
-    if "chunk_size" in tree and code.endswith(_CODE[0]):
-        carried |= _CARRIED_OF_EXPORTS
+    carried = _CONVERTED_KEYS | _CONVERTED_KEYS_OF.get(kind, set())
+    if "chunk_size" in tree and code.endswith(_KNOWN_CLASSES[0]):
+        carried |= _CONVERTED_KEYS_OF_EXPORTS
     _check_values(tree, carried)
-    known_keys = carried | _INERT | _FIXED.keys()
+    known_keys = carried | _IGNORED_KEYS | _REQUIRED_VALUES.keys()
     unknown = [f"{key}={value}" for key, value in tree.items() if value is not None and key not in known_keys]
     if unknown:
         raise ValueError(
@@ -142,7 +142,7 @@ def check_architecture(tree: dict[str, Any]) -> None:
 
 
 def _check_values(tree: dict[str, Any], carried: set[str]) -> None:
-    for key, value in _FIXED.items():
+    for key, value in _REQUIRED_VALUES.items():
         found = tree.get(key)
         if found is not None and found != value and key not in carried:
             told = {True: "true", False: "false"}

@@ -18,7 +18,7 @@ from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.hf import modeling_dash, probe
 from dash_megatron.hf.card import model_card
 from dash_megatron.hf.config import MODEL_FILE, llama_config
-from dash_megatron.hf.folder import check_new, new_folder, take, write_pieces
+from dash_megatron.hf.folder import check_new, new_folder, read_tensors, write_pieces
 from dash_megatron.hf.names import pieces, to_hugging_face
 from dash_megatron.hf.tokenizer import export_tokenizer
 from dash_megatron.json_lines import read_json_lines
@@ -104,7 +104,7 @@ def _write(
         folder,
         parts,
         lambda piece: to_hugging_face(
-            take(weights, piece.ours, "the checkpoint", dtype), piece, config.model
+            read_tensors(weights, piece.ours, "the checkpoint", dtype), piece, config.model
         ),
     )
     logger.info("comparing the export with the training model")

@@ -287,13 +287,13 @@ def _unpack(x: Tensor, like: Tensor, real: Tensor | None) -> Tensor:
     return out.transpose(1, 2)
 
 
-def _runs(backend: str, q: Tensor, k: Tensor, chunk_size: int) -> bool:
+def _kernels_run(backend: str, q: Tensor, k: Tensor, chunk_size: int) -> bool:
     if backend == "auto":
-        return q.is_cuda and pick_backend(backend, q) == "triton" and _fits(q, k, chunk_size)
+        return q.is_cuda and pick_backend(backend, q) == "triton" and _kernels_take(q, k, chunk_size)
     return backend != "torch"
 
 
-def _fits(q: Tensor, k: Tensor, chunk_size: int) -> bool:
+def _kernels_take(q: Tensor, k: Tensor, chunk_size: int) -> bool:
     """Whether the Triton kernels take queries and keys [B, heads, T, D] of such a shape."""
     from dash_megatron.ops.kernels.geometry import check_supported
 
@@ -371,7 +371,7 @@ def attend(
         Output [B, Hq, T, D] in q's dtype, zero for padding; or None where the model file must attend by itself, and then
         the cache is as it was.
     """
-    if not _runs(backend, q, k, chunk_size):
+    if not _kernels_run(backend, q, k, chunk_size):
         return None
     # under autocast dtypes differ
     k, v, start = k.to(q.dtype), v.to(q.dtype), start.to(q.device)

@@ -19,7 +19,7 @@ from dash_megatron.hf.names import Piece
 
 MODEL_SECTIONS = "model.yaml"
 INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+_SINGLE_FILE = "model.safetensors"
 FILE_BYTES = 1 << 30
 """A file of weights is closed when it has so many, which is also what is held in memory beside one piece."""
 
@@ -81,7 +81,7 @@ def write_pieces(
         close()
     count = len(files)
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    names = names if count > 1 else [_SINGLE]
+    names = names if count > 1 else [_SINGLE_FILE]
     for number, name in enumerate(names):
         os.rename(folder / f"{number}.partial", folder / name)
     if count > 1:
@@ -91,7 +91,7 @@ def write_pieces(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def take(
+def read_tensors(
     weights: Mapping[str, Tensor],
     shapes: Mapping[str, tuple[int, ...]],
     source: str,
@@ -133,12 +133,12 @@ class FolderWeights(Mapping[str, Tensor]):
         self.folder = Path(folder)
         if (self.folder / INDEX).is_file():
             self.files: dict[str, str] = json.loads((self.folder / INDEX).read_text())["weight_map"]
-        elif (self.folder / _SINGLE).is_file():
+        elif (self.folder / _SINGLE_FILE).is_file():
             self.files = {}
-            self.files = dict.fromkeys(self._names(_SINGLE), _SINGLE)
+            self.files = dict.fromkeys(self._names(_SINGLE_FILE), _SINGLE_FILE)
         else:
             raise FileNotFoundError(
-                f"{self.folder} has neither {INDEX} nor {_SINGLE}; convert it to safetensors"
+                f"{self.folder} has neither {INDEX} nor {_SINGLE_FILE}; convert it to safetensors"
             )
         for file in sorted(set(self.files.values())):
             names = set(self._names(file))

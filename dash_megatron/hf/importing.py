@@ -13,9 +13,16 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from dash_megatron.config import AttentionConfig, ModelConfig
-from dash_megatron.files import told
+from dash_megatron.files import path_for_message
 from dash_megatron.hf.config import multipliers, sections_of
-from dash_megatron.hf.folder import MODEL_SECTIONS, FolderWeights, check_new, new_folder, take, write_pieces
+from dash_megatron.hf.folder import (
+    MODEL_SECTIONS,
+    FolderWeights,
+    check_new,
+    new_folder,
+    read_tensors,
+    write_pieces,
+)
 from dash_megatron.hf.names import Piece, from_hugging_face, pieces
 from dash_megatron.hf.tokenizer import import_tokenizer
 
@@ -46,7 +53,7 @@ def import_folder(source: str | Path, output: str | Path) -> Imported:
     check_new(output)
     if not source.is_dir():
         raise FileNotFoundError(
-            f"{told(source)} does not exist; give a local folder, such as `hf download NAME --local-dir DIR` makes"
+            f"{path_for_message(source)} does not exist; give a local folder, such as `hf download NAME --local-dir DIR` makes"
         )
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} has no config.json; give a folder that transformers could load")
@@ -109,7 +116,7 @@ def _convert(
     for name, shape in piece.theirs.items():
         untied = name == "lm_head.weight" and name not in weights and factors != (1.0, 1.0, 1.0)
         stored = "model.embed_tokens.weight" if untied else name
-        tensor = take(weights, {stored: shape}, str(source))[stored]
+        tensor = read_tensors(weights, {stored: shape}, str(source))[stored]
         factor = {"model.embed_tokens.weight": embedding, "lm_head.weight": logits}.get(name, 1.0)
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             factor = residual

@@ -19,7 +19,7 @@ from dash_megatron.data.tokenizer import Tokenizer as OurTokenizer
 _format: Any = sentencepiece_model_pb2
 
 # Texts on which tokenizers tend to differ.
-_TEXTS = (
+_PROBE_TEXTS = (
     "", "a", " ", "  two  spaces ", "\t\n\n x\r\n", "    indented\n        more\n\n\n", "e\u0301 \u00e9 \uff21\ufb01",
     "1234567890 3.14", "</s><s><unk> <0x41> \u2581 \u2581\u2581x", "\u4f60\u597d \U0001f600\U0001f468\u200d\U0001f469", "\x00\x07\x7f",
     "def f(self, value):\n    return [value[i] for i in range(10)]\n",
@@ -185,7 +185,7 @@ def check_tokenizer(fast: PreTrainedTokenizerBase, ours: OurTokenizer) -> None:
     """
     generator = random.Random(0)
     pieces = [" ", *(ours.decode([index]) for index in range(ours.vocab_size))]
-    texts = list(_TEXTS)
+    texts = list(_PROBE_TEXTS)
     for _ in range(200):
         texts.append("".join(generator.choices(pieces, k=generator.randrange(1, 60))))
         texts.append(

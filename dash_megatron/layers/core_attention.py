@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from dash_megatron.config import AttentionConfig
 from dash_megatron.ops.attention import attention_and_routing
 from dash_megatron.ops.full import causal_attention, packed_attention
-from dash_megatron.ops.reference import wide
+from dash_megatron.ops.reference import upcast
 from dash_megatron.ops.types import Router, Routing
 from dash_megatron.parallel.context.attention import sharded_dash_attention
 from dash_megatron.parallel.context.communication import (
@@ -213,7 +213,7 @@ class DashCoreAttention(CoreAttention):
         # in half precision, neighbouring factors would be a percent apart
         if self.log_scaling is None:
             return None
-        return (self.attention.learned_scaling * wide(self.log_scaling)[0]).exp()
+        return (self.attention.learned_scaling * upcast(self.log_scaling)[0]).exp()
 
     def _attend_here(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
         summary_query: Tensor = self.summary_query

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dash_megatron.ops.pooling import pool_queries_reference
-from dash_megatron.ops.reference import Places, attend, route, wide
+from dash_megatron.ops.reference import Places, attend, route, upcast
 from dash_megatron.ops.types import Router
 
 
@@ -21,7 +21,7 @@ def _pages(page_table: Tensor | None, sequence: int, place: Tensor, per_page: in
 
 def _summarize_chunk(k_CHD: Tensor, w_HD: Tensor, dtype: torch.dtype) -> Tensor:
     """Summary [H, D] of a whole chunk: `reference.summarize`, but for the order in which the softmax is summed."""
-    k_CHD, w_HD = wide(k_CHD, w_HD.to(k_CHD.dtype) if k_CHD.dtype == torch.float64 else w_HD)
+    k_CHD, w_HD = upcast(k_CHD, w_HD.to(k_CHD.dtype) if k_CHD.dtype == torch.float64 else w_HD)
     weight_CH = (torch.einsum("chd,hd->ch", k_CHD, w_HD) * k_CHD.shape[-1] ** -0.5).softmax(0)
     summary_HD = torch.einsum("ch,chd->hd", weight_CH, k_CHD)
     if dtype == torch.float16:
@@ -120,7 +120,7 @@ def decode_reference(
         tokens = _pages(page_table, b, torch.arange(length, device=q.device), k.shape[1])
         chunks = _pages(page_table, b, torch.arange(past, device=q.device), summary.shape[1])
         rows = (x[b].unflatten(0, (Hkv, -1)) for x in (q, q if routing_q is None else routing_q))
-        q_HGD, routing_q_HGD, k_SHD, v_SHD, summary_cHD = wide(*rows, k[tokens], v[tokens], summary[chunks])
+        q_HGD, routing_q_HGD, k_SHD, v_SHD, summary_cHD = upcast(*rows, k[tokens], v[tokens], summary[chunks])
         # the rest of the own chunk is empty, and its summary is not made yet
         k_HcCD, v_HcCD = (
             F.pad(x, (0, 0, 0, 0, 0, C - 1 - slot)).transpose(0, 1).unflatten(1, (-1, C))

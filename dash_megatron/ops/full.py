@@ -15,7 +15,7 @@ from torch import Tensor
 PREFERENCE = ("flash3", "varlen", "each")
 """What `auto` takes: the first of these that can run. Others run only where they are asked for."""
 
-Packed = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+PackedAttention = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 """The signature of an implementation, (q, k, v, cu_seqlens, longest), as `packed_attention` describes them."""
 
 
@@ -58,38 +58,38 @@ def packed_attention(
 def pick_implementation(q: Tensor, implementation: str = "auto") -> str:
     """Name of the implementation that `packed_attention` runs; arguments and errors are described there."""
     if implementation == "auto":
-        return next(name for name in PREFERENCE if why_not(name, q) is None)
+        return next(name for name in PREFERENCE if why_unavailable(name, q) is None)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r} must be one of {['auto', *IMPLEMENTATIONS]}; try 'auto'"
         )
-    if reason := why_not(implementation, q):
+    if reason := why_unavailable(implementation, q):
         raise ValueError(f"implementation={implementation!r} cannot run here: {reason}; try 'auto'")
     return implementation
 
 
-def why_not(name: str, q: Tensor) -> str | None:
+def why_unavailable(name: str, q: Tensor) -> str | None:
     """Why an implementation cannot take such queries; None where it can."""
     if name == "each":
         return None
     if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
         return f"q is {str(q.dtype).removeprefix('torch.')} on {q.device.type}, and must be float16 or bfloat16 on CUDA"
-    if name in MODULES and _flash_function(name) is None:
-        return f"no module {MODULES[name]}, which is not part of torch"
+    if name in FLASH_MODULES and _flash_function(name) is None:
+        return f"no module {FLASH_MODULES[name]}, which is not part of torch"
     if name == "flash3" and torch.cuda.get_device_capability(q.device)[0] != 9:
         return "the GPU is no Hopper"
     return None
 
 
-MODULES = {"flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
+FLASH_MODULES = {"flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
 """Packages beside torch, each with a function `flash_attn_varlen_func`."""
 
 
 @functools.cache
 def _flash_function(name: str) -> Callable[..., Any] | None:
-    """The function of one of the `MODULES`; None where that is not installed."""
+    """The function of one of the `FLASH_MODULES`; None where that is not installed."""
     try:
-        found: Callable[..., Any] = importlib.import_module(MODULES[name]).flash_attn_varlen_func
+        found: Callable[..., Any] = importlib.import_module(FLASH_MODULES[name]).flash_attn_varlen_func
         return found
     except (ImportError, AttributeError):
         return None
@@ -137,7 +137,7 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) ->
 def _flash_module(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     """FlashAttention-3 or 4 from a package of its own."""
     attend = _flash_function(name)
-    assert attend is not None, "why_not has looked"
+    assert attend is not None, "why_unavailable has looked"
     out = attend(
         q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=longest, max_seqlen_k=longest, causal=True
     )  # fmt: skip
@@ -146,7 +146,7 @@ def _flash_module(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor
     return attended
 
 
-IMPLEMENTATIONS: dict[str, Packed] = {
+IMPLEMENTATIONS: dict[str, PackedAttention] = {
     "flash4": functools.partial(_flash_module, "flash4"),
     "flash3": functools.partial(_flash_module, "flash3"),
     "cudnn": _cudnn,

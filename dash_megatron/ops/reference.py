@@ -24,7 +24,7 @@ MAX_BLOCK_SCORES = 2**24
 LOG2_E = math.log2(math.e)
 
 
-def wide(*tensors: Tensor) -> list[Tensor]:
+def upcast(*tensors: Tensor) -> list[Tensor]:
     """In float64 if float64, otherwise in float32."""
     return [x if x.dtype == torch.float64 else x.float() for x in tensors]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dash_megatron.ops import reference
-from dash_megatron.ops.reference import LOG2_E, MAX_BLOCK_SCORES, Places, attention_scores, wide
+from dash_megatron.ops.reference import LOG2_E, MAX_BLOCK_SCORES, Places, attention_scores, upcast
 from dash_megatron.ops.shards import (
     Attended,
     AttentionGradients,
@@ -68,7 +68,7 @@ def _summarize(k: Tensor, w: Tensor, chunks: QueryChunks, chunk_size: int) -> Te
 
 def summarize(k: Tensor, w: Tensor, chunks: QueryChunks, chunk_size: int) -> Tensor:
     """As `Stages.summarize`, in k's dtype but at least float32."""
-    k, w = wide(k, w)
+    k, w = upcast(k, w)
     return _summarize(k, w, chunks, chunk_size)
 
 
@@ -77,7 +77,7 @@ def summarize_backward(
 ) -> tuple[Tensor, Tensor]:
     """As `Stages.summarize_backward`."""
     with torch.enable_grad():
-        k, w = (x.detach().requires_grad_() for x in wide(k, w))
+        k, w = (x.detach().requires_grad_() for x in upcast(k, w))
         dk, dw = torch.autograd.grad(_summarize(k, w, chunks, chunk_size), (k, w), d_summary.to(k.dtype))
     return dk, dw
 
@@ -118,7 +118,7 @@ def route(
 ) -> Routed:
     """As `Stages.route`."""
     places = _places(chunks, len(q))
-    q, summary = wide(q, summary)
+    q, summary = upcast(q, summary)
     bias, selected = _route(q, summary, places, router, head_scaling)
     return Routed(selected.mT.contiguous(), State(bias, *places))
 
@@ -141,7 +141,7 @@ def route_backward(
             if head_scaling is None
             else (queries.routing_q, summary, head_scaling)
         )
-        q, summary, *heads = leaves = [x.detach().requires_grad_() for x in wide(*given)]
+        q, summary, *heads = leaves = [x.detach().requires_grad_() for x in upcast(*given)]
         bias, _ = _route(q, summary, places, queries.router, heads[0] if heads else None)
         dq, d_summary, *d_heads = torch.autograd.grad(bias, leaves, d_prior)
     return RouterGradients(dq, d_summary, d_heads[0] if d_heads else None)
@@ -190,7 +190,7 @@ def _blocks(q: Tensor, k: Tensor, state: State, keys: KeyBuffer, chunk_size: int
 
 def attend(queries: RoutedQueries, k: Tensor, v: Tensor, keys: KeyBuffer) -> Attended:
     """As `Stages.attend`; the log-sum-exp is float64."""
-    q, k, v = wide(queries.q, k, v)
+    q, k, v = upcast(queries.q, k, v)
     state, chunk_size = State(*queries.routed.state), queries.router.chunk_size
     out = torch.zeros_like(q)
     # rounded to float32, a large log-sum-exp would scale all weights of its row
@@ -214,7 +214,7 @@ def attend_backward(
 ) -> AttentionGradients:
     """As `Stages.attend_backward`."""
     lse = gradient.merged.lse
-    d_out, q, k, v, out = wide(gradient.d_out, queries.q, k, v, gradient.merged.out)
+    d_out, q, k, v, out = upcast(gradient.d_out, queries.q, k, v, gradient.merged.out)
     state, chunk_size = State(*queries.routed.state), queries.router.chunk_size
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     D, H = q.shape[2], k.shape[1]

@@ -11,13 +11,13 @@ from dash_megatron.planning.table import table
 from dash_megatron.studies.branches import TRAINING, Compared, Measure, headline
 from dash_megatron.studies.study_file import Study
 
-WORDS = {
+VERDICT_WORDS = {
     "above": "higher",
     "below": "lower",
     "within": "not told apart",
     "unknown": "one order, unknown",
 }
-GROUPS = {
+VERDICT_HEADINGS = {
     "above": "Beyond two standard errors",
     "below": "Beyond two standard errors",
     "within": "Not told apart by two standard errors",
@@ -50,21 +50,21 @@ def tables(study: Study, rows: list[dict[str, Any]], compared: list[Compared]) -
     found = []
     first = headline(study, compared)
     for base in dict.fromkeys(each.base for each in compared):
-        own = [each for each in compared if each.base == base and whole(each.measure)]
-        found.append(_arms(base, first, [row for row in rows if row["base"] == base], own))
+        own = [each for each in compared if each.base == base and is_whole_and_final(each.measure)]
+        found.append(_arms_table(base, first, [row for row in rows if row["base"] == base], own))
         losses = [
             each for each in own if each.measure.is_loss and each.measure not in (first, *_training(own))
         ]
         if losses:
-            found.append(_others(f"Other losses of the branches of {base}, nats a token", losses))
+            found.append(_comparisons_table(f"Other losses of the branches of {base}, nats a token", losses))
         scores = [each for each in own if not each.measure.is_loss]
         if scores:
-            found.append(_others(f"Scores of the branches of {base}", scores))
+            found.append(_comparisons_table(f"Scores of the branches of {base}", scores))
     return found
 
 
-def whole(measure: Measure) -> bool:
-    """Whether it is over all positions, and of the trained branch."""
+def is_whole_and_final(measure: Measure) -> bool:
+    """Whether a measure is over all positions, and of the branch at its end."""
     return measure.end is None and measure.step is None
 
 
@@ -72,7 +72,7 @@ def _training(own: list[Compared]) -> list[Measure]:
     return [each.measure for each in own if each.measure.evaluation == TRAINING]
 
 
-def _arms(base: str, first: Measure, rows: list[dict[str, Any]], own: list[Compared]) -> Table:
+def _arms_table(base: str, first: Measure, rows: list[dict[str, Any]], own: list[Compared]) -> Table:
     reference = next(each.arm for each in own if each.is_reference)
     columns = (
         "arm", "orders", "density", "tokens/s", "GiB", "loss", f"to {reference}", "± documents", "± orders", "verdict",
@@ -92,9 +92,9 @@ def _arms(base: str, first: Measure, rows: list[dict[str, Any]], own: list[Compa
                 _mean([row["tokens_per_second"] for row in of_arm], "{:,.0f}"),
                 _mean([row["gpu_memory_gib"] for row in of_arm], "{:.1f}"),
                 f"{each.found.value.value:.4f}",
-                *amounts(each),
-                word(each),
-                *(amounts(training[0]) if training else ("", "", "")),
+                *difference_and_errors(each),
+                verdict_word(each),
+                *(difference_and_errors(training[0]) if training else ("", "", "")),
             ]
         )
     caption = (
@@ -103,7 +103,7 @@ def _arms(base: str, first: Measure, rows: list[dict[str, Any]], own: list[Compa
     return Table(caption, columns, lines)
 
 
-def _others(caption: str, shown: list[Compared]) -> Table:
+def _comparisons_table(caption: str, shown: list[Compared]) -> Table:
     """A line for each comparison, by measure."""
     reference = next(each.arm for each in shown if each.is_reference)
     to = f"to {reference}" if shown[0].measure.is_loss else f"of {reference}'s"
@@ -115,8 +115,8 @@ def _others(caption: str, shown: list[Compared]) -> Table:
             f"{each.found.value.value:.4f}",
             _error(each.found.value.error_items, "{:.4f}"),
             _error(each.found.value.error_orders, "{:.4f}"),
-            *amounts(each),
-            word(each),
+            *difference_and_errors(each),
+            verdict_word(each),
         ]
         for each in sorted(shown, key=lambda each: each.measure[:3])
     ]
@@ -132,12 +132,12 @@ def name_of(measure: Measure) -> str:
     return f"{measure.task} at {measure.length:,} ({measure.evaluation})"
 
 
-def word(each: Compared) -> str:
+def verdict_word(each: Compared) -> str:
     """The verdict, for people."""
-    return "reference" if each.is_reference else WORDS[each.found.verdict]
+    return "reference" if each.is_reference else VERDICT_WORDS[each.found.verdict]
 
 
-def amounts(each: Compared) -> tuple[str, str, str]:
+def difference_and_errors(each: Compared) -> tuple[str, str, str]:
     """How an arm stands to the reference, and the errors over items and over orders; empty for the reference itself.
 
     Losses differ by percents; a score is a share of the reference's, or differs from it where that is 0.
@@ -184,10 +184,12 @@ def sentences(study: Study, compared: list[Compared]) -> dict[str, dict[str, lis
     zero: dict[tuple[str, str, str], list[str]] = {}
     first = headline(study, compared)
     for each in sorted(compared, key=lambda each: each.measure != first):
-        if each.is_reference or not whole(each.measure):
+        if each.is_reference or not is_whole_and_final(each.measure):
             continue
-        groups = found.setdefault(each.base, {group: [] for group in dict.fromkeys(GROUPS.values())})
-        group = GROUPS[each.found.verdict]
+        groups = found.setdefault(
+            each.base, {group: [] for group in dict.fromkeys(VERDICT_HEADINGS.values())}
+        )
+        group = VERDICT_HEADINGS[each.found.verdict]
         if each.found.value.value == each.found.reference == 0:
             zero.setdefault((each.base, group, each.arm), []).append(name_of(each.measure))
         else:
@@ -198,7 +200,7 @@ def sentences(study: Study, compared: list[Compared]) -> dict[str, dict[str, lis
 
 
 def _sentence(each: Compared, reference: str) -> str:
-    by, items, orders = amounts(each)
+    by, items, orders = difference_and_errors(each)
     counted = {DOCUMENTS: "documents", PERPLEXITY: "windows", "loss": "steps"}.get(
         each.measure.task, "samples"
     )

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from dash_megatron.evaluation.buckets import buckets
 from dash_megatron.evaluation.runner import RESULTS, read_lines
-from dash_megatron.evaluation.settings import DOCUMENTS, LOSSES
+from dash_megatron.evaluation.settings import DOCUMENTS, LOSS_TASKS
 from dash_megatron.files import write_whole
 from dash_megatron.studies.jobs import is_finished, missing_evaluations
 from dash_megatron.studies.paired import Comparison, Item, Measured, Ratio, compare
@@ -44,7 +44,7 @@ class Measure(NamedTuple):
     @property
     def is_loss(self) -> bool:
         """Whether it is a loss in nats, where less is better, and no score."""
-        return self.evaluation == TRAINING or self.task in LOSSES
+        return self.evaluation == TRAINING or self.task in LOSS_TASKS
 
 
 @dataclass(frozen=True)

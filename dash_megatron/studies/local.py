@@ -18,7 +18,10 @@ from dash_megatron.studies.runs import StudyRun, evaluations
 from dash_megatron.studies.study_file import StudyError
 
 ROOT = Path(__file__).resolve().parents[2]
-_NOT_AGAIN = {ExitCode.CONFIG_ERROR: "its config or machine is wrong", ExitCode.HALTED: "it halted itself"}
+_NOT_RESTARTED = {
+    ExitCode.CONFIG_ERROR: "its config or machine is wrong",
+    ExitCode.HALTED: "it halted itself",
+}
 
 
 def repository_script(name: str) -> str:
@@ -127,8 +130,8 @@ class LocalRuns:
                 return None
             if code == ExitCode.DONE:
                 return None if is_finished(run) else "train.py ended well without its last checkpoint"
-            if code in _NOT_AGAIN:
-                return f"exit code {code}: {_NOT_AGAIN[ExitCode(code)]}"
+            if code in _NOT_RESTARTED:
+                return f"exit code {code}: {_NOT_RESTARTED[ExitCode(code)]}"
             if attempt < self.restarts:
                 print(f"{title}: exit code {code}: started again", flush=True)
         return f"exit code {code} in each of {self.restarts + 1} starts"

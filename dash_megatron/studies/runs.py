@@ -19,7 +19,7 @@ from dash_megatron.studies.cost import Cost, curriculum_context, estimate_cost, 
 from dash_megatron.studies.study_file import Branches, Budgets, Study, StudyError
 
 _DENSITY = "assume.density"
-_PLAIN = re.compile(r"[^\w.+-]+")
+_NOT_IN_NAMES = re.compile(r"[^\w.+-]+")
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ def _name(variant: str, size: str, recipe: _Recipe, config: Config, seeded: bool
         parts.append(f"{amount:g}{unit}")
     if seeded:
         parts.append(f"seed{config.training.seed}")
-    return "_".join(_PLAIN.sub("-", part).strip("-") for part in parts if part)
+    return "_".join(_NOT_IN_NAMES.sub("-", part).strip("-") for part in parts if part)
 
 
 def _steps(

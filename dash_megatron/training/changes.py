@@ -8,39 +8,39 @@ from typing import Any, NamedTuple
 from dash_megatron.config import Config, config_of_stored_run
 from dash_megatron.training.schedule import learning_rate
 
-_ORDER = "goes on at its sample number in another order: some samples are read twice, others never"
-_LAYOUT = "none but rounding"
-_NEXT = "holds from the next step on"
-_OTHERWISE = "weights were trained with the former; checkpoint.check_loss=false says that it is meant"
+_OTHER_ORDER = "goes on at its sample number in another order: some samples are read twice, others never"
+_ROUNDING = "none but rounding"
+_FROM_NEXT_STEP = "holds from the next step on"
+_TRAINED_WITH = "weights were trained with the former; checkpoint.check_loss=false says that it is meant"
 # of a key, or of all others of a section
 _EFFECTS = {
     "run_dir": "the folder was moved or copied",
-    "model": _OTHERWISE,
+    "model": _TRAINED_WITH,
     "model.init_std": "none: weights are loaded",
-    "attention": _OTHERWISE,
-    "attention.target_density": _NEXT,
-    "attention.density_budget": _NEXT,
-    "attention.backend": _LAYOUT,
-    "data": _NEXT,
+    "attention": _TRAINED_WITH,
+    "attention.target_density": _FROM_NEXT_STEP,
+    "attention.density_budget": _FROM_NEXT_STEP,
+    "attention.backend": _ROUNDING,
+    "data": _FROM_NEXT_STEP,
     "data.tokenizer": "must be the one that made the data",
-    "data.train": _ORDER,
+    "data.train": _OTHER_ORDER,
     "data.valid": "validation losses before and after are of different texts",
-    "data.seq_length": _ORDER,
+    "data.seq_length": _OTHER_ORDER,
     "data.num_workers": "none",
     "data.cache_dir": "none",
-    "parallel": _LAYOUT,
-    "zero": _LAYOUT,
+    "parallel": _ROUNDING,
+    "zero": _ROUNDING,
     "training.steps": "the schedule of the learning rate ends at another step",
-    "training.global_batch": _NEXT,
-    "training.micro_batch": _LAYOUT,
-    "training.recompute": _LAYOUT,
-    "training.precision": _NEXT,
-    "training.seed": _ORDER,
+    "training.global_batch": _FROM_NEXT_STEP,
+    "training.micro_batch": _ROUNDING,
+    "training.recompute": _ROUNDING,
+    "training.precision": _FROM_NEXT_STEP,
+    "training.seed": _OTHER_ORDER,
     "logging.profile_steps": "none",
     "training.init_from": "not read: the run goes on from its own checkpoint",
 }
 _MOVES_THE_RATE = ("training.steps", "optimizer.lr", "schedule.")
-_LONGEST = 48
+_MAX_CHARACTERS = 48
 
 
 class Change(NamedTuple):
@@ -113,9 +113,9 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _effect(key: str) -> str:
-    return _EFFECTS.get(key) or _EFFECTS.get(key.partition(".")[0]) or _NEXT
+    return _EFFECTS.get(key) or _EFFECTS.get(key.partition(".")[0]) or _FROM_NEXT_STEP
 
 
 def _short(value: Any) -> str:
     text = "null" if value is None else str(value)
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[: _MAX_CHARACTERS - 1]}…"

@@ -21,7 +21,7 @@ from torch import Tensor
 from dash_megatron.checkpoint.files import write_tensors
 from dash_megatron.config import FaultsConfig
 from dash_megatron.data.batches import PackedBatch
-from dash_megatron.files import told, write_whole
+from dash_megatron.files import path_for_message, write_whole
 from dash_megatron.parallel import context_rank, data_rank, tensor_group
 from dash_megatron.retry import retry
 
@@ -197,7 +197,7 @@ def read_fault(folder: str | Path) -> tuple[Fault, dict[int, list[PackedBatch]]]
     facts, files = folder / "fault.json", sorted(folder.glob("data_*_context_*.safetensors"))
     if not facts.is_file() or not files:
         raise FileNotFoundError(
-            f"{told(folder)} has no fault.json with its batches; give a folder of a run's faults/, such as "
+            f"{path_for_message(folder)} has no fault.json with its batches; give a folder of a run's faults/, such as "
             "runs/quickstart/faults/step_00000123"
         )
     shards: dict[int, list[dict[str, Tensor]]] = {}

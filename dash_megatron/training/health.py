@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
 
-# mean selected chunks per token, own chunk included, up to which nothing but the own chunk counts as selected
-_ONLY_THE_OWN = 1.01
-_EVERYTHING = 0.999
+# Bounds of a collapsed router: mean selected chunks per token, own chunk included, at most; density at least.
+_OWN_CHUNK_ONLY = 1.01
+_EVERY_CHUNK = 0.999
 
 
 class Watchdog:
@@ -154,6 +154,6 @@ class CollapseAlarm:
 
 def _collapse(density: float | None, chunks: float | None) -> str | None:
     # both at their bounds: there is one chunk only, and nothing to select
-    if density is None or chunks is None or (density >= _EVERYTHING) == (chunks <= _ONLY_THE_OWN):
+    if density is None or chunks is None or (density >= _EVERY_CHUNK) == (chunks <= _OWN_CHUNK_ONLY):
         return None
-    return "every chunk" if density >= _EVERYTHING else "only the own chunk"
+    return "every chunk" if density >= _EVERY_CHUNK else "only the own chunk"

@@ -13,14 +13,14 @@ from torch import Tensor
 from dash_megatron.checkpoint.folder import agreed_steps
 from dash_megatron.checkpoint.weights import open_weights
 from dash_megatron.config import AttentionConfig, ModelConfig
-from dash_megatron.files import told
-from dash_megatron.hf.folder import MODEL_SECTIONS, FolderWeights, take
+from dash_megatron.files import path_for_message
+from dash_megatron.hf.folder import MODEL_SECTIONS, FolderWeights, read_tensors
 from dash_megatron.layers import DashGPTModel
 from dash_megatron.layers.sharding import shard, split_of, whole_shape
 
 logger = logging.getLogger(__name__)
 
-_CORE = ".core_attention."
+_CORE_ATTENTION = ".core_attention."
 """In the names of weights that belong to `attention.kind`."""
 
 
@@ -60,13 +60,13 @@ def load_initial_weights(
         )
     fresh: dict[str, int] = {}
     for name, parameter in parameters.items():
-        if _CORE in name and name not in weights:
+        if _CORE_ATTENTION in name and name not in weights:
             kind = name.rpartition(".")[2]
             fresh[kind] = fresh.get(kind, 0) + 1
             continue
         split = split_of(parameter)
         shape = tuple(whole_shape(parameter.shape, split, group.size()))
-        whole = take(weights, {name: shape}, f"training.init_from={folder}")[name]
+        whole = read_tensors(weights, {name: shape}, f"training.init_from={folder}")[name]
         parameter.copy_(shard(whole, split, group.rank(), group.size()))
     if fresh:
         logger.info(
@@ -87,7 +87,7 @@ def _open(folder: Path) -> tuple[ModelConfig, AttentionConfig | None, Mapping[st
         sections = yaml.safe_load((folder / MODEL_SECTIONS).read_text())
         return ModelConfig.model_validate(sections["model"]), None, FolderWeights(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"training.init_from={told(folder)} does not exist")
+        raise FileNotFoundError(f"training.init_from={path_for_message(folder)} does not exist")
     raise FileNotFoundError(
         f"training.init_from={folder} has neither a run's checkpoints nor {MODEL_SECTIONS}; name a run that has "
         "saved, or a folder made with `python -m dash_megatron convert from-hf`"

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
-from dash_megatron.files import told
+from dash_megatron.files import path_for_message
 from dash_megatron.json_lines import JsonLines, read_json_lines
 from dash_megatron.training.trackers import TensorBoard, Tracker, add_or_drop, close_quietly
 
@@ -169,7 +169,7 @@ def read_metrics(run_dir: str | Path) -> list[StepMetrics]:
     path = Path(run_dir) / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{told(path)} does not exist; {run_dir} must be the folder of a run that has logged a step"
+            f"{path_for_message(path)} does not exist; {run_dir} must be the folder of a run that has logged a step"
         )
     return read_json_lines(path)
 

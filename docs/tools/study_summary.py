@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from dash_megatron.evaluation.settings import LOSSES
+from dash_megatron.evaluation.settings import LOSS_TASKS
 from dash_megatron.training.metrics import StepMetrics, read_metrics
 
 # Points of a training curve: each is the mean over the steps logged since the last one.
@@ -139,7 +139,7 @@ def _evaluation(folder: Path) -> dict[str, Any]:
         samples = defaultdict(list)
         for sample in map(json.loads, path.read_text().splitlines()):
             samples[str(sample["length"])].append(sample)
-        if path.stem in LOSSES:
+        if path.stem in LOSS_TASKS:
             found[path.stem] = {length: _losses(x) for length, x in written.get(path.stem, {}).items()}
         else:
             found[path.stem] = {

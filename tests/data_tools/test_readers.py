@@ -13,7 +13,7 @@ from data_tools.readers import (
     find_inputs,
     read_piece,
     split_into_pieces,
-    tell_unread,
+    warn_of_unread_files,
 )
 
 KINDS = ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrow", "a.feather"]
@@ -152,7 +152,7 @@ def test_what_a_folder_holds_and_is_not_read_is_counted_and_named(tmp_path, caps
         "a.txt",
         "records.json",
     ]
-    tell_unread([tmp_path, tmp_path / "a.txt"])
+    warn_of_unread_files([tmp_path, tmp_path / "a.txt"])
     assert capsys.readouterr().err == (
         f"{tmp_path}: 7 files are not read: 2 .csv ({tmp_path}/b.csv), 1 .tar.gz ({tmp_path}/d.tar.gz), "
         f"2 links to no file ({tmp_path}/lost.txt), 1 no suffix ({tmp_path}/noext), 1 .json ({tmp_path}/package.json)\n"

@@ -23,7 +23,7 @@ from dash_megatron.doctor.parity import check_parity
 from dash_megatron.doctor.resume import check_resume, compare_starts, small_run
 from dash_megatron.doctor.runner import Check, Finding, merge_largest, run_checks
 from dash_megatron.doctor.session import Session
-from dash_megatron.doctor.small import tiny
+from dash_megatron.doctor.small import tiny_config
 from dash_megatron.layers import DashCoreAttention, FullCoreAttention
 from dash_megatron.parallel import destroy_process_groups
 from tests.ops.kernels_under_test import import_kernels
@@ -254,7 +254,7 @@ def test_the_small_run_of_a_large_config_keeps_layout_and_heads(config: Config) 
     )
     small = small_run(large, 16, Path("/x"))
     assert (small.evaluation.every, small.evaluation.tasks_every) == (0, 0)
-    assert tiny(large).data.seq_length_curriculum is None
+    assert tiny_config(large).data.seq_length_curriculum is None
     for name in ("parallel", "zero", "optimizer"):
         assert getattr(small, name) == getattr(large, name)
     assert (small.model.heads, small.model.kv_heads, small.model.channels_per_head) == (32, 8, 128)

@@ -109,7 +109,7 @@ def _one_raises_in_a_collective(session: Session) -> dict[str, Any]:
         return Finding()
 
     def divide(session: Session) -> Finding:
-        session.together(lambda: 1 / (1 - session.rank))
+        session.run_on_all(lambda: 1 / (1 - session.rank))
         return Finding()
 
     checks = [

@@ -24,7 +24,7 @@ from transformers import (
 
 from dash_megatron.__main__ import main
 from dash_megatron.config import RopeScaling, config_from_dict
-from dash_megatron.hf.architectures import KNOWN, check_architecture
+from dash_megatron.hf.architectures import KNOWN_MODEL_TYPES, check_architecture
 from dash_megatron.hf.export import export_run
 from dash_megatron.hf.folder import INDEX, MODEL_SECTIONS, FolderWeights
 from dash_megatron.hf.importing import import_folder
@@ -186,7 +186,7 @@ def test_a_model_that_is_a_llama_by_another_name_computes_the_same(
 def test_every_architecture_that_is_taken_has_its_logits_compared() -> None:
     compared = {config.model_type for _, config in PLAIN.values()}
     compared |= {tree.get("model_type", "llama") for tree in LIKE_LLAMA.values()}
-    assert compared == set(KNOWN)
+    assert compared == set(KNOWN_MODEL_TYPES)
 
 
 @torch.no_grad()

@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from dash_megatron.ops import full
-from dash_megatron.ops.full import IMPLEMENTATIONS, PREFERENCE, packed_attention, pick_implementation, why_not
+from dash_megatron.ops.full import (
+    IMPLEMENTATIONS,
+    PREFERENCE,
+    packed_attention,
+    pick_implementation,
+    why_unavailable,
+)
 
 LENGTHS = (37, 1, 200, 18)
 
@@ -47,7 +53,7 @@ def test_documents_attend_within_themselves() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_every_implementation_that_a_gpu_has_gives_the_same(name: str, head_dim: int) -> None:
     qkv, starts = inputs_of(head_dim, torch.bfloat16, "cuda")
-    if reason := why_not(name, qkv[0]):
+    if reason := why_unavailable(name, qkv[0]):
         pytest.skip(reason)
     exact = [x.detach().double().requires_grad_() for x in qkv]
     out, expected = packed_attention(*qkv, starts, max(LENGTHS), name), by_definition(*exact, starts)

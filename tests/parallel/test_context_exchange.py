@@ -238,7 +238,9 @@ def test_alignment_puts_whole_chunks_on_one_rank_and_moves_little(documents: str
     sent = (
         [
             [
-                shard.token[shard.chunks.alignment.there.send].split(shard.chunks.alignment.there.send_counts)
+                shard.token[shard.chunks.alignment.to_chunks.send].split(
+                    shard.chunks.alignment.to_chunks.send_counts
+                )
                 for shard in shards
             ]
         ]
@@ -250,8 +252,8 @@ def test_alignment_puts_whole_chunks_on_one_rank_and_moves_little(documents: str
         received = [parts[shard.rank] for parts in sent[0]] if sent else []
         tokens = torch.cat([shard.token, *received])
         if shard.chunks.alignment is not None:
-            tokens = tokens[shard.chunks.alignment.there.gather]
-            moved += sum(shard.chunks.alignment.there.send_counts)
+            tokens = tokens[shard.chunks.alignment.to_chunks.gather]
+            moved += sum(shard.chunks.alignment.to_chunks.send_counts)
         for start, end, number, first in zip(*shard.chunks.queries[:4], strict=True):
             chunk = tokens[start:end]
             assert torch.equal(chunk, torch.arange(chunk[0], chunk[0] + len(chunk)))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dash_megatron.ops.backend import pick_backend
-from dash_megatron.ops.reference import wide
+from dash_megatron.ops.reference import upcast
 from dash_megatron.ops.topk.reference import attend_selected_reference, select_chunks_reference
 
 
@@ -29,7 +29,7 @@ def find_backend(backend: str, q: Tensor, chunk_size: int) -> Backend:
         ValueError: the backend cannot run here.
     """
     if pick_backend(backend, q, chunk_size) == "reference":
-        return Backend(attend_selected_reference, select_chunks_reference, wide(q.new_empty(0))[0].dtype)
+        return Backend(attend_selected_reference, select_chunks_reference, upcast(q.new_empty(0))[0].dtype)
     from dash_megatron.ops.topk.triton import attend_selected_triton, select_chunks_triton
 
     return Backend(attend_selected_triton, select_chunks_triton, q.dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dash_megatron.ops.checks import check_chunk_size, check_cu_seqlens, check_tensors
 from dash_megatron.ops.chunk_grid import routing_of
-from dash_megatron.ops.reference import wide
+from dash_megatron.ops.reference import upcast
 from dash_megatron.ops.topk.backend import count_selected, find_backend
 from dash_megatron.ops.topk.grid import make_grid
 from dash_megatron.ops.topk.reference import mean_pool
@@ -57,7 +57,7 @@ def infllmv2_attention(
     # autocast would run the matrix products in half precision behind our back
     with torch.autocast(q.device.type, enabled=False):
         rows_q, rows_k, rows_v = (grid.spread(x.flatten(0, 1)) for x in (q, k, v))
-        pooled = mean_pool(wide(rows_k.detach())[0], selection)
+        pooled = mean_pool(upcast(rows_k.detach())[0], selection)
         selected = select(rows_q, pooled, grid, selection, "max")
         out = grid.gather(attend(rows_q, rows_k, rows_v, selected, grid)).view(q.shape)
     count = grid.gather(count_selected(selected)).view(B, N, -1)

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dash_megatron.ops.checks import check_chunk_size, check_cu_seqlens, check_tensors
 from dash_megatron.ops.chunk_grid import routing_of
-from dash_megatron.ops.reference import wide
+from dash_megatron.ops.reference import upcast
 from dash_megatron.ops.topk.backend import Backend, find_backend
 from dash_megatron.ops.topk.grid import Block, Grid, make_grid
 from dash_megatron.ops.topk.reference import call_block, visible_kernels
@@ -134,7 +134,7 @@ def _attend_branches(
     """Outputs [S, Hq, D] of the three attentions for q, k and v on the grid, and the counts of `_count_either`."""
     q, k, v = rows
     keys, values = (
-        compress(wide(x)[0], Compression(*wide(*learned)), selection)
+        compress(upcast(x)[0], Compression(*upcast(*learned)), selection)
         for x, learned in ((k, compress_k), (v, compress_v))
     )
     selected = functions.select(q, keys.detach(), grid, selection, "sum")
@@ -146,7 +146,7 @@ def _attend_branches(
 
 def _gated_sum(outputs: Sequence[Tensor], gates: Tensor) -> Tensor:
     """Sum of outputs [B, N, Hq, D], each times its gate [B, N, Hq, branches], in float32 or better."""
-    parts = [wide(x)[0] for x in outputs]
+    parts = [upcast(x)[0] for x in outputs]
     gated = zip(parts, gates.unbind(-1), strict=True)
     return sum((part * gate.to(part.dtype)[..., None] for part, gate in gated), torch.zeros_like(parts[0]))
 

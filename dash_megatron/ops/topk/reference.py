@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dash_megatron.ops.reference import wide
+from dash_megatron.ops.reference import upcast
 from dash_megatron.ops.topk.grid import Block, Grid, selected_mask, top_chunks
 from dash_megatron.topk_selection import Selection
 
 # Scores kept for the backward, in elements of all blocks together: above, every block is recomputed in the backward.
 MAX_KEPT_SCORES = 2**25
 # Finite, so that a row that sees nothing has no NaN in its gradient.
-HIDDEN = -1e30
+MASKED_SCORE = -1e30
 
 
 def visible_kernels(grid: Grid, block: Block, selection: Selection) -> Tensor:
@@ -42,7 +42,7 @@ def mean_pool(x_SHD: Tensor, selection: Selection) -> Tensor:
 
 def kernel_weights(q_THGD: Tensor, pooled_JHD: Tensor, visible_TJ: Tensor) -> Tensor:
     """Softmax [H, G, T, J] over the visible pooled keys; zero in rows that see none. `q` comes divided by sqrt(D)."""
-    scores = torch.einsum("thgd,jhd->hgtj", q_THGD, pooled_JHD).masked_fill(~visible_TJ, HIDDEN)
+    scores = torch.einsum("thgd,jhd->hgtj", q_THGD, pooled_JHD).masked_fill(~visible_TJ, MASKED_SCORE)
     return scores.softmax(-1) * visible_TJ
 
 
@@ -77,7 +77,7 @@ def select_chunks_reference(
         reduce: "max" or "sum", as in `chunk_scores`.
     """
     C, per_chunk = grid.chunk_size, grid.chunk_size // selection.kernel_stride
-    q, pooled = wide(q, pooled)
+    q, pooled = upcast(q, pooled)
     selected = []
     for block in grid.blocks(q.shape[1] * len(pooled)):
         q_TD = q[block.start * C : block.end * C] * q.shape[-1] ** -0.5
@@ -114,7 +114,7 @@ def attend_selected_reference(q: Tensor, k: Tensor, v: Tensor, selected_SHK: Ten
         grid: where the rows are.
     """
     C, dtype = grid.chunk_size, q.dtype
-    q, k, v = wide(q, k, v)
+    q, k, v = upcast(q, k, v)
     q_SHGD = q.mul(q.shape[-1] ** -0.5).unflatten(1, (k.shape[1], -1))
     outputs = []
     for block in grid.blocks(q.shape[1] * grid.num_rows):

@@ -15,7 +15,7 @@ from torch import Tensor
 from dash_megatron.ops.sharded import stages
 from dash_megatron.ops.shards import Attended, OutputGradient, Routed, RoutedQueries
 from dash_megatron.ops.types import Router
-from dash_megatron.parallel.context.communication import ContextGroup, Pending, move_rows
+from dash_megatron.parallel.context.communication import ContextGroup, PendingTensor, move_rows
 from dash_megatron.parallel.context.exchange import EXCHANGES, ContextExchange
 from dash_megatron.parallel.context.layout import ChunkLayout
 from dash_megatron.parallel.context.query_halo import routing_queries
@@ -108,7 +108,7 @@ def sharded_dash_attention(
     """
     aligned = layout.alignment
     if aligned is not None:
-        q, k, v = (move_rows(x, aligned.there, aligned.back, group) for x in (q, k, v))
+        q, k, v = (move_rows(x, aligned.to_chunks, aligned.to_rows, group) for x in (q, k, v))
     keys = EXCHANGES[exchange](stages(backend, q), layout, group)
     pooled_q = None
     if router.query_pool > 1:
@@ -117,11 +117,11 @@ def sharded_dash_attention(
     rows = q, pooled_q, k.contiguous(), v.contiguous()
     out, selected = _ShardedDash.apply(*rows, w, head_scaling, router, keys)
     if aligned is not None:
-        out = move_rows(out, aligned.back, aligned.there, group)
+        out = move_rows(out, aligned.to_rows, aligned.to_chunks, group)
     return out, selected
 
 
-def _send_summaries(summary: Tensor, layout: ChunkLayout, group: ContextGroup) -> Pending:
+def _send_summaries(summary: Tensor, layout: ChunkLayout, group: ContextGroup) -> PendingTensor:
     """Begin to gather this rank's summaries [Hkv, own chunks, D] with everybody's."""
     H, c, D = summary.shape
     padded = summary.new_zeros(H, layout.places.max_chunks, D)
@@ -129,7 +129,7 @@ def _send_summaries(summary: Tensor, layout: ChunkLayout, group: ContextGroup) -
     return group.all_gather(padded)
 
 
-def _all_summaries(pending: Pending, layout: ChunkLayout) -> Tensor:
+def _all_summaries(pending: PendingTensor, layout: ChunkLayout) -> Tensor:
     """Summaries of all chunks [Hkv, chunks, D]."""
     places = layout.places
     return pending.wait()[places.owner, :, places.local].transpose(0, 1).contiguous()

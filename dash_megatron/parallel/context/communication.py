@@ -15,7 +15,7 @@ from dash_megatron.parallel.context.layout import Moves, from_ranks_to_sequence,
 Transfer = Callable[[Tensor], Tensor]
 
 
-class Pending:
+class PendingTensor:
     """A tensor that is on its way.
 
     Args:
@@ -69,17 +69,17 @@ class ContextGroup:
         finally:
             self._phase = before
 
-    def all_gather(self, x: Tensor) -> Pending:
+    def all_gather(self, x: Tensor) -> PendingTensor:
         """Every rank's x [...], of the same shape everywhere: [P, ...]."""
         x, device = self._stage(x)
         out = x.new_empty(self.size, *x.shape)
         work = dist.all_gather_into_tensor(out.view(-1), x.view(-1), self.group, async_op=True)
         self._count((self.size - 1) * x.nbytes)
-        return Pending(out, [work], device)
+        return PendingTensor(out, [work], device)
 
     def all_to_all(
         self, x: Tensor, send_counts: Sequence[int] | None = None, receive_counts: Sequence[int] | None = None
-    ) -> Pending:
+    ) -> PendingTensor:
         """Give every rank its rows of x [rows, ...]: equal shares, or `send_counts` of them; [received rows, ...]."""
         x, device = self._stage(x)
         if send_counts is None or receive_counts is None:
@@ -89,9 +89,9 @@ class ContextGroup:
         receive, send = (None if c is None else list(c) for c in (receive_counts, send_counts))
         work = dist.all_to_all_single(out, x, receive, send, self.group, async_op=True)
         self._count((x.shape[0] - own_rows) * x[:1].nbytes)
-        return Pending(out, [work], device)
+        return PendingTensor(out, [work], device)
 
-    def shift(self, x: Tensor) -> Pending:
+    def shift(self, x: Tensor) -> PendingTensor:
         """Send x to the next rank and receive as much from the one before."""
         x, device = self._stage(x)
         out = torch.empty_like(x)
@@ -101,7 +101,7 @@ class ContextGroup:
             dist.P2POp(dist.irecv, out, peers[1], self.group),
         ]
         self._count(x.nbytes)
-        return Pending(out, dist.batch_isend_irecv(operations), device)
+        return PendingTensor(out, dist.batch_isend_irecv(operations), device)
 
     def sum_shares(self, shares: Tensor) -> Tensor:
         """Send shares [P, ...] to their ranks; the sum [...] over all ranks of this rank's share, in float32 or wider."""
@@ -135,39 +135,39 @@ class ContextGroup:
             self.bytes_sent[self._phase] += num_bytes
 
 
-class _ThereAndBack(torch.autograd.Function):
-    """An exchange of rows and its reverse, which takes gradients home."""
+class _DifferentiableTransfer(torch.autograd.Function):
+    """An exchange of rows, and in the backward pass its reverse for the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Transfer, back: Transfer, group: ContextGroup) -> Tensor:
-        ctx.back, ctx.group = back, group
+    def forward(ctx: Any, x: Tensor, transfer: Transfer, reverse: Transfer, group: ContextGroup) -> Tensor:
+        ctx.reverse, ctx.group = reverse, group
         with group.counting("forward"):
-            return there(x)
+            return transfer(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         with ctx.group.counting("backward"):
-            return ctx.back(gradient), None, None, None
+            return ctx.reverse(gradient), None, None, None
 
 
-def there_and_back(x: Tensor, there: Transfer, back: Transfer, group: ContextGroup) -> Tensor:
-    """`there(x)`, counted and differentiable: `back` takes its gradient to that of x."""
-    return _ThereAndBack.apply(x, there, back, group)
+def differentiable_transfer(x: Tensor, transfer: Transfer, reverse: Transfer, group: ContextGroup) -> Tensor:
+    """`transfer(x)`, counted and differentiable: `reverse` makes the gradient of x from that of the result."""
+    return _DifferentiableTransfer.apply(x, transfer, reverse, group)
 
 
-def move_rows(x: Tensor, there: Moves, back: Moves, group: ContextGroup) -> Tensor:
-    """`ContextGroup.move`, differentiable: gradients go the way back."""
-    return there_and_back(x, lambda y: group.move(y, there), lambda y: group.move(y, back), group)
+def move_rows(x: Tensor, moves: Moves, reverse: Moves, group: ContextGroup) -> Tensor:
+    """`ContextGroup.move`, differentiable: gradients go back by `reverse`."""
+    return differentiable_transfer(x, lambda y: group.move(y, moves), lambda y: group.move(y, reverse), group)
 
 
 def heads_for_rows(x: Tensor, group: ContextGroup) -> Tensor:
     """Rows [N / P, H, D] of all heads for all rows [N, H / P, D], in order, of this rank's heads; differentiable."""
-    return there_and_back(x, group.heads_for_rows, group.rows_for_heads, group)
+    return differentiable_transfer(x, group.heads_for_rows, group.rows_for_heads, group)
 
 
 def rows_for_heads(x: Tensor, group: ContextGroup) -> Tensor:
     """The reverse of `heads_for_rows`."""
-    return there_and_back(x, group.rows_for_heads, group.heads_for_rows, group)
+    return differentiable_transfer(x, group.rows_for_heads, group.heads_for_rows, group)
 
 
 def pack_bits(bits: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from dash_megatron.ops.shards import (
 )
 from dash_megatron.parallel.context.communication import (
     ContextGroup,
-    Pending,
+    PendingTensor,
     pack_bits,
     unpack_bits,
 )
@@ -77,7 +77,7 @@ class ContextExchange(ABC):
 class AllGather(ContextExchange):
     """Keys and values of all ranks in one buffer, shard after shard."""
 
-    _pending: Pending | None = None
+    _pending: PendingTensor | None = None
 
     def start(self, k: Tensor, v: Tensor) -> None:
         """Gather keys and values, each rank's padded to the rows of the largest."""
@@ -141,7 +141,7 @@ class Ring(ContextExchange):
         group = self.group
         dq: Tensor | None = None
         own: Tensor | None = None
-        away: Pending | None = None
+        away: PendingTensor | None = None
         for owner, (k_shard, v_shard) in self._shards(k, v):
             wide = torch.promote_types(k.dtype, torch.float32)
             d_shard = torch.zeros((2, *k_shard.shape), dtype=wide, device=k.device)

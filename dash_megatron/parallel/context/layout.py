@@ -39,11 +39,11 @@ class Moves(NamedTuple):
 
 
 class Alignment(NamedTuple):
-    """How rows move to whole chunks and home again."""
+    """How rows move to whole chunks, and back."""
 
-    there: Moves
+    to_chunks: Moves
     """From rows to aligned rows."""
-    back: Moves
+    to_rows: Moves
     """From aligned rows to rows."""
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dash_megatron.ops.pooling import pool_queries
-from dash_megatron.parallel.context.communication import ContextGroup, there_and_back
+from dash_megatron.parallel.context.communication import ContextGroup, differentiable_transfer
 from dash_megatron.parallel.context.layout import QueryHalo
 
 
@@ -33,7 +33,7 @@ def routing_queries(
         return gradient.new_zeros(q.shape).index_add_(0, halo.send, returned)
 
     before_one, one, before_other, other = halo.sizes
-    borrowed = there_and_back(q, borrow, give_back, group)[halo.order]
+    borrowed = differentiable_transfer(q, borrow, give_back, group)[halo.order]
     first, second = borrowed.split([before_one, before_other])
     rows = torch.cat([first, q[:one], second, q[one:]])
     pooled = pool_queries(rows[None], query_pool, position_N=halo.position, backend=backend)[0]
