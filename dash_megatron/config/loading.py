@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from dash_megatron.config.model import RopeScaling
 from dash_megatron.config.run import Config
-from dash_megatron.config.section import section_of
+from dash_megatron.config.section import section_at, section_of
 
 
 class ConfigError(ValueError):
@@ -90,38 +90,54 @@ def read_rope_scaling(text: str) -> RopeScaling:
     try:
         return RopeScaling.model_validate(_parse(text, name))
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{name}: {line}" for line in explain(error))) from None
+        raise ConfigError("\n".join(f"{name}: {line}" for line in explain(error, RopeScaling))) from None
 
 
 def explain(
-    error: ValidationError, page: str = "docs/configuration.md", known: Sequence[str] = ()
+    error: ValidationError, root: type[BaseModel] = Config, page: str = "docs/configuration.md"
 ) -> list[str]:
     """One line for each problem that pydantic found.
 
     Args:
         error: what pydantic raised.
+        root: what was to be read. Of a config, the nearest key is named for an unknown one; of others, all of its section.
         page: the document that describes the keys.
-        known: the keys that may stand where an unknown one was found; where empty, the nearest key of a config is named.
     """
-    return [_explain(dict(problem), page, known) for problem in error.errors(include_url=False)]
+    problems: list[dict[str, Any]] = [dict(problem) for problem in error.errors(include_url=False)]
+    return [
+        # a rule of ours, which already names its fields
+        str(problem["ctx"]["error"])
+        if problem["type"] == "value_error"
+        else f"{_explain(problem, root)}; see {page}"
+        for problem in problems
+    ]
 
 
-def _explain(problem: dict[str, Any], page: str, known: Sequence[str]) -> str:
+def _explain(problem: dict[str, Any], root: type[BaseModel]) -> str:
     # where a value may be of several types, pydantic adds the type it tried
     path = [str(part) for part in problem["loc"] if part not in ("float", "tuple[float, ...]")]
     key, value = ".".join(path), problem.get("input")
     if problem["type"] == "extra_forbidden":
-        if known:
-            return f"{key} is not a known key; the keys are {', '.join(known)}: see {page}"
-        return f"{key}={value!r} is not a known key{_suggestion(path)}; see {page}"
+        section = section_at(root, path[:-1])
+        if root is not Config and section is not None:
+            return f"{key} is not a known key; the keys are {', '.join(section.model_fields)}"
+        return f"{key}={value!r} is not a known key{_suggestion(path)}"
     if problem["type"] == "missing":
-        place = "" if known else f" in the YAML or as {key}=value"
-        return f"{key} is missing and has no default; set it{place}, see {page}"
-    if problem["type"] == "value_error":  # a rule of ours, which already names its fields
-        return str(problem["ctx"]["error"])
+        place = f" in the YAML or as {key}=value" if root is Config else ""
+        return f"{key} is missing and has no default; set it{place}"
     if problem["type"] in ("tuple_type", "list_type"):
-        return f"{key}={value!r} must be a list: write {key}=[{value}]; see {page}"
-    return f"{key}={value!r}: {problem['msg']}; see {page}"
+        return f"{key}={value!r} must be a list: write {key}=[{value}]"
+    if problem["type"] == "model_type" and (section := section_at(root, path)) is not None:
+        example = f", such as {key}.{_example(section)}" if root is Config else ""
+        return f"{key}={value!r} must be a section{example}; its keys are {', '.join(section.model_fields)}"
+    return f"{key}={value!r}: {problem['msg']}"
+
+
+def _example(section: type[BaseModel]) -> str:
+    """A key that makes a section of a value: the first that has no default, else the first."""
+    fields = section.model_fields
+    name = next((name for name, field in fields.items() if field.is_required()), next(iter(fields)))
+    return f"{name}={'NAME' if fields[name].annotation is str else '...'}"
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -140,7 +156,9 @@ def set_key(tree: dict[str, Any], key: str, value: Any, name: str) -> None:
     *sections, leaf = key.split(".")
     node = tree
     for section in sections:
-        node = node.setdefault(section, {})
+        if node.get(section) is None:  # a section may be null, as a heading without keys is
+            node[section] = {}
+        node = node[section]
         if not isinstance(node, dict):
             raise ConfigError(f"{name}: {section} is a value, not a section; see docs/configuration.md")
     node[leaf] = value
@@ -163,11 +181,10 @@ def _suggestion(path: list[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _known_keys() -> list[str]:
+def _known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     keys = []
-    for name, field in Config.model_fields.items():
-        keys.append(name)
-        section = section_of(field)
-        if section is not None:
-            keys += [f"{name}.{leaf}" for leaf in section.model_fields]
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        inner = section_of(field)
+        keys += [] if inner is None else _known_keys(inner, f"{prefix}{name}.")
     return keys

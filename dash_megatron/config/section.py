@@ -1,6 +1,7 @@
 """What every section of the configuration is."""
 
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -18,3 +19,12 @@ def section_of(field: Any) -> type[BaseModel] | None:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind
     return None
+
+
+def section_at(root: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:
+    """The section that a path of keys leads to from a root; None where it leads to a plain value or to nothing."""
+    section: type[BaseModel] | None = root
+    for key in path:
+        field = None if section is None else section.model_fields.get(key)
+        section = None if field is None else section_of(field)
+    return section

@@ -258,5 +258,5 @@ def load_study(path: str | Path) -> Study:
     try:
         return Study.model_validate(tree)
     except ValidationError as error:
-        lines = explain(error, "docs/studies.md", list(Study.model_fields))
+        lines = explain(error, Study, "docs/studies.md")
         raise StudyError("\n".join(f"study {path}: {line}" for line in lines)) from None

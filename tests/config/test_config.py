@@ -39,6 +39,15 @@ def test_overrides_apply_in_order_and_read_as_yaml(path: Path) -> None:
     assert config.attention.full_layers == (0, 3)
 
 
+def test_a_section_that_is_null_is_filled_by_overrides(path: Path) -> None:
+    path.write_text(yaml.safe_dump({**MINIMAL, "logging": {"wandb": None}, "optimizer": None}))
+    config = load_config(path, ["logging.wandb.project=p", "optimizer.lr=1e-4"])
+    assert config.logging.wandb is not None
+    assert (config.logging.wandb.project, config.optimizer.lr) == ("p", 1e-4)
+    with pytest.raises(ConfigError, match=r"optimizer=None must be a section, such as optimizer\.lr=\.\.\."):
+        load_config(path)
+
+
 def test_configs_cannot_be_changed(path: Path) -> None:
     config = load_config(path)
     with pytest.raises(pydantic.ValidationError):
@@ -113,6 +122,15 @@ def test_configs_cannot_be_changed(path: Path) -> None:
         ("zero.stage=4", "zero.stage=4"),
         ("optimizer.lr", "override 'optimizer.lr' must read section.key=value"),
         ("run_dir.x=1", "run_dir is a value, not a section"),
+        (
+            "logging.wandb=true",
+            "logging.wandb=True must be a section, such as logging.wandb.project=NAME; its keys are project, entity",
+        ),
+        (
+            "attention.nsa=[1]",
+            "attention.nsa=[1] must be a section, such as attention.nsa.kernel_size=...; its keys are kernel_size",
+        ),
+        ("attention.nsa.windw=64", "did you mean attention.nsa.window?"),
     ],
 )
 def test_a_wrong_setting_names_field_value_and_rule(override: str, message: str, path: Path) -> None:
@@ -220,7 +238,7 @@ def test_processes_that_share_a_model_are_one_data_parallel_rank(path: Path) -> 
 def test_a_missing_key_and_a_missing_file_say_so(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"training is missing and has no default; set it in the YAML or as training=value, see docs",
+        match=r"training is missing and has no default; set it in the YAML or as training=value; see docs",
     ):
         config_from_dict({name: value for name, value in MINIMAL.items() if name != "training"})
     with pytest.raises(ConfigError, match="cannot be read: No such file"):

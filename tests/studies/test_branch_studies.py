@@ -115,7 +115,7 @@ def arms(*named: dict[str, Any]) -> dict[str, Any]:
         ({"overrides": {"training.init_from": "x"}}, "training.init_from, which a study sets by `base`"),
         ({"overrides": {"steps": 3}}, "branches.overrides has 'steps'; settings read section.key"),
         ({"overrides": {"training.stepz": 3}}, "training.stepz=3 is not a known key"),
-        ({"order": [1]}, "branches.order is not a known key"),
+        ({"order": [1]}, "branches.order is not a known key; the keys are arms, reference"),
         (
             arms({"name": "a"}, {"name": "b", "attention.chunk": 3}),
             "^b: attention.chunk=3 is not a known key",
