@@ -25,8 +25,8 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     try:
         config = load_config(arguments.config, arguments.overrides)
+        check_processes(config, arguments.processes)
         if arguments.processes is not None:
-            check_processes(arguments.processes)
             command = [sys.executable, os.path.abspath(__file__), "--config", arguments.config]
             return launch([*command, *arguments.overrides], arguments.processes)
         if not launched_rank():

@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 
+from dash_megatron.config import Config
 from dash_megatron.exit_codes import ExitCode
 from dash_megatron.ranks import launched_rank
 
@@ -24,12 +25,21 @@ _LAST_WORDS_SECONDS = 5.0
 """For which the others go on when one process was killed or aborted: they may have something to tell about it too."""
 
 
-def check_processes(processes: int) -> None:
-    """Refuse a number of processes that cannot be started, or that a launcher has started already.
+def check_processes(config: Config, processes: int | None) -> None:
+    """Refuse a number of processes that cannot be started, or that the config cannot use, before anything is loaded.
+
+    Args:
+        config: of the run.
+        processes: how many are to be started; None: this one is alone, or a launcher has started it among others.
 
     Raises:
-        ValueError: it is below 1 or far above the number of CPU cores, or this process has a rank.
+        ValueError: it is below 1 or far above the number of CPU cores, a launcher has started this process already, or batch
+            and layout do not fit.
     """
+    if processes is None:
+        if launched_rank() is None:
+            config.accumulation_steps(1)
+        return
     if processes < 1:
         raise ValueError(f"--processes {processes} must be at least 1")
     cores = os.cpu_count() or 1
@@ -42,6 +52,7 @@ def check_processes(processes: int) -> None:
         raise ValueError(
             "--processes is for a command that nothing else starts, and torchrun or srun has started this one; leave it out"
         )
+    config.accumulation_steps(processes)
 
 
 def launch(command: Sequence[str], processes: int) -> int:

@@ -41,8 +41,8 @@ def _doctor(options: argparse.Namespace) -> int:
     from dash_megatron.config import load_config
 
     config = load_config(options.config, options.overrides)
+    check_processes(config, options.processes)
     if options.processes is not None:
-        check_processes(options.processes)
         command = [sys.executable, "-m", "dash_megatron", "doctor", "--config", options.config]
         only = [] if options.only is None else ["--only", options.only]
         return launch([*command, *only, *options.overrides], options.processes)

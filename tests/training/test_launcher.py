@@ -161,3 +161,31 @@ def test_a_number_of_processes_that_cannot_be_is_told(
     output, _ = (process := start(tiny_config, tmp_path, "--processes", processes)).communicate()
     assert process.returncode == ExitCode.CONFIG_ERROR
     assert message in output
+
+
+@pytest.mark.parametrize("processes", [(), ("--processes", "3")], ids=["alone", "three"])
+@pytest.mark.parametrize(
+    "command", [["train.py"], ["-m", "dash_megatron", "doctor"]], ids=["train", "doctor"]
+)
+def test_a_batch_that_processes_cannot_share_is_told_once_before_any_starts(
+    command: list[str], processes: tuple[str, ...], tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        yaml.safe_dump({**tiny_config, "training": {**tiny_config["training"], "global_batch": 6}})
+    )
+    # of the file and the overrides together, 3 processes would fit the file alone
+    result = subprocess.run(
+        [sys.executable, *command, "--config", str(path), *processes, "training.micro_batch=4"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **NO_GPU, "PYTHONPATH": str(ROOT)},
+    )
+    number = 3 if processes else 1
+    assert result.returncode == ExitCode.CONFIG_ERROR
+    assert result.stdout == ""  # not even that torch is loaded
+    assert result.stderr == (
+        f"error: training.global_batch=6 must be a multiple of {4 * number} = training.micro_batch=4 x {number} "
+        f"data-parallel processes; try {max(4 * number, 6 // (4 * number) * 4 * number)}\n"
+    )
