@@ -31,7 +31,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, StaticCache
 
-from benchmarks.dialing import SPARE_TOKENS, attentions, dial_decoding, dial_prefill, random_tokens, replaced
+from benchmarks.density_search import (
+    SPARE_TOKENS,
+    attention_layers,
+    random_tokens,
+    replaced,
+    set_decoding_density,
+    set_prefill_density,
+)
 from benchmarks.inputs import TINY_MODEL, Inputs, default_device, device_name
 from benchmarks.timing import Attention, dense_decoders, graph_microseconds, seconds_of, wait
 from dash_megatron.config import load_config
@@ -59,22 +66,22 @@ def build_model(options: argparse.Namespace, device: torch.device) -> DashForCau
             model = DashForCausalLM(shape)
     finally:
         torch.set_default_dtype(torch.float32)
-    for attention in attentions(model):
+    for attention in attention_layers(model):
         attention.backend = "auto" if device.type == "cuda" else "reference"
     return model.eval().requires_grad_(False)
 
 
-def use(model: DashForCausalLM, kind: str) -> None:
+def set_kind(model: DashForCausalLM, kind: str) -> None:
     """Let all layers attend fully, or none."""
-    for attention in attentions(model):
+    for attention in attention_layers(model):
         attention.is_full = kind == "full"
 
 
-def fill(model: DashForCausalLM, cache: StaticCache, kind: str, context: int) -> None:
+def fill_cache(model: DashForCausalLM, cache: StaticCache, kind: str, context: int) -> None:
     """Put `context` keys and values into every layer, around a topic a chunk."""
     device = model.device
     start = torch.zeros(1, dtype=torch.int64, device=device)
-    for index, attention in enumerate(attentions(model)):
+    for index, attention in enumerate(attention_layers(model)):
         C, H, D = attention.router.chunk_size, attention.kv_heads, attention.head_dim
         inputs = Inputs(TOPICS, H, D, device, model.dtype, seed=index)
         k_NHD = inputs.gather_keys(inputs.noise(1, context, H, D), C)
@@ -130,12 +137,12 @@ def decode_case(
 ) -> dict[str, Any]:
     """Figures of decoding after `context` tokens."""
     cache = StaticCache(config=model.config, max_cache_len=context + SPARE_TOKENS)
-    fill(model, cache, kind, context)
+    fill_cache(model, cache, kind, context)
     if kind == "dash":
-        density, way = dial_decoding(model, cache, context, options.density), ""
+        density, way = set_decoding_density(model, cache, context, options.density), ""
         override: AbstractContextManager[None] = nullcontext()
     else:
-        shape = 1, model.config.num_attention_heads, attentions(model)[0].head_dim
+        shape = 1, model.config.num_attention_heads, attention_layers(model)[0].head_dim
         density, q = 1.0, torch.randn(shape, dtype=model.dtype, device=model.device)
         way, attend = fastest_full(cache, q)
         override = attending_by(model, attend)
@@ -180,7 +187,7 @@ def prefill_case(
 ) -> dict[str, Any]:
     """Figures of a prompt of `context` tokens."""
     prompt = random_tokens(model, 1, context)
-    density = dial_prefill(model, prompt, options.density) if kind == "dash" else 1.0
+    density = set_prefill_density(model, prompt, options.density) if kind == "dash" else 1.0
     backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
     def run() -> None:
@@ -202,7 +209,7 @@ def run_case(
     cuda = model.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    use(model, kind)
+    set_kind(model, kind)
     begin = time.perf_counter()
     result: dict[str, Any] = {"what": what, "kind": kind, "context": context}
     try:

@@ -157,6 +157,29 @@ def make_corpus(
     if shard_mb <= 0 or (max_mb is not None and max_mb <= 0):
         raise ValueError(f"--shard-mb={shard_mb} and --max-mb={max_mb} must be above 0; leave them out")
     # before anything is written, so that a wrong input leaves an earlier corpus alone
+    _check_inputs(output, inputs, text_key)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / UNFINISHED).touch()
+    (output / MANIFEST).unlink(missing_ok=True)
+
+    bad_lines = BadLineCounter(max_bad_lines)
+    sources: list[tuple[str, Iterator[Document]]] = [("stdlib", stdlib_documents())] if stdlib else []
+    read = read_folders if join_folders else read_inputs
+    for entry in dict.fromkeys(inputs):
+        if entry.startswith(PREFIX):
+            sources.append((entry, hub_documents(entry, text_key, bad_lines)))
+        else:
+            sources.append((entry, read([entry], text_key, bad_lines)))
+    writer = ShardWriter(output, int(shard_mb * 1e6))
+    counts = _write_documents(writer, sources, float("inf") if max_mb is None else max_mb * 1e6)
+    if not writer.shards:
+        raise ValueError(
+            "the inputs must hold at least one document, but all of them are empty; check --input"
+        )
+    return _finish(output, writer.shards, counts, bad_lines.count)
+
+
+def _check_inputs(output: Path, inputs: Sequence[str], text_key: str) -> None:
     files = [entry for entry in inputs if not entry.startswith(PREFIX)]
     for entry in set(inputs) - set(files):
         parse_name(entry)
@@ -165,30 +188,18 @@ def make_corpus(
             f"--output={output} must not hold the inputs, which it would overwrite; give another folder"
         )
     warn_of_unread_files(files, text_key)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / UNFINISHED).touch()
-    (output / MANIFEST).unlink(missing_ok=True)
 
-    bad_lines = BadLineCounter(max_bad_lines)
-    sources: list[tuple[str, Iterator[Document]]] = [("stdlib", stdlib_documents())] if stdlib else []
-    read = read_folders if join_folders else read_inputs
-    sources += [
-        (
-            entry,
-            hub_documents(entry, text_key, bad_lines)
-            if entry.startswith(PREFIX)
-            else read([entry], text_key, bad_lines),
-        )
-        for entry in dict.fromkeys(inputs)
-    ]
-    writer = ShardWriter(output, int(shard_mb * 1e6))
+
+def _write_documents(
+    writer: ShardWriter, sources: Sequence[tuple[str, Iterator[Document]]], max_bytes: float
+) -> dict[str, dict[str, int]]:
+    """Write documents until they have `max_bytes` of text; gives the documents and bytes of each source."""
     counts: dict[str, dict[str, int]] = {}
     num_bytes = 0
-    limit = float("inf") if max_mb is None else max_mb * 1e6
     with tqdm(unit="B", unit_scale=True, desc="corpus", mininterval=1.0) as progress:
         for name, documents in sources:
             for document in documents:
-                if num_bytes >= limit:
+                if num_bytes >= max_bytes:
                     break
                 size = len(document.text.encode("utf-8"))
                 writer.add(document)
@@ -200,11 +211,7 @@ def make_corpus(
                 num_bytes += size
                 progress.update(size)
     writer.close()
-    if not writer.shards:
-        raise ValueError(
-            "the inputs must hold at least one document, but all of them are empty; check --input"
-        )
-    return _finish(output, writer.shards, counts, bad_lines.count)
+    return counts
 
 
 def _surplus(output: Path, num_shards: int) -> Iterator[int]:

@@ -42,19 +42,6 @@ def model_card(
     """
     name = str(dtype).removeprefix("torch.")
     rounding = f" Rounding to {name} changes them by {report.rounding:.2%}." if report.rounding else ""
-    ignored = "the summary queries (`indexer_q`)" + (
-        " and `q_norm`, `k_norm`" if config.model.qk_norm else ""
-    )
-    if config.model.qkv_bias:
-        ignored += " and the biases of `q_proj`, `k_proj`, `v_proj`"
-    if config.attention.learned_scaling:
-        ignored += " and the factors on routing scores (`indexer_log_scaling`)"
-    shown = {
-        key: value
-        for key, value in metrics.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
-    table = "\n".join(f"| {key} | {value:.6g} |" for key, value in shown.items())
     settings = yaml.safe_dump(_without_paths(config), sort_keys=False)
     return f"""---
 license: {terms}
@@ -75,7 +62,7 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 ```
 {_CHAT if chat else ""}
 Without `trust_remote_code=True` transformers loads a dense Llama, which attends to everything and reports as unexpected
-the tensors it ignores: {ignored}. Its outputs are not those of training.
+the tensors it ignores: {_ignored_by_llama(config)}. Its outputs are not those of training.
 
 On {report.num_tokens} random tokens this folder and the training model selected the same chunks in every layer, and
 their logits differed by at most {report.logits_difference:.1e} (float64 arithmetic on these weights).{rounding}
@@ -84,13 +71,33 @@ their logits differed by at most {report.logits_difference:.1e} (float64 arithme
 
 | metric | value |
 | --- | --- |
-{table or "| none logged | |"}
+{_metrics_rows(metrics)}
 
 ## Training configuration
 
 ```yaml
 {settings}```
 """
+
+
+def _ignored_by_llama(config: Config) -> str:
+    ignored = "the summary queries (`indexer_q`)"
+    if config.model.qk_norm:
+        ignored += " and `q_norm`, `k_norm`"
+    if config.model.qkv_bias:
+        ignored += " and the biases of `q_proj`, `k_proj`, `v_proj`"
+    if config.attention.learned_scaling:
+        ignored += " and the factors on routing scores (`indexer_log_scaling`)"
+    return ignored
+
+
+def _metrics_rows(metrics: dict[str, Any]) -> str:
+    rows = [
+        f"| {key} | {value:.6g} |"
+        for key, value in metrics.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+    return "\n".join(rows) or "| none logged | |"
 
 
 def _without_paths(config: Config) -> dict[str, Any]:

@@ -75,9 +75,8 @@ def dash_attention(
     summaries gives any weight; the log of that weight is a prior on the attention scores, which is how the router
     learns. The heads of a group share their chunks.
 
-    Gradients of the Triton kernels differ in the last bits from run to run, because the gradient of the chunk summaries
-    is added up with atomics, unless `torch.use_deterministic_algorithms(True)` is set: then every bit is the same in every
-    run, and the backward is slower.
+    Gradients of the Triton kernels differ in the last bits from run to run, because atomics add up those of the summaries.
+    After `torch.use_deterministic_algorithms(True)` every bit is the same in every run, and the backward is slower.
 
     Args:
         q: queries after RoPE, [B, N, Hq, D]; float16, bfloat16, float32 or float64.

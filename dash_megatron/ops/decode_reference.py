@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dash_megatron.ops.pooling import pool_queries_reference
-from dash_megatron.ops.reference import Places, attend, route, upcast
+from dash_megatron.ops.reference import QueryPositions, attend, route, upcast
 from dash_megatron.ops.types import Router
 
 
@@ -130,7 +130,7 @@ def decode_reference(
         q_HG1D, routing_q_HG1D = ((x * D**-0.5)[:, :, None] for x in (q_HGD, routing_q_HGD))
         chunk_c = torch.arange(past + 1, device=q.device)
         own_1, slot_1 = torch.tensor([[past], [slot]], device=q.device)
-        places = Places(own_1, slot_1, torch.zeros_like(own_1))
+        places = QueryPositions(own_1, slot_1, torch.zeros_like(own_1))
         masks = places.masks(chunk_c, router.local_chunks)
         bias_H1c, count_H1 = route(routing_q_HG1D, summary_HcD, *masks, router)
         out_HG1D = attend(q_HG1D, k_HcCD, v_HcCD, bias_H1c, places.hidden(chunk_c[past:], C))

@@ -29,7 +29,7 @@ def upcast(*tensors: Tensor) -> list[Tensor]:
     return [x if x.dtype == torch.float64 else x.float() for x in tensors]
 
 
-class Places(NamedTuple):
+class QueryPositions(NamedTuple):
     """Where T queries stand; chunks are numbered through the whole packed sequence."""
 
     chunk_T: Tensor
@@ -97,7 +97,7 @@ def route(
     Args:
         q_HGTD: the router's queries (of `pool_queries`) divided by sqrt(D); or as they are, if `scale` is 1 / sqrt(D).
         summary_HcD: of `summarize`.
-        routed_Tc, always_Tc: bool, of `Places.masks`: the chunks to select from, and the query's own and local ones.
+        routed_Tc, always_Tc: bool, of `QueryPositions.masks`: the chunks to select from, and the query's own and local ones.
         router: its constants.
         scale: factor on all scores.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dash_megatron.ops.chunk_grid import ChunkGrid, document_positions
 from dash_megatron.ops.pooling import pool_queries_reference
-from dash_megatron.ops.reference import Places, probabilities, summarize
+from dash_megatron.ops.reference import QueryPositions, probabilities, summarize
 from dash_megatron.ops.types import Router
 
 # Scores alive at once, in elements: more queries are looked at block by block.
@@ -83,17 +83,17 @@ class Row(NamedTuple):
             queries = self.q_NHGD[:, head], self.routing_q_NHGD[:, head]
             yield Head(*queries, k_1HcWD[0, 0], summary_1HcD[0, 0], router.of_heads(only), self.grid)
 
-    def places(self, token_S: Tensor) -> Places:
+    def places(self, token_S: Tensor) -> QueryPositions:
         """Where tokens stand."""
         grid = self.grid
-        return Places(grid.chunk_N[token_S], grid.slot_N[token_S], grid.first_chunk_N[token_S])
+        return QueryPositions(grid.chunk_N[token_S], grid.slot_N[token_S], grid.first_chunk_N[token_S])
 
 
 class Block(NamedTuple):
     """Sampled queries, rising, and the chunks that they may need."""
 
     token_S: Tensor
-    places: Places
+    places: QueryPositions
     first: int
     end: int
     """One past the last chunk."""

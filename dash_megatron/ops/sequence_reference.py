@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dash_megatron.ops.chunk_grid import ChunkGrid, document_positions
 from dash_megatron.ops.pooling import pool_queries_reference
-from dash_megatron.ops.reference import MAX_BLOCK_SCORES, Places, attend, route, summarize
+from dash_megatron.ops.reference import MAX_BLOCK_SCORES, QueryPositions, attend, route, summarize
 from dash_megatron.ops.types import Router
 
 # Most tokens in a query block: enough rows for the matrix products, few enough to skip most of the causal triangle.
@@ -58,7 +58,7 @@ def _attend_block(
     k_BHcWD: Tensor,
     v_BHcWD: Tensor,
     summary_BHcD: Tensor,
-    places: Places,
+    places: QueryPositions,
     block: Block,
     router: Router,
 ) -> tuple[Tensor, Tensor]:
@@ -102,7 +102,7 @@ def _attend_sequence(
             grid.by_chunk(k_BHSD[:, :, slots]),
             grid.by_chunk(v_BHSD[:, :, slots]),
             summary_BHcD[:, :, chunks],
-            Places(grid.chunk_N[tokens], grid.slot_N[tokens], grid.first_chunk_N[tokens]),
+            QueryPositions(grid.chunk_N[tokens], grid.slot_N[tokens], grid.first_chunk_N[tokens]),
             block,
             router,
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dash_megatron.ops import reference
-from dash_megatron.ops.reference import LOG2_E, MAX_BLOCK_SCORES, Places, attention_scores, upcast
+from dash_megatron.ops.reference import LOG2_E, MAX_BLOCK_SCORES, QueryPositions, attention_scores, upcast
 from dash_megatron.ops.shards import (
     Attended,
     AttentionGradients,
@@ -37,11 +37,11 @@ class State(NamedTuple):
     chunk: Tensor
     slot: Tensor
     first_chunk: Tensor
-    """int64 [n] each: the `Places` of the rows."""
+    """int64 [n] each: the `QueryPositions` of the rows."""
 
     @property
-    def places(self) -> Places:
-        return Places(self.chunk, self.slot, self.first_chunk)
+    def places(self) -> QueryPositions:
+        return QueryPositions(self.chunk, self.slot, self.first_chunk)
 
 
 def _slots(k: Tensor, row: Tensor, length: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
@@ -92,18 +92,18 @@ def _by_row(x_HGT: Tensor) -> Tensor:
     return x_HGT.movedim(2, 0).flatten(1, 2)
 
 
-def _places(queries: QueryChunks, num_rows: int) -> Places:
+def _places(queries: QueryChunks, num_rows: int) -> QueryPositions:
     """Where the rows of a rank stand."""
     length = (queries.end - queries.start).long()
     chunk, first, start = (
         x.long().repeat_interleave(length) for x in (queries.number, queries.first, queries.start)
     )
     assert len(chunk) == num_rows, "every row of q lies in a chunk"
-    return Places(chunk, torch.arange(num_rows, device=chunk.device) - start, first)
+    return QueryPositions(chunk, torch.arange(num_rows, device=chunk.device) - start, first)
 
 
 def _route(
-    q: Tensor, summary: Tensor, places: Places, router: Router, head_scaling: Tensor | None
+    q: Tensor, summary: Tensor, places: QueryPositions, router: Router, head_scaling: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Log prior [H, n, c] and number of chunks selected [H, n]."""
     if head_scaling is not None:
@@ -180,7 +180,7 @@ def _blocks(q: Tensor, k: Tensor, state: State, keys: KeyBuffer, chunk_size: int
         row, length = keys.row[:, number_w], keys.length[:, number_w]
         q_HGTD = _by_head(q[rows], H) * D**-0.5
         k_HwCD, filled_HwC = _slots(k, row, length, chunk_size)
-        places = Places(*(x[rows] for x in state.places))
+        places = QueryPositions(*(x[rows] for x in state.places))
         hidden_HTwC = places.hidden(number_w, chunk_size) | ~filled_HwC[:, None]
         # the heads of a group as a batch, each of which has a group of one
         bias_H1Tw, hidden_H11TwC = bias_HTc[:, None, :, number_w], hidden_HTwC[:, None, None]

@@ -26,7 +26,7 @@ STAGES = [
     "backward_router",
     "backward_keys",
 ]
-COVERED_ELSEWHERE = {"generate": "tests/hf/test_generate_benchmark.py", "dialing": "part of generate"}
+COVERED_ELSEWHERE = {"generate": "tests/hf/test_generate_benchmark.py", "density_search": "part of generate"}
 PARTS = {"cases", "choices", "inputs", "persistence", "stages", "timing"}
 
 

@@ -250,7 +250,7 @@ def test_summarize_route_and_attend_on_one_row_are_the_method():
     q_HGTD = q[0].unflatten(1, (2, 2)).permute(1, 2, 0, 3) / math.sqrt(8)
     k_HcWD, v_HcWD = (x[0].transpose(0, 1).unflatten(1, (8, 4)) for x in (k, v))
     token_T, chunk_c = torch.arange(32), torch.arange(8)
-    places = reference.Places(token_T // 4, token_T % 4, torch.zeros(32, dtype=torch.int64))
+    places = reference.QueryPositions(token_T // 4, token_T % 4, torch.zeros(32, dtype=torch.int64))
     constants = {name: x for name, x in _settings().items() if name in Router._fields}
     summary = reference.summarize(k_HcWD, torch.ones(8, 4, dtype=torch.bool), w)
     bias, count = reference.route(q_HGTD, summary, *places.masks(chunk_c, 0), Router(**constants))

@@ -22,8 +22,8 @@ ROUNDS = 14
 SPARE_TOKENS = 256
 
 
-def attentions(model: DashForCausalLM) -> list[DashSelfAttention]:
-    """Of every layer."""
+def attention_layers(model: DashForCausalLM) -> list[DashSelfAttention]:
+    """The attention of every layer."""
     return [layer.self_attn for layer in model.model.layers]
 
 
@@ -35,22 +35,22 @@ def random_tokens(model: DashForCausalLM, *shape: int) -> Tensor:
 @contextmanager
 def replaced(model: DashForCausalLM, name: str, make: Callable[[DashSelfAttention], Any]) -> Iterator[None]:
     """Replace a method of every layer's attention by what `make` gives for the layer."""
-    for attention in attentions(model):
+    for attention in attention_layers(model):
         setattr(attention, name, make(attention))
     try:
         yield
     finally:
-        for attention in attentions(model):
+        for attention in attention_layers(model):
             delattr(attention, name)
 
 
-def share(cache: DashCache, lengths: Tensor) -> DashCache:
+def shared_cache(cache: DashCache, lengths: Tensor) -> DashCache:
     """A cache of sequences of `lengths` tokens, int32 [n], that are all beginnings of the one in `cache`."""
     k, v, summary = (x.expand(len(lengths), -1, -1, -1) for x in (cache.k, cache.v, cache.summary))
     return DashCache(k, v, summary, lengths, cache.chunk_size)
 
 
-def dial(
+def search_scaling_factor(
     attention: DashSelfAttention, q_nHD: Tensor, cache: DashCache, lengths: Tensor, target: float
 ) -> float:
     """Search the layer's scaling factor by bisection of its logarithm; gives the density that was reached.
@@ -58,7 +58,7 @@ def dial(
     Args:
         q_nHD: queries, each a sequence of `lengths` tokens, int32 [n], of the one that `cache` holds.
     """
-    shared = share(cache, lengths)
+    shared = shared_cache(cache, lengths)
     available = (lengths - 1) // cache.chunk_size + 1
     router = Router(**attention.router._asdict())
     low, high, middle, density = 2.0**-4, 2.0**16, 1.0, 1.0
@@ -75,8 +75,8 @@ def dial(
     return density
 
 
-def dial_decoding(model: DashForCausalLM, cache: StaticCache, context: int, target: float) -> float:
-    """Dial all layers, on random tokens that each follow the cache's; gives the mean density."""
+def set_decoding_density(model: DashForCausalLM, cache: StaticCache, context: int, target: float) -> float:
+    """Bring all layers to a density, on random tokens that each follow the cache's; gives the mean density."""
     densities: list[float] = []
     lengths = torch.full((PROBES,), context, dtype=torch.int32, device=model.device)
 
@@ -85,9 +85,11 @@ def dial_decoding(model: DashForCausalLM, cache: StaticCache, context: int, targ
             layer, q_nHD = cache.layers[attention.index], q[:, :, 0]
             assert isinstance(layer, FastLayer)
             store = layer.store
-            densities.append(dial(attention, q_nHD, store, lengths, target))
+            densities.append(search_scaling_factor(attention, q_nHD, store, lengths, target))
             router = Router(**attention.router._asdict())
-            return decode_and_count(q_nHD, share(store, lengths), router, attention.backend)[0][:, :, None]
+            return decode_and_count(q_nHD, shared_cache(store, lengths), router, attention.backend)[0][
+                :, :, None
+            ]
 
         return attend
 
@@ -97,8 +99,8 @@ def dial_decoding(model: DashForCausalLM, cache: StaticCache, context: int, targ
     return statistics.mean(densities)
 
 
-def dial_prefill(model: DashForCausalLM, prompt: Tensor, target: float) -> float:
-    """Dial all layers in one forward pass over the prompt; gives the mean density."""
+def set_prefill_density(model: DashForCausalLM, prompt: Tensor, target: float) -> float:
+    """Bring all layers to a density, in one forward pass over the prompt; gives the mean density."""
     densities: list[float] = []
     N = prompt.shape[1]
 
@@ -114,7 +116,7 @@ def dial_prefill(model: DashForCausalLM, prompt: Tensor, target: float) -> float
             keys, values = (x[0].transpose(0, 1) for x in (k, v))
             store.prefill(keys, values, attention.indexer_q.view(H, D), bounds, attention.backend)
             q_nHD = q[0, :, lengths.long() - 1].transpose(0, 1).contiguous()
-            densities.append(dial(attention, q_nHD, store, lengths, target))
+            densities.append(search_scaling_factor(attention, q_nHD, store, lengths, target))
             return DashSelfAttention._attend_with_kernels(attention, q, k, v, *places)
 
         return attend
