@@ -13,7 +13,7 @@ from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.hf.export import export_run
 from dash_megatron.hf.importing import import_folder
 from tests.data.test_chat import CHATML, TURNS, write_chatml
-from tests.hf.test_import import SHAPE
+from tests.hf.llamas import SHAPE
 from tests.hf.test_tokenizers import write_llama2
 
 LLAMA2 = (

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -24,50 +23,18 @@ from transformers import (
 
 from dash_megatron.__main__ import main
 from dash_megatron.config import RopeScaling, config_from_dict
-from dash_megatron.hf.architectures import KNOWN_MODEL_TYPES, check_architecture
+from dash_megatron.hf.architectures import KNOWN_MODEL_TYPES
 from dash_megatron.hf.export import export_run
-from dash_megatron.hf.folder import INDEX, MODEL_SECTIONS, FolderWeights
+from dash_megatron.hf.folder import MODEL_SECTIONS, FolderWeights
 from dash_megatron.hf.importing import import_folder
 from dash_megatron.hf.modeling_dash import DashForCausalLM
 from dash_megatron.layers import init_weights
 from dash_megatron.layers.baselines import ZERO_INITIALIZED
 from dash_megatron.training.initial import load_initial_weights
 from tests.hf.conftest import MODELS, training_model
+from tests.hf.llamas import MINICPM, SHAPE, change_config, first_logits, run_config, save_llama
 from tests.training.test_resume import run_of
 from tests.training.workers import one_step
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
-}
-
-
-def run_config(tiny_config: dict[str, Any], folder: Path, **attention: Any) -> Any:
-    """The config of a run that starts from `folder`."""
-    sections = yaml.safe_load((folder / "model.yaml").read_text())
-    training = {**tiny_config["training"], "init_from": str(folder)}
-    return config_from_dict(
-        {**tiny_config, "model": sections["model"], "attention": attention, "training": training}
-    )
-
-
-@torch.no_grad()
-def first_logits(config: Any, tokens: Tensor) -> Tensor:
-    """What a run from `training.init_from` computes before its first step, float32."""
-    with training_model(config) as model:
-        for parameter in model.parameters():
-            parameter.fill_(float("nan"))
-        for name, parameter in model.named_parameters():
-            if name.endswith(("summary_query", "log_scaling")):
-                parameter.zero_()
-        load_initial_weights(model, config.training.init_from, config.model)
-        return model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -89,9 +56,6 @@ def test_a_run_comes_back_bit_for_bit(
     resolved = config.model.model_copy(update={"head_dim": config.model.channels_per_head, "vocab_size": 320})
     assert saved.model == resolved
     assert (tmp_path / "back" / "tokenizer.model").read_bytes() == Path(config.data.tokenizer).read_bytes()
-
-
-MINICPM = {"model_type": "minicpm", "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}
 
 
 def test_an_older_export_has_what_came_since_turned_off(
@@ -170,11 +134,9 @@ def test_a_model_that_is_a_llama_by_another_name_computes_the_same(
     ).eval()
     draw_norms_and_biases(model)
     model.save_pretrained(tmp_path / "hf")
-    path = tmp_path / "hf" / "config.json"
-    tree = json.loads(path.read_text()) | LIKE_LLAMA[name]
-    path.write_text(json.dumps(tree))
+    change_config(tmp_path / "hf", LIKE_LLAMA[name])
     import_folder(tmp_path / "hf", tmp_path / "start")
-    if "scale_emb" in tree:
+    if "scale_emb" in LIKE_LLAMA[name]:
         scaled = {"embed_tokens": 12.0, "o_proj": 1.4 / 2**0.5, "down_proj": 1.4 / 2**0.5, "lm_head": 16 / 64}
         for key, module in model.named_modules():
             if (factor := scaled.get(key.rpartition(".")[2])) is not None:
@@ -193,7 +155,7 @@ def test_every_architecture_that_is_taken_has_its_logits_compared() -> None:
 def test_a_dense_model_goes_on_with_nsa_whose_own_weights_start_fresh(
     tiny_config: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path / "hf")
+    save_llama(tmp_path / "hf")
     import_folder(tmp_path / "hf", tmp_path / "start")
     config = run_config(tiny_config, tmp_path / "start", kind="nsa", chunk_size=32, nsa={"window": 32})
     with training_model(config) as model, caplog.at_level("INFO"):
@@ -213,10 +175,7 @@ def test_a_dense_model_goes_on_with_nsa_whose_own_weights_start_fresh(
 @torch.no_grad()
 def test_multipliers_of_minicpm_are_folded_into_the_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True)).save_pretrained(tmp_path / "hf")
-    tree = json.loads((tmp_path / "hf" / "config.json").read_text())
-    tree |= MINICPM
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(tree))
+    save_llama(tmp_path / "hf", MINICPM, tie_word_embeddings=True)
     sections = import_folder(tmp_path / "hf", tmp_path / "start").sections
     assert not sections["model"]["tie_embeddings"]
     before, after = FolderWeights(tmp_path / "hf"), FolderWeights(tmp_path / "start")
@@ -243,182 +202,19 @@ def test_every_layout_starts_from_the_folder(
         assert torch.equal(found[key], value), key
 
 
-def _edit(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-K_PROJ = "model.layers.1.self_attn.k_proj.weight"
-CORRUPTED: dict[str, tuple[Any, str]] = {
-    "missing": (lambda x: x.pop(K_PROJ), f"no tensor {K_PROJ}, which must have shape"),
-    "extra": (
-        lambda x: x.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(3)}),
-        "has tensor .*bias",
-    ),
-    "shape": (
-        lambda x: x.update({K_PROJ: torch.ones(3, 64)}),
-        r"has shape \[3, 64\] and must have \[32, 64\]",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", CORRUPTED)
-def test_a_wrong_tensor_is_an_error_that_names_it(case: str, tmp_path: Path) -> None:
-    change, message = CORRUPTED[case]
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path / "hf")
-    _edit(tmp_path / "hf", change)
-    with pytest.raises(ValueError, match=message):
-        import_folder(tmp_path / "hf", tmp_path / "start")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
-
-
-def test_a_damaged_file_and_a_wrong_index_are_errors(
-    write_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dash_megatron.hf.folder.FILE_BYTES", 1)  # several files
-    config, _ = write_run("full")
-    folder = tmp_path / "hf"
-    export_run(config.run_dir, folder, dtype="float32")
-    index = json.loads((folder / INDEX).read_text())
-    file = index["weight_map"].pop("model.norm.weight")
-    (folder / INDEX).write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"disagree about tensor model.norm.weight"):
-        import_folder(folder, tmp_path / "start")
-    (folder / file).write_bytes((folder / file).read_bytes()[:-7])
-    with pytest.raises(ValueError, match="is damaged"):
-        import_folder(folder, tmp_path / "start")
-    (folder / file).unlink()
-    with pytest.raises(FileNotFoundError, match="is missing"):
-        import_folder(folder, tmp_path / "start")
-
-
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "scaled rope": (
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-        "rope_type=dynamic, but training knows",
-    ),
-    "scaled rope, older name": (
-        {"rope_parameters": None, "rope_scaling": {"type": "proportional"}},
-        "rope_type=proportional, but training knows",
-    ),
-    "scaled rope, a field missing": (
-        {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
-        r"needs \['high_freq_factor', 'low_freq_factor'\]",
-    ),
-    "scaled rope, a field too many": (
-        {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "beta_fast": 32}},
-        r"does not use \['beta_fast'\]",
-    ),
-    "part of a head": (
-        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-        "partial_rotary_factor=0.5 must be 1",
-    ),
-    "activation": ({"hidden_act": "gelu"}, "hidden_act=gelu must be silu"),
-    "bias": ({"attention_bias": True}, "attention_bias=true"),
-    "positions of several kinds": (
-        {"model_type": "qwen2", "use_mrope": True},
-        "use_mrope=true must be false",
-    ),
-    "biases": ({"qkv_bias": True}, "qkv_bias=true must be false"),
-    "biases elsewhere": (
-        {"model_type": "internlm3", "qkv_bias": True, "bias": True},
-        "bias=true must be false",
-    ),
-    "nothing": ({"hidden_size": None}, "no hidden_size"),
-    "another architecture": (
-        {"model_type": "granite"},
-        "model_type=granite must be one of llama, .*; granite has multipliers on embeddings",
-    ),
-    "no architecture": ({"model_type": None}, "model_type=None must be one of llama"),
-    "an unknown key": (
-        {"logits_scaling": 8.0, "unused": None},
-        "has logits_scaling=8.0, of which .* in llama; where",
-    ),
-    "a key of another architecture": (
-        MINICPM | {"model_type": "llama"},
-        "has scale_emb=12, scale_depth=1.4, dim",
-    ),
-    "quantized": ({"quantization_config": {"bits": 4}}, "has quantization_config="),
-    "a key of a later export": (
-        {"chunk_size": 16, "scaling_factor": 1.0, "sigma": 2.0, "estimate_diagonal": True, "chunk_bias": 0.5},
-        "has chunk_bias=0.5, of which",
-    ),
-    "code of its own": (
-        {"auto_map": {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}},
-        "auto_map names modeling_x.XForCausalLM",
-    ),
-    "windows": ({"model_type": "mistral", "sliding_window": 128}, "sliding_window=128 must be null"),
-    "windows in silence": ({"model_type": "mistral"}, "sliding_window=4096 must be null"),
-    "windows in some layers": (
-        {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]},
-        r"layer_types has \['sliding_attention'\]",
-    ),
-    "windows from a layer on": (
-        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
-        "sliding_window=64 must be null",
-    ),
-    "two scalings": (
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
-        "rope_parameters=.* and rope_scaling=.*yarn.* disagree",
-    ),
-    "two bases": ({"rope_theta": 1e4}, "rope_parameters=.* and rope_theta=10000.0 disagree"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_model_that_training_would_not_compute_is_refused(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    change, message = REFUSED[case]
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path / "hf")
-    tree = json.loads((tmp_path / "hf" / "config.json").read_text())
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(tree | change))
-    with pytest.raises(ValueError, match=message):
-        import_folder(tmp_path / "hf", tmp_path / "start")
-    assert main(["convert", "from-hf", str(tmp_path / "hf"), str(tmp_path / "start")]) == 2
-    assert "config.json" in capsys.readouterr().err
-
-
-def test_windows_that_a_config_names_but_does_not_use_are_no_windows() -> None:
-    unused = {
-        "use_mrope": False,
-        "use_sliding_window": False,
-        "max_window_layers": 24,
-        "sliding_window": 32768,
-    }
-    check_architecture({"model_type": "qwen2", "num_hidden_layers": 28, **unused})  # as Qwen2.5 is published
-
-
 def test_two_descriptions_of_rope_that_agree_are_taken(tmp_path: Path) -> None:
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path / "hf")
-    path = tmp_path / "hf" / "config.json"
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-    tree = json.loads(path.read_text())
-    tree |= {"rope_scaling": yarn, "rope_theta": 5e4, "rope_parameters": {**yarn, "rope_theta": 5e4}}
-    path.write_text(json.dumps(tree))
+    both = {"rope_scaling": yarn, "rope_theta": 5e4, "rope_parameters": {**yarn, "rope_theta": 5e4}}
+    save_llama(tmp_path / "hf", both)
     model = import_folder(tmp_path / "hf", tmp_path / "start").sections["model"]
     assert model["rope_theta"] == 5e4
     assert {key: value for key, value in model["rope_scaling"].items() if value is not None} == yarn
 
 
-def test_a_folder_that_is_none_or_has_a_damaged_config_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "config.json").write_text("{")
-    for name, message in (
-        ("none", f"{tmp_path}/none does not exist; give a local folder"),
-        ("damaged", f"{tmp_path}/damaged/config.json is not JSON"),
-    ):
-        assert main(["convert", "from-hf", str(tmp_path / name), str(tmp_path / "start")]) == 2
-        assert message in capsys.readouterr().err
-
-
 def test_a_run_may_rescale_positions_to_go_on_with_a_longer_context_but_not_forget_to(
     tiny_config: dict[str, Any], tmp_path: Path, tokens: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path / "hf")
+    save_llama(tmp_path / "hf")
     assert main(["convert", "from-hf", str(tmp_path / "hf"), str(tmp_path / "start")]) == 0
     run = run_config(tiny_config, tmp_path / "start")
     yarn = RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=128)
@@ -434,23 +230,3 @@ def test_a_run_may_rescale_positions_to_go_on_with_a_longer_context_but_not_forg
     assert torch.equal(found, first_logits(longer, tokens))
     with pytest.raises(ValueError, match=r"model.rope_scaling=None differs from rope_type='yarn'"):
         first_logits(run, tokens)
-
-
-def test_a_run_refuses_weights_of_another_model(
-    tiny_config: dict[str, Any], tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dash_megatron.hf.folder.FILE_BYTES", 1)  # several files
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path / "hf")
-    assert main(["convert", "from-hf", str(tmp_path / "hf"), str(tmp_path / "start")]) == 0
-    run = run_config(tiny_config, tmp_path / "start")
-    wrong = run.model_copy(update={"model": run.model.model_copy(update={"rope_theta": 1e4})})
-    with pytest.raises(ValueError, match=r"model.rope_theta=10000.0 differs from 50000.0"):
-        first_logits(wrong, tokens)
-    save_file({"decoder.unknown": torch.ones(1)}, tmp_path / "start" / "extra.safetensors")
-    index = json.loads((tmp_path / "start" / INDEX).read_text())
-    index["weight_map"]["decoder.unknown"] = "extra.safetensors"
-    (tmp_path / "start" / INDEX).write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"has tensor decoder.unknown"):
-        first_logits(run, tokens)
-    with pytest.raises(FileNotFoundError, match="convert from-hf"):
-        load_initial_weights(None, tmp_path / "hf", run.model)  # type: ignore[arg-type]

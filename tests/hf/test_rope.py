@@ -16,7 +16,7 @@ from dash_megatron.hf.modeling_dash import DashForCausalLM
 from dash_megatron.hf.modeling_dash import rotary_frequencies as of_the_model_file
 from dash_megatron.layers.rotary import attention_factor, rotary_frequencies
 from tests.hf.conftest import LLAMA3, YARN
-from tests.hf.test_import import SHAPE, first_logits, run_config
+from tests.hf.llamas import SHAPE, first_logits, run_config
 
 # channels of `SHAPE`'s heads: 16
 LONG = {

@@ -16,7 +16,7 @@ from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.hf.export import export_run
 from dash_megatron.hf.importing import import_folder
 from data_tools import tokenize_corpus
-from tests.hf.test_import import SHAPE
+from tests.hf.llamas import SHAPE
 
 # how Llama 3 and Qwen cut a text into words
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
