@@ -103,7 +103,7 @@ def list_bytes(config: Config, layout: Layout, density: float) -> tuple[float, f
     return entries * 4 * (1 + tile), entries * (4 * tile + 16)
 
 
-def _exchange_bytes(shape: ContextShape, layout: Layout, coverage: float) -> tuple[float, float]:
+def _exchange_bytes(shape: ContextShape, layout: Layout) -> tuple[float, float]:
     """Buffers of one layer's context exchange: forward and backward."""
     if layout.context == 1:
         return 0.0, 0.0
@@ -111,8 +111,8 @@ def _exchange_bytes(shape: ContextShape, layout: Layout, coverage: float) -> tup
     # gathered K and V; in the backward also dK and dV in float32, these in the input dtype, and what all ranks send
     backward = 3 * own + shape.kv_float32_bytes
     if layout.context_comm in ("all_gather", "sparse"):
-        shards = 1 + (layout.context - 1) * (coverage if layout.context_comm == "sparse" else 1.0)
-        return shards * own, shards * backward
+        # `sparse` fetches all chunks until the router has learnt to select
+        return layout.context * own, layout.context * backward
     if layout.context_comm == "p2p":
         return 2 * own, 2 * own + 2 * shape.kv_float32_bytes
     heads = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim * shape.element_bytes
@@ -162,7 +162,6 @@ def memory_use(
     vocab_size: int,
     hardware: Hardware | None = None,
     density: float = 1.0,
-    coverage: float = 1.0,
 ) -> MemoryUse:
     """Bytes on one GPU at the worst moment of a training step.
 
@@ -172,14 +171,13 @@ def memory_use(
         vocab_size: rows of the embedding table.
         hardware: what is reserved, and a correction of activations; None: defaults.
         density: pairs attended over causal pairs, which decides long lists. Training starts at 1.
-        coverage: share of remote chunks that `sparse` receives.
     """
     hardware = hardware or Hardware()
     shape = context_shape(config, layout)
     parts = _layer_bytes(config, layout, shape)
     routed = config.attention.kind != "full"
     lists, backward_lists = list_bytes(config, layout, density) if routed else (0.0, 0.0)
-    forward_exchange, backward_exchange = _exchange_bytes(shape, layout, coverage)
+    forward_exchange, backward_exchange = _exchange_bytes(shape, layout)
 
     kept_attention = parts["row_state"] + parts["laid_out"] + parts["branches"] + lists
     if layout.context > 1 and layout.context_comm != "a2a":

@@ -122,23 +122,19 @@ def a2a_exchange(shape: ContextShape) -> PassBytes:
     return PassBytes(forward=one_way, backward=one_way)
 
 
-def sparse_exchange(
-    shape: ContextShape, sent_chunks: float, received_chunks: float | None = None
-) -> PassBytes:
+def sparse_exchange(shape: ContextShape, sent_chunks: float) -> PassBytes:
     """Only chunks that some query of a peer selected are sent to it; all summaries still are.
 
-    The backward sends them again, and returns the gradients of those received.
+    The backward sends them again, and returns the gradients of those received, as many in the mean over ranks.
 
     Args:
         shape: the rank's share.
         sent_chunks: (key/value head, chunk, peer) triples that this rank serves.
-        received_chunks: those that it asks for; None: as many, as is true of the mean over ranks.
     """
-    received_chunks = sent_chunks if received_chunks is None else received_chunks
     block = 2 * shape.chunk_size * shape.head_dim * shape.element_bytes
     return PassBytes(
         forward=sent_chunks * block + shape.request_bytes + shape.peers * shape.summary_bytes,
-        backward=(sent_chunks + received_chunks) * block + shape.peers * shape.summary_float32_bytes,
+        backward=2 * sent_chunks * block + shape.peers * shape.summary_float32_bytes,
     )
 
 

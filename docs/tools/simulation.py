@@ -74,14 +74,6 @@ class Selection:
         remote &= torch.arange(chunks)[None] < last[:, None]
         return (self.needed & remote).sum().item() / remote.sum().item()
 
-    @property
-    def busiest_sender(self) -> float:
-        """Share of its chunks that the rank which sends most sends to each peer, on average."""
-        ranks, chunks = self.needed.shape
-        sent = torch.stack([self.needed[:, self.owner == rank].sum() for rank in range(ranks)])
-        sent -= torch.stack([self.needed[rank, self.owner == rank].sum() for rank in range(ranks)])
-        return sent.max().item() / ((ranks - 1) * chunks / ranks)
-
 
 def zigzag_owner(chunks: int, context: int) -> Tensor:
     """int64 [chunks]: rank of each chunk; rank r holds pieces r and 2 x context - 1 - r."""

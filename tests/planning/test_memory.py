@@ -163,7 +163,7 @@ def test_lists_have_room_for_all_chunks_until_2_gib_and_for_the_listed_ones_abov
     # K and V of one of 2 ranks are 2 x 128 x 2 x 16 x 2 = 16384 bytes, twice that in float32; summaries 2 x 2 x 16 x 2
     [
         ("all_gather", 2 * 16512, 2 * (3 * 16512 + 32768)),
-        ("sparse", 1.5 * 16512, 1.5 * (3 * 16512 + 32768)),
+        ("sparse", 2 * 16512, 2 * (3 * 16512 + 32768)),
         ("p2p", 2 * 16512, 2 * 16512 + 2 * 32768),
         ("a2a", 128 * 12 * 16 * 2, 2 * 128 * 12 * 16 * 2),
     ],
@@ -171,7 +171,7 @@ def test_lists_have_room_for_all_chunks_until_2_gib_and_for_the_listed_ones_abov
 def test_exchanges_hold_what_their_buffers_need(kind: ContextComm, forward: float, backward: float) -> None:
     layout = Layout(1, 2, 1, 1, kind, "full")
     shape = memory.context_shape(tiny(), layout)
-    assert memory._exchange_bytes(shape, layout, coverage=0.5) == (forward, backward)
+    assert memory._exchange_bytes(shape, layout) == (forward, backward)
 
 
 def test_recomputation_and_sharing_tokens_only_ever_save() -> None:
