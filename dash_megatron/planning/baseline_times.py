@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from dash_megatron.config import AttentionConfig
-from dash_megatron.planning.kernel_times import AttentionSeconds, AttentionWork, dash_stages
+from dash_megatron.planning.kernel_times import AttentionSeconds, AttentionWork, dash_seconds
 
 BASELINES = ("infllmv2", "nsa")
 """Kinds of attention whose lists have a fixed length."""
@@ -20,7 +20,7 @@ MAX_SHARED_BIAS = 2**28
 
 NOTE = (
     "attention of infllmv2 and nsa: kernels by the length of their lists, the rest by operations and bytes counted; beside the "
-    "one measured step of each, 3% too little time for infllmv2 and half of it for nsa"
+    "one measured step of each, 5% too little time for infllmv2 and half of it for nsa"
 )
 SCORE_FLOPS = 200e12
 """Operations per second of half-precision products on an H200, slowed down by the exponentials among them: assumed."""
@@ -67,31 +67,32 @@ def baseline_seconds(
     work: AttentionWork,
     attention: AttentionConfig,
     chunks: int,
-    listed_over_selected: float,
+    visited_over_selected: float,
     memory_bandwidth: float,
 ) -> AttentionSeconds:
     """Time of one layer's attention of `attention.kind` infllmv2 or nsa on one rank.
 
     Args:
-        work: the rank's share; `listed` is ignored, lists have a fixed length here.
+        work: the rank's share; `selected` and `visited` are ignored, lists have a fixed length here.
         attention: the section, whose kind is one of the two.
         chunks: of a sequence.
-        listed_over_selected: pairs in chunks that tiles list over pairs selected. A window is the same for a whole tile.
+        visited_over_selected: pairs in chunks that tiles visit over pairs selected. A window is the same for a whole tile.
         memory_bandwidth: bytes per second.
     """
     nsa = attention.kind == "nsa"
-    share = min(1.0, listed_over_selected * share_of_pairs(chunks, selected_chunks(attention)))
-    parts = [_listed_seconds(work, share), _scoring_seconds(work, attention, memory_bandwidth)]
+    parts = [
+        _listed_seconds(work, share_of_pairs(chunks, selected_chunks(attention)), visited_over_selected),
+        _scoring_seconds(work, attention, memory_bandwidth),
+    ]
     if nsa:
-        parts.append(_listed_seconds(work, share_of_pairs(chunks, window_chunks(attention))))
+        parts.append(_listed_seconds(work, share_of_pairs(chunks, window_chunks(attention)), 1.0))
     return AttentionSeconds(sum(part.forward for part in parts), sum(part.backward for part in parts))
 
 
-def _listed_seconds(work: AttentionWork, share: float) -> AttentionSeconds:
+def _listed_seconds(work: AttentionWork, share: float, visited_over_selected: float) -> AttentionSeconds:
     """Attention to the chunks of a list, by the stages of DashAttention's kernels that do not route."""
-    stages = dash_stages(dataclasses.replace(work, listed=work.pairs * share))
-    backward = stages["queries"] + stages["transpose"] + stages["keys"]
-    return AttentionSeconds(stages["attend"] / 1e3, backward / 1e3)
+    visited = work.pairs * min(1.0, share * visited_over_selected)
+    return dash_seconds(dataclasses.replace(work, selected=work.pairs * share, visited=visited), routes=False)
 
 
 def _scoring_seconds(

@@ -29,12 +29,14 @@ def add_plan(tools: Any) -> None:
         help="probability that queries want what the ones before them wanted",
     )
     plan.add_argument(
-        "--listed",
-        type=float,
-        default=1.04,
-        help="pairs that tiles visit over pairs selected, as `study routing` measures them; default: 1.04, where neighbours "
-        "agree; the routers measured so far had 3 to 6",
+        "--routing",
+        default="trained",
+        metavar="CHOICES",
+        help="how alike neighbouring tokens select: `trained` (default) as models of 62M parameters did after training with the "
+        "config's attention.query_pool, `runs` of 32 tokens that select the same (the best case), `independent` (the worst), or "
+        "a number: pairs visited over pairs selected, as `study routing` measures them",
     )
+    plan.add_argument("--listed", help=argparse.SUPPRESS)
     plan.add_argument(
         "--imbalance", type=float, default=1.0, help="busiest context rank's attention over the mean"
     )
@@ -54,6 +56,14 @@ def add_plan(tools: Any) -> None:
     plan.set_defaults(run=_plan)
 
 
+def _choices(routing: str) -> Any:
+    """The number that the text is, or the text."""
+    try:
+        return float(routing)
+    except ValueError:
+        return routing
+
+
 def _plan(options: argparse.Namespace) -> None:
     # imported late, so that --help is fast
     from dash_megatron.config import load_config
@@ -61,6 +71,11 @@ def _plan(options: argparse.Namespace) -> None:
     from dash_megatron.planning.step_time import Routing
     from dash_megatron.planning.table import plan
 
+    if options.listed is not None:
+        raise ValueError(
+            f"--listed was replaced: --routing {options.listed} says the same, --routing runs what its default of 1.04 said, and "
+            "without either choices are as in trained models"
+        )
     if options.top < 1:
         raise ValueError(f"top={options.top} must be at least 1")
     hardware = Hardware.of(options.gpu, options.memory_gib)
@@ -72,7 +87,7 @@ def _plan(options: argparse.Namespace) -> None:
         density=density,
         peak_density=options.peak_density,
         locality=options.locality,
-        listed_over_selected=options.listed,
+        choices=_choices(options.routing),
         imbalance=options.imbalance,
     )
     planned = plan(options.config, config, options.gpus, routing, hardware, options.price, options.profile)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dash_megatron.config import Config
 from dash_megatron.config.flops import parameter_count
 from dash_megatron.planning.baseline_times import BASELINES
-from dash_megatron.planning.kernel_times import TILE_ROWS
+from dash_megatron.planning.choices import tile_tokens
 from dash_megatron.planning.layout import Hardware, Layout
 from dash_megatron.planning.traffic import ContextShape
 
@@ -83,23 +83,33 @@ def _state_bytes(config: Config, layout: Layout, parameters: float) -> dict[str,
     }
 
 
-def list_bytes(config: Config, layout: Layout, density: float) -> tuple[float, float]:
+def _list_entries(config: Config, layout: Layout) -> tuple[float, float, int]:
+    """Entries of one rank's routing lists if every past chunk were listed: where the rows of a micro-batch, which are
+    concatenated, count as one, and of each row's own chunks; and the tokens of a tile."""
+    model, chunk, rows = config.model, config.attention.chunk_size, config.training.micro_batch
+    chunks = config.data.seq_length / chunk
+    tile = tile_tokens(model.heads // model.kv_heads, chunk)
+    tiles = model.kv_heads / layout.tensor * (chunk / tile) / layout.context
+    return rows * chunks * (rows * chunks + 1) / 2 * tiles, rows * chunks * (chunks + 1) / 2 * tiles, tile
+
+
+def lists_are_counted(config: Config, layout: Layout) -> bool:
+    """Whether routing lists are too long to have room for every past chunk, so that the router counts before it writes."""
+    entries, _, tile = _list_entries(config, layout)
+    return entries * 4 * (1 + tile) > MAX_BOUNDED_BYTES
+
+
+def list_bytes(config: Config, layout: Layout, listed: float) -> tuple[float, float]:
     """Routing lists of one layer call on one rank: bytes in the forward, and what the backward adds.
 
     An entry is a chunk number and a log prior per token of its tile; the backward adds the prior's gradient and the
     transposed lists. Where every past chunk of a micro-batch's rows, which are concatenated, fits into 2 GiB,
-    room is made for all, else for those listed.
+    room is made for all, else for the share `listed`.
     """
-    model, chunk, rows = config.model, config.attention.chunk_size, config.training.micro_batch
-    chunks = config.data.seq_length / chunk
-    group = model.heads // model.kv_heads
-    tile = max(1, min(chunk, TILE_ROWS // (1 << (group - 1).bit_length())))
-    tiles = model.kv_heads / layout.tensor * (chunk / tile) / layout.context
-    entries = rows * chunks * (rows * chunks + 1) / 2 * tiles
+    entries, own, tile = _list_entries(config, layout)
     # lists of a fixed length are as long as they are
-    if entries * 4 * (1 + tile) > MAX_BOUNDED_BYTES or config.attention.kind in BASELINES:
-        # a row's own
-        entries = rows * chunks * (chunks + 1) / 2 * tiles * min(1.0, density)
+    if lists_are_counted(config, layout) or config.attention.kind in BASELINES:
+        entries = own * min(1.0, listed)
     return entries * 4 * (1 + tile), entries * (4 * tile + 16)
 
 
@@ -161,7 +171,7 @@ def memory_use(
     layout: Layout,
     vocab_size: int,
     hardware: Hardware | None = None,
-    density: float = 1.0,
+    listed: float = 1.0,
 ) -> MemoryUse:
     """Bytes on one GPU at the worst moment of a training step.
 
@@ -170,13 +180,13 @@ def memory_use(
         layout: the split.
         vocab_size: rows of the embedding table.
         hardware: what is reserved, and a correction of activations; None: defaults.
-        density: pairs attended over causal pairs, which decides long lists. Training starts at 1.
+        listed: share of past chunks that tiles list, which decides long lists. Training starts at 1.
     """
     hardware = hardware or Hardware()
     shape = context_shape(config, layout)
     parts = _layer_bytes(config, layout, shape)
     routed = config.attention.kind != "full"
-    lists, backward_lists = list_bytes(config, layout, density) if routed else (0.0, 0.0)
+    lists, backward_lists = list_bytes(config, layout, listed) if routed else (0.0, 0.0)
     forward_exchange, backward_exchange = _exchange_bytes(shape, layout)
 
     kept_attention = parts["row_state"] + parts["laid_out"] + parts["branches"] + lists

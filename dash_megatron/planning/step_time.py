@@ -18,6 +18,7 @@ from dash_megatron.planning.baseline_times import (
     share_of_pairs,
     window_chunks,
 )
+from dash_megatron.planning.choices import Choices, Shares, check_choices, shares_of_pairs
 from dash_megatron.planning.coverage import coverage_of_topics
 from dash_megatron.planning.kernel_times import AttentionSeconds, AttentionWork, dash_seconds, dense_seconds
 from dash_megatron.planning.layout import Group, Hardware, Layout, groups
@@ -26,6 +27,7 @@ from dash_megatron.planning.memory import (
     MAX_LOGITS,
     MemoryUse,
     context_shape,
+    lists_are_counted,
     memory_use,
     rank_parameters,
 )
@@ -71,10 +73,8 @@ class Routing:
     the number of selected chunks does not grow with position."""
     peak_density: float = 1.0
     """Largest density of the run, for which memory must suffice: training from scratch starts at 1."""
-    listed_over_selected: float = 1.04
-    """Pairs in chunks that tiles list over pairs selected: 1.00 to 1.04 measured where neighbours route alike, 2 to 5.6
-    where they do not. Tiles of 32 tokens list 3 to 6 in trained models of 62M parameters, 1.5 with
-    `attention.query_pool=16`."""
+    choices: Choices = "trained"
+    """How alike neighbouring tokens select, which decides how many pairs tiles visit for each that is selected."""
     locality: float = 0.0
     """Probability that a run of queries wants a topic of its own neighbourhood; decides what `sparse` sends."""
     run_tokens: int = 32
@@ -88,9 +88,9 @@ class Routing:
             if not (0 < value <= 1 or (zero and value == 0)):
                 least = "at least" if zero else "above"
                 raise ValueError(f"{name}={value} must be {least} 0 and at most 1, such as 0.1 for 10%")
-        for name in ("listed_over_selected", "imbalance"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.imbalance < 1:
+            raise ValueError(f"imbalance={self.imbalance} must be at least 1")
+        check_choices(self.choices)
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,14 @@ def sent_coverage(config: Config, layout: Layout, routing: Routing) -> float:
     return coverage_of_topics(routing.density, routing.locality, tokens / routing.run_tokens)
 
 
+def shares_of_work(config: Config, routing: Routing, density: float) -> Shares:
+    """What is selected and visited at a density, of all pairs of a token and a chunk up to its own."""
+    model = config.model
+    return shares_of_pairs(
+        config.attention, model.heads // model.kv_heads, config.data.seq_length, density, routing.choices
+    )
+
+
 def _attention(config: Config, layout: Layout, routing: Routing, hardware: Hardware) -> AttentionSeconds:
     """One micro-batch, all layers of one rank, without recomputation."""
     model, length = config.model, config.data.seq_length
@@ -152,17 +160,20 @@ def _attention(config: Config, layout: Layout, routing: Routing, hardware: Hardw
     split = layout.tensor * (context if by_heads else 1)
     rows = length if by_heads else length / context
     pairs = length * rows / 2
-    # every token attends to its own chunk and to those before it that are always on
-    least = rows * config.attention.chunk_size * (0.5 + config.attention.local_chunks)
-    listed = min(pairs, max(least, pairs * routing.density * routing.listed_over_selected))
+    shares = shares_of_work(config, routing, routing.density)
+    # as chunks are counted, with the whole of the own one
+    available = rows * (length + config.attention.chunk_size) / 2
     work = AttentionWork(
         rows=batch * rows,
         heads=model.heads / split,
         kv_heads=model.kv_heads / split,
         pairs=batch * pairs,
-        listed=batch * listed,
+        selected=batch * available * shares.selected,
+        visited=batch * available * shares.visited,
         chunk_size=config.attention.chunk_size,
         head_dim=model.channels_per_head,
+        pool_heads=config.attention.pool_heads and config.attention.kind == "dash",
+        counted=lists_are_counted(config, layout),
         passes=context if layout.context_comm == "p2p" else 1,
     )
     dense_layers = model.layers if config.attention.kind == "full" else len(set(config.attention.full_layers))
@@ -173,7 +184,7 @@ def _attention(config: Config, layout: Layout, routing: Routing, hardware: Hardw
             work,
             config.attention,
             _chunks(config),
-            routing.listed_over_selected,
+            shares.visited / shares.selected,
             hardware.memory_bandwidth / hardware.speed,
         )
     pooled = config.attention.kind == "dash" and config.attention.query_pool > 1
@@ -352,11 +363,10 @@ def estimate_step(
     ring = hardware.overlap * context.seconds if layout.context_comm == "p2p" else 0.0
     sharding = hardware.overlap * zero.seconds if layout.zero_stage == 3 else 0.0
     updated = parameters / (layout.shards if layout.zero_stage else 1)
+    peak = shares_of_work(config, routing, max(routing.density, routing.peak_density))
     return StepEstimate(
         layout=layout,
-        memory=memory_use(
-            config, layout, vocab_size, hardware, density=max(routing.density, routing.peak_density)
-        ),
+        memory=memory_use(config, layout, vocab_size, hardware, listed=peak.visited),
         matmul=matmul,
         elementwise=elementwise,
         attention=attention,

@@ -14,7 +14,7 @@ from dash_megatron.planning.baseline_times import BASELINES, NOTE
 from dash_megatron.planning.layout import Hardware
 from dash_megatron.planning.profile import Profile, read_profile
 from dash_megatron.planning.search import estimate_configured, search
-from dash_megatron.planning.step_time import Routing, StepEstimate, effective_routing
+from dash_megatron.planning.step_time import Routing, StepEstimate, effective_routing, shares_of_work
 
 COLUMNS = (
     "tensor",
@@ -101,7 +101,11 @@ class Plan:
         batch, length = self.config.training.global_batch, self.config.data.seq_length
         router = "full attention"
         if self.config.attention.kind != "full":
-            router = f"density {self.routing.density:.0%} (memory for {self.routing.peak_density:.0%})"
+            shares = shares_of_work(self.config, self.routing, self.routing.density)
+            router = (
+                f"density {self.routing.density:.0%} (memory for {self.routing.peak_density:.0%}), of whose pairs kernels visit "
+                f"{shares.visited / shares.selected:.2f} times as many ({self.routing.choices} choices)"
+            )
         hardware = self.hardware
         return (
             f"{self.name} on {self.gpus} {hardware.gpu} GPUs: {length:,} tokens x {batch} sequences = {length * batch:,} "

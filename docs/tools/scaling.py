@@ -15,29 +15,32 @@ from pathlib import Path
 import torch
 
 from dash_megatron.config import Config, load_config
+from dash_megatron.planning.choices import Choices
 from dash_megatron.planning.coverage import coverage_of_topics
-from dash_megatron.planning.kernel_times import (
-    CASES,
-    DENSE_CASES,
-    GROUP_CASES,
-    NARROW_CASES,
-    NARROW_DENSE_CASES,
-    SMALL_CHUNK_CASES,
-    AttentionWork,
-    dash_seconds,
-    dense_seconds,
-)
+from dash_megatron.planning.kernel_times import dash_seconds, dense_seconds
 from dash_megatron.planning.search import EXCHANGES, search
 from dash_megatron.planning.step_time import Routing, StepEstimate
 from dash_megatron.planning.table import COLUMNS, row
 from dash_megatron.planning.traffic import ContextComm, ContextShape, context_exchange
 from docs.tools import balance
 from docs.tools import scaling_pictures as pictures
+from docs.tools.kernel_rates import read_rows
+from docs.tools.measured_steps import measured_steps
 from docs.tools.simulation import RouterInputs, simulate
 
 CONFIG = Path(__file__).parents[2] / "configs" / "8b_128k.yaml"
 LENGTHS = {"128K": (131072, 64), "512K": (524288, 16), "1M": (1048576, 8)}
 """Tokens of a sequence, and sequences of a step: 8M tokens each."""
+POOLED = ("attention.query_pool=16", "attention.pool_heads=true", "attention.local_chunks=2")
+"""The router of the recipe, with chunks of 64."""
+ROUTERS: dict[str, tuple[tuple[str, ...], Choices]] = {
+    "runs of 32": (POOLED, "runs"),
+    "means of 16 queries": (POOLED, "trained"),
+    "one query": ((), "trained"),
+    "one query, independent": ((), "independent"),
+}
+"""Routers and how alike neighbours select: config keys, and choices. The page's tables have the second, and the first beside it."""
+BEST_CASE, TRAINED = "runs of 32", "means of 16 queries"
 
 
 @dataclass(frozen=True)
@@ -62,20 +65,26 @@ SMALL = Extent(("128K",), (64,), (1.0, 0.1), (64,), (0.1,), seeds=1, chunks=128)
 """A few of its figures, in seconds."""
 
 
-@lru_cache(maxsize=4)
-def config_of(length: str) -> Config:
-    """The 8B config at one of `LENGTHS`."""
+@lru_cache(maxsize=16)
+def config_of(length: str, keys: tuple[str, ...]) -> Config:
+    """The 8B config at one of `LENGTHS`, with other keys."""
     tokens, batch = LENGTHS[length]
-    return load_config(CONFIG, [f"data.seq_length={tokens}", f"training.global_batch={batch}"])
+    return load_config(CONFIG, [f"data.seq_length={tokens}", f"training.global_batch={batch}", *keys])
 
 
-@lru_cache(maxsize=256)
-def best(length: str, gpus: int, density: float) -> StepEstimate | None:
-    """The fastest layout; None where nothing fits or divides."""
+@lru_cache(maxsize=512)
+def best(length: str, gpus: int, density: float, router: str = TRAINED) -> StepEstimate | None:
+    """The fastest layout with one of `ROUTERS`, or with full attention; None where nothing fits or divides."""
+    keys, choices = ROUTERS.get(router, (("attention.kind=full",), "trained"))
     try:
-        return search(config_of(length), gpus, Routing(density=density))[0]
+        return search(config_of(length, keys), gpus, Routing(density=density, choices=choices))[0]
     except ValueError:
         return None
+
+
+def speed(estimate: StepEstimate | None) -> str:
+    """tokens/s/GPU."""
+    return f"{estimate.tokens_per_second_per_gpu:,.0f}" if estimate else "-"
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -85,14 +94,29 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def throughput_table(extent: Extent) -> str:
-    """tokens/s/GPU of the best layout."""
+    """tokens/s/GPU of the best layout, in brackets in the best case."""
     rows = []
     for length in extent.lengths:
         for density in extent.densities:
-            found = [best(length, gpus, density) for gpus in extent.gpus]
-            cells = [f"{e.tokens_per_second_per_gpu:,.0f}" if e else "-" for e in found]
+            cells = []
+            for gpus in extent.gpus:
+                trained, runs = (
+                    speed(best(length, gpus, density, router)) for router in (TRAINED, BEST_CASE)
+                )
+                cells.append(trained if trained == runs else f"{trained} ({runs})")
             rows.append([length, f"{density:.0%}", *cells])
     return markdown(["tokens", "density", *(f"{gpus} GPUs" for gpus in extent.gpus)], rows)
+
+
+def router_table(extent: Extent) -> str:
+    """tokens/s/GPU at 64 GPUs by router, and of full attention."""
+    rows = []
+    for length in extent.lengths:
+        for density in extent.densities:
+            if density < 1:
+                found = [best(length, 64, density, router) for router in ("full", *ROUTERS)]
+                rows.append([length, f"{density:.0%}", *map(speed, found)])
+    return markdown(["tokens", "density", "full attention", *ROUTERS], rows)
 
 
 def layout_table(extent: Extent) -> str:
@@ -108,29 +132,46 @@ def layout_table(extent: Extent) -> str:
 
 
 def kernel_table(_: Extent) -> str:
-    """The fit beside what it was fitted to."""
-    rows = []
-    for case in CASES + GROUP_CASES + NARROW_CASES + SMALL_CHUNK_CASES:
-        time = dash_seconds(case.work)
-        forward, total = 1e3 * time.forward, 1e3 * (time.forward + time.backward)
-        name = f"{case.tokens // 1024}K, {case.heads}/{case.kv_heads}, {case.density:.1%}"
-        name += "" if case.head_dim == 128 else f", heads of {case.head_dim}"
-        name += "" if case.chunk_size == 64 else f", chunks of {case.chunk_size}"
-        rows.append([name, f"{case.work.listed / case.work.pairs:.1%}", *_against(case.forward, forward)])
-        rows[-1] += _against(case.total, total)
-    for head_dim, dense_cases in ((128, DENSE_CASES), (64, NARROW_DENSE_CASES)):
-        for tokens, (measured_forward, measured_total) in dense_cases.items():
-            time = dense_seconds(AttentionWork(tokens, 32, 32, tokens**2 / 2, 0, head_dim=head_dim))
-            total = 1e3 * (time.forward + time.backward)
-            name = f"{tokens // 1024}K, cuDNN" + ("" if head_dim == 128 else f", heads of {head_dim}")
-            rows.append([name, "100.0%", *_against(measured_forward, 1e3 * time.forward)])
-            rows[-1] += _against(measured_total, total)
-    columns = ["case", "pairs listed", "fwd ms", "model", "error", "fwd+bwd ms", "model", "error"]
-    return markdown(columns, rows)
+    """The model beside what it is fitted to: stages summed to a forward and to a backward."""
+    rows, dense = [], {}
+    for case in read_rows():
+        times = case.milliseconds
+        keys = times.get("keys_by_pair" if case.work.keys_by_pair else "keys_by_tile")
+        if "attend" in times:
+            modelled = dash_seconds(case.work)
+            share = case.work.selected / case.work.pairs
+            rows.append([case.name, case.routing, f"{share:.1%}", f"{case.ratio:.2f}"])
+            rows[-1] += _against(times["route"] + times["attend"], 1e3 * modelled.forward)
+            backward = None if keys is None else times["queries"] + times["router_backward"] + keys
+            rows[-1] += _against(backward, 1e3 * modelled.backward)
+        if "dense_forward" in times:
+            modelled = dense_seconds(case.work)
+            # of cases that were timed with several routers, the last
+            name = case.name.rsplit(", ", 1)[0]
+            dense[name] = [
+                name,
+                "cuDNN",
+                "100%",
+                "1",
+                *_against(times["dense_forward"], 1e3 * modelled.forward),
+            ]
+            dense[name] += _against(times["dense_backward"], 1e3 * modelled.backward)
+    columns = ["tokens, heads, D, C", "selected by", "pairs selected", "visited/selected"]
+    return markdown(
+        [*columns, "fwd ms", "model", "error", "bwd ms", "model", "error"], [*rows, *dense.values()]
+    )
 
 
-def _against(measured: float, modelled: float) -> list[str]:
-    return [f"{measured:.2f}", f"{modelled:.2f}", f"{modelled / measured - 1:+.0%}"]
+def _against(measured: float | None, modelled: float, digits: int = 2) -> list[str]:
+    if measured is None:
+        return ["-", f"{modelled:.{digits}f}", "-"]
+    return [f"{measured:.{digits}f}", f"{modelled:.{digits}f}", f"{modelled / measured - 1:+.0%}"]
+
+
+def step_table(_: Extent) -> str:
+    """Whole steps on one GPU, measured and modelled."""
+    rows = [[step.name, step.gpu, *_against(step.seconds, step.modelled, 3)] for step in measured_steps()]
+    return markdown(["step", "GPU", "measured s", "model", "error"], rows)
 
 
 def exchange_table(_: Extent) -> str:
@@ -244,7 +285,9 @@ def sparse_ratio(density: float, locality: float, context: int = 8, tokens: int 
 
 TABLES: dict[str, Callable[[Extent], str]] = {
     "throughput": throughput_table,
+    "routers": router_table,
     "layouts": layout_table,
+    "steps": step_table,
     "kernels": kernel_table,
     "exchanges": exchange_table,
     "coverage": coverage_table,

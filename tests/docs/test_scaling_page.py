@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_quick_tables_of_the_page_are_current() -> None:
     page = (ROOT / "docs" / "scaling.md").read_text()
-    names = ("kernels", "exchanges", "balance")
+    names = ("steps", "kernels", "exchanges", "balance")
     assert fill_in(page, names) == page, "run `python -m docs.tools.scaling --output docs/`"
-    with pytest.raises(ValueError, match="begin kernels"):
-        fill_in("", ["kernels"])
+    with pytest.raises(ValueError, match="begin steps"):
+        fill_in("", ["steps"])
 
 
 def test_sparse_saves_nothing_without_locality() -> None:

@@ -15,7 +15,7 @@ from dash_megatron.planning.table import plan
 
 CONFIG = Path(__file__).parents[2] / "configs" / "1b_16k.yaml"
 TOKENS, CHUNKS = 16384, 256
-WORK = AttentionWork(TOKENS, 32, 2, TOKENS**2 / 2, 0.0)
+WORK = AttentionWork(TOKENS, 32, 2, TOKENS**2 / 2, 0.0, 0.0)
 NO_BYTES = float("inf")
 
 
@@ -30,8 +30,9 @@ def price(kind: str, bandwidth: float = 3e12, **keys: int) -> tuple[float, float
 
 def listed(chunks: int) -> tuple[float, float]:
     """Seconds of DashAttention's kernels without the router, by lists of so many chunks a token."""
-    stages = dash_stages(replace(WORK, listed=WORK.pairs * share_of_pairs(CHUNKS, chunks)))
-    return stages["attend"] / 1e3, (stages["queries"] + stages["transpose"] + stages["keys"]) / 1e3
+    pairs = WORK.pairs * share_of_pairs(CHUNKS, chunks)
+    stages = dash_stages(replace(WORK, selected=pairs, visited=pairs))
+    return stages["attend"] / 1e3, (stages["queries"] + stages["keys_by_pair"]) / 1e3
 
 
 def run_of(kind: str, length: int = TOKENS, **keys: int) -> Config:

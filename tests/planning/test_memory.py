@@ -104,7 +104,7 @@ def test_the_measured_peaks_of_1b_steps_are_met_within_10_percent(
         ROOT / "configs" / "1b_16k.yaml",
         [*MEASURED_ATTENTION, f"data.seq_length={tokens}", f"attention.kind={kind}"],
     )
-    use = memory_use(config, ALONE, 128256, Hardware(reserved_gib=0), density=0.1)
+    use = memory_use(config, ALONE, 128256, Hardware(reserved_gib=0), listed=0.1)
     assert use.total / 2**30 == pytest.approx(peak_gib, rel=0.1)
 
 
@@ -144,14 +144,14 @@ def test_the_measured_peaks_of_studies_without_recomputation_are_met_within_10_p
     runs = {run.name: run for run in expand(load_study(ROOT / f"{study}.yaml"))}
     use = memory_use(
         runs[run].config, replace(ALONE, recompute="none"), 16384, Hardware(reserved_gib=0),
-        density=0.12 if "v2" in run or "nsa" in run else 1.0,
+        listed=0.12 if "v2" in run or "nsa" in run else 1.0,
     )  # fmt: skip
     assert use.total / 2**30 == pytest.approx(peak_gib, rel=0.1)
 
 
 def test_lists_have_room_for_all_chunks_until_2_gib_and_for_the_listed_ones_above() -> None:
     # 4 chunks make 10 pairs in each of 2 kv heads; a tile of 64 tokens x 2 heads holds a whole chunk
-    forward, backward = list_bytes(tiny(), ALONE, density=0.1)
+    forward, backward = list_bytes(tiny(), ALONE, listed=0.1)
     assert (forward, backward) == (10 * 2 * 4 * 65, 10 * 2 * (4 * 64 + 16))
     long = load_config(ROOT / "configs" / "8b_16k.yaml", ["data.seq_length=131072"])
     assert list_bytes(long, ALONE, 0.1)[0] == pytest.approx(0.1 * list_bytes(long, ALONE, 1.0)[0])

@@ -165,11 +165,27 @@ def test_a_plan_is_for_the_density_that_the_config_ends_with(capsys: pytest.Capt
     assert planned("--density", "0.2", target) == 0.2
 
 
-def test_longer_lists_cost_attention(capsys: pytest.CaptureFixture[str]) -> None:
-    short, long = (
-        _layouts(capsys, *arguments)["configured"]["seconds_parts"] for arguments in ((), ("--listed", "4.5"))
-    )
-    assert long["attention"] > 1.5 * short["attention"]
-    assert long["matmul"] == short["matmul"]
-    assert main(["plan", "--config", CONFIG, "--gpus", "128", "--listed", "0.5"]) == 2
-    assert "listed_over_selected=0.5 must be at least 1" in capsys.readouterr().err
+def test_choices_that_neighbours_do_not_share_cost_attention(capsys: pytest.CaptureFixture[str]) -> None:
+    def parts(*arguments: str) -> dict[str, float]:
+        found: dict[str, float] = _layouts(capsys, *arguments)["configured"]["seconds_parts"]
+        return found
+
+    runs, trained, independent = (parts("--routing", name) for name in ("runs", "trained", "independent"))
+    assert runs["attention"] < trained["attention"] < independent["attention"]
+    assert runs["matmul"] == trained["matmul"] == independent["matmul"]
+    assert parts() == trained
+    assert parts("--routing", "1") == runs
+    pooled = parts("attention.query_pool=16", "attention.pool_heads=true")
+    assert runs["attention"] < pooled["attention"] < trained["attention"]
+    assert main(["plan", "--config", CONFIG, "--gpus", "128", "--routing", "0.5"]) == 2
+    assert "--routing 0.5 must be trained, runs, independent, or a number" in capsys.readouterr().err
+
+
+def test_the_table_says_how_much_is_visited(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", CONFIG, "--gpus", "128", "--routing", "2.5", "--top", "1"]) == 0
+    assert "of whose pairs kernels visit 2.49 times as many (2.5 choices)" in capsys.readouterr().out
+
+
+def test_the_flag_of_earlier_releases_names_what_replaced_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", CONFIG, "--gpus", "128", "--listed", "4.6"]) == 2
+    assert "--listed was replaced: --routing 4.6 says the same" in capsys.readouterr().err

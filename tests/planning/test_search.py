@@ -17,8 +17,7 @@ from dash_megatron.planning.search import (
     search,
 )
 from dash_megatron.planning.step_time import Routing, StepEstimate, estimate_step
-from dash_megatron.studies.runs import expand
-from dash_megatron.studies.study_file import load_study
+from docs.tools.measured_steps import measured_steps
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LAYOUT = Layout(2, 8, 4, 3, "all_gather", "full")
@@ -137,7 +136,9 @@ def test_more_gpus_never_need_more_memory(config: Config) -> None:
 def test_full_attention_is_slower_at_long_lengths_and_exchanges_heads() -> None:
     found = search(load_config(CONFIGS / "8b_128k.yaml", ["attention.kind=full"]), 64)
     assert {estimate.layout.context_comm for estimate in found if estimate.layout.context > 1} == {"a2a"}
-    assert found[0].seconds > 2 * search(load_config(CONFIGS / "8b_128k.yaml"), 64)[0].seconds
+    for choices, faster in (("runs", 2.0), ("trained", 1.5)):
+        sparse = search(load_config(CONFIGS / "8b_128k.yaml"), 64, Routing(choices=choices))
+        assert found[0].seconds > faster * sparse[0].seconds
 
 
 def test_a_denser_rank_delays_all_and_locality_only_matters_to_sparse(config: Config) -> None:
@@ -156,7 +157,8 @@ def test_means_of_queries_cost_bytes_and_memory_and_local_chunks_pairs(config: C
     def step(comm: str, density: float = 0.1, **attention: int) -> StepEstimate:
         changed = config.model_copy(update={"attention": config.attention.model_copy(update=attention)})
         layout = replace(LAYOUT, tensor=1, data=8, context_comm=comm)
-        return estimate_step(changed, layout, 128256, Routing(density=density))
+        # of trained choices means of queries change more
+        return estimate_step(changed, layout, 128256, Routing(density=density, choices="runs"))
 
     def sent(estimate: StepEstimate) -> float:
         return estimate.nvlink_bytes + estimate.infiniband_bytes
@@ -170,9 +172,9 @@ def test_means_of_queries_cost_bytes_and_memory_and_local_chunks_pairs(config: C
     passes = 8 * 32 * 8 * 16384 * 32 * 128 * 2 / Hardware().memory_bandwidth
     assert pooled.attention - plain.attention == pytest.approx(passes)
     assert sent(step("a2a", query_pool=16)) == sent(step("a2a"))
-    # 4 chunks of 64 more than the own one, of 131072 tokens
-    least = (0.5 + 4) * 64 / (131072 / 2)
-    few, many = (step("all_gather", density, local_chunks=4).attention for density in (1e-4, least / 1.04))
+    # the own chunk and 4 more of 2048 that a token can see, 1024.5 on average
+    least = 5 / 1024.5
+    few, many = (step("all_gather", density, local_chunks=4).attention for density in (1e-4, least))
     assert few == pytest.approx(many)
     assert few > step("all_gather", 1e-4).attention
 
@@ -188,38 +190,15 @@ def test_the_compute_of_a_step_is_its_operations_over_their_rate(config: Config)
     assert estimate.elementwise == pytest.approx(moved / 3e12)
 
 
-def test_measured_steps_are_met_within_20_percent() -> None:
-    """Steps of docs/scaling.md, "Whole steps"."""
-
-    def seconds(config: Config, recompute: Recompute, routing: Routing, gpu: str) -> float:
-        layout = Layout(1, 1, 1, 1, "all_gather", recompute)
-        vocab_size = config.model.vocab_size
-        assert vocab_size is not None
-        return estimate_step(config, layout, vocab_size, routing, Hardware.of(gpu)).seconds
-
-    study = load_study(CONFIGS.parent / "docs" / "results" / "quality" / "steps_131k.yaml")
-    runs = {run.name: run.config for run in expand(study)}
-    full, dash, infllmv2 = (
-        runs[f"{name}_1.5e+08tok_seed1"] for name in ("full-full", "dash_25-dash", "infllmv2_25-infllmv2")
-    )
-    trained = Routing(density=0.115, listed_over_selected=4.54)
-    large, longer = (
-        load_config(
-            CONFIGS / "1b_16k.yaml",
-            [
-                "attention.kind=full",
-                "attention.target_density=null",
-                "training.global_batch=1",
-                f"data.seq_length={tokens}",
-            ],
-        )
-        for tokens in (16384, 65536)
-    )
-    assert seconds(large, "full", Routing(), "H200") == pytest.approx(0.529, rel=0.2)
-    assert seconds(longer, "full", Routing(), "H200") == pytest.approx(4.471, rel=0.2)
-    assert seconds(dash, "none", trained, "H200") == pytest.approx(0.192, rel=0.2)
-    assert seconds(full, "none", Routing(), "H100") == pytest.approx(0.260, rel=0.2)
-    assert seconds(infllmv2, "none", trained, "H100") == pytest.approx(0.228, rel=0.2)
+def test_measured_steps_are_met_within_15_percent_but_for_those_that_the_page_names() -> None:
+    off = {
+        step.name: step.modelled / step.seconds - 1
+        for step in measured_steps()
+        if abs(step.modelled / step.seconds - 1) > 0.15
+    }
+    # more kernels than are counted, and another kernel of full attention than cuDNN's
+    assert list(off) == ["62M, NSA at 25%, the same", "199M, full attention by FlashAttention-2"]
+    assert all(error < 0 for error in off.values())
 
 
 @pytest.mark.parametrize("name", ["8b_64k", "8b_128k", "8b_512k"])
