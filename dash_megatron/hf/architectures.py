@@ -60,6 +60,7 @@ _CONVERTED_KEYS_OF_EXPORTS = {
 }
 # what no logit depends on
 _IGNORED_KEYS = {
+    "_attn_implementation_autoset",
     "_name_or_path",
     "architectures",
     "attention_dropout",

@@ -59,8 +59,7 @@ def import_folder(source: str | Path, output: str | Path) -> Imported:
         raise FileNotFoundError(f"{source} has no config.json; give a folder that transformers could load")
     tree = _read_config(source / "config.json")
     weights = FolderWeights(source)
-    model, attention = _sections(tree, set(weights), source)
-    factors = multipliers(tree)
+    model, attention, factors = _read_model(tree, set(weights), source)
     vocab_size = int(tree["vocab_size"])
     _check_names(weights, pieces(model, attention, vocab_size), source)
     if model.tie_embeddings and factors != (1.0, 1.0, 1.0):
@@ -84,13 +83,21 @@ def _read_config(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _sections(tree: dict[str, Any], names: set[str], source: Path) -> tuple[ModelConfig, AttentionConfig]:
+def _read_model(
+    tree: dict[str, Any], names: set[str], source: Path
+) -> tuple[ModelConfig, AttentionConfig, tuple[float, float, float]]:
+    """What `sections_of` and `multipliers` read in config.json."""
+    path = source / "config.json"
     try:
-        return sections_of(tree, names)
+        return *sections_of(tree, names), multipliers(tree)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         where = "".join(f"{part}: " for part in problem["loc"])
-        raise ValueError(f"{source / 'config.json'}: {where}{problem['msg']}") from error
+        raise ValueError(f"{path}: {where}{problem['msg']}") from error
+    except (AttributeError, KeyError, OverflowError, TypeError) as error:
+        raise ValueError(
+            f"{path} has a value of another type than its key needs ({error}); download it again"
+        ) from error
 
 
 def _check_names(weights: Mapping[str, Tensor], parts: list[Piece], source: Path) -> None:
