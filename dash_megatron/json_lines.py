@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,16 +20,17 @@ class JsonLines:
     Args:
         path: the file. Damaged lines that it has are moved to a file beside it, whose name ends with `.damaged`.
         resumed_step: lines of later steps, which an earlier start wrote, are dropped.
+        keys: what every line has beside `step`; one that lacks any is damaged.
 
     Raises:
         OSError: the disk has been full, or away, for minutes.
     """
 
-    def __init__(self, path: Path, resumed_step: int) -> None:
+    def __init__(self, path: Path, resumed_step: int, keys: Collection[str] = ()) -> None:
         self.path, self._size = path, 0
         if not path.exists():
             return
-        found = _parse(path.read_bytes())
+        found = _parse(path.read_bytes(), keys)
         if found.damaged:
             aside = path.with_name(f"{path.name}.damaged")
             _tell(path, found, f"; moved to {aside.name}")
@@ -56,9 +57,14 @@ class JsonLines:
             file.write(data)
 
 
-def read_json_lines(path: Path) -> list[Any]:
-    """Read all objects; a last line cut short by a kill is skipped, and so are damaged ones, of which a warning tells."""
-    found = _parse(path.read_bytes())
+def read_json_lines(path: Path, keys: Collection[str] = ()) -> list[Any]:
+    """Read all objects; a last line cut short by a kill is skipped, and so are damaged ones, of which a warning tells.
+
+    Args:
+        path: the file.
+        keys: as in `JsonLines`.
+    """
+    found = _parse(path.read_bytes(), keys)
     if found.damaged:
         _tell(path, found, "")
     return found.objects
@@ -71,28 +77,29 @@ class _Lines(NamedTuple):
     damaged: list[bytes]
 
 
-def _parse(data: bytes) -> _Lines:
+def _parse(data: bytes, keys: Collection[str]) -> _Lines:
     found = _Lines([], [], [])
     *lines, rest = data.split(b"\n")
     for number, line in enumerate(lines, 1):
-        value = _object(line)
+        value = _object(line, keys)
         if value is not None:
             found.objects.append(value)
         elif line:
             found.numbers.append(number)
             found.damaged.append(line)
     # without its newline a last line was cut short, unless only that is missing
-    if (value := _object(rest)) is not None:
+    if (value := _object(rest, keys)) is not None:
         found.objects.append(value)
     return found
 
 
-def _object(line: bytes) -> Any:
+def _object(line: bytes, keys: Collection[str]) -> Any:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None
+    whole = isinstance(value, dict) and type(value.get("step")) is int and value.keys() >= set(keys)
+    return value if whole else None
 
 
 def _append_bytes(path: Path, lines: list[bytes]) -> None:

@@ -83,6 +83,10 @@ class StepMetrics(TypedDict):
     """The time of `slowest_rank` over the median of the processes."""
 
 
+_ALWAYS = ("loss", "valid_loss")
+"""Keys of `metrics.jsonl` that lines of every release have, and without which a line is no use."""
+
+
 class MetricsWriter:
     """Appends to a run's metrics.
 
@@ -98,7 +102,7 @@ class MetricsWriter:
         self, run_dir: str | Path, tensorboard: bool, resumed_step: int, trackers: list[Tracker] | None = None
     ) -> None:
         folder = Path(run_dir)
-        self._lines = JsonLines(folder / "metrics.jsonl", resumed_step)
+        self._lines = JsonLines(folder / "metrics.jsonl", resumed_step, _ALWAYS)
         self._routing = JsonLines(folder / "routing.jsonl", resumed_step)
         self._own: list[Tracker] = [TensorBoard(folder, resumed_step)] if tensorboard else []
         self._others = [] if trackers is None else trackers
@@ -171,7 +175,7 @@ def read_metrics(run_dir: str | Path) -> list[StepMetrics]:
         raise FileNotFoundError(
             f"{path_for_message(path)} does not exist; {run_dir} must be the folder of a run that has logged a step"
         )
-    return read_json_lines(path)
+    return read_json_lines(path, _ALWAYS)
 
 
 def console_line(metrics: StepMetrics, total_steps: int, seconds_left: float) -> str:

@@ -122,7 +122,8 @@ def test_a_profile_corrects_compute_by_how_long_its_steps_took(
         {"step": step, "tokens_per_second": rate / slow, "density": 0.25, "processes": 8}
         for step, slow in enumerate((50, 1.5, 1.5, 1.6), 1)
     ]
-    text = "".join(json.dumps(line | {"gpu_memory_gib": 61.5}) + "\n" for line in lines)
+    same = {"loss": 3.0, "valid_loss": None, "gpu_memory_gib": 61.5}
+    text = "".join(json.dumps(line | same) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text)
     plain, corrected = _layouts(capsys), _layouts(capsys, "--profile", str(tmp_path))
     before, after = plain["configured"]["seconds_parts"], corrected["configured"]["seconds_parts"]

@@ -34,7 +34,17 @@ def test_a_cut_last_line_is_skipped_without_a_word(tmp_path: Path, caplog: pytes
 
 
 @pytest.mark.parametrize(
-    "damage", [b"{broken", b'{"step": 1}{"step": 2}', b"12", b"\xff\xfe", b"\0\0\0", b"[" * 9999]
+    "damage",
+    [
+        b'{"step": 2}',
+        b'{"step": true, "loss": 1, "valid_loss": null}',
+        b"{broken",
+        b'{"step": 1}{"step": 2}',
+        b"12",
+        b"\xff\xfe",
+        b"\0\0\0",
+        b"[" * 9999,
+    ],
 )
 def test_a_damaged_line_is_set_aside_and_told_and_blocks_nothing(
     damage: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
