@@ -91,7 +91,7 @@ LIKE_LLAMA: dict[str, dict[str, Any]] = {
     "minicpm": {**MINICPM, "auto_map": {"AutoModelForCausalLM": "modeling_minicpm.MiniCPMForCausalLM"}},
     "internlm3": {"model_type": "internlm3", "bias": False, "qkv_bias": False},
     "internlm3, biases": {"model_type": "internlm3", "bias": False, "qkv_bias": True},
-    "smollm2": {"is_llama_config": True, "rope_interleaved": False},
+    "smollm2": {"is_llama_config": True, "rope_interleaved": False, "_attn_implementation_autoset": True},
 }
 
 

@@ -90,6 +90,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
         "partial_rotary_factor=0.5 must be 1",
     ),
+    "positions of each kind of layer": (
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5e4}}},
+        "rope_parameters has full_attention=.* with rope_type=default",
+    ),
+    "positions of three axes": (
+        {"rope_scaling": {"type": "default", "mrope_section": [4, 2, 2]}},
+        r"rope_scaling has mrope_section=\[4, 2, 2\], of which",
+    ),
+    "a text for a mapping": ({"rope_scaling": "linear"}, "has a value of another type than its key needs"),
+    "a list for a number": ({"num_hidden_layers": [2]}, "has a value of another type than its key needs"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act=gelu must be silu"),
     "bias": ({"attention_bias": True}, "attention_bias=true"),
     "positions of several kinds": (
