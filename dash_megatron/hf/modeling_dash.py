@@ -39,6 +39,8 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < LEAST_
 # Scores alive at once, in elements: prompts are attended block by block to stay below.
 MAX_BLOCK_SCORES = 2**24
 MAX_NEWTON_STEPS = 100
+# Ways of scaling rotary frequencies that training knows; none changes as a text grows.
+ROPE_TYPES = ("linear", "llama3", "yarn", "longrope")
 # Columns whose queries a cache keeps beside those that the next token's router sees: so many can be dropped again.
 SPARE_QUERIES = 64
 
@@ -563,9 +565,16 @@ def rotary_frequencies(config: LlamaConfig) -> tuple[Tensor, float]:
 
     longrope takes its long factors where `max_position_embeddings` exceeds the original positions, at every position,
     so that keys in a cache stay valid when a text grows past them.
+
+    Raises:
+        ValueError: `rope_type` is unknown, or its frequencies change as a text grows.
     """
     rope: Any = config.rope_parameters
     kind = rope.get("rope_type", "default")
+    if kind != "default" and kind not in ROPE_TYPES:
+        raise ValueError(
+            f"config.json: rope_type={kind} must be default, {', '.join(ROPE_TYPES)}: keys in a cache keep their rotation"
+        )
     # transformers builds models on the meta device, where there are no numbers
     with torch.device("cpu"):
         if kind == "default":

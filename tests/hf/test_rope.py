@@ -64,6 +64,14 @@ def test_frequencies_are_those_of_transformers_bit_for_bit(name: str, head_dim: 
         assert its_factor == factor
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "foo"])
+def test_the_model_file_refuses_frequencies_that_training_does_not_know(kind: str) -> None:
+    config = dense_config({"rope_type": "linear", "factor": 4.0})
+    config.rope_parameters["rope_type"] = kind  # as by hand in config.json
+    with pytest.raises(ValueError, match=f"rope_type={kind} must be default, linear, llama3, yarn, longrope"):
+        of_the_model_file(config)
+
+
 @pytest.mark.parametrize("name", SCALINGS)
 @torch.no_grad()
 def test_a_dense_model_with_scaled_rope_goes_on_as_it_was(
