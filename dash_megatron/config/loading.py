@@ -126,7 +126,8 @@ def _explain(problem: dict[str, Any], root: type[BaseModel]) -> str:
         place = f" in the YAML or as {key}=value" if root is Config else ""
         return f"{key} is missing and has no default; set it{place}"
     if problem["type"] in ("tuple_type", "list_type"):
-        return f"{key}={value!r} must be a list: write {key}=[{value}]"
+        entries = "..." if value is None else value
+        return f"{key}={value!r} must be a list: write {key}=[{entries}]"
     if problem["type"] == "model_type" and (section := section_at(root, path)) is not None:
         example = f", such as {key}.{_example(section)}" if root is Config else ""
         return f"{key}={value!r} must be a section{example}; its keys are {', '.join(section.model_fields)}"

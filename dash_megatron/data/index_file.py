@@ -80,9 +80,7 @@ def read_lengths(prefix: str | os.PathLike[str]) -> tuple[np.ndarray, np.dtype, 
     """
     path = Path(f"{os.fspath(prefix)}.idx")
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path_for_message(path)} does not exist; make it with `python -m data_tools.tokenize_corpus`"
-        )
+        raise FileNotFoundError(f"{path_for_message(path)} does not exist; {_remedy(Path(prefix))}")
     with open(path, "rb") as file:
         header = file.read(_HEADER_BYTES)
     if len(header) < _HEADER_BYTES or not header.startswith(_MAGIC):
@@ -118,9 +116,7 @@ def check_bin_size(prefix: str | os.PathLike[str], index: IndexSummary) -> None:
     """Raise where PREFIX.bin is missing (FileNotFoundError) or not as long as its index says (ValueError)."""
     path = Path(f"{os.fspath(prefix)}.bin")
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path_for_message(path)} does not exist; make it with `python -m data_tools.tokenize_corpus`"
-        )
+        raise FileNotFoundError(f"{path_for_message(path)} does not exist; {_remedy(Path(prefix))}")
     size = path.stat().st_size
     if size != index.bin_bytes:
         state = "truncated" if size < index.bin_bytes else "longer than its index"
@@ -129,3 +125,14 @@ def check_bin_size(prefix: str | os.PathLike[str], index: IndexSummary) -> None:
             f"{index.dtype.itemsize} bytes, as its .idx says): it is {state}; copy both files again or "
             "tokenize the corpus again"
         )
+
+
+def _remedy(prefix: Path) -> str:
+    """What to do about a prefix without its files: often it is the name of one of them, or of their folder."""
+    if prefix.is_file() and prefix.suffix in (".bin", ".idx"):
+        return f"write {prefix.with_suffix('')}, without {prefix.suffix}"
+    if prefix.is_dir():
+        return (
+            f"{prefix} is a folder: write the beginning of its files' names too, such as {prefix / 'train'}"
+        )
+    return "make it with `python -m data_tools.tokenize_corpus`"

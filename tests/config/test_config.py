@@ -62,6 +62,7 @@ def test_configs_cannot_be_changed(path: Path) -> None:
         ("modle.layers=3", "did you mean model?"),
         ("model.layers=three", "model.layers='three'"),
         ("data.train=/data/web", "data.train='/data/web' must be a list: write data.train=[/data/web]"),
+        ("data.train=", "data.train=None must be a list: write data.train=[...]"),
         ("evaluation.tasks=needle,copy", "must be a list: write evaluation.tasks=[needle,copy]"),
         ("model.kv_heads=3", "model.heads=4 must be a multiple of model.kv_heads=3; 4 = 1 x 3 + 1"),
         ("model.hidden_size=66", "model.hidden_size=66 must be a multiple of model.heads=4"),

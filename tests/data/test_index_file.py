@@ -59,3 +59,13 @@ def test_a_bin_of_another_size_is_named(tmp_path):
         (tmp_path / "data.bin").write_bytes(bytes(size))
         with pytest.raises(ValueError, match=rf"data\.bin has {size} bytes and must have 14 .*{state}"):
             check_bin_size(tmp_path / "data", index)
+
+
+def test_a_file_or_a_folder_in_place_of_a_prefix_is_told_what_to_write(tmp_path):
+    (tmp_path / "train.bin").touch()
+    with pytest.raises(FileNotFoundError, match=rf"write {tmp_path}/train, without \.bin"):
+        read_index(tmp_path / "train.bin")
+    with pytest.raises(FileNotFoundError, match=rf"is a folder: .* such as {tmp_path}/train$"):
+        read_index(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"make it with `python -m data_tools\.tokenize_corpus`"):
+        read_index(tmp_path / "valid")
