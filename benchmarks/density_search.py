@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from dash_megatron.hf.fast_cache import FastLayer
-from dash_megatron.hf.modeling_dash import DashForCausalLM, DashSelfAttention
+from dash_megatron.hf.modeling_dash import DashForCausalLM, DashSelfAttention, pool_queries
 from dash_megatron.ops import DashCache
 from dash_megatron.ops.decode import decode_and_count
 from dash_megatron.ops.types import Router
@@ -50,23 +50,36 @@ def shared_cache(cache: DashCache, lengths: Tensor) -> DashCache:
     return DashCache(k, v, summary, lengths, cache.chunk_size)
 
 
+def measure(
+    attention: DashSelfAttention, q_nHD: Tensor, cache: DashCache, lengths: Tensor, factor: float | None = None,
+    routing_q: Tensor | None = None,
+) -> float:  # fmt: skip
+    """Chunks that the layer selects over those available.
+
+    Args:
+        q_nHD: queries, each a sequence of `lengths` tokens, int32 [n], of the one that `cache` holds.
+        factor: scaling factor; None for the layer's own.
+        routing_q: as in `decode_and_count`.
+    """
+    available = (lengths - 1) // cache.chunk_size + 1
+    router = Router(**attention._router()._asdict())
+    if factor is not None:
+        router = router._replace(scaling_factor=factor)
+    _, selected = decode_and_count(q_nHD, shared_cache(cache, lengths), router, attention.backend, routing_q)
+    return (selected / available[:, None]).mean().item()
+
+
 def search_scaling_factor(
     attention: DashSelfAttention, q_nHD: Tensor, cache: DashCache, lengths: Tensor, target: float
 ) -> float:
     """Search the layer's scaling factor by bisection of its logarithm; gives the density that was reached.
 
-    Args:
-        q_nHD: queries, each a sequence of `lengths` tokens, int32 [n], of the one that `cache` holds.
+    Arguments are those of `measure`.
     """
-    shared = shared_cache(cache, lengths)
-    available = (lengths - 1) // cache.chunk_size + 1
-    router = Router(**attention.router._asdict())
     low, high, middle, density = 2.0**-4, 2.0**16, 1.0, 1.0
     for _ in range(ROUNDS):
         middle = (low * high) ** 0.5
-        router = router._replace(scaling_factor=middle)
-        _, selected = decode_and_count(q_nHD, shared, router, attention.backend)
-        density = (selected / available[:, None]).mean().item()
+        density = measure(attention, q_nHD, cache, lengths, middle)
         if density > target:
             low = middle
         else:
@@ -99,28 +112,44 @@ def set_decoding_density(model: DashForCausalLM, cache: StaticCache, context: in
     return statistics.mean(densities)
 
 
-def set_prefill_density(model: DashForCausalLM, prompt: Tensor, target: float) -> float:
-    """Bring all layers to a density, in one forward pass over the prompt; gives the mean density."""
+def set_prefill_density(model: DashForCausalLM, prompt: Tensor, target: float | None) -> float:
+    """Bring all layers to a density, if there is one, in one forward pass over the prompt; gives the mean density."""
     densities: list[float] = []
-    N = prompt.shape[1]
 
     def probe(attention: DashSelfAttention) -> Callable[..., Any]:
         def attend(q: Tensor, k: Tensor, v: Tensor, *places: Any) -> Any:
-            H, D, C = attention.kv_heads, attention.head_dim, attention.router.chunk_size
-            lengths = torch.linspace(N // PROBES, N, PROBES, device=q.device).int()
-            # as large as a cache that decodes after it, so that the same kernels serve
-            store = DashCache.contiguous(
-                1, N + SPARE_TOKENS, H, D, chunk_size=C, dtype=q.dtype, device=q.device
-            )
-            bounds = torch.tensor([0, N], dtype=torch.int32, device=q.device)
-            keys, values = (x[0].transpose(0, 1) for x in (k, v))
-            store.prefill(keys, values, attention.indexer_q.view(H, D), bounds, attention.backend)
-            q_nHD = q[0, :, lengths.long() - 1].transpose(0, 1).contiguous()
-            densities.append(search_scaling_factor(attention, q_nHD, store, lengths, target))
+            if not attention.is_full:
+                densities.append(probe_prompt(attention, q, k, v, target))
             return DashSelfAttention._attend_with_kernels(attention, q, k, v, *places)
 
         return attend
 
     with replaced(model, "_attend_with_kernels", probe):
         model(prompt, use_cache=False, logits_to_keep=1)
-    return statistics.mean(densities)
+    return statistics.mean(densities) if densities else 1.0
+
+
+def probe_prompt(
+    attention: DashSelfAttention, q: Tensor, k: Tensor, v: Tensor, target: float | None
+) -> float:
+    """Density of a layer at places spread over a prompt, q, k and v [1, heads, N, D]; `target` is searched for, if there is one."""
+    H, D, N, router = attention.kv_heads, attention.head_dim, q.shape[2], attention.router
+    lengths = torch.linspace(N // PROBES, N, PROBES, device=q.device).int()
+    # as large as a cache that decodes after it, so that the same kernels serve
+    store = DashCache.contiguous(
+        1, N + SPARE_TOKENS, H, D, chunk_size=router.chunk_size, dtype=q.dtype, device=q.device
+    )
+    bounds = torch.tensor([0, N], dtype=torch.int32, device=q.device)
+    keys, values = (x[0].transpose(0, 1) for x in (k, v))
+    store.prefill(keys, values, attention.indexer_q.view(H, D), bounds, attention.backend)
+
+    def at_probes(x: Tensor) -> Tensor:
+        return x[0, :, lengths.long() - 1].transpose(0, 1).contiguous().to(q.dtype)
+
+    if target is not None:
+        return search_scaling_factor(attention, at_probes(q), store, lengths, target)
+    routing_q = None
+    if router.query_pool > 1:
+        start = torch.zeros(1, dtype=torch.int64, device=q.device)
+        routing_q = at_probes(pool_queries(q.float(), None, 0, start, router.query_pool))
+    return measure(attention, at_probes(q), store, lengths, routing_q=routing_q)

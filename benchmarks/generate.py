@@ -11,6 +11,11 @@ The model has the shape of a config and random weights, made on the GPU. Both ki
 - Prefill: a prompt of random tokens, computed at once into a cache. Scaling factors are searched layer by layer in a
   forward pass before, on queries spread over the prompt. Full attention takes cuDNN or flash. Longer prompts than
   `--prefill` names are skipped: full attention alone would take two minutes at 512K.
+- With `--choices NAME` chunks like those that a trained model selected (`benchmarks/choices`) take the place of those of every
+  layer's router in prompts; it runs all the same.
+
+A folder of `dash-megatron export` in `--model` takes the place of the config, and a file in `--text` that of random tokens: then
+prompts are timed as the trained model selects, and nothing is dialled.
 
 Every case is written to `--output` when it is done. One that fails, as for want of memory, is reported, and the others go on.
 Without a GPU, `--tiny` walks through everything with the reference.
@@ -19,17 +24,19 @@ Without a GPU, `--tiny` walks through everything with the reference.
 import argparse
 import gc
 import json
+import statistics
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache, StaticCache
+from transformers import AutoTokenizer, DynamicCache, StaticCache
 
 from benchmarks.density_search import (
     SPARE_TOKENS,
@@ -39,6 +46,7 @@ from benchmarks.density_search import (
     set_decoding_density,
     set_prefill_density,
 )
+from benchmarks.given import Given, models_like
 from benchmarks.inputs import TINY_MODEL, Inputs, default_device, device_name
 from benchmarks.timing import Attention, dense_decoders, graph_microseconds, seconds_of, wait
 from dash_megatron.config import load_config
@@ -54,27 +62,37 @@ WARM_TOKENS = 32768
 
 
 def build_model(options: argparse.Namespace, device: torch.device) -> DashForCausalLM:
-    """The config's model with random weights, bfloat16 on a GPU."""
-    config = load_config(options.config, [*(TINY_MODEL if options.tiny else []), *options.overrides])
+    """The exported model, or the config's with random weights, bfloat16 on a GPU."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if options.model is not None:
+        # transformers' types hide the model's own `to`
+        loaded: Any = DashForCausalLM.from_pretrained(options.model, dtype=dtype)
+        model: DashForCausalLM = loaded.to(device)
+    else:
+        model = _random_model(options, dtype, device)
+    for attention in attention_layers(model):
+        attention.backend = "auto" if device.type == "cuda" else "reference"
+    return model.eval().requires_grad_(False)
+
+
+def _random_model(options: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> DashForCausalLM:
+    config = load_config(options.config, [*(TINY_MODEL if options.tiny else []), *options.overrides])
     shape = llama_config(config, config.model.vocab_size or options.vocab_size, dtype, end_token=0)
     shape.max_position_embeddings = max(*options.contexts, *options.prefill, 1) + SPARE_TOKENS
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     try:
         with device:
-            model = DashForCausalLM(shape)
+            return DashForCausalLM(shape)
     finally:
         torch.set_default_dtype(torch.float32)
-    for attention in attention_layers(model):
-        attention.backend = "auto" if device.type == "cuda" else "reference"
-    return model.eval().requires_grad_(False)
 
 
 def set_kind(model: DashForCausalLM, kind: str) -> None:
-    """Let all layers attend fully, or none."""
+    """Let all layers attend fully, or none but those that always do."""
+    always = getattr(model.config, "full_attention_layers", ())
     for attention in attention_layers(model):
-        attention.is_full = kind == "full"
+        attention.is_full = kind == "full" or attention.index in always
 
 
 def fill_cache(model: DashForCausalLM, cache: StaticCache, kind: str, context: int) -> None:
@@ -182,21 +200,77 @@ def time_generate(model: DashForCausalLM, cache: StaticCache, tokens: int) -> fl
     return seconds_of(lambda: generating.generate(prompt, **settings), model.device)
 
 
+def prompt_of(model: DashForCausalLM, context: int, options: argparse.Namespace) -> Tensor:
+    """Tokens of a prompt, int64 [1, context].
+
+    Raises:
+        ValueError: the text has fewer.
+    """
+    if options.text is None:
+        return random_tokens(model, 1, context)
+    tokens = AutoTokenizer.from_pretrained(options.model)(options.text.read_text())["input_ids"]
+    if len(tokens) < context:
+        raise ValueError(
+            f"--text {options.text} has {len(tokens)} tokens, and must have the {context} of --prefill"
+        )
+    return torch.tensor([tokens[:context]], device=model.device)
+
+
 def prefill_case(
     model: DashForCausalLM, kind: str, context: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Figures of a prompt of `context` tokens."""
-    prompt = random_tokens(model, 1, context)
-    density = set_prefill_density(model, prompt, options.density) if kind == "dash" else 1.0
+    prompt = prompt_of(model, context, options)
+    target = None if options.model is not None else options.density
+    density = set_prefill_density(model, prompt, target) if kind == "dash" else 1.0
     backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    given = None
+    if kind == "dash" and options.choices is not None:
+        given = given_to(model, options.choices)
 
     def run() -> None:
         model(prompt, past_key_values=DynamicCache(), logits_to_keep=1)
 
-    with sdpa_kernel(backends, set_priority=True):
+    with sdpa_kernel(backends, set_priority=True), nullcontext() if given is None else giving(model, given):
         model(prompt[:, :WARM_TOKENS], use_cache=False, logits_to_keep=1)
+        if given is not None and context > WARM_TOKENS:
+            # choices are made in a pass that is not timed
+            run()
         seconds = seconds_of(run, model.device)
+    if given is not None:
+        density = statistics.mean(given.densities.values())
     return {"density": density, "prefill_seconds": seconds, "prefill_tokens_per_second": context / seconds}
+
+
+def given_to(model: DashForCausalLM, choices: str) -> Given:
+    """Choices of a model of `benchmarks/choices` for all layers.
+
+    Raises:
+        ValueError: its chunks are others than the layers'.
+    """
+    router = attention_layers(model)[0].router
+    fitting = models_like(router.chunk_size, router.local_chunks)
+    if choices not in fitting:
+        raise ValueError(
+            f"--choices {choices} must be one of {fitting}, which have the layers' attention.chunk_size="
+            f"{router.chunk_size} and attention.local_chunks={router.local_chunks}"
+        )
+    return Given(choices, model.config.num_hidden_layers)
+
+
+@contextmanager
+def giving(model: DashForCausalLM, given: Given) -> Iterator[None]:
+    """Let every layer attend, with the kernels, to what it is given instead of what its router selects."""
+
+    def attend(attention: DashSelfAttention) -> Any:
+        return given.of_layer(attention.index, partial(DashSelfAttention._attend_with_kernels, attention))
+
+    with ExitStack() as stack:
+        stack.enter_context(given.instead())
+        stack.enter_context(replaced(model, "_attend_with_kernels", attend))
+        for attention in attention_layers(model):
+            stack.enter_context(patch.object(attention, "backend", "triton"))
+        yield
 
 
 CASES = {"decode": decode_case, "prefill": prefill_case}
@@ -255,6 +329,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/8b_128k.yaml")
     parser.add_argument(
+        "--model", type=Path, help="folder of an export, for prompts only, instead of a config"
+    )
+    parser.add_argument("--text", type=Path, help="file that --model's prompts are the beginning of")
+    parser.add_argument("--choices", help="a model of benchmarks/choices that prompts' choices are like")
+    parser.add_argument(
         "--contexts", type=int, nargs="*", help="tokens in the cache; default 32K, 128K, 512K"
     )
     parser.add_argument("--prefill", type=int, nargs="*", help="tokens of prompts; default 32K and 128K")
@@ -266,12 +345,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="two narrow layers, short contexts, any device")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args(arguments)
+    if options.contexts is None and (options.model is not None or options.choices is not None):
+        options.contexts = []
     if options.contexts is None:
         options.contexts = [256, 1024] if options.tiny else [32768, 131072, 524288]
     if options.prefill is None:
         options.prefill = [256] if options.tiny else [32768, 131072]
     if not 1 <= options.tokens <= 128:
         parser.error(f"--tokens {options.tokens} must be from 1 to 128")
+    if options.text is not None and options.model is None:
+        parser.error(f"--text {options.text} needs a --model, whose tokenizer reads it")
+    if options.contexts and options.model is not None:
+        parser.error(
+            f"--contexts {options.contexts} must be left out beside --model, whose prompts are timed"
+        )
     return options
 
 
@@ -284,7 +371,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     header = {
         "gpu": device_name(device),
         "torch": torch.__version__,
-        "config": options.config,
+        "config": options.config if options.model is None else None,
+        "model": None if options.model is None else str(options.model),
+        "choices": options.choices,
         "implementation": implementation_fingerprint(),
         "parameters": model.num_parameters(),
     }

@@ -28,9 +28,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.choices import chunk_size_of, layers_of, model_names
+from benchmarks.given import Given, models_like
 from benchmarks.inputs import TINY_MODEL, device_name
-from benchmarks.persistence import local_chunks_of, make_selected
 from benchmarks.timing import seconds_of
 from dash_megatron.config import Config, config_from_dict, load_config
 from dash_megatron.config.flops import peak_flops, training_flops_per_token
@@ -77,7 +76,9 @@ def main() -> None:
     launch = read_launch({})
     device = init_process_groups(launch, config.parallel)
     cases: list[tuple[str, float | str | None]] = [("full", None)]
-    wanted = trained_models(config) if options.routing == "trained" else options.densities
+    wanted: Any = options.densities
+    if options.routing == "trained":
+        wanted = models_like(config.attention.chunk_size, config.attention.local_chunks)
     cases += [("dash", density_or_model) for density_or_model in wanted]
     _print_header(config, device)
     results: list[dict[str, Any]] = []
@@ -165,54 +166,25 @@ def _dial(engine: Engine, batch: PackedBatch, density: float, rounds: int = 16) 
             bound[index] = layers[index].scaling_factor
 
 
-def trained_models(config: Config) -> list[str]:
-    """Models of `benchmarks/choices` with the config's chunk size and local chunks.
-
-    Raises:
-        ValueError: there is none.
-    """
-    size, local = config.attention.chunk_size, config.attention.local_chunks
-    found = [name for name in model_names() if local_chunks_of(name) == local and chunk_size_of(name) == size]
-    if not found:
-        sizes = sorted({(chunk_size_of(name), local_chunks_of(name)) for name in model_names()})
-        raise ValueError(
-            f"attention.chunk_size={size}, attention.local_chunks={local} must be one of the pairs {sizes} of "
-            "benchmarks/choices with --routing trained; set both as one of them"
-        )
-    return found
-
-
 @contextlib.contextmanager
 def with_choices(engine: Engine, config: Config, model: str) -> Iterator[None]:
     """Within, every layer's router runs, and then makes way for choices of a model's layer at the same relative depth."""
-    from benchmarks.stages import as_routing
-    from dash_megatron.ops.kernels import dash
+    rows = config.training.micro_batch
+    given = Given(model, config.model.layers, rows)
 
-    route, layer, given = dash.route, 0, {}
-    depths, rows = layers_of(model), config.training.micro_batch
+    def one_document_a_row(attend: Any) -> Any:
+        """Attention to a batch of which nothing else is packed."""
 
-    def choose(q: Tensor, *arguments: Any, **more: Any) -> tuple[Any, ...]:
-        route(q, *arguments, **more)
-        if layer not in given:
-            sizes, like = arguments[3], depths[layer * len(depths) // config.model.layers]
-            shape = config.model.kv_heads, config.data.seq_length, config.attention.chunk_size
-            given[layer] = as_routing(make_selected(model, like, *shape, q.device, seed=layer), sizes, rows)
-        return given[layer]
-
-    def of_layer(number: int, attend: Any) -> Any:
         def attend_as(q: Tensor, k: Tensor, v: Tensor, packed: Any) -> Tensor:
-            nonlocal layer
-            layer = number
-            # one document a row, as a batch of which nothing else is packed
             out: Tensor = attend(*(x.view(rows, -1, *x.shape[2:]) for x in (q, k, v)), None)
             return out.view(q.shape)
 
         return attend_as
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(patch.object(dash, "route", choose))
+        stack.enter_context(given.instead())
         for number, module in dash_layers(engine.module).items():
-            attend = of_layer(number, module._attend_here)
+            attend = given.of_layer(number, one_document_a_row(module._attend_here))
             stack.enter_context(patch.object(module, "_attend_here", attend))
         yield
 

@@ -1,11 +1,23 @@
 """The benchmark of generation walks through all its cases without a GPU."""
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import AutoTokenizer
 
 from benchmarks import generate
+from benchmarks.density_search import PROBES
+from benchmarks.persistence import make_selected
+from dash_megatron.hf.export import export_run
+from dash_megatron.hf.modeling_dash import DashForCausalLM
+from tests.data.test_chat import write_chatml
 
 CONFIG = Path(__file__).parents[2] / "configs" / "8b_128k.yaml"
 
@@ -44,3 +56,59 @@ def test_a_case_that_fails_is_reported_and_the_others_go_on(
     monkeypatch.setitem(generate.CASES, "decode", fails)
     results = _run(tmp_path, "--tiny")
     assert [x.get("failed") for x in results] == ["RuntimeError: out of memory"] * 2 + [None] * 2
+
+
+def test_prompts_attend_to_choices_like_those_of_a_trained_model(tmp_path: Path) -> None:
+    output = tmp_path / "generate.json"
+    fixed = ["--config", str(CONFIG), "--tiny", "--prefill", "256", "--output", str(output)]
+    shape = ["--choices", "d11", "attention.chunk_size=64", "model.head_dim=16"]
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.generate", *fixed, *shape],
+        cwd=CONFIG.parents[1],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        check=True,
+    )
+    dash, full = json.loads(output.read_text())["results"]
+    assert (dash["what"], dash["kind"], full["kind"]) == ("prefill", "dash", "full")
+    assert dash["prefill_tokens_per_second"] > 0
+    made = make_selected("d11", 2, 2, 256, 64, "cpu", seed=2)
+    wanted = (made.sum(-1) + 1).double().mean().item() / 2.5
+    assert dash["density"] == pytest.approx(wanted)
+
+
+def test_choices_of_other_chunks_are_refused(tmp_path: Path) -> None:
+    *_, dash, _ = _run(
+        tmp_path, "--tiny", "--choices", "d11_c32", "attention.chunk_size=64", "model.head_dim=16"
+    )
+    assert "--choices d11_c32 must be one of ['d11', 'd25']" in str(dash["failed"])
+
+
+def test_an_export_is_timed_on_a_text_as_it_selects(
+    write_run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_chatml(tmp_path / "source")
+    config, _ = write_run("mixed", data={"tokenizer": str(source)})
+    folder, text, output = tmp_path / "hf", tmp_path / "text", tmp_path / "generate.json"
+    export_run(config.run_dir, folder, dtype="float32")
+    text.write_text("chunks of tokens, " * 40)
+    fixed = ["--model", str(folder), "--text", str(text), "--output", str(output)]
+    generate.main([*fixed, "--prefill", "240", "10000"])
+    dash, full, *longer = json.loads(output.read_text())["results"]
+    tokens = torch.tensor([AutoTokenizer.from_pretrained(folder)(text.read_text())["input_ids"][:240]])
+    model = DashForCausalLM.from_pretrained(folder).eval()
+    layers = [layer.self_attn for layer in model.model.layers if not layer.self_attn.is_full]
+    for attention in layers:
+        attention.keep_selection = True
+    model(tokens)
+    place = torch.linspace(240 // PROBES, 240, PROBES).int() - 1
+    chunks = place // layers[0].router.chunk_size + 1
+    wanted = [(x.selection[0][:, place].sum(-1) / chunks).mean().item() for x in layers]
+    assert dash["density"] == pytest.approx(sum(wanted) / len(wanted), abs=1e-3)
+    assert full["density"] == 1
+    assert full["prefill_tokens_per_second"] > 0
+    assert all("must have the 10000 of --prefill" in x["failed"] for x in longer)
+    with pytest.raises(SystemExit):
+        generate.parse(["--text", str(text)])
+    with pytest.raises(SystemExit):
+        generate.parse(["--model", str(folder), "--contexts", "64"])
+    assert "must be left out beside --model" in capsys.readouterr().err
