@@ -20,11 +20,16 @@ class Tokenizer:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is neither, or would change text.
+        ValueError: it is a folder, the file is neither, or it would change text.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
+        if self.path.is_dir():
+            found = [name for name in ("tokenizer.json", "tokenizer.model") if (self.path / name).is_file()]
+            raise ValueError(
+                f"data.tokenizer={self.path} is a folder; name the file, such as {self.path / (found or ['tokenizer.model'])[0]}"
+            )
         if not self.path.is_file():
             raise FileNotFoundError(
                 f"data.tokenizer={path_for_message(self.path)} does not exist; train one with "

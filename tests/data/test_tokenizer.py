@@ -141,6 +141,15 @@ def test_a_missing_or_damaged_model_is_named(tmp_path):
         Tokenizer(path)
 
 
+def test_a_folder_in_place_of_a_tokenizer_is_told_which_file_to_name(tmp_path):
+    for name in ("tokenizer.model", "tokenizer.json"):
+        with pytest.raises(
+            ValueError, match=rf"{tmp_path} is a folder; name the file, such as {tmp_path / name}$"
+        ):
+            Tokenizer(tmp_path)
+        (tmp_path / "tokenizer.json").touch()
+
+
 def test_a_missing_relative_path_is_told_with_the_folder_that_it_is_relative_to(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for open_it in (Tokenizer, read_index, Sidecar.read, load_weights, lambda name: find_inputs([name])):
