@@ -11,6 +11,16 @@ def path_for_message(path: str | os.PathLike[str]) -> str:
     return str(path) if os.path.isabs(path) else f"{path} (relative to {os.getcwd()})"
 
 
+def check_run_folder(run_dir: str | os.PathLike[str]) -> None:
+    """Refuse the folder of a run that does not exist.
+
+    Raises:
+        FileNotFoundError: it does not, or is a file.
+    """
+    if not os.path.isdir(run_dir):
+        raise FileNotFoundError(f"{path_for_message(run_dir)} does not exist; give the folder of a run")
+
+
 def error_text(error: Exception) -> str:
     """What went wrong, without Python's number of it."""
     if isinstance(error, OSError) and error.strerror:

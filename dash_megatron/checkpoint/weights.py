@@ -13,7 +13,7 @@ from dash_megatron.checkpoint.files import agreed_damage
 from dash_megatron.checkpoint.folder import agreed_steps, checkpoint_folder, tag_of
 from dash_megatron.checkpoint.stored import CheckpointWeights, StoredState
 from dash_megatron.config import AttentionConfig, Config, ParallelConfig, config_of_stored_run
-from dash_megatron.files import path_for_message
+from dash_megatron.files import check_run_folder
 from dash_megatron.layers import DashGPTModel, build_model
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
 
@@ -59,8 +59,8 @@ def stored_config(run_dir: str | Path, step: int | None = None) -> tuple[Config,
 
 def _existing_step(run_dir: str | Path, step: int | None) -> int:
     steps = agreed_steps(run_dir)
-    if not steps and not Path(run_dir).is_dir():
-        raise FileNotFoundError(f"{path_for_message(run_dir)} does not exist; give the folder of a run")
+    if not steps:
+        check_run_folder(run_dir)
     if not steps or (step is not None and step not in steps):
         wanted = "any step" if step is None else f"step {step}"
         raise FileNotFoundError(f"{run_dir} has no checkpoint of {wanted}; it has {steps or 'none'}")

@@ -18,6 +18,7 @@ from dash_megatron.checkpoint.weights import load_weights
 from dash_megatron.config import Config, ParallelConfig, load_config
 from dash_megatron.data.batches import PackedBatch, num_target_tokens
 from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.files import check_run_folder
 from dash_megatron.layers import DashGPTModel, build_model, init_weights
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
 from dash_megatron.training.faults import fault_folder, read_fault
@@ -68,8 +69,9 @@ def replay_step(run_dir: str | Path, step: int) -> int:
         0 where everything is finite, 1 otherwise.
 
     Raises:
-        FileNotFoundError: nothing was kept of that step.
+        FileNotFoundError: there is no such folder, or nothing was kept of that step.
     """
+    check_run_folder(run_dir)
     fault, batches_of_ranks = read_fault(fault_folder(run_dir, step))
     batches = [batch for _, batches in sorted(batches_of_ranks.items()) for batch in batches]
     print(f"kept: {fault}")

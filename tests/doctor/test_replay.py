@@ -155,3 +155,5 @@ def test_a_step_of_which_nothing_was_kept_is_exit_code_2(
 ) -> None:
     assert main(["doctor", "replay", kept.run_dir, "9"]) == 2
     assert "step_00000009 has no fault.json" in capsys.readouterr().err
+    assert main(["doctor", "replay", f"{kept.run_dir}_nowhere", "9"]) == 2
+    assert "_nowhere does not exist; give the folder of a run" in capsys.readouterr().err
