@@ -13,7 +13,7 @@ from dash_megatron.config import load_config
 from dash_megatron.exit_codes import ExitCode
 from dash_megatron.files import error_text
 from dash_megatron.launcher import check_processes, launch
-from dash_megatron.ranks import launched_rank, let_rank_0_tell, tell_once
+from dash_megatron.ranks import launched_rank, let_rank_0_print_error, print_error_once
 
 
 def main() -> int:
@@ -62,7 +62,7 @@ def leave(code: ExitCode, reason: str = "stopped as asked, and saved") -> ExitCo
         with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
             file.write(f"{int(code)}\t{' '.join(reason.splitlines())}\n")
     if code != ExitCode.REQUEUE:
-        tell_once(reason)
+        print_error_once(reason)
     return code
 
 
@@ -73,6 +73,6 @@ if __name__ == "__main__":
     try:
         status = main()
     except Exception:
-        let_rank_0_tell()
+        let_rank_0_print_error()
         raise
     sys.exit(status)

@@ -11,7 +11,7 @@ from dash_megatron.evaluation.cli import add_evaluate
 from dash_megatron.files import error_text
 from dash_megatron.hf.cli import add_convert
 from dash_megatron.planning.cli import add_plan
-from dash_megatron.ranks import tell_once
+from dash_megatron.ranks import print_error_once
 from dash_megatron.studies.cli import add_study
 from dash_megatron.training.cli import add_sample
 
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = options.run(options)
     except (ValueError, *_WRONG_FILES) as error:
-        tell_once(f"error: {error_text(error)}")
+        print_error_once(f"error: {error_text(error)}")
         return 2
     return code or 0
 

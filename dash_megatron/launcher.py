@@ -19,7 +19,7 @@ from dash_megatron.exit_codes import ExitCode
 from dash_megatron.ranks import launched_rank
 
 _POLL_SECONDS = 0.05
-_MOST_A_CORE = 8
+_MAX_PROCESSES_PER_CORE = 8
 """More processes are a slip of the finger: they would take a machine's memory before one of them trains."""
 _LAST_WORDS_SECONDS = 5.0
 """For which the others go on when one process was killed or aborted: they may have something to tell about it too."""
@@ -43,9 +43,9 @@ def check_processes(config: Config, processes: int | None) -> None:
     if processes < 1:
         raise ValueError(f"--processes {processes} must be at least 1")
     cores = os.cpu_count() or 1
-    if processes > _MOST_A_CORE * cores:
+    if processes > _MAX_PROCESSES_PER_CORE * cores:
         raise ValueError(
-            f"--processes {processes} must be at most {_MOST_A_CORE * cores}, {_MOST_A_CORE} for each of this machine's {cores} CPU "
+            f"--processes {processes} must be at most {_MAX_PROCESSES_PER_CORE * cores}, {_MAX_PROCESSES_PER_CORE} for each of this machine's {cores} CPU "
             "cores; start one for each GPU, or a few where there are none"
         )
     if launched_rank() is not None:

@@ -23,13 +23,13 @@ def launched_rank() -> int | None:
     return None if alone or not number.isdigit() else int(number)
 
 
-def tell_once(reason: str) -> None:
-    """Print on standard error why this process ends, which for ranks other than 0 takes a while; see `let_rank_0_tell`.
+def print_error_once(reason: str) -> None:
+    """Print on standard error why this process ends, which for ranks other than 0 takes a while; see `let_rank_0_print_error`.
 
     Rank 0 always tells. Of the others that one launcher started on one machine, one tells: the first that has the name in
     Linux's table of sockets, which ends with its process.
     """
-    let_rank_0_tell()
+    let_rank_0_print_error()
     with socket.socket(socket.AF_UNIX) as claim:
         if launched_rank():
             try:
@@ -41,7 +41,7 @@ def tell_once(reason: str) -> None:
             time.sleep(SAME_ERROR_SECONDS)
 
 
-def let_rank_0_tell() -> None:
+def let_rank_0_print_error() -> None:
     """Wait for rank 0 to tell an error and to end, upon which the launcher ends this process, which has nothing to add."""
     if launched_rank():
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -31,7 +31,7 @@ PERMANENT = {
     errno.EFBIG,
     errno.EMFILE,
 }
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
+_FIRST_PAUSE, _MAX_PAUSE = 0.2, 10.0
 
 
 def retry(
@@ -58,12 +58,12 @@ def retry(
             return function()
         except OSError as error:
             left = deadline - time.monotonic()
-            reason = explain(error, path)
+            reason = explain_os_error(error, path)
             if error.errno in PERMANENT or left <= 0:
                 raise OSError(error.errno, f"cannot {what}: {reason}") from error
             logger.warning("cannot %s: %s; trying again for %.0f s", what, reason, left)
             time.sleep(min(pause, left))
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            pause = min(2 * pause, _MAX_PAUSE)
 
 
 def make_writable_folder(path: str | os.PathLike[str], field: str) -> None:
@@ -92,7 +92,7 @@ def make_writable_folder(path: str | os.PathLike[str], field: str) -> None:
         raise
 
 
-def explain(error: OSError, path: str | os.PathLike[str] | None = None) -> str:
+def explain_os_error(error: OSError, path: str | os.PathLike[str] | None = None) -> str:
     """One line for people: a full disk is called so, with the bytes that are free on it."""
     where = path if path is not None else error.filename
     text = error.strerror or str(error)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from data_tools.kinds import kind_of
 
-_LARGEST_WINDOW = 1 << 31
+_MAX_WINDOW = 1 << 31
 """Of zstd, which long-range matching (`--long=31`) needs; its own limit is 2^27."""
 
 
@@ -59,7 +59,7 @@ def _zstd_blocks(path: str) -> Iterator[bytes]:
     """Decompress frame after frame; unlike zstandard's stream reader this notices a file cut short."""
     import zstandard
 
-    decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
     frame = None
     with open(path, "rb") as file:
         while data := file.read(1 << 17):

@@ -21,7 +21,7 @@ from data_tools.atomic import atomic_write
 from data_tools.readers import BadLineCounter, find_inputs, read_inputs, warn_of_unread_files
 
 # unk, bos, eos and the 256 bytes
-SMALLEST_VOCABULARY = 259 + 1
+MIN_VOCABULARY = 259 + 1
 _PIECE_CHARACTERS = 2000
 _HELD_OUT_BYTES = 1_000_000
 # The trainer skips a whole piece that contains one of these, its own marks.
@@ -103,9 +103,9 @@ def train(
         FileNotFoundError: an input does not exist.
         ValueError: the corpus is empty or too small for the vocabulary, or holds too many bad lines.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
+    if vocab_size < MIN_VOCABULARY:
         raise ValueError(
-            f"--vocab-size={vocab_size} must be at least {SMALLEST_VOCABULARY}: 256 bytes, unk, bos, eos and "
+            f"--vocab-size={vocab_size} must be at least {MIN_VOCABULARY}: 256 bytes, unk, bos, eos and "
             "a piece"
         )
     if max_mb <= 0:

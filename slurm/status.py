@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from ask import ask
+from query import query_slurm
 
 # states of jobs that will not run again; for some minutes the queue still shows them
 ENDED = frozenset(
@@ -72,7 +72,7 @@ def state_in_accounting(job: str) -> str | None:
 
 
 def _rows(*command: str) -> list[list[str]]:
-    return [line.split("|", 2) for line in (ask(*command) or "").splitlines()]
+    return [line.split("|", 2) for line in (query_slurm(*command) or "").splitlines()]
 
 
 def last_metrics(run: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from ask import NO_ANSWER, ask
+from query import NO_ANSWER, query_slurm
 
 # the rules that are checked here are those of the train.py that will run, not of another installed version
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -178,7 +178,7 @@ def check_nobody_else_runs(runs: list[Run]) -> None:
     Raises:
         ValueError: there is one.
     """
-    queue = ask("squeue", "--noheader", "--array", "--format=%i %T")
+    queue = query_slurm("squeue", "--noheader", "--array", "--format=%i %T")
     if queue is None:
         return  # sbatch will tell
     alive = dict(line.split() for line in queue.splitlines())

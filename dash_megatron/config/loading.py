@@ -66,7 +66,7 @@ def config_from_dict(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(explain(error))) from None
+        raise ConfigError("\n".join(explain_validation(error))) from None
 
 
 def config_of_stored_run(tree: dict[str, Any]) -> Config:
@@ -90,10 +90,12 @@ def read_rope_scaling(text: str) -> RopeScaling:
     try:
         return RopeScaling.model_validate(_parse(text, name))
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{name}: {line}" for line in explain(error, RopeScaling))) from None
+        raise ConfigError(
+            "\n".join(f"{name}: {line}" for line in explain_validation(error, RopeScaling))
+        ) from None
 
 
-def explain(
+def explain_validation(
     error: ValidationError, root: type[BaseModel] = Config, page: str = "docs/configuration.md"
 ) -> list[str]:
     """One line for each problem that pydantic found.

@@ -27,7 +27,7 @@ class CheckpointConfig(Section):
     run ends with an error."""
 
 
-MOST_PROFILED = 20
+MAX_PROFILED_STEPS = 20
 """Steps in one trace: viewers do not open what is much longer."""
 
 
@@ -68,10 +68,10 @@ class LoggingConfig(Section):
         if self.profile_steps is None:
             return self
         first, last = self.profile_steps
-        if not 1 <= first <= last < first + MOST_PROFILED:
+        if not 1 <= first <= last < first + MAX_PROFILED_STEPS:
             raise ValueError(
                 f"logging.profile_steps={list(self.profile_steps)} must be the first and the last of at most "
-                f"{MOST_PROFILED} steps, counted from 1, such as [5, 6]"
+                f"{MAX_PROFILED_STEPS} steps, counted from 1, such as [5, 6]"
             )
         return self
 

@@ -18,7 +18,7 @@ from dash_megatron.training.setup import load_tokenizer
 
 _BLOCK_BYTES = 8 << 20
 # per process, all at once, as checkpoints are written; never more than a checkpoint, or what surely is free
-_MOST_BLOCKS = 32
+_MAX_BLOCKS = 32
 # of a checkpoint: float32 weight and both moments, whatever the precision of training
 BYTES_PER_PARAMETER = 12
 _GIB = 1 << 30
@@ -44,7 +44,7 @@ def check_disk(session: Session) -> Finding:
             f"{size * count / _GIB:.1f} GiB; free space, lower checkpoint.keep (not 0, which keeps all), or choose "
             "another run_dir",
         )
-    blocks = min(_MOST_BLOCKS, max(1, size // session.size // _BLOCK_BYTES))
+    blocks = min(_MAX_BLOCKS, max(1, size // session.size // _BLOCK_BYTES))
     written, read = transfer_rates(run_dir, blocks)
     return Finding(figures={"write GB/s": written / 1e9, "read GB/s": read / 1e9, **figures})
 

@@ -12,7 +12,7 @@ from dash_megatron.config import Config
 from dash_megatron.data.blend import blend_prefixes
 from dash_megatron.data.sidecar import check_data
 from dash_megatron.doctor.runner import Figure, Finding
-from dash_megatron.doctor.session import Session, describe
+from dash_megatron.doctor.session import Session, describe_error
 from dash_megatron.ops.fingerprint import implementation_fingerprint
 from dash_megatron.training.setup import code_commit, device_name, load_tokenizer
 
@@ -45,7 +45,7 @@ def check_data_files(session: Session) -> Finding:
             try:
                 sidecar = check_data(prefix, tokenizer, data.seq_length)
             except (ValueError, OSError) as error:
-                problems.append(describe(error))
+                problems.append(describe_error(error))
                 continue
             tokens += sidecar.tokens
             digests.update(sidecar.bin_digest.encode())

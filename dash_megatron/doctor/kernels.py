@@ -19,7 +19,7 @@ from dash_megatron.ops.attention import attention_and_routing
 TOLERANCE = {torch.float32: (2e-4, 2e-3), torch.bfloat16: (1e-2, 4e-2)}
 # Share of (token, kv head) pairs for which as many chunks must be selected. A chunk whose score lies within rounding of
 # the threshold may change sides.
-LEAST_SAME_CHUNKS = {torch.float32: 0.999, torch.bfloat16: 0.95}
+MIN_SAME_CHUNKS = {torch.float32: 0.999, torch.bfloat16: 0.95}
 
 
 class Inputs(NamedTuple):
@@ -77,7 +77,7 @@ def check_kernels(session: Session) -> Finding:
             for name, limit in allowed.items()
             if not errors[name] <= limit
         ]
-        if not same >= LEAST_SAME_CHUNKS[dtype]:
+        if not same >= MIN_SAME_CHUNKS[dtype]:
             problems.append(f"{short}: {1 - same:.2%} of tokens select another number of chunks")
     if problems:
         problems.append(

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from dash_megatron.doctor.session import LostProcesses, Session, describe
+from dash_megatron.doctor.session import LostProcesses, Session, describe_error
 
 GRACE_SECONDS = 30.0
 # of a thousand processes that fail, each in words of its own
-_MOST_MESSAGES = 4
+_MAX_MESSAGES = 4
 
 Status = Literal["ok", "failed", "skipped"]
 Figure = float | int | str
@@ -119,7 +119,7 @@ def _run_check(session: Session, check: Check) -> Result:
     except LostProcesses:
         raise
     except Exception as error:
-        finding = Finding("failed", {}, describe(error))
+        finding = Finding("failed", {}, describe_error(error))
     finally:
         faulthandler.cancel_dump_traceback_later()
     seconds = time.monotonic() - started
@@ -181,9 +181,9 @@ def _merge(findings: Sequence[Finding], pick: Callable[[list[Figure]], Figure]) 
         text if len(ranks) == len(findings) else f"rank {rank_list(ranks)}: {text}"
         for text, ranks in messages.items()
     ]
-    if len(told) > _MOST_MESSAGES:
-        others = [rank for ranks in list(messages.values())[_MOST_MESSAGES:] for rank in ranks]
-        told[_MOST_MESSAGES:] = [f"rank {rank_list(others)}: the like"]
+    if len(told) > _MAX_MESSAGES:
+        others = [rank for ranks in list(messages.values())[_MAX_MESSAGES:] for rank in ranks]
+        told[_MAX_MESSAGES:] = [f"rank {rank_list(others)}: the like"]
     figures: dict[str, Figure] = {}
     for name in {name: None for finding in findings for name in finding.figures}:
         values = [finding.figures[name] for finding in findings if name in finding.figures]

@@ -90,7 +90,7 @@ class Session:
         try:
             result.append(function())
         except Exception as error:
-            problem = describe(error)
+            problem = describe_error(error)
         problems = self.gather(problem, wait_seconds)
         failed = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text]
         if failed:
@@ -112,7 +112,7 @@ class Session:
         destroy_model_groups()
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """One line about an error: the message alone where a user can mend it, else with the error's type."""
     text = " ".join(str(error).split())[:600]
     mendable = isinstance(error, ValueError | FileNotFoundError | DisagreementError)

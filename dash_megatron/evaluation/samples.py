@@ -42,7 +42,7 @@ def _sample(prompt: Prompt, ids: list[int], tokenizer: Tokenizer) -> Sample:
     """
     pieces = _pieces(prompt)
     # all but a short tail is equal in every encoding below
-    ends = [_common(ids, tokenizer.encode(text)) for text in itertools.accumulate(pieces[:-1])]
+    ends = [_common_prefix_length(ids, tokenizer.encode(text)) for text in itertools.accumulate(pieces[:-1])]
     ends.append(len(ids))
     spans = []
     for number in range(len(prompt.answers)):
@@ -60,7 +60,7 @@ def _pieces(prompt: Prompt) -> list[str]:
     return pieces
 
 
-def _common(ids: list[int], prefix: list[int]) -> int:
+def _common_prefix_length(ids: list[int], prefix: list[int]) -> int:
     """How many first tokens are equal."""
     if ids[: len(prefix)] == prefix:
         return len(prefix)
@@ -69,7 +69,9 @@ def _common(ids: list[int], prefix: list[int]) -> int:
     )
 
 
-def fit(build: Callable[[int], Prompt], sizes: tuple[int, int], length: int, tokenizer: Tokenizer) -> Sample:
+def fit_to_length(
+    build: Callable[[int], Prompt], sizes: tuple[int, int], length: int, tokenizer: Tokenizer
+) -> Sample:
     """Find a size whose sample has at most `length` tokens: the largest, unless one falls short by a sixty-fourth at most.
 
     Args:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dash_megatron.data.tokenizer import Tokenizer
-from dash_megatron.evaluation.samples import Prompt, Sample, fit
+from dash_megatron.evaluation.samples import Prompt, Sample, fit_to_length
 from dash_megatron.evaluation.text import LocalText
 
 _SYLLABLES = [consonant + vowel for consonant in "bdfgjklmnprstvz" for vowel in "aeiou"]
@@ -46,7 +46,7 @@ class Task:
         """Make the sample of a seed, of at most `length` tokens.
 
         Raises:
-            ValueError: no sample has that length; see `fit`.
+            ValueError: no sample has that length; see `fit_to_length`.
         """
         if self.build is None:
             return _copy(random.Random(seed), length, text)
@@ -59,7 +59,7 @@ class Task:
             lines = [*lines[begin:], *lines[:begin]]
         largest = len(lines) if self.uses_text else 1 << 24
         try:
-            return fit(
+            return fit_to_length(
                 lambda size: build(random.Random(f"{seed}:prompt"), size, lines[:size], depth),
                 (self.smallest, largest),
                 length,
@@ -69,7 +69,7 @@ class Task:
             raise ValueError(f"task {self.name}: {error}") from error
 
 
-def words(generator: random.Random, count: int) -> list[str]:
+def draw_words(generator: random.Random, count: int) -> list[str]:
     """Draw different made-up words of three syllables."""
     found: dict[str, None] = {}
     while len(found) < count:
@@ -77,7 +77,7 @@ def words(generator: random.Random, count: int) -> list[str]:
     return list(found)
 
 
-def numbers(generator: random.Random, count: int) -> list[str]:
+def draw_numbers(generator: random.Random, count: int) -> list[str]:
     """Draw different numbers of seven digits."""
     return [str(number) for number in generator.sample(range(1_000_000, 10_000_000), count)]
 
@@ -112,8 +112,8 @@ def _needles(
     asked: int = 1,
 ) -> Prompt:
     """Numbers of made-up things, hidden in text; some of the things are asked for."""
-    names = words(generator, keys)
-    secrets = numbers(generator, keys * values)
+    names = draw_words(generator, keys)
+    secrets = draw_numbers(generator, keys * values)
     pairs = [(names[index // values], secret) for index, secret in enumerate(secrets)]
     generator.shuffle(pairs)
     if depth is None and keys == asked == values == 1:
@@ -127,7 +127,7 @@ def _needles(
 
 def needles_with_questions(generator: random.Random, lines: Sequence[str], count: int) -> str:
     """Training text of the needle tasks: `count` numbers hidden in lines of text, then each asked for, with its answer."""
-    pairs = list(zip(words(generator, count), numbers(generator, count), strict=True))
+    pairs = list(zip(draw_words(generator, count), draw_numbers(generator, count), strict=True))
     body = _scatter(generator, [_needle(*pair) for pair in pairs], lines, None)
     generator.shuffle(pairs)
     asked = "\n".join(f"{_question([name], 1)} {secret}" for name, secret in pairs)
@@ -145,8 +145,8 @@ def _question(wanted: Sequence[str], num_answers: int) -> str:
 
 def _variables(generator: random.Random, size: int, lines: Sequence[str], depth: float | None) -> Prompt:
     """Two chains of assignments, hidden in text; the variables of one are asked for."""
-    names = words(generator, 2 * (HOPS + 1))
-    values = numbers(generator, 2)
+    names = draw_words(generator, 2 * (HOPS + 1))
+    values = draw_numbers(generator, 2)
     chains = [names[: HOPS + 1], names[HOPS + 1 :]]
     steps: list[list[str]] = []
     for chain, value in zip(chains, values, strict=True):
@@ -166,7 +166,7 @@ def _variables(generator: random.Random, size: int, lines: Sequence[str], depth:
 def _common(generator: random.Random, size: int, lines: Sequence[str], depth: float | None) -> Prompt:
     """A list in which ten words stand often and `size` words once."""
     often = max(4, size // 20)
-    names = words(generator, COMMON_WORDS + size)
+    names = draw_words(generator, COMMON_WORDS + size)
     listed = names[:COMMON_WORDS] * often + names[COMMON_WORDS:]
     generator.shuffle(listed)
     text = (
@@ -182,7 +182,7 @@ def _frequent(generator: random.Random, size: int, lines: Sequence[str], depth: 
     while sum(counts) < size:
         rank = len(counts) + 1
         counts.append(min(max(1, round(0.6 * size / rank**2)), size - sum(counts)))
-    names = words(generator, len(counts))
+    names = draw_words(generator, len(counts))
     listed = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
     generator.shuffle(listed)
     text = (
@@ -201,7 +201,7 @@ def _recall(generator: random.Random, size: int, lines: Sequence[str], depth: fl
 
 def _pairs(generator: random.Random, size: int) -> tuple[list[str], list[str], str]:
     """Words, a word for each, and a list of both."""
-    drawn = words(generator, 2 * size)
+    drawn = draw_words(generator, 2 * size)
     names, values = drawn[:size], drawn[size:]
     return names, values, "\n".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
 

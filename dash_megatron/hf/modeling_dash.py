@@ -29,8 +29,8 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 # Caches of releases before it count their columns otherwise, and a model would go on from the wrong ones.
-LEAST_TRANSFORMERS = (5, 5)
-if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < LEAST_TRANSFORMERS:
+MIN_TRANSFORMERS = (5, 5)
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < MIN_TRANSFORMERS:
     raise ImportError(
         f"transformers {transformers.__version__} must be 5.5 or newer for this model's caches; "
         "pip install --upgrade 'transformers>=5.5,<6'"

@@ -81,7 +81,7 @@ def _layer(model: ModelConfig, attention: AttentionConfig, index: int) -> Piece:
 
 
 # tensors that are only renamed: their rows stay as they are
-_SAME = {
+_RENAMED_ONLY = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",
     "output_layer.weight": "lm_head.weight",
@@ -113,7 +113,7 @@ def to_hugging_face(ours: Mapping[str, Tensor], piece: Piece, model: ModelConfig
         elif short == _SUMMARY_QUERY:
             result[f"{after}self_attn.indexer_q"] = tensor.flatten()
         else:
-            result[after + _SAME[short]] = tensor
+            result[after + _RENAMED_ONLY[short]] = tensor
     return {name: tensor.contiguous() for name, tensor in result.items()}
 
 
@@ -134,7 +134,7 @@ def from_hugging_face(theirs: Mapping[str, Tensor], piece: Piece, model: ModelCo
         elif short == _SUMMARY_QUERY:
             result[name] = theirs[f"{before}self_attn.indexer_q"].view(shape)
         else:
-            result[name] = theirs[before + _SAME[short]]
+            result[name] = theirs[before + _RENAMED_ONLY[short]]
     return {name: tensor.contiguous() for name, tensor in result.items()}
 
 

@@ -35,7 +35,7 @@ from dash_megatron.parallel.context.communication import (
 from dash_megatron.parallel.context.layout import ChunkLayout, ContextShard
 
 # Learned factors on routing scores stay within exp of this, either way.
-LARGEST_LOG_FACTOR = 10 / 3
+MAX_LOG_FACTOR = 10 / 3
 
 
 @dataclass

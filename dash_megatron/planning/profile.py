@@ -13,7 +13,7 @@ from dash_megatron.planning.step_time import Routing
 from dash_megatron.training.metrics import read_metrics
 
 # The first logged line has compilation in it.
-LEAST_LINES = 3
+MIN_LINES = 3
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ def read_profile(run_dir: str | Path, hardware: Hardware) -> Profile:
         ValueError: it has logged too little, or by an older release.
     """
     lines = read_metrics(run_dir)
-    if len(lines) < LEAST_LINES or "processes" not in lines[-1]:
+    if len(lines) < MIN_LINES or "processes" not in lines[-1]:
         raise ValueError(
-            f"--profile {run_dir} has {len(lines)} logged lines and must have {LEAST_LINES} or more of this release; train "
+            f"--profile {run_dir} has {len(lines)} logged lines and must have {MIN_LINES} or more of this release; train "
             "anew with training.steps=20 logging.every=5"
         )
     config = load_config(Path(run_dir) / "config.yaml")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dash_megatron.studies.branch_tables import NOTE, as_markdown, sentences, tables
-from dash_megatron.studies.branches import Compared
+from dash_megatron.studies.branches import ArmComparison
 from dash_megatron.studies.page import (
     figure_html,
     page_html,
@@ -23,7 +23,7 @@ def render_branches_page(
     study: Study,
     source: str | Path,
     rows: list[dict[str, Any]],
-    compared: list[Compared],
+    compared: list[ArmComparison],
     pictures: dict[Path, str],
 ) -> str:
     """HTML of a report, images included.
@@ -57,7 +57,7 @@ def render_branches_page(
     return page_html(title, parts)
 
 
-def render_branches_text(study: Study, rows: list[dict[str, Any]], compared: list[Compared]) -> str:
+def render_branches_text(study: Study, rows: list[dict[str, Any]], compared: list[ArmComparison]) -> str:
     """The sentences and tables in Markdown, to paste into a page."""
     lines = [NOTE]
     for base, groups in sentences(study, compared).items():

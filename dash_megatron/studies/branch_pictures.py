@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from dash_megatron.drawing import COLORS, GRID, line_style, plt, save, tokens_axis
-from dash_megatron.studies.branches import TRAINING, Compared, headline
+from dash_megatron.studies.branches import TRAINING, ArmComparison, headline
 from dash_megatron.studies.paired import Ratio
 from dash_megatron.studies.study_file import Study
 
 _BAND = "Bands and bars are a standard error, the larger of that over items and that over orders; with one order there is none."
 
 
-def draw_branches(study: Study, compared: list[Compared], folder: Path) -> dict[str, str]:
+def draw_branches(study: Study, compared: list[ArmComparison], folder: Path) -> dict[str, str]:
     """Draw what there is to draw.
 
     Args:
@@ -74,7 +74,9 @@ def _panels(rows: Sequence[Any], columns: Sequence[Any]) -> tuple[Any, Any]:
 
 
 def _differences(
-    shown: list[Compared], styles: dict[str, tuple[str, str]], place: Callable[[Compared], int | None]
+    shown: list[ArmComparison],
+    styles: dict[str, tuple[str, str]],
+    place: Callable[[ArmComparison], int | None],
 ) -> Any:
     """A panel for each base: percent of the reference's loss, by place."""
     bases = list(dict.fromkeys(each.base for each in shown))
@@ -90,7 +92,7 @@ def _differences(
     return figure
 
 
-def _scores(shown: list[Compared], styles: dict[str, tuple[str, str]]) -> Any:
+def _scores(shown: list[ArmComparison], styles: dict[str, tuple[str, str]]) -> Any:
     """A row of panels for each base, a panel for each task."""
     bases = list(dict.fromkeys(each.base for each in shown))
     tasks = list(dict.fromkeys(each.measure.task for each in shown))

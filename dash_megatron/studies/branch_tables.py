@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dash_megatron.evaluation.settings import DOCUMENTS, PERPLEXITY
 from dash_megatron.planning.table import table
-from dash_megatron.studies.branches import TRAINING, Compared, Measure, headline
+from dash_megatron.studies.branches import TRAINING, ArmComparison, Measure, headline
 from dash_megatron.studies.study_file import Study
 
 VERDICT_WORDS = {
@@ -39,7 +39,7 @@ class Table(NamedTuple):
     lines: list[list[str]]
 
 
-def tables(study: Study, rows: list[dict[str, Any]], compared: list[Compared]) -> list[Table]:
+def tables(study: Study, rows: list[dict[str, Any]], compared: list[ArmComparison]) -> list[Table]:
     """The arms of each base, then everything else that was measured: other losses, and scores.
 
     Args:
@@ -68,11 +68,11 @@ def is_whole_and_final(measure: Measure) -> bool:
     return measure.end is None and measure.step is None
 
 
-def _training(own: list[Compared]) -> list[Measure]:
+def _training(own: list[ArmComparison]) -> list[Measure]:
     return [each.measure for each in own if each.measure.evaluation == TRAINING]
 
 
-def _arms_table(base: str, first: Measure, rows: list[dict[str, Any]], own: list[Compared]) -> Table:
+def _arms_table(base: str, first: Measure, rows: list[dict[str, Any]], own: list[ArmComparison]) -> Table:
     reference = next(each.arm for each in own if each.is_reference)
     columns = (
         "arm", "orders", "density", "tokens/s", "GiB", "loss", f"to {reference}", "± documents", "± orders", "verdict",
@@ -103,7 +103,7 @@ def _arms_table(base: str, first: Measure, rows: list[dict[str, Any]], own: list
     return Table(caption, columns, lines)
 
 
-def _comparisons_table(caption: str, shown: list[Compared]) -> Table:
+def _comparisons_table(caption: str, shown: list[ArmComparison]) -> Table:
     """A line for each comparison, by measure."""
     reference = next(each.arm for each in shown if each.is_reference)
     to = f"to {reference}" if shown[0].measure.is_loss else f"of {reference}'s"
@@ -132,12 +132,12 @@ def name_of(measure: Measure) -> str:
     return f"{measure.task} at {measure.length:,} ({measure.evaluation})"
 
 
-def verdict_word(each: Compared) -> str:
+def verdict_word(each: ArmComparison) -> str:
     """The verdict, for people."""
     return "reference" if each.is_reference else VERDICT_WORDS[each.found.verdict]
 
 
-def difference_and_errors(each: Compared) -> tuple[str, str, str]:
+def difference_and_errors(each: ArmComparison) -> tuple[str, str, str]:
     """How an arm stands to the reference, and the errors over items and over orders; empty for the reference itself.
 
     Losses differ by percents; a score is a share of the reference's, or differs from it where that is 0.
@@ -173,7 +173,7 @@ def as_markdown(found: Table) -> list[str]:
     return [f"{found.caption}.", "", *("| " + " | ".join(row) + " |" for row in rows)]
 
 
-def sentences(study: Study, compared: list[Compared]) -> dict[str, dict[str, list[str]]]:
+def sentences(study: Study, compared: list[ArmComparison]) -> dict[str, dict[str, list[str]]]:
     """For each base a sentence for every arm and measure, by whether the difference is beyond two standard errors.
 
     Scores that are 0 for an arm and for the reference share a sentence.
@@ -199,7 +199,7 @@ def sentences(study: Study, compared: list[Compared]) -> dict[str, dict[str, lis
     return found
 
 
-def _sentence(each: Compared, reference: str) -> str:
+def _sentence(each: ArmComparison, reference: str) -> str:
     by, items, orders = difference_and_errors(each)
     counted = {DOCUMENTS: "documents", PERPLEXITY: "windows", "loss": "steps"}.get(
         each.measure.task, "samples"

@@ -48,7 +48,7 @@ class Measure(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Compared:
+class ArmComparison:
     """An arm of a base, compared on one measure; the reference too, with itself."""
 
     base: str
@@ -59,7 +59,7 @@ class Compared:
     is_reference: bool
 
 
-def compare_branches(study: Study) -> list[Compared]:
+def compare_branches(study: Study) -> list[ArmComparison]:
     """Compare the arms of each base with its reference, on all that branches were evaluated on.
 
     A pair of branches enters where both are trained in the same order of the data and evaluated as the study says; where an
@@ -71,7 +71,7 @@ def compare_branches(study: Study) -> list[Compared]:
     branches = _branches(study)
     runs = [run for run in expand(study) if run.base]
     measured = {run.name: _measured(study, branches, run) for run in runs}
-    compared: list[Compared] = []
+    compared: list[ArmComparison] = []
     for base in dict.fromkeys(run.base for run in runs if run.base):
         by_arm: dict[str, dict[int, dict[Measure, Measured]]] = {}
         for run in runs:
@@ -81,7 +81,7 @@ def compare_branches(study: Study) -> list[Compared]:
         reference = by_arm.get(branches.reference, {})
         for arm, of_arm in by_arm.items():
             compared += [
-                Compared(base, size, arm, measure, found, arm == branches.reference)
+                ArmComparison(base, size, arm, measure, found, arm == branches.reference)
                 for measure, found in _compare_arm(f"{arm} of {base}", of_arm, reference)
             ]
     if not any(each.measure.task == DOCUMENTS and not each.is_reference for each in compared):
@@ -170,14 +170,14 @@ def _of_training(run: StudyRun) -> Iterator[tuple[Measure, Measured]]:
             )
 
 
-def headline(study: Study, compared: list[Compared]) -> Measure:
+def headline(study: Study, compared: list[ArmComparison]) -> Measure:
     """The measure that arms are compared by first: loss on the first held-out documents that `branches.evaluate` names."""
     names = list(_branches(study).evaluate)
     found = [each.measure for each in compared if each.measure.task == DOCUMENTS and each.measure.end is None]
     return min(found, key=lambda measure: (names.index(measure.evaluation), -measure.length))
 
 
-def as_rows(study: Study, compared: list[Compared]) -> list[dict[str, Any]]:
+def as_rows(study: Study, compared: list[ArmComparison]) -> list[dict[str, Any]]:
     """A flat row for each comparison, as `comparisons.json` and `comparisons.csv` hold them."""
     reference = _branches(study).reference
     return [
@@ -213,7 +213,7 @@ def _numbers(name: str, found: Ratio | None) -> Mapping[str, float | None]:
     }
 
 
-def write_comparisons(study: Study, compared: list[Compared], folder: Path) -> tuple[Path, Path]:
+def write_comparisons(study: Study, compared: list[ArmComparison], folder: Path) -> tuple[Path, Path]:
     """Write `comparisons.json` and `comparisons.csv` into a folder, each whole or not at all."""
     rows = as_rows(study, compared)
     text = io.StringIO()

@@ -98,7 +98,7 @@ def write_table(study: Study, rows: list[dict[str, Any]]) -> tuple[Path, Path]:
     return paths
 
 
-def compared(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+def rows_with_quality(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
     """Finished rows with `quality`, the loss that they are compared by, and its name.
 
     Raises:

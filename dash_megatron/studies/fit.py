@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares, nnls
 
-from dash_megatron.studies.collect import compared
+from dash_megatron.studies.collect import rows_with_quality
 
 Array = NDArray[np.float64]
 HUBER_DELTA = 1e-3
@@ -189,7 +189,7 @@ def fit_study(rows: list[dict[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: no run is finished.
     """
-    rows, quality = compared(rows)
+    rows, quality = rows_with_quality(rows)
     document: dict[str, Any] = {"quality": quality, "variants": {}}
     for variant in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == variant]

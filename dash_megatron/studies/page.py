@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dash_megatron.studies.collect import compared, dense_twins
+from dash_megatron.studies.collect import dense_twins, rows_with_quality
 from dash_megatron.studies.fit import render_fits
 from dash_megatron.studies.plan import assumptions, cells, headings, human
 from dash_megatron.studies.runs import StudyRun, expand
@@ -113,7 +113,7 @@ def results_table(rows: Iterable[dict[str, Any]]) -> tuple[Sequence[str], list[l
 
 def _against_dense(rows: list[dict[str, Any]]) -> list[str]:
     """What selecting costs in loss and saves in compute, for runs with a full-attention twin; nothing without twins."""
-    finished, quality = compared(rows)
+    finished, quality = rows_with_quality(rows)
     twins = dense_twins(finished)
     if not twins:
         return []

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from dash_megatron.drawing import GRID, layer_colors, line_style, line_widths, plt, save
-from dash_megatron.studies.collect import compared, dense_twins
+from dash_megatron.studies.collect import dense_twins, rows_with_quality
 from dash_megatron.studies.fit import frontier
 from dash_megatron.studies.plan import human
 from dash_megatron.studies.runs import expand
@@ -20,8 +20,8 @@ from dash_megatron.studies.study_file import Study
 from dash_megatron.training.metrics import read_metrics
 
 _MAX_PANELS = 6
-_FEWEST_VALIDATIONS = 3
-_MOST_MARKS = 100
+_MIN_VALIDATIONS = 3
+_MAX_MARKS = 100
 _LENGTH = re.compile(r" seq_length=\S+")
 
 
@@ -39,7 +39,7 @@ def draw_study(
         A sentence on what it shows for each file written, in the order of a report.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    finished, quality = compared(rows)
+    finished, quality = rows_with_quality(rows)
     shown = {"loss_compute.png": _loss_compute(finished, quality, fits, folder / "loss_compute.png")}
     shown["curves.png"] = _loss_over_tokens(study, finished, quality, folder / "curves.png")
     text = _loss_by_position(study, finished, folder / "position.png")
@@ -114,7 +114,7 @@ def _loss_over_tokens(study: Study, rows: list[dict[str, Any]], quality: str, pa
     metrics = {row["run"]: read_metrics(folders[row["run"]]) for row in shown}
     # fewer points would be no curve
     validated = all(
-        sum(line["valid_loss"] is not None for line in lines) >= _FEWEST_VALIDATIONS
+        sum(line["valid_loss"] is not None for line in lines) >= _MIN_VALIDATIONS
         for lines in metrics.values()
     )
     key: Literal["valid_loss", "loss"] = (
@@ -128,7 +128,7 @@ def _loss_over_tokens(study: Study, rows: list[dict[str, Any]], quality: str, pa
         for run in [row["run"] for row in shown if row["variant"] == variant]:
             lines = [line for line in metrics[run] if line[key] is not None]
             tokens, losses = [line["tokens"] for line in lines], [line[key] for line in lines]
-            many = len(lines) > _MOST_MARKS
+            many = len(lines) > _MAX_MARKS
             axis.plot(
                 tokens,
                 losses,

@@ -11,7 +11,7 @@ import numpy as np
 from dash_megatron.drawing import GRID, HEAT_MAP, layer_colors, plt, save
 
 # More cells than so many are drawn without their numbers.
-_MOST_NUMBERS = 400
+_MAX_NUMBERS = 400
 _PANELS_A_ROW = 4
 
 _HEADS = {
@@ -71,7 +71,7 @@ def _heads(report: dict[str, Any]) -> Any:
         axis.set_xlabel("kv head")
         axis.set_title(label, fontsize=10)
         figure.colorbar(image, ax=axis)
-        if grid.size <= _MOST_NUMBERS:
+        if grid.size <= _MAX_NUMBERS:
             for (y, x), value in np.ndenumerate(grid):
                 dark = value < 0.55 * image.norm.vmax
                 text = f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"

@@ -12,7 +12,7 @@ from dash_megatron.drawing import GRID, line_widths, plt, save
 from dash_megatron.evaluation.runner import RESULTS
 
 
-class Place(NamedTuple):
+class TaskLength(NamedTuple):
     """What a score is of."""
 
     task: str
@@ -21,13 +21,13 @@ class Place(NamedTuple):
     length: int
 
 
-def read_scores(run_dir: Path) -> dict[Place, float]:
+def read_scores(run_dir: Path) -> dict[TaskLength, float]:
     """Scores that `evaluate` left in a run's folder `evaluation`; of several for one place the newest.
 
     Raises:
         ValueError: a file is damaged.
     """
-    found: dict[Place, float] = {}
+    found: dict[TaskLength, float] = {}
     files = sorted((run_dir / "evaluation").glob(f"*/{RESULTS}"), key=lambda path: path.stat().st_mtime)
     for path in files:
         try:
@@ -36,20 +36,20 @@ def read_scores(run_dir: Path) -> dict[Place, float]:
             for task, lengths in results["tasks"].items():
                 for length, summary in lengths.items():
                     if "score" in summary:
-                        found[Place(task, stretched, int(length))] = summary["score"]
+                        found[TaskLength(task, stretched, int(length))] = summary["score"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no result of `evaluate` ({error!r}); remove it") from error
     return found
 
 
-def means_over_runs(runs: list[Mapping[Place, float]]) -> dict[Place, float]:
+def means_over_runs(runs: list[Mapping[TaskLength, float]]) -> dict[TaskLength, float]:
     """Means over repetitions, where each has a score, in order of task and length."""
     common = sorted(set.intersection(*map(set, runs))) if runs else []
     return {place: fmean(run[place] for run in runs) for place in common}
 
 
 def draw_scores(
-    scores: Mapping[str, Mapping[Place, float]],
+    scores: Mapping[str, Mapping[TaskLength, float]],
     styles: Mapping[str, tuple[str, str]],
     trained_length: int,
     path: Path,

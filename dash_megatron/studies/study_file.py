@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from dash_megatron.config import Section
 from dash_megatron.config.flops import peak_flops
-from dash_megatron.config.loading import explain, read_yaml
+from dash_megatron.config.loading import explain_validation, read_yaml
 
 
 class StudyError(ValueError):
@@ -258,5 +258,5 @@ def load_study(path: str | Path) -> Study:
     try:
         return Study.model_validate(tree)
     except ValidationError as error:
-        lines = explain(error, Study, "docs/studies.md")
+        lines = explain_validation(error, Study, "docs/studies.md")
         raise StudyError("\n".join(f"study {path}: {line}" for line in lines)) from None

@@ -14,15 +14,15 @@ from dash_megatron.layers import DashCoreAttention
 logger = logging.getLogger(__name__)
 
 # Share of a step's measurement in the running mean of a layer's density: batches differ by several points.
-_WEIGHT = 0.1
+_RUNNING_MEAN_WEIGHT = 0.1
 # How far the logarithm of a factor moves per step and unit of error. The log-odds of density fall by about one for each unit of
 # the logarithm, so that with the mean above the loop is damped, settles within about 100 steps, and is slow beside the
 # optimizer.
 _GAIN = 0.05
 # The most that one step moves it, and how far from 1 factors may go: a target can be out of reach.
-_MOST_PER_STEP, _MOST_IN_ALL = 0.1, math.log(1e6)
+_MAX_MOVE_PER_STEP, _MAX_LOG_FACTOR = 0.1, math.log(1e6)
 # Densities of 0 and 1 have no log-odds.
-_LEAST = 1e-3
+_MIN_DENSITY = 1e-3
 
 
 class DensityController:
@@ -58,9 +58,9 @@ class DensityController:
                 continue
             density, target = fmean(known), fmean(asked)
             mean = self._means.get(name, density)
-            self._means[name] = mean = mean + _WEIGHT * (density - mean)
+            self._means[name] = mean = mean + _RUNNING_MEAN_WEIGHT * (density - mean)
             move = _GAIN * (_log_odds(mean) - _log_odds(target))
-            move = max(-_MOST_PER_STEP, min(_MOST_PER_STEP, move))
+            move = max(-_MAX_MOVE_PER_STEP, min(_MAX_MOVE_PER_STEP, move))
             if any([self._move(layer, move) for layer in layers]):
                 logger.warning(
                     "step %d: the density of %s is %.1f%%, and no scaling factor brings it to attention.target_density=%g: "
@@ -81,9 +81,9 @@ class DensityController:
     def _move(self, layer: int, move: float) -> bool:
         """Move the logarithm of a layer's factor; tell whether it has just come to its limit."""
         before = math.log(self._cores[layer].scaling_factor)
-        after = max(-_MOST_IN_ALL, min(_MOST_IN_ALL, before + move))
+        after = max(-_MAX_LOG_FACTOR, min(_MAX_LOG_FACTOR, before + move))
         self._cores[layer].scaling_factor = math.exp(after)
-        return after != before + move and abs(before) < _MOST_IN_ALL - 1e-9
+        return after != before + move and abs(before) < _MAX_LOG_FACTOR - 1e-9
 
     def begin_as(self, earlier: AttentionConfig) -> None:
         """Take over the scaling factors of the run whose weights this one starts from.
@@ -130,5 +130,5 @@ class DensityController:
 
 
 def _log_odds(density: float) -> float:
-    density = max(_LEAST, min(1 - _LEAST, density))
+    density = max(_MIN_DENSITY, min(1 - _MIN_DENSITY, density))
     return math.log(density / (1 - density))

@@ -25,7 +25,7 @@ from deepspeed.utils import nvtx, safe_get_full_fp32_param, safe_get_full_grad
 
 from dash_megatron.checkpoint.fragments import Fragment, adam_state, fragments, local_shapes, refresh_weights
 from dash_megatron.config import Config
-from dash_megatron.layers.core_attention import LARGEST_LOG_FACTOR
+from dash_megatron.layers.core_attention import MAX_LOG_FACTOR
 from dash_megatron.layers.sharding import Split, join, split_of
 from dash_megatron.parallel import GradientGroups, gradient_group, tensor_group
 
@@ -240,7 +240,7 @@ def parameter_groups(model: torch.nn.Module, config: Config) -> list[dict[str, A
     """Parameters by weight decay: matrices; norms, biases and summary queries, which have none; learned factors, if any.
 
     Adam moves a parameter by at most about the learning rate, so that decay w keeps it within 1 / w. The decay of factors is
-    such that their logarithms stay within `LARGEST_LOG_FACTOR`, however long a run is.
+    such that their logarithms stay within `MAX_LOG_FACTOR`, however long a run is.
     """
     decayed: list[Tensor] = []
     kept: list[Tensor] = []
@@ -253,7 +253,7 @@ def parameter_groups(model: torch.nn.Module, config: Config) -> list[dict[str, A
     groups = [
         {"params": decayed, "weight_decay": config.optimizer.weight_decay},
         {"params": kept, "weight_decay": 0.0},
-        {"params": factors, "weight_decay": config.attention.learned_scaling / LARGEST_LOG_FACTOR},
+        {"params": factors, "weight_decay": config.attention.learned_scaling / MAX_LOG_FACTOR},
     ]
     return [group for group in groups if group["params"]]
 

@@ -77,7 +77,7 @@ def _noted_by_the_thread(number: int, frame: object) -> None:
     """Does nothing. Without a Python handler the signal would have its usual effect."""
 
 
-def agree(stop: bool, skipped: bool) -> bool:
+def agree_to_stop(stop: bool, skipped: bool) -> bool:
     """Whether any process is asked to stop; collective, on the CPU, so that it never waits for the device.
 
     Args:

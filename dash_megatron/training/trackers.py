@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dash_megatron.config import Config, WandbConfig
 from dash_megatron.files import write_whole
-from dash_megatron.retry import explain
+from dash_megatron.retry import explain_os_error
 
 logger = logging.getLogger(__name__)
 
@@ -150,5 +150,5 @@ def close_quietly(tracker: Tracker) -> None:
 
 
 def _tell(what: str, error: Exception) -> None:
-    reason = explain(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    reason = explain_os_error(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
     logger.error("%s: %s; metrics.jsonl goes on", what, reason)

@@ -33,7 +33,7 @@ from dash_megatron.training.probe import check_probe, probe_loss
 from dash_megatron.training.report import Reporter
 from dash_megatron.training.schedule import learning_rate
 from dash_megatron.training.sources import training_source
-from dash_megatron.training.stop import Halted, StopSignals, agree
+from dash_megatron.training.stop import Halted, StopSignals, agree_to_stop
 from dash_megatron.training.trace import StepTracer
 from dash_megatron.training.trackers import check_wandb
 from dash_megatron.training.validation import Validation, Validator
@@ -161,7 +161,7 @@ class Trainer:
         factors = self.density.factors(self.config.model.layers)
         result = StepResult(self.step, totals, lr, norm, skipped, factors)
         self.reporter.count_step(result)
-        self.stopping = agree(self.signals.requested, fault is not None)
+        self.stopping = agree_to_stop(self.signals.requested, fault is not None)
         self.rolled_back = fault is not None and self.handle(replace(fault, grad_norm=norm), batches)
         return result
 

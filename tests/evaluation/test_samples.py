@@ -5,7 +5,7 @@ import random
 import pytest
 
 from dash_megatron.data.tokenizer import Tokenizer
-from dash_megatron.evaluation.samples import Prompt, fit
+from dash_megatron.evaluation.samples import Prompt, fit_to_length
 
 
 class Letters(Tokenizer):
@@ -31,7 +31,7 @@ def test_a_sample_fills_its_length_to_within_1_64_or_one_unit(longest: int, temp
 
     for length in (8192, 1024, 10_000):
         tokenizer = Letters()
-        sample = fit(build, (1, len(units)), length, tokenizer)
+        sample = fit_to_length(build, (1, len(units)), length, tokenizer)
         left = length - len(sample.ids)
         used = len(sample.ids) - template - len(" 12")
         assert left >= 0
@@ -48,7 +48,7 @@ def test_what_no_size_fits_is_told() -> None:
         return Prompt("x" * size, ["12"])
 
     with pytest.raises(ValueError, match="--lengths 8 must be at least 13"):
-        fit(build, (10, 100), 8, Letters())
+        fit_to_length(build, (10, 100), 8, Letters())
     with pytest.raises(ValueError, match="all of it makes a sample of 103 tokens"):
-        fit(build, (10, 100), 128, Letters())
-    assert len(fit(build, (10, 100), 110, Letters()).ids) == 103
+        fit_to_length(build, (10, 100), 128, Letters())
+    assert len(fit_to_length(build, (10, 100), 110, Letters()).ids) == 103

@@ -18,7 +18,7 @@ from dash_megatron.layers import (
     routing_means,
 )
 from dash_megatron.layers import model as model_module
-from dash_megatron.layers.core_attention import LARGEST_LOG_FACTOR
+from dash_megatron.layers.core_attention import MAX_LOG_FACTOR
 from dash_megatron.ops import dash_attention
 from dash_megatron.training.engine import parameter_groups
 from dash_megatron.training.loss import token_losses
@@ -118,7 +118,7 @@ def test_learned_factors_stay_bounded_however_long_a_gradient_pulls() -> None:
     for _ in range(200):
         core.log_scaling.grad = torch.tensor([-1.0, 1e-3])
         adam.step()
-    bound = LARGEST_LOG_FACTOR
+    bound = MAX_LOG_FACTOR
     assert core.head_scaling().log().tolist() == pytest.approx([bound, -bound], rel=1e-3)
     assert [group["weight_decay"] for group in parameter_groups(model_of(config_of()), config_of())] == [
         0.1,

@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import ask  # of slurm/, see conftest.py
 import pytest
+import query  # of slurm/, see conftest.py
 import submit  # of slurm/, see conftest.py
 import yaml
 
@@ -239,9 +239,9 @@ def once_busy(folder: Path, name: str, lines: str) -> str:
 def test_a_busy_controller_is_asked_again_and_a_refusal_is_taken(
     lines: str, busy: bool, answer: str | None, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ask, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(query, "PAUSE_SECONDS", 0)
     program(tmp_path, "squeue", once_busy(tmp_path, "squeue", lines) if busy else lines)
-    assert ask.ask(str(tmp_path / "squeue")) == answer
+    assert query.query_slurm(str(tmp_path / "squeue")) == answer
     assert calls(tmp_path, "squeue") == times
 
 

@@ -88,8 +88,8 @@ def test_scores_of_all_evaluations_are_gathered_the_newest_first_and_those_of_an
     (tmp_path / "evaluation" / "more").mkdir()
     (tmp_path / "evaluation" / "more" / "results.json").write_text(json.dumps({"model": {}, "tasks": losses}))
     found = scores.read_scores(tmp_path)
-    plain, other = scores.Place("copy", False, 64), scores.Place("copy", True, 64)
-    assert found == {plain: 0.7, scores.Place("copy", False, 128): 0.2, other: 0.9}
+    plain, other = scores.TaskLength("copy", False, 64), scores.TaskLength("copy", True, 64)
+    assert found == {plain: 0.7, scores.TaskLength("copy", False, 128): 0.2, other: 0.9}
     assert scores.means_over_runs([found, {plain: 0.5, other: 0.1}]) == {plain: 0.6, other: 0.5}
     assert scores.means_over_runs([]) == {}
     old.write_text("{}")

@@ -341,8 +341,8 @@ def test_a_study_trains_here_and_its_results_are_collected(
     assert main(["study", "submit", str(path)]) == 0
     assert "1 of 1 runs are finished" in capsys.readouterr().out
     assert set(scores.read_scores(runs_of(path)[0].folder)) == {
-        scores.Place("copy", False, 80),
-        scores.Place("copy", False, 100),
+        scores.TaskLength("copy", False, 80),
+        scores.TaskLength("copy", False, 100),
     }
     row = collect(load_study(path))[0]
     assert (row["finished"], row["step"], row["tokens"]) == (True, 2, 1024)

@@ -100,13 +100,17 @@ def disagree(folder: str) -> None:
 
     from dash_megatron.config import ParallelConfig
     from dash_megatron.parallel import init_process_groups, read_launch
-    from dash_megatron.training.stop import agree
+    from dash_megatron.training.stop import agree_to_stop
 
     init_process_groups(read_launch(os.environ), ParallelConfig())
     rank = torch.distributed.get_rank()
-    found: list[Any] = [agree(False, False), agree(False, True), agree(rank == 1, False)]
+    found: list[Any] = [
+        agree_to_stop(False, False),
+        agree_to_stop(False, True),
+        agree_to_stop(rank == 1, False),
+    ]
     try:
-        agree(False, rank == 1)
+        agree_to_stop(False, rank == 1)
     except RuntimeError as error:
         found.append(str(error))
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))

@@ -1,4 +1,4 @@
-"""Questions to SLURM, which a busy controller answers only when asked again."""
+"""Queries of SLURM, which a busy controller answers only when asked again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NO_ANSWER = re.compile(
 PAUSE_SECONDS = 5.0
 
 
-def ask(*command: str, attempts: int = 4) -> str | None:
+def query_slurm(*command: str, attempts: int = 4) -> str | None:
     """Standard output of a command that changes nothing, so that asking again does no harm.
 
     None where there is no such command, it refuses, or nobody answers.
