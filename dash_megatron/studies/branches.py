@@ -15,11 +15,11 @@ from dash_megatron.evaluation.buckets import buckets
 from dash_megatron.evaluation.runner import RESULTS, read_lines
 from dash_megatron.evaluation.settings import DOCUMENTS, LOSS_TASKS
 from dash_megatron.files import write_whole
-from dash_megatron.studies.jobs import is_finished, missing_evaluations
+from dash_megatron.studies.jobs import missing_evaluations
 from dash_megatron.studies.paired import Comparison, Item, Measured, Ratio, compare
 from dash_megatron.studies.runs import StudyRun, expand
 from dash_megatron.studies.study_file import Branches, Study, StudyError
-from dash_megatron.training.metrics import read_metrics
+from dash_megatron.training.metrics import StepMetrics, read_metrics
 
 TRAINING = "training"
 LAST_SHARE = 0.25
@@ -114,8 +114,12 @@ def _compare_arm(
 
 
 def _measured(study: Study, branches: Branches, run: StudyRun) -> dict[Measure, Measured]:
-    """All that a branch was measured on since it is trained."""
-    if not is_finished(run):
+    """All that a branch was measured on since it is trained, which its metrics tell: results are read without checkpoints."""
+    try:
+        metrics = read_metrics(run.folder)
+    except FileNotFoundError:
+        return {}
+    if not metrics or metrics[-1]["step"] < run.config.training.steps:
         return {}
     found: dict[Measure, Measured] = {}
     missing = missing_evaluations(study, run)
@@ -130,7 +134,7 @@ def _measured(study: Study, branches: Branches, run: StudyRun) -> dict[Measure, 
                     found |= _of_lines(Measure(name, task, int(length)), own)
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise StudyError(f"{folder} has no results of `evaluate` ({error!r}); remove it") from error
-    return {**found, **dict(_of_training(run))}
+    return {**found, **dict(_of_training(run, metrics))}
 
 
 def _of_lines(measure: Measure, lines: list[dict[str, Any]]) -> Iterator[tuple[Measure, Measured]]:
@@ -151,10 +155,9 @@ def _of_lines(measure: Measure, lines: list[dict[str, Any]]) -> Iterator[tuple[M
             yield measure._replace(begin=begin, end=end), there
 
 
-def _of_training(run: StudyRun) -> Iterator[tuple[Measure, Measured]]:
+def _of_training(run: StudyRun, lines: list[StepMetrics]) -> Iterator[tuple[Measure, Measured]]:
     """Losses of the last batches, which are the same for all arms of an order, and of each validation."""
     length, training = run.config.data.seq_length, run.config.training
-    lines = read_metrics(run.folder)
     # a step of another batch reads other samples
     last: dict[Item, tuple[float, float]] = {
         (line["step"], training.global_batch): (line["loss"], 1.0)

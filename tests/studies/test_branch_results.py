@@ -61,6 +61,13 @@ def collected(path: Path) -> list[dict[str, Any]]:
     return json.loads((path.parent / "out" / "comparisons.json").read_text())
 
 
+def test_results_are_read_without_checkpoints(measured_study: Path) -> None:
+    rows = collected(measured_study)
+    for run in runs_of(measured_study):
+        shutil.rmtree(run.folder / "checkpoints")
+    assert collected(measured_study) == rows
+
+
 def row_of(rows: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
     fields = {"base": "h32_full", "to": None, "step": None, **fields}
     found = [row for row in rows if all(row[key] == value for key, value in fields.items())]
