@@ -170,8 +170,13 @@ def _against(measured: float | None, modelled: float, digits: int = 2) -> list[s
 
 def step_table(_: Extent) -> str:
     """Whole steps on one GPU, measured and modelled."""
-    rows = [[step.name, step.gpu, *_against(step.seconds, step.modelled, 3)] for step in measured_steps()]
-    return markdown(["step", "GPU", "measured s", "model", "error"], rows)
+    rows = []
+    for step in measured_steps():
+        modelled = step.modelled
+        rows.append([step.name, step.gpu, *_against(step.seconds, modelled.seconds, 3)])
+        rows[-1] += _against(step.gib, modelled.memory.total / 2**30, 1)
+    columns = ["step", "GPU", "s", "model", "error", "peak GiB", "model", "error"]
+    return markdown(columns, rows)
 
 
 def exchange_table(_: Extent) -> str:

@@ -190,12 +190,14 @@ def test_the_compute_of_a_step_is_its_operations_over_their_rate(config: Config)
     assert estimate.elementwise == pytest.approx(moved / 3e12)
 
 
-def test_measured_steps_are_met_within_15_percent_but_for_those_that_the_page_names() -> None:
-    off = {
-        step.name: step.modelled / step.seconds - 1
-        for step in measured_steps()
-        if abs(step.modelled / step.seconds - 1) > 0.15
-    }
+def test_measured_steps_are_met_within_11_percent_but_for_those_that_the_page_names() -> None:
+    off = {}
+    for step in measured_steps():
+        modelled = step.modelled
+        if abs(modelled.seconds / step.seconds - 1) > 0.11:
+            off[step.name] = modelled.seconds / step.seconds - 1
+        if step.gib is not None:
+            assert modelled.memory.total / 2**30 == pytest.approx(step.gib, rel=0.1)
     # more kernels than are counted, and another kernel of full attention than cuDNN's
     assert list(off) == ["62M, NSA at 25%, the same", "199M, full attention by FlashAttention-2"]
     assert all(error < 0 for error in off.values())
