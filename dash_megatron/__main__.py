@@ -20,7 +20,7 @@ _WRONG_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirec
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit code is 2 where an argument or a file is wrong, 1 where the command found a fault."""
+    """Run one command; the exit code is 2 where an argument or a file is wrong, 1 where the command or a disk has a fault."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:2] == ["doctor", "replay"]:
         options = replay_parser().parse_args(arguments[2:])
@@ -28,9 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
     try:
         code = options.run(options)
-    except (ValueError, *_WRONG_FILES) as error:
+    except (ValueError, OSError) as error:
         print_error_once(f"error: {error_text(error)}")
-        return 2
+        return 1 if isinstance(error, OSError) and not isinstance(error, _WRONG_FILES) else 2
     return code or 0
 
 

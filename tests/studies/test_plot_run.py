@@ -69,3 +69,10 @@ def test_a_folder_without_metrics_is_an_error_that_names_it(
 ) -> None:
     assert main(["study", "plot-run", str(tmp_path)]) == 2
     assert f"{tmp_path}/metrics.jsonl does not exist" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_metrics(tmp_path, [None, 3.0])
+    (tmp_path / "training.png").symlink_to("/dev/full")
+    assert main(["study", "plot-run", str(tmp_path)]) == 1
+    assert "error: No space left on device" in capsys.readouterr().err
