@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from dash_megatron.files import error_text
+
 
 def make_parser(tool: str, doc: str | None) -> argparse.ArgumentParser:
     """The parser of `python -m data_tools.<tool>`, described by the first line of its module's docstring."""
@@ -43,7 +45,7 @@ def run(
     try:
         told = work(options)
     except errors as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error_text(error)}", file=sys.stderr)
         return 1
     print(told)
     return 0

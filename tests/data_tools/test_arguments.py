@@ -1,0 +1,16 @@
+"""How errors end a data tool."""
+
+import errno
+import os
+
+from data_tools.arguments import make_parser, run
+
+
+def test_a_full_disk_is_one_line_without_a_number(capsys):
+    def work(options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *options.file)
+
+    parser = make_parser("some", "Some tool.")
+    parser.add_argument("file", nargs="*")
+    assert run(parser, [], work) == run(parser, ["a"], work) == 1
+    assert capsys.readouterr().err == "error: No space left on device\nerror: No space left on device: a\n"
