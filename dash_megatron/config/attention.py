@@ -163,15 +163,18 @@ class AttentionConfig(Section):
         asked = min((share(targets) for targets in routing if targets), default=None)
         if asked is None or not self.local_chunks:
             return
-        chunks = math.ceil(seq_length / self.chunk_size)
+        chunks = -(-seq_length // self.chunk_size)
 
         def least(local: int) -> float:
-            return sum(min(past, local + 1) + 1 for past in range(chunks)) / (chunks * (chunks + 1) / 2)
+            # over the tokens' numbers of past chunks, 0 to chunks - 1, the sum of those that are on, and of the own ones
+            most = min(chunks, local + 1)
+            on = most * (most - 1) // 2 + (chunks - most) * (local + 1)
+            return (on + chunks) / (chunks * (chunks + 1) / 2)
 
         if asked < least(self.local_chunks):
-            fitting = [n for n in range(self.local_chunks) if least(n) <= asked]
+            fitting = bisect.bisect_right(range(min(self.local_chunks, chunks)), asked, key=least) - 1
             remedy = (
-                f"ask for more, or use attention.local_chunks={fitting[-1]}" if fitting else "ask for more"
+                f"ask for more, or use attention.local_chunks={fitting}" if fitting >= 0 else "ask for more"
             )
             raise ValueError(
                 f"attention.target_density={self.target_density} must be at least {least(self.local_chunks):.3g} with "

@@ -22,7 +22,7 @@ class DataConfig(Section):
     (`tokenize_corpus --conversations`) the answers alone are learnt."""
     valid: tuple[str, ...] = ()
     """Validation blend, in the form of `train`; empty means no validation."""
-    seq_length: int = Field(gt=1)
+    seq_length: int = Field(gt=1, lt=2**31)
     """Tokens in one training sequence."""
     seq_length_curriculum: dict[int, int] | None = None
     """Most tokens of context, by the step from which on it holds, such as `{0: 2048, 1000: 8192, 4000: 16384}`; the last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 from pathlib import Path
@@ -65,19 +66,22 @@ def import_tokenizer(source: Path, folder: Path) -> str | None:
 
     None where the source has no tokenizer, or one that training refuses.
     """
+    found: dict[str, OurTokenizer] = {}
     for name in ("tokenizer.model", "tokenizer.json"):
-        try:
-            OurTokenizer(source / name)
-        except (FileNotFoundError, ValueError):
-            continue
-        if name == "tokenizer.json":
-            _copy_json(source / name, folder)
-        else:
-            shutil.copyfile(source / name, folder / name)
-            if found := template_beside(source / name):
-                (folder / TEMPLATE_FILE).write_text(found[0], encoding="utf-8")
-        return name
-    return None
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            found[name] = OurTokenizer(source / name)
+    if not found:
+        return None
+    template = template_beside(source / "tokenizer")
+    # tokens that were added to a sentencepiece model, such as those that end turns, are in the other file alone
+    name = max(found, key=lambda name: len(found[name].special)) if template else next(iter(found))
+    if name == "tokenizer.json":
+        _copy_json(source / name, folder)
+    else:
+        shutil.copyfile(source / name, folder / name)
+        if template:
+            (folder / TEMPLATE_FILE).write_text(template[0], encoding="utf-8")
+    return name
 
 
 def _copy_json(source: Path, folder: Path) -> None:

@@ -77,6 +77,7 @@ def test_configs_cannot_be_changed(path: Path) -> None:
             "attention.scaling_factor lists 2 numbers and must list model.layers=4",
         ),
         ("attention.local_chunks=-1", "attention.local_chunks=-1"),
+        ("data.seq_length=99999999999999999999", "Input should be less than 2147483648"),
         ("attention.query_pool=0", "attention.query_pool=0"),
         ("attention.length_scaling=0.3", "attention.length_scaling=0.3 was taken out"),
         ("attention.query_pool=129", "attention.query_pool=129"),
@@ -217,6 +218,10 @@ def test_a_density_below_what_is_always_on_is_an_error_that_says_what_fits(path:
     )
     with pytest.raises(ConfigError, match=r"must be at least 0\.335 .* one that is selected; ask for more$"):
         load_config(path, [*known, "attention.target_density=0.01"])  # as no number of them makes it fit
+    # at once, however many chunks there are
+    many = ["data.seq_length=2147483647", "attention.local_chunks=20000000"]
+    with pytest.raises(ConfigError, match=r"use attention\.local_chunks=17219"):
+        load_config(path, [*many, "attention.target_density=0.1"])
     # layers that share a budget may divide it otherwise
     shared = ["attention.density_budget=model", f"attention.target_density=[0.01, 1.0, 1.0, {always}]"]
     assert load_config(path, [*known, *shared]).attention.density_budget == "model"

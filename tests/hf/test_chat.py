@@ -77,6 +77,26 @@ def test_a_sentencepiece_model_keeps_its_template_and_reads_it_as_training_did(
     assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == tokenizer.eod
 
 
+def test_tokens_that_were_added_to_a_sentencepiece_model_come_along_with_the_template_that_writes_them(
+    tmp_path: Path,
+) -> None:
+    """As models of others that were fine-tuned from Llama 2: tokenizer.model lacks what tokenizer.json has beyond it."""
+    write_llama2(tmp_path / "source")
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path / "source")
+    alone = import_folder(tmp_path / "source", tmp_path / "alone").tokenizer
+    assert alone == tmp_path / "alone" / "tokenizer.model"
+    source = AutoTokenizer.from_pretrained(tmp_path / "source")
+    source.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    source.chat_template = CHATML
+    source.save_pretrained(tmp_path / "source")
+    kept = import_folder(tmp_path / "source", tmp_path / "start").tokenizer
+    assert kept == tmp_path / "start" / "tokenizer.json"
+    template = ChatTemplate(read_template(kept)[0], Tokenizer(kept))
+    assert template.turn_end == source.convert_tokens_to_ids("<|im_end|>")
+    question = source.apply_chat_template(TURNS[:2], add_generation_prompt=True, return_dict=False)
+    assert template.encode_question(TURNS[:2]) == question
+
+
 def test_a_template_that_shows_no_end_of_turns_is_exported_with_a_warning(
     write_run: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
