@@ -113,22 +113,23 @@ def make_selected(
     """
     like, local_chunks, chunks = fit_persistence(model, layer), local_chunks_of(model), tokens // chunk_size
     generator = torch.Generator(device).manual_seed(seed)
-    token_N1 = torch.arange(tokens, device=device)[:, None]
+    token_N = torch.arange(tokens, device=device)
 
     def happens(probability: float | Tensor) -> Tensor:
-        return torch.rand(tokens, BLOCK, device=device, generator=generator) < probability
+        return torch.rand(BLOCK, tokens, device=device, generator=generator) < probability
 
     def kept(share: float | Tensor, redrawn: float | Tensor) -> Tensor:
         """A share of all, kept from token to token where it is not drawn anew."""
-        drawn_at = torch.where(happens(redrawn), token_N1, 0).cummax(0).values
-        return happens(share).gather(0, drawn_at)
+        # tokens come last: there a GPU scans them in parallel
+        drawn_at = torch.where(happens(redrawn), token_N, 0).cummax(1).values
+        return happens(share).gather(1, drawn_at)
 
     selected_HNc = torch.empty(heads, tokens, chunks, dtype=torch.bool, device=device)
     for head_Nc in selected_HNc:
         for block_Nc in head_Nc.split(BLOCK, dim=1):
             steady = kept(like.steady * like.density, like.redrawn)
             flickering = kept(like.flickering_set, like.redrawn * like.flicker) & happens(like.flicker)
-            block_Nc.copy_((steady | flickering)[:, : block_Nc.shape[1]])
+            block_Nc.copy_((steady | flickering).T[:, : block_Nc.shape[1]])
     available_Nc = routed_available(tokens, chunks, local_chunks, device)
     past_Nc = routed_available(tokens, chunks, 0, device)
     return (selected_HNc & available_Nc) | (past_Nc & ~available_Nc)
