@@ -44,15 +44,24 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     Raises:
         OSError: the file could not be written.
     """
+    save_tensors(path, tensors)
+    return _synced_entry(path)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, with the mode that the umask gives.
+
+    Raises:
+        OSError: the file could not be written.
+    """
     try:
         with usual_mode(path):
-            save_file(tensors, path)
+            save_file(tensors, path, metadata)
     except SafetensorError as error:  # it tells a full disk in words only
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-    return _synced_entry(path)
 
 
 def write_json(path: Path, value: Any) -> dict[str, Any]:

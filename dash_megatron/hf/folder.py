@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dash_megatron.files import usual_mode
+from dash_megatron.checkpoint.files import save_tensors
 from dash_megatron.hf.names import Piece
 
 MODEL_SECTIONS = "model.yaml"
@@ -68,8 +67,7 @@ def write_pieces(
     waiting: dict[str, Tensor] = {}
 
     def close() -> None:
-        with usual_mode(path := folder / f"{len(files)}.partial"):
-            save_file(waiting, path, metadata={"format": "pt"})
+        save_tensors(folder / f"{len(files)}.partial", waiting, {"format": "pt"})
         files.append({name: tensor.nbytes for name, tensor in waiting.items()})
         waiting.clear()
 

@@ -1,6 +1,7 @@
 """Hugging Face folders that no run may start from: damaged, or of models that training would not compute."""
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,21 @@ def test_a_damaged_file_and_a_wrong_index_are_errors(
     (folder / file).unlink()
     with pytest.raises(FileNotFoundError, match="is missing"):
         import_folder(folder, tmp_path / "start")
+
+
+def test_a_disk_that_cannot_take_the_weights_ends_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_llama(tmp_path / "hf")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))  # as a quota does
+    try:
+        code = main(["convert", "from-hf", str(tmp_path / "hf"), str(tmp_path / "start")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1
+    assert "error: File too large: " in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
