@@ -149,14 +149,14 @@ class Stages:
     def attend(self) -> None:
         self.out, self.lse = attend_forward(
             self.q, self.k, self.v, self.lists, self.mean_log, self.chunks, self.sizes,
-            self.router.inv_sigma, self.launches.attend,
+            self.router.inv_sigma, self.launches.attend, by_pair=self.launches.attend_by_pair,
         )  # fmt: skip
 
     def backward_queries(self) -> None:
         self.d_prior = torch.empty_like(self.lists.log_prior)
         self.dq, self.delta, self.centred_lse = backward_q(
             self.q, self.k, self.v, self.out, self.d_out, self.lse, self.lists, self.mean_log, self.d_prior, self.chunks,
-            self.sizes, self.router.inv_sigma, self.launches.queries,
+            self.sizes, self.router.inv_sigma, self.launches.queries, by_pair=self.launches.queries_by_pair,
         )  # fmt: skip
 
     def backward_router(self) -> None:

@@ -43,11 +43,17 @@ ALWAYS_BELOW = 1.05
 STAGE_METHOD = {
     "route": "route",
     "attend": "attend",
+    "attend_pairs": "attend",
     "queries": "backward_queries",
+    "query_pairs": "backward_queries",
     "router": "backward_router",
     "keys": "backward_keys",
     "pairs": "backward_keys",
 }
+# The other way of a stage, over pairs.
+BY_PAIR = {"attend": "attend_pairs", "queries": "query_pairs", "keys": "pairs"}
+# Where `Launches` says which of the two to take, by the name of either.
+ABOVE = {stage: f"{pairs}_above" for tiles, pairs in BY_PAIR.items() for stage in (tiles, pairs)}
 
 
 def candidates(stage: str, chunk_size: int) -> list[Config]:
@@ -97,6 +103,14 @@ def candidates(stage: str, chunk_size: int) -> list[Config]:
             (8, 2, 128, PLAIN),
         ],
     }
+    over_slabs = [
+        (4, 2, 64, PLAIN),
+        (4, 3, 64, PLAIN),
+        (4, 2, 128, PLAIN),
+        (8, 2, 128, PLAIN),
+        (4, 2, 32, PLAIN),
+    ]
+    tries |= {"attend_pairs": over_slabs, "query_pairs": over_slabs}
     return [Config(warps, stages, block, chunk_size, kernel) for warps, stages, block, kernel in tries[stage]]
 
 
@@ -122,8 +136,10 @@ def try_time(stages: Stages, stage: str, launches: Launches) -> float:
 
 
 def with_config(launches: Launches, stage: str, config: Config) -> Launches:
-    """The same launches, but for one stage; of the two ways to keys and values, the stage's own is taken."""
-    changed: dict[str, Any] = {stage: config, "pairs_above": 0 if stage == "pairs" else math.inf}
+    """The same launches, but for one stage; where there are two ways, over tiles and over pairs, the stage's own is taken."""
+    changed: dict[str, Any] = {stage: config}
+    if stage in ABOVE:
+        changed[ABOVE[stage]] = 0 if stage in BY_PAIR.values() else math.inf
     return launches._replace(**changed)
 
 
@@ -196,9 +212,12 @@ def tune_tile(case: Case, tile_rows: int, most_candidates: int | None) -> tuple[
         print(f"  rows {tile_rows} {stage}: {shown}", flush=True)
     entry: Entry = {stage: table_entry(getattr(best, stage)) for stage in STAGES}
     entry |= {"tile_rows": tile_rows, "parts_per_multiprocessor": per_multiprocessor}
-    entry["pairs_above"] = pairs_above(stages, times["keys"], times["pairs"])
-    # structured inputs take the better of the two
-    return sum(times.values()) - max(times["keys"], times["pairs"]), entry
+    total = sum(times.values())
+    for tiles, pairs in BY_PAIR.items():
+        entry[ABOVE[pairs]] = pairs_above(stages, times[tiles], times[pairs])
+        # structured inputs take the better of the two
+        total -= max(times[tiles], times[pairs])
+    return total, entry
 
 
 def count_multiprocessors() -> int:

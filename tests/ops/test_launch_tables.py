@@ -32,12 +32,13 @@ def test_every_entry_of_the_table_names_its_numbers_and_kernels():
     entries = [entry for shapes in table.values() for entry in shapes.values()]
     assert entries
     for entry in entries:
-        assert set(entry) <= {*STAGES, "tile_rows", "parts_per_multiprocessor", "pairs_above"}
+        above = {"pairs_above", "attend_pairs_above", "query_pairs_above"}
+        assert set(entry) <= {*STAGES, *above, "tile_rows", "parts_per_multiprocessor"}
         for stage in set(STAGES) & set(entry):
             config = Config(**entry[stage])
             assert config.kernel in KERNELS[stage]
             # a Hopper kernel does not fit everything: the plain one must find all its numbers
-            assert config.block > 0 if stage in ("route", "router", "keys", "pairs") else config.keys > 0
+            assert config.block > 0 if stage not in ("attend", "queries") else config.keys > 0
 
 
 def test_launches_of_a_measured_shape_come_from_the_table(on_h200):
@@ -48,11 +49,23 @@ def test_launches_of_a_measured_shape_come_from_the_table(on_h200):
     assert (launches.parts, launches.pairs_above) == (4 * 132, 0)
 
 
+def test_attention_and_queries_go_over_pairs_where_these_were_measured_to_cost_less(on_h200):
+    for group, attend_above, queries_above in ((4, 6.0, 3.8), (16, 5.2, 3.2)):
+        launches = configs.find_launches(on_h200, torch.bfloat16, 128, 64, group)
+        assert launches.attend_by_pair == (Config(4, 2, 64, 64), 4 * 132, attend_above)
+        assert launches.queries_by_pair == (Config(4, 2, 64, 64), 4 * 132, queries_above)
+    launches = configs.find_launches(on_h200, torch.bfloat16, 64, 64, 4)
+    assert launches.attend_by_pair.above == launches.queries_by_pair.above == math.inf
+
+
 def test_keys_and_values_go_over_pairs_where_these_were_measured_to_cost_less(on_h200):
     def above(dtype, head_dim, chunk_size):
         return configs.find_launches(on_h200, dtype, head_dim, chunk_size, 3).pairs_above
 
-    assert {above(torch.bfloat16, D, C) for D, C in ((128, 64), (128, 32), (64, 32), (96, 128))} == {0}
+    assert {above(torch.bfloat16, D, C) for D, C in ((128, 64), (64, 32), (96, 128))} == {0}
+    assert above(torch.bfloat16, 128, 32) == 1.5
+    # rows of a step fill the tensor cores where keys do not
+    assert configs.find_launches(on_h200, torch.bfloat16, 128, 32, 3).pairs.block == 64
     others = (torch.bfloat16, 64, 64), (torch.bfloat16, 256, 64), (torch.float32, 128, 64)
     assert {above(*shape) for shape in others} == {math.inf}
 

@@ -1,32 +1,55 @@
 """Gradients of keys and values by gathered pairs equal those over tiles, which other tests hold to the reference."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels, with_router
 
-dash, configs, pairs, geometry, backward_kv = import_kernels(
-    "dash", "configs", "pairs", "geometry", "backward_kv"
+dash, configs, pairs, geometry, backward_kv, pair_slabs, attend, backward_q = import_kernels(
+    "dash", "configs", "pairs", "geometry", "backward_kv", "pair_slabs", "attend", "backward_q"
 )
 find_launches = configs.find_launches
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-def _by_pair(monkeypatch, rows=None, parts=None, above=0):
-    """From now on keys and values go over pairs, in steps of `rows` rows and shared by `parts` programs, if they are given."""
+def _by_pair(monkeypatch, rows=None, parts=None, above=0, all_above=math.inf):
+    """From now on keys and values go over pairs, in steps of `rows` rows and shared by `parts` programs, if they are given.
+
+    Attend and queries do where tiles list more than `all_above` times what was selected.
+    """
 
     def launches(*args, **kwargs):
         usual = find_launches(*args, **kwargs)
         config = usual.pairs._replace(block=rows or usual.pairs.block)
-        return usual._replace(pairs=config, parts=parts or usual.parts, pairs_above=above)
+        slabs = usual.query_pairs._replace(block=max(rows or 16, 16))
+        return usual._replace(
+            pairs=config,
+            parts=parts or usual.parts,
+            pairs_above=above,
+            attend_pairs=slabs,
+            query_pairs=slabs,
+            attend_pairs_above=all_above,
+            query_pairs_above=all_above,
+        )
 
     monkeypatch.setattr(dash, "find_launches", launches)
 
 
 def _gradients(
-    N=50, Hq=4, Hkv=2, D=16, C=16, dtype=torch.float32, lengths=None, deterministic=False, **router
+    N=50,
+    Hq=4,
+    Hkv=2,
+    D=16,
+    C=16,
+    dtype=torch.float32,
+    lengths=None,
+    deterministic=False,
+    with_output=False,
+    **router,
 ):
     generator = torch.Generator().manual_seed(0)
     shapes = (1, N, Hq, D), (1, N, Hkv, D), (1, N, Hkv, D), (Hkv, D), (1, N, Hq, D)
@@ -39,13 +62,19 @@ def _gradients(
     out, _ = dash.dash_attention_triton(
         *leaves, **with_router(settings | router), deterministic=deterministic
     )
-    return torch.autograd.grad(out, leaves, upstream)
+    gradients = torch.autograd.grad(out, leaves, upstream)
+    return (*gradients, out.detach()) if with_output else gradients
 
 
 def _check(expected, gradients, dtype=torch.float32):
-    for name, x, y in zip("qkvw", gradients, expected, strict=True):
+    for name, x, y in zip("qkvwo"[: len(expected)], gradients, expected, strict=True):
         assert not x.isnan().any(), name
         assert (x - y).norm() <= TOLERANCE[dtype][1] * y.norm(), name
+
+
+def _results(**shape):
+    """Output and gradients."""
+    return _gradients(with_output=True, **shape)
 
 
 SHAPES = {
@@ -66,6 +95,16 @@ def test_gradients_by_pair_equal_those_over_tiles(shape, rows, monkeypatch):
     expected = _gradients(**shape)
     _by_pair(monkeypatch, rows)
     _check(expected, _gradients(**shape), shape.get("dtype", torch.float32))
+
+
+@pytest.mark.parametrize(("shape", "rows"), SHAPES.values(), ids=SHAPES)
+def test_output_and_gradients_with_every_stage_by_pair_equal_those_over_tiles(shape, rows, monkeypatch):
+    expected = _results(**shape)
+    _by_pair(monkeypatch, rows, all_above=0)
+    first, again = _results(**shape), _results(**shape)
+    _check(expected, first, shape.get("dtype", torch.float32))
+    # dk, dv and dw follow gradients of summaries that are added with atomics
+    assert all(torch.equal(first[i], again[i]) for i in (0, 4))
 
 
 @pytest.mark.parametrize(
@@ -89,6 +128,47 @@ def test_gradients_by_pair_do_not_depend_on_parts_and_slabs(parts, most, monkeyp
     monkeypatch.setattr(pairs, "MAX_PAIRS", most)
     _by_pair(monkeypatch, 16 if most == 64 else None, parts)
     _check(expected, _gradients(**shape, deterministic=True))
+
+
+@pytest.mark.parametrize(("workspace", "parts"), [(2**31, 1), (2**31, 500), (2**16, 3)])
+def test_results_by_pair_do_not_depend_on_parts_and_slabs_of_tokens(workspace, parts, monkeypatch):
+    """The last workspace makes two slabs of a head and more."""
+    shape = {"N": 100, "Hq": 8, "Hkv": 2, "scaling_factor": 0.01, "deterministic": True}
+    expected = _results(**shape)
+    plans = _plans_of_slabs(monkeypatch)
+    monkeypatch.setattr(pair_slabs, "WORKSPACE_BYTES", workspace)
+    _by_pair(monkeypatch, 16, parts, all_above=0)
+    _check(expected, _results(**shape))
+    assert len(plans) == 2
+    for plan in plans:
+        filled = (plan.row_place[:, -1] > 0).sum().item()
+        assert filled == 2 if workspace == 2**31 else filled > 2
+        assert (plan.row_place[:, -1] <= plan.room).all()
+
+
+def _plans_of_slabs(monkeypatch):
+    """Plans that attend and queries make from now on."""
+    plans, plan_slabs = [], pair_slabs.plan_slabs
+
+    def plan_and_keep(*args):
+        plans.append(plan_slabs(*args))
+        return plans[-1]
+
+    for module in (attend, backward_q):
+        monkeypatch.setattr(module, "plan_slabs", plan_and_keep)
+    return plans
+
+
+def test_the_device_takes_pairs_or_tiles_in_every_stage(monkeypatch):
+    shape = {"N": 100, "Hq": 4, "Hkv": 2, "deterministic": True}
+    expected = _results(**shape)
+    plans = _plans_of_slabs(monkeypatch)
+    for above, taken in ((1.0, True), (16.0, False)):
+        _by_pair(monkeypatch, all_above=above)
+        _check(expected, _results(**shape))
+        for plan in plans[-2:]:
+            assert plan.taken.item() is taken
+            assert (plan.row_work[:, -1].sum() > 0).item() is taken
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -5,9 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_megatron.ops.kernels.configs import PLAIN, Config
+from dash_megatron.ops.kernels.attend_pairs import merge_pairs
+from dash_megatron.ops.kernels.configs import PLAIN, ByPair, Config
 from dash_megatron.ops.kernels.geometry import Lists, Sizes, own_places
 from dash_megatron.ops.kernels.hopper import HOPPER_ROWS, fits_hopper
+from dash_megatron.ops.kernels.pair_slabs import plan_slabs
 from dash_megatron.ops.kernels.tiles import (
     LOG2_E,
     load_keys,
@@ -116,14 +118,33 @@ def _attend_fwd_kernel(
 
 def attend_forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Lists, mean_log: Tensor, chunks: Tensor,
-    sizes: Sizes, inv_sigma: float, config: Config, own: Tensor | None = None,
+    sizes: Sizes, inv_sigma: float, config: Config, own: Tensor | None = None, by_pair: ByPair | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [tokens, Hq, D] and base-2 log-sum-exp [tokens, Hq] of q [tokens, Hq, D], k and v [tokens, Hkv, D].
 
     Keys and values may lie elsewhere than the queries: then `own` int32 [2, Hkv, chunks] gives first row and one past the
     last of each chunk's own keys, equal where these are absent, and the lists hold first rows instead of chunk numbers.
     The output is float32 then, zero beside a log-sum-exp of -inf for tokens that see none of the keys.
+
+    Where `by_pair` says so and keys lie with the queries, tiles attend to their own chunks only, and what else each token
+    selected is merged by pair.
     """
+    slabs = None
+    if own is None:
+        pair_bytes = sizes.group * (q[0, 0].nbytes + 4)
+        slabs = plan_slabs(lists, chunks, sizes, pair_bytes, by_pair)
+    tiled = lists if slabs is None else slabs.rest(lists)
+    out, lse = _attend_tiles(q, k, v, tiled, mean_log, chunks, sizes, inv_sigma, config, own)
+    if slabs is not None:
+        merge_pairs(q, k, v, out, lse, lists, slabs, mean_log, chunks, sizes, inv_sigma)
+    return out, lse
+
+
+def _attend_tiles(
+    q: Tensor, k: Tensor, v: Tensor, lists: Lists, mean_log: Tensor, chunks: Tensor,
+    sizes: Sizes, inv_sigma: float, config: Config, own: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`attend_forward` over tiles alone."""
     sharded = own is not None
     own = own_places(own, chunks, sizes)
     if (

@@ -22,7 +22,9 @@ class _AttendLists(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         # no prior is centred
         mean_log = torch.zeros(q.shape[0], k.shape[1], device=q.device)
-        out, lse = attend_forward(q, k, v, Lists(*lists), mean_log, chunks, sizes, 1.0, launches.attend)
+        out, lse = attend_forward(
+            q, k, v, Lists(*lists), mean_log, chunks, sizes, 1.0, launches.attend, by_pair=launches.attend_by_pair
+        )  # fmt: skip
         ctx.sizes, ctx.launches = sizes, launches
         ctx.save_for_backward(q, k, v, out, lse, mean_log, chunks, *lists)
         return out
@@ -33,8 +35,9 @@ class _AttendLists(torch.autograd.Function):
         lists, sizes, launches = Lists(*saved), ctx.sizes, ctx.launches
         d_out = gradients[0].contiguous()
         dq, delta, centred_lse = backward_q(
-            q, k, v, out, d_out, lse, lists, mean_log, None, chunks, sizes, 1.0, launches.queries
-        )
+            q, k, v, out, d_out, lse, lists, mean_log, None, chunks, sizes, 1.0, launches.queries,
+            by_pair=launches.queries_by_pair,
+        )  # fmt: skip
         dk, dv = backward_kv_lists(
             q, k, v, d_out, centred_lse, delta, mean_log, lists, chunks, sizes, 1.0, launches
         )

@@ -5,8 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_megatron.ops.kernels.configs import Config
+from dash_megatron.ops.kernels.backward_q_pairs import add_dq_pairs
+from dash_megatron.ops.kernels.configs import ByPair, Config
 from dash_megatron.ops.kernels.geometry import Lists, Sizes, own_places
+from dash_megatron.ops.kernels.pair_slabs import plan_slabs
 from dash_megatron.ops.kernels.route import routing_products, score_scale
 from dash_megatron.ops.kernels.summarize import saturate
 from dash_megatron.ops.kernels.threshold import power
@@ -226,25 +228,30 @@ def _router_bwd_kernel(
 def backward_q(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, lists: Lists, mean_log: Tensor,
     d_prior: Tensor | None, chunks: Tensor, sizes: Sizes, inv_sigma: float, config: Config, own: Tensor | None = None,
+    by_pair: ByPair | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradient of q [tokens, Hq, D] through attention alone.
 
     The gradient of the log priors is written to `d_prior` [room, T] where the lists have entries, unless it is None. `own` is
-    as in `attend_forward`, and the gradient of q float32 then.
+    as in `attend_forward`, and the gradient of q float32 then; `by_pair` also, and then `d_prior` holds only pairs selected.
 
     Returns:
         The gradient of q and, float32 [tokens, Hq] each, rowsum(dO O) and the base-2 log-sum-exp with the prior's mean added.
     """
     sharded = own is not None
     own = own_places(own, chunks, sizes)
+    slabs = None if sharded else plan_slabs(lists, chunks, sizes, q[0, 0].nbytes * sizes.group, by_pair)
+    tiled = lists if slabs is None else slabs.rest(lists)
     dq = torch.empty(q.shape, dtype=torch.float32 if sharded else q.dtype, device=q.device)
     delta, centred_lse = torch.empty_like(lse), torch.empty_like(lse)
     _dq_kernel[(sizes.num_tiles,)](
-        q, k, v, out, d_out, lse, dq, d_prior, delta, centred_lse, *lists, mean_log, *chunks, *own, own.stride(1),
+        q, k, v, out, d_out, lse, dq, d_prior, delta, centred_lse, *tiled, mean_log, *chunks, *own, own.stride(1),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         sizes.head_dim**-0.5 * LOG2_E, sizes.head_dim**-0.5, inv_sigma, sizes.num_chunks,
         **sizes.constants, KEYS=config.keys, STAGES=config.num_stages, SHARDED=sharded, num_warps=config.num_warps,
     )  # fmt: skip
+    if slabs is not None:
+        add_dq_pairs(q, k, v, d_out, centred_lse, delta, dq, d_prior, lists, slabs, chunks, sizes, inv_sigma)
     return dq, delta, centred_lse
 
 

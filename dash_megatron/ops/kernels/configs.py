@@ -2,7 +2,7 @@
 
 Nothing is ever tuned at run time: ranks that chose different configurations would compute different results.
 `benchmarks/tune_kernels.py` writes the table, configs.json: GPU name -> shape (`shape_key`) -> `tile_rows` and
-`parts_per_multiprocessor`, integers, `pairs_above`, and for each stage of `Launches` the fields of a `Config` that differ from
+`parts_per_multiprocessor`, integers, `pairs_above` and the like, and for each stage of `Launches` the fields of a `Config` that differ from
 their defaults. What a shape leaves out follows the rule.
 """
 
@@ -30,7 +30,7 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     block: int = 0
-    """Route and router: summaries a step. Keys and pairs: query rows a step, of keys the plain kernel's. Attend and queries: unused."""
+    """Route and router: summaries a step. Keys and all pairs: query rows a step, of keys the plain kernel's. Attend and queries: unused."""
     keys: int = 0
     """Keys of a chunk a step or, in the passes to keys and values, a program. Route and router: unused."""
     kernel: str = PLAIN
@@ -39,7 +39,17 @@ class Config(NamedTuple):
 
 
 # The fields of `Launches` that have a `Config`.
-STAGES = ("route", "attend", "queries", "router", "keys", "pairs")
+STAGES = ("route", "attend", "queries", "router", "keys", "pairs", "attend_pairs", "query_pairs")
+
+
+class ByPair(NamedTuple):
+    """How a stage over query tiles goes over pairs instead."""
+
+    config: Config
+    parts: int
+    """Programs that share the pairs of a slab."""
+    above: float
+    """Pairs are taken where tiles list more than this many times what was selected; 0: anyway, infinity: never."""
 
 
 class Launches(NamedTuple):
@@ -55,10 +65,26 @@ class Launches(NamedTuple):
     """Keys and values over the transposed lists."""
     pairs: Config
     """Keys and values over pairs."""
+    attend_pairs: Config
+    """Attend over pairs."""
+    query_pairs: Config
+    """Queries over pairs."""
     parts: int
     """Programs that share the transposed lists, or the pairs."""
     pairs_above: float
     """Keys and values go over pairs where tiles list more than this many times the pairs that tokens selected; 0: anyway, infinity: never."""
+    attend_pairs_above: float
+    """The same for attend."""
+    query_pairs_above: float
+    """The same for queries."""
+
+    @property
+    def attend_by_pair(self) -> ByPair:
+        return ByPair(self.attend_pairs, self.parts, self.attend_pairs_above)
+
+    @property
+    def queries_by_pair(self) -> ByPair:
+        return ByPair(self.query_pairs, self.parts, self.query_pairs_above)
 
 
 # A shape's numbers and, by stage, the fields of its configurations.
@@ -109,10 +135,19 @@ def _rule(itemsize: int, head_dim: int, chunk_size: int, group: int, shared_byte
     queries_stages = stages_that_fit(2, 2 * rows * row_bytes, step_bytes, shared_bytes)
     keys_stages = stages_that_fit(2, step_bytes, 4 * step * row_bytes, shared_bytes)
     # two programs a multiprocessor, whose accumulators leave few registers to a step's scores where rows are wide
-    pair_rows, pair_keys = max(16, padded_group, 64 if row_bytes <= 128 else 32), min(keys, 64)
+    pair_keys = min(keys, 64)
+    # rows are those of the products where keys are too few to be
+    pair_rows = max(16, padded_group, 64 if row_bytes <= 128 or (row_bytes <= 256 and pair_keys < 64) else 32)
     pairs_stages = stages_that_fit(3, 2 * pair_keys * row_bytes, 2 * pair_rows * row_bytes, shared_bytes // 2)
-    # measured on an H200: pairs cost less however alike tokens select, but for heads of 64 with chunks of 64
-    by_pairs = itemsize == 2 and head_dim <= 128 and (head_dim > 64 or chunk_size < 64)
+    slab_rows = max(16, padded_group, 64)
+    slab_stages = stages_that_fit(2, 2 * chunk_size * row_bytes, 2 * slab_rows * row_bytes, shared_bytes // 2)
+    # measured on an H200: pairs cost less however alike tokens select, but for heads of 64 with chunks of 64, and less than
+    # tiles that list 1.5 times what was selected for wider heads with smaller chunks
+    pairs_above = (
+        0.0 if itemsize == 2 and head_dim <= 128 and (head_dim > 64 or chunk_size < 64) else math.inf
+    )
+    if pairs_above == 0 and head_dim > 64 and chunk_size < 64:
+        pairs_above = 1.5
     return {
         "tile_rows": tile_rows,
         "route": {"num_warps": warps, "num_stages": route_stages, "block": block},
@@ -126,8 +161,13 @@ def _rule(itemsize: int, head_dim: int, chunk_size: int, group: int, shared_byte
             "block": pair_rows,
             "keys": pair_keys,
         },
+        # whole chunks stay in shared memory beside the rows of each stage
+        "attend_pairs": {"num_warps": 4, "num_stages": slab_stages, "block": slab_rows, "keys": chunk_size},
+        "query_pairs": {"num_warps": 4, "num_stages": slab_stages, "block": slab_rows, "keys": chunk_size},
         "parts_per_multiprocessor": 2,
-        "pairs_above": 0 if by_pairs else math.inf,
+        "pairs_above": pairs_above,
+        "attend_pairs_above": math.inf,
+        "query_pairs_above": math.inf,
     }
 
 
@@ -149,5 +189,7 @@ def find_launches(
         tile_rows=entry["tile_rows"],
         parts=entry["parts_per_multiprocessor"] * multiprocessors,
         pairs_above=entry["pairs_above"],
+        attend_pairs_above=entry["attend_pairs_above"],
+        query_pairs_above=entry["query_pairs_above"],
         **{stage: Config(**entry[stage]) for stage in STAGES},
     )

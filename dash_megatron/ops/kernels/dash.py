@@ -107,8 +107,9 @@ def _forward(
         head_scaling=head_scaling,
     )
     out, lse = attend_forward(
-        rows_q, rows_k, rows_v, lists, mean_log, chunks, sizes, router.inv_sigma, launches.attend
-    )
+        rows_q, rows_k, rows_v, lists, mean_log, chunks, sizes, router.inv_sigma, launches.attend,
+        by_pair=launches.attend_by_pair,
+    )  # fmt: skip
     saved = Saved(lse, tau, mean_log, summary, *lists, chunks)
     return out.view(q.shape), selected.view(q.shape[0], q.shape[1], k.shape[2]), *saved
 
@@ -180,7 +181,7 @@ def _backward(
     d_prior = torch.empty_like(list_log_prior)
     dq, delta, centred_lse = backward_q(
         rows_q, rows_k, rows_v, rows_out, rows_d_out, lse, lists, mean_log, d_prior, chunks, sizes, router.inv_sigma,
-        launches.queries,
+        launches.queries, by_pair=launches.queries_by_pair,
     )  # fmt: skip
     # recomputed rather than kept
     routing_q, position = _pooled(rows_q, q.shape[0], k.shape[2], router, cu_seqlens)
