@@ -70,8 +70,9 @@ def measure(
 
 
 def search_scaling_factor(
-    attention: DashSelfAttention, q_nHD: Tensor, cache: DashCache, lengths: Tensor, target: float
-) -> float:
+    attention: DashSelfAttention, q_nHD: Tensor, cache: DashCache, lengths: Tensor, target: float,
+    routing_q: Tensor | None = None,
+) -> float:  # fmt: skip
     """Search the layer's scaling factor by bisection of its logarithm; gives the density that was reached.
 
     Arguments are those of `measure`.
@@ -79,7 +80,7 @@ def search_scaling_factor(
     low, high, middle, density = 2.0**-4, 2.0**16, 1.0, 1.0
     for _ in range(ROUNDS):
         middle = (low * high) ** 0.5
-        density = measure(attention, q_nHD, cache, lengths, middle)
+        density = measure(attention, q_nHD, cache, lengths, middle, routing_q)
         if density > target:
             low = middle
         else:
@@ -146,10 +147,10 @@ def probe_prompt(
     def at_probes(x: Tensor) -> Tensor:
         return x[0, :, lengths.long() - 1].transpose(0, 1).contiguous().to(q.dtype)
 
-    if target is not None:
-        return search_scaling_factor(attention, at_probes(q), store, lengths, target)
     routing_q = None
     if router.query_pool > 1:
         start = torch.zeros(1, dtype=torch.int64, device=q.device)
         routing_q = at_probes(pool_queries(q.float(), None, 0, start, router.query_pool))
-    return measure(attention, at_probes(q), store, lengths, routing_q=routing_q)
+    if target is None:
+        return measure(attention, at_probes(q), store, lengths, routing_q=routing_q)
+    return search_scaling_factor(attention, at_probes(q), store, lengths, target, routing_q)

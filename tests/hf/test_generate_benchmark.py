@@ -61,7 +61,8 @@ def test_a_case_that_fails_is_reported_and_the_others_go_on(
 def test_prompts_attend_to_choices_like_those_of_a_trained_model(tmp_path: Path) -> None:
     output = tmp_path / "generate.json"
     fixed = ["--config", str(CONFIG), "--tiny", "--prefill", "256", "--output", str(output)]
-    shape = ["--choices", "d11", "attention.chunk_size=64", "model.head_dim=16"]
+    shape = ["--choices", "d11_w2m16", "attention.chunk_size=64", "model.head_dim=16"]
+    shape += ["attention.local_chunks=2", "attention.query_pool=16"]
     subprocess.run(
         [sys.executable, "-m", "benchmarks.generate", *fixed, *shape],
         cwd=CONFIG.parents[1],
@@ -71,7 +72,7 @@ def test_prompts_attend_to_choices_like_those_of_a_trained_model(tmp_path: Path)
     dash, full = json.loads(output.read_text())["results"]
     assert (dash["what"], dash["kind"], full["kind"]) == ("prefill", "dash", "full")
     assert dash["prefill_tokens_per_second"] > 0
-    made = make_selected("d11", 2, 2, 256, 64, "cpu", seed=2)
+    made = make_selected("d11_w2m16", 2, 2, 256, 64, "cpu", seed=2)
     wanted = (made.sum(-1) + 1).double().mean().item() / 2.5
     assert dash["density"] == pytest.approx(wanted)
 
