@@ -6,6 +6,7 @@ bf16, heads of 64 and 128, chunks of 32 and 64, groups of 1 to 16 heads, 16K to 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dash_megatron.planning.choices import tile_tokens
@@ -13,6 +14,8 @@ from dash_megatron.planning.choices import tile_tokens
 RECOUNTED = 1.4
 """Time of scoring where lists are counted before they are written, over that where they have room for all: the last of the
 passes over the scores, 381 of about 1000 instructions, is made twice."""
+PAIRS_ABOVE = {"attend": {4: 6.0, 16: 5.2}, "queries": {4: 3.8, 16: 3.2}}
+"""By stage and query heads of a group: pairs are taken where tiles visit more than so many times what was selected."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class AttentionWork:
 
     def units(self, stage: str) -> dict[str, float]:
         """What a stage has to do: 10**6 rows, 10**9 chunks scored or listed, and 10**12 pairs of tokens."""
-        routes = stage in ("route", "router_backward")
+        routes = stage in ROUTER
         heads = self.heads
         if routes and self.pool_heads:
             # as few rows as a product takes
@@ -72,15 +75,20 @@ class AttentionWork:
 
     def tile_rows(self, stage: str) -> int:
         """Rows of a query tile as a stage sees it."""
-        if self.pool_heads and stage in ("route", "router_backward"):
+        if self.pool_heads and stage in ROUTER:
             return max(16, self.tile_tokens)
         return self.tile_tokens * self.group
 
-    @property
-    def keys_by_pair(self) -> bool:
-        """Whether gradients of keys and values are summed over selected pairs rather than over what tiles visit, as
-        `dash_megatron.ops.kernels.configs` decides in half precision."""
-        return self.head_dim <= 128 and (self.head_dim > 64 or self.chunk_size < 64)
+    def by_pair(self, stage: str) -> bool:
+        """Whether a stage (attend, queries or keys) goes over selected pairs rather than over what tiles visit, as the table
+        and the rule of `dash_megatron.ops.kernels.configs` decide in half precision on an H200."""
+        wide, small = 64 < self.head_dim <= 128, self.chunk_size < 64
+        if stage == "keys":
+            above = 1.5 if wide and small else 0.0 if wide or (small and self.head_dim <= 64) else math.inf
+        else:
+            timed = (self.head_dim, self.chunk_size) == (128, 64)
+            above = PAIRS_ABOVE[stage].get(self.group, math.inf) if timed else math.inf
+        return self.visited > above * self.selected
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,7 @@ class Rate:
     """Milliseconds whatever the work."""
     work: dict[str, float]
     """Milliseconds of each unit of work (`AttentionWork.units`), at heads of 128, chunks of 64 and tiles of 128 rows."""
-    head_dim: float
+    head_dim: float = 0.0
     """The time of work grows as this power of the head dim,"""
     chunk: float = 0.0
     """falls as this power of the chunk size,"""
@@ -112,8 +120,10 @@ RATES = {
     "route": Rate(
         0.077, {"rows": 0.296, "scored": 3.59, "listed": 4.44}, head_dim=0.53, chunk=0.25, tile=0.58
     ),
-    "attend": Rate(0.1, {"rows": 0.269, "visited": 926}, head_dim=0.64, chunk=0.31, tile=0.66),
-    "queries": Rate(0.11, {"rows": 0.554, "visited": 1620}, head_dim=1.14, chunk=0.37, tile=0.11),
+    "attend_by_tile": Rate(0.1, {"rows": 0.269, "visited": 926}, head_dim=0.64, chunk=0.31, tile=0.66),
+    "queries_by_tile": Rate(0.11, {"rows": 0.554, "visited": 1620}, head_dim=1.14, chunk=0.37, tile=0.11),
+    "attend_by_pair": Rate(0.0, {"sorted": 294, "selected": 4320}),
+    "queries_by_pair": Rate(0.0, {"sorted": 331, "selected": 4700}),
     "router_backward": Rate(
         0.064, {"rows": 0.347, "listed": 3.46, "visited": 88.7}, head_dim=0.83, chunk=0.69, tile=0.34
     ),
@@ -124,7 +134,10 @@ RATES = {
     "dense_forward": Rate(0.089, {"pairs": 848}, head_dim=0.63),
     "dense_backward": Rate(0.0014, {"pairs": 2450}, head_dim=0.70),
 }
-"""Stages of the kernels, with transposing or sorting in those of keys, and cuDNN's dense attention."""
+"""Stages of the kernels, with transposing, or sorting of pairs, in those that need it, and cuDNN's dense attention."""
+STAGES = ("route", "attend", "queries", "router_backward", "keys")
+ROUTER = ("route", "router_backward")
+"""Stages of the kernels, and those of them that score chunks."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +148,15 @@ class AttentionSeconds:
     backward: float
 
 
+def rate_of(stage: str, work: AttentionWork) -> str:
+    """Which of `RATES` one of `STAGES` runs at."""
+    return stage if stage in ROUTER else f"{stage}_by_{'pair' if work.by_pair(stage) else 'tile'}"
+
+
 def dash_stages(work: AttentionWork) -> dict[str, float]:
     """Milliseconds of every stage of DashAttention on one rank, in order; the first two are the forward."""
-    keys = "keys_by_pair" if work.keys_by_pair else "keys_by_tile"
-    stages = ("route", "attend", "queries", "router_backward", keys)
-    return {stage: RATES[stage].milliseconds(work, stage) for stage in stages}
+    rates = {stage: rate_of(stage, work) for stage in STAGES}
+    return {stage: RATES[rate].milliseconds(work, rate) for stage, rate in rates.items()}
 
 
 def dash_seconds(work: AttentionWork, routes: bool = True) -> AttentionSeconds:
@@ -150,7 +167,7 @@ def dash_seconds(work: AttentionWork, routes: bool = True) -> AttentionSeconds:
     """
     stages = dash_stages(work)
     if not routes:
-        stages |= {"route": 0.0, "router_backward": 0.0}
+        stages |= dict.fromkeys(ROUTER, 0.0)
     forward = stages["route"] + stages["attend"]
     return AttentionSeconds(forward / 1e3, (sum(stages.values()) - forward) / 1e3)
 

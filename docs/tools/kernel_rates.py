@@ -72,12 +72,14 @@ def fit(stage: str, rows: list[Row]) -> Rate:
     timed = [row for row in rows if stage in row.milliseconds]
     measured = np.log([row.milliseconds[stage] for row in timed])
     units = list(RATES[stage].work)
-    # powers without influence on the stage stay 0
+    # a launch or power that is 0 stays 0: the stage does not depend on it, or too few rows tell
+    launches = RATES[stage].launch > 0
     shapes = [shape for shape in SHAPES if getattr(RATES[stage], shape)]
 
     def rate(x: np.ndarray) -> Rate:
         numbers = iter(x)
-        launch, *per_unit = (float(np.exp(next(numbers))) for _ in range(1 + len(units)))
+        launch = float(np.exp(next(numbers))) if launches else 0.0
+        per_unit = [float(np.exp(next(numbers))) for _ in units]
         powers = {shape: float(next(numbers)) for shape in shapes}
         return replace(RATES[stage], launch=launch, work=dict(zip(units, per_unit, strict=True)), **powers)
 
@@ -87,7 +89,7 @@ def fit(stage: str, rows: list[Row]) -> Rate:
         # held loosely where the rows say nothing
         return np.concatenate([modelled - measured, 1e-3 * x])
 
-    return rate(least_squares(errors, np.zeros(1 + len(units) + len(shapes))).x)
+    return rate(least_squares(errors, np.zeros(launches + len(units) + len(shapes))).x)
 
 
 def main() -> None:
@@ -96,10 +98,10 @@ def main() -> None:
     for stage in RATES:
         fitted = fit(stage, rows)
         work = ", ".join(f'"{unit}": {float(f"{rate:.3g}"):g}' for unit, rate in fitted.work.items())
-        powers = ", ".join(
-            f"{shape}={getattr(fitted, shape):.2f}" for shape in SHAPES if getattr(fitted, shape)
+        powers = "".join(
+            f", {shape}={getattr(fitted, shape):.2f}" for shape in SHAPES if getattr(fitted, shape)
         )
-        print(f'    "{stage}": Rate({fitted.launch:.2g}, {{{work}}}, {powers}),')
+        print(f'    "{stage}": Rate({fitted.launch:.2g}, {{{work}}}{powers}),')
         for row in rows:
             if stage in row.milliseconds:
                 error = fitted.milliseconds(row.work, stage) / row.milliseconds[stage] - 1

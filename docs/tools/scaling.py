@@ -17,7 +17,7 @@ import torch
 from dash_megatron.config import Config, load_config
 from dash_megatron.planning.choices import Choices
 from dash_megatron.planning.coverage import coverage_of_topics
-from dash_megatron.planning.kernel_times import dash_seconds, dense_seconds
+from dash_megatron.planning.kernel_times import STAGES, dash_seconds, dense_seconds, rate_of
 from dash_megatron.planning.search import EXCHANGES, search
 from dash_megatron.planning.step_time import Routing, StepEstimate
 from dash_megatron.planning.table import COLUMNS, row
@@ -136,14 +136,14 @@ def kernel_table(_: Extent) -> str:
     rows, dense = [], {}
     for case in read_rows():
         times = case.milliseconds
-        keys = times.get("keys_by_pair" if case.work.keys_by_pair else "keys_by_tile")
-        if "attend" in times:
+        # of the way that the kernels take
+        measured = [times.get(rate_of(stage, case.work)) for stage in STAGES]
+        if any(times.get(f"attend_by_{way}") for way in ("tile", "pair")):
             modelled = dash_seconds(case.work)
             share = case.work.selected / case.work.pairs
             rows.append([case.name, case.routing, f"{share:.1%}", f"{case.ratio:.2f}"])
-            rows[-1] += _against(times["route"] + times["attend"], 1e3 * modelled.forward)
-            backward = None if keys is None else times["queries"] + times["router_backward"] + keys
-            rows[-1] += _against(backward, 1e3 * modelled.backward)
+            rows[-1] += _against(_total(measured[:2]), 1e3 * modelled.forward)
+            rows[-1] += _against(_total(measured[2:]), 1e3 * modelled.backward)
         if "dense_forward" in times:
             modelled = dense_seconds(case.work)
             # of cases that were timed with several routers, the last
@@ -160,6 +160,12 @@ def kernel_table(_: Extent) -> str:
     return markdown(
         [*columns, "fwd ms", "model", "error", "bwd ms", "model", "error"], [*rows, *dense.values()]
     )
+
+
+def _total(times: Sequence[float | None]) -> float | None:
+    """The sum, if all were measured."""
+    known = [time for time in times if time is not None]
+    return sum(known) if len(known) == len(times) else None
 
 
 def _against(measured: float | None, modelled: float, digits: int = 2) -> list[str]:

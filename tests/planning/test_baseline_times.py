@@ -32,7 +32,7 @@ def listed(chunks: int) -> tuple[float, float]:
     """Seconds of DashAttention's kernels without the router, by lists of so many chunks a token."""
     pairs = WORK.pairs * share_of_pairs(CHUNKS, chunks)
     stages = dash_stages(replace(WORK, selected=pairs, visited=pairs))
-    return stages["attend"] / 1e3, (stages["queries"] + stages["keys_by_pair"]) / 1e3
+    return stages["attend"] / 1e3, (stages["queries"] + stages["keys"]) / 1e3
 
 
 def run_of(kind: str, length: int = TOKENS, **keys: int) -> Config:
