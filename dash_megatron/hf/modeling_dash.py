@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -177,14 +177,6 @@ def log_prior(q: Tensor, summary: Tensor, chunk: Tensor, router: Router) -> Tens
     return log_p.masked_fill(~selected, -math.inf).masked_fill(always_BTc[:, None], 0)
 
 
-def _blocks(num_queries: int, num_columns: int, rows: int) -> Iterator[tuple[slice, int]]:
-    """Cut the queries into blocks: which they are, and how many columns they can see."""
-    size = max(1, min(128, MAX_BLOCK_SCORES // (rows * num_columns)))
-    for first in range(0, num_queries, size):
-        last = min(first + size, num_queries)
-        yield slice(first, last), num_columns - num_queries + last
-
-
 def _visible(columns: int, queries: range, start: Tensor) -> Tensor:
     """Which columns each query sees, bool [B, T, S]: its row's tokens up to itself; padding sees itself."""
     column_S = torch.arange(columns, device=start.device)
@@ -212,8 +204,11 @@ def dash_attention(
     q, routing_q = q * D**-0.5, routing_q * D**-0.5
     chunk_BS = ((torch.arange(S, device=q.device) - start[:, None]) // router.chunk_size).clamp_min(0)
     outputs, selections = [], []
-    for rows, seen in _blocks(T, S, B * H * G):
-        queries = range(S - T + rows.start, S - T + rows.stop)
+    size = max(1, min(128, MAX_BLOCK_SCORES // (B * H * G * S)))
+    for first in range(0, T, size):
+        rows = slice(first, min(first + size, T))
+        seen = S - T + rows.stop
+        queries = range(S - T + first, seen)
         q_BHGTD = q[:, :, :, rows]
         chunk_BT = chunk_BS[:, queries.start : queries.stop]
         bias_BHTc = log_prior(routing_q[:, :, :, rows], summary, chunk_BT, router)
@@ -345,19 +340,6 @@ def dash_layer(cache: Cache, index: int) -> Any:
     return ours
 
 
-class DashRMSNorm(nn.Module):
-    """Divide by the root mean square over the last dimension, then multiply by a weight."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., size] -> the same shape and dtype."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 @functools.cache
 def _kernels() -> Callable[..., Tensor | None] | None:
     """The package's attention to a prompt or a cache, where it can be imported."""
@@ -384,8 +366,8 @@ class DashSelfAttention(nn.Module):
         self.o_proj = nn.Linear(q_width, width, bias=False)
         self.q_norm = self.k_norm = None
         if getattr(config, "qk_norm", False):
-            self.q_norm = DashRMSNorm(self.head_dim, config.rms_norm_eps)
-            self.k_norm = DashRMSNorm(self.head_dim, config.rms_norm_eps)
+            self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
         self.is_full = index in getattr(config, "full_attention_layers", ())
         if not self.is_full:
             self.indexer_q = nn.Parameter(torch.zeros(self.kv_heads * self.head_dim))
@@ -529,8 +511,8 @@ class DashDecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = DashSelfAttention(config, index)
         self.mlp = LlamaMLP(config)
-        self.input_layernorm = DashRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = DashRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, *places: Any) -> Tensor:
         """x [B, T, hidden_size]; `places` as in `DashSelfAttention.forward`."""
@@ -591,7 +573,7 @@ class DashModel(DashPreTrainedModel):
         self.frequencies, self.attention_factor = rotary_frequencies(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DashDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = DashRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
     def rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
