@@ -222,7 +222,7 @@ def test_shapes_that_kernels_do_not_take_are_left_to_the_model_file(
     heads: int, dim: int, chunk_size: int, fits: bool
 ) -> None:
     q, k = torch.empty(1, heads, 1, dim), torch.empty(1, 1, 1, dim)
-    assert fast_cache._fits(q, k, chunk_size) == fits
+    assert fast_cache._kernels_take(q, k, chunk_size) == fits
 
 
 def test_kernels_generate_what_the_model_file_alone_does(
