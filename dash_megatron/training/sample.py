@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from dash_megatron.checkpoint.weights import load_weights, whole_model
 from dash_megatron.data.chat import ChatTemplate, template_of_run
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.layers import DashGPTModel
+
+_LEAST_TEMPERATURE = 1e-3
+"""Logits divided by less than this could leave float32."""
 
 
 def sample_from_run(
@@ -29,8 +33,8 @@ def sample_from_run(
         run_dir: the run's folder.
         prompt: any text; empty starts a document.
         max_new_tokens: stop after so many tokens, at the end of the document or of the turn, or at `data.seq_length`.
-        temperature: divides the logits; 0 takes the argmax.
-        seed: fixes the draw.
+        temperature: divides the logits, at least 0.001; 0 takes the argmax.
+        seed: fixes the draw; in [0, 2**63).
         step: which checkpoint; None: the newest.
         chat: `prompt` is what a user says, as the run's chat template renders it, and the text is the answer.
 
@@ -38,10 +42,14 @@ def sample_from_run(
         FileNotFoundError: the run has no such checkpoint.
         ValueError: an argument breaks a rule, or there is no chat template.
     """
-    if temperature < 0 or max_new_tokens < 1:
+    if temperature != 0 and not _LEAST_TEMPERATURE <= temperature < math.inf:
         raise ValueError(
-            f"temperature={temperature} must be at least 0 and max_new_tokens={max_new_tokens} at least 1"
+            f"temperature={temperature} must be 0, which takes the argmax, or at least {_LEAST_TEMPERATURE} and finite"
         )
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed} must lie in [0, 2**63); pick another")
     config, _, weights = load_weights(run_dir, step)
     tokenizer = Tokenizer(str(config.data.tokenizer))
     with whole_model(config, weights) as (model, _):

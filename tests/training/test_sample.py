@@ -53,7 +53,14 @@ def test_the_same_seed_draws_the_same_text(trained: str, capsys: pytest.CaptureF
     ("arguments", "message"),
     [
         (["--step", "7"], "no checkpoint of step 7"),
-        (["--temperature", "-1"], "temperature=-1.0 must be at least 0"),
+        (["--temperature", "-1"], "temperature=-1.0 must be 0, which takes the argmax, or at least 0.001"),
+        (["--temperature", "nan"], "temperature=nan must be 0, which takes the argmax, or at least 0.001"),
+        (
+            ["--temperature", "1e-40"],
+            "temperature=1e-40 must be 0, which takes the argmax, or at least 0.001",
+        ),
+        (["--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
+        (["--seed", "99999999999999999999"], "seed=99999999999999999999 must lie in [0, 2**63)"),
         (["--prompt", "long " * 200], "must have fewer than data.seq_length=128"),
     ],
 )
