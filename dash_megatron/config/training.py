@@ -68,7 +68,7 @@ class TrainingConfig(Section):
     """Sequences per forward pass of one process."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 keeps fp32 master weights and moments; fp32 is for small models and parity tests."""
-    seed: int = Field(default=1234, ge=0)
+    seed: int = Field(default=1234, ge=0, lt=2**32)
     """Seed of the initial weights, the data order and every random generator."""
     init_from: str | None = None
     """Weights that a new run starts from: another run's folder, whose newest checkpoint is loaded, or a folder that

@@ -77,6 +77,7 @@ def test_configs_cannot_be_changed(path: Path) -> None:
             "attention.scaling_factor lists 2 numbers and must list model.layers=4",
         ),
         ("attention.local_chunks=-1", "attention.local_chunks=-1"),
+        ("training.seed=4294967296", "training.seed=4294967296: Input should be less than 4294967296"),
         ("data.seq_length=99999999999999999999", "Input should be less than 2147483648"),
         ("attention.query_pool=0", "attention.query_pool=0"),
         ("attention.length_scaling=0.3", "attention.length_scaling=0.3 was taken out"),
