@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -59,8 +60,10 @@ class Hardware:
         """Nodes of 8 such GPUs, whose compute, memory and NVLink are to an H200's as data sheets say.
 
         Raises:
-            ValueError: the GPU is not known.
+            ValueError: the GPU is not known, or it has no memory.
         """
+        if memory_gib is not None and not 0 < memory_gib < math.inf:
+            raise ValueError(f"memory_gib={memory_gib} must be a number above 0")
         if gpu not in GPUS:
             raise ValueError(
                 f"--gpu {gpu} must be one of {', '.join(GPUS)}; take the nearest, and --profile a short run on yours"

@@ -7,6 +7,7 @@ ZeRO-3's, which DeepSpeed overlaps by default. Every other transfer is waited fo
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from dash_megatron.config import Config
@@ -88,8 +89,8 @@ class Routing:
             if not (0 < value <= 1 or (zero and value == 0)):
                 least = "at least" if zero else "above"
                 raise ValueError(f"{name}={value} must be {least} 0 and at most 1, such as 0.1 for 10%")
-        if self.imbalance < 1:
-            raise ValueError(f"imbalance={self.imbalance} must be at least 1")
+        if not 1 <= self.imbalance < math.inf:
+            raise ValueError(f"imbalance={self.imbalance} must be a number of at least 1")
         check_choices(self.choices)
 
 

@@ -68,6 +68,9 @@ def test_json_holds_memory_bytes_time_and_the_bound(capsys: pytest.CaptureFixtur
     [
         (["--gpus", "64", "--density", "0"], "density=0.0 must be above 0"),
         (["--gpus", "64", "--price", "-1"], "price=-1.0 must be a number of at least 0"),
+        (["--gpus", "64", "--imbalance", "nan"], "imbalance=nan must be a number of at least 1"),
+        (["--gpus", "64", "--memory-gib", "nan"], "memory_gib=nan must be a number above 0"),
+        (["--gpus", "64", "--memory-gib", "-80"], "memory_gib=-80.0 must be a number above 0"),
         (["--gpus", "64", "--gpu", "T4"], "--gpu T4 must be one of B200, H200"),
         (["--gpus", "64", "--profile", "nowhere"], "nowhere must be the folder of a run"),
         (["--gpus", "0"], "gpus=0 must be at least 1"),
