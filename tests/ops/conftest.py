@@ -3,12 +3,15 @@
 import pytest
 import torch
 
+from tests.ops.checked_addresses import check_addresses
+
 
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What nobody writes is NaN, or an integer that points nowhere; without a GPU, kernels are interpreted."""
+    """What nobody writes is NaN, or an integer that points nowhere; without a GPU, kernels are interpreted and keep to their tensors."""
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+        check_addresses(monkeypatch)
     empty, empty_like = torch.empty, torch.empty_like
 
     def poison(x: torch.Tensor) -> torch.Tensor:
