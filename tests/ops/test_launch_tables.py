@@ -76,3 +76,12 @@ def test_without_hopper_its_stages_follow_the_rule_and_others_the_table(on_h200)
     assert {plain.attend.kernel, plain.keys.kernel} == {PLAIN}
     assert (plain.attend, plain.keys) == (by_rule.attend, by_rule.keys)
     assert (plain.route, plain.router, plain.queries) == (measured.route, measured.router, measured.queries)
+
+
+def test_products_over_pairs_have_the_rows_of_a_warpgroup(on_h200):
+    """Rows of a product are a program's keys, or a step's query rows where keys are fewer: below 64 tensor cores of Hopper idle."""
+    for head_dim in (16, 64, 80, 128):
+        for chunk_size in (16, 32, 64, 128):
+            for group in (1, 4, 7, 32):
+                config = configs.find_launches(on_h200, torch.bfloat16, head_dim, chunk_size, group).pairs
+                assert max(config.keys, config.block) >= 64
