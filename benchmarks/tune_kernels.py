@@ -130,7 +130,9 @@ def try_time(stages: Stages, stage: str, launches: Launches) -> float:
         triton.compiler.errors.CompilationError,
         RuntimeError,
     ) as error:
-        if "CUDA error" in str(error):
+        # after an illegal access, of which torch and Triton tell in their own words, nothing else runs in this process
+        if "CUDA error" in str(error) or "illegal" in str(error):
+            error.add_note(f"{stage}: {list(getattr(launches, stage))}")
             raise
         return float("inf")
 

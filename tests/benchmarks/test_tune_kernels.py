@@ -1,0 +1,38 @@
+"""A sweep over launch configurations ends at the first illegal access, and says which configuration made it."""
+
+import importlib
+
+import pytest
+import torch
+
+from tests.ops.kernels_under_test import import_kernels
+
+(configs,) = import_kernels("configs")
+# after the kernels, so that these are interpreted where there is no GPU
+tune_kernels = importlib.import_module("benchmarks.tune_kernels")
+
+
+class Broken:
+    """Stages of which one always fails."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def backward_keys(self) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "told", ["CUDA error: an illegal memory access", "Triton Error [CUDA]: an illegal memory access"]
+)
+def test_an_illegal_access_is_raised_with_its_configuration(told):
+    launches = configs.find_launches(torch.device("cpu"), torch.bfloat16, 128, 32, 4)
+    with pytest.raises(RuntimeError, match="illegal") as raised:
+        tune_kernels.try_time(Broken(RuntimeError(told)), "pairs", launches)
+    assert raised.value.__notes__ == [f"pairs: {list(launches.pairs)}"]
+
+
+def test_a_configuration_that_does_not_fit_takes_for_ever():
+    launches = configs.find_launches(torch.device("cpu"), torch.bfloat16, 128, 32, 4)
+    error = RuntimeError("too many resources requested for launch")
+    assert tune_kernels.try_time(Broken(error), "pairs", launches) == float("inf")
