@@ -224,11 +224,11 @@ class DashCoreAttention(CoreAttention):
             first = self.context_group.rank * k.shape[2]
             heads = slice(first, first + k.shape[2])
             summary_query, router = summary_query[heads], router.of_heads(heads)
-        cu_seqlens = None if packed is None else packed.cu_seqlens_q
+        cu_seqlens, longest = (None, None) if packed is None else (packed.cu_seqlens_q, packed.max_seqlen_q)
         if self.observer is not None:
             self.observer(q, k, summary_query, cu_seqlens)
         out, routing = attention_and_routing(
-            q, k, v, summary_query, router, cu_seqlens, self.attention.backend
+            q, k, v, summary_query, router, cu_seqlens, self.attention.backend, longest
         )
         self.routing = RoutingMeans.of(routing)
         return out

@@ -5,7 +5,13 @@ from typing import Literal, overload
 from torch import Tensor
 
 from dash_megatron.ops.backend import pick_backend
-from dash_megatron.ops.checks import check_cu_seqlens, check_flag, check_router, check_tensors
+from dash_megatron.ops.checks import (
+    check_cu_seqlens,
+    check_flag,
+    check_max_seqlen,
+    check_router,
+    check_tensors,
+)
 from dash_megatron.ops.chunk_grid import routing_of
 from dash_megatron.ops.sequence_reference import dash_attention_reference
 from dash_megatron.ops.types import Router, Routing
@@ -28,6 +34,7 @@ def dash_attention(
     local_chunks: int = ...,
     query_pool: int = ...,
     pool_heads: bool = ...,
+    max_seqlen: int | None = ...,
 ) -> Tensor: ...
 
 
@@ -49,6 +56,7 @@ def dash_attention(
     local_chunks: int = ...,
     query_pool: int = ...,
     pool_heads: bool = ...,
+    max_seqlen: int | None = ...,
 ) -> tuple[Tensor, Routing]: ...
 
 
@@ -68,6 +76,7 @@ def dash_attention(
     local_chunks: int = 0,
     query_pool: int = 1,
     pool_heads: bool = False,
+    max_seqlen: int | None = None,
 ) -> Tensor | tuple[Tensor, Routing]:
     """Causal attention to the chunks that a differentiable, adaptive router selects (arXiv 2605.18753).
 
@@ -100,6 +109,8 @@ def dash_attention(
         query_pool: the router sees the mean of so many queries: of the token and of those just before it in its document.
             From 1 (the own query alone) to 128. Sums are in float32 or better and rounded to q's dtype.
         pool_heads: the router sees the mean of the queries of a group of heads, and takes one entmax for all of them.
+        max_seqlen: tokens of the longest packed document, or a bound on them. The Triton kernels keep room for so many, and
+            for documents as long as all tokens without it. Checked on CPU; a GPU stops the process where it is too small.
 
     Returns:
         Output [B, N, Hq, D] in q's dtype, accumulated in float32 or better; with `return_routing`, also a `Routing`.
@@ -110,7 +121,7 @@ def dash_attention(
     constants = sigma, estimate_diagonal, alpha, local_chunks, query_pool, pool_heads
     router = Router(chunk_size, scaling_factor, *constants)
     check_flag("return_routing", return_routing)
-    out, chunks_selected = _attend(q, k, v, summary_query, router, cu_seqlens, backend)
+    out, chunks_selected = _attend(q, k, v, summary_query, router, cu_seqlens, backend, max_seqlen)
     return (out, routing_of(chunks_selected, chunk_size, cu_seqlens)) if return_routing else out
 
 
@@ -122,9 +133,10 @@ def attention_and_routing(
     router: Router,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Routing]:
     """What `dash_attention` returns with `return_routing`, for a router that is one value."""
-    out, chunks_selected = _attend(q, k, v, summary_query, router, cu_seqlens, backend)
+    out, chunks_selected = _attend(q, k, v, summary_query, router, cu_seqlens, backend, max_seqlen)
     return out, routing_of(chunks_selected, router.chunk_size, cu_seqlens)
 
 
@@ -136,13 +148,15 @@ def _attend(
     router: Router,
     cu_seqlens: Tensor | None,
     backend: str,
+    max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, N, Hq, D] and chunks selected, int32 [B, N, Hkv]."""
     check_tensors(q, k, v, summary_query)
     check_router(router, k.shape[2], q.device)
     check_cu_seqlens(cu_seqlens, q)
+    check_max_seqlen(max_seqlen, cu_seqlens)
     if pick_backend(backend, q, router.chunk_size) == "triton":
         from dash_megatron.ops.kernels.dash import dash_attention_triton
 
-        return dash_attention_triton(q, k, v, summary_query, router, cu_seqlens)
+        return dash_attention_triton(q, k, v, summary_query, router, cu_seqlens, max_seqlen=max_seqlen)
     return dash_attention_reference(q, k, v, summary_query, router, cu_seqlens)

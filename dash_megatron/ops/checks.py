@@ -196,6 +196,21 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, q: Tensor) -> None:
         )
 
 
+def check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor | None) -> None:
+    """Raise ValueError unless `max_seqlen` is None or bounds the documents of `cu_seqlens`, whose values are read on CPU only."""
+    if max_seqlen is None:
+        return
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int) or max_seqlen < 1:
+        raise ValueError(f"max_seqlen={max_seqlen!r} must be an int of at least 1, or None")
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+        longest = int(cu_seqlens.diff().max())
+        if longest > max_seqlen:
+            raise ValueError(
+                f"max_seqlen={max_seqlen} must be at least the {longest} tokens of the longest document in cu_seqlens; "
+                "pass that, or None"
+            )
+
+
 def check_decode_query(q: Tensor, k: Tensor, batch: int) -> None:
     """Raise ValueError unless q is [batch, Hq, D], of the dtype and on the device of a cache's k [pages, page, Hkv, D]."""
     Hkv, D = k.shape[2:]

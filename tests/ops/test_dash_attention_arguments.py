@@ -144,3 +144,19 @@ def test_the_folder_of_compiled_kernels_is_tritons_own_and_stays(monkeypatch):
     assert keep_triton_cache() == "elsewhere"
     monkeypatch.delenv("TRITON_CACHE_DIR")
     assert keep_triton_cache() == home == knobs.cache.dir
+
+
+@pytest.mark.parametrize(
+    ("max_seqlen", "message"),
+    [
+        (0, "max_seqlen=0 must be an int of at least 1"),
+        (5.0, r"max_seqlen=5\.0 must be an int of at least 1"),
+        (4, "max_seqlen=4 must be at least the 5 tokens of the longest document in cu_seqlens"),
+    ],
+)
+def test_a_bound_on_documents_must_hold(max_seqlen, message):
+    inputs = torch.randn(1, 8, 4, 8), *torch.randn(2, 1, 8, 2, 8), torch.randn(2, 8)
+    packed = {"chunk_size": 4, "cu_seqlens": torch.tensor([0, 5, 8], dtype=torch.int32)}
+    with pytest.raises(ValueError, match=message):
+        dash_attention(*inputs, **packed, max_seqlen=max_seqlen)
+    assert torch.equal(dash_attention(*inputs, **packed), dash_attention(*inputs, **packed, max_seqlen=5))

@@ -1,5 +1,7 @@
 """The Triton kernels against the float64 reference: on CPU tensors under Triton's interpreter, on a GPU at real sizes."""
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -292,6 +294,39 @@ def test_changing_future_tokens_leaves_past_outputs_alone():
     assert not torch.equal(out[:, 37:], out_late[:, 37:])
 
 
+def test_lists_have_room_for_documents_of_max_seqlen_and_no_more():
+    lengths = (30, 16, 1, 32, 31, 2)
+    leaves, upstream = _inputs(sum(lengths))
+    packed = {"cu_seqlens": _cu_seqlens(*lengths), "deterministic": True}
+    wide = _run(dash.dash_attention_triton, leaves, upstream, **packed)
+    tight = _run(dash.dash_attention_triton, leaves, upstream, **packed, max_seqlen=32)
+    assert all(torch.equal(x, y) for x, y in zip((wide[0], *wide[1]), (tight[0], *tight[1]), strict=True))
+    if not CUDA:  # there the process would end
+        packed["cu_seqlens"] = _cu_seqlens(sum(lengths) - 2, 2)
+        with pytest.raises(RuntimeError, match="a document of cu_seqlens is longer than max_seqlen"):
+            _run(dash.dash_attention_triton, leaves, upstream, **packed, max_seqlen=16)
+
+
+@pytest.mark.parametrize("C", [16, 64])
+def test_no_documents_need_more_room_than_is_measured(C):
+    generator = random.Random(C)
+    for _ in range(300):
+        longest = generator.randint(1, 6 * C)
+        lengths = [
+            generator.choice([longest, generator.randint(1, longest)]) for _ in range(generator.randint(1, 9))
+        ]
+        chunks = [-(-length // C) for length in lengths]
+        q = torch.empty(1, sum(lengths), 4, 16, device="meta")
+        sizes = geometry.measure(q, q[:, :, :2], C, len(lengths), 32, longest)
+        tiles = 2 * (C // sizes.tile_tokens)
+        assert sizes.list_bound >= tiles * sum(c * (c - 1) // 2 for c in chunks)
+        assert sizes.list_bound <= geometry.measure(q, q[:, :, :2], C, len(lengths), 32).list_bound
+    # 64 rows of 1K tokens are no row of 64K
+    rows = torch.empty(1, 2**16, 4, 16, device="meta")
+    bounds = [geometry.measure(rows, rows, C, 64, 32, x).list_bound for x in (1024, None)]
+    assert bounds[0] < bounds[1] / 50
+
+
 @pytest.mark.parametrize("router", [{}, LOCAL], ids=["routed", "local and pooled"])
 def test_lists_that_are_counted_first_give_the_same_bits(router, monkeypatch):
     leaves, upstream = _inputs(1003 if CUDA else 50, Hq=6)
@@ -387,7 +422,8 @@ def test_the_op_passes_torchs_own_checks(bounded, learned, monkeypatch):
     leaves, _ = _inputs(40)
     scaling = torch.tensor([1.0, 2.0], device=DEVICE, requires_grad=True) if learned else None
     options = (1, 16, True) if learned else (0, 1, False)
-    arguments = (*leaves, scaling, None, 16, 3.0, 2.0, True, 1.5, *options, True)
+    packed = (_cu_seqlens(30, 10), 30) if learned else (None, None)
+    arguments = (*leaves, scaling, *packed, 16, 3.0, 2.0, True, 1.5, *options, True)
     torch.library.opcheck(
         dash._forward, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
     )

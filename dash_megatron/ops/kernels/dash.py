@@ -43,10 +43,12 @@ class Saved(NamedTuple):
     chunks: Tensor
 
 
-def _prepare(q: Tensor, k: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -> tuple[Launches, Sizes]:
+def _prepare(
+    q: Tensor, k: Tensor, chunk_size: int, cu_seqlens: Tensor | None, max_seqlen: int | None = None
+) -> tuple[Launches, Sizes]:
     launches = find_launches(q.device, q.dtype, q.shape[3], chunk_size, q.shape[2] // k.shape[2])
     documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return launches, measure(q, k, chunk_size, documents, launches.tile_rows)
+    return launches, measure(q, k, chunk_size, documents, launches.tile_rows, max_seqlen)
 
 
 def _one_row(x: Tensor) -> Tensor:
@@ -79,6 +81,7 @@ def _forward(
     w: Tensor,
     head_scaling: Tensor | None,
     cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
     chunk_size: int,
     scaling_factor: float,
     sigma: float,
@@ -89,7 +92,7 @@ def _forward(
     pool_heads: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    launches, sizes = _prepare(q, k, chunk_size, cu_seqlens)
+    launches, sizes = _prepare(q, k, chunk_size, cu_seqlens, max_seqlen)
     constants = sigma, estimate_diagonal, alpha, local_chunks, query_pool, pool_heads
     router = Router(chunk_size, scaling_factor, *constants)
     chunks, offsets = chunk_layout(sizes, q.shape[0], cu_seqlens, q.device)
@@ -116,10 +119,10 @@ def _forward(
 
 @_forward.register_fake
 def _forward_fake(
-    q, k, v, w, head_scaling, cu_seqlens, chunk_size, scaling_factor, sigma, estimate_diagonal, alpha,
+    q, k, v, w, head_scaling, cu_seqlens, max_seqlen, chunk_size, scaling_factor, sigma, estimate_diagonal, alpha,
     local_chunks, query_pool, pool_heads, deterministic,
 ):  # fmt: skip
-    _, sizes = _prepare(q, k, chunk_size, cu_seqlens)
+    _, sizes = _prepare(q, k, chunk_size, cu_seqlens, max_seqlen)
     B, N, Hq, D = q.shape
     Hkv, T = k.shape[2], sizes.tile_tokens
     room = sizes.list_bound if sizes.lists_are_bounded else torch.library.get_ctx().new_dynamic_size()
@@ -223,7 +226,7 @@ def _backward_fake(d_out, q, k, v, w, head_scaling, *_):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, w, head_scaling, cu_seqlens, *ctx.settings = inputs
+    q, k, v, w, head_scaling, cu_seqlens, _, *ctx.settings = inputs
     out, selected, *saved = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(selected, *saved)
@@ -233,10 +236,10 @@ def _setup_context(ctx, inputs, output) -> None:
 def _autograd_backward(ctx, d_out, *_):
     num_settings = len(ctx.settings)
     if d_out is None:
-        return (None,) * (6 + num_settings)
+        return (None,) * (7 + num_settings)
     saved = ctx.saved_tensors
     *gradients, d_scaling = _backward(d_out, *saved, *ctx.settings)
-    return *gradients, None if saved[4] is None else d_scaling, None, *(None,) * num_settings
+    return *gradients, None if saved[4] is None else d_scaling, None, None, *(None,) * num_settings
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -250,6 +253,7 @@ def dash_attention_triton(
     router: Router,
     cu_seqlens: Tensor | None,
     deterministic: bool | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to the chunks an entmax router selects, with its log probabilities as a prior (arXiv 2605.18753).
 
@@ -265,6 +269,7 @@ def dash_attention_triton(
         cu_seqlens: [documents + 1] (then B == 1), or None for one document per batch row.
         deterministic: gradients are the same to the last bit in every run, at some cost in time; None asks
             `torch.are_deterministic_algorithms_enabled`.
+        max_seqlen: tokens of the longest packed document, or a bound on them; None: all tokens. Lists get room for no more.
 
     Returns:
         Output [B, N, Hq, D] in q's dtype, and the number of chunks selected, the own one included, int32 [B, N, Hkv].
@@ -273,5 +278,7 @@ def dash_attention_triton(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     head_scaling, numbers = router.split()
-    out, selected, *_ = _forward(q, k, v, summary_query, head_scaling, cu_seqlens, *numbers, deterministic)
+    out, selected, *_ = _forward(
+        q, k, v, summary_query, head_scaling, cu_seqlens, max_seqlen, *numbers, deterministic
+    )
     return out, selected

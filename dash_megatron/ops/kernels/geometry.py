@@ -118,15 +118,23 @@ def check_supported(q: Tensor, num_kv_heads: int) -> None:
         )
 
 
-def measure(q: Tensor, k: Tensor, chunk_size: int, num_documents: int | None, tile_rows: int) -> Sizes:
-    """Derive all sizes from the shapes of q [B, N, Hq, D] and k [B, N, Hkv, D]; `num_documents` is None if unpacked."""
+def measure(
+    q: Tensor, k: Tensor, chunk_size: int, num_documents: int | None, tile_rows: int, max_seqlen: int | None = None
+) -> Sizes:  # fmt: skip
+    """Derive all sizes from the shapes of q [B, N, Hq, D] and k [B, N, Hkv, D].
+
+    `num_documents` is None if unpacked; else no document is longer than `max_seqlen` tokens, None: than all of them.
+    """
     B, N, _, _ = q.shape
     chunks_of_row = -(-N // chunk_size)
     if num_documents is None:
         num_chunks, pairs = B * chunks_of_row, B * chunks_of_row * (chunks_of_row - 1) // 2
     else:
-        # documents that end inside a chunk open at most one chunk more each, and pairs only get fewer
-        num_chunks, pairs = N // chunk_size + num_documents, chunks_of_row * (chunks_of_row + 1) // 2
+        # Documents that end inside a chunk open at most one chunk more each. One of n tokens has fewer than n / C + 1 chunks,
+        # so at most n / C * (n / C + 1) / 2 pairs. A power of two keeps room the same while batches differ.
+        longest = N if max_seqlen is None else min(N, next_power_of_two(max_seqlen))
+        pairs = -(-N * (longest + chunk_size) // (2 * chunk_size**2))
+        num_chunks = N // chunk_size + num_documents
     return size_tiles(B * N, q.shape[2:], k.shape[2], chunk_size, num_chunks, pairs, tile_rows)
 
 
@@ -188,7 +196,12 @@ def _make_chunk_layout(
     sizes: Sizes, batch: int, cu_seqlens: Tensor | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     chunks = chunk_table(sizes, batch, cu_seqlens, device)
-    return chunks, bounded_offsets(sizes, chunks)
+    offsets = bounded_offsets(sizes, chunks)
+    if cu_seqlens is not None and sizes.lists_are_bounded:
+        # the last tile is of the last chunk; without this, kernels would write beyond the lists
+        fits = offsets[-1] + (len(chunks[2]) - 1 - chunks[2, -1]) <= sizes.list_bound
+        torch._assert_async(fits, "a document of cu_seqlens is longer than max_seqlen")
+    return chunks, offsets
 
 
 @lru_cache(maxsize=32)
