@@ -84,13 +84,15 @@ def _state_bytes(config: Config, layout: Layout, parameters: float) -> dict[str,
 
 
 def _list_entries(config: Config, layout: Layout) -> tuple[float, float, int]:
-    """Entries of one rank's routing lists if every past chunk were listed: where the rows of a micro-batch, which are
-    concatenated, count as one, and of each row's own chunks; and the tokens of a tile."""
+    """Entries of one rank's routing lists for which the kernels make room, where that is for every past chunk, and those
+    that there are; and the tokens of a tile."""
     model, chunk, rows = config.model, config.attention.chunk_size, config.training.micro_batch
     chunks = config.data.seq_length / chunk
+    # the rows of a micro-batch are one packed row, of documents as long as the next power of two
+    longest = min(rows * config.data.seq_length, 1 << (config.data.seq_length - 1).bit_length()) / chunk
     tile = tile_tokens(model.heads // model.kv_heads, chunk)
     tiles = model.kv_heads / layout.tensor * (chunk / tile) / layout.context
-    return rows * chunks * (rows * chunks + 1) / 2 * tiles, rows * chunks * (chunks + 1) / 2 * tiles, tile
+    return rows * chunks * (longest + 1) / 2 * tiles, rows * chunks * (chunks + 1) / 2 * tiles, tile
 
 
 def lists_are_counted(config: Config, layout: Layout) -> bool:
@@ -103,8 +105,7 @@ def list_bytes(config: Config, layout: Layout, listed: float) -> tuple[float, fl
     """Routing lists of one layer call on one rank: bytes in the forward, and what the backward adds.
 
     An entry is a chunk number and a log prior per token of its tile; the backward adds the prior's gradient and the
-    transposed lists. Where every past chunk of a micro-batch's rows, which are concatenated, fits into 2 GiB,
-    room is made for all, else for the share `listed`.
+    transposed lists. Where every past chunk fits into 2 GiB, room is made for all, else for the share `listed`.
     """
     entries, own, tile = _list_entries(config, layout)
     # lists of a fixed length are as long as they are

@@ -138,15 +138,36 @@ def test_the_measured_peaks_of_1b_steps_are_met_within_10_percent(
     ],
 )
 def test_the_measured_peaks_of_studies_without_recomputation_are_met_within_10_percent(
-    study: str, run: str, peak_gib: float
+    study: str, run: str, peak_gib: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # torch's own allocations: `gpu_memory_gib` in the summaries of docs/results/quality
+    # Torch's own allocations: `gpu_memory_gib` in the summaries of docs/results/quality. Then lists had room for documents
+    # as long as the micro-batch.
+    def of_one_row(config: Config, layout: Layout, listed: float) -> tuple[float, float]:
+        rows = config.training.micro_batch
+        data = config.data.model_copy(update={"seq_length": rows * config.data.seq_length})
+        training = config.training.model_copy(update={"micro_batch": 1})
+        return list_bytes(
+            config.model_copy(update={"data": data, "training": training}), layout, listed / rows
+        )
+
+    if "dash" in run:
+        monkeypatch.setattr(memory, "list_bytes", of_one_row)
     runs = {run.name: run for run in expand(load_study(ROOT / f"{study}.yaml"))}
     use = memory_use(
         runs[run].config, replace(ALONE, recompute="none"), 16384, Hardware(reserved_gib=0),
         listed=0.12 if "v2" in run or "nsa" in run else 1.0,
     )  # fmt: skip
     assert use.total / 2**30 == pytest.approx(peak_gib, rel=0.1)
+
+
+def test_rows_of_a_micro_batch_add_their_lists_and_no_pairs_between_them() -> None:
+    four = load_config(
+        ROOT / "configs" / "60m_16k.yaml", ["training.micro_batch=4", "training.global_batch=4"]
+    )
+    one = load_config(
+        ROOT / "configs" / "60m_16k.yaml", ["training.micro_batch=1", "training.global_batch=4"]
+    )
+    assert list_bytes(four, ALONE, 1.0) == tuple(4 * x for x in list_bytes(one, ALONE, 1.0))
 
 
 def test_lists_have_room_for_all_chunks_until_2_gib_and_for_the_listed_ones_above() -> None:
