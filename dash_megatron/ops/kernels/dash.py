@@ -66,11 +66,23 @@ def _pooled(
     rows_q: Tensor, batch: int, Hkv: int, router: Router, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The router's queries, of key/value heads with `pool_heads`, and the positions of means over tokens; None where of one."""
-    position = None
+    # means over heads first: they leave less to pool
+    rows_q, position = router.group_means(rows_q, Hkv), None
     if router.query_pool > 1:
         position = positions(len(rows_q) // batch, batch, cu_seqlens, rows_q.device)
         rows_q = pool_rows(rows_q, position, router.query_pool)
-    return router.group_means(rows_q, Hkv), position
+    return rows_q, position
+
+
+def _add_router_gradient(dq: Tensor, router_dq: Tensor, position: Tensor | None, router: Router) -> Tensor:
+    """Of the queries [rows, Hq, D], from those of attention and of what `_pooled` made for the router."""
+    if position is not None:
+        base = None if router.pool_heads else dq
+        router_dq = pool_rows(router_dq, position, router.query_pool, transposed=True, base=base)
+    if not router.pool_heads:
+        return router_dq
+    groups = dq.unflatten(1, (router_dq.shape[1], -1))
+    return groups.add(router_dq[:, :, None], alpha=1 / groups.shape[2]).flatten(1, 2)
 
 
 @torch.library.custom_op("dash_megatron::dash_forward", mutates_args=())
@@ -196,11 +208,7 @@ def _backward(
         head_scaling,
     )  # fmt: skip
     if routing_q is not rows_q:
-        router_dq = router.group_means_backward(router_dq, q.shape[2])
-        if position is None:
-            dq = dq + router_dq
-        else:
-            dq = pool_rows(router_dq, position, router.query_pool, transposed=True, base=dq)
+        dq = _add_router_gradient(dq, router_dq, position, router)
     if deterministic and (routing_q is not rows_q or router.local_chunks):
         # the pass to keys and values knows one kind of queries only, and not which chunks are local
         d_summary = sum_d_summary(
