@@ -84,7 +84,7 @@ class AttentionWork:
         and the rule of `dash_megatron.ops.kernels.configs` decide in half precision on an H200."""
         wide, small = 64 < self.head_dim <= 128, self.chunk_size < 64
         if stage == "keys":
-            above = 1.5 if wide and small else 0.0 if wide or (small and self.head_dim <= 64) else math.inf
+            above = 0.0 if (wide and not small) or (small and self.head_dim <= 64) else math.inf
         else:
             timed = (self.head_dim, self.chunk_size) == (128, 64)
             above = PAIRS_ABOVE[stage].get(self.group, math.inf) if timed else math.inf

@@ -141,13 +141,9 @@ def _rule(itemsize: int, head_dim: int, chunk_size: int, group: int, shared_byte
     pairs_stages = stages_that_fit(3, 2 * pair_keys * row_bytes, 2 * pair_rows * row_bytes, shared_bytes // 2)
     slab_rows = max(16, padded_group, 64)
     slab_stages = stages_that_fit(2, 2 * chunk_size * row_bytes, 2 * slab_rows * row_bytes, shared_bytes // 2)
-    # measured on an H200: pairs cost less however alike tokens select, but for heads of 64 with chunks of 64, and less than
-    # tiles that list 1.5 times what was selected for wider heads with smaller chunks
-    pairs_above = (
-        0.0 if itemsize == 2 and head_dim <= 128 and (head_dim > 64 or chunk_size < 64) else math.inf
-    )
-    if pairs_above == 0 and head_dim > 64 and chunk_size < 64:
-        pairs_above = 1.5
+    # Measured on an H200: pairs cost less however alike tokens select, but for heads of 64 with chunks of 64. For wider heads
+    # with smaller chunks they cost more where trained routers select, and a sweep ended in an illegal access there.
+    by_pairs = itemsize == 2 and (chunk_size < 64 if head_dim <= 64 else head_dim <= 128 and chunk_size >= 64)
     return {
         "tile_rows": tile_rows,
         "route": {"num_warps": warps, "num_stages": route_stages, "block": block},
@@ -165,7 +161,7 @@ def _rule(itemsize: int, head_dim: int, chunk_size: int, group: int, shared_byte
         "attend_pairs": {"num_warps": 4, "num_stages": slab_stages, "block": slab_rows, "keys": chunk_size},
         "query_pairs": {"num_warps": 4, "num_stages": slab_stages, "block": slab_rows, "keys": chunk_size},
         "parts_per_multiprocessor": 2,
-        "pairs_above": pairs_above,
+        "pairs_above": 0.0 if by_pairs else math.inf,
         "attend_pairs_above": math.inf,
         "query_pairs_above": math.inf,
     }
