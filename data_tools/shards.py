@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from dash_megatron.data.index_file import check_bin_size, read_index, read_lengths, token_dtype, write_index
-from dash_megatron.data.sidecar import Sidecar, answers_path, make_sidecar, sidecar_path
+from dash_megatron.data.sidecar import Sidecar, answers_path, describe, sidecar_path
 from data_tools.atomic import TEMPORARY_SUFFIX, atomic_write, remove_files, sync_and_rename
 from data_tools.documents import Document
 from data_tools.encoding import Encoder, Tokens
@@ -176,7 +176,7 @@ def tokenize_unit(
     Args:
         unit: what to read.
         folder: where the shards are.
-        encode: of the tokenizer and chat template that `options` make_sidecar.
+        encode: of the tokenizer and chat template that `options` describe.
         options: see `Options`.
         max_bad_lines: with more than these the shard is given up and not saved.
 
@@ -255,7 +255,7 @@ def merge_split(
     """Concatenate the shards of a split into OUTPUT/SPLIT.bin and the files beside it, and write the sidecar.
 
     The old sidecar goes first and the new one comes last: at no moment does a sidecar stand beside data it
-    does not make_sidecar. It keeps the chat template where that `rendered` any document.
+    does not describe. It keeps the chat template where that `rendered` any document.
     """
     prefix = output / split
     paths = {suffix: Path(f"{prefix}{suffix}") for suffix in options.suffixes}
@@ -274,7 +274,7 @@ def merge_split(
     answers_path(prefix).unlink(missing_ok=True)
     for suffix, path in paths.items():
         sync_and_rename(temporary[suffix], path)
-    sidecar = make_sidecar(
+    sidecar = describe(
         prefix,
         tokenizer_fingerprint=options.fingerprint,
         vocab_size=options.vocab_size,

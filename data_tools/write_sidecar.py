@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dash_megatron.data.sidecar import Sidecar, make_sidecar, sidecar_path
+from dash_megatron.data.sidecar import Sidecar, describe, sidecar_path
 from dash_megatron.data.tokenizer import Tokenizer
 from data_tools.arguments import make_parser, run
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _describe(options: argparse.Namespace) -> str:
     tokenizer = Tokenizer(options.tokenizer)
-    sidecar = make_sidecar(
+    sidecar = describe(
         options.prefix,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,

@@ -114,7 +114,7 @@ def check_data(prefix: str, tokenizer: Tokenizer, seq_length: int) -> Sidecar:
         f"{prefix}.bin"
     ):
         raise ValueError(
-            f"{prefix}.idx.json must make_sidecar the files beside it, but {prefix}.bin or .idx was replaced "
+            f"{prefix}.idx.json must describe the files beside it, but {prefix}.bin or .idx was replaced "
             f"since; make it anew with `python -m data_tools.write_sidecar --prefix {prefix} --tokenizer "
             f"{tokenizer.path}`"
         )
@@ -147,7 +147,7 @@ def _check_answers(prefix: str, sidecar: Sidecar, tokenizer: Tokenizer) -> None:
     known = edges_digest(path) if path.is_file() else None
     if known != sidecar.answers_digest:
         raise ValueError(
-            f"{prefix}.idx.json must make_sidecar the files beside it, but {path} was replaced since; tokenize again, or make it "
+            f"{prefix}.idx.json must describe the files beside it, but {path} was replaced since; tokenize again, or make it "
             f"anew with `python -m data_tools.write_sidecar --prefix {prefix} --tokenizer {tokenizer.path}`"
         )
     if sidecar.answer_tokens == 0:
@@ -156,7 +156,7 @@ def _check_answers(prefix: str, sidecar: Sidecar, tokenizer: Tokenizer) -> None:
         )
 
 
-def make_sidecar(
+def describe(
     prefix: str | os.PathLike[str],
     *,
     tokenizer_fingerprint: str,

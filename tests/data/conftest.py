@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dash_megatron.data.index_file import token_dtype, write_index
-from dash_megatron.data.sidecar import answers_path, make_sidecar
+from dash_megatron.data.sidecar import answers_path, describe
 from dash_megatron.data.tokenizer import Tokenizer
 from data_tools.train_tokenizer import train
 
@@ -40,7 +40,7 @@ def write_data(tokenizer):
         if answers is not None:
             answers_path(prefix).write_bytes(bytes(mark for document in answers for mark in document))
         if sidecar:
-            make_sidecar(
+            describe(
                 prefix,
                 tokenizer_fingerprint=tokenizer.fingerprint,
                 vocab_size=tokenizer.vocab_size,
