@@ -133,6 +133,10 @@ def _explain(problem: dict[str, Any], root: type[BaseModel]) -> str:
     if problem["type"] == "model_type" and (section := section_at(root, path)) is not None:
         example = f", such as {key}.{_example(section)}" if root is Config else ""
         return f"{key}={value!r} must be a section{example}; its keys are {', '.join(section.model_fields)}"
+    section = section_at(root, path[:-1])
+    examples = section.model_fields[path[-1]].examples if problem["type"] == "dict_type" and section else None
+    if examples:
+        return f"{key}={value!r} must be a mapping; write {path[-1]}: {examples[0]}"
     return f"{key}={value!r}: {problem['msg']}"
 
 

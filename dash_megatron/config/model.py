@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -43,6 +44,10 @@ class RopeScaling(Section):
     """longrope: the divisors of the frequencies, one for every two channels of a head, up to the original positions."""
     long_factor: tuple[float, ...] | None = None
     """longrope: the divisors of the frequencies for longer sequences."""
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """What messages show: the fields that are set."""
+        return ((name, value) for name, value in super().__repr_args__() if value is not None)
 
     @model_validator(mode="after")
     def _check(self) -> RopeScaling:
@@ -89,8 +94,8 @@ _ROPE_FIELDS: dict[str, tuple[set[str], set[str]]] = {
 class ModelConfig(Section):
     """The Llama-shaped decoder: RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases but those of `qkv_bias`."""
 
-    layers: int = Field(gt=0)
-    """Number of transformer layers."""
+    layers: int = Field(gt=0, lt=2**16)
+    """Number of transformer layers; `plan`, plans of studies and pictures go over all, one after the other."""
     hidden_size: int = Field(gt=0)
     """Width of the residual stream."""
     heads: int = Field(gt=0)

@@ -14,6 +14,7 @@ import numpy as np
 from dash_megatron.data.index_file import read_lengths
 from dash_megatron.data.sidecar import check_data
 from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.files import path_for_message
 
 # tokens of text to hide needles in, at least: enough for many different stretches
 MIN_TEXT_TOKENS = 1 << 18
@@ -57,7 +58,10 @@ class LocalText:
             FileNotFoundError: there is none.
             ValueError: it is empty.
         """
-        data = Path(path).read_bytes()
+        try:
+            data = Path(path).read_bytes()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"--text {path_for_message(path)} does not exist") from None
         ids = np.array(tokenizer.encode(data), dtype=np.int64)
         if not ids.size:
             raise ValueError(f"--text {path} is empty; give a file with text")

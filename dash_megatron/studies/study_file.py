@@ -91,9 +91,9 @@ class Branches(Section):
     orders: tuple[int, ...] = (1,)
     """Orders of the data, as `training.seed` of a branch: every arm is trained once in each. One order says nothing about
     how far another one would end elsewhere."""
-    overrides: dict[str, Any] = Field(default_factory=dict)
+    overrides: dict[str, Any] = Field(default_factory=dict, examples=["{training.steps: 100}"])
     """`section.key: value` for every branch, beside the settings of its base: its steps, length, schedule, batch and data."""
-    evaluate: dict[str, str]
+    evaluate: dict[str, str] = Field(examples=['{NAME: "--tasks documents"}'])
     """`name: arguments` of `python -m dash_megatron evaluate`, for every branch once it is trained. Arms are compared on all
     that it scores; at least one entry must have `--tasks documents`, the losses of held-out documents."""
 
@@ -145,12 +145,12 @@ class Study(Section):
     """YAML config of a run, from the folder that commands run in."""
     output: str
     """Folder of everything the study writes; runs get folders in it."""
-    overrides: dict[str, Any] = Field(default_factory=dict)
+    overrides: dict[str, Any] = Field(default_factory=dict, examples=["{optimizer.lr: 3e-4}"])
     """`section.key: value` for every run."""
     points: tuple[dict[str, Any], ...] = ()
     """A list of runs: each entry has the settings that belong together, such as those of a model size, and may have a
     `name`."""
-    grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict, examples=["{optimizer.lr: [3e-4, 6e-4]}"])
     """`section.key: [values]`: every combination, with every point."""
     twins: tuple[str | dict[str, Any], ...] = ()
     """Runs to compare with: each is another `attention.kind`, or a set of settings. A run of kind `full` takes no
@@ -161,7 +161,7 @@ class Study(Section):
     warmup: float | None = Field(default=None, ge=0, lt=1)
     """Share of the steps that warm up, since budgets change the steps; null keeps `schedule.warmup_steps`."""
     assume: Assumptions = Field(default_factory=Assumptions)
-    evaluate: dict[str, str] = Field(default_factory=dict)
+    evaluate: dict[str, str] = Field(default_factory=dict, examples=['{NAME: "--tasks perplexity"}'])
     """`name: arguments` of `python -m dash_megatron evaluate`, for every run once it is trained; results go to
     `<run_dir>/evaluation/<name>`. Not done by SLURM arrays. Branches have their own."""
     branches: Branches | None = None

@@ -63,7 +63,7 @@ def changes_since(stored: Mapping[str, Any], config: Config) -> list[Change]:
     layout = {"parallel": config.parallel.model_dump(mode="json") | stored.get("parallel", {})}
     saved = dict(_leaves(config_of_stored_run(dict(stored)).model_dump(mode="json") | layout))
     return [
-        Change(key, _short(saved[key]), _short(value), _effect(key))
+        Change(key, _short(key, saved[key]), _short(key, value), _effect(key))
         for key, value in _leaves(config.model_dump(mode="json"))
         if value != saved[key]
     ]
@@ -116,6 +116,8 @@ def _effect(key: str) -> str:
     return _EFFECTS.get(key) or _EFFECTS.get(key.partition(".")[0]) or _FROM_NEXT_STEP
 
 
-def _short(value: Any) -> str:
+def _short(key: str, value: Any) -> str:
+    if key == "model.rope_scaling" and value is not None:
+        value = {name: number for name, number in value.items() if number is not None}
     text = "null" if value is None else str(value)
     return text if len(text) <= _MAX_CHARACTERS else f"{text[: _MAX_CHARACTERS - 1]}…"

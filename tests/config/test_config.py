@@ -78,6 +78,7 @@ def test_configs_cannot_be_changed(path: Path) -> None:
         ),
         ("attention.local_chunks=-1", "attention.local_chunks=-1"),
         ("training.seed=4294967296", "training.seed=4294967296: Input should be less than 4294967296"),
+        ("model.layers=1000000000", "model.layers=1000000000: Input should be less than 65536"),
         ("data.seq_length=99999999999999999999", "Input should be less than 2147483648"),
         ("attention.query_pool=0", "attention.query_pool=0"),
         ("attention.length_scaling=0.3", "attention.length_scaling=0.3 was taken out"),

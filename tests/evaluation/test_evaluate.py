@@ -268,7 +268,8 @@ def test_a_path_to_the_wrong_kind_of_thing_is_told(
         (["--text", str(tmp_path)], f"Is a directory: {tmp_path}"),
         (["--output", str(tmp_path / "a_file")], f"File exists: {tmp_path}/a_file"),
         (["--output", str(tmp_path / "a_file" / "out")], "Not a directory"),
-        (["--text", str(tmp_path / "none.txt")], f"error: No such file or directory: {tmp_path}/none.txt"),
+        (["--text", str(tmp_path / "none.txt")], f"error: --text {tmp_path}/none.txt does not exist"),
+        (["--text", "none.txt"], f"error: --text none.txt (relative to {Path.cwd()}) does not exist"),
         (["--text", str(tmp_path / "a_file")], "a_file is empty"),
         (["--data", str(tmp_path / "none")], f"{tmp_path}/none.idx does not exist"),
     ):

@@ -221,7 +221,10 @@ def test_a_run_may_rescale_positions_to_go_on_with_a_longer_context_but_not_forg
     longer = run.model_copy(update={"model": run.model.model_copy(update={"rope_scaling": yarn})})
     with caplog.at_level(logging.INFO):
         found = first_logits(longer, tokens)
-    assert "positions are rescaled: model.rope_scaling=rope_type='yarn'" in caplog.text
+    stretched = (
+        "model.rope_scaling=rope_type='yarn' factor=4.0 original_max_position_embeddings=128, not None as in"
+    )
+    assert f"positions are rescaled: {stretched}" in caplog.text
     assert not torch.allclose(found, first_logits(run, tokens))
     sections = tmp_path / "start" / MODEL_SECTIONS
     tree = yaml.safe_load(sections.read_text())

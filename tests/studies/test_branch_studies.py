@@ -108,6 +108,10 @@ def arms(*named: dict[str, Any]) -> dict[str, Any]:
         (arms({"name": "full"}, {"name": "full"}), "branches.arms has full twice"),
         (arms({"name": "full"}, {"attention.alpha": 1.2}), r"branches.arms\[1\] has name None"),
         (arms({"name": "a"}, {"name": "b"}), "a_order1_from_dash and b_order1_from_dash are the same"),
+        (
+            {"evaluate": ["--tasks documents"]},
+            r"branches.evaluate=\['--tasks documents'\] must be a mapping; write evaluate: {NAME: \"--tasks documents\"}",
+        ),
         ({"evaluate": {}}, "branches.evaluate must score held-out documents"),
         ({"evaluate": {"x": "--tasks copy --data documents"}}, "branches.evaluate must score held-out"),
         ({"overrides": {"model.layers": 3}}, "branches.overrides sets model.layers, and a branch goes on"),

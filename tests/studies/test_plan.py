@@ -211,6 +211,7 @@ def test_baselines_have_the_density_and_flops_of_their_lists(write_study: Write)
         ({"budget": {}}, "budget is not a known key; the keys are base, output"),
         ({"budgets": 3}, "budgets=3 must be a section; its keys are tokens_per_parameter"),
         ({"grid": {"optimizer.lrr": [1]}}, "optimizer.lrr=1 is not a known key; did you mean optimizer.lr?"),
+        ({"grid": ["optimizer.lr"]}, "must be a mapping; write grid: {optimizer.lr: [3e-4, 6e-4]}"),
         ({"grid": {"optimizer.lr": []}}, "grid.optimizer.lr is empty"),
         ({"grid": {"optimizer.lr": [1e-3, 1e-3]}}, "are the same"),
         ({"points": [{"name": "a"}, {"name": "b"}]}, "are the same"),

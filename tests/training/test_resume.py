@@ -173,6 +173,9 @@ def test_settings_that_differ_are_told_with_what_that_does_and_a_decay_that_is_u
     ):
         other = config_from_dict(run_of(tree, Path("unused"), **{section: value}))
         assert str(describe_changes(tree, other, step=1)).endswith(effect)
+    scaled = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    told = str(describe_changes(tree, config_from_dict(run_of(tree, Path("unused"), model=scaled)), step=1))
+    assert "  {'rope_type': 'linear', 'factor': 4.0}  " in told
     assert describe_changes(tree, config_from_dict(tree), step=10) is None
 
 
