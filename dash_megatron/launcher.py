@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 from dash_megatron.config import Config
 from dash_megatron.exit_codes import ExitCode
-from dash_megatron.ranks import launched_rank
+from dash_megatron.ranks import launched_rank, read_launch
 
 _POLL_SECONDS = 0.05
 _MAX_PROCESSES_PER_CORE = 8
@@ -26,19 +26,19 @@ _LAST_WORDS_SECONDS = 5.0
 
 
 def check_processes(config: Config, processes: int | None) -> None:
-    """Refuse a number of processes that cannot be started, or that the config cannot use, before anything is loaded.
+    """Refuse a number of processes that cannot be started, or that the config cannot use, and variables of a launcher that
+    cannot be right, before anything is loaded.
 
     Args:
         config: of the run.
         processes: how many are to be started; None: this one is alone, or a launcher has started it among others.
 
     Raises:
-        ValueError: it is below 1 or far above the number of CPU cores, a launcher has started this process already, or batch
-            and layout do not fit.
+        ValueError: it is below 1 or far above the number of CPU cores, a launcher has started this process already, a
+            variable of the launcher is missing or no number, or batch and layout do not fit.
     """
     if processes is None:
-        if launched_rank() is None:
-            config.accumulation_steps(1)
+        config.accumulation_steps(read_launch(os.environ).world_size)
         return
     if processes < 1:
         raise ValueError(f"--processes {processes} must be at least 1")

@@ -13,7 +13,7 @@ from dash_megatron.parallel.groups import (
     make_model_groups,
     tensor_group,
 )
-from dash_megatron.parallel.launch import Launch, read_launch
+from dash_megatron.ranks import Launch, read_launch
 
 __all__ = [
     "GradientGroups",

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from dash_megatron.config import ParallelConfig
-from dash_megatron.parallel.launch import Launch
+from dash_megatron.ranks import Launch
 
 
 def init_process_groups(

@@ -5,8 +5,8 @@ import subprocess
 import pytest
 import torch
 
+from dash_megatron import ranks
 from dash_megatron.parallel import groups, read_launch
-from dash_megatron.parallel import launch as launch_module
 
 TORCHRUN = {
     "RANK": "5",
@@ -58,7 +58,7 @@ def test_a_folded_node_list_is_expanded_by_slurm(monkeypatch: pytest.MonkeyPatch
         assert command == ["scontrol", "show", "hostnames", "gpu[07-09,12]"]
         return subprocess.CompletedProcess(command, 0, stdout="gpu07\ngpu08\ngpu09\ngpu12\n")
 
-    monkeypatch.setattr(launch_module.subprocess, "run", scontrol)
+    monkeypatch.setattr(ranks.subprocess, "run", scontrol)
     assert read_launch({**SRUN, "SLURM_STEP_NODELIST": "gpu[07-09,12]"}).master_address == "gpu07"
 
 

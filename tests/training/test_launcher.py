@@ -163,6 +163,44 @@ def test_a_number_of_processes_that_cannot_be_is_told(
     assert message in output
 
 
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ({"RANK": "x"}, "RANK='x' must be a number; start with torchrun or srun"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT='abc' must be a number from 1 to 65535"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command", [["train.py"], ["-m", "dash_megatron", "doctor"]], ids=["train", "doctor"]
+)
+def test_a_wrong_variable_of_the_launcher_is_told_before_anything_is_loaded(
+    command: list[str], variable: dict[str, str], message: str, tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tiny_config))
+    launcher = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", *command, "--config", str(path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **NO_GPU, "PYTHONPATH": str(ROOT), **launcher, **variable},
+    )
+    imported, told = (
+        [line for line in result.stderr.splitlines() if line.startswith("import time:") == timed]
+        for timed in (True, False)
+    )
+    assert (result.returncode, result.stdout) == (ExitCode.CONFIG_ERROR, "")
+    assert [line[: len(f"error: {message}")] for line in told] == [f"error: {message}"]
+    assert not any(line.endswith(" torch") for line in imported)
+
+
 @pytest.mark.parametrize("processes", [(), ("--processes", "3")], ids=["alone", "three"])
 @pytest.mark.parametrize(
     "command", [["train.py"], ["-m", "dash_megatron", "doctor"]], ids=["train", "doctor"]
