@@ -20,13 +20,13 @@ def add_plan(tools: Any) -> None:
         "--peak-density",
         type=float,
         default=1.0,
-        help="largest of the run, for memory; default: 1, at random weights",
+        help="largest density of the run, for memory; default: 1, that of random weights",
     )
     plan.add_argument(
         "--locality",
         type=float,
         default=0.0,
-        help="probability that queries want what the ones before them wanted",
+        help="of parallel.context_comm=sparse alone: probability that queries want what the ones before them wanted; default: 0",
     )
     plan.add_argument(
         "--routing",
@@ -34,23 +34,28 @@ def add_plan(tools: Any) -> None:
         metavar="CHOICES",
         help="how alike neighbouring tokens select: `trained` (default) as models of 62M parameters did after training with the "
         "config's attention.query_pool, `runs` of 32 tokens that select the same (the best case), `independent` (the worst), or "
-        "a number: pairs visited over pairs selected, as `study routing` measures them",
+        "a number of at least 1: pairs visited over pairs selected, as `python -m dash_megatron study routing RUN_DIR` measures them",
     )
     plan.add_argument("--listed", help=argparse.SUPPRESS)
     plan.add_argument(
-        "--imbalance", type=float, default=1.0, help="busiest context rank's attention over the mean"
+        "--imbalance",
+        type=float,
+        default=1.0,
+        help="busiest context rank's attention over the mean; default: 1",
     )
     plan.add_argument(
         "--gpu", default="H200", help="B200, H200, H100, H800, A100 or L40S; default: H200, the one timed"
     )
     plan.add_argument("--memory-gib", type=float, help="memory of a GPU; default: what data sheets say")
-    plan.add_argument("--price", type=float, default=3.0, help="of one GPU for an hour; default: 3")
+    plan.add_argument(
+        "--price", type=float, default=3.0, help="of one GPU for an hour, in any currency; default: 3"
+    )
     plan.add_argument(
         "--profile",
         metavar="RUN_DIR",
         help="a short run on one such GPU or more: corrects the speed of compute and the memory of activations",
     )
-    plan.add_argument("--top", type=int, default=10, help="layouts to show")
+    plan.add_argument("--top", type=int, default=10, help="layouts to show; default: 10")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the config")
     plan.set_defaults(run=_plan)

@@ -25,7 +25,7 @@ class Profile:
     density: float | None
     seconds: float
     modelled_seconds: float
-    memory_gib: float | None
+    memory_gib: float
     modelled_memory_gib: float
     modelled_states_gib: float
     """The part of `modelled_memory_gib` whose bytes are known: weights, gradients, optimizer and buffers."""
@@ -37,24 +37,17 @@ class Profile:
 
     @property
     def activation_factor(self) -> float:
-        """Memory beyond `modelled_states_gib`, measured over modelled; 1 where it was not measured."""
-        if self.memory_gib is None:
-            return 1.0
+        """Memory beyond `modelled_states_gib`, measured over modelled."""
         kept = self.memory_gib - self.modelled_states_gib
         # less than the states themselves was not measured on the layout that the config says
         return max(0.1, kept / (self.modelled_memory_gib - self.modelled_states_gib))
 
     def __str__(self) -> str:
         density = "" if self.density is None else f" at density {self.density:.0%}"
-        memory = (
-            ""
-            if self.memory_gib is None
-            else f"; memory {self.memory_gib:.1f} GiB, modelled {self.modelled_memory_gib:.1f}, so that activations count "
-            f"{self.activation_factor:.2f} times"
-        )
         return (
             f"{self.run_dir} on {self.processes} GPUs{density}: {self.seconds:.3f} s a step, modelled "
-            f"{self.modelled_seconds:.3f}, so that compute counts {self.factor:.2f} times as long{memory}"
+            f"{self.modelled_seconds:.3f}, so that compute counts {self.factor:.2f} times as long; memory {self.memory_gib:.1f} "
+            f"GiB, modelled {self.modelled_memory_gib:.1f}, so that activations count {self.activation_factor:.2f} times"
         )
 
 
@@ -69,7 +62,7 @@ def read_profile(run_dir: str | Path, hardware: Hardware) -> Profile:
 
     Raises:
         FileNotFoundError: the folder has no run.
-        ValueError: it has logged too little, or by an older release.
+        ValueError: it has logged too little, or by an older release, or trained on CPUs.
     """
     lines = read_metrics(run_dir)
     if len(lines) < MIN_LINES or "processes" not in lines[-1]:
@@ -86,13 +79,17 @@ def read_profile(run_dir: str | Path, hardware: Hardware) -> Profile:
     tokens = config.training.global_batch * config.data.seq_length
     use = estimate.memory
     memory = [line["gpu_memory_gib"] for line in lines if line["gpu_memory_gib"] is not None]
+    if not memory:
+        raise ValueError(
+            f"--profile {run_dir} trained on CPUs and must be a run on GPUs, of which alone it can tell the speed"
+        )
     return Profile(
         run_dir=str(run_dir),
         processes=processes,
         density=density,
         seconds=tokens / statistics.median(line["tokens_per_second"] for line in lines),
         modelled_seconds=estimate.seconds,
-        memory_gib=max(memory, default=None),
+        memory_gib=max(memory),
         modelled_memory_gib=use.total / 2**30 - hardware.reserved_gib,
         modelled_states_gib=use.states / 2**30,
     )

@@ -103,8 +103,8 @@ class Plan:
         if self.config.attention.kind != "full":
             shares = shares_of_work(self.config, self.routing, self.routing.density)
             router = (
-                f"density {self.routing.density:.0%} (memory for {self.routing.peak_density:.0%}), of whose pairs kernels visit "
-                f"{shares.visited / shares.selected:.2f} times as many ({self.routing.choices} choices)"
+                f"density {self.routing.density:.0%} (memory for {self.routing.peak_density:.0%}), kernels visit "
+                f"{shares.visited / shares.selected:.2f} times the pairs selected (--routing {self.routing.choices})"
             )
         hardware = self.hardware
         return (

@@ -145,6 +145,9 @@ def test_a_profile_corrects_compute_by_how_long_its_steps_took(
     line = capsys.readouterr().out.splitlines()[1]
     assert "on 8 GPUs at density 25%" in line
     assert "1.50 times as long; memory 61.5 GiB" in line
+    (tmp_path / "metrics.jsonl").write_text(text.replace("61.5", "null"))
+    assert main(["plan", "--config", CONFIG, "--gpus", "128", "--profile", str(tmp_path)]) == 2
+    assert "trained on CPUs and must be a run on GPUs" in capsys.readouterr().err
     (tmp_path / "metrics.jsonl").write_text(text[: text.index("\n") + 1])
     assert main(["plan", "--config", CONFIG, "--gpus", "128", "--profile", str(tmp_path)]) == 2
     assert "has 1 logged lines and must have 3 or more" in capsys.readouterr().err
@@ -187,7 +190,7 @@ def test_choices_that_neighbours_do_not_share_cost_attention(capsys: pytest.Capt
 
 def test_the_table_says_how_much_is_visited(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--config", CONFIG, "--gpus", "128", "--routing", "2.5", "--top", "1"]) == 0
-    assert "of whose pairs kernels visit 2.49 times as many (2.5 choices)" in capsys.readouterr().out
+    assert "kernels visit 2.49 times the pairs selected (--routing 2.5)" in capsys.readouterr().out
 
 
 def test_the_flag_of_earlier_releases_names_what_replaced_it(capsys: pytest.CaptureFixture[str]) -> None:
