@@ -18,6 +18,12 @@ PAIRS_ABOVE = {"attend": {4: 6.0, 16: 5.2}, "queries": {4: 3.8, 16: 3.2}}
 """By stage and query heads of a group: pairs are taken where tiles visit more than so many times what was selected."""
 
 
+def pairs_above(stage: str, group: int, head_dim: int, chunk_size: int) -> float:
+    """Of attend or queries, how many times what was selected tiles must visit for pairs to be taken; infinite: never."""
+    timed = (head_dim, chunk_size) == (128, 64)
+    return PAIRS_ABOVE[stage].get(group, math.inf) if timed else math.inf
+
+
 @dataclass(frozen=True)
 class AttentionWork:
     """One rank's share of one layer's attention."""
@@ -86,8 +92,7 @@ class AttentionWork:
         if stage == "keys":
             above = 0.0 if (wide and not small) or (small and self.head_dim <= 64) else math.inf
         else:
-            timed = (self.head_dim, self.chunk_size) == (128, 64)
-            above = PAIRS_ABOVE[stage].get(self.group, math.inf) if timed else math.inf
+            above = pairs_above(stage, self.group, self.head_dim, self.chunk_size)
         return self.visited > above * self.selected
 
 

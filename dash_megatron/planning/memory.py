@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dash_megatron.config import Config
 from dash_megatron.config.flops import parameter_count
 from dash_megatron.planning.baseline_times import BASELINES
 from dash_megatron.planning.choices import tile_tokens
+from dash_megatron.planning.kernel_times import PAIRS_ABOVE, pairs_above
 from dash_megatron.planning.layout import Hardware, Layout
 from dash_megatron.planning.traffic import ContextShape
 
@@ -19,6 +21,12 @@ NSA_BYTES = 18
 """Of an element of the attention's output: three branches in bf16, and in float32 to be multiplied by their gates."""
 MAX_BOUNDED_BYTES = 2 * 2**30
 """Lists up to this size have room for every chunk: `dash_megatron.ops.kernels.geometry.MAX_BOUNDED_BYTES`."""
+WORKSPACE_BYTES = 2**31
+"""Most bytes of partial results by pair: `dash_megatron.ops.kernels.pair_slabs.WORKSPACE_BYTES`."""
+RUN_TILES, MAX_COUNTS = 8, 2**25
+"""Tiles of which pairs are counted together, and most such counts: constants of `dash_megatron.ops.kernels.pair_slabs`."""
+PLACE_BYTES = 20
+"""Of a pair's places: `dash_megatron.ops.kernels.pair_slabs.SlabPairs`."""
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default bucket of gradients; ZeRO-2 and ZeRO-3 hold two while they overlap."""
 LIVE_PARAMETERS = 1_000_000_000
@@ -101,17 +109,53 @@ def lists_are_counted(config: Config, layout: Layout) -> bool:
     return entries * 4 * (1 + tile) > MAX_BOUNDED_BYTES
 
 
+def _entries_made(config: Config, layout: Layout, listed: float) -> tuple[float, int]:
+    """Entries of one rank's routing lists for which there is room, and the tokens of a tile."""
+    entries, own, tile = _list_entries(config, layout)
+    # lists of a fixed length are as long as they are
+    if lists_are_counted(config, layout) or config.attention.kind in BASELINES:
+        entries = own * min(1.0, listed)
+    return entries, tile
+
+
 def list_bytes(config: Config, layout: Layout, listed: float) -> tuple[float, float]:
     """Routing lists of one layer call on one rank: bytes in the forward, and what the backward adds.
 
     An entry is a chunk number and a log prior per token of its tile; the backward adds the prior's gradient and the
     transposed lists. Where every past chunk fits into 2 GiB, room is made for all, else for the share `listed`.
     """
-    entries, own, tile = _list_entries(config, layout)
-    # lists of a fixed length are as long as they are
-    if lists_are_counted(config, layout) or config.attention.kind in BASELINES:
-        entries = own * min(1.0, listed)
+    entries, tile = _entries_made(config, layout, listed)
     return entries * 4 * (1 + tile), entries * (4 * tile + 16)
+
+
+def pair_bytes(config: Config, layout: Layout, listed: float) -> dict[str, float]:
+    """Workspaces of one layer call on one rank in which attention ("attend") and its gradient of queries ("queries") may go
+    over selected pairs.
+
+    Kernels decide on the device, when the workspace is there already: partial results of a group's heads and a pair's places,
+    up to 2 GiB of the former, and no more than the pairs that tiles may list where pairs are still taken. What a rank of
+    context parallelism does not exchange by heads goes over tiles alone.
+    """
+    model, chunk = config.model, config.attention.chunk_size
+    group, head_dim = model.heads // model.kv_heads, model.channels_per_head
+    found = dict.fromkeys(PAIRS_ABOVE, 0.0)
+    if config.training.precision != "bf16" or (layout.context > 1 and layout.context_comm != "a2a"):
+        return found
+    entries, tile = _entries_made(config, layout, listed)
+    chunks = config.training.micro_batch * config.data.seq_length / chunk
+    # partial results in bf16, and in attention their log-sum-exp
+    for stage, of_head in {"attend": 2 * head_dim + 4, "queries": 2 * head_dim}.items():
+        above = pairs_above(stage, group, head_dim, chunk)
+        room = WORKSPACE_BYTES // (group * of_head)
+        run = RUN_TILES
+        while run > 1 and run * tile * chunks > room / 8:
+            run //= 2
+        counts = chunks * (chunk / tile) / run * chunks * model.kv_heads / layout.tensor / layout.context
+        # else there would be too many to count, and tiles are gone over
+        if above < math.inf and 2 * run * tile * chunks <= room and counts <= MAX_COUNTS:
+            most_taken = entries * tile / max(1.0, above)
+            found[stage] = min(room, most_taken) * (group * of_head + PLACE_BYTES) + 8 * counts
+    return found
 
 
 def _exchange_bytes(shape: ContextShape, layout: Layout) -> tuple[float, float]:
@@ -206,7 +250,9 @@ def memory_use(
     # while one layer's backward runs: what was not kept, and gradients of either half of the layer
     rows_width = 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.element_bytes
     gradient_rows = shape.tokens * rows_width + 2 * parts["pooled"]
+    by_pair = pair_bytes(config, layout, listed) if routed else dict.fromkeys(PAIRS_ABOVE, 0.0)
     attention_phase = gradient_rows + backward_lists + max(forward_exchange, backward_exchange)
+    attention_phase = max(attention_phase + by_pair["queries"], by_pair["attend"])
     feed_forward_phase = parts["feed_forward"] / 2 + feed_forward * (layout.recompute == "selective")
     layer_phase = max(attention_phase, feed_forward_phase)
     layer_phase += {"attention": kept_attention, "full": layer + kept_attention}.get(layout.recompute, 0.0)

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -195,6 +197,52 @@ def test_exchanges_hold_what_their_buffers_need(kind: ContextComm, forward: floa
     assert memory._exchange_bytes(shape, layout) == (forward, backward)
 
 
+def heads_of_128(length: int, *changes: str) -> Config:
+    """8B, whose groups have 4 heads, with chunks of 64."""
+    return load_config(
+        ROOT / "configs" / "8b_16k.yaml",
+        ["attention.chunk_size=64", "attention.local_chunks=0", f"data.seq_length={length}", *changes],
+    )
+
+
+def test_pairs_have_workspaces_of_2_gib_or_of_what_a_decision_for_them_leaves() -> None:
+    long = memory.pair_bytes(heads_of_128(16384), ALONE, 1.0)
+    # a pair of 4 heads: 128 elements in bf16 each, a float32 log-sum-exp in attention, and 20 bytes of places;
+    # 512 tiles of 32 tokens in runs of 8, by 256 chunks and 8 kv heads, have 8 bytes each
+    counts = 512 / 8 * 256 * 8 * 8
+    assert long["attend"] == 2**31 // 1040 * 1060 + counts
+    assert long["queries"] == 2**31 // 1024 * 1044 + counts
+    # 64 chunks make 2080 pairs, in 2 tiles each of 8 kv heads; tiles of 32 tokens list 6 or 3.8 times what is taken at least
+    short = memory.pair_bytes(heads_of_128(4096), ALONE, 1.0)
+    pairs, counts = 2080 * 2 * 8 * 32, counts / 16
+    assert short == pytest.approx(
+        {"attend": pairs / 6 * 1060 + counts, "queries": pairs / 3.8 * 1044 + counts}
+    )
+    halves = memory.pair_bytes(heads_of_128(4096), Layout(2, 1, 1, 1, "all_gather", "full"), 1.0)
+    assert halves == pytest.approx({stage: number / 2 for stage, number in short.items()})
+    one, two = (
+        memory_use(heads_of_128(16384, f"model.head_dim={width}"), ALONE, 128256).working
+        for width in (128, 112)
+    )
+    assert one - two > long["queries"]
+
+
+@pytest.mark.parametrize(
+    ("config", "layout"),
+    [
+        (heads_of_128(16384, "training.precision=fp32"), ALONE),
+        (heads_of_128(16384, "model.kv_heads=4"), ALONE),
+        (heads_of_128(16384, "model.head_dim=64"), ALONE),
+        (heads_of_128(16384, "attention.chunk_size=32"), ALONE),
+        (heads_of_128(2**20), ALONE),
+        (heads_of_128(16384), Layout(1, 2, 1, 1, "all_gather", "full")),
+    ],
+    ids=["fp32", "8 heads a group", "heads of 64", "chunks of 32", "too many to count", "context shards"],
+)
+def test_where_pairs_are_never_taken_they_have_no_workspaces(config: Config, layout: Layout) -> None:
+    assert memory.pair_bytes(config, layout, 1.0) == {"attend": 0.0, "queries": 0.0}
+
+
 def test_recomputation_and_sharing_tokens_only_ever_save() -> None:
     config = load_config(ROOT / "configs" / "8b_64k.yaml")
     none, selective, attention, full = (
@@ -212,8 +260,13 @@ def test_recomputation_and_sharing_tokens_only_ever_save() -> None:
 
 def test_limits_are_those_of_the_code_they_describe() -> None:
     from dash_megatron.layers.model import MAX_LOGITS
+    from dash_megatron.ops.kernels import pair_slabs
     from dash_megatron.ops.kernels.geometry import MAX_BOUNDED_BYTES
     from dash_megatron.ops.topk.nsa import MAX_SHARED_BIAS
 
     assert (memory.MAX_LOGITS, memory.MAX_BOUNDED_BYTES) == (MAX_LOGITS, MAX_BOUNDED_BYTES)
     assert baseline_times.MAX_SHARED_BIAS == MAX_SHARED_BIAS
+    for name in ("WORKSPACE_BYTES", "RUN_TILES", "MAX_COUNTS"):
+        assert getattr(memory, name) == getattr(pair_slabs, name), name
+    slabs: Any = SimpleNamespace(slot=torch.empty(0), room=3)
+    assert sum(places.nbytes for places in pair_slabs.new_pairs(slabs)) == 3 * memory.PLACE_BYTES
