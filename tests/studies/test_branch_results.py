@@ -130,6 +130,21 @@ def test_the_report_says_what_is_beyond_two_standard_errors(
     assert 'src="http' not in page
 
 
+def test_the_report_names_the_runs_that_it_lacks(measured_study: Path) -> None:
+    folders = {run.name: run.folder for run in runs_of(measured_study)}
+    assert main(["study", "report", str(measured_study)]) == 0
+    out = measured_study.parent / "out"
+    assert "Not trained" not in (out / "report.md").read_text() + (out / "report.html").read_text()
+    for order in (1, 2, 3):
+        shutil.rmtree(folders[f"worse_order{order}_from_h64_full"])
+    shutil.rmtree(folders["same_order2_from_h32_full"] / "evaluation")
+    lacks = [name for name in folders if name.startswith("worse_") and name.endswith("h64_full")]
+    assert main(["study", "report", str(measured_study)]) == 0
+    said = f"Not trained, or not evaluated as the study says: same_order2_from_h32_full, {', '.join(lacks)}."
+    assert said in (out / "report.md").read_text()
+    assert f"<p>{said}</p>" in (out / "report.html").read_text()
+
+
 def test_another_arm_can_be_the_reference(measured_study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def to_better(command: str, reference: str = "better") -> int:
         return main(["study", command, str(measured_study), "--reference", reference])

@@ -23,14 +23,14 @@ BRANCHES: dict[str, Any] = {
     "evaluate": {"held_out": "--tasks documents --lengths 256"},
 }
 BASE_IS_FULL = {"attention.kind": "full", "optimizer.lr": 0.01}
-# trains if what it begins with is trained; the base of hidden size FAILS is not
+# trains if what it begins with is trained; the run of the name FAILS, or the base of that hidden size, is not
 TRAINER = """
 import pathlib, sys, yaml
 config = yaml.safe_load(open(sys.argv[2]))
 run, start = pathlib.Path(config["run_dir"]), config["training"]["init_from"]
 with (run.parent / "order").open("a") as file:
     file.write(run.name + " ")
-if config["model"]["hidden_size"] == FAILS or start and not list(pathlib.Path(start, "checkpoints").iterdir()):
+if FAILS in (config["model"]["hidden_size"], run.name) or start and not list(pathlib.Path(start, "checkpoints").iterdir()):
     sys.exit(2)
 (run / "checkpoints" / f"step_{config['training']['steps']:08d}").mkdir(parents=True)
 """
@@ -50,8 +50,8 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         "dash_megatron.studies.jobs.EVALUATE", (sys.executable, str(tmp_path / "evaluate.py"))
     )
 
-    def submit(path: Path, fails: int = 0, **options: Any) -> int:
-        (tmp_path / "train.py").write_text(TRAINER.replace("FAILS", str(fails)))
+    def submit(path: Path, fails: int | str = 0, **options: Any) -> int:
+        (tmp_path / "train.py").write_text(TRAINER.replace("FAILS", repr(fails)))
         return submit_studies([path], train=[sys.executable, str(tmp_path / "train.py")], **options)
 
     return submit
@@ -177,6 +177,22 @@ def test_no_branch_is_trained_from_a_base_that_failed(
     said = capsys.readouterr().out
     assert said.count("failed: its base h32_full is not trained") == 4
     assert "5 of 10 runs failed" in said
+
+
+def test_an_arm_that_fails_as_it_trains_keeps_no_other_from_being_trained(
+    write_study: Write, train: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(overrides=BASE_IS_FULL, branches=BRANCHES)
+    assert train(path, fails="dash_order1_from_full") == 1
+    said = capsys.readouterr().out
+    assert said.count("its config or machine is wrong; see") == 1
+    assert "1 of 5 runs failed: dash_order1_from_full" in said
+    # it was not the last
+    assert trained(path) == [run.name for run in runs_of(path)]
+    for run in runs_of(path):
+        assert (run.folder / "evaluation" / "held_out").is_dir() == (
+            run.name not in ("full", "dash_order1_from_full")
+        )
 
 
 def test_slurm_gets_bases_first_and_branches_that_depend_on_their_job(
