@@ -58,7 +58,7 @@ def test_it_gets_the_scalars_of_tensorboard_and_a_resume_goes_on_in_the_same_run
     assert any(tag.startswith("routing_") for tag, _ in found)
 
 
-@pytest.mark.parametrize("method", ["init", "log", "finish"])
+@pytest.mark.parametrize("method", ["init", "define_metric", "log", "finish"])
 def test_whatever_fails_there_training_goes_on(method: str, tree: dict[str, Any], tmp_path: Path) -> None:
     code, output = Started(tmp_path / "log", train_beside, [(tree, None)], str(tmp_path), method).end()
     assert code == 0, output
