@@ -48,6 +48,8 @@ class AttentionWork:
     """Lists are too long to have room for all chunks, so that they are counted first."""
     passes: int = 1
     """Times that queries meet a part of the keys: the steps of a ring, each with its own launches."""
+    sharded: bool = False
+    """Keys come from other ranks, so that attend and queries go over tiles whatever they visit."""
 
     def units(self, stage: str) -> dict[str, float]:
         """What a stage has to do: 10**6 rows, 10**9 chunks scored or listed, and 10**12 pairs of tokens."""
@@ -92,7 +94,8 @@ class AttentionWork:
         if stage == "keys":
             above = 0.0 if (wide and not small) or (small and self.head_dim <= 64) else math.inf
         else:
-            above = pairs_above(stage, self.group, self.head_dim, self.chunk_size)
+            shape = self.group, self.head_dim, self.chunk_size
+            above = math.inf if self.sharded else pairs_above(stage, *shape)
         return self.visited > above * self.selected
 
 

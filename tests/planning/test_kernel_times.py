@@ -106,6 +106,16 @@ def test_selected_pairs_cost_only_where_keys_go_by_pair() -> None:
         assert (once != twice) == costs
 
 
+def test_keys_from_other_ranks_are_gone_over_by_tile() -> None:
+    work = replace(WORK, visited=10 * WORK.selected)
+    assert work.by_pair("attend")
+    assert work.by_pair("queries")
+    sharded = replace(work, sharded=True)
+    assert not sharded.by_pair("attend")
+    assert not sharded.by_pair("queries")
+    assert sharded.by_pair("keys")
+
+
 def test_one_query_a_group_saves_routing_alone_and_given_lists_all_of_it() -> None:
     base, pooled = dash_stages(WORK), dash_stages(replace(WORK, pool_heads=True))
     for stage, time in base.items():
