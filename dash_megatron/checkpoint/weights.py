@@ -61,9 +61,11 @@ def _existing_step(run_dir: str | Path, step: int | None) -> int:
     steps = agreed_steps(run_dir)
     if not steps:
         check_run_folder(run_dir)
-    if not steps or (step is not None and step not in steps):
-        wanted = "any step" if step is None else f"step {step}"
-        raise FileNotFoundError(f"{run_dir} has no checkpoint of {wanted}; it has {steps or 'none'}")
+        raise FileNotFoundError(
+            f"{run_dir} has no checkpoint; give the folder of a run that saved one, which an exported folder is not"
+        )
+    if step is not None and step not in steps:
+        raise FileNotFoundError(f"{run_dir} has no checkpoint of step {step}; it has {steps}")
     return steps[-1] if step is None else step
 
 

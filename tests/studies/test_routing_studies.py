@@ -98,7 +98,7 @@ def test_a_folder_without_checkpoints_and_a_wrong_device_are_errors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["study", "routing", str(tmp_path)]) == 2
-    assert "no checkpoint of any step" in capsys.readouterr().err
+    assert "has no checkpoint; give the folder of a run" in capsys.readouterr().err
     assert main(["study", "dispersion", str(tmp_path), "--device", "tpu", "--output", str(tmp_path)]) == 2
     assert "--device tpu must be auto, cpu, or cuda" in capsys.readouterr().err
 

@@ -79,4 +79,4 @@ def test_a_missing_folder_is_told_apart_from_a_run_without_checkpoints(
         assert main([tool, str(tmp_path / "nothing")]) == 2
         assert f"{tmp_path}/nothing does not exist" in capsys.readouterr().err
     assert main(["sample", str(tmp_path / "empty")]) == 2
-    assert "empty has no checkpoint of any step; it has none" in capsys.readouterr().err
+    assert "empty has no checkpoint; give the folder of a run that saved one" in capsys.readouterr().err
