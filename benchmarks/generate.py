@@ -14,8 +14,8 @@ The model has the shape of a config and random weights, made on the GPU. Both ki
 - With `--choices NAME` chunks like those that a trained model selected (`benchmarks/choices`) take the place of those of every
   layer's router in prompts; it runs all the same.
 
-A folder of `dash-megatron export` in `--model` takes the place of the config, and a file in `--text` that of random tokens: then
-prompts are timed as the trained model selects, and nothing is dialled.
+A folder that `python -m dash_megatron convert to-hf` wrote in `--model` takes the place of the config, and a file in `--text` that
+of random tokens: then prompts are timed as the trained model selects, and no density is searched for.
 
 Every case is written to `--output` when it is done. One that fails, as for want of memory, is reported, and the others go on.
 Without a GPU, `--tiny` walks through everything with the reference.
