@@ -344,7 +344,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", default="generate.json", help="file to write")
     parser.add_argument("--tiny", action="store_true", help="two narrow layers, short contexts, any device")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.contexts is None and (options.model is not None or options.choices is not None):
         options.contexts = []
     if options.contexts is None:

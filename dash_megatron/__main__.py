@@ -25,13 +25,24 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:2] == ["doctor", "replay"]:
         options = replay_parser().parse_args(arguments[2:])
     else:
-        options = _parser().parse_args(arguments)
+        options = _read(arguments)
     try:
         code = options.run(options)
     except (ValueError, OSError) as error:
         print_error_once(f"error: {error_text(error)}")
         return 1 if isinstance(error, OSError) and not isinstance(error, _WRONG_FILES) else 2
     return code or 0
+
+
+def _read(arguments: list[str]) -> argparse.Namespace:
+    """Arguments of a tool; overrides may stand on both sides of options, of which argparse gives back all but the first."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if "overrides" in options and not any(word.startswith("-") for word in rest):
+        options.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -90,6 +90,30 @@ def test_wrong_arguments_are_one_line_that_says_what_to_do(
     assert message in error
 
 
+def test_overrides_stand_on_both_sides_of_options(capsys: pytest.CaptureFixture[str]) -> None:
+    first, second, third = "zero.stage=3", "model.layers=40", "model.layers=48"
+    assert main(["plan", first, "--config", CONFIG, "--gpus", "64", second, "--json", third]) == 0
+    mixed = json.loads(capsys.readouterr().out)
+    assert main(["plan", "--config", CONFIG, "--gpus", "64", "--json", first, second, third]) == 0
+    assert json.loads(capsys.readouterr().out) == mixed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unknown"),
+    [
+        (["plan", "a.b=1", "--config", CONFIG, "--gpus", "64", "c.d=2", "--tops", "3"], "c.d=2 --tops 3"),
+        (["sample", "runs/a", "--seed", "1", "training.seed=1"], "training.seed=1"),
+    ],
+)
+def test_an_option_that_no_command_has_is_refused(
+    arguments: list[str], unknown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: unrecognized arguments: {unknown}\n")
+
+
 def _layouts(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     assert main(["plan", "--config", CONFIG, "--gpus", "128", "--json", *arguments]) == 0
     document = json.loads(capsys.readouterr().out)
