@@ -14,8 +14,10 @@ from dash_megatron.exit_codes import ExitCode
 from dash_megatron.files import error_text
 from dash_megatron.launcher import check_processes, launch
 from dash_megatron.ranks import launched_rank, let_rank_0_print_error, print_error_once
+from dash_megatron.reader import ending_with_reader
 
 
+@ending_with_reader()
 def main() -> int:
     """Parse the config, build the trainer, run; give back an `ExitCode`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -39,6 +41,8 @@ def main() -> int:
 
         trainer = Trainer(config)
         trainer.start()
+    except BrokenPipeError:
+        raise
     except (ValueError, FileNotFoundError, PermissionError) as error:
         return leave(ExitCode.CONFIG_ERROR, f"error: {error_text(error)}")
     except OSError as error:
@@ -47,6 +51,8 @@ def main() -> int:
         code = trainer.train()
     except Halted as error:
         return leave(ExitCode.HALTED, f"halted: {error}")
+    except BrokenPipeError:
+        raise
     except (CheckpointError, OSError) as error:
         return leave(ExitCode.FAULT, f"error: {error_text(error)}")
     if code == ExitCode.REQUEUE:

@@ -12,6 +12,7 @@ from dash_megatron.files import error_text
 from dash_megatron.hf.cli import add_convert
 from dash_megatron.planning.cli import add_plan
 from dash_megatron.ranks import print_error_once
+from dash_megatron.reader import ending_with_reader
 from dash_megatron.studies.cli import add_study
 from dash_megatron.training.cli import add_sample
 
@@ -19,6 +20,7 @@ from dash_megatron.training.cli import add_sample
 _WRONG_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
+@ending_with_reader()
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code is 2 where an argument or a file is wrong, 1 where the command or a disk has a fault."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -28,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         options = _read(arguments)
     try:
         code = options.run(options)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print_error_once(f"error: {error_text(error)}")
         return 1 if isinstance(error, OSError) and not isinstance(error, _WRONG_FILES) else 2

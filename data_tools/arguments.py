@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dash_megatron.files import error_text
+from dash_megatron.reader import ending_with_reader
 
 
 def make_parser(tool: str, doc: str | None) -> argparse.ArgumentParser:
@@ -31,6 +32,7 @@ def add_max_bad_lines(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-bad-lines", type=int, default=0, help="bad lines to tolerate (default: 0)")
 
 
+@ending_with_reader()
 def run(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str] | None,
@@ -44,6 +46,8 @@ def run(
     options = parser.parse_args(arguments)
     try:
         told = work(options)
+    except BrokenPipeError:
+        raise
     except errors as error:
         print(f"error: {error_text(error)}", file=sys.stderr)
         return 1

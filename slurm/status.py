@@ -18,6 +18,10 @@ from typing import Any
 import yaml
 from query import query_slurm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dash_megatron.reader import ending_with_reader
+
 # states of jobs that will not run again; for some minutes the queue still shows them
 ENDED = frozenset(
     "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()  # noqa: SIM905
@@ -170,6 +174,7 @@ def _duration(seconds: float | None) -> str:
     return "-" if seconds is None else str(datetime.timedelta(seconds=round(max(0.0, seconds))))
 
 
+@ending_with_reader()
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; the exit status is 2 where a folder is missing."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])

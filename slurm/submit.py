@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from site_file import Site, load_site
 
 from dash_megatron.config import Config, load_config
+from dash_megatron.reader import ending_with_reader
 
 FOLDER = Path(__file__).resolve().parent
 TEMPLATE = FOLDER / "pretrain.sbatch"
@@ -238,6 +239,7 @@ def submit(script: str, runs: list[Run], stamp: str, command: str) -> str:
     return job
 
 
+@ending_with_reader()
 def main(arguments: list[str] | None = None) -> int:
     """Check, write and submit; 2 where something is wrong."""
     options = _parse(arguments)
@@ -252,6 +254,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.dependency:
             check_nobody_else_runs(runs)
         number = submit(script, runs, stamp, command.replace("\n", " "))
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
