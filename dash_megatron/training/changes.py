@@ -40,7 +40,8 @@ _EFFECTS = {
     "training.init_from": "not read: the run goes on from its own checkpoint",
 }
 _MOVES_THE_RATE = ("training.steps", "optimizer.lr", "schedule.")
-_MAX_CHARACTERS = 48
+_WIDEST_COLUMN = 48
+"""Characters to which columns are filled up; what is longer is told whole and moves the rest of its line."""
 
 
 class Change(NamedTuple):
@@ -61,12 +62,8 @@ def changes_since(stored: Mapping[str, Any], config: Config) -> list[Change]:
     """
     # a layout that is refused today is compared as it was written
     layout = {"parallel": config.parallel.model_dump(mode="json") | stored.get("parallel", {})}
-    saved = dict(_leaves(config_of_stored_run(dict(stored)).model_dump(mode="json") | layout))
-    return [
-        Change(key, _short(key, saved[key]), _short(key, value), _effect(key))
-        for key, value in _leaves(config.model_dump(mode="json"))
-        if value != saved[key]
-    ]
+    saved = config_of_stored_run(dict(stored)).model_dump(mode="json") | layout
+    return list(_differing("", saved, config.model_dump(mode="json")))
 
 
 def describe_changes(stored: Mapping[str, Any], config: Config, step: int) -> str | None:
@@ -80,7 +77,7 @@ def describe_changes(stored: Mapping[str, Any], config: Config, step: int) -> st
     if not changes:
         return None
     rows = [Change("setting", "stored", "now", "effect"), *changes]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    widths = [min(_WIDEST_COLUMN, max(len(row[column]) for row in rows)) for column in range(3)]
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row.effect])
         for row in rows
@@ -103,21 +100,22 @@ def _rate(saved: Config, config: Config, step: int) -> str:
     return line
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        # sections, and not values that are mappings, such as rope_scaling
-        if isinstance(value, Mapping) and not prefix:
-            yield from _leaves(value, f"{name}.")
-        else:
-            yield prefix + name, value
+def _differing(key: str, old: Any, new: Any) -> Iterator[Change]:
+    """The changes of a value; of sections and other mappings those inside, for which null is an empty one."""
+    if old == new:
+        return
+    if isinstance(old, Mapping | None) and isinstance(new, Mapping | None):
+        old, new = old or {}, new or {}
+        for name in {**new, **old}:
+            yield from _differing(f"{key}.{name}" if key else name, old.get(name), new.get(name))
+    else:
+        yield Change(key, _text(old), _text(new), _effect(key))
 
 
 def _effect(key: str) -> str:
-    return _EFFECTS.get(key) or _EFFECTS.get(key.partition(".")[0]) or _FROM_NEXT_STEP
+    section, *names = key.split(".")
+    return _EFFECTS.get(".".join([section, *names[:1]])) or _EFFECTS.get(section) or _FROM_NEXT_STEP
 
 
-def _short(key: str, value: Any) -> str:
-    if key == "model.rope_scaling" and value is not None:
-        value = {name: number for name, number in value.items() if number is not None}
-    text = "null" if value is None else str(value)
-    return text if len(text) <= _MAX_CHARACTERS else f"{text[: _MAX_CHARACTERS - 1]}…"
+def _text(value: Any) -> str:
+    return "null" if value is None else str(value)

@@ -14,6 +14,7 @@ from dash_megatron.training.metrics import read_metrics
 from tests.gpus import in_float32_on, on_two_gpus
 from tests.training.workers import train_all
 
+TRAINED_WITH = "weights were trained with the former; checkpoint.check_loss=false says that it is meant"
 # what a line of metrics.jsonl says of training rather than of the clock
 EXACT = (
     "step",
@@ -175,8 +176,39 @@ def test_settings_that_differ_are_told_with_what_that_does_and_a_decay_that_is_u
         assert str(describe_changes(tree, other, step=1)).endswith(effect)
     scaled = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
     told = str(describe_changes(tree, config_from_dict(run_of(tree, Path("unused"), model=scaled)), step=1))
-    assert "  {'rope_type': 'linear', 'factor': 4.0}  " in told
+    assert [line.split()[:3] for line in told.splitlines()[2:]] == [
+        ["model.rope_scaling.rope_type", "null", "linear"],
+        ["model.rope_scaling.factor", "null", "4.0"],
+    ]
     assert describe_changes(tree, config_from_dict(tree), step=10) is None
+
+
+def test_changes_tell_whole_values_and_of_a_mapping_what_differs(tiny_config: dict[str, Any]) -> None:
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "truncate": False}
+    folder = Path("/a/folder/of/which/the/name/is/longer/than/a/column/of/the/table")
+    density = {0: 1.0, 20: 0.5}
+    tree = run_of(
+        tiny_config, folder / "a", model={"rope_scaling": yarn}, attention={"target_density": density}
+    )
+    other = run_of(
+        tree,
+        folder / "b",
+        model={"rope_scaling": yarn | {"factor": 16.0, "mscale": 1.0}},
+        attention={"target_density": density | {20: 0.25}},
+        data={"seq_length_curriculum": {0: 128}},
+    )
+    told = str(describe_changes(tree, config_from_dict(other), step=1)).splitlines()
+    assert [line.split(maxsplit=3) for line in told[2:]] == [
+        ["run_dir", f"{folder}/a", f"{folder}/b", "the folder was moved or copied"],
+        ["model.rope_scaling.factor", "8.0", "16.0", TRAINED_WITH],
+        ["model.rope_scaling.mscale", "null", "1.0", TRAINED_WITH],
+        ["attention.target_density.20", "0.5", "0.25", "holds from the next step on"],
+        ["data.seq_length_curriculum.0", "null", "128", "holds from the next step on"],
+    ]
+    # columns stand under each other where what is in them is short
+    assert len({line.index("holds from") for line in told[-2:]}) == 1
+    back = str(describe_changes(other, config_from_dict(tree), step=1)).splitlines()
+    assert back[-1].split(maxsplit=3)[:3] == ["data.seq_length_curriculum.0", "128", "null"]
 
 
 @pytest.mark.parametrize(
