@@ -22,7 +22,7 @@ class AttentionConfig(Section):
     chunk_size: Literal[16, 32, 64, 128] = 64
     """Tokens summarized into one routing key. Smaller chunks are selected more precisely and take attention longer. One
     token stands out from the mean of C tokens by about sqrt(head_dim / C)."""
-    scaling_factor: float | tuple[float, ...] = 1.0
+    scaling_factor: float | tuple[float, ...] = Field(default=1.0, examples=["2.0", "[2.0, 3.0, ...]"])
     """Multiplies the routing scores before entmax and must be above 0; larger values select fewer chunks. A list has one
     factor for each layer."""
     learned_scaling: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -30,7 +30,9 @@ class AttentionConfig(Section):
     `exp(learned_scaling * parameter)`, starts at 1 and multiplies `scaling_factor`. The number says how fast it moves beside
     the other weights (1 is `true` of earlier releases); weight decay keeps it within about exp(-3.3) and exp(3.3). 20 was
     tried with learning rates from 3e-4 to 1e-3."""
-    target_density: float | tuple[float, ...] | dict[int, float | tuple[float, ...]] | None = None
+    target_density: float | tuple[float, ...] | dict[int, float | tuple[float, ...]] | None = Field(
+        default=None, examples=["0.25", "[0.25, 0.5, ...]", "{0: 1.0, 2000: 0.25}"]
+    )
     """Share of the causally available chunks to be selected, over all tokens together, above 0 and up to 1: about the share
     of full attention's pairs that is attended to. The scaling factor of each layer is moved, starting from
     `scaling_factor`, until its router selects that share. A list has one target for each layer. A schedule, such as

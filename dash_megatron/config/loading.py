@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -106,38 +107,73 @@ def explain_validation(
         page: the document that describes the keys.
     """
     problems: list[dict[str, Any]] = [dict(problem) for problem in error.errors(include_url=False)]
-    return [
+    lines = [
         # a rule of ours, which already names its fields
         str(problem["ctx"]["error"])
         if problem["type"] == "value_error"
         else f"{_explain(problem, root)}; see {page}"
         for problem in problems
+        if not _is_of_one_type(problem["loc"])
     ]
+    # a value that may be of several types has a problem with each, told in the same words
+    return list(dict.fromkeys(lines))
+
+
+# what pydantic adds to the place of a value, where that may be of several types: the type it tried
+_TRIED_TYPE = re.compile(r"(str|float)|(tuple|dict)\[.*")
+
+
+def _is_of_one_type(place: tuple[str | int, ...]) -> bool:
+    """Whether a problem is inside a value that may be of several types, where the whole value has a problem too."""
+    return any(_TRIED_TYPE.fullmatch(str(part)) for part in place[:-1])
 
 
 def _explain(problem: dict[str, Any], root: type[BaseModel]) -> str:
-    # where a value may be of several types, pydantic adds the type it tried
-    path = [str(part) for part in problem["loc"] if part not in ("float", "tuple[float, ...]")]
-    key, value = ".".join(path), problem.get("input")
-    if problem["type"] == "extra_forbidden":
-        section = section_at(root, path[:-1])
+    place, value, kind = problem["loc"], problem.get("input"), problem["type"]
+    several = _TRIED_TYPE.fullmatch(str(place[-1])) is not None
+    # of what a mapping has as a key, pydantic says so behind it
+    path = list(place[:-1] if several or place[-1] == "[key]" else place)
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+    names = [str(part) for part in path]
+    if kind == "extra_forbidden":
+        section = section_at(root, names[:-1])
         if root is not Config and section is not None:
             return f"{key} is not a known key; the keys are {', '.join(section.model_fields)}"
-        return f"{key}={value!r} is not a known key{_suggestion(path)}"
-    if problem["type"] == "missing":
-        place = f" in the YAML or as {key}=value" if root is Config else ""
-        return f"{key} is missing and has no default; set it{place}"
-    if problem["type"] in ("tuple_type", "list_type"):
+        return f"{key}={value!r} is not a known key{_suggestion(names)}"
+    examples = _examples(root, path)
+    such_as = f"; write {' or '.join(examples)}" if examples else ""
+    if kind == "missing" and isinstance(path[-1], int):
+        return f"{key.rpartition('[')[0]}={value!r} has too few entries{such_as}"
+    if kind == "missing":
+        where = f" in the YAML or as {key}=value" if root is Config else ""
+        return f"{key} is missing and has no default; set it{where}"
+    if several:
+        return f"{key}={value!r} is of a wrong type{such_as}"
+    if kind in ("tuple_type", "list_type"):
         entries = "..." if value is None else value
         return f"{key}={value!r} must be a list: write {key}=[{entries}]"
-    if problem["type"] == "model_type" and (section := section_at(root, path)) is not None:
+    if kind == "model_type" and (section := section_at(root, names)) is not None:
         example = f", such as {key}.{_example(section)}" if root is Config else ""
         return f"{key}={value!r} must be a section{example}; its keys are {', '.join(section.model_fields)}"
-    section = section_at(root, path[:-1])
-    examples = section.model_fields[path[-1]].examples if problem["type"] == "dict_type" and section else None
-    if examples:
-        return f"{key}={value!r} must be a mapping; write {path[-1]}: {examples[0]}"
-    return f"{key}={value!r}: {problem['msg']}"
+    if kind == "dict_type":
+        return f"{key}={value!r} must be a mapping{such_as}"
+    if kind == "string_type" and isinstance(value, int | float):
+        return f"{key}={value!r} must be text: write '{value}', and on the command line \"'{value}'\""
+    if kind == "string_type":
+        return f"{key}={value!r} must be text"
+    return f"{key}{'' if path != list(place) else f'={value!r}'}: {problem['msg']}{such_as}"
+
+
+def _examples(root: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+    """How the field may be written that has a path, or has an entry there; nothing where it has no examples."""
+    for end in range(len(path), 0, -1):
+        names = [str(part) for part in path[:end]]
+        section = section_at(root, names[:-1])
+        field = section.model_fields.get(names[-1]) if section is not None else None
+        if field is not None:
+            name = f"{'.'.join(names)}=" if root is Config else f"{names[-1]}: "
+            return [f"{name}{example}" for example in field.examples or ()]
+    return []
 
 
 def _example(section: type[BaseModel]) -> str:

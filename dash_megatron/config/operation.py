@@ -58,7 +58,7 @@ class LoggingConfig(Section):
     routing_every: int = Field(default=0, ge=0)
     """Steps between measurements of how each layer and kv head routes, written to `<run_dir>/routing.jsonl` and TensorBoard;
     0 = never. They cover rank 0's heads and its first micro-batch."""
-    profile_steps: tuple[int, int] | None = None
+    profile_steps: tuple[int, int] | None = Field(default=None, examples=["[5, 6]"])
     """First and last step to record with torch's profiler, such as `[5, 6]`, counted from 1: each process writes a Chrome
     trace and, on a GPU, a memory snapshot to `<run_dir>/profile`; null records nothing. docs/profiling.md says how to read
     them."""

@@ -38,7 +38,7 @@ class ZeroConfig(Section):
 
     stage: Literal[0, 1, 2, 3] = 1
     """0 replicates everything, 1 shards optimizer state, 2 also gradients, 3 also parameters."""
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict, examples=["{overlap_comm: true}"])
     """Passed through to DeepSpeed's `zero_optimization` section, for example `overlap_comm: true`."""
 
     @model_validator(mode="after")

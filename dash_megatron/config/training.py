@@ -14,7 +14,7 @@ class OptimizerConfig(Section):
 
     lr: float = Field(default=3e-4, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), examples=["[0.9, 0.95]"])
     """Decay rates of the moving averages of gradients and of their squares."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the square root of the second moment."""

@@ -84,7 +84,7 @@ class Assumptions(Section):
 class Branches(Section):
     """Short runs that go on from the weights of each base, in other attention and with other settings, to be compared."""
 
-    arms: tuple[dict[str, Any], ...]
+    arms: tuple[dict[str, Any], ...] = Field(examples=["[{name: full, attention.kind: full}, ...]"])
     """What is compared: each has a `name`, and the settings that set it apart. Of the base's attention it takes nothing."""
     reference: str
     """Name of the arm that the others are compared with."""
@@ -147,12 +147,12 @@ class Study(Section):
     """Folder of everything the study writes; runs get folders in it."""
     overrides: dict[str, Any] = Field(default_factory=dict, examples=["{optimizer.lr: 3e-4}"])
     """`section.key: value` for every run."""
-    points: tuple[dict[str, Any], ...] = ()
+    points: tuple[dict[str, Any], ...] = Field(default=(), examples=["[{name: 30m, model.layers: 8}, ...]"])
     """A list of runs: each entry has the settings that belong together, such as those of a model size, and may have a
     `name`."""
     grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict, examples=["{optimizer.lr: [3e-4, 6e-4]}"])
     """`section.key: [values]`: every combination, with every point."""
-    twins: tuple[str | dict[str, Any], ...] = ()
+    twins: tuple[str | dict[str, Any], ...] = Field(default=(), examples=["[full, {attention.alpha: 1.2}]"])
     """Runs to compare with: each is another `attention.kind`, or a set of settings. A run of kind `full` takes no
     attention setting from its twin, and is run once for all that it is twin of."""
     seeds: tuple[int, ...] = ()

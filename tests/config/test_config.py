@@ -135,12 +135,35 @@ def test_configs_cannot_be_changed(path: Path) -> None:
             "attention.nsa=[1] must be a section, such as attention.nsa.kernel_size=...; its keys are kernel_size",
         ),
         ("attention.nsa.windw=64", "did you mean attention.nsa.window?"),
+        ("zero.options=[1]", "zero.options=[1] must be a mapping; write zero.options={overlap_comm: true}"),
+        (
+            "data.seq_length_curriculum={0: x}",
+            "data.seq_length_curriculum[0]='x': Input should be a valid integer, unable to parse string as an integer; write "
+            "data.seq_length_curriculum={0: 2048, 1000: 8192}",
+        ),
+        ("optimizer.betas=[1]", "optimizer.betas=[1] has too few entries; write optimizer.betas=[0.9, 0.95]"),
+        (
+            "run_dir=2024",
+            "run_dir=2024 must be text: write '2024', and on the command line \"'2024'\"",
+        ),
+        ("data.train=[[a]]", "data.train[0]=['a'] must be text"),
     ],
 )
 def test_a_wrong_setting_names_field_value_and_rule(override: str, message: str, path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(path, [override])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["{0: 1.0, 5: [x]}", "[x]", "x"])
+def test_a_value_of_none_of_several_types_is_told_once_with_how_to_write_each(value: str, path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(path, [f"attention.target_density={value}"])
+    assert str(error.value) == (
+        f"attention.target_density={yaml.safe_load(value)!r} is of a wrong type; write attention.target_density=0.25 or "
+        "attention.target_density=[0.25, 0.5, ...] or attention.target_density={0: 1.0, 2000: 0.25}; "
+        "see docs/configuration.md"
+    )
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,10 @@ def arms(*named: dict[str, Any]) -> dict[str, Any]:
             {"evaluate": ["--tasks documents"]},
             r"branches.evaluate=\['--tasks documents'\] must be a mapping; write evaluate: {NAME: \"--tasks documents\"}",
         ),
+        (
+            {"arms": ["x"]},
+            r"branches.arms\[0\]='x' must be a mapping; write arms: \[{name: full, attention.kind: full}, ...\]",
+        ),
         ({"evaluate": {}}, "branches.evaluate must score held-out documents"),
         ({"evaluate": {"x": "--tasks copy --data documents"}}, "branches.evaluate must score held-out"),
         ({"overrides": {"model.layers": 3}}, "branches.overrides sets model.layers, and a branch goes on"),

@@ -212,6 +212,11 @@ def test_baselines_have_the_density_and_flops_of_their_lists(write_study: Write)
         ({"budgets": 3}, "budgets=3 must be a section; its keys are tokens_per_parameter"),
         ({"grid": {"optimizer.lrr": [1]}}, "optimizer.lrr=1 is not a known key; did you mean optimizer.lr?"),
         ({"grid": ["optimizer.lr"]}, "must be a mapping; write grid: {optimizer.lr: [3e-4, 6e-4]}"),
+        (
+            {"points": ["a"]},
+            "points[0]='a' must be a mapping; write points: [{name: 30m, model.layers: 8}, ...]",
+        ),
+        ({"twins": [3]}, "twins[0]=3 is of a wrong type; write twins: [full, {attention.alpha: 1.2}]"),
         ({"grid": {"optimizer.lr": []}}, "grid.optimizer.lr is empty"),
         ({"grid": {"optimizer.lr": [1e-3, 1e-3]}}, "are the same"),
         ({"points": [{"name": "a"}, {"name": "b"}]}, "are the same"),
