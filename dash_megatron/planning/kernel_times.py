@@ -16,11 +16,13 @@ RECOUNTED = 1.4
 passes over the scores, 381 of about 1000 instructions, is made twice."""
 PAIRS_ABOVE = {"attend": {4: 6.0, 16: 5.2}, "queries": {4: 3.8, 16: 3.2}}
 """By stage and query heads of a group: pairs are taken where tiles visit more than so many times what was selected."""
+TIMED_GPU = "H200"
+"""The one in the table of launch configurations, by which alone attend and queries go over pairs."""
 
 
-def pairs_above(stage: str, group: int, head_dim: int, chunk_size: int) -> float:
+def pairs_above(stage: str, group: int, head_dim: int, chunk_size: int, gpu: str) -> float:
     """Of attend or queries, how many times what was selected tiles must visit for pairs to be taken; infinite: never."""
-    timed = (head_dim, chunk_size) == (128, 64)
+    timed = (head_dim, chunk_size, gpu) == (128, 64, TIMED_GPU)
     return PAIRS_ABOVE[stage].get(group, math.inf) if timed else math.inf
 
 
@@ -50,6 +52,8 @@ class AttentionWork:
     """Times that queries meet a part of the keys: the steps of a ring, each with its own launches."""
     sharded: bool = False
     """Keys come from other ranks, so that attend and queries go over tiles whatever they visit."""
+    gpu: str = TIMED_GPU
+    """On another one attend and queries go over tiles too."""
 
     def units(self, stage: str) -> dict[str, float]:
         """What a stage has to do: 10**6 rows, 10**9 chunks scored or listed, and 10**12 pairs of tokens."""
@@ -89,12 +93,12 @@ class AttentionWork:
 
     def by_pair(self, stage: str) -> bool:
         """Whether a stage (attend, queries or keys) goes over selected pairs rather than over what tiles visit, as the table
-        and the rule of `dash_megatron.ops.kernels.configs` decide in half precision on an H200."""
+        and the rule of `dash_megatron.ops.kernels.configs` decide in half precision on the GPU."""
         wide, small = 64 < self.head_dim <= 128, self.chunk_size < 64
         if stage == "keys":
             above = 0.0 if (wide and not small) or (small and self.head_dim <= 64) else math.inf
         else:
-            shape = self.group, self.head_dim, self.chunk_size
+            shape = self.group, self.head_dim, self.chunk_size, self.gpu
             above = math.inf if self.sharded else pairs_above(stage, *shape)
         return self.visited > above * self.selected
 

@@ -128,13 +128,13 @@ def list_bytes(config: Config, layout: Layout, listed: float) -> tuple[float, fl
     return entries * 4 * (1 + tile), entries * (4 * tile + 16)
 
 
-def pair_bytes(config: Config, layout: Layout, listed: float) -> dict[str, float]:
+def pair_bytes(config: Config, layout: Layout, listed: float, gpu: str) -> dict[str, float]:
     """Workspaces of one layer call on one rank in which attention ("attend") and its gradient of queries ("queries") may go
     over selected pairs.
 
     Kernels decide on the device, when the workspace is there already: partial results of a group's heads and a pair's places,
     up to 2 GiB of the former, and no more than the pairs that tiles may list where pairs are still taken. What a rank of
-    context parallelism does not exchange by heads goes over tiles alone.
+    context parallelism does not exchange by heads goes over tiles alone, and so does what another GPU than the one timed computes.
     """
     model, chunk = config.model, config.attention.chunk_size
     group, head_dim = model.heads // model.kv_heads, model.channels_per_head
@@ -145,7 +145,7 @@ def pair_bytes(config: Config, layout: Layout, listed: float) -> dict[str, float
     chunks = config.training.micro_batch * config.data.seq_length / chunk
     # partial results in bf16, and in attention their log-sum-exp
     for stage, of_head in {"attend": 2 * head_dim + 4, "queries": 2 * head_dim}.items():
-        above = pairs_above(stage, group, head_dim, chunk)
+        above = pairs_above(stage, group, head_dim, chunk, gpu)
         room = WORKSPACE_BYTES // (group * of_head)
         run = RUN_TILES
         while run > 1 and run * tile * chunks > room / 8:
@@ -250,7 +250,9 @@ def memory_use(
     # while one layer's backward runs: what was not kept, and gradients of either half of the layer
     rows_width = 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.element_bytes
     gradient_rows = shape.tokens * rows_width + 2 * parts["pooled"]
-    by_pair = pair_bytes(config, layout, listed) if routed else dict.fromkeys(PAIRS_ABOVE, 0.0)
+    by_pair = dict.fromkeys(PAIRS_ABOVE, 0.0)
+    if routed:
+        by_pair = pair_bytes(config, layout, listed, hardware.gpu)
     attention_phase = gradient_rows + backward_lists + max(forward_exchange, backward_exchange)
     attention_phase = max(attention_phase + by_pair["queries"], by_pair["attend"])
     feed_forward_phase = parts["feed_forward"] / 2 + feed_forward * (layout.recompute == "selective")

@@ -177,6 +177,7 @@ def _attention(config: Config, layout: Layout, routing: Routing, hardware: Hardw
         counted=lists_are_counted(config, layout),
         passes=context if layout.context_comm == "p2p" else 1,
         sharded=context > 1 and not by_heads,
+        gpu=hardware.gpu,
     )
     dense_layers = model.layers if config.attention.kind == "full" else len(set(config.attention.full_layers))
     routed_layers = model.layers - dense_layers

@@ -60,10 +60,11 @@ def test_the_rates_are_those_that_the_command_fits(stage: str) -> None:
 @pytest.mark.parametrize("group", [1, 4, 8, 16])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("chunk_size", [16, 32, 64, 128])
+@pytest.mark.parametrize(("gpu", "name"), [("H200", "NVIDIA H200"), ("H100", "NVIDIA H100 80GB HBM3")])
 def test_stages_go_by_pair_where_the_kernels_do_and_tiles_are_theirs(
-    head_dim: int, chunk_size: int, group: int, monkeypatch: pytest.MonkeyPatch
+    gpu: str, name: str, head_dim: int, chunk_size: int, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(configs, "device_limits", lambda _: ("NVIDIA H200", 227 * 1024, 132))
+    monkeypatch.setattr(configs, "device_limits", lambda _: (name, 227 * 1024, 132))
     launches = configs.find_launches.__wrapped__(
         torch.device("cpu"), torch.bfloat16, head_dim, chunk_size, group
     )
@@ -73,7 +74,7 @@ def test_stages_go_by_pair_where_the_kernels_do_and_tiles_are_theirs(
         "queries": launches.query_pairs_above,
     }
     for ratio in (1.0, 1.4, 1.6, 3.0, 3.5, 4.0, 5.5, 7.0):
-        work = AttentionWork(1, group, 1, 100, 10, 10 * ratio, chunk_size, head_dim)
+        work = AttentionWork(1, group, 1, 100, 10, 10 * ratio, chunk_size, head_dim, gpu=gpu)
         assert {stage: work.by_pair(stage) for stage in thresholds} == {
             stage: ratio > above for stage, above in thresholds.items()
         }

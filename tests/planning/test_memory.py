@@ -206,25 +206,28 @@ def heads_of_128(length: int, *changes: str) -> Config:
 
 
 def test_pairs_have_workspaces_of_2_gib_or_of_what_a_decision_for_them_leaves() -> None:
-    long = memory.pair_bytes(heads_of_128(16384), ALONE, 1.0)
+    long = memory.pair_bytes(heads_of_128(16384), ALONE, 1.0, "H200")
     # a pair of 4 heads: 128 elements in bf16 each, a float32 log-sum-exp in attention, and 20 bytes of places;
     # 512 tiles of 32 tokens in runs of 8, by 256 chunks and 8 kv heads, have 8 bytes each
     counts = 512 / 8 * 256 * 8 * 8
     assert long["attend"] == 2**31 // 1040 * 1060 + counts
     assert long["queries"] == 2**31 // 1024 * 1044 + counts
     # 64 chunks make 2080 pairs, in 2 tiles each of 8 kv heads; tiles of 32 tokens list 6 or 3.8 times what is taken at least
-    short = memory.pair_bytes(heads_of_128(4096), ALONE, 1.0)
+    short = memory.pair_bytes(heads_of_128(4096), ALONE, 1.0, "H200")
     pairs, counts = 2080 * 2 * 8 * 32, counts / 16
     assert short == pytest.approx(
         {"attend": pairs / 6 * 1060 + counts, "queries": pairs / 3.8 * 1044 + counts}
     )
-    halves = memory.pair_bytes(heads_of_128(4096), Layout(2, 1, 1, 1, "all_gather", "full"), 1.0)
+    halves = memory.pair_bytes(heads_of_128(4096), Layout(2, 1, 1, 1, "all_gather", "full"), 1.0, "H200")
     assert halves == pytest.approx({stage: number / 2 for stage, number in short.items()})
     one, two = (
         memory_use(heads_of_128(16384, f"model.head_dim={width}"), ALONE, 128256).working
         for width in (128, 112)
     )
     assert one - two > long["queries"]
+    assert memory.pair_bytes(heads_of_128(16384), ALONE, 1.0, "H100") == {"attend": 0.0, "queries": 0.0}
+    other = memory_use(heads_of_128(16384), ALONE, 128256, Hardware.of("H100")).working
+    assert other < one
 
 
 @pytest.mark.parametrize(
@@ -240,7 +243,7 @@ def test_pairs_have_workspaces_of_2_gib_or_of_what_a_decision_for_them_leaves() 
     ids=["fp32", "8 heads a group", "heads of 64", "chunks of 32", "too many to count", "context shards"],
 )
 def test_where_pairs_are_never_taken_they_have_no_workspaces(config: Config, layout: Layout) -> None:
-    assert memory.pair_bytes(config, layout, 1.0) == {"attend": 0.0, "queries": 0.0}
+    assert memory.pair_bytes(config, layout, 1.0, "H200") == {"attend": 0.0, "queries": 0.0}
 
 
 def test_recomputation_and_sharing_tokens_only_ever_save() -> None:

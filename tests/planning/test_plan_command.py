@@ -138,6 +138,20 @@ def test_another_gpu_has_its_own_speed_and_memory(capsys: pytest.CaptureFixture[
         assert a100["seconds_parts"][part] / h200["seconds_parts"][part] == pytest.approx(989 / 312)
 
 
+def test_only_the_gpu_in_the_table_of_launches_attends_over_pairs(capsys: pytest.CaptureFixture[str]) -> None:
+    # an H100 is as fast as an H200; tiles of which every token selects for itself are where pairs are worth it
+    for routing, longer in (("1.5", False), ("7", True)):
+        h200, h100 = (
+            _layouts(
+                capsys, "--gpu", gpu, "--memory-gib", "140", "--routing", routing, "parallel.context_comm=a2a"
+            )
+            for gpu in ("H200", "H100")
+        )
+        seconds = [plan["configured"]["seconds_parts"]["attention"] for plan in (h200, h100)]
+        assert (seconds[1] > 1.1 * seconds[0]) == longer
+        assert (seconds[1] == seconds[0]) != longer
+
+
 def test_a_profile_corrects_compute_by_how_long_its_steps_took(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
