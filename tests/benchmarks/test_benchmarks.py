@@ -136,6 +136,11 @@ def test_a_whole_step_is_timed_with_full_attention_and_at_a_density(tmp_path: Pa
         assert row["attention_share"] < 1
 
 
+def test_a_whole_step_of_a_model_of_full_size_needs_a_gpu() -> None:
+    with pytest.raises(AssertionError, match="error: there is no GPU; add --tiny to time two narrow layers"):
+        _run("benchmarks/step.py", "--config", "configs/1b_16k.yaml", interpreted=False)
+
+
 def test_a_whole_step_is_timed_with_choices_of_trained_routers(tmp_path: Path) -> None:
     measured = tmp_path / "step.json"
     trained = ["--config", "configs/1b_16k.yaml", "--tiny", "--routing", "trained", "--steps", "1"]
