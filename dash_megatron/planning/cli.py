@@ -34,7 +34,7 @@ def add_plan(tools: Any) -> None:
         metavar="CHOICES",
         help="how alike neighbouring tokens select: `trained` (default) as models of 62M parameters did after training with the "
         "config's attention.query_pool, `runs` of 32 tokens that select the same (the best case), `independent` (the worst), or "
-        "a number of at least 1: pairs that tiles visit over pairs selected, which is 32 over 1 of `listed` in what `python -m dash_megatron study routing RUN_DIR` writes",
+        "a number of at least 1: pairs that tiles visit over pairs selected, which `python -m dash_megatron study routing RUN_DIR` prints",
     )
     plan.add_argument("--listed", help=argparse.SUPPRESS)
     plan.add_argument(

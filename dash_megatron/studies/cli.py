@@ -242,11 +242,12 @@ def _plot_run(options: argparse.Namespace) -> None:
 
 
 def _routing(options: argparse.Namespace) -> None:
-    from dash_megatron.studies.routing import study_routing
+    from dash_megatron.studies.routing import routing_table, study_routing
 
     places = {"step": options.step, "length": options.length, "device": options.device}
     written = study_routing(options.run_dir, output=options.output, dump=options.dump, **places)
-    print(*written, sep="\n")
+    report = json.loads(written[0].read_text(encoding="utf-8"))
+    print(*routing_table(report), "", *written, sep="\n")
 
 
 def _dispersion(options: argparse.Namespace) -> None:

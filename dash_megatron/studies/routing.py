@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,8 @@ from dash_megatron.ops.diagnostics import (
     selection_map,
 )
 from dash_megatron.ops.routing_rows import selected_chunks
+from dash_megatron.planning.choices import tile_tokens
+from dash_megatron.planning.table import table
 from dash_megatron.training.routing import layer_record
 
 # Queries measured in the document: the curves are smooth, and a model of 32 layers takes minutes on a GPU at 128K.
@@ -200,6 +204,25 @@ def study_routing(
     return written
 
 
+def routing_table(report: dict[str, Any]) -> list[str]:
+    """Lines for a terminal, one for each layer with a router and one of their means: the mean density of the kv heads, and how
+    many times the pairs selected in past chunks the kernels' tiles visit.
+
+    Args:
+        report: as routing.json has it.
+    """
+    tile = report["tile_tokens"]
+    rows: list[tuple[str, float, float]] = []
+    for layer, record in enumerate(report["layers"]):
+        if record is not None:
+            selected, visited = record["listed"]["1"], record["listed"][str(tile)]
+            ratio = visited / selected if selected else math.nan
+            rows.append((str(layer), fmean(record["heads"]["density"]), ratio))
+    rows.append(("mean", fmean(row[1] for row in rows), fmean(row[2] for row in rows)))
+    columns = ("layer", "density", f"visited by tiles of {tile} tokens / selected")
+    return table([(name, f"{density:.1%}", f"{ratio:.2f}") for name, density, ratio in rows], columns)
+
+
 def pack_selected(selected_HNc: Tensor, chunk_size: int) -> np.ndarray:
     """Selected chunks in the format of `benchmarks/choices`, which has whole chunks only: a shorter last one is left out.
 
@@ -236,6 +259,7 @@ def _report(
         "trained_length": run.config.data.seq_length,
         "queries": len(some.token),
         "chunk_size": attention.chunk_size,
+        "tile_tokens": tile_tokens(run.config.model.heads // run.config.model.kv_heads, attention.chunk_size),
         "sigma": attention.sigma,
         "alpha": attention.alpha,
         "local_chunks": attention.local_chunks,

@@ -179,7 +179,29 @@ def test_a_run_keeps_its_routing_and_study_routing_draws_it(
 
     dump, places = tmp_path / "dumps" / "run.npz", ["--output", str(tmp_path / "drawn"), "--device", "cpu"]
     assert main(["study", "routing", str(tmp_path), *places, "--dump", str(dump)]) == 0
+    told = capsys.readouterr().out.splitlines()
     report = json.loads((tmp_path / "drawn" / "routing.json").read_text())
+    assert told[0].split() == [
+        "layer",
+        "density",
+        "visited",
+        "by",
+        "tiles",
+        "of",
+        "16",
+        "tokens",
+        "/",
+        "selected",
+    ]
+    rows = [line.split() for line in told[1:4]]
+    for (number, density, ratio), layer in zip(rows, report["layers"], strict=False):
+        heads, listed = layer["heads"]["density"], layer["listed"]
+        assert (number, density) == (str(report["layers"].index(layer)), f"{sum(heads) / len(heads):.1%}")
+        assert float(ratio) == pytest.approx(listed["16"] / listed["1"], abs=0.005)
+        assert float(ratio) > 1
+    assert float(rows[2][2]) == pytest.approx((float(rows[0][2]) + float(rows[1][2])) / 2, abs=0.011)
+    assert rows[2][0] == "mean"
+    assert told[5] == str(tmp_path / "drawn" / "routing.json")
     assert (report["run"], report["tokens"]) == (f"{tmp_path.name} step 4", 128)
     assert report["document_tokens"] > 128
     shares = np.load(tmp_path / "drawn" / "selected_chunks.npz")
