@@ -30,6 +30,9 @@ ANSWER_ROLE = "assistant"
 Messages = Sequence[Mapping[str, str]]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_OTHER_TEMPLATE = (
+    "give a template that ends every answer alike, or split the conversation into ones of one answer"
+)
 # what every template must be able to render; it shows which token ends a turn
 _EXAMPLE: Messages = ({"role": "user", "content": "Hello."}, {"role": ANSWER_ROLE, "content": "Good day."})
 
@@ -99,7 +102,9 @@ class ChatTemplate:
                 ids += part
                 answers += [learnt] * len(part)
             if ids[-1] != self.turn_end:
-                raise ValueError(f"the template ends the answer {whole[start:end]!r} otherwise than others")
+                raise ValueError(
+                    f"the template ends the answer {whole[start:end]!r} otherwise than others; {_OTHER_TEMPLATE}"
+                )
             place = end
         return _ended(ids, answers, self.tokenizer.eod, learn_end=False)
 
@@ -135,10 +140,16 @@ class ChatTemplate:
                 asked, _ = self._render(messages[:number], ask=True)
                 answered = whole if number + 1 == len(messages) else self._render(messages[: number + 1])[0]
                 if not (whole.startswith(answered) and answered.startswith(asked)):
+                    *_, end = [0, *(found.start() for found in self._special.finditer(answered))]
+                    if answered[:end].startswith(asked) and whole.startswith(answered[:end]):
+                        raise ValueError(
+                            f"the template ends answer {number + 1} with {answered[end:].strip()!r} only where no message "
+                            f"follows, so that nothing would teach a model to stop there; {_OTHER_TEMPLATE}"
+                        )
                     raise ValueError(
                         f"the template renders what stands before or in answer {number + 1} otherwise when more messages follow, "
-                        "so that no row could hold what is asked later; split the conversation, or give a template that marks "
-                        "answers with {% generation %}"
+                        "so that no row could hold what is asked later; split the conversation into ones of one answer, or "
+                        "give a template that marks answers with {% generation %}"
                     )
                 spans.append((len(asked), len(answered)))
         return spans

@@ -134,8 +134,15 @@ def test_what_is_wrong_with_a_conversation_is_told(chatml):
     forgetful = CHATML.replace("m.content +", "(m.content if loop.last else m.content[:2]) +")
     with pytest.raises(ValueError, match="in answer 2 otherwise when more messages follow"):
         ChatTemplate(forgetful, chatml).encode(TURNS[1:5])
+    once = CHATML.replace(" + '<|im_end|>'", "").replace(
+        "{% endif %}", "{% else %}{{ '<|im_end|>' }}{% endif %}"
+    )
+    message = r"ends answer 2 with '<\|im_end\|>' only where no message follows, .*; give a template that ends every answer"
+    with pytest.raises(ValueError, match=message):
+        ChatTemplate(once, chatml).encode(TURNS[1:5])
+    assert ChatTemplate(once, chatml).encode(TURNS[1:3]).ids
     uneven = CHATML.replace("'<|im_end|>'", "('<|im_end|>' if m.content != 'No.' else '<|endoftext|>')")
-    with pytest.raises(ValueError, match="otherwise than others"):
+    with pytest.raises(ValueError, match="otherwise than others; give a template that ends every answer"):
         ChatTemplate(uneven, chatml).encode(TURNS[3:5])
 
 
