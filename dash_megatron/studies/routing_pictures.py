@@ -40,14 +40,13 @@ def draw_routing(report: dict[str, Any], shares: dict[int, np.ndarray], folder: 
         Their paths.
     """
     figures = {
-        "heads.png": _heads(report),
-        "positions.png": _positions(report),
-        "chunks.png": _chunks(report, shares),
-        "threshold.png": _threshold(report),
+        "heads.png": ("What the router of each kv head does", _heads(report)),
+        "positions.png": ("Routing by position in the document", _positions(report)),
+        "chunks.png": ("Which chunks the tokens of each chunk select", _chunks(report, shares)),
+        "threshold.png": ("How near to the threshold selected chunks are", _threshold(report)),
     }
-    for name, figure in figures.items():
-        title = f"{report['run']}: one validation document of {report['tokens']:,} tokens"
-        figure.suptitle(title)
+    for name, (title, figure) in figures.items():
+        figure.suptitle(f"{title}\n{report['run']}, one validation document of {report['tokens']:,} tokens")
         save(figure, folder / name)
     return [folder / name for name in figures]
 

@@ -1,17 +1,21 @@
 """Dispersion of routing on scores whose answer is known, and runs that have no router to study."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from dash_megatron.__main__ import main
 from dash_megatron.ops.types import Router
 from dash_megatron.studies import dispersion as module
-from dash_megatron.studies import routing
+from dash_megatron.studies import routing, routing_pictures
 from dash_megatron.studies.dispersion import dispersion, group_mean
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_equal_scores_spread_over_all_chunks_and_a_clear_winner_takes_all_of_entmax() -> None:
@@ -118,3 +122,22 @@ def test_made_up_inputs_have_no_step_and_no_document(
         assert main(["study", "dispersion", option, "3", "--output", str(tmp_path / "out")]) == 2
         assert "give RUN_DIR too" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_say_what_they_show_and_of_which_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles: dict[str, str] = {}
+
+    def note(figure: Any, path: Path) -> None:
+        titles[path.name] = figure.get_suptitle()
+        routing_pictures.plt.close(figure)
+
+    monkeypatch.setattr(routing_pictures, "save", note)
+    report = json.loads((ROOT / "docs" / "results" / "quality" / "routing_second.json").read_text())
+    routing_pictures.draw_routing(report, {0: np.zeros((2, 8, 8))}, tmp_path)
+    assert titles["chunks.png"] == (
+        "Which chunks the tokens of each chunk select\n"
+        "dash_25-dash_1.5e+08tok_seed1 step 1144, one validation document of 16,384 tokens"
+    )
+    assert len({title.partition("\n")[0] for title in titles.values()}) == 4
