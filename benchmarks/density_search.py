@@ -90,24 +90,34 @@ def search_scaling_factor(
 
 
 def set_decoding_density(model: DashForCausalLM, cache: StaticCache, context: int, target: float) -> float:
-    """Bring all layers to a density, on random tokens that each follow the cache's; gives the mean density."""
+    """Bring all layers to a density, on random tokens that each follow the cache's; gives the mean density.
+
+    A router that pools queries sees of each those of the random tokens before it too, which the cache keeps as its last.
+    """
     densities: list[float] = []
-    lengths = torch.full((PROBES,), context, dtype=torch.int32, device=model.device)
+    num_tokens = PROBES + attention_layers(model)[0].router.query_pool - 1
+    lengths = torch.full((num_tokens,), context, dtype=torch.int32, device=model.device)
 
     def probe(attention: DashSelfAttention) -> Callable[..., Tensor]:
         def attend(q: Tensor, *_: Any) -> Tensor:
             layer, q_nHD = cache.layers[attention.index], q[:, :, 0]
             assert isinstance(layer, FastLayer)
-            store = layer.store
-            densities.append(search_scaling_factor(attention, q_nHD, store, lengths, target))
+            store, routing_q = layer.store, None
+            if store.queries is not None:
+                routing_q = _pooled(q.transpose(0, 2), store.query_pool)[0].transpose(0, 1).contiguous()
+                store.queries[0] = q_nHD[torch.arange(store.queries.shape[1], device=q.device) % num_tokens]
+            found = search_scaling_factor(
+                attention, q_nHD[-PROBES:], store, lengths[-PROBES:], target,
+                None if routing_q is None else routing_q[-PROBES:],
+            )  # fmt: skip
+            densities.append(found)
             router = Router(**attention.router._asdict())
-            return decode_and_count(q_nHD, shared_cache(store, lengths), router, attention.backend)[0][
-                :, :, None
-            ]
+            out = decode_and_count(q_nHD, shared_cache(store, lengths), router, attention.backend, routing_q)
+            return out[0][:, :, None]
 
         return attend
 
-    tokens = random_tokens(model, PROBES, 1)
+    tokens = random_tokens(model, num_tokens, 1)
     with replaced(model, "_attend_with_kernels", probe):
         model(tokens, position_ids=torch.full_like(tokens, context), use_cache=False)
     return statistics.mean(densities)
@@ -149,8 +159,13 @@ def probe_prompt(
 
     routing_q = None
     if router.query_pool > 1:
-        start = torch.zeros(1, dtype=torch.int64, device=q.device)
-        routing_q = at_probes(pool_queries(q.float(), None, 0, start, router.query_pool))
+        routing_q = at_probes(_pooled(q, router.query_pool))
     if target is None:
         return measure(attention, at_probes(q), store, lengths, routing_q=routing_q)
     return search_scaling_factor(attention, at_probes(q), store, lengths, target, routing_q)
+
+
+def _pooled(q: Tensor, query_pool: int) -> Tensor:
+    """What the router sees of the tokens of one row, from their queries [1, heads, N, D]."""
+    start = torch.zeros(1, dtype=torch.int64, device=q.device)
+    return pool_queries(q.float(), None, 0, start, query_pool).to(q.dtype)

@@ -109,9 +109,9 @@ def fill_cache(model: DashForCausalLM, cache: StaticCache, kind: str, context: i
             cache.update(k, v, index)
         else:
             places = (attention.indexer_q.view(H, D), start, 0, attention.backend)
-            # what a router of single queries does not look at
+            # set_decoding_density sets the few that a router of more than one query looks at
             q = k.new_zeros(1).expand(1, attention.q_proj.out_features // D, context, D)
-            fast_layer(cache, index, C, 1, q, *places).write(k, v, q, *places)
+            fast_layer(cache, index, C, attention.router.query_pool, q, *places).write(k, v, q, *places)
 
 
 def fastest_full(cache: StaticCache, q: Tensor) -> tuple[str, Attention]:

@@ -2,21 +2,25 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, StaticCache
 
 from benchmarks import generate
-from benchmarks.density_search import PROBES
+from benchmarks.density_search import PROBES, SPARE_TOKENS, set_decoding_density
 from benchmarks.persistence import make_selected
 from dash_megatron.hf.export import export_run
+from dash_megatron.hf.fast_cache import FastLayer
 from dash_megatron.hf.modeling_dash import DashForCausalLM
+from dash_megatron.ops.decode import decode_and_count
 from tests.data.test_chat import write_chatml
 
 CONFIG = Path(__file__).parents[2] / "configs" / "8b_128k.yaml"
@@ -29,10 +33,11 @@ def _run(tmp_path: Path, *arguments: str) -> list[dict[str, object]]:
     return json.loads(Path(output).read_text())["results"]
 
 
+@pytest.mark.parametrize("query_pool", [1, 4])
 def test_every_case_is_timed_at_the_density_asked_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    query_pool: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results = _run(tmp_path, "--tiny", "--density", "0.2")
+    results = _run(tmp_path, "--tiny", "--density", "0.2", f"attention.query_pool={query_pool}")
     assert [(x["what"], x["kind"]) for x in results] == [
         (what, kind) for what in ("decode", "prefill") for kind in ("dash", "full")
     ]
@@ -45,6 +50,33 @@ def test_every_case_is_timed_at_the_density_asked_for(
     assert [line.split()[:3] for line in table] == [
         [str(result[key]) for key in ("what", "context", "kind")] for result in results
     ]
+
+
+@torch.no_grad()
+def test_a_router_of_several_queries_decodes_on_at_the_density_that_was_searched() -> None:
+    shape = ["attention.query_pool=4", "--config", str(CONFIG), "--tiny", "--contexts", "2048"]
+    options = generate.parse(shape)
+    model = generate.build_model(options, torch.device("cpu"))
+    cache = StaticCache(config=model.config, max_cache_len=2048 + SPARE_TOKENS)
+    generate.fill_cache(model, cache, "dash", 2048)
+    assert set_decoding_density(model, cache, 2048, 0.1) == pytest.approx(0.1, abs=0.005)
+    for layer in cache.layers:
+        assert isinstance(layer, FastLayer)
+        assert layer.store.queries is not None
+        assert layer.store.queries.abs().sum((0, 2, 3)).all()
+    shares = []
+
+    def count(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, selected = decode_and_count(*arguments, **options)
+        shares.append((selected / (2048 / 16)).mean().item())
+        return out, selected
+
+    with patch("dash_megatron.ops.decode.decode_and_count", count):
+        for place in range(2048, 2048 + 32):
+            token = torch.randint(model.vocab_size, (1, 1))
+            model(token, position_ids=torch.full_like(token, place), past_key_values=cache)
+    assert len(shares) == 64
+    assert statistics.mean(shares) == pytest.approx(0.1, abs=0.03)
 
 
 def test_a_case_that_fails_is_reported_and_the_others_go_on(
