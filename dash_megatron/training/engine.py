@@ -21,13 +21,12 @@ os.environ.setdefault("DS_LOG_LEVEL", "warning")
 import deepspeed
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import nvtx, safe_get_full_fp32_param, safe_get_full_grad
+from deepspeed.utils import nvtx
 
 from dash_megatron.checkpoint.fragments import Fragment, adam_state, fragments, local_shapes, refresh_weights
 from dash_megatron.config import Config
 from dash_megatron.layers.core_attention import MAX_LOG_FACTOR
-from dash_megatron.layers.sharding import Split, join, split_of
-from dash_megatron.parallel import GradientGroups, gradient_group, tensor_group
+from dash_megatron.parallel import GradientGroups, gradient_group
 
 # Empty, so that DeepSpeed does not compile its shared-memory reduction when it starts: that serves inference only, and
 # needs a C++ compiler and ninja where training needs neither.
@@ -51,7 +50,6 @@ class Engine:
     def __init__(self, model: torch.nn.Module, config: Config, world_size: int) -> None:
         deepspeed_logger.setLevel(logging.WARNING)
         self.world_size = world_size
-        self.tensor_size = config.parallel.tensor
         self.zero_stage = config.zero.stage
         device = next(model.parameters()).device
         self._adam = _GuardedAdamW(
@@ -125,28 +123,6 @@ class Engine:
             self._plain_grad_norm if self._optimizer_is_plain else float(self._engine.get_global_grad_norm())
         )
 
-    def full_gradients(self) -> dict[str, Tensor]:
-        """The whole gradient of every parameter in float32, between the last `backward` and `step`; collective."""
-        return {
-            name: self._whole(_full_gradient(parameter), split_of(parameter))
-            for name, parameter in self.module.named_parameters()
-        }
-
-    def full_weights(self) -> dict[str, Tensor]:
-        """Every whole parameter in float32, from the master weights where there are any; collective."""
-        return {
-            name: self._whole(_full_weight(parameter), split_of(parameter))
-            for name, parameter in self.module.named_parameters()
-        }
-
-    def _whole(self, shard: Tensor, split: Split | None) -> Tensor:
-        """Join the shards of a tensor of all tensor-parallel ranks; collective."""
-        if split is None or self.tensor_size == 1:
-            return shard
-        shards = [torch.empty_like(shard) for _ in range(self.tensor_size)]
-        dist.all_gather(shards, shard.contiguous(), group=tensor_group())
-        return join(shards, split)
-
     def state(self) -> dict[str, Tensor]:
         """Float32 views of the master weights and Adam's moments that this process alone keeps.
 
@@ -215,25 +191,6 @@ class _GuardedAdamW(torch.optim.AdamW):
 
 # DeepSpeed knows torch's AdamW by its very class, and would warn of an untested optimizer at every start
 ZERO_SUPPORTED_OPTIMIZERS.append(_GuardedAdamW)
-
-
-def _is_sharded(parameter: torch.nn.Parameter) -> bool:
-    """Whether ZeRO shards the parameter (stage 3) or links it to a shard of the optimizer (stages 1 and 2)."""
-    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
-
-
-def _full_weight(parameter: torch.nn.Parameter) -> Tensor:
-    weight = safe_get_full_fp32_param(parameter) if _is_sharded(parameter) else parameter
-    return weight.detach().float().clone()
-
-
-def _full_gradient(parameter: torch.nn.Parameter) -> Tensor:
-    gradient = safe_get_full_grad(parameter) if _is_sharded(parameter) else parameter.grad
-    return (
-        torch.zeros_like(parameter, dtype=torch.float32)
-        if gradient is None
-        else gradient.detach().float().clone()
-    )
 
 
 def parameter_groups(model: torch.nn.Module, config: Config) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import torch
 
 from dash_megatron.config import config_from_dict
 from dash_megatron.parallel import destroy_process_groups
+from tests.training.whole import full_weights
 from tests.training.workers import keep_process_groups
 
 
@@ -35,7 +36,7 @@ def train_with_faults(cases: list[dict[str, Any]], folder: str) -> None:
             error = str(caught)
         module.share_of_global_mean = plain
         trainer.watchdog.stop()
-        result = {"weights": trainer.engine.full_weights(), "changed": changed, "error": error}
+        result = {"weights": full_weights(trainer.engine), "changed": changed, "error": error}
         if trainer.is_main:
             torch.save(result, Path(folder) / f"{case['name']}.pt")
     destroy_process_groups()
@@ -62,7 +63,7 @@ def _watch_steps(trainer: Any, stop: int | None) -> list[tuple[int, bool]]:
     def snapshot() -> list[torch.Tensor]:
         states = trainer.engine._adam.state.values()
         moments = [value.clone() for state in states for value in state.values()]
-        return [*trainer.engine.full_weights().values(), *moments]
+        return [*full_weights(trainer.engine).values(), *moments]
 
     def watched_step() -> Any:
         if trainer.step == stop:

@@ -13,6 +13,7 @@ import torch
 from dash_megatron.config import ParallelConfig, config_from_dict
 from dash_megatron.layers.sharding import splits
 from dash_megatron.parallel import destroy_process_groups
+from tests.training.whole import full_gradients, full_weights
 
 
 def keep_process_groups() -> Any:
@@ -116,11 +117,11 @@ def _measured_steps(trainer: Any, steps: int) -> dict[str, Any]:
         nonlocal calls, gradients
         calls += 1
         if calls == trainer.accumulation_steps:
-            gradients = engine.full_gradients()
+            gradients = full_gradients(engine)
         step()
 
     engine.step = watched_step
-    first = engine.full_weights()
+    first = full_weights(engine)
     totals = trainer.train_step().totals
     result = {"loss": totals.loss, "norm": engine.grad_norm(), "gradients": gradients}
     result["density"] = totals.densities
@@ -128,7 +129,7 @@ def _measured_steps(trainer: Any, steps: int) -> dict[str, Any]:
         trainer.train_step()
     validation = trainer.maybe_validate()
     result["validation"] = [validation.loss, *(part["loss"] for part in validation.by_position or [])]
-    return {**result, "first_weights": first, "weights": engine.full_weights()}
+    return {**result, "first_weights": first, "weights": full_weights(engine)}
 
 
 def save_logits(trees: list[tuple[str, dict[str, Any]]], folder: str) -> None:
