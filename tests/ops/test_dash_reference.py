@@ -1,55 +1,17 @@
 """The plain torch DashAttention against loops written from the paper, finite differences, and its own promises."""
 
 import math
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dash_megatron.ops import Routing, dash_attention, reference, sequence_reference
+from dash_megatron.ops import Routing, dash_attention, reference
 from dash_megatron.ops.chunk_grid import ChunkGrid
 from dash_megatron.ops.types import Router
-from tests.ops.dash_by_hand import learned, oracle
-
-# (absolute, relative) differences allowed, by the dtype of the inputs.
-TOLERANCE = {
-    torch.float64: (1e-9, 1e-8),  # sums in another order; 1 / p of a chunk near its threshold magnifies them
-    torch.float32: (2e-4, 2e-4),  # against float64 of the same inputs, gradients included
-    torch.bfloat16: (2e-2, 1e-2),  # outputs only: float32 inside, rounded once
-    torch.float16: (2e-3, 2e-3),
-}
-
-
-def _inputs(B=1, N=29, Hq=4, Hkv=2, D=8, dtype=torch.float64, seed=0):
-    """Random q, k, v, summary_query that ask for gradients, and an upstream gradient."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(B, N, Hq, D), (B, N, Hkv, D), (B, N, Hkv, D), (Hkv, D), (B, N, Hq, D)]
-    *leaves, upstream = (torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes)
-    return [x.requires_grad_() for x in leaves], upstream
-
-
-def _settings(**changes):
-    return {"chunk_size": 4, "scaling_factor": 6.0, "backend": "reference", **changes}
-
-
-def _cu_seqlens(*lengths):
-    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
-
-
-def _run(leaves, upstream, **settings):
-    settings = _settings(**settings)
-    out, routing = dash_attention(*leaves, return_routing=True, **settings)
-    leaves = [*leaves, *learned(settings["scaling_factor"])]
-    return out.detach(), torch.autograd.grad(out, leaves, upstream), routing.chunks_selected
-
-
-def _assert_close(actual, expected, dtype):
-    atol, rtol = TOLERANCE[dtype]
-    torch.testing.assert_close(actual, expected, atol=atol, rtol=rtol, check_dtype=False)
+from tests.ops.dash_by_hand import oracle
+from tests.ops.reference_runs import assert_close, bounds_of, make_inputs, run_reference, with_defaults
 
 
 def _factors(*values):
@@ -69,7 +31,7 @@ CASES = {
     "alpha 2": ({}, {"alpha": 2.0}),
     "a factor a head, packed": (
         {"N": 40},
-        {"cu_seqlens": _cu_seqlens(17, 23), "scaling_factor": _factors(5.0, 1.5)},
+        {"cu_seqlens": bounds_of(17, 23), "scaling_factor": _factors(5.0, 1.5)},
     ),
     "a factor a head": ({"B": 2}, {"scaling_factor": _factors(2.0, 9.0)}),
     "local chunks": ({"N": 41}, {"local_chunks": 2}),
@@ -79,7 +41,7 @@ CASES = {
     "local chunks and pooled queries, packed": (
         {"N": 60},
         {
-            "cu_seqlens": _cu_seqlens(9, 1, 27, 4, 19),
+            "cu_seqlens": bounds_of(9, 1, 27, 4, 19),
             "local_chunks": 1,
             "query_pool": 8,
             "scaling_factor": _factors(5.0, 1.5),
@@ -88,7 +50,7 @@ CASES = {
     "one query a group": ({"Hq": 6}, {"pool_heads": True, "scaling_factor": _factors(3.0, 9.0)}),
     "one pooled query a group, local chunks, packed": (
         {"N": 60},
-        {"cu_seqlens": _cu_seqlens(9, 1, 27, 4, 19), "local_chunks": 1, "query_pool": 8, "pool_heads": True},
+        {"cu_seqlens": bounds_of(9, 1, 27, 4, 19), "local_chunks": 1, "query_pool": 8, "pool_heads": True},
     ),
     "local chunks, not centred, alpha 1.3": (
         {"N": 41},
@@ -96,51 +58,51 @@ CASES = {
     ),
     "shorter than a chunk": ({"N": 3}, {}),
     "chunks of one token": ({"N": 12}, {"chunk_size": 1}),
-    "packed": ({"N": 40}, {"cu_seqlens": _cu_seqlens(9, 1, 16, 3, 11)}),
-    "packed, not centred": ({"N": 40}, {"cu_seqlens": _cu_seqlens(17, 23), "estimate_diagonal": False}),
-    "packed, none fills a chunk": ({"N": 8}, {"cu_seqlens": _cu_seqlens(3, 1, 2, 2)}),
+    "packed": ({"N": 40}, {"cu_seqlens": bounds_of(9, 1, 16, 3, 11)}),
+    "packed, not centred": ({"N": 40}, {"cu_seqlens": bounds_of(17, 23), "estimate_diagonal": False}),
+    "packed, none fills a chunk": ({"N": 8}, {"cu_seqlens": bounds_of(3, 1, 2, 2)}),
 }
 
 
 @pytest.mark.parametrize(("shape", "settings"), CASES.values(), ids=CASES)
 def test_output_gradients_and_selection_equal_loops_over_tokens_and_chunks(shape, settings):
-    leaves, upstream = _inputs(**shape)
-    out, grads, counts = _run(leaves, upstream, **settings)
+    leaves, upstream = make_inputs(**shape)
+    out, grads, counts = run_reference(leaves, upstream, **settings)
     expected_out, expected_grads, expected_counts = oracle(leaves, upstream, **settings)
     assert torch.equal(counts, expected_counts.int())
-    _assert_close(out, expected_out, torch.float64)
+    assert_close(out, expected_out, torch.float64)
     for grad, expected in zip(grads, expected_grads, strict=True):
-        _assert_close(grad, expected, torch.float64)
+        assert_close(grad, expected, torch.float64)
 
 
 def test_float32_gives_the_float64_output_and_gradients():
-    leaves, upstream = _inputs(B=2, N=61, dtype=torch.float32)
-    out, grads, _ = _run(leaves, upstream)
+    leaves, upstream = make_inputs(B=2, N=61, dtype=torch.float32)
+    out, grads, _ = run_reference(leaves, upstream)
     expected_out, expected_grads, _ = oracle(leaves, upstream)
     for actual, expected in zip([out, *grads], [expected_out, *expected_grads], strict=True):
         assert actual.dtype == torch.float32
-        _assert_close(actual, expected, torch.float32)
+        assert_close(actual, expected, torch.float32)
 
 
 @pytest.mark.parametrize("summary_dtype", ["same", torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_computed_in_float32_and_returned_in_half(dtype, summary_dtype):
-    leaves, upstream = _inputs(N=61, dtype=dtype)
+    leaves, upstream = make_inputs(N=61, dtype=dtype)
     if summary_dtype != "same":
         leaves[3] = leaves[3].detach().to(summary_dtype).requires_grad_()
-    out, grads, counts = _run(leaves, upstream)
+    out, grads, counts = run_reference(leaves, upstream)
     expected_out, _, expected_counts = oracle(leaves, upstream)
     assert out.dtype == dtype
     assert [g.dtype for g in grads] == [x.dtype for x in leaves]
     assert torch.equal(counts, expected_counts.int())
-    _assert_close(out, expected_out, dtype)
+    assert_close(out, expected_out, dtype)
 
 
 def test_autocast_does_not_lower_the_precision():
-    leaves, _ = _inputs(dtype=torch.float32)
+    leaves, _ = make_inputs(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = dash_attention(*leaves, **_settings())
-    assert torch.equal(inside, dash_attention(*leaves, **_settings()))
+        inside = dash_attention(*leaves, **with_defaults())
+    assert torch.equal(inside, dash_attention(*leaves, **with_defaults()))
 
 
 @pytest.mark.parametrize("wrt", ["q", "k", "v", "summary_query", "scaling_factor"])
@@ -151,13 +113,13 @@ def test_autocast_does_not_lower_the_precision():
         {"estimate_diagonal": False},
         {"alpha": 1.3},
         {"alpha": 2.0, "estimate_diagonal": False},
-        {"cu_seqlens": _cu_seqlens(8, 1, 4)},
+        {"cu_seqlens": bounds_of(8, 1, 4)},
         {"local_chunks": 1, "query_pool": 3},
     ],
     ids=["centred", "not-centred", "alpha-1.3", "alpha-2", "packed", "local-pooled"],
 )
 def test_gradient_of_every_input_passes_gradcheck(settings, wrt, monkeypatch):
-    leaves, _ = _inputs(N=13, D=3, seed=3)
+    leaves, _ = make_inputs(N=13, D=3, seed=3)
     means = []
     take_mean = reference.mean_log_p
 
@@ -173,16 +135,16 @@ def test_gradient_of_every_input_passes_gradcheck(settings, wrt, monkeypatch):
     inputs = {name: x.detach() for name, x in zip(names, leaves, strict=True)}
 
     def attend(x):
-        return dash_attention(**_settings(**{**inputs, **settings, wrt: x}))
+        return dash_attention(**with_defaults(**{**inputs, **settings, wrt: x}))
 
     assert torch.autograd.gradcheck(attend, leaves[names.index(wrt)])
 
 
 def test_the_router_learns_through_the_prior_and_a_flat_prior_teaches_it_nothing():
-    leaves, upstream = _inputs()
+    leaves, upstream = make_inputs()
     # scores this close keep every chunk away from its threshold, where 1 / p would make up for any sigma
-    _, grads, _ = _run(leaves, upstream, scaling_factor=0.5)
-    _, flat_grads, _ = _run(leaves, upstream, scaling_factor=0.5, sigma=1e6)
+    _, grads, _ = run_reference(leaves, upstream, scaling_factor=0.5)
+    _, flat_grads, _ = run_reference(leaves, upstream, scaling_factor=0.5, sigma=1e6)
     assert grads[3].abs().max() > 1e-3
     assert flat_grads[3].abs().max() < 1e-5
 
@@ -190,10 +152,10 @@ def test_the_router_learns_through_the_prior_and_a_flat_prior_teaches_it_nothing
 @pytest.mark.parametrize(
     "router", [{"alpha": 1.5}, {"alpha": 1.3}, {"alpha": 2.0}, {"local_chunks": 2, "query_pool": 16}], ids=str
 )
-@pytest.mark.parametrize("cu_seqlens", [None, _cu_seqlens(100, 3, 197)], ids=["one-document", "packed"])
+@pytest.mark.parametrize("cu_seqlens", [None, bounds_of(100, 3, 197)], ids=["one-document", "packed"])
 def test_changing_future_tokens_leaves_past_outputs_bit_identical(cu_seqlens, router):
-    leaves, _ = _inputs(N=300, dtype=torch.float32)
-    settings = _settings(chunk_size=16, cu_seqlens=cu_seqlens, **router, return_routing=True)
+    leaves, _ = make_inputs(N=300, dtype=torch.float32)
+    settings = with_defaults(chunk_size=16, cu_seqlens=cu_seqlens, **router, return_routing=True)
     out, routing = dash_attention(*leaves, **settings)
     for first_changed in (1, 15, 16, 101, 140, 299):
         changed = [x.detach().clone() for x in leaves]
@@ -209,58 +171,58 @@ def test_changing_future_tokens_leaves_past_outputs_bit_identical(cu_seqlens, ro
 @pytest.mark.parametrize("lengths", [(64, 36), (5, 90, 1, 4), (1, 1, 98)], ids=str)
 @pytest.mark.parametrize("router", [{}, {"local_chunks": 2, "query_pool": 7}], ids=str)
 def test_packed_documents_equal_separate_ones_in_output_and_gradient(lengths, router):
-    leaves, upstream = _inputs(N=100)
-    out, grads, counts = _run(leaves, upstream, cu_seqlens=_cu_seqlens(*lengths), **router)
+    leaves, upstream = make_inputs(N=100)
+    out, grads, counts = run_reference(leaves, upstream, cu_seqlens=bounds_of(*lengths), **router)
     parts = []
     for *x, g in zip(*(t.detach().split(lengths, dim=1) for t in (*leaves[:3], upstream)), strict=True):
-        parts.append(_run([*(t.requires_grad_() for t in x), leaves[3]], g, **router))
-    _assert_close(out, torch.cat([p[0] for p in parts], dim=1), torch.float64)
+        parts.append(run_reference([*(t.requires_grad_() for t in x), leaves[3]], g, **router))
+    assert_close(out, torch.cat([p[0] for p in parts], dim=1), torch.float64)
     assert torch.equal(counts, torch.cat([p[2] for p in parts], dim=1))
     for i in range(3):
-        _assert_close(grads[i], torch.cat([p[1][i] for p in parts], dim=1), torch.float64)
-    _assert_close(grads[3], sum(p[1][3] for p in parts), torch.float64)
+        assert_close(grads[i], torch.cat([p[1][i] for p in parts], dim=1), torch.float64)
+    assert_close(grads[3], sum(p[1][3] for p in parts), torch.float64)
 
 
 def test_a_zero_summary_query_summarizes_a_chunk_by_its_mean_key():
-    leaves, _ = _inputs(N=32)
+    leaves, _ = make_inputs(N=32)
     q, k, v, w = (x.detach() for x in leaves)
     # keys that are all their chunk's mean have it as their summary, whatever the query
     mean_k = k.unflatten(1, (8, 4)).mean(2, keepdim=True).expand(-1, -1, 4, -1, -1).flatten(1, 2)
-    _, routing = dash_attention(q, k, v, torch.zeros_like(w), **_settings(return_routing=True))
-    _, mean_routing = dash_attention(q, mean_k, v, w, **_settings(return_routing=True))
-    _, other_routing = dash_attention(q, k, v, 3 * w, **_settings(return_routing=True))
+    _, routing = dash_attention(q, k, v, torch.zeros_like(w), **with_defaults(return_routing=True))
+    _, mean_routing = dash_attention(q, mean_k, v, w, **with_defaults(return_routing=True))
+    _, other_routing = dash_attention(q, k, v, 3 * w, **with_defaults(return_routing=True))
     assert torch.equal(routing.chunks_selected, mean_routing.chunks_selected)
     assert not torch.equal(routing.chunks_selected, other_routing.chunks_selected)
 
 
 @pytest.mark.parametrize("summary_scale", [0, 1])
 def test_a_short_chunk_is_summarized_over_the_tokens_it_has(summary_scale):
-    (_, k, _, w), _ = _inputs(N=11)
-    for cu_seqlens, parts in ((None, (4, 4, 3)), (_cu_seqlens(6, 5), (4, 2, 4, 1))):
+    (_, k, _, w), _ = make_inputs(N=11)
+    for cu_seqlens, parts in ((None, (4, 4, 3)), (bounds_of(6, 5), (4, 2, 4, 1))):
         grid = ChunkGrid.of(11, 4, cu_seqlens, k.device)
         summary = reference.summarize(grid.by_chunk(grid.spread(k)), grid.filled(), summary_scale * w)
         for c, chunk in enumerate(k.transpose(1, 2).split(parts, dim=2)):
             weight = (summary_scale * torch.einsum("bhtd,hd->bht", chunk, w) / math.sqrt(8)).softmax(-1)
-            _assert_close(summary[:, :, c], torch.einsum("bht,bhtd->bhd", weight, chunk), torch.float64)
+            assert_close(summary[:, :, c], torch.einsum("bht,bhtd->bhd", weight, chunk), torch.float64)
 
 
 def test_summarize_route_and_attend_on_one_row_are_the_method():
-    (q, k, v, w), _ = _inputs(N=32)
-    expected, routing = dash_attention(q, k, v, w, **_settings(return_routing=True))
+    (q, k, v, w), _ = make_inputs(N=32)
+    expected, routing = dash_attention(q, k, v, w, **with_defaults(return_routing=True))
     q_HGTD = q[0].unflatten(1, (2, 2)).permute(1, 2, 0, 3) / math.sqrt(8)
     k_HcWD, v_HcWD = (x[0].transpose(0, 1).unflatten(1, (8, 4)) for x in (k, v))
     token_T, chunk_c = torch.arange(32), torch.arange(8)
     places = reference.QueryPositions(token_T // 4, token_T % 4, torch.zeros(32, dtype=torch.int64))
-    constants = {name: x for name, x in _settings().items() if name in Router._fields}
+    constants = {name: x for name, x in with_defaults().items() if name in Router._fields}
     summary = reference.summarize(k_HcWD, torch.ones(8, 4, dtype=torch.bool), w)
     bias, count = reference.route(q_HGTD, summary, *places.masks(chunk_c, 0), Router(**constants))
     out = reference.attend(q_HGTD, k_HcWD, v_HcWD, bias, places.hidden(chunk_c, 4))
-    _assert_close(out.permute(2, 0, 1, 3).flatten(1, 2), expected[0], torch.float64)
+    assert_close(out.permute(2, 0, 1, 3).flatten(1, 2), expected[0], torch.float64)
     assert torch.equal(count.T, routing.chunks_selected[0])
 
 
 def test_the_grid_begins_a_chunk_with_every_document():
-    grid = ChunkGrid.of(11, 4, _cu_seqlens(5, 1, 5), torch.device("cpu"))
+    grid = ChunkGrid.of(11, 4, bounds_of(5, 1, 5), torch.device("cpu"))
     assert grid.chunk_N.tolist() == [0, 0, 0, 0, 1, 2, 3, 3, 3, 3, 4]
     assert grid.slot_N.tolist() == [0, 1, 2, 3, 0, 0, 0, 1, 2, 3, 0]
     assert grid.first_chunk_N.tolist() == [0] * 5 + [2] + [3] * 5
@@ -271,10 +233,10 @@ def test_the_grid_begins_a_chunk_with_every_document():
 
 
 def test_one_token_documents_attend_to_themselves():
-    leaves, _ = _inputs(N=2000, dtype=torch.float32)
+    leaves, _ = make_inputs(N=2000, dtype=torch.float32)
     started = time.monotonic()
     out, routing = dash_attention(
-        *leaves, **_settings(cu_seqlens=_cu_seqlens(*[1] * 2000), return_routing=True)
+        *leaves, **with_defaults(cu_seqlens=bounds_of(*[1] * 2000), return_routing=True)
     )
     assert torch.equal(out, leaves[2].repeat_interleave(2, dim=2))
     assert (routing.chunks_selected == 1).all()
@@ -284,97 +246,42 @@ def test_one_token_documents_attend_to_themselves():
 
 
 def test_the_only_past_chunk_is_always_selected_with_a_prior_of_zero():
-    leaves, _ = _inputs(N=8)
-    out, routing = dash_attention(*leaves, **_settings(return_routing=True))
+    leaves, _ = make_inputs(N=8)
+    out, routing = dash_attention(*leaves, **with_defaults(return_routing=True))
     assert routing.chunks_selected[0, :, 0].tolist() == [1] * 4 + [2] * 4
     q, k, v = (x.transpose(1, 2) for x in leaves[:3])
     full = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    _assert_close(out, full, torch.float64)
+    assert_close(out, full, torch.float64)
 
 
 def test_equal_scores_select_everything_and_equal_causal_attention():
-    (q, k, v, w), _ = _inputs(N=40)
+    (q, k, v, w), _ = make_inputs(N=40)
     same_k = k[:, :1].expand_as(k)
-    out, routing = dash_attention(q, same_k, v, w, **_settings(return_routing=True))
+    out, routing = dash_attention(q, same_k, v, w, **with_defaults(return_routing=True))
     assert routing.density == 1
     count = torch.arange(1, 41)[None, :, None, None]
-    _assert_close(out, (v.cumsum(1) / count).repeat_interleave(2, dim=2), torch.float64)
+    assert_close(out, (v.cumsum(1) / count).repeat_interleave(2, dim=2), torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("estimate_diagonal", [True, False])
 def test_extreme_logits_give_finite_outputs_and_gradients(estimate_diagonal, dtype):
-    leaves, upstream = _inputs(N=64, dtype=dtype)
+    leaves, upstream = make_inputs(N=64, dtype=dtype)
     with torch.no_grad():
         leaves[0].mul_(100), leaves[1].mul_(100)  # logits around 1e4 either side of zero
-    out, grads, counts = _run(leaves, upstream, estimate_diagonal=estimate_diagonal)
+    out, grads, counts = run_reference(leaves, upstream, estimate_diagonal=estimate_diagonal)
     assert all(x.isfinite().all() for x in [out, *grads])
     # a head selects one chunk, a group at most one per head
     assert counts[:, 4:].min() >= 2
     assert counts.max() <= 3
 
 
-@pytest.mark.parametrize("cu_seqlens", [None, _cu_seqlens(70, 1, 120, 9)], ids=["one-document", "packed"])
-@pytest.mark.parametrize("kept_scores", [2**25, 0], ids=["kept", "recomputed"])
-@pytest.mark.parametrize(("max_scores", "num_blocks"), [(2**24, 9), (0, 17)], ids=["large", "halved"])
-def test_many_blocks_equal_a_single_block(max_scores, num_blocks, kept_scores, cu_seqlens, monkeypatch):
-    leaves, upstream = _inputs(N=200)
-    monkeypatch.setattr(sequence_reference, "MAX_BLOCK_TOKENS", 256)
-    options = {"cu_seqlens": cu_seqlens, "local_chunks": 1, "query_pool": 6}
-    single = _run(leaves, upstream, **options)
-    # 24 divides neither the chunks nor the documents
-    monkeypatch.setattr(sequence_reference, "MAX_BLOCK_TOKENS", 24)
-    monkeypatch.setattr(sequence_reference, "MAX_KEPT_SCORES", kept_scores)
-    monkeypatch.setattr(sequence_reference, "MAX_BLOCK_SCORES", max_scores)
-    grid = ChunkGrid.of(200, 4, cu_seqlens, leaves[0].device)
-    assert len(sequence_reference.query_blocks(grid, 200, 4)[0]) == num_blocks
-    many = _run(leaves, upstream, **options)
-    assert torch.equal(single[2], many[2])
-    for a, b in zip([single[0], *single[1]], [many[0], *many[1]], strict=True):
-        _assert_close(a, b, torch.float64)
-
-
-def test_recomputed_blocks_keep_no_scores_for_the_backward(monkeypatch):
-    leaves, _ = _inputs(N=200, dtype=torch.float32)
-
-    def kept_elements():
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            dash_attention(*leaves, **_settings())
-        return sum(sizes)
-
-    num_weights = 4 * 200 * 200 // 2
-    assert kept_elements() > num_weights
-    monkeypatch.setattr(sequence_reference, "MAX_KEPT_SCORES", 0)
-    assert kept_elements() < num_weights / 2
-
-
-MEMORY_SCRIPT = """
-import resource, torch
-from dash_megatron.ops import dash_attention
-torch.set_num_threads(1)
-torch.manual_seed(0)
-q = torch.randn(1, 8192, 8, 64, requires_grad=True)
-k, v = (torch.randn(1, 8192, 2, 64, requires_grad=True) for _ in range(2))
-w = torch.randn(2, 64, requires_grad=True)
-dash_attention(q, k, v, w, chunk_size=64, backend="reference").square().sum().backward()
-assert all(x.grad.isfinite().all() for x in (q, k, v, w))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
-
-def test_8192_tokens_of_8_heads_forward_and_backward_stay_below_4_gib():
-    command = [sys.executable, "-c", MEMORY_SCRIPT]
-    run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
-    # Linux counts in KiB, macOS in bytes
-    peak_gib = int(run.stdout) / (2**30 if sys.platform == "darwin" else 2**20)
-    assert peak_gib < 4
-
-
 def test_density_is_the_share_of_the_chunks_available_in_the_tokens_own_documents():
-    leaves, _ = _inputs(N=40)
+    leaves, _ = make_inputs(N=40)
     lengths = (9, 1, 16, 3, 11)
-    out, routing = dash_attention(*leaves, **_settings(cu_seqlens=_cu_seqlens(*lengths), return_routing=True))
+    out, routing = dash_attention(
+        *leaves, **with_defaults(cu_seqlens=bounds_of(*lengths), return_routing=True)
+    )
     assert isinstance(out, torch.Tensor)
     assert isinstance(routing, Routing)
     available = torch.cat([torch.arange(n) // 4 + 1 for n in lengths])
@@ -390,9 +297,9 @@ def test_density_is_the_share_of_the_chunks_available_in_the_tokens_own_document
 
 
 def test_a_larger_scaling_factor_routes_more_sparsely():
-    leaves, _ = _inputs(N=64)
+    leaves, _ = make_inputs(N=64)
     density = [
-        float(dash_attention(*leaves, **_settings(scaling_factor=x, return_routing=True))[1].density)
+        float(dash_attention(*leaves, **with_defaults(scaling_factor=x, return_routing=True))[1].density)
         for x in (0.1, 1.0, 10.0)
     ]
     assert density == sorted(density, reverse=True)
@@ -400,15 +307,15 @@ def test_a_larger_scaling_factor_routes_more_sparsely():
 
 
 def test_no_scaling_factor_leaves_less_than_a_chunk_for_each_head_of_a_group_and_there_the_router_learns_nothing():
-    (q, k, v, w), upstream = _inputs(N=64, Hq=4, Hkv=1)
+    (q, k, v, w), upstream = make_inputs(N=64, Hq=4, Hkv=1)
     w = torch.zeros_like(w).requires_grad_()  # summaries are means
-    _, (_, _, _, dw), selected = _run([q, k, v, w], upstream, scaling_factor=1e6)
+    _, (_, _, _, dw), selected = run_reference([q, k, v, w], upstream, scaling_factor=1e6)
     best = torch.einsum("nhd,cd->nhc", q[0], k[0, :, 0].unflatten(0, (16, 4)).mean(1))
     for token in range(64):
         past = token // 4
         heads = set(best[token, :, :past].argmax(-1).tolist()) if past else set()
         assert selected[0, token, 0] == 1 + len(heads)
     assert selected.max() > 3
-    _, (_, _, _, dw_soft), _ = _run([q, k, v, w], upstream, scaling_factor=1.0)
+    _, (_, _, _, dw_soft), _ = run_reference([q, k, v, w], upstream, scaling_factor=1.0)
     assert dw_soft.abs().max() > 1e-3
     assert dw.abs().max() == 0
