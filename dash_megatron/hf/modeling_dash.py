@@ -3,6 +3,9 @@
 This file travels in the folder of exported weights and needs torch and transformers only. Where the package
 dash_megatron can be imported, DashAttention on CUDA goes through its kernels, with a cache of its own.
 
+It stays one file: transformers 5.5 knows what a model file imports by the folder's name alone, so that a process that
+loads two folders of one name would run the second model with parts of the first.
+
 Letters: B batch, H key/value heads, G query heads per key/value head, T queries (the last T of S columns),
 S cached columns, c chunks, C tokens per chunk, D head dim. Rows may start with padding: chunks are counted from each
 row's first token.

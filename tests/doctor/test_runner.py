@@ -99,8 +99,8 @@ def test_processes_are_started_with_the_arguments_of_the_command(
 
     monkeypatch.setattr("dash_megatron.doctor.cli.launch", launch)
     doctor = ["doctor", "--config", str(path), "--only", "disk"]
-    assert main([*doctor, "--processes", "2", "zero.stage=1"]) == 1
-    assert started == [(["-m", "dash_megatron", *doctor, "zero.stage=1"], 2)]
+    assert main([doctor[0], "training.seed=7", *doctor[1:], "--processes", "2", "zero.stage=1"]) == 1
+    assert started == [(["-m", "dash_megatron", *doctor, "training.seed=7", "zero.stage=1"], 2)]
     assert main([*doctor, "--processes", "2", "zero.stage=9"]) == main([*doctor, "--processes", "0"]) == 2
     assert len(started) == 1
 
