@@ -278,15 +278,16 @@ def test_bfloat16_is_near_the_reference():
     _check(x, "windows", same_selection=False)
 
 
-def test_other_sizes_in_steps_of_few_keys_equal_the_reference(monkeypatch):
+@pytest.mark.parametrize("keys", [16, 64], ids=["half a chunk", "two chunks"])
+def test_other_sizes_in_steps_of_few_or_many_keys_equal_the_reference(keys, monkeypatch):
     find_launches = sharded.find_launches
 
-    def few_keys(*args, **kwargs):
+    def few_or_many_keys(*args, **kwargs):
         usual = find_launches(*args, **kwargs)
-        stages = {x: getattr(usual, x)._replace(keys=16) for x in ("attend", "queries", "keys")}
-        return usual._replace(tile_rows=32, **stages)
+        stages = {x: getattr(usual, x)._replace(keys=keys) for x in ("attend", "queries")}
+        return usual._replace(tile_rows=32, keys=usual.keys._replace(keys=16), **stages)
 
-    monkeypatch.setattr(sharded, "find_launches", few_keys)
+    monkeypatch.setattr(sharded, "find_launches", few_or_many_keys)
     _check(Sequence(G=3, Hkv=1, D=24, C=32, lengths=(20, 100)), "compact windows")
 
 

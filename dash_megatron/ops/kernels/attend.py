@@ -12,7 +12,9 @@ from dash_megatron.ops.kernels.hopper import HOPPER_ROWS, fits_hopper
 from dash_megatron.ops.kernels.pair_slabs import plan_slabs
 from dash_megatron.ops.kernels.tiles import (
     LOG2_E,
+    load_entries,
     load_keys,
+    load_priors,
     load_rows,
     load_tile,
     own_key_rows,
@@ -59,6 +61,9 @@ def _attend_fwd_kernel(
     T: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, SHARDED: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = T * GP
+    # of a step: list entries, or steps of an entry
+    ENTRIES: tl.constexpr = (KEYS + C - 1) // C
+    PARTS: tl.constexpr = (C + KEYS - 1) // KEYS
     i_h, i_tile, own, start, end = query_tile(chunk_start, chunk_end, num_chunks, T, C)
     if start >= end:
         return
@@ -82,30 +87,36 @@ def _attend_fwd_kernel(
     if not SHARDED:
         # own chunk first: every token sees itself, so the running maximum is finite ever after
         b_acc, b_sum, b_max = _attend_own(
-            b_acc, b_sum, b_max, b_q, k, v, own_start, own_end, C, o_slot, stride_kn, stride_vn, scale, D, BLOCK_D, KEYS,
+            b_acc, b_sum, b_max, b_q, k, v, own_start, own_end, C, o_slot, stride_kn, stride_vn, scale,
+            D, BLOCK_D, C // PARTS,
         )  # fmt: skip
 
     p_chunk = list_chunk + offset
     p_prior = list_log_prior + offset * T + o_r // GP
-    i_chunk = tl.load(p_chunk, mask=count > 0, other=0)
-    for i_s in tl.range(0, count * (C // KEYS), num_stages=STAGES):
-        i_e = i_s // (C // KEYS)
+    i_chunk = load_entries(p_chunk, 0, count, KEYS, C)
+    for i_s in tl.range(0, tl.cdiv(count, ENTRIES) * PARTS, num_stages=STAGES):
+        i_e = i_s // PARTS * ENTRIES
         # Past chunks of a document are whole, so that their number tells where they start; lists of SHARDED hold the start.
-        i_start = (i_chunk if SHARDED else document + (i_chunk - first) * C) + i_s % (C // KEYS) * KEYS
+        i_start = (i_chunk if SHARDED else document + (i_chunk - first) * C) + i_s % PARTS * KEYS
         # loaded one step early, because addresses depend on it
-        i_next = (i_s + 1) // (C // KEYS)
-        i_chunk = tl.load(p_chunk + i_next, mask=i_next < count, other=0)
-        b_shift = (tl.load(p_prior + i_e * T) - b_mean) * inv_sigma
-        b_k = load_keys(k, i_start, stride_kn, D, BLOCK_D, KEYS)
+        i_chunk = load_entries(p_chunk, (i_s + 1) // PARTS * ENTRIES, count, KEYS, C)
+        if ENTRIES == 1:
+            b_shift = (tl.load(p_prior + i_e * T) - b_mean) * inv_sigma
+        else:
+            b_shift = (load_priors(p_prior, i_e, count, T, KEYS, C) - b_mean[:, None]) * inv_sigma
+        b_k = load_keys(k, i_start, stride_kn, D, BLOCK_D, KEYS, C)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-        b_v = load_keys(v, i_start, stride_vn, D, BLOCK_D, KEYS)
-        b_acc, b_sum, b_max = _accumulate(b_acc, b_sum, b_max, b_s, b_shift, b_v, scale)
+        b_v = load_keys(v, i_start, stride_vn, D, BLOCK_D, KEYS, C)
+        if ENTRIES == 1:
+            b_acc, b_sum, b_max = _accumulate(b_acc, b_sum, b_max, b_s, b_shift, b_v, scale)
+        else:
+            b_acc, b_sum, b_max = _accumulate(b_acc, b_sum, b_max, b_s * scale + b_shift, 0.0, b_v, 1.0)
 
     if SHARDED:
         # The own chunk may be absent, so that its loop has no fixed length; ahead of the other loop it would slow it down.
         b_acc, b_sum, b_max = _attend_own(
             b_acc, b_sum, b_max, b_q, k, v, own_start, own_end, own_end - own_start, o_slot, stride_kn, stride_vn, scale,
-            D, BLOCK_D, KEYS,
+            D, BLOCK_D, C // PARTS,
         )  # fmt: skip
         # a token that sees nothing here: output 0, log-sum-exp -inf
         b_max = tl.where(b_sum > 0, b_max, float("-inf"))
@@ -151,7 +162,7 @@ def _attend_tiles(
         not sharded
         and config.kernel != PLAIN
         and sizes.tile_rows == 2 * HOPPER_ROWS
-        and fits_hopper(q, k, v, sizes)
+        and fits_hopper(q, k, v, sizes, (32, 64, 128))
     ):
         from dash_megatron.ops.kernels.attend_hopper import attend_forward_hopper
 

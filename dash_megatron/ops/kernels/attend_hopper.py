@@ -23,24 +23,51 @@ from dash_megatron.ops.kernels.geometry import Lists, Sizes
 from dash_megatron.ops.kernels.hopper import ELEMENTS, HOPPER_ROWS
 from dash_megatron.ops.kernels.tiles import LOG2_E
 
+# Keys of a step where chunks are smaller: two chunks of 32.
+STEP_KEYS = 64
+
+
+@gluon.jit
+def _fetch(
+    k_desc, v_desc, k_boxes, v_boxes, arrived, i_start, column, i_buf, i_entry,
+    D: gl.constexpr, BOX: gl.constexpr, ENTRIES: gl.constexpr,
+):  # fmt: skip
+    """Fetch keys and values from row `i_start` on as entry `i_entry` of a step's buffers, in boxes of BOX columns."""
+    for i in gl.static_range(D // BOX):
+        i_box = (i_buf * (D // BOX) + i) * ENTRIES + i_entry
+        place = [i_start, column + i * BOX]
+        tma.async_copy_global_to_shared(k_desc, place, arrived, k_boxes.index(i_box))
+        tma.async_copy_global_to_shared(v_desc, place, arrived, v_boxes.index(i_box))
+
 
 @gluon.jit
 def _load_chunks(
-    k_desc, v_desc, k_bufs, v_bufs, full, empty, p_chunk, count, document, first, own_start, column,
-    C: gl.constexpr, STAGES: gl.constexpr,
+    k_desc, v_desc, k_boxes, v_boxes, full, empty, p_chunk, count, document, first, own_start, column,
+    D: gl.constexpr, C: gl.constexpr, BOX: gl.constexpr, ENTRIES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Fetch keys and values of the own chunk, then of the listed ones, as far ahead as there are buffers."""
-    i_start = own_start
-    for i_e in range(count + 1):
-        # the number of the next chunk is on its way while this one waits for a buffer
+    """Fetch keys and values of the own chunk, then of the listed ones, as far ahead as there are buffers.
+
+    Where the last step has too few chunks, the own one again fills it."""
+    STEP_BYTES: gl.constexpr = (k_desc.block_type.nbytes + v_desc.block_type.nbytes) * (D // BOX) * ENTRIES
+    i_start, i_second = own_start, own_start
+    if ENTRIES == 2:
+        i_next = gl.load(p_chunk, mask=count > 0, other=0)
+        i_second = gl.where(count > 0, document + (i_next - first) * C, own_start)
+    for i_s in range(gl.cdiv(count + 1, ENTRIES)):
+        # the numbers of the next chunks are on their way while these wait for a buffer
+        i_e = (i_s + 1) * ENTRIES - 1
         i_next = gl.load(p_chunk + i_e, mask=i_e < count, other=0)
-        i_buf = i_e % STAGES
-        mbarrier.wait(empty.index(i_buf), ((i_e // STAGES) & 1) ^ 1)
-        mbarrier.expect(full.index(i_buf), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(k_desc, [i_start, column], full.index(i_buf), k_bufs.index(i_buf))
-        tma.async_copy_global_to_shared(v_desc, [i_start, column], full.index(i_buf), v_bufs.index(i_buf))
+        if ENTRIES == 2:
+            i_next_second = gl.load(p_chunk + i_e + 1, mask=i_e + 1 < count, other=0)
+        i_buf = i_s % STAGES
+        mbarrier.wait(empty.index(i_buf), ((i_s // STAGES) & 1) ^ 1)
+        mbarrier.expect(full.index(i_buf), STEP_BYTES)
+        _fetch(k_desc, v_desc, k_boxes, v_boxes, full.index(i_buf), i_start, column, i_buf, 0, D, BOX, ENTRIES)
         # past chunks of a document are whole, so that their number tells where they start
         i_start = document + (i_next - first) * C
+        if ENTRIES == 2:
+            _fetch(k_desc, v_desc, k_boxes, v_boxes, full.index(i_buf), i_second, column, i_buf, 1, D, BOX, ENTRIES)
+            i_second = gl.where(i_e + 1 < count, document + (i_next_second - first) * C, own_start)
 
 
 @gluon.jit
@@ -55,14 +82,25 @@ def _softmax(b_acc, b_sum, b_max, b_s, b_shift, scale):
 
 
 @gluon.jit
+def _step_weights(b_acc, b_sum, b_max, b_s, b_shift, b_second, scale, C: gl.constexpr, ENTRIES: gl.constexpr):
+    """`_softmax` of a step whose first C keys have scores shifted by `b_shift`, the others by `b_second`."""
+    if ENTRIES == 1:
+        return _softmax(b_acc, b_sum, b_max, b_s, b_shift, scale)
+    o_k = gl.arange(0, C * ENTRIES, gl.SliceLayout(0, b_s.type.layout))
+    b_shift = gl.where(gl.expand_dims(o_k < C, 0), gl.expand_dims(b_shift, 1), gl.expand_dims(b_second, 1))
+    return _softmax(b_acc, b_sum, b_max, b_s * scale + b_shift, 0.0, 1.0)
+
+
+@gluon.jit
 def _attend_rows(
     q, out, lse, p_prior, mean_log, q_buf, k_bufs, v_bufs, full, empty, i_row, count, start, end, own_start, i_h,
     stride_qn, stride_qh, scale, inv_sigma,
     HKV: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, D: gl.constexpr, T: gl.constexpr, C: gl.constexpr,
-    ROWS: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+    ROWS: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr, ENTRIES: gl.constexpr,
 ):  # fmt: skip
     """Attend with rows i_row up to i_row + ROWS of the tile."""
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
+    KEYS: gl.constexpr = C * ENTRIES
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
@@ -83,28 +121,42 @@ def _attend_rows(
     p_prior += o_r // GP
     b_shift = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT))
     b_acc, b_sum, b_max = gl.zeros([ROWS, D], gl.float32, O_LAYOUT), b_shift, b_shift - float("inf")
-    b_none = gl.zeros([ROWS, C], gl.float32, S_LAYOUT)
+    b_none = gl.zeros([ROWS, KEYS], gl.float32, S_LAYOUT)
+    b_second, b_log_second = b_shift, b_shift
 
     # own chunk first: every token sees itself, so the running maximum is finite ever after
     mbarrier.wait(full.index(0), 0)
     b_s = warpgroup_mma(q_buf, k_bufs.index(0).permute((1, 0)), b_none, use_acc=False, is_async=True)
-    b_log = gl.load(p_prior, mask=m_row & (count > 0), other=0.0)
+    # the list entry that comes first in step 1
+    b_log = gl.load(p_prior + (ENTRIES - 1) * T, mask=m_row & (ENTRIES - 1 < count), other=0.0)
+    if ENTRIES == 2:
+        b_log_second = gl.load(p_prior, mask=m_row & (count > 0), other=float("-inf"))
+        b_second = (b_log_second - b_mean) * inv_sigma
+        b_log_second = gl.load(p_prior + 2 * T, mask=m_row & (count > 2), other=float("-inf"))
     b_s = warpgroup_mma_wait(0, deps=[b_s])
-    o_t = own_start + gl.arange(0, C, gl.SliceLayout(0, S_LAYOUT))
-    b_s = gl.where(gl.expand_dims(o_t, 0) <= gl.expand_dims(o_n, 1), b_s, float("-inf"))
+    o_k = gl.arange(0, KEYS, gl.SliceLayout(0, S_LAYOUT))
+    m_own = gl.expand_dims(own_start + o_k, 0) <= gl.expand_dims(o_n, 1)
+    if ENTRIES == 2:
+        m_own |= gl.expand_dims(o_k >= C, 0)
+    b_s = gl.where(m_own, b_s, float("-inf"))
 
-    for i_e in range(1, count + 1):
-        i_buf, i_last = i_e % STAGES, (i_e - 1) % STAGES
-        mbarrier.wait(full.index(i_buf), (i_e // STAGES) & 1)
+    num_steps = gl.cdiv(count + 1, ENTRIES)
+    for i_s in range(1, num_steps):
+        i_buf, i_last = i_s % STAGES, (i_s - 1) % STAGES
+        mbarrier.wait(full.index(i_buf), (i_s // STAGES) & 1)
         b_s_next = warpgroup_mma(
             q_buf, k_bufs.index(i_buf).permute((1, 0)), b_none, use_acc=False, is_async=True
         )
         b_shift_next = (b_log - b_mean) * inv_sigma
-        # the prior after the next arrives during this softmax
+        b_second_next = (b_log_second - b_mean) * inv_sigma
+        # the priors after the next arrive during this softmax
+        i_e = (i_s + 1) * ENTRIES - 1
         b_log = gl.load(p_prior + i_e * T, mask=m_row & (i_e < count), other=0.0)
+        if ENTRIES == 2:
+            b_log_second = gl.load(p_prior + (i_e + 1) * T, mask=m_row & (i_e + 1 < count), other=float("-inf"))
         if not OVERLAP:
             b_s_next = warpgroup_mma_wait(0, deps=[b_s_next])
-        b_p, b_acc, b_sum, b_max = _softmax(b_acc, b_sum, b_max, b_s, b_shift, scale)
+        b_p, b_acc, b_sum, b_max = _step_weights(b_acc, b_sum, b_max, b_s, b_shift, b_second, scale, C, ENTRIES)
         b_p = gl.convert_layout(b_p.to(out.dtype.element_ty), P_LAYOUT)
         b_acc = warpgroup_mma(b_p, v_bufs.index(i_last), b_acc, is_async=True)
         if OVERLAP:
@@ -112,14 +164,14 @@ def _attend_rows(
         else:
             b_acc = warpgroup_mma_wait(0, deps=[b_acc])
             b_s = b_s_next
-        b_shift = b_shift_next
+        b_shift, b_second = b_shift_next, b_second_next
         # all warps are done with the buffers
         gl.thread_barrier()
         mbarrier.arrive(empty.index(i_last), count=1)
 
-    b_p, b_acc, b_sum, b_max = _softmax(b_acc, b_sum, b_max, b_s, b_shift, scale)
+    b_p, b_acc, b_sum, b_max = _step_weights(b_acc, b_sum, b_max, b_s, b_shift, b_second, scale, C, ENTRIES)
     b_p = gl.convert_layout(b_p.to(out.dtype.element_ty), P_LAYOUT)
-    b_acc = warpgroup_mma(b_p, v_bufs.index(count % STAGES), b_acc, is_async=True)
+    b_acc = warpgroup_mma(b_p, v_bufs.index((num_steps - 1) % STAGES), b_acc, is_async=True)
     b_acc = warpgroup_mma_wait(0, deps=[b_acc])
     gl.store(lse + o_n * (HKV * G) + i_h * G + o_g, b_max + gl.log2(b_sum), mask=m_row)
     b_out = b_acc * gl.expand_dims(gl.convert_layout(1 / b_sum, gl.SliceLayout(1, O_LAYOUT)), 1)
@@ -135,8 +187,10 @@ def _attend_hopper_kernel(
     q, k_desc, v_desc, out, lse, list_chunk, list_log_prior, list_offset, list_count, mean_log,
     chunk_start, chunk_end, chunk_first, stride_qn, stride_qh, scale, inv_sigma, num_chunks,
     HKV: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, D: gl.constexpr, T: gl.constexpr, C: gl.constexpr,
-    ROWS: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr, Q_LAYOUT: gl.constexpr,
+    ROWS: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr, ENTRIES: gl.constexpr, BOX: gl.constexpr,
+    Q_LAYOUT: gl.constexpr, KEY_LAYOUT: gl.constexpr,
 ):  # fmt: skip
+    KEYS: gl.constexpr = C * ENTRIES
     TILES_PER_CHUNK: gl.constexpr = C // T
     tiles_per_head = num_chunks * TILES_PER_CHUNK
     i_h = gl.program_id(0) // tiles_per_head
@@ -151,8 +205,11 @@ def _attend_hopper_kernel(
         document = gl.load(chunk_start + first)
         p_tile = i_h.to(gl.int64) * tiles_per_head + i_tile
         offset, count = gl.load(list_offset + p_tile), gl.load(list_count + p_tile)
-        k_bufs = gl.allocate_shared_memory(k_desc.dtype, [STAGES, C, D], k_desc.layout)
-        v_bufs = gl.allocate_shared_memory(v_desc.dtype, [STAGES, C, D], v_desc.layout)
+        # Boxes of rows of 128 bytes lie one after the other, as those of a step's keys do.
+        k_boxes = gl.allocate_shared_memory(k_desc.dtype, [STAGES * (D // BOX) * ENTRIES, C, BOX], k_desc.layout)
+        v_boxes = gl.allocate_shared_memory(v_desc.dtype, [STAGES * (D // BOX) * ENTRIES, C, BOX], v_desc.layout)
+        k_bufs = k_boxes._reinterpret(k_desc.dtype, [STAGES, KEYS, D], KEY_LAYOUT)
+        v_bufs = v_boxes._reinterpret(v_desc.dtype, [STAGES, KEYS, D], KEY_LAYOUT)
         q_bufs = gl.allocate_shared_memory(k_desc.dtype, [2, ROWS, D], Q_LAYOUT)
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -166,16 +223,16 @@ def _attend_hopper_kernel(
                 (_attend_rows, (
                     q, out, lse, p_prior, mean_log, q_bufs.index(0), k_bufs, v_bufs, full, empty, 0, count, start, end,
                     own_start, i_h, stride_qn, stride_qh, scale, inv_sigma, HKV, G, GP, D, T, C, ROWS, STAGES,
-                    OVERLAP,
+                    OVERLAP, ENTRIES,
                 )),
                 (_attend_rows, (
                     q, out, lse, p_prior, mean_log, q_bufs.index(1), k_bufs, v_bufs, full, empty, ROWS, count, start,
                     end, own_start, i_h, stride_qn, stride_qh, scale, inv_sigma, HKV, G, GP, D, T, C, ROWS, STAGES,
-                    OVERLAP,
+                    OVERLAP, ENTRIES,
                 )),
                 (_load_chunks, (
-                    k_desc, v_desc, k_bufs, v_bufs, full, empty, list_chunk + offset, count, document, first, own_start,
-                    i_h * D, C, STAGES,
+                    k_desc, v_desc, k_boxes, v_boxes, full, empty, list_chunk + offset, count, document, first, own_start,
+                    i_h * D, D, C, BOX, ENTRIES, STAGES,
                 )),
             ],
             [4, 1], [240, 24],
@@ -188,8 +245,14 @@ def attend_forward_hopper(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `attend_forward`, for tensors that `fits_hopper` accepts."""
     C, D = sizes.chunk_size, sizes.head_dim
-    layout = gl.NVMMASharedLayout.get_default_for([C, D], ELEMENTS[q.dtype])
-    k_desc, v_desc = (TensorDescriptor.from_tensor(x.flatten(1), [C, D], layout) for x in (k, v))
+    entries = max(1, STEP_KEYS // C)
+    # Boxes of several chunks would lie apart within rows of more than 128 bytes, which a box of its own cannot know.
+    box = D if entries == 1 else 64
+    layout, key_layout, q_layout = (
+        gl.NVMMASharedLayout.get_default_for(shape, ELEMENTS[q.dtype])
+        for shape in ([C, box], [C * entries, D], [HOPPER_ROWS, D])
+    )
+    k_desc, v_desc = (TensorDescriptor.from_tensor(x.flatten(1), [C, box], layout) for x in (k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     _attend_hopper_kernel[(sizes.num_tiles,)](
@@ -197,6 +260,6 @@ def attend_forward_hopper(
         sizes.head_dim**-0.5 * LOG2_E, inv_sigma, sizes.num_chunks,
         HKV=sizes.num_kv_heads, G=sizes.group, GP=sizes.padded_group, D=D, T=sizes.tile_tokens, C=C, ROWS=HOPPER_ROWS,
         STAGES=config.num_stages, OVERLAP=config.kernel == HOPPER_OVERLAP,
-        Q_LAYOUT=gl.NVMMASharedLayout.get_default_for([HOPPER_ROWS, D], ELEMENTS[q.dtype]), num_warps=4,
+        ENTRIES=entries, BOX=box, Q_LAYOUT=q_layout, KEY_LAYOUT=key_layout, num_warps=4,
     )  # fmt: skip
     return out, lse

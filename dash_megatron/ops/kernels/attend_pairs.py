@@ -40,8 +40,8 @@ def _attend_pairs_kernel(
         p_pair = tl.load(row_place + i_c)
         last = (tl.load(row_place + i_c + 1) - p_pair).to(tl.int32) - 1
         start = tl.load(chunk_start + i_c)
-        b_k = load_keys(k, start, stride_kn, D, BLOCK_D, C)
-        b_v = load_keys(v, start, stride_vn, D, BLOCK_D, C)
+        b_k = load_keys(k, start, stride_kn, D, BLOCK_D, C, C)
+        b_v = load_keys(v, start, stride_vn, D, BLOCK_D, C, C)
         first_step, last_step = (here - begin).to(tl.int32), (tl.minimum(stop, end) - begin).to(tl.int32)
         # rows without a token repeat the last one
         b_pair = tl.load(token_prior + p_pair + tl.minimum(first_step * TOKENS + o_rn, last))

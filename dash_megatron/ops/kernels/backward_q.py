@@ -14,7 +14,9 @@ from dash_megatron.ops.kernels.summarize import saturate
 from dash_megatron.ops.kernels.threshold import power
 from dash_megatron.ops.kernels.tiles import (
     LOG2_E,
+    load_entries,
     load_keys,
+    load_priors,
     load_rows,
     load_tile,
     own_key_rows,
@@ -53,6 +55,9 @@ def _dq_kernel(
     T: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, SHARDED: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = T * GP
+    # of a step: list entries, or steps of an entry
+    ENTRIES: tl.constexpr = (KEYS + C - 1) // C
+    PARTS: tl.constexpr = (C + KEYS - 1) // KEYS
     i_h, i_tile, own, start, end = query_tile(chunk_start, chunk_end, num_chunks, T, C)
     if start >= end:
         return
@@ -84,38 +89,47 @@ def _dq_kernel(
     if not SHARDED:
         b_dq = _dq_own(
             b_dq, b_q, b_do, b_lse, b_delta, k, v, own_start, own_end, C, o_slot, stride_kn, stride_vn, scale,
-            D, BLOCK_D, KEYS,
+            D, BLOCK_D, C // PARTS,
         )  # fmt: skip
 
     p_chunk = list_chunk + offset
     p_prior = list_log_prior + offset * T + o_r // GP
     if d_prior is not None:
         p_d_prior = d_prior + offset * T + tl.arange(0, T)
+        o_entry = tl.arange(0, ENTRIES)
         b_db = tl.zeros([T], tl.float32)
-    i_chunk = tl.load(p_chunk, mask=count > 0, other=0)
-    for i_s in tl.range(0, count * (C // KEYS), num_stages=STAGES):
-        i_e, i_k = i_s // (C // KEYS), i_s % (C // KEYS) * KEYS
+    i_chunk = load_entries(p_chunk, 0, count, KEYS, C)
+    for i_s in tl.range(0, tl.cdiv(count, ENTRIES) * PARTS, num_stages=STAGES):
+        i_e, i_k = i_s // PARTS * ENTRIES, i_s % PARTS * KEYS
         i_start = (i_chunk if SHARDED else document + (i_chunk - first) * C) + i_k
         # loaded one step early, because addresses depend on it
-        i_next = (i_s + 1) // (C // KEYS)
-        i_chunk = tl.load(p_chunk + i_next, mask=i_next < count, other=0)
-        b_shift = tl.load(p_prior + i_e * T) * inv_sigma - b_centred
-        b_k = load_keys(k, i_start, stride_kn, D, BLOCK_D, KEYS)
-        b_v = load_keys(v, i_start, stride_vn, D, BLOCK_D, KEYS)
+        i_chunk = load_entries(p_chunk, (i_s + 1) // PARTS * ENTRIES, count, KEYS, C)
+        if ENTRIES == 1:
+            b_shift = (tl.load(p_prior + i_e * T) * inv_sigma - b_centred)[:, None]
+        else:
+            b_shift = load_priors(p_prior, i_e, count, T, KEYS, C) * inv_sigma - b_centred[:, None]
+        b_k = load_keys(k, i_start, stride_kn, D, BLOCK_D, KEYS, C)
+        b_v = load_keys(v, i_start, stride_vn, D, BLOCK_D, KEYS, C)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
-        b_ds = tl.exp2(b_s * scale + b_shift[:, None]) * (b_dp - b_delta[:, None])
+        b_ds = tl.exp2(b_s * scale + b_shift) * (b_dp - b_delta[:, None])
         if d_prior is not None:
             # all heads of a group share the prior
-            b_part = tl.sum(tl.reshape(tl.sum(b_ds, 1), (T, GP)), 1)
-            b_db = b_part if KEYS == C else tl.where(i_k == 0, b_part, b_db + b_part)
-            tl.store(p_d_prior + i_e * T, b_db)
+            if ENTRIES == 1:
+                b_part = tl.sum(tl.reshape(tl.sum(b_ds, 1), (T, GP)), 1)
+                b_db = b_part if PARTS == 1 else tl.where(i_k == 0, b_part, b_db + b_part)
+                tl.store(p_d_prior + i_e * T, b_db)
+            else:
+                b_part = tl.sum(tl.reshape(b_ds, (T * GP, ENTRIES, C)), 2)
+                b_part = tl.sum(tl.reshape(b_part, (T, GP, ENTRIES)), 1)
+                o_e = i_e + o_entry[None, :]
+                tl.store(p_d_prior[:, None] + o_e * T, b_part, mask=o_e < count)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
     if SHARDED:
         # after the list, as in the forward
         b_dq = _dq_own(
             b_dq, b_q, b_do, b_lse, b_delta, k, v, own_start, own_end, own_end - own_start, o_slot, stride_kn, stride_vn,
-            scale, D, BLOCK_D, KEYS,
+            scale, D, BLOCK_D, C // PARTS,
         )  # fmt: skip
     tl.store(dq + o_rd, (b_dq * inv_sqrt_d).to(dq.dtype.element_ty), mask=m_rd)
 

@@ -61,12 +61,35 @@ def load_rows(x, o_n, stride_n, m_n, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_keys(x, start, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr):
-    """Rows [KEYS, BLOCK_D] from token `start` on, all of which exist, of one head `x`."""
-    o_n, o_d = tl.arange(0, KEYS), tl.arange(0, BLOCK_D)
+def load_keys(x, start, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, RUN: tl.constexpr):
+    """Rows [KEYS, BLOCK_D], all of which exist, of one head `x`: from token `start` on, or, with `start` [KEYS, 1], in runs of
+    RUN rows that each begin at theirs."""
+    o_n, o_d = tl.arange(0, KEYS) % RUN, tl.arange(0, BLOCK_D)
     # offsets that stay the same in every iteration apart from the one that does not
     p_x = (x + start.to(tl.int64) * stride_n) + (o_n[:, None] * stride_n + o_d[None, :])
     return tl.load(p_x) if BLOCK_D == D else tl.load(p_x, mask=(o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_entries(p_chunk, i_e, count, KEYS: tl.constexpr, C: tl.constexpr):
+    """What a list of `count` entries holds from entry `i_e` on; beyond its end, what its last one holds.
+
+    One entry where a step has at most a chunk's keys; else those of KEYS keys [KEYS, 1], the same for the C keys of each.
+    """
+    if KEYS > C:
+        i_e += (tl.arange(0, KEYS) // C)[:, None]
+    return tl.load(p_chunk + tl.minimum(i_e, count - 1), mask=count > 0, other=0)
+
+
+@triton.jit
+def load_priors(p_prior, i_e, count, T: tl.constexpr, KEYS: tl.constexpr, C: tl.constexpr):
+    """Log priors [rows, KEYS] of the keys of KEYS // C list entries from entry `i_e` on, at `p_prior` [rows]; -inf beyond the list."""
+    b_entry = (tl.arange(0, KEYS) // C)[None, :]
+    b_log = tl.load(p_prior + i_e * T)[:, None] + tl.zeros([1, KEYS], tl.float32)
+    for i in tl.static_range(1, KEYS // C):
+        b_next = tl.load(p_prior + (i_e + i) * T, mask=i_e + i < count, other=float("-inf"))
+        b_log = tl.where(b_entry == i, b_next[:, None], b_log)
+    return b_log
 
 
 @triton.jit
