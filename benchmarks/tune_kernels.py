@@ -38,6 +38,8 @@ from dash_megatron.ops.kernels.configs import (
 TOKENS, TINY_TOKENS = 32768, 64
 TABLE = "dash_megatron/ops/kernels/configs.json"
 DEVICE = default_device()
+# Keys a step where chunks are smaller.
+WIDE_STEP = 64
 # Pairs are always taken where tiles would have to list less than this many times the selected pairs to cost less.
 ALWAYS_BELOW = 1.05
 STAGE_METHOD = {
@@ -111,7 +113,13 @@ def candidates(stage: str, chunk_size: int) -> list[Config]:
         (4, 2, 32, PLAIN),
     ]
     tries |= {"attend_pairs": over_slabs, "query_pairs": over_slabs}
-    return [Config(warps, stages, block, chunk_size, kernel) for warps, stages, block, kernel in tries[stage]]
+    found = [
+        Config(warps, stages, block, chunk_size, kernel) for warps, stages, block, kernel in tries[stage]
+    ]
+    if stage in ("attend", "queries") and chunk_size < WIDE_STEP:
+        # several listed chunks a step
+        found += [x._replace(keys=WIDE_STEP) for x in found if x.kernel == PLAIN]
+    return found
 
 
 def table_entry(config: Config) -> dict[str, int | str]:

@@ -22,15 +22,13 @@ def kernels_imported_here(monkeypatch):
     monkeypatch.setitem(sys.modules, topk_triton.__name__, topk_triton)
 
 
-def _in_steps_of(keys, monkeypatch):
-    """From now on attend and queries take `keys` keys a step."""
+def _in_steps_of(keys, monkeypatch, kernel=configs.PLAIN):
+    """From now on attend, by the kernel given, and queries take `keys` keys a step."""
 
     def launches(*args, **kwargs):
         usual = find_launches(*args, **kwargs)
-        attend, queries = (
-            x._replace(keys=keys, kernel=configs.PLAIN) for x in (usual.attend, usual.queries)
-        )
-        return usual._replace(attend=attend, queries=queries)
+        attend = usual.attend._replace(keys=keys, kernel=kernel)
+        return usual._replace(attend=attend, queries=usual.queries._replace(keys=keys))
 
     for module in (dash, topk_triton):
         monkeypatch.setattr(module, "find_launches", launches)
@@ -94,6 +92,21 @@ def test_wide_steps_give_the_same_bits_in_every_run(monkeypatch):
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
+@pytest.mark.skipif(not CUDA, reason="needs a Hopper GPU: Gluon is not interpreted")
+@pytest.mark.parametrize("kernel", [configs.HOPPER, configs.HOPPER_OVERLAP])
+@pytest.mark.parametrize("lengths", [None, (1, 31, 33, 64, 500, 97, 3, 1000)], ids=["one document", "packed"])
+@pytest.mark.parametrize(("D", "Hq"), [(128, 8), (64, 8), (128, 32), (64, 12)])
+def test_two_chunks_a_step_of_the_hopper_kernel_equal_steps_of_a_chunk(D, Hq, lengths, kernel, monkeypatch):
+    N = 1701 if lengths is None else sum(lengths)
+    shape = {"N": N, "Hq": Hq, "D": D, "C": 32, "dtype": torch.bfloat16, "lengths": lengths}
+    _in_steps_of(32, monkeypatch)
+    expected = _results(**shape)
+    _in_steps_of(64, monkeypatch, kernel)
+    first, again = _results(**shape), _results(**shape)
+    _check(expected, first, torch.bfloat16)
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
 @pytest.mark.parametrize("lengths", [None, (3, 16, 70, 1)], ids=["one document", "packed"])
 def test_lists_of_other_selections_in_wide_steps_give_the_same(lengths, monkeypatch):
     selection = Selection(kernel_size=8, kernel_stride=4, top_k=1, initial_blocks=1, local_blocks=2)
@@ -101,7 +114,9 @@ def test_lists_of_other_selections_in_wide_steps_give_the_same(lengths, monkeypa
 
     def results():
         q, k, v, _ = leaves
-        out, _ = infllmv2_attention(q, k, v, selection, chunk_size=16, cu_seqlens=cu_seqlens, backend="triton")
+        out, _ = infllmv2_attention(
+            q, k, v, selection, chunk_size=16, cu_seqlens=cu_seqlens, backend="triton"
+        )
         return out.detach(), *torch.autograd.grad(out, (q, k, v), upstream)
 
     _in_steps_of(16, monkeypatch)

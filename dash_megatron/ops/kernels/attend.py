@@ -19,16 +19,25 @@ from dash_megatron.ops.kernels.tiles import (
     load_tile,
     own_key_rows,
     query_tile,
+    split_keys,
+    spread,
     tile_list,
     tile_rows,
 )
 
 
 @triton.jit
-def _accumulate(b_acc, b_sum, b_max, b_s, b_shift, b_v, scale):
-    """One step of online softmax with scores `scale * b_s + b_shift` in base 2."""
-    b_next = tl.maximum(b_max, tl.max(b_s, 1) * scale + b_shift)
-    b_p = tl.exp2(b_s * scale + (b_shift - b_next)[:, None])
+def _accumulate(b_acc, b_sum, b_max, b_s, b_shift, b_v, scale, ENTRIES: tl.constexpr = 1):
+    """One step of online softmax with scores `scale * b_s + b_shift` in base 2, where the keys of each of ENTRIES list entries
+    share a shift: [rows] of one, [rows, ENTRIES] of more."""
+    if ENTRIES == 1:
+        b_next = tl.maximum(b_max, tl.max(b_s, 1) * scale + b_shift)
+        b_offset = (b_shift - b_next)[:, None]
+    else:
+        b_most = tl.max(split_keys(b_s, ENTRIES), 2) * scale + b_shift
+        b_next = tl.maximum(b_max, tl.max(b_most, 1))
+        b_offset = spread(b_shift - b_next[:, None], b_s.shape[1])
+    b_p = tl.exp2(b_s * scale + b_offset)
     b_alpha = tl.exp2(b_max - b_next)
     b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision="ieee")
@@ -103,14 +112,11 @@ def _attend_fwd_kernel(
         if ENTRIES == 1:
             b_shift = (tl.load(p_prior + i_e * T) - b_mean) * inv_sigma
         else:
-            b_shift = (load_priors(p_prior, i_e, count, T, KEYS, C) - b_mean[:, None]) * inv_sigma
+            b_shift = (load_priors(p_prior, i_e, count, T, ENTRIES) - b_mean[:, None]) * inv_sigma
         b_k = load_keys(k, i_start, stride_kn, D, BLOCK_D, KEYS, C)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         b_v = load_keys(v, i_start, stride_vn, D, BLOCK_D, KEYS, C)
-        if ENTRIES == 1:
-            b_acc, b_sum, b_max = _accumulate(b_acc, b_sum, b_max, b_s, b_shift, b_v, scale)
-        else:
-            b_acc, b_sum, b_max = _accumulate(b_acc, b_sum, b_max, b_s * scale + b_shift, 0.0, b_v, 1.0)
+        b_acc, b_sum, b_max = _accumulate(b_acc, b_sum, b_max, b_s, b_shift, b_v, scale, ENTRIES)
 
     if SHARDED:
         # The own chunk may be absent, so that its loop has no fixed length; ahead of the other loop it would slow it down.

@@ -62,33 +62,51 @@ def _load_chunks(
         i_buf = i_s % STAGES
         mbarrier.wait(empty.index(i_buf), ((i_s // STAGES) & 1) ^ 1)
         mbarrier.expect(full.index(i_buf), STEP_BYTES)
-        _fetch(k_desc, v_desc, k_boxes, v_boxes, full.index(i_buf), i_start, column, i_buf, 0, D, BOX, ENTRIES)
+        _fetch(
+            k_desc, v_desc, k_boxes, v_boxes, full.index(i_buf), i_start, column, i_buf, 0, D, BOX, ENTRIES
+        )
         # past chunks of a document are whole, so that their number tells where they start
         i_start = document + (i_next - first) * C
         if ENTRIES == 2:
-            _fetch(k_desc, v_desc, k_boxes, v_boxes, full.index(i_buf), i_second, column, i_buf, 1, D, BOX, ENTRIES)
+            _fetch(
+                k_desc,
+                v_desc,
+                k_boxes,
+                v_boxes,
+                full.index(i_buf),
+                i_second,
+                column,
+                i_buf,
+                1,
+                D,
+                BOX,
+                ENTRIES,
+            )
             i_second = gl.where(i_e + 1 < count, document + (i_next_second - first) * C, own_start)
 
 
 @gluon.jit
-def _softmax(b_acc, b_sum, b_max, b_s, b_shift, scale):
-    """Online softmax with scores `scale * b_s + b_shift` in base 2: weights, and what was summed so far, rescaled."""
-    b_next = gl.maximum(b_max, gl.max(b_s, 1) * scale + b_shift)
-    b_p = gl.exp2(b_s * scale + gl.expand_dims(b_shift - b_next, 1))
+def _softmax(b_acc, b_sum, b_max, b_s, b_shift, b_second, scale, C: gl.constexpr, ENTRIES: gl.constexpr):
+    """Online softmax with scores `scale * b_s` in base 2, plus `b_shift` for a step's first C keys, `b_second` for the others.
+
+    Returns weights, and what was summed so far, rescaled."""
+    if ENTRIES == 1:
+        b_next = gl.maximum(b_max, gl.max(b_s, 1) * scale + b_shift)
+        b_offset = gl.expand_dims(b_shift - b_next, 1)
+    else:
+        b_most, b_most_second = gl.max(b_s.reshape([b_s.shape[0], 2, C]), 2).split()
+        b_most = gl.convert_layout(b_most, b_max.type.layout) * scale + b_shift
+        b_most_second = gl.convert_layout(b_most_second, b_max.type.layout) * scale + b_second
+        b_next = gl.maximum(b_max, gl.maximum(b_most, b_most_second))
+        m_first = gl.expand_dims(gl.arange(0, 2 * C, gl.SliceLayout(0, b_s.type.layout)) < C, 0)
+        b_offset = gl.where(
+            m_first, gl.expand_dims(b_shift - b_next, 1), gl.expand_dims(b_second - b_next, 1)
+        )
+    b_p = gl.exp2(b_s * scale + b_offset)
     b_alpha = gl.exp2(b_max - b_next)
     b_sum = b_sum * b_alpha + gl.sum(b_p, 1)
     b_acc = b_acc * gl.expand_dims(gl.convert_layout(b_alpha, gl.SliceLayout(1, b_acc.type.layout)), 1)
     return b_p, b_acc, b_sum, b_next
-
-
-@gluon.jit
-def _step_weights(b_acc, b_sum, b_max, b_s, b_shift, b_second, scale, C: gl.constexpr, ENTRIES: gl.constexpr):
-    """`_softmax` of a step whose first C keys have scores shifted by `b_shift`, the others by `b_second`."""
-    if ENTRIES == 1:
-        return _softmax(b_acc, b_sum, b_max, b_s, b_shift, scale)
-    o_k = gl.arange(0, C * ENTRIES, gl.SliceLayout(0, b_s.type.layout))
-    b_shift = gl.where(gl.expand_dims(o_k < C, 0), gl.expand_dims(b_shift, 1), gl.expand_dims(b_second, 1))
-    return _softmax(b_acc, b_sum, b_max, b_s * scale + b_shift, 0.0, 1.0)
 
 
 @gluon.jit
@@ -128,7 +146,7 @@ def _attend_rows(
     mbarrier.wait(full.index(0), 0)
     b_s = warpgroup_mma(q_buf, k_bufs.index(0).permute((1, 0)), b_none, use_acc=False, is_async=True)
     # the list entry that comes first in step 1
-    b_log = gl.load(p_prior + (ENTRIES - 1) * T, mask=m_row & (ENTRIES - 1 < count), other=0.0)
+    b_log = gl.load(p_prior + (ENTRIES - 1) * T, mask=m_row & (count > ENTRIES - 1), other=0.0)
     if ENTRIES == 2:
         b_log_second = gl.load(p_prior, mask=m_row & (count > 0), other=float("-inf"))
         b_second = (b_log_second - b_mean) * inv_sigma
@@ -139,6 +157,9 @@ def _attend_rows(
     if ENTRIES == 2:
         m_own |= gl.expand_dims(o_k >= C, 0)
     b_s = gl.where(m_own, b_s, float("-inf"))
+    if ENTRIES == 2:
+        # Scores that nothing changed would stay in the product's registers, and all later products would wait one by one.
+        b_s += 0.0
 
     num_steps = gl.cdiv(count + 1, ENTRIES)
     for i_s in range(1, num_steps):
@@ -153,10 +174,12 @@ def _attend_rows(
         i_e = (i_s + 1) * ENTRIES - 1
         b_log = gl.load(p_prior + i_e * T, mask=m_row & (i_e < count), other=0.0)
         if ENTRIES == 2:
-            b_log_second = gl.load(p_prior + (i_e + 1) * T, mask=m_row & (i_e + 1 < count), other=float("-inf"))
+            b_log_second = gl.load(
+                p_prior + (i_e + 1) * T, mask=m_row & (i_e + 1 < count), other=float("-inf")
+            )
         if not OVERLAP:
             b_s_next = warpgroup_mma_wait(0, deps=[b_s_next])
-        b_p, b_acc, b_sum, b_max = _step_weights(b_acc, b_sum, b_max, b_s, b_shift, b_second, scale, C, ENTRIES)
+        b_p, b_acc, b_sum, b_max = _softmax(b_acc, b_sum, b_max, b_s, b_shift, b_second, scale, C, ENTRIES)
         b_p = gl.convert_layout(b_p.to(out.dtype.element_ty), P_LAYOUT)
         b_acc = warpgroup_mma(b_p, v_bufs.index(i_last), b_acc, is_async=True)
         if OVERLAP:
@@ -169,7 +192,7 @@ def _attend_rows(
         gl.thread_barrier()
         mbarrier.arrive(empty.index(i_last), count=1)
 
-    b_p, b_acc, b_sum, b_max = _step_weights(b_acc, b_sum, b_max, b_s, b_shift, b_second, scale, C, ENTRIES)
+    b_p, b_acc, b_sum, b_max = _softmax(b_acc, b_sum, b_max, b_s, b_shift, b_second, scale, C, ENTRIES)
     b_p = gl.convert_layout(b_p.to(out.dtype.element_ty), P_LAYOUT)
     b_acc = warpgroup_mma(b_p, v_bufs.index((num_steps - 1) % STAGES), b_acc, is_async=True)
     b_acc = warpgroup_mma_wait(0, deps=[b_acc])
@@ -206,8 +229,12 @@ def _attend_hopper_kernel(
         p_tile = i_h.to(gl.int64) * tiles_per_head + i_tile
         offset, count = gl.load(list_offset + p_tile), gl.load(list_count + p_tile)
         # Boxes of rows of 128 bytes lie one after the other, as those of a step's keys do.
-        k_boxes = gl.allocate_shared_memory(k_desc.dtype, [STAGES * (D // BOX) * ENTRIES, C, BOX], k_desc.layout)
-        v_boxes = gl.allocate_shared_memory(v_desc.dtype, [STAGES * (D // BOX) * ENTRIES, C, BOX], v_desc.layout)
+        k_boxes = gl.allocate_shared_memory(
+            k_desc.dtype, [STAGES * (D // BOX) * ENTRIES, C, BOX], k_desc.layout
+        )
+        v_boxes = gl.allocate_shared_memory(
+            v_desc.dtype, [STAGES * (D // BOX) * ENTRIES, C, BOX], v_desc.layout
+        )
         k_bufs = k_boxes._reinterpret(k_desc.dtype, [STAGES, KEYS, D], KEY_LAYOUT)
         v_bufs = v_boxes._reinterpret(v_desc.dtype, [STAGES, KEYS, D], KEY_LAYOUT)
         q_bufs = gl.allocate_shared_memory(k_desc.dtype, [2, ROWS, D], Q_LAYOUT)

@@ -21,6 +21,8 @@ from dash_megatron.ops.kernels.tiles import (
     load_tile,
     own_key_rows,
     query_tile,
+    split_keys,
+    spread,
     tile_list,
     tile_rows,
 )
@@ -107,7 +109,9 @@ def _dq_kernel(
         if ENTRIES == 1:
             b_shift = (tl.load(p_prior + i_e * T) * inv_sigma - b_centred)[:, None]
         else:
-            b_shift = load_priors(p_prior, i_e, count, T, KEYS, C) * inv_sigma - b_centred[:, None]
+            b_shift = spread(
+                load_priors(p_prior, i_e, count, T, ENTRIES) * inv_sigma - b_centred[:, None], KEYS
+            )
         b_k = load_keys(k, i_start, stride_kn, D, BLOCK_D, KEYS, C)
         b_v = load_keys(v, i_start, stride_vn, D, BLOCK_D, KEYS, C)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
@@ -120,8 +124,7 @@ def _dq_kernel(
                 b_db = b_part if PARTS == 1 else tl.where(i_k == 0, b_part, b_db + b_part)
                 tl.store(p_d_prior + i_e * T, b_db)
             else:
-                b_part = tl.sum(tl.reshape(b_ds, (T * GP, ENTRIES, C)), 2)
-                b_part = tl.sum(tl.reshape(b_part, (T, GP, ENTRIES)), 1)
+                b_part = tl.sum(tl.reshape(tl.sum(split_keys(b_ds, ENTRIES), 2), (T, GP, ENTRIES)), 1)
                 o_e = i_e + o_entry[None, :]
                 tl.store(p_d_prior[:, None] + o_e * T, b_part, mask=o_e < count)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")

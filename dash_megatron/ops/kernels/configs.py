@@ -32,7 +32,8 @@ class Config(NamedTuple):
     block: int = 0
     """Route and router: summaries a step. Keys and all pairs: query rows a step, of keys the plain kernel's. Attend and queries: unused."""
     keys: int = 0
-    """Keys of a chunk a step or, in the passes to keys and values, a program. Route and router: unused."""
+    """Keys of a chunk a step or, in the passes to keys and values, a program. Attend and queries take several listed chunks a
+    step where these are smaller. Route and router: unused."""
     kernel: str = PLAIN
     """Attend and keys: "hopper" takes the Hopper kernel where it fits, and elsewhere the plain one with the other numbers.
     For attend, "hopper-overlap" also computes the next scores during the softmax."""

@@ -61,7 +61,9 @@ def load_rows(x, o_n, stride_n, m_n, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_keys(x, start, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, RUN: tl.constexpr):
+def load_keys(
+    x, start, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, RUN: tl.constexpr
+):
     """Rows [KEYS, BLOCK_D], all of which exist, of one head `x`: from token `start` on, or, with `start` [KEYS, 1], in runs of
     RUN rows that each begin at theirs."""
     o_n, o_d = tl.arange(0, KEYS) % RUN, tl.arange(0, BLOCK_D)
@@ -72,24 +74,35 @@ def load_keys(x, start, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: 
 
 @triton.jit
 def load_entries(p_chunk, i_e, count, KEYS: tl.constexpr, C: tl.constexpr):
-    """What a list of `count` entries holds from entry `i_e` on; beyond its end, what its last one holds.
-
-    One entry where a step has at most a chunk's keys; else those of KEYS keys [KEYS, 1], the same for the C keys of each.
-    """
-    if KEYS > C:
-        i_e += (tl.arange(0, KEYS) // C)[:, None]
-    return tl.load(p_chunk + tl.minimum(i_e, count - 1), mask=count > 0, other=0)
+    """What entry `i_e` of a list of `count` entries holds; or, where a step has more than a chunk's keys, for each of the KEYS keys
+    what its entry from `i_e` on holds [KEYS, 1], beyond the list what its last entry does."""
+    if KEYS <= C:
+        i_chunk = tl.load(p_chunk + i_e, mask=i_e < count, other=0)
+    else:
+        o_e = i_e + (tl.arange(0, KEYS) // C)[:, None]
+        i_chunk = tl.load(p_chunk + tl.minimum(o_e, count - 1), mask=count > 0, other=0)
+    return i_chunk
 
 
 @triton.jit
-def load_priors(p_prior, i_e, count, T: tl.constexpr, KEYS: tl.constexpr, C: tl.constexpr):
-    """Log priors [rows, KEYS] of the keys of KEYS // C list entries from entry `i_e` on, at `p_prior` [rows]; -inf beyond the list."""
-    b_entry = (tl.arange(0, KEYS) // C)[None, :]
-    b_log = tl.load(p_prior + i_e * T)[:, None] + tl.zeros([1, KEYS], tl.float32)
-    for i in tl.static_range(1, KEYS // C):
-        b_next = tl.load(p_prior + (i_e + i) * T, mask=i_e + i < count, other=float("-inf"))
-        b_log = tl.where(b_entry == i, b_next[:, None], b_log)
-    return b_log
+def load_priors(p_prior, i_e, count, T: tl.constexpr, ENTRIES: tl.constexpr):
+    """Log priors [rows, ENTRIES] of list entries from `i_e` on, at `p_prior` [rows]; -inf beyond the list."""
+    o_e = i_e + tl.arange(0, ENTRIES)[None, :]
+    return tl.load(p_prior[:, None] + o_e * T, mask=o_e < count, other=float("-inf"))
+
+
+@triton.jit
+def split_keys(b_x, ENTRIES: tl.constexpr):
+    """[rows, keys] as [rows, ENTRIES, keys of an entry]."""
+    return tl.reshape(b_x, (b_x.shape[0], ENTRIES, b_x.shape[1] // ENTRIES))
+
+
+@triton.jit
+def spread(b_x, KEYS: tl.constexpr):
+    """[rows, KEYS] from [rows, entries]: the same for all keys of an entry."""
+    ROWS: tl.constexpr = b_x.shape[0]
+    ENTRIES: tl.constexpr = b_x.shape[1]
+    return tl.reshape(tl.broadcast_to(b_x[:, :, None], (ROWS, ENTRIES, KEYS // ENTRIES)), (ROWS, KEYS))
 
 
 @triton.jit
