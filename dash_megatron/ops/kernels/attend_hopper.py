@@ -2,7 +2,8 @@
 
 Sixty-four rows a program would wait for the L2 cache, since every program fetches its own copy of the chunks; one
 program of 128 rows in step would leave the tensor cores idle during the softmax. Here each warpgroup runs at its own
-pace, so that one's softmax falls into the other's products.
+pace, so that one's softmax falls into the other's products. Chunks of 32 come two a step, the own one with the first of
+the list.
 """
 
 import torch
@@ -61,27 +62,13 @@ def _load_chunks(
             i_next_second = gl.load(p_chunk + i_e + 1, mask=i_e + 1 < count, other=0)
         i_buf = i_s % STAGES
         mbarrier.wait(empty.index(i_buf), ((i_s // STAGES) & 1) ^ 1)
-        mbarrier.expect(full.index(i_buf), STEP_BYTES)
-        _fetch(
-            k_desc, v_desc, k_boxes, v_boxes, full.index(i_buf), i_start, column, i_buf, 0, D, BOX, ENTRIES
-        )
+        arrived = full.index(i_buf)
+        mbarrier.expect(arrived, STEP_BYTES)
+        _fetch(k_desc, v_desc, k_boxes, v_boxes, arrived, i_start, column, i_buf, 0, D, BOX, ENTRIES)
         # past chunks of a document are whole, so that their number tells where they start
         i_start = document + (i_next - first) * C
         if ENTRIES == 2:
-            _fetch(
-                k_desc,
-                v_desc,
-                k_boxes,
-                v_boxes,
-                full.index(i_buf),
-                i_second,
-                column,
-                i_buf,
-                1,
-                D,
-                BOX,
-                ENTRIES,
-            )
+            _fetch(k_desc, v_desc, k_boxes, v_boxes, arrived, i_second, column, i_buf, 1, D, BOX, ENTRIES)
             i_second = gl.where(i_e + 1 < count, document + (i_next_second - first) * C, own_start)
 
 
