@@ -38,8 +38,6 @@ from dash_megatron.ops.kernels.configs import (
 TOKENS, TINY_TOKENS = 32768, 64
 TABLE = "dash_megatron/ops/kernels/configs.json"
 DEVICE = default_device()
-# Keys a step where chunks are smaller.
-WIDE_STEP = 64
 # Pairs are always taken where tiles would have to list less than this many times the selected pairs to cost less.
 ALWAYS_BELOW = 1.05
 STAGE_METHOD = {
@@ -91,7 +89,6 @@ def candidates(stage: str, chunk_size: int) -> list[Config]:
             (4, 2, 64, PLAIN),
             (4, 2, 32, PLAIN),
             (4, 3, 32, PLAIN),
-            (4, 1, 64, PLAIN),
             (8, 2, 64, PLAIN),
             (8, 2, 128, PLAIN),
         ],
@@ -113,16 +110,17 @@ def candidates(stage: str, chunk_size: int) -> list[Config]:
         (4, 2, 32, PLAIN),
     ]
     tries |= {"attend_pairs": over_slabs, "query_pairs": over_slabs}
-    found = [
-        Config(warps, stages, block, chunk_size, kernel) for warps, stages, block, kernel in tries[stage]
-    ]
-    if stage in ("attend", "queries") and chunk_size < WIDE_STEP:
-        # several listed chunks a step
-        found += [x._replace(keys=WIDE_STEP) for x in found if x.kernel == PLAIN]
+    # attend and queries take several smaller chunks a step
+    several = stage in ("attend", "queries") and chunk_size < 64
+    steps = [x for x in (32, 64) if x > chunk_size] if several else [chunk_size]
+    found = [Config(w, s, block, keys, kernel) for keys in steps for w, s, block, kernel in tries[stage]]
+    if stage == "queries" and several:
+        # two programs a multiprocessor, which heads of 64 gain from
+        found.append(Config(8, 3, 0, 64, maxnreg=128))
     return found
 
 
-def table_entry(config: Config) -> dict[str, int | str]:
+def table_entry(config: Config) -> Entry:
     """The fields that differ from their defaults, as the table has them."""
     defaults = Config._field_defaults
     return {name: value for name, value in config._asdict().items() if value != defaults.get(name)}

@@ -36,3 +36,14 @@ def test_a_configuration_that_does_not_fit_takes_for_ever():
     launches = configs.find_launches(torch.device("cpu"), torch.bfloat16, 128, 32, 4)
     error = RuntimeError("too many resources requested for launch")
     assert tune_kernels.try_time(Broken(error), "pairs", launches) == float("inf")
+
+
+def test_small_chunks_are_tried_several_a_step():
+    assert {x.keys for x in tune_kernels.candidates("attend", 32)} == {64}
+    assert {x.keys for x in tune_kernels.candidates("queries", 16)} == {32, 64}
+    assert {x.keys for x in tune_kernels.candidates("keys", 32)} == {32}
+    limited = [x for x in tune_kernels.candidates("queries", 32) if x.maxnreg]
+    assert [tune_kernels.table_entry(x) for x in limited] == [
+        {"num_warps": 8, "num_stages": 3, "keys": 64, "maxnreg": 128}
+    ]
+    assert not any(x.maxnreg for x in tune_kernels.candidates("queries", 64))

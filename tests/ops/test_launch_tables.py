@@ -37,6 +37,7 @@ def test_every_entry_of_the_table_names_its_numbers_and_kernels():
         for stage in set(STAGES) & set(entry):
             config = Config(**entry[stage])
             assert config.kernel in KERNELS[stage]
+            assert config.maxnreg is None or stage == "queries"
             # a Hopper kernel does not fit everything: the plain one must find all its numbers
             assert config.block > 0 if stage not in ("attend", "queries") else config.keys > 0
 
@@ -85,3 +86,34 @@ def test_products_over_pairs_have_the_rows_of_a_warpgroup(on_h200):
             for group in (1, 4, 7, 32):
                 config = configs.find_launches(on_h200, torch.bfloat16, head_dim, chunk_size, group).pairs
                 assert max(config.keys, config.block) >= 64
+
+
+def test_chunks_of_few_keys_come_several_a_step(on_h200):
+    def launches(head_dim, chunk_size, group, dtype=torch.bfloat16, **kwargs):
+        return configs.find_launches(on_h200, dtype, head_dim, chunk_size, group, **kwargs)
+
+    # as measured
+    for group in (4, 8):
+        assert launches(128, 32, group).attend == Config(4, 5, keys=64, kernel=HOPPER_OVERLAP)
+        assert launches(128, 32, group).queries == Config(8, 3, keys=64)
+    assert launches(64, 32, 4).attend == Config(4, 3, keys=64)
+    assert launches(64, 32, 4).queries == Config(8, 3, keys=64, maxnreg=128)
+    assert (launches(128, 16, 4).attend, launches(128, 16, 4).queries) == (
+        Config(4, 3, keys=32),
+        Config(4, 2, keys=64),
+    )
+    # by rule
+    assert launches(128, 32, 4, hopper=False).attend == launches(128, 32, 3).attend == Config(8, 3, keys=64)
+    assert launches(128, 32, 3).queries == Config(8, 3, keys=64)
+    assert launches(64, 32, 8).queries == Config(8, 3, keys=64, maxnreg=128)
+    assert launches(96, 16, 4).queries == Config(4, 2, keys=64)
+    others = launches(128, 32, 4, torch.float32), launches(256, 32, 4)
+    assert {x.attend.keys for x in others} == {x.queries.keys for x in others} == {32}
+
+
+def test_route_and_router_take_four_warps_in_half_precision(on_h200):
+    for chunk_size, group in ((64, 32), (32, 8), (32, 16)):
+        found = configs.find_launches(on_h200, torch.bfloat16, 128, chunk_size, group)
+        assert (found.route, found.router) == (Config(4, 2, block=64), Config(4, 1, block=32))
+    assert configs.find_launches(on_h200, torch.bfloat16, 64, 32, 8).route == Config(4, 2, block=32)
+    assert configs.find_launches(on_h200, torch.float32, 64, 32, 8).router.num_warps == 8

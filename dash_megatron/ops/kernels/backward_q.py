@@ -266,6 +266,7 @@ def backward_q(
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         sizes.head_dim**-0.5 * LOG2_E, sizes.head_dim**-0.5, inv_sigma, sizes.num_chunks,
         **sizes.constants, KEYS=config.keys, STAGES=config.num_stages, SHARDED=sharded, num_warps=config.num_warps,
+        maxnreg=config.maxnreg,
     )  # fmt: skip
     if slabs is not None:
         add_dq_pairs(q, k, v, d_out, centred_lse, delta, dq, d_prior, lists, slabs, chunks, sizes, inv_sigma)

@@ -37,6 +37,8 @@ class Config(NamedTuple):
     kernel: str = PLAIN
     """Attend and keys: "hopper" takes the Hopper kernel where it fits, and elsewhere the plain one with the other numbers.
     For attend, "hopper-overlap" also computes the next scores during the softmax."""
+    maxnreg: int | None = None
+    """Queries: most registers a thread, so that more programs share a multiprocessor; None: the compiler decides."""
 
 
 # The fields of `Launches` that have a `Config`.
@@ -117,6 +119,59 @@ def stages_that_fit(most: int, fixed_bytes: int, bytes_per_stage: int, shared_by
     return most
 
 
+def _over_lists(itemsize: int, head_dim: int, chunk_size: int, rows: int, shared_bytes: int) -> Entry:
+    """Attend and queries, which walk over the list of a query tile of `rows` rows.
+
+    In half precision with heads of at most 128 dimensions, chunks of fewer than 64 tokens come several a step, 64 keys.
+    Measured on an H200 in bfloat16 with groups of 4, against the best steps of one chunk: heads of 128 with chunks of 32
+    (attend takes 2 to 4% less time, queries 16 to 19%) and of 16 (20 and 25%), heads of 64 with chunks of 32 (6 to 10 and
+    13 to 15%: there queries need a limit of registers, with which two programs share a multiprocessor). Three stages were
+    best with tiles of 128 rows, two with 64.
+    """
+    row_bytes = next_power_of_two(head_dim) * itemsize
+    warps = 8 if rows >= 128 else 4
+    several = itemsize == 2 and head_dim <= 128 and chunk_size < 64
+    if several:
+        keys, attend_stages = 64, 3 if warps == 8 else 2
+        queries_stages = attend_stages
+    else:
+        keys, attend_stages, queries_stages = max(16, min(chunk_size, 32768 // row_bytes)), 3, 2
+    tile_bytes, step_bytes = rows * row_bytes, 2 * keys * row_bytes
+    return {
+        "attend": {
+            "num_warps": warps,
+            "num_stages": stages_that_fit(attend_stages, tile_bytes, step_bytes, shared_bytes),
+            "keys": keys,
+        },
+        "queries": {
+            "num_warps": 8 if keys * row_bytes > 128 * 128 else warps,
+            "num_stages": stages_that_fit(queries_stages, 2 * tile_bytes, step_bytes, shared_bytes),
+            "keys": keys,
+            "maxnreg": 128 if several and head_dim <= 64 and warps == 8 else None,
+        },
+    }
+
+
+def _over_summaries(itemsize: int, head_dim: int, rows: int, shared_bytes: int) -> Entry:
+    """Route and router, which walk over blocks of summaries for tiles of `rows` rows.
+
+    In half precision four warps, in the blocks that were best on an H200 in bfloat16 with tiles of 128 rows: of 64 for
+    route with heads of 128 (groups of 2 to 32, chunks of 64 and, with groups of 4 and 8, of 32), else of 32, which heads of
+    64 had (groups of 4).
+    """
+    row_bytes = next_power_of_two(head_dim) * itemsize
+    block = 64 if row_bytes <= 256 else 32
+    if itemsize == 2:
+        warps, stages, route_block, router_block = 4, 2, block if head_dim > 64 else 32, 32
+    else:
+        warps, stages, route_block, router_block = 8 if rows >= 128 else 4, 3, block, block
+    stages = stages_that_fit(stages, rows * row_bytes, route_block * row_bytes, shared_bytes)
+    return {
+        "route": {"num_warps": warps, "num_stages": stages, "block": route_block},
+        "router": {"num_warps": warps, "num_stages": 1, "block": router_block},
+    }
+
+
 def _rule(itemsize: int, head_dim: int, chunk_size: int, group: int, shared_bytes: int) -> Entry:
     """A configuration that fits any shape: smaller tiles for wider heads and float32."""
     padded_group = next_power_of_two(group)
@@ -125,15 +180,10 @@ def _rule(itemsize: int, head_dim: int, chunk_size: int, group: int, shared_byte
     row_bytes = next_power_of_two(head_dim) * itemsize
     tile_rows = 128 if row_bytes <= 256 else 64 if row_bytes <= 512 else 32
     rows = max(16, padded_group, min(tile_rows, chunk_size * padded_group))
-    block = 64 if row_bytes <= 256 else 32
-    warps = 8 if rows >= 128 else 4
     keys = max(16, min(chunk_size, 32768 // row_bytes))
     step_bytes = 2 * keys * row_bytes
     step = max(16, min(rows, 64 if row_bytes <= 256 else 32))
     wide = keys * row_bytes > 128 * 128
-    route_stages = stages_that_fit(3, rows * row_bytes, block * row_bytes, shared_bytes)
-    attend_stages = stages_that_fit(3, rows * row_bytes, step_bytes, shared_bytes)
-    queries_stages = stages_that_fit(2, 2 * rows * row_bytes, step_bytes, shared_bytes)
     keys_stages = stages_that_fit(2, step_bytes, 4 * step * row_bytes, shared_bytes)
     # two programs a multiprocessor, whose accumulators leave few registers to a step's scores where rows are wide
     pair_keys = min(keys, 64)
@@ -147,10 +197,8 @@ def _rule(itemsize: int, head_dim: int, chunk_size: int, group: int, shared_byte
     by_pairs = itemsize == 2 and (chunk_size < 64 if head_dim <= 64 else head_dim <= 128 and chunk_size >= 64)
     return {
         "tile_rows": tile_rows,
-        "route": {"num_warps": warps, "num_stages": route_stages, "block": block},
-        "attend": {"num_warps": warps, "num_stages": attend_stages, "keys": keys},
-        "queries": {"num_warps": 8 if wide else warps, "num_stages": queries_stages, "keys": keys},
-        "router": {"num_warps": warps, "num_stages": 1, "block": block},
+        **_over_summaries(itemsize, head_dim, rows, shared_bytes),
+        **_over_lists(itemsize, head_dim, chunk_size, rows, shared_bytes),
         "keys": {"num_warps": 8 if wide else 4, "num_stages": keys_stages, "block": step, "keys": keys},
         "pairs": {
             "num_warps": 8 if pair_keys * row_bytes > 128 * 128 else 4,
