@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from torch import Tensor
 
 from benchmarks.choices import chunk_size_of, layers_of, model_names
@@ -59,28 +60,70 @@ class Given:
     def instead(self) -> Iterator[None]:
         """Within, routers make way for choices of the model's layer at the same relative depth."""
         from dash_megatron.ops.kernels import dash
+        from dash_megatron.ops.kernels import route as kernel
 
-        route = dash.route
+        route = kernel.route
 
         def choose(routing_q: Tensor, summary: Tensor, *arguments: Any, **options: Any) -> Any:
-            route(routing_q, summary, *arguments, **options)
-            return self._choices(summary, sizes=arguments[2])
+            routed = route(routing_q, summary, *arguments, **options)
+            sizes = arguments[2]
+            # where ranks share a sequence, their chunks have numbers
+            number = arguments[5] if len(arguments) > 5 else None
+            lists, *others = self._choices(summary, sizes, number)
+            chunk, log_prior, offset, counts = (x.clone() for x in lists)
+            if sizes.lists_are_bounded:
+                # a run's lists have room for every chunk, which the router has just made
+                room = routed[0]
+                room.chunk[: len(chunk)], room.log_prior[: len(chunk)] = chunk, log_prior
+                chunk, log_prior = room.chunk, room.log_prior
+            return type(lists)(chunk, log_prior, offset, counts), *(x.clone() for x in others)
 
-        with patch.object(dash, "route", choose):
+        # one way looks the router up in its module, the other has imported it
+        with patch.object(dash, "route", choose), patch.object(kernel, "route", choose):
             yield
 
-    def _choices(self, summary: Tensor, sizes: Any) -> Any:
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the choices made so far hold, which a run would not."""
+        made = [x for lists, *others in self.made.values() for x in (*lists, *others)]
+        return sum(x.numel() * x.element_size() for x in made)
+
+    def _choices(self, summary: Tensor, sizes: Any, number: Tensor | None) -> Any:
         from benchmarks.stages import as_routing
 
         depths, size = layers_of(self.model), chunk_size_of(self.model)
         like = depths[self.layer * len(depths) // self.num_layers]
         key = like, sizes.num_tokens
         if key not in self.made:
-            tokens = sizes.num_tokens // self.rows
-            past = make_selected(self.model, like, len(summary), tokens, size, summary.device, seed=like)
+            if number is None:
+                tokens = sizes.num_tokens // self.rows
+                past = make_selected(self.model, like, len(summary), tokens, size, summary.device, seed=like)
+            else:
+                past = self._of_chunks(like, summary, number, size)
+                if past.shape[1] != sizes.num_tokens:
+                    raise ValueError(
+                        f"a rank's {sizes.num_tokens} tokens must be whole chunks of {size} for given choices"
+                    )
             self.made[key] = as_routing(past, sizes, self.rows)
         lists, tau, mean_log, selected = self.made[key]
-        # a token at n has n // size chunks before its own
-        available = (sizes.num_tokens // self.rows // size + 1) / 2
-        self.densities[self.layer] = selected.double().mean().item() / available
+        if number is None:
+            # a token at n has n // size chunks before its own
+            available = (sizes.num_tokens // self.rows // size + 1) / 2
+            self.densities[self.layer] = selected.double().mean().item() / available
         return lists, tau, mean_log, selected
+
+    def _of_chunks(self, like: int, summary: Tensor, number: Tensor, size: int) -> Tensor:
+        """Choices of the tokens of some chunks of one document, bool [key/value heads, tokens, chunks of the document]."""
+        if self.rows > 1:
+            raise ValueError(
+                f"training.micro_batch={self.rows} must be 1 for given choices where ranks share sequences"
+            )
+        heads, chunks, _ = summary.shape
+        parts = []
+        for head in range(heads):
+            # those of all tokens of all heads may not fit
+            one = make_selected(
+                self.model, like, 1, chunks * size, size, summary.device, seed=like * heads + head
+            )
+            parts.append(one.view(chunks, size, chunks)[number.long()].flatten(0, 1))
+        return torch.stack(parts)

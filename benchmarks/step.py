@@ -171,7 +171,7 @@ def _dial(engine: Engine, batch: PackedBatch, density: float, rounds: int = 16) 
 
 
 @contextlib.contextmanager
-def with_choices(engine: Engine, config: Config, model: str) -> Iterator[None]:
+def with_choices(engine: Engine, config: Config, model: str) -> Iterator[Given]:
     """Within, every layer's router runs, and then makes way for choices of a model's layer at the same relative depth."""
     rows = config.training.micro_batch
     given = Given(model, config.model.layers, rows)
@@ -190,7 +190,9 @@ def with_choices(engine: Engine, config: Config, model: str) -> Iterator[None]:
         for number, module in dash_layers(engine.module).items():
             attend = given.of_layer(number, one_document_a_row(module._attend_here))
             stack.enter_context(patch.object(module, "_attend_here", attend))
-        yield
+            shared = given.of_layer(number, module._attend_shards)
+            stack.enter_context(patch.object(module, "_attend_shards", shared))
+        yield given
 
 
 def _time_steps(engine: Engine, batch: PackedBatch, steps: int, device: torch.device) -> float:

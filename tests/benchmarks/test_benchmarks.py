@@ -26,7 +26,12 @@ STAGES = [
     "backward_router",
     "backward_keys",
 ]
-COVERED_ELSEWHERE = {"generate": "tests/hf/test_generate_benchmark.py", "density_search": "part of generate"}
+COVERED_ELSEWHERE = {
+    "generate": "tests/hf/test_generate_benchmark.py",
+    "density_search": "part of generate",
+    "layouts": "tests/benchmarks/test_layouts.py",
+    "layout_case": "part of layouts",
+}
 PARTS = {"cases", "choices", "given", "inputs", "persistence", "stages", "timing"}
 
 

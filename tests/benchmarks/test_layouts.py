@@ -1,0 +1,74 @@
+"""Whole steps of layouts are timed in two processes, beside what the planner says of them, and one that fails is a row."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.layout_case import shares_of_step
+from benchmarks.layouts import as_overrides, in_words
+from benchmarks.persistence import make_selected
+from dash_megatron.config import load_config
+from dash_megatron.planning.layout import Layout
+from dash_megatron.planning.search import configured_layout
+from tests.conftest import NO_GPU
+
+ROOT = Path(__file__).parents[2]
+SHAPE = ["model.layers=1", "model.heads=4", "model.head_dim=16", "attention.backend=triton"]
+SHAPE += ["attention.chunk_size=32", "data.seq_length=128"]
+
+
+def _run(folder: Path, *arguments: str) -> tuple[list[dict[str, Any]], str]:
+    command = [sys.executable, "benchmarks/layouts.py", "--config", "configs/8b_64k.yaml", "--tiny"]
+    command += ["--gpus", "2", "--steps", "1", "--output", str(folder), *arguments]
+    environment = os.environ | NO_GPU | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert not done.returncode, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    return rows, (folder / "table.txt").read_text()
+
+
+def test_a_step_of_two_processes_is_timed_with_choices_of_trained_routers(tmp_path: Path) -> None:
+    layout = "parallel.context=2 parallel.context_comm=all_gather"
+    wrong = "parallel.context=3"
+    rows, table = _run(tmp_path, "--kind", "dash", "--layout", layout, "--layout", wrong, *SHAPE)
+    row, failed = rows
+    assert "error" not in row, row["error"]
+    assert row["layout_words"] == "data 1 context 2 all_gather ZeRO 3 none"
+    # each head's choices, and the own chunks, of the 1 to 4 that tokens see
+    made = [make_selected("d11_c32", 2, 1, 128, 32, "cpu", seed=2 * 2 + head) for head in range(2)]
+    selected = torch.cat(made).sum(-1).double().mean() + 1
+    assert row["density"] == pytest.approx(selected.item() / 2.5, abs=1e-5)
+    assert row["loss"] == pytest.approx(torch.tensor(320.0).log().item(), abs=0.2)
+    assert len(row["all_seconds"]) == 3
+    assert row["tokens_per_second_per_gpu"] == pytest.approx(128 / row["seconds"] / 2)
+    assert row["seconds_ratio"] == pytest.approx(row["seconds"] / row["planned_seconds"])
+    assert 0 < row["waited_for"] <= row["communication"] < 1
+    assert row["context_bytes_per_layer_and_step"][0] > 0
+    assert "parallel.context=3" in failed["error"]
+    assert table.count("8b_64k") == 2
+
+
+def test_a_case_that_takes_too_long_is_killed_and_a_later_one_left_out(tmp_path: Path) -> None:
+    layout = ["--kind", "full", "--layout", "parallel.context=2"]
+    rows, _ = _run(tmp_path, *layout, *layout[2:], "--limit", "2", "--seconds", "3")
+    assert "killed after 2 s" in rows[0]["error"]
+    assert rows[1]["error"].startswith("no time left")
+
+
+def test_communication_is_waited_for_where_nothing_else_runs() -> None:
+    sent = [(0.0, 2.0), (1.0, 3.0), (6.0, 7.0)]
+    assert shares_of_step(sent, [(2.0, 5.0), (2.5, 6.5)], 10.0) == pytest.approx((0.4, 0.25))
+    assert shares_of_step([], [], 0.0) == (0.0, 0.0)
+
+
+def test_overrides_of_a_layout_give_a_config_that_layout() -> None:
+    layout = Layout(2, 2, 3, 2, "p2p", "selective", True)
+    config = load_config("configs/8b_64k.yaml", ["training.global_batch=3", *as_overrides(layout).split()])
+    assert configured_layout(config, 12) == layout
+    assert in_words(layout) == "data 3 context 2 p2p tensor 2 sequence ZeRO 2 selective"
