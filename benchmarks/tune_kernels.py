@@ -110,9 +110,9 @@ def candidates(stage: str, chunk_size: int) -> list[Config]:
         (4, 2, 32, PLAIN),
     ]
     tries |= {"attend_pairs": over_slabs, "query_pairs": over_slabs}
-    # attend and queries take several smaller chunks a step
-    several = stage in ("attend", "queries") and chunk_size < 64
-    steps = [x for x in (32, 64) if x > chunk_size] if several else [chunk_size]
+    # smaller chunks are taken side by side: in attend and queries several of a list, in pairs neighbours
+    several = stage in ("attend", "queries", "pairs") and chunk_size < 64
+    steps = [x for x in (32, 64) if x > chunk_size or stage == "pairs"] if several else [chunk_size]
     found = [Config(w, s, block, keys, kernel) for keys in steps for w, s, block, kernel in tries[stage]]
     if stage == "queries" and several:
         # two programs a multiprocessor, which heads of 64 gain from

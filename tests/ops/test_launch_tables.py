@@ -65,8 +65,8 @@ def test_keys_and_values_go_over_pairs_where_these_were_measured_to_cost_less(on
 
     assert {above(torch.bfloat16, D, C) for D, C in ((128, 64), (64, 32), (96, 128))} == {0}
     assert above(torch.bfloat16, 128, 32) == math.inf
-    # rows of a step fill the tensor cores where keys do not
-    assert configs.find_launches(on_h200, torch.bfloat16, 128, 32, 3).pairs.block == 64
+    # keys of two chunks fill the tensor cores
+    assert configs.find_launches(on_h200, torch.bfloat16, 128, 32, 3).pairs.keys == 64
     others = (torch.bfloat16, 64, 64), (torch.bfloat16, 256, 64), (torch.float32, 128, 64)
     assert {above(*shape) for shape in others} == {math.inf}
 

@@ -16,15 +16,15 @@ find_launches = configs.find_launches
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-def _by_pair(monkeypatch, rows=None, parts=None, above=0, all_above=math.inf):
-    """From now on keys and values go over pairs, in steps of `rows` rows and shared by `parts` programs, if they are given.
+def _by_pair(monkeypatch, rows=None, parts=None, above=0, all_above=math.inf, keys=None):
+    """From now on keys and values go over pairs, in steps of `rows` rows and `keys` keys, shared by `parts` programs, if they are given.
 
     Attend and queries do where tiles list more than `all_above` times what was selected.
     """
 
     def launches(*args, **kwargs):
         usual = find_launches(*args, **kwargs)
-        config = usual.pairs._replace(block=rows or usual.pairs.block)
+        config = usual.pairs._replace(block=rows or usual.pairs.block, keys=keys or usual.pairs.keys)
         slabs = usual.query_pairs._replace(block=max(rows or 16, 16))
         return usual._replace(
             pairs=config,
@@ -130,6 +130,16 @@ def test_gradients_by_pair_do_not_depend_on_parts_and_slabs(parts, most, monkeyp
     _check(expected, _gradients(**shape, deterministic=True))
 
 
+@pytest.mark.parametrize("keys", [16, 32, 128])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients_by_pair_do_not_depend_on_chunks_taken_side_by_side(keys, deterministic, monkeypatch):
+    """Single chunks, two, and eight, of one document or of neighbouring ones; other tests take four of 16 tokens."""
+    shape = {"N": 90, "lengths": (33, 17, 40), "deterministic": deterministic}
+    expected = _gradients(**shape)
+    _by_pair(monkeypatch, 16, 3, keys=keys)
+    _check(expected, _gradients(**shape))
+
+
 @pytest.mark.parametrize(("workspace", "parts"), [(2**31, 1), (2**31, 500), (2**16, 3)])
 def test_results_by_pair_do_not_depend_on_parts_and_slabs_of_tokens(workspace, parts, monkeypatch):
     """The last workspace makes two slabs of a head and more."""
@@ -191,7 +201,8 @@ def test_the_device_takes_pairs_or_tiles_by_how_much_tiles_list(deterministic, m
         assert (plans[-1].partition.work[-1] > 0).item() is taken
 
 
-def test_a_chunk_has_its_own_tokens_then_those_that_selected_it():
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_a_group_of_chunks_has_its_own_tokens_then_those_that_selected_any_of_it(width):
     N, Hkv, C, T = 70, 2, 16, 8
     sizes = geometry.size_tiles(N, (Hkv, 16), Hkv, C, 5, 10, T)
     assert sizes.tile_tokens == 16
@@ -206,24 +217,37 @@ def test_a_chunk_has_its_own_tokens_then_those_that_selected_it():
     lists = geometry.Lists(chunk.int(), tiles_itc[tile, :, chunk], counts.cumsum(0) - counts, counts.int())
     mean_log = torch.randn(N, Hkv, generator=generator).to(DEVICE)
     queries = geometry.own_places(None, chunks, sizes)
-    plan = pairs.plan_pairs(lists, chunks, queries, sizes, (0, 5), 3, 4, 0)
+    plan = pairs.plan_pairs(lists, chunks, queries, sizes, (0, 5), width, 3, 4, 0)
     assert plan.slabs == 1
     packed = pairs.fill_pairs(plan, 0, lists, mean_log, chunks, queries, sizes).token_prior
-    for row in range(Hkv * 5):
-        h, c = divmod(row, 5)
-        token, bits = packed[plan.offset[row] : plan.offset[row + 1]].unbind(1)
-        own = torch.arange(c * C, min(c * C + C, N), device=DEVICE)
-        listed = selected_HNc[h, :, c].nonzero().flatten()
-        assert torch.equal(token.long(), torch.cat([own, listed]))
-        expected = torch.cat([mean_log[own, h], log_HNc[h, listed, c]])
-        assert torch.equal(bits.view(torch.float32), expected)
+    groups = -(-5 // width)
+    log_HNc, selected_HNc = (
+        F.pad(x, (0, groups * width - 5), value=y) for x, y in ((log_HNc, -torch.inf), (selected_HNc, False))
+    )
+    own_NHc = torch.full((groups * width * C, Hkv, width), -torch.inf, device=DEVICE)
+    slot = torch.arange(N, device=DEVICE)
+    own_NHc[slot, :, slot // C % width] = mean_log
+    for row in range(Hkv * groups):
+        h, g = divmod(row, groups)
+        token, bits = packed[plan.offset[row] : plan.offset[row + 1]].unbind(2)
+        assert (token == token[:, :1]).all()
+        of_group, own = (
+            slice(g * width, (g + 1) * width),
+            torch.arange(g * width * C, (g + 1) * width * C, device=DEVICE),
+        )
+        listed = selected_HNc[h, :, of_group].any(1).nonzero().flatten()
+        # places of tokens that do not exist have a token that does
+        assert torch.equal(token[:, 0].long(), torch.cat([torch.where(own < N, own, 0), listed]))
+        expected = torch.cat([own_NHc[own, h], log_HNc[h, listed, of_group]])
+        assert torch.equal(bits.contiguous().view(torch.float32), expected)
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU: too many tokens for the interpreter")
 def test_half_precision_by_pair_equals_that_over_tiles_at_real_sizes(monkeypatch):
-    for C, D, rows in ((64, 128, 32), (64, 64, 64), (32, 64, 64), (16, 128, 64), (128, 128, 32)):
+    shapes = (64, 128, 32), (64, 64, 64), (32, 64, 64), (32, 128, 64), (16, 128, 64), (128, 128, 32)
+    for C, D, rows, keys in [(*shape, None) for shape in shapes] + [(32, 64, 64, 32), (32, 64, 64, 128)]:
         shape = {"N": 3000, "Hq": 8, "D": D, "C": C, "dtype": torch.bfloat16, "scaling_factor": 1.0}
         monkeypatch.setattr(dash, "find_launches", find_launches)
         expected = _gradients(**shape)
-        _by_pair(monkeypatch, rows)
+        _by_pair(monkeypatch, rows, keys=keys)
         _check(expected, _gradients(**shape), torch.bfloat16)

@@ -113,6 +113,7 @@ def _dkv_kernel(
             # later chunks see all of it
             o_slot = tl.where(listed, C, i_e * T + i_r // GP) + o_rn
             b_shift = b_log * inv_sigma - b_lse
+            b_shift = b_shift[None, :] if KEYS_AS_ROWS else b_shift[:, None]
             b_dk, b_dv = step_products(
                 b_k, b_v, b_q, b_do, b_dk, b_dv, b_shift, b_delta, o_c, o_slot, scale, KEYS_AS_ROWS
             )
@@ -135,15 +136,17 @@ def _dkv_kernel(
 @triton.jit
 def _finish_kernel(
     k, w, dk_sum, dv_sum, ds_sum, dk, dv, dw_chunk, row_part, key_start, key_end, stride_table,
-    stride_kn, stride_kh, stride_wh, inv_sqrt_d, num_chunks, num_parts,
-    HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, SUMMARY: tl.constexpr, DIRECT: tl.constexpr,
+    stride_kn, stride_kh, stride_wh, inv_sqrt_d, num_chunks, num_groups, num_parts,
+    HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
+    SUMMARY: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
     """Add the partial sums of one chunk in order, then the gradient through its summary, unless `w` is None.
 
-    Rows without work are skipped, and with DIRECT those that one part did alone: their gradients are in place.
+    Rows of work are groups of WIDTH chunks. Those without work are skipped, and with DIRECT those that one part did alone:
+    their gradients are in place.
     """
     i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    i_row = i_h * num_chunks + i_c
+    i_row, i_chunk, i_w = i_h * num_groups + i_c // WIDTH, i_h * num_chunks + i_c, i_c % WIDTH
     o_c, o_d = tl.arange(0, C), tl.arange(0, BLOCK_D)
     m_d = o_d < D
     p_table = i_h * stride_table + i_c
@@ -151,7 +154,7 @@ def _finish_kernel(
     first_part, last_part = tl.load(row_part + i_row * 2), tl.load(row_part + i_row * 2 + 1)
     if start >= end:
         if w is not None:
-            tl.store(dw_chunk + i_row * D + o_d, tl.zeros([BLOCK_D], tl.float32), mask=m_d)
+            tl.store(dw_chunk + i_chunk * D + o_d, tl.zeros([BLOCK_D], tl.float32), mask=m_d)
         return
     done = first_part < 0
     if DIRECT:
@@ -163,24 +166,25 @@ def _finish_kernel(
     m_kd = m_k[:, None] & m_d[None, :]
     o_cd = o_c[:, None] * D + o_d[None, :]
     # where the first sum lies: behind the slots of the parts if whole
-    i_slot = tl.where(first_part == last_part, num_parts * 2 + i_row, first_part * 2 + 1)
+    i_slot = tl.where(first_part == last_part, num_parts * 2 + i_row, first_part * 2 + 1) * WIDTH + i_w
     b_dk = tl.load(dk_sum + i_slot * C * D + o_cd, mask=m_kd, other=0.0)
     b_dv = tl.load(dv_sum + i_slot * C * D + o_cd, mask=m_kd, other=0.0)
     if w is not None:
-        p_ds = ds_sum + (i_slot if SUMMARY else i_row) * D + o_d
+        p_ds = ds_sum + (i_slot if SUMMARY else i_chunk) * D + o_d
         b_ds = tl.load(p_ds, mask=m_d, other=0.0)
     for i_part in range(first_part + 1, last_part + 1):
-        b_dk += tl.load(dk_sum + i_part * 2 * C * D + o_cd, mask=m_kd, other=0.0)
-        b_dv += tl.load(dv_sum + i_part * 2 * C * D + o_cd, mask=m_kd, other=0.0)
+        i_slot = i_part * 2 * WIDTH + i_w
+        b_dk += tl.load(dk_sum + i_slot * C * D + o_cd, mask=m_kd, other=0.0)
+        b_dv += tl.load(dv_sum + i_slot * C * D + o_cd, mask=m_kd, other=0.0)
         if SUMMARY:
-            b_ds += tl.load(ds_sum + i_part * 2 * D + o_d, mask=m_d, other=0.0)
+            b_ds += tl.load(ds_sum + i_slot * D + o_d, mask=m_d, other=0.0)
 
     if w is not None:
         b_k = load_rows(k + i_h * stride_kh, o_n, stride_kn, m_k, D, BLOCK_D).to(tl.float32)
         b_w = tl.load(w + i_h * stride_wh + o_d, mask=m_d, other=0.0).to(tl.float32)
         b_part, b_dw = summary_gradients(b_k, b_w, b_ds, m_k, inv_sqrt_d)
         b_dk += b_part
-        tl.store(dw_chunk + i_row * D + o_d, b_dw, mask=m_d)
+        tl.store(dw_chunk + i_chunk * D + o_d, b_dw, mask=m_d)
     p_out = (o_n.to(tl.int64) * HKV + i_h)[:, None] * D + o_d[None, :]
     tl.store(dk + p_out, b_dk.to(dk.dtype.element_ty), mask=m_kd)
     tl.store(dv + p_out, b_dv.to(dv.dtype.element_ty), mask=m_kd)
@@ -212,11 +216,11 @@ def _sum_parts(
 
 def _finish(
     k: Tensor, w: Tensor | None, sums: Tensor, ds_sum: Tensor | None, dk: Tensor, dv: Tensor, dw_chunk: Tensor | None,
-    partition: WorkPartition, keys: Tensor, sizes: Sizes, deterministic: bool, direct: bool,
+    partition: WorkPartition, width: int, keys: Tensor, sizes: Sizes, deterministic: bool, direct: bool,
 ) -> None:  # fmt: skip
     """Add up the partial sums; with `w`, also the gradient through the summaries, `dw_chunk` [Hkv, chunks, D].
 
-    With `direct` rows that one part did alone are skipped: they are in `dk` and `dv` already.
+    Rows of the partition are groups of `width` chunks. With `direct` rows that one part did alone are skipped: they are in `dk` and `dv` already.
     """
     nc, D = keys.shape[2], sizes.head_dim
     ends = torch.stack([partition.work[:-1], partition.work[1:] - 1], dim=1)
@@ -225,8 +229,8 @@ def _finish(
     row_part.masked_fill_((ends[:, 1] < ends[:, 0])[:, None], -1)
     _finish_kernel[(nc, sizes.num_kv_heads)](
         k, w, *sums, ds_sum, dk, dv, dw_chunk, row_part, *keys, keys.stride(1),
-        *k.stride()[:2], 0 if w is None else w.stride(0), D**-0.5, nc, len(partition.row),
-        HKV=sizes.num_kv_heads, D=D, BLOCK_D=sizes.block_d, C=sizes.chunk_size, SUMMARY=deterministic, DIRECT=direct,
+        *k.stride()[:2], 0 if w is None else w.stride(0), D**-0.5, nc, triton.cdiv(nc, width), len(partition.row),
+        HKV=sizes.num_kv_heads, D=D, BLOCK_D=sizes.block_d, C=sizes.chunk_size, WIDTH=width, SUMMARY=deterministic, DIRECT=direct,
         num_warps=8,
     )  # fmt: skip
 
@@ -239,6 +243,8 @@ class _Pass(NamedTuple):
     ds_sum: Tensor | None
     """Of the summaries' gradient."""
     partition: WorkPartition
+    width: int
+    """Chunks of a row of the partition."""
 
 
 def _num_slots(partition: WorkPartition) -> int:
@@ -256,25 +262,27 @@ def _passes(
     found: list[_Pass] = []
     taken = None
 
-    def allocate(partition: WorkPartition) -> _Pass:
-        slots, C, D = _num_slots(partition), sizes.chunk_size, sizes.head_dim
-        ds_sum = None if summaries is None else torch.empty(slots, D, dtype=torch.float32, device=k.device)
+    def allocate(partition: WorkPartition, width: int) -> _Pass:
+        slots, C, D = _num_slots(partition), width * sizes.chunk_size, sizes.head_dim
+        ds_sum = None
+        if summaries is not None:
+            ds_sum = torch.empty(slots, width, D, dtype=torch.float32, device=k.device)
         if direct:
             # The buffer may hold few of the window's chunks: no slots for all of these. Zero, since not all is written.
             room = 2 * len(partition.row) * C * D + k.numel()
-            found.append(_Pass(torch.zeros(2, room, device=k.device), ds_sum, partition))
+            found.append(_Pass(torch.zeros(2, room, device=k.device), ds_sum, partition, width))
         else:
             sums = torch.empty(2, slots, C, D, dtype=torch.float32, device=k.device)
-            found.append(_Pass(sums, ds_sum, partition))
+            found.append(_Pass(sums, ds_sum, partition, width))
         return found[-1]
 
     if launches.pairs_above < math.inf:
         config = launches.pairs
-        step = config.block // sizes.group
+        width, step = max(1, config.keys // sizes.chunk_size), config.block // sizes.group
         plan = plan_pairs(
-            lists, chunks, queries, sizes, window, launches.parts, step, launches.pairs_above
+            lists, chunks, queries, sizes, window, width, launches.parts, step, launches.pairs_above
         )  # fmt: skip
-        sums, ds_sum, _ = allocate(plan.partition)
+        sums, ds_sum, *_ = allocate(plan.partition, width)
         sum_pairs(
             *rows, lists, plan, chunks, keys, queries, sums, ds_sum, summaries, sizes, inv_sigma, config, direct
         )  # fmt: skip
@@ -282,7 +290,7 @@ def _passes(
     if launches.pairs_above > 0:
         transposed = transpose(lists, chunks, sizes, window)
         partition = partition_work(transposed, queries, sizes, launches.parts, taken)
-        sums, ds_sum, _ = allocate(partition)
+        sums, ds_sum, *_ = allocate(partition, 1)
         if not direct and summaries is None and _takes_hopper(q, k, v, sizes, launches.keys):
             from dash_megatron.ops.kernels.backward_kv_hopper import sum_hopper
 
@@ -325,12 +333,12 @@ def backward_kv(
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     dw_chunk = torch.empty(summary.shape, dtype=torch.float32, device=k.device)
     places = own_places(None, chunks, sizes)
-    for sums, ds_sum, partition in _passes(
+    for sums, ds_sum, partition, width in _passes(
         q, k, v, d_out, centred_lse, delta, mean_log, lists, (0, sizes.num_chunks), chunks, places, places, summaries,
         sizes, router.inv_sigma, launches, False,
     ):  # fmt: skip
         ds_sum = d_summary if ds_sum is None else ds_sum
-        _finish(k, w, sums, ds_sum, dk, dv, dw_chunk, partition, places, sizes, deterministic, False)
+        _finish(k, w, sums, ds_sum, dk, dv, dw_chunk, partition, width, places, sizes, deterministic, False)
     return dk, dv, dw_chunk.sum(1)
 
 
@@ -342,11 +350,11 @@ def backward_kv_lists(
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     places = own_places(None, chunks, sizes)
-    for sums, _, partition in _passes(
+    for sums, _, partition, width in _passes(
         q, k, v, d_out, centred_lse, delta, mean_log, lists, (0, sizes.num_chunks), chunks, places, places, None, sizes,
         inv_sigma, launches, False,
     ):  # fmt: skip
-        _finish(k, None, sums, None, dk, dv, None, partition, places, sizes, False, False)
+        _finish(k, None, sums, None, dk, dv, None, partition, width, places, sizes, False, False)
     return dk, dv
 
 
@@ -360,12 +368,12 @@ def backward_kv_buffer(
     `keys` and `queries` are those of `_sum_parts`, of the chunks in the window first <= c < last, in which those of the lists lie.
     """
     parts = []
-    for sums, _, partition in _passes(
+    for sums, _, partition, width in _passes(
         q, k, v, d_out, centred_lse, delta, mean_log, lists, window, chunks, keys, queries, None, sizes, inv_sigma,
         launches, True,
     ):  # fmt: skip
         dk, dv = sums[:, -k.numel() :].unflatten(1, k.shape)
-        _finish(k, None, sums, None, dk, dv, None, partition, keys, sizes, False, True)
+        _finish(k, None, sums, None, dk, dv, None, partition, width, keys, sizes, False, True)
         parts.append((dk, dv))
     if len(parts) == 1:
         return parts[0]

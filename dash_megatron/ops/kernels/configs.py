@@ -32,8 +32,8 @@ class Config(NamedTuple):
     block: int = 0
     """Route and router: summaries a step. Keys and all pairs: query rows a step, of keys the plain kernel's. Attend and queries: unused."""
     keys: int = 0
-    """Keys of a chunk a step or, in the passes to keys and values, a program. Attend and queries take several listed chunks a
-    step where these are smaller. Route and router: unused."""
+    """Keys of a chunk a step or, in the passes to keys and values, a program. Smaller chunks are taken side by side: in attend and
+    queries several of a list, over pairs to keys and values neighbours. Route and router: unused."""
     kernel: str = PLAIN
     """Attend and keys: "hopper" takes the Hopper kernel where it fits, and elsewhere the plain one with the other numbers.
     For attend, "hopper-overlap" also computes the next scores during the softmax."""
@@ -186,9 +186,8 @@ def _rule(itemsize: int, head_dim: int, chunk_size: int, group: int, shared_byte
     wide = keys * row_bytes > 128 * 128
     keys_stages = stages_that_fit(2, step_bytes, 4 * step * row_bytes, shared_bytes)
     # two programs a multiprocessor, whose accumulators leave few registers to a step's scores where rows are wide
-    pair_keys = min(keys, 64)
-    # rows are those of the products where keys are too few to be
-    pair_rows = max(16, padded_group, 64 if row_bytes <= 128 or (row_bytes <= 256 and pair_keys < 64) else 32)
+    pair_keys = min(64, 32768 // row_bytes)
+    pair_rows = max(16, padded_group, 64 if row_bytes <= 128 else 32)
     pairs_stages = stages_that_fit(3, 2 * pair_keys * row_bytes, 2 * pair_rows * row_bytes, shared_bytes // 2)
     slab_rows = max(16, padded_group, 64)
     slab_stages = stages_that_fit(2, 2 * chunk_size * row_bytes, 2 * slab_rows * row_bytes, shared_bytes // 2)

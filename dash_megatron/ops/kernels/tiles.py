@@ -147,10 +147,10 @@ def step_products(
     b_k, b_v, b_q, b_do, b_dk, b_dv, b_shift, b_delta, o_c, o_slot, scale, KEYS_AS_ROWS: tl.constexpr
 ):
     """Add a step's rows to dk and dv [KEYS, BLOCK_D], or turned. There, products that do not wait for each other
-    come first; else they would need more registers than there are."""
+    come first; else they would need more registers than there are. `b_shift` has the scores' dimensions, or one key for all."""
     if KEYS_AS_ROWS:
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
-        b_s = tl.where(o_c[:, None] <= o_slot[None, :], b_s * scale + b_shift[None, :], float("-inf"))
+        b_s = tl.where(o_c[:, None] <= o_slot[None, :], b_s * scale + b_shift, float("-inf"))
         b_p = tl.exp2(b_s)
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
@@ -159,7 +159,7 @@ def step_products(
     else:
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
-        b_s = tl.where(o_c[None, :] <= o_slot[:, None], b_s * scale + b_shift[:, None], float("-inf"))
+        b_s = tl.where(o_c[None, :] <= o_slot[:, None], b_s * scale + b_shift, float("-inf"))
         b_p = tl.exp2(b_s)
         b_dv = tl.dot(tl.trans(b_do), b_p.to(b_do.dtype), b_dv, input_precision="ieee")
         b_ds = b_p * (b_dp - b_delta[:, None])
