@@ -81,7 +81,7 @@ class PerplexityJob(Job):
     """Losses of windows of text, summed by bucket of positions."""
 
     @cached_property
-    def _windows(self) -> list[np.ndarray]:
+    def _windows(self) -> list[tuple[int, np.ndarray]]:
         return self.text.windows(self.length, self.settings.samples, self.settings.seed)
 
     def items(self) -> list[Item]:
@@ -94,12 +94,16 @@ class PerplexityJob(Job):
 
     def compute(self, items: list[Item]) -> list[dict[str, Any]]:
         """See `Job.compute`."""
-        tokens = torch.from_numpy(np.stack([self._windows[index] for index, _ in items]))
-        losses = self.model.losses(tokens).double()
+        documents, windows = zip(*(self._windows[index] for index, _ in items), strict=True)
+        losses = self.model.losses(torch.from_numpy(np.stack(windows))).double()
         ends = buckets(self.length)
         starts = [0, *ends[:-1]]
         return [
-            {"nll_sums": [float(row[a:b].sum()) for a, b in zip(starts, ends, strict=True)]} for row in losses
+            {
+                "document": document,
+                "nll_sums": [float(row[a:b].sum()) for a, b in zip(starts, ends, strict=True)],
+            }
+            for document, row in zip(documents, losses, strict=True)
         ]
 
 

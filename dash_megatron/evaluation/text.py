@@ -108,8 +108,8 @@ class LocalText:
         ids = np.unique(np.concatenate(self._head))
         return [int(token) for token in ids if token != self.tokenizer.eod]
 
-    def windows(self, length: int, count: int, seed: int) -> list[np.ndarray]:
-        """Draw different stretches of `length + 1` tokens, int64, none across two documents.
+    def windows(self, length: int, count: int, seed: int) -> list[tuple[int, np.ndarray]]:
+        """Draw different stretches of `length + 1` tokens, int64, none across two documents, each with its document's number.
 
         Args:
             count: how many; fewer where there are fewer.
@@ -130,7 +130,7 @@ class LocalText:
             )
         random.Random(seed).shuffle(places)
         return [
-            np.asarray(self.documents[number][start : start + length + 1], dtype=np.int64)
+            (number, np.asarray(self.documents[number][start : start + length + 1], dtype=np.int64))
             for number, start in places[:count]
         ]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from dash_megatron.evaluation.settings import DOCUMENTS, PERPLEXITY
+from dash_megatron.evaluation.settings import LOSS_TASKS
 from dash_megatron.planning.table import table
 from dash_megatron.studies.branches import TRAINING, ArmComparison, Measure, headline
 from dash_megatron.studies.study_file import Study
@@ -21,13 +21,14 @@ VERDICT_HEADINGS = {
     "above": "Beyond two standard errors",
     "below": "Beyond two standard errors",
     "within": "Not told apart by two standard errors",
-    "unknown": "Unknown: in one order of the data only",
+    "unknown": "Unknown: in one order of the data only, which does not say how orders scatter",
 }
 NOTE = (
     "Differences are paired: of the same documents, samples or steps, in the same order of the data. The first ± is the standard "
     "error over these, the second over orders. What is called higher or lower is further from 0 than two of the larger error. Errors "
     "over documents alone mislead: with the data in another order, an arm ended by up to ten times as much elsewhere. With three "
-    "orders two standard errors are exceeded by chance 18 times in 100, with two 30 times: repeat what matters with more."
+    "orders two standard errors are exceeded by chance 18 times in 100, with two 30 times: repeat what matters with more. The median "
+    "is over documents, each of which counts once. A few long or repetitive documents can make up the total, but cannot move it."
 )
 
 
@@ -76,7 +77,7 @@ def _arms_table(base: str, first: Measure, rows: list[dict[str, Any]], own: list
     reference = next(each.arm for each in own if each.is_reference)
     columns = (
         "arm", "orders", "density", "tokens/s", "GiB", "loss", f"to {reference}", "± documents", "± orders", "verdict",
-        "training loss", "± steps", "± orders",
+        "median", "± documents", "± orders", "training loss", "± steps", "± orders",
     )  # fmt: skip
     lines = []
     for each in own:
@@ -94,6 +95,7 @@ def _arms_table(base: str, first: Measure, rows: list[dict[str, Any]], own: list
                 f"{each.found.value.value:.4f}",
                 *difference_and_errors(each),
                 verdict_word(each),
+                *median_and_errors(each),
                 *(difference_and_errors(training[0]) if training else ("", "", "")),
             ]
         )
@@ -153,6 +155,14 @@ def difference_and_errors(each: ArmComparison) -> tuple[str, str, str]:
     return form.format(found.value + shift), *errors
 
 
+def median_and_errors(each: ArmComparison) -> tuple[str, str, str]:
+    """How the median document stands to the reference, and the errors over documents and over orders, as above."""
+    found = each.found.median
+    if each.is_reference or found is None:
+        return "", "", ""
+    return f"{found.value:+.2%}", _error(found.error_items, "{:.2%}"), _error(found.error_orders, "{:.2%}")
+
+
 def _error(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
@@ -200,16 +210,23 @@ def sentences(study: Study, compared: list[ArmComparison]) -> dict[str, dict[str
 
 
 def _sentence(each: ArmComparison, reference: str) -> str:
-    by, items, orders = difference_and_errors(each)
-    counted = {DOCUMENTS: "documents", PERPLEXITY: "windows", "loss": "steps"}.get(
-        each.measure.task, "samples"
-    )
+    of_text = each.measure.task in LOSS_TASKS
+    counted = "documents" if of_text else "steps" if each.measure.task == "loss" else "samples"
+    by, *errors = difference_and_errors(each)
+    within = _in_brackets(each, counted, *errors)
+    what = f"{each.arm}: {name_of(each.measure)}: {by}"
+    if of_text:
+        middle, *errors = median_and_errors(each)
+        return f"{what} against {reference}{within}, of the median document {middle}{_in_brackets(each, counted, *errors)}."
+    if each.measure.is_loss:
+        return f"{what} against {reference}{within}."
+    if each.found.relative is None:
+        return f"{what} against {reference}, which has 0{within}."
+    return f"{what} of {reference}'s score{within}."
+
+
+def _in_brackets(each: ArmComparison, counted: str, items: str, orders: str) -> str:
+    """Errors for a sentence; nothing where there are none."""
     parts = [f"± {items} over {each.found.items} {counted}"] if items else []
     parts += [f"± {orders} over {len(each.found.orders)} orders"] if orders else []
-    errors = f" ({', '.join(parts)})" if parts else ""
-    what = f"{each.arm}: {name_of(each.measure)}: {by}"
-    if each.measure.is_loss:
-        return f"{what} against {reference}{errors}."
-    if each.found.relative is None:
-        return f"{what} against {reference}, which has 0{errors}."
-    return f"{what} of {reference}'s score{errors}."
+    return f" ({', '.join(parts)})" if parts else ""

@@ -137,22 +137,28 @@ def _measured(study: Study, branches: Branches, run: StudyRun) -> dict[Measure, 
     return {**found, **dict(_of_training(run, metrics))}
 
 
-def _of_lines(measure: Measure, lines: list[dict[str, Any]]) -> Iterator[tuple[Measure, Measured]]:
-    """What lines of `<task>.jsonl` say: scores, or losses over all positions and by bucket of positions."""
+def _of_lines(measure: Measure, lines: list[dict[str, Any]]) -> Mapping[Measure, Measured]:
+    """What lines of `<task>.jsonl` say: scores, or losses over all positions and by bucket of positions.
+
+    Losses are summed over the lines of a document: what is predicted in one window of it tells of the others.
+    """
     items = {(line["index"], line["depth"]): line for line in lines}
     if not measure.is_loss:
-        yield measure, {item: (line["score"], 1.0) for item, line in items.items()}
-        return
-    tokens = {item: line.get("tokens", measure.length) for item, line in items.items()}
-    yield measure, {item: (sum(line["nll_sums"]), tokens[item]) for item, line in items.items()}
-    for number, (begin, end) in enumerate(pairwise([0, *buckets(measure.length)])):
-        there = {
-            item: (line["nll_sums"][number], min(end, tokens[item]) - begin)
-            for item, line in items.items()
-            if tokens[item] > begin
-        }
-        if there:
-            yield measure._replace(begin=begin, end=end), there
+        return {measure: {item: (line["score"], 1.0) for item, line in items.items()}}
+    found: dict[Measure, dict[Item, tuple[float, float]]] = {}
+    spans = list(pairwise([0, *buckets(measure.length)]))
+    for item, line in items.items():
+        # `documents` has a line a document; of windows, older files do not say where they are from
+        document = (line["document"],) if "document" in line else item
+        tokens, sums = line.get("tokens", measure.length), line["nll_sums"]
+        there = {measure: (sum(sums), tokens)}
+        for (begin, end), nll in zip(spans, sums, strict=False):
+            there[measure._replace(begin=begin, end=end)] = nll, min(end, tokens) - begin
+        for part, (nll, size) in there.items():
+            of_part = found.setdefault(part, {})
+            before = of_part.get(document, (0.0, 0.0))
+            of_part[document] = before[0] + nll, before[1] + size
+    return found
 
 
 def _of_training(run: StudyRun, lines: list[StepMetrics]) -> Iterator[tuple[Measure, Measured]]:
@@ -202,6 +208,7 @@ def as_rows(study: Study, compared: list[ArmComparison]) -> list[dict[str, Any]]
             "reference_value": each.found.reference,
             **_numbers("difference", each.found.difference),
             **_numbers("relative", each.found.relative),
+            **_numbers("median", each.found.median if each.measure.is_loss else None),
             "verdict": "reference" if each.is_reference else each.found.verdict,
         }
         for each in compared

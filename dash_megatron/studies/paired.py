@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 Item = tuple[Any, ...]
-"""What names a document, a sample or a step; the same for all arms."""
+"""What names a document, a sample or a step; the same for all arms. Errors over items take items to be independent."""
 Measured = Mapping[Item, tuple[float, float]]
 """A sum for each item, such as of losses, and what it is divided by, such as the number of its tokens."""
 Verdict = Literal["above", "below", "within", "unknown"]
@@ -50,6 +50,8 @@ class Comparison:
     """Arm less reference, item by item and order by order."""
     relative: Ratio | None
     """Arm over reference, less 1; None where the reference has 0 everywhere."""
+    median: Ratio | None
+    """Arm over reference, less 1, of the median item; None where the reference has 0 for an item."""
     orders: tuple[int, ...]
     """Orders that both were trained in."""
     items: int
@@ -93,6 +95,25 @@ def ratio(above_OI: np.ndarray, below_OI: np.ndarray) -> Ratio:
     )
 
 
+def median_of_items(values_OI: np.ndarray) -> Ratio:
+    """Median over items, in the mean over orders, of values [orders, items].
+
+    Half of the items can be moved at will without moving it further than the other half reach, while one large item moves a
+    ratio of sums (P. J. Huber, E. M. Ronchetti, Robust Statistics, 2nd edition, 2009, chapter 1). Its error over items is
+    half the distance between the quantiles one binomial standard error, 1 / (2 sqrt(items)), below and above the middle
+    (R. S. Woodruff, Journal of the American Statistical Association 47, 1952, 635-646).
+    """
+    orders, items = values_OI.shape
+    medians_O = np.median(values_OI, axis=1)
+    reach = 0.5 / math.sqrt(items)
+    low, high = np.quantile(values_OI.mean(0), [0.5 - reach, 0.5 + reach])
+    return Ratio(
+        float(medians_O.mean()),
+        float(high - low) / 2 if items > 1 else None,
+        standard_error(medians_O, np.ones(orders)),
+    )
+
+
 def compare(arm: Mapping[int, Measured], reference: Mapping[int, Measured]) -> Comparison | None:
     """Compare two arms by what both have; None where no order has an item of both.
 
@@ -119,11 +140,13 @@ def compare(arm: Mapping[int, Measured], reference: Mapping[int, Measured]) -> C
     )
     sizes_OI = np.array([[arm[order][item][1] for item in items] for order in orders])
     relative = ratio(arm_OI - reference_OI, reference_OI) if reference_OI.sum() else None
+    median = median_of_items(arm_OI / reference_OI - 1) if reference_OI.all() else None
     return Comparison(
         value=ratio(arm_OI, sizes_OI),
         reference=float(reference_OI.sum() / sizes_OI.sum()),
         difference=ratio(arm_OI - reference_OI, sizes_OI),
         relative=relative,
+        median=median,
         orders=tuple(orders),
         items=len(items),
     )

@@ -168,6 +168,22 @@ def test_losses_of_documents_are_those_of_each_document_alone(
     assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["documents.png"]
 
 
+def test_windows_say_which_document_they_are_of(
+    write_run: Callable[..., Any], tiny_data: Path, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    config, _ = write_run("dash")
+    arguments = ["--tasks", "perplexity", "--lengths", "50", "--samples", "30"]
+    evaluate(Path(config.run_dir), tmp_path / "out", *arguments)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "perplexity.jsonl").read_text().splitlines()]
+    text = LocalText.from_data([str(tiny_data / "valid")], tokenizer, 1)
+    windows = text.windows(50, 30, 0)
+    assert [line["document"] for line in lines] == [number for number, _ in windows]
+    assert len({number for number, _ in windows}) < len(windows)
+    for number, window in windows:
+        document = text.documents[number]
+        assert any((document[n : n + 51] == window).all() for n in range(0, len(document) - 50, 50))
+
+
 def test_a_killed_evaluation_goes_on_where_it_was(
     write_run: Callable[..., Any],
     tmp_path: Path,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -15,6 +17,7 @@ import yaml
 from PIL import Image
 
 from dash_megatron.__main__ import main
+from dash_megatron.studies.paired import standard_error
 from dash_megatron.studies.submit import submit_studies
 from data_tools import make_retrieval, tokenize_corpus
 from tests.studies.study_runs import SIZES, STUDIES, Write, finish, finish_branch, runs_of
@@ -111,6 +114,30 @@ def test_comparisons_are_those_computed_from_the_lines(measured_study: Path) -> 
         assert len(list(csv.DictReader(file))) == len(rows)
 
 
+def test_pieces_of_a_document_are_not_taken_to_be_independent(measured_study: Path) -> None:
+    before = row_of(collected(measured_study), arm="worse", task="documents")
+    pieces = {}
+    for run in runs_of(measured_study):
+        if run.base == "h32_full":
+            lines = lines_of(run, "documents")
+            pieces[run.variant, run.config.training.seed] = {line["index"]: line for line in lines}
+            text = "".join(json.dumps({**line, "document": line["index"] // 3}) + "\n" for line in lines)
+            (run.folder / "evaluation" / "held_out" / "documents.jsonl").write_text(text)
+    after = row_of(collected(measured_study), arm="worse", task="documents")
+    same = ("value", "difference", "difference_error_orders", "relative")
+    assert [after[name] for name in same] == pytest.approx([before[name] for name in same])
+    assert (before["items"], after["items"]) == (30, 10)
+
+    def by_document(arm: str, count: Callable[[dict[str, Any]], float]) -> np.ndarray:
+        by_piece = [[count(pieces[arm, order][n]) for n in range(30)] for order in (1, 2, 3)]
+        return np.array(by_piece).sum(0).reshape(10, 3).sum(1)
+
+    arm, reference = (by_document(name, lambda line: sum(line["nll_sums"])) for name in ("worse", "full"))
+    expected = standard_error(arm - reference, by_document("full", lambda line: line["tokens"]))
+    assert after["difference_error_items"] == pytest.approx(expected)
+    assert abs(after["difference_error_items"] / before["difference_error_items"] - 1) > 0.02
+
+
 def test_the_report_says_what_is_beyond_two_standard_errors(
     measured_study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,7 +150,11 @@ def test_the_report_says_what_is_beyond_two_standard_errors(
     assert "- better: loss on held_out (documents up to 256): -1." in beyond
     assert "- worse: niah_single at 64 (held_out): 0.250 of full's score (± 0.112 over 16 samples, ± 0.000 over 3 orders)." in beyond  # fmt: skip
     assert "- same: loss on held_out" in rest
+    assert re.search(
+        r"of the median document \+2\.\d+% \(± 0\.\d+% over 30 documents, ± 0\.\d+% over 3 orders\)\.", beyond
+    )
     assert "| worse | 1 2 3 | 25.0% | 1,000 |" in text
+    assert "| verdict | median | ± documents | ± orders | training loss |" in text
     page = (out / "report.html").read_text()
     assert "<h3>Beyond two standard errors</h3>" in page
     assert page.count("data:image/png;base64,") == 3
@@ -181,7 +212,10 @@ def test_in_one_order_nothing_is_told_apart(measured_study: Path) -> None:
     assert row["difference_error_items"] > 0
     assert main(["study", "report", str(measured_study)]) == 0
     text = (measured_study.parent / "out" / "report.md").read_text()
-    assert "Unknown: in one order of the data only, branches of h32_full:" in text
+    unknown = (
+        "Unknown: in one order of the data only, which does not say how orders scatter, branches of h32_full:"
+    )
+    assert unknown in text
     assert "Beyond two standard errors, branches" not in text
 
 

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 import numpy as np
 import pytest
 
-from dash_megatron.studies.paired import Measured, compare, standard_error
+from dash_megatron.studies.paired import Measured, compare, median_of_items, standard_error
 
 SIZES = [3.0, 10.0, 40.0, 5.0, 80.0]
 
@@ -101,6 +101,31 @@ def test_documents_that_differ_either_way_are_not_told_apart_by_orders_that_agre
     assert found.verdict == "within"
 
 
+def test_one_large_document_moves_the_total_and_not_the_median() -> None:
+    reference, arm = measured([2.0] * 5), measured([1.98, 1.96, 1.98, 1.99, 2.2])
+    other = measured([1.96, 1.96, 1.92, 1.99, 2.2])
+    found = compare({1: arm, 2: other}, {1: reference, 2: reference})
+    assert found is not None
+    assert found.relative is not None
+    assert found.median is not None
+    assert found.relative.value > 0.04
+    # in order 1 the median is -0.01, in order 2 it is -0.02
+    assert found.median.value == pytest.approx(-0.015)
+    assert found.median.error_orders == pytest.approx(0.005)
+    low, high = np.quantile([-0.015, -0.02, -0.025, -0.005, 0.1], [0.5 - 0.5 / 5**0.5, 0.5 + 0.5 / 5**0.5])
+    assert found.median.error_items == pytest.approx((high - low) / 2)
+
+
+def test_the_error_of_a_median_is_what_other_documents_would_change() -> None:
+    generator = np.random.default_rng(0)
+    draws = generator.standard_t(3, (2000, 101))
+    spread = np.median(draws, axis=1).std()
+    errors = [median_of_items(draw[None]).error_items or 0.0 for draw in draws]
+    assert fmean(errors) == pytest.approx(spread, rel=0.05)
+    alone = median_of_items(np.array([[0.5]]))
+    assert (alone.value, alone.error_items, alone.error_orders) == (0.5, None, None)
+
+
 def test_only_what_both_have_is_compared() -> None:
     reference = {1: measured([2.0] * 5), 3: measured([2.0] * 5)}
     arm = {1: measured([2.5] * 4, SIZES[:4]), 2: measured([9.0] * 5)}
@@ -114,7 +139,7 @@ def test_a_reference_that_scores_nothing_has_no_ratio() -> None:
     zero, one = measured([0.0] * 5), measured([1.0, 0.0, 0.0, 0.0, 0.0])
     found = compare({1: one, 2: zero}, {1: zero, 2: zero})
     assert found is not None
-    assert found.relative is None
+    assert (found.relative, found.median) == (None, None)
     assert found.difference.value > 0
 
 
