@@ -83,14 +83,19 @@ def main() -> None:
         return
     options.output.mkdir(parents=True, exist_ok=True)
     options.end = time.monotonic() + options.seconds
+    wanted = [
+        (place, config, kind, *layout)
+        for config in options.config or CONFIGS
+        for kind in options.kind
+        for place, layout in enumerate(_layouts(config, kind, options))
+    ]
     rows: list[dict[str, Any]] = []
-    for config in options.config or CONFIGS:
-        for kind in options.kind:
-            for gpus, layout in _layouts(config, kind, options):
-                row = {"config": config, "kind": kind, "gpus": gpus, "layout": layout}
-                rows.append(row | _measure(config, kind, gpus, layout, options, len(rows)))
-                _add_efficiency(rows)
-                _write(rows, options.output)
+    # the best of all first, then the runners-up
+    for _, config, kind, gpus, layout in sorted(wanted, key=lambda case: case[0]):
+        row = {"config": config, "kind": kind, "gpus": gpus, "layout": layout}
+        rows.append(row | _measure(config, kind, gpus, layout, options, len(rows)))
+        _add_efficiency(rows)
+        _write(rows, options.output)
     lines = table([_cells(row) for row in rows], COLUMNS)
     (options.output / "table.txt").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
