@@ -10,7 +10,7 @@ from dash_megatron.ops.topk.infllmv2 import infllmv2_attention
 from dash_megatron.topk_selection import Selection
 from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels, with_router
 
-dash, configs, topk_triton = import_kernels("dash", "configs", "topk.triton")
+dash, configs, backward_q, topk_triton = import_kernels("dash", "configs", "backward_q", "topk.triton")
 find_launches = configs.find_launches
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -22,13 +22,13 @@ def kernels_imported_here(monkeypatch):
     monkeypatch.setitem(sys.modules, topk_triton.__name__, topk_triton)
 
 
-def _in_steps_of(keys, monkeypatch, kernel=configs.PLAIN):
-    """From now on attend, by the kernel given, and queries take `keys` keys a step."""
+def _in_steps_of(keys, monkeypatch, kernel=configs.PLAIN, **of_queries):
+    """From now on attend, by the kernel given, and queries, with what else is given, take `keys` keys a step."""
 
     def launches(*args, **kwargs):
         usual = find_launches(*args, **kwargs)
         attend = usual.attend._replace(keys=keys, kernel=kernel)
-        return usual._replace(attend=attend, queries=usual.queries._replace(keys=keys))
+        return usual._replace(attend=attend, queries=usual.queries._replace(keys=keys, **of_queries))
 
     for module in (dash, topk_triton):
         monkeypatch.setattr(module, "find_launches", launches)
@@ -92,10 +92,29 @@ def test_wide_steps_give_the_same_bits_in_every_run(monkeypatch):
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
+def test_a_limit_of_registers_reaches_the_kernel_of_queries(monkeypatch):
+    limits = []
+
+    class Recorded:
+        def __getitem__(self, grid, kernel=backward_q._dq_kernel):
+            def launch(*args, **options):
+                limits.append(options["maxnreg"])
+                return kernel[grid](*args, **options)
+
+            return launch
+
+    _in_steps_of(32, monkeypatch)
+    expected = _results()
+    monkeypatch.setattr(backward_q, "_dq_kernel", Recorded())
+    _in_steps_of(32, monkeypatch, maxnreg=128)
+    _check(expected, _results())
+    assert limits == [128]
+
+
 @pytest.mark.skipif(not CUDA, reason="needs a Hopper GPU: Gluon is not interpreted")
 @pytest.mark.parametrize("kernel", [configs.HOPPER, configs.HOPPER_OVERLAP])
 @pytest.mark.parametrize("lengths", [None, (1, 31, 33, 64, 500, 97, 3, 1000)], ids=["one document", "packed"])
-@pytest.mark.parametrize(("D", "Hq"), [(128, 8), (64, 8), (128, 32), (64, 12)])
+@pytest.mark.parametrize(("D", "Hq"), [(128, 8), (64, 8), (128, 16), (128, 32), (64, 12)])
 def test_two_chunks_a_step_of_the_hopper_kernel_equal_steps_of_a_chunk(D, Hq, lengths, kernel, monkeypatch):
     N = 1701 if lengths is None else sum(lengths)
     shape = {"N": N, "Hq": Hq, "D": D, "C": 32, "dtype": torch.bfloat16, "lengths": lengths}
