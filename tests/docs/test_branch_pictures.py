@@ -6,6 +6,7 @@ from statistics import fmean, stdev
 
 import pytest
 
+from dash_megatron.studies.paired import compare
 from docs.tools.branch_pictures import BARS, QUALITY, STUDIES, Difference, Study, main
 
 ANSWERS = (QUALITY.parent / "quality.md").read_text()
@@ -117,6 +118,34 @@ def test_arms_are_compared_with_the_recipe_by_document() -> None:
         found, density = FACTORS.paired(arm, "h.k25"), FACTORS.runs[arm]["routing"]["mean_by_position"]
         assert difference == f"{found.mean:+.2f} ± {found.documents:.2f}"
         assert densities == " ".join(f"{density[place]:.2f}" for place in (1, 2, 5))
+
+
+def _median(name: str, arm: str, reference: str = "full") -> str:
+    study = READ[name]
+    sides = [
+        {
+            n: {(m,): (float(piece[run]) * float(piece["tokens"]), float(piece["tokens"])) for m, piece in enumerate(study.pieces)}
+            for n, run in enumerate(study.orders(each))
+        }
+        for each in (arm, reference)
+    ]  # fmt: skip
+    found = compare(*sides)
+    assert found is not None
+    assert found.median is not None
+    return f"{100 * found.median.value:+.2f} ± {100 * (found.median.error or 0):.2f}"
+
+
+def test_medians_over_pieces_are_those_of_the_answers() -> None:
+    first, second = STUDIES
+    for name, arm in (
+        (first, "p25-g-l-sh"),
+        (second, "k25"),
+        (first, "p11-g-l-sh"),
+        (second, "k11"),
+        (first, "inf25"),
+    ):
+        assert f"{_median(name, arm)}%" in ANSWERS, (name, arm)
+    assert f"({_median(first, 'inf25', 'p25-g-l-sh')} points)" in ANSWERS
 
 
 def test_factors_are_those_of_the_table() -> None:

@@ -22,8 +22,12 @@ def _read(name: str) -> list[dict[str, str]]:
 FOUND = [row for row in _read("comparisons.csv") if row["arm"] == "dash_25"]
 
 
-def _errors(row: dict[str, str], scale: int = 1) -> str:
-    return "".join(f" ± {scale * float(row[f'relative_error_{over}']):.2f}" for over in ("items", "orders"))
+def _errors(row: dict[str, str], scale: int = 1, of: str = "relative") -> str:
+    return "".join(f" ± {scale * float(row[f'{of}_error_{over}']):.2f}" for over in ("items", "orders"))
+
+
+def _percent(row: dict[str, str], of: str) -> str:
+    return f"{100 * float(row[of]):+.2f}{_errors(row, 100, of)}"
 
 
 def _line(row: dict[str, str]) -> str:
@@ -31,7 +35,7 @@ def _line(row: dict[str, str]) -> str:
     relative = float(row["relative"])
     if row["task"] == "documents":
         name = f"{row['from']}-{row['to']}" if row["to"] else "all"
-        difference = f"{100 * relative:+.2f}" + _errors(row, 100)
+        difference = _percent(row, "relative")
     else:
         name, difference = f"{row['task']}, {row['length']}", f"{1 + relative:.2f}" + _errors(row)
     beyond = "no" if row["verdict"] == "within" else "yes"
@@ -49,7 +53,9 @@ def test_tables_are_what_was_collected(row: dict[str, str]) -> None:
 
 def test_the_text_has_the_figures_of_the_files() -> None:
     training = next(row for row in FOUND if row["task"] == "loss")
-    assert f"{100 * float(training['relative']):+.2f}{_errors(training, 100)}%" in PAGE
+    assert f"{_percent(training, 'relative')}%" in PAGE
+    whole = next(row for row in FOUND if row["task"] == "documents" and not row["to"])
+    assert f"the median document stands at {_percent(whole, 'median')}%" in PAGE
     answers = [row for row in _read("answers.csv") if row["length"] == "16384"]
     assert len(answers) == 18
     for kind in ("full", "dash"):
