@@ -154,9 +154,9 @@ class Stages:
 
     def backward_queries(self) -> None:
         self.d_prior = torch.empty_like(self.lists.log_prior)
-        self.dq, self.delta, self.centred_lse = backward_q(
+        self.dq, self.delta, self.centred_lse, self.left, self.key_sums = backward_q(
             self.q, self.k, self.v, self.out, self.d_out, self.lse, self.lists, self.mean_log, self.d_prior, self.chunks,
-            self.sizes, self.router.inv_sigma, self.launches.queries, by_pair=self.launches.queries_by_pair,
+            self.sizes, self.router.inv_sigma, self.launches.queries, by_pair=self.launches.backward_by_pair,
         )  # fmt: skip
 
     def backward_router(self) -> None:
@@ -168,9 +168,13 @@ class Stages:
     def backward_keys(self) -> None:
         self.dk, self.dv, self.dw = backward_kv(
             self.q, self.k, self.v, self.w, self.d_out, self.centred_lse, self.delta, self.tau, self.mean_log, self.mean_dp,
-            self.summary, self.d_summary, self.d_prior, self.lists, self.chunks, self.sizes, self.router, self.launches,
-            self.deterministic,
+            self.summary, self.d_summary, self.d_prior, self.left, self.chunks, self.sizes, self.router, self.launches,
+            self.deterministic, key_sums=self.key_sums,
         )  # fmt: skip
+
+    def backward_attention(self) -> None:
+        """Of queries, keys and values; what `backward_router` gave stays as it was."""
+        self.run("backward_queries", "backward_keys")
 
     FORWARD = ("layout", "summarize", "route", "attend")
     BACKWARD = ("backward_queries", "backward_router", "backward_keys")

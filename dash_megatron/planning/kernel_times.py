@@ -14,8 +14,9 @@ from dash_megatron.planning.choices import tile_tokens
 RECOUNTED = 1.4
 """Time of scoring where lists are counted before they are written, over that where they have room for all: the last of the
 passes over the scores, 381 of about 1000 instructions, is made twice."""
-PAIRS_ABOVE = {"attend": {4: 6.0, 16: 5.2}, "queries": {4: 3.8, 16: 3.2}}
-"""By stage and query heads of a group: pairs are taken where tiles visit more than so many times what was selected."""
+PAIRS_ABOVE = {"attend": {1: 5.9, 4: 6.0, 16: 5.3}, "queries": {1: 3.0, 4: 2.5, 16: 2.4}}
+"""By stage and query heads of a group: pairs are taken where tiles visit more than so many times what was selected. Queries then
+have keys and values with them."""
 TIMED_GPU = "H200"
 """The one in the table of launch configurations, by which alone attend and queries go over pairs."""
 
@@ -134,8 +135,8 @@ RATES = {
     ),
     "attend_by_tile": Rate(0.1, {"rows": 0.269, "visited": 926}, head_dim=0.64, chunk=0.31, tile=0.66),
     "queries_by_tile": Rate(0.11, {"rows": 0.554, "visited": 1620}, head_dim=1.14, chunk=0.37, tile=0.11),
-    "attend_by_pair": Rate(0.0, {"sorted": 294, "selected": 4320}),
-    "queries_by_pair": Rate(0.0, {"sorted": 331, "selected": 4700}),
+    "attend_by_pair": Rate(0.0, {"sorted": 252, "selected": 4290}),
+    "queries_by_pair": Rate(0.0, {"sorted": 419, "selected": 5970}),
     "router_backward": Rate(
         0.064, {"rows": 0.347, "listed": 3.46, "visited": 88.7}, head_dim=0.83, chunk=0.69, tile=0.34
     ),
@@ -146,7 +147,8 @@ RATES = {
     "dense_forward": Rate(0.089, {"pairs": 848}, head_dim=0.63),
     "dense_backward": Rate(0.0014, {"pairs": 2450}, head_dim=0.70),
 }
-"""Stages of the kernels, with transposing, or sorting of pairs, in those that need it, and cuDNN's dense attention."""
+"""Stages of the kernels, with transposing, or sorting of pairs, in those that need it, and cuDNN's dense attention. Queries by pair
+have keys and values with them."""
 STAGES = ("route", "attend", "queries", "router_backward", "keys")
 ROUTER = ("route", "router_backward")
 """Stages of the kernels, and those of them that score chunks."""
@@ -160,15 +162,18 @@ class AttentionSeconds:
     backward: float
 
 
-def rate_of(stage: str, work: AttentionWork) -> str:
-    """Which of `RATES` one of `STAGES` runs at."""
-    return stage if stage in ROUTER else f"{stage}_by_{'pair' if work.by_pair(stage) else 'tile'}"
+def stage_rates(work: AttentionWork) -> dict[str, str]:
+    """Which of `RATES` each of `STAGES` runs at; queries by pair have keys and values with them, which are left out then."""
+    stages = [stage for stage in STAGES if not (stage == "keys" and work.by_pair("queries"))]
+    return {
+        stage: stage if stage in ROUTER else f"{stage}_by_{'pair' if work.by_pair(stage) else 'tile'}"
+        for stage in stages
+    }
 
 
 def dash_stages(work: AttentionWork) -> dict[str, float]:
     """Milliseconds of every stage of DashAttention on one rank, in order; the first two are the forward."""
-    rates = {stage: rate_of(stage, work) for stage in STAGES}
-    return {stage: RATES[rate].milliseconds(work, rate) for stage, rate in rates.items()}
+    return {stage: RATES[rate].milliseconds(work, rate) for stage, rate in stage_rates(work).items()}
 
 
 def dash_seconds(work: AttentionWork, routes: bool = True) -> AttentionSeconds:

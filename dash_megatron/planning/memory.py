@@ -23,10 +23,12 @@ MAX_BOUNDED_BYTES = 2 * 2**30
 """Lists up to this size have room for every chunk: `dash_megatron.ops.kernels.geometry.MAX_BOUNDED_BYTES`."""
 WORKSPACE_BYTES = 2**31
 """Most bytes of partial results by pair: `dash_megatron.ops.kernels.pair_slabs.WORKSPACE_BYTES`."""
-RUN_TILES, MAX_COUNTS = 8, 2**25
-"""Tiles of which pairs are counted together, and most such counts: constants of `dash_megatron.ops.kernels.pair_slabs`."""
+USUAL_COUNTS, MAX_COUNTS, COUNT_BYTES = 2**23, 2**25, 8
+"""Entries of the table in which pairs are counted, and bytes of one: constants of `dash_megatron.ops.kernels.pair_slabs`."""
 PLACE_BYTES = 20
 """Of a pair's places: `dash_megatron.ops.kernels.pair_slabs.SlabPairs`."""
+PARTS = 528
+"""Programs that share a slab of pairs: four for each multiprocessor of the GPU that was timed."""
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default bucket of gradients; ZeRO-2 and ZeRO-3 hold two while they overlap."""
 LIVE_PARAMETERS = 1_000_000_000
@@ -129,11 +131,11 @@ def list_bytes(config: Config, layout: Layout, listed: float) -> tuple[float, fl
 
 
 def pair_bytes(config: Config, layout: Layout, listed: float, gpu: str) -> dict[str, float]:
-    """Workspaces of one layer call on one rank in which attention ("attend") and its gradient of queries ("queries") may go
-    over selected pairs.
+    """Workspaces of one layer call on one rank in which attention ("attend") and its gradient ("queries") may go over selected pairs.
 
     Kernels decide on the device, when the workspace is there already: partial results of a group's heads and a pair's places,
-    up to 2 GiB of the former, and no more than the pairs that tiles may list where pairs are still taken. What a rank of
+    up to 2 GiB of the former, and no more than the pairs that tiles may list where pairs are still taken; in the gradient also
+    float32 sums of keys and values. What a rank of
     context parallelism does not exchange by heads goes over tiles alone, and so does what another GPU than the one timed computes.
     """
     model, chunk = config.model, config.attention.chunk_size
@@ -143,18 +145,22 @@ def pair_bytes(config: Config, layout: Layout, listed: float, gpu: str) -> dict[
         return found
     entries, tile = _entries_made(config, layout, listed)
     chunks = config.training.micro_batch * config.data.seq_length / chunk
+    kv_heads = model.kv_heads / layout.tensor / layout.context
     # partial results in bf16, and in attention their log-sum-exp
     for stage, of_head in {"attend": 2 * head_dim + 4, "queries": 2 * head_dim}.items():
         above = pairs_above(stage, group, head_dim, chunk, gpu)
         room = WORKSPACE_BYTES // (group * of_head)
-        run = RUN_TILES
-        while run > 1 and run * tile * chunks > room / 8:
-            run //= 2
-        counts = chunks * (chunk / tile) / run * chunks * model.kv_heads / layout.tensor / layout.context
+        run, counts = 1, kv_heads * chunks * (chunk / tile) * chunks
+        while counts / run > USUAL_COUNTS and 16 * run * tile * chunks <= room:
+            run *= 2
         # else there would be too many to count, and tiles are gone over
-        if above < math.inf and 2 * run * tile * chunks <= room and counts <= MAX_COUNTS:
+        if above < math.inf and 2 * run * tile * chunks <= room and counts / run <= MAX_COUNTS:
             most_taken = entries * tile / max(1.0, above)
-            found[stage] = min(room, most_taken) * (group * of_head + PLACE_BYTES) + 8 * counts
+            found[stage] = (
+                min(room, most_taken) * (group * of_head + PLACE_BYTES) + COUNT_BYTES * counts / run
+            )
+            if stage == "queries":
+                found[stage] += 2 * (2 * PARTS + kv_heads * chunks) * chunk * head_dim * 4
     return found
 
 

@@ -17,7 +17,7 @@ import torch
 from dash_megatron.config import Config, load_config
 from dash_megatron.planning.choices import Choices
 from dash_megatron.planning.coverage import coverage_of_topics
-from dash_megatron.planning.kernel_times import STAGES, dash_seconds, dense_seconds, rate_of
+from dash_megatron.planning.kernel_times import dash_seconds, dense_seconds, stage_rates
 from dash_megatron.planning.search import EXCHANGES, search
 from dash_megatron.planning.step_time import Routing, StepEstimate
 from dash_megatron.planning.table import COLUMNS, row
@@ -137,7 +137,7 @@ def kernel_table(_: Extent) -> str:
     for case in read_rows():
         times = case.milliseconds
         # of the way that the kernels take
-        measured = [times.get(rate_of(stage, case.work)) for stage in STAGES]
+        measured = [times.get(rate) for rate in stage_rates(case.work).values()]
         if any(times.get(f"attend_by_{way}") for way in ("tile", "pair")):
             modelled = dash_seconds(case.work)
             share = case.work.selected / case.work.pairs

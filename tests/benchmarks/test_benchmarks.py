@@ -120,8 +120,8 @@ def test_tuning_finds_a_configuration_for_every_stage(tmp_path: Path) -> None:
     shape = ["--groups", "2", "--head-dim", "16", "--chunk-size", "16", "--tile-rows", "32"]
     _run("benchmarks/tune_kernels.py", "--tiny", *shape, "--table", str(table))
     entry = json.loads(table.read_text())["CPU"]["bfloat16 D=16 C=16 G=2"]
-    stages = {"route", "attend", "attend_pairs", "queries", "query_pairs", "router", "keys", "pairs"}
-    above = {"pairs_above", "attend_pairs_above", "query_pairs_above"}
+    stages = {"route", "attend", "attend_pairs", "queries", "backward_pairs", "router", "keys", "pairs"}
+    above = {"pairs_above", "attend_pairs_above", "backward_pairs_above"}
     assert entry.keys() == stages | above | {"tile_rows", "parts_per_multiprocessor"}
     assert all(entry[name] >= 0 for name in above)
     assert all({"num_warps", "num_stages"} <= entry[stage].keys() for stage in stages)

@@ -32,7 +32,7 @@ def test_every_entry_of_the_table_names_its_numbers_and_kernels():
     entries = [entry for shapes in table.values() for entry in shapes.values()]
     assert entries
     for entry in entries:
-        above = {"pairs_above", "attend_pairs_above", "query_pairs_above"}
+        above = {"pairs_above", "attend_pairs_above", "backward_pairs_above"}
         assert set(entry) <= {*STAGES, *above, "tile_rows", "parts_per_multiprocessor"}
         for stage in set(STAGES) & set(entry):
             config = Config(**entry[stage])
@@ -50,13 +50,17 @@ def test_launches_of_a_measured_shape_come_from_the_table(on_h200):
     assert (launches.parts, launches.pairs_above) == (4 * 132, 0)
 
 
-def test_attention_and_queries_go_over_pairs_where_these_were_measured_to_cost_less(on_h200):
-    for group, attend_above, queries_above in ((4, 6.0, 3.8), (16, 5.2, 3.2)):
+def test_attention_and_its_backward_go_over_pairs_where_these_were_measured_to_cost_less(on_h200):
+    for group, rows, attend_above, backward_above in (
+        (1, 128, 5.9, 3.0),
+        (4, 64, 6.0, 2.5),
+        (16, 128, 5.3, 2.4),
+    ):
         launches = configs.find_launches(on_h200, torch.bfloat16, 128, 64, group)
         assert launches.attend_by_pair == (Config(4, 2, 64, 64), 4 * 132, attend_above)
-        assert launches.queries_by_pair == (Config(4, 2, 64, 64), 4 * 132, queries_above)
+        assert launches.backward_by_pair == (Config(rows // 16, 2, rows, 64), 4 * 132, backward_above)
     launches = configs.find_launches(on_h200, torch.bfloat16, 64, 64, 4)
-    assert launches.attend_by_pair.above == launches.queries_by_pair.above == math.inf
+    assert launches.attend_by_pair.above == launches.backward_by_pair.above == math.inf
 
 
 def test_keys_and_values_go_over_pairs_where_these_were_measured_to_cost_less(on_h200):

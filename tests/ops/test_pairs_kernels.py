@@ -19,21 +19,21 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 def _by_pair(monkeypatch, rows=None, parts=None, above=0, all_above=math.inf, keys=None):
     """From now on keys and values go over pairs, in steps of `rows` rows and `keys` keys, shared by `parts` programs, if they are given.
 
-    Attend and queries do where tiles list more than `all_above` times what was selected.
+    Attend does, and queries, keys and values do together, where tiles list more than `all_above` times what was selected.
     """
 
     def launches(*args, **kwargs):
         usual = find_launches(*args, **kwargs)
         config = usual.pairs._replace(block=rows or usual.pairs.block, keys=keys or usual.pairs.keys)
-        slabs = usual.query_pairs._replace(block=max(rows or 16, 16))
+        slabs = usual.attend_pairs._replace(block=max(rows or 16, 16))
         return usual._replace(
             pairs=config,
             parts=parts or usual.parts,
             pairs_above=above,
             attend_pairs=slabs,
-            query_pairs=slabs,
+            backward_pairs=slabs,
             attend_pairs_above=all_above,
-            query_pairs_above=all_above,
+            backward_pairs_above=all_above,
         )
 
     monkeypatch.setattr(dash, "find_launches", launches)

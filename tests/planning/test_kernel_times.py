@@ -71,9 +71,9 @@ def test_stages_go_by_pair_where_the_kernels_do_and_tiles_are_theirs(
     thresholds = {
         "keys": launches.pairs_above,
         "attend": launches.attend_pairs_above,
-        "queries": launches.query_pairs_above,
+        "queries": launches.backward_pairs_above,
     }
-    for ratio in (1.0, 1.4, 1.6, 3.0, 3.5, 4.0, 5.5, 7.0):
+    for ratio in (1.0, 1.4, 2.45, 2.8, 3.5, 5.2, 5.5, 5.95, 7.0):
         work = AttentionWork(1, group, 1, 100, 10, 10 * ratio, chunk_size, head_dim, gpu=gpu)
         assert {stage: work.by_pair(stage) for stage in thresholds} == {
             stage: ratio > above for stage, above in thresholds.items()

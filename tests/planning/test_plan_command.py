@@ -128,7 +128,7 @@ def test_days_and_cost_are_those_of_all_steps_and_gpus(capsys: pytest.CaptureFix
 
 def test_another_gpu_has_its_own_speed_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
     h200, b200, a100 = (
-        _layouts(capsys, "--gpu", gpu, "training.recompute=attention")["configured"]
+        _layouts(capsys, "--gpu", gpu, "--routing", "1.5", "training.recompute=attention")["configured"]
         for gpu in ("H200", "B200", "A100")
     )
     assert h200["fits"]

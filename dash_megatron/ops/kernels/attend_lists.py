@@ -34,12 +34,12 @@ class _AttendLists(torch.autograd.Function):
         q, k, v, out, lse, mean_log, chunks, *saved = ctx.saved_tensors
         lists, sizes, launches = Lists(*saved), ctx.sizes, ctx.launches
         d_out = gradients[0].contiguous()
-        dq, delta, centred_lse = backward_q(
+        dq, delta, centred_lse, lists, key_sums = backward_q(
             q, k, v, out, d_out, lse, lists, mean_log, None, chunks, sizes, 1.0, launches.queries,
-            by_pair=launches.queries_by_pair,
+            by_pair=launches.backward_by_pair,
         )  # fmt: skip
         dk, dv = backward_kv_lists(
-            q, k, v, d_out, centred_lse, delta, mean_log, lists, chunks, sizes, 1.0, launches
+            q, k, v, d_out, centred_lse, delta, mean_log, lists, chunks, sizes, 1.0, launches, key_sums
         )
         return dq, dk, dv, *(None,) * 7
 

@@ -9,17 +9,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_megatron.ops.kernels.backward_q_pairs import lane_place, load_gathered, split_pair
 from dash_megatron.ops.kernels.geometry import Lists, Sizes
-from dash_megatron.ops.kernels.pair_slabs import SUM_ELEMENTS, PairSlabs, fill_slab, new_pairs
+from dash_megatron.ops.kernels.pair_slabs import (
+    SUM_ELEMENTS,
+    PairSlabs,
+    fill_slab,
+    lane_place,
+    load_gathered,
+    new_pairs,
+    split_pair,
+)
 from dash_megatron.ops.kernels.tiles import LOG2_E, load_keys
+
+# Log-sum-exps that a program adds up at a time, a few for each thread of its warp.
+SUM_LSES = 128
+# Of a thread of it. Left alone, the compiler takes 167 and leaves a multiprocessor 12 warps instead of 16.
+SUM_REGISTERS = 128
 
 
 @triton.jit(do_not_specialize=["slab"])
 def _attend_pairs_kernel(
-    q, k, v, mean_log, partial, partial_lse, token_prior, pair_slot, row_place, row_work, part_bound, part_row, lane, slab,
-    chunk_start, stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, scale, inv_sigma, num_chunks, lanes_per_head,
-    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr,
+    q, k, v, partial, partial_lse, token_shift, pair_slot, row_place, row_work, part_bound, part_row, lane, slab,
+    chunk_start, stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, scale, num_chunks, lanes_per_head,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr,
     ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = ROWS // GP
@@ -44,20 +56,19 @@ def _attend_pairs_kernel(
         b_v = load_keys(v, start, stride_vn, D, BLOCK_D, C, C)
         first_step, last_step = (here - begin).to(tl.int32), (tl.minimum(stop, end) - begin).to(tl.int32)
         # rows without a token repeat the last one
-        b_pair = tl.load(token_prior + p_pair + tl.minimum(first_step * TOKENS + o_rn, last))
+        b_pair = tl.load(token_shift + p_pair + tl.minimum(first_step * TOKENS + o_rn, last))
         for i_step in tl.range(first_step, last_step, num_stages=STAGES):
             o_e = i_step * TOKENS + o_rn
-            o_n, b_log = split_pair(b_pair)
+            o_n, b_shift = split_pair(b_pair)
             # loaded one step early, because addresses depend on it
-            b_pair = tl.load(token_prior + p_pair + tl.minimum(o_e + TOKENS, last))
+            b_pair = tl.load(token_shift + p_pair + tl.minimum(o_e + TOKENS, last))
             b_q = load_gathered(q, o_n, o_g, o_d, stride_qn, stride_qh, D, BLOCK_D)
             m_row = (o_e <= last) & (o_rg < G)
-            b_shift = (b_log - tl.load(mean_log + o_n * HKV + i_h)) * inv_sigma
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
             b_max = tl.max(b_s, 1) * scale
             b_p = tl.exp2(b_s * scale - b_max[:, None])
             b_sum = tl.sum(b_p, 1)
-            b_out = tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee") / b_sum[:, None]
+            b_out = tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee") * (1.0 / b_sum)[:, None]
             o_slot = tl.load(pair_slot + p_pair + tl.minimum(o_e, last)).to(tl.int64) * G + o_rg
             tl.store(partial_lse + o_slot, b_max + b_shift + tl.log2(b_sum), mask=m_row)
             p_out = partial + (o_slot * D)[:, None] + o_d[None, :]
@@ -71,15 +82,16 @@ def _attend_pairs_kernel(
 def _merge_slots_kernel(
     partial, partial_lse, out, lse, slot, lane, slab, chunk_start, chunk_end, tiles_per_head,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
-    SLOTS: tl.constexpr,
+    SLOTS: tl.constexpr, LSES: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts of every token and head of a slab with its output and log-sum-exp so far.
 
-    The slots of a token are dealt out to SLOTS online softmaxes, which begin with the log-sum-exp so far as their maximum.
+    Log-sum-exps come first and alone. With their total known, each part is loaded once and weighted once, and nothing
+    that waits for a maximum so far stands between one load and the next.
     """
     first, stop = tl.load(lane + slab), tl.load(lane + slab + 1)
     begin = tl.load(slot + first)
-    o_s, o_d = tl.arange(0, SLOTS), tl.arange(0, BLOCK_D)
+    o_s, o_l, o_d = tl.arange(0, SLOTS), tl.arange(0, LSES), tl.arange(0, BLOCK_D)
     m_d = o_d < D
     for i_row in range(first * G + tl.program_id(0), stop * G, tl.num_programs(0)):
         i_lane, i_g = i_row // G, i_row % G
@@ -87,29 +99,29 @@ def _merge_slots_kernel(
         count = (tl.load(slot + i_lane + 1) - i_slot).to(tl.int32)
         if count > 0:
             i_h, i_n, _ = lane_place(i_lane, chunk_start, chunk_end, tiles_per_head, T, C)
-            p_lse = partial_lse + (i_slot - begin) * G + i_g + o_s * G
-            p_part = partial + ((i_slot - begin) * G + i_g) * D + o_s[:, None] * (G * D) + o_d[None, :]
+            i_part = (i_slot - begin) * G + i_g
             o_row = (i_n * HKV + i_h) * G + i_g
             own_lse = tl.load(lse + o_row)
-            b_max, b_sum = tl.zeros([SLOTS], tl.float32) + own_lse, tl.zeros([SLOTS], tl.float32)
+            b_max, b_sum = tl.zeros([LSES], tl.float32) + own_lse, tl.zeros([LSES], tl.float32)
+            for i_s in range(0, count, LSES):
+                p_lse = partial_lse + i_part + (i_s + o_l) * G
+                b_lse = tl.load(p_lse, mask=i_s + o_l < count, other=float("-inf"))
+                b_next = tl.maximum(b_max, b_lse)
+                b_sum = b_sum * tl.exp2(b_max - b_next) + tl.exp2(b_lse - b_next)
+                b_max = b_next
+            most = tl.max(b_max, 0)
+            total = most + tl.log2(tl.sum(b_sum * tl.exp2(b_max - most), 0) + tl.exp2(own_lse - most))
+            p_part = partial + i_part * D + o_s[:, None] * (G * D) + o_d[None, :]
             b_acc = tl.zeros([SLOTS, BLOCK_D], tl.float32)
             for i_s in range(0, count, SLOTS):
                 m_s = i_s + o_s < count
-                b_lse = tl.load(p_lse + i_s * G, mask=m_s, other=float("-inf"))
+                b_lse = tl.load(partial_lse + i_part + (i_s + o_s) * G, mask=m_s, other=float("-inf"))
                 b_part = tl.load(p_part + i_s * (G * D), mask=m_s[:, None] & m_d[None, :], other=0.0)
-                b_next = tl.maximum(b_max, b_lse)
-                b_weight, b_alpha = tl.exp2(b_lse - b_next), tl.exp2(b_max - b_next)
-                b_sum = b_sum * b_alpha + b_weight
-                b_acc = b_acc * b_alpha[:, None] + b_part.to(tl.float32) * b_weight[:, None]
-                b_max = b_next
-            most = tl.max(b_max, 0)
-            b_weight, own_weight = tl.exp2(b_max - most), tl.exp2(own_lse - most)
-            total = tl.sum(b_sum * b_weight, 0) + own_weight
+                b_acc += b_part.to(tl.float32) * tl.exp2(b_lse - total)[:, None]
             p_out = out + o_row * D + o_d
-            b_out = tl.load(p_out, mask=m_d, other=0.0).to(tl.float32) * own_weight
-            b_out = (b_out + tl.sum(b_acc * b_weight[:, None], 0)) / total
-            tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_d)
-            tl.store(lse + o_row, most + tl.log2(total))
+            b_out = tl.load(p_out, mask=m_d, other=0.0).to(tl.float32) * tl.exp2(own_lse - total)
+            tl.store(p_out, (b_out + tl.sum(b_acc, 0)).to(out.dtype.element_ty), mask=m_d)
+            tl.store(lse + o_row, total)
 
 
 def merge_pairs(
@@ -117,22 +129,23 @@ def merge_pairs(
     chunks: Tensor, sizes: Sizes, inv_sigma: float,
 ) -> None:  # fmt: skip
     """Merge attention to the slabs' pairs into `out` [tokens, Hq, D] and the base-2 `lse` [tokens, Hq], in place."""
-    pairs, config, D = new_pairs(slabs), slabs.by_pair.config, sizes.head_dim
+    pairs, config, D = new_pairs(slabs, entries=False), slabs.by_pair.config, sizes.head_dim
     partial = torch.empty(slabs.room, sizes.group, D, dtype=q.dtype, device=q.device)
     partial_lse = torch.empty(slabs.room, sizes.group, dtype=torch.float32, device=q.device)
     constants = sizes.constants
-    rows = {name: x for name, x in constants.items() if name != "T"}
+    rows = {name: x for name, x in constants.items() if name not in ("T", "HKV")}
     sums = {name: x for name, x in constants.items() if name != "GP"}
     for slab in range(slabs.num_slabs):
-        fill_slab(slabs, slab, lists, chunks, sizes, pairs)
+        fill_slab(slabs, slab, lists, mean_log, chunks, sizes, inv_sigma, pairs)
         _attend_pairs_kernel[(slabs.by_pair.parts,)](
-            q, k, v, mean_log, partial, partial_lse, pairs.token_prior, pairs.slot,
+            q, k, v, partial, partial_lse, pairs.token_shift, pairs.slot,
             slabs.row_place, slabs.row_work, slabs.part_bound, slabs.part_row, slabs.lane, slab, chunks[0],
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], D**-0.5 * LOG2_E, inv_sigma,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], D**-0.5 * LOG2_E,
             sizes.num_chunks, sizes.tiles_per_head * sizes.tile_tokens,
             **rows, ROWS=config.block, STAGES=config.num_stages, num_warps=config.num_warps,
         )  # fmt: skip
         _merge_slots_kernel[(slabs.sum_programs,)](
             partial, partial_lse, out, lse, slabs.slot, slabs.lane, slab, chunks[0], chunks[1], sizes.tiles_per_head,
-            **sums, SLOTS=SUM_ELEMENTS // sizes.block_d, num_warps=1,
+            **sums, SLOTS=SUM_ELEMENTS // sizes.block_d, LSES=SUM_LSES, num_warps=1,
+            maxnreg=SUM_REGISTERS,
         )  # fmt: skip

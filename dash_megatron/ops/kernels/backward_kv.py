@@ -135,7 +135,7 @@ def _dkv_kernel(
 
 @triton.jit
 def _finish_kernel(
-    k, w, dk_sum, dv_sum, ds_sum, dk, dv, dw_chunk, row_part, key_start, key_end, stride_table,
+    k, w, dk_sum, dv_sum, ds_sum, more_dk, more_dv, dk, dv, dw_chunk, row_part, key_start, key_end, stride_table,
     stride_kn, stride_kh, stride_wh, inv_sqrt_d, num_chunks, num_groups, num_parts,
     HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
     SUMMARY: tl.constexpr, DIRECT: tl.constexpr,
@@ -178,6 +178,10 @@ def _finish_kernel(
         b_dv += tl.load(dv_sum + i_slot * C * D + o_cd, mask=m_kd, other=0.0)
         if SUMMARY:
             b_ds += tl.load(ds_sum + i_slot * D + o_d, mask=m_d, other=0.0)
+    if more_dk is not None:
+        p_more = i_chunk * C * D + o_cd
+        b_dk += tl.load(more_dk + p_more, mask=m_kd, other=0.0)
+        b_dv += tl.load(more_dv + p_more, mask=m_kd, other=0.0)
 
     if w is not None:
         b_k = load_rows(k + i_h * stride_kh, o_n, stride_kn, m_k, D, BLOCK_D).to(tl.float32)
@@ -217,8 +221,9 @@ def _sum_parts(
 def _finish(
     k: Tensor, w: Tensor | None, sums: Tensor, ds_sum: Tensor | None, dk: Tensor, dv: Tensor, dw_chunk: Tensor | None,
     partition: WorkPartition, width: int, keys: Tensor, sizes: Sizes, deterministic: bool, direct: bool,
+    more: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Add up the partial sums; with `w`, also the gradient through the summaries, `dw_chunk` [Hkv, chunks, D].
+    """Add up the partial sums and, [2, Hkv, chunks, C, D], `more`; with `w`, also the gradient through the summaries, `dw_chunk` [Hkv, chunks, D].
 
     Rows of the partition are groups of `width` chunks. With `direct` rows that one part did alone are skipped: they are in `dk` and `dv` already.
     """
@@ -228,7 +233,7 @@ def _finish(
     # rows without work are those of another pass, or of no chunk
     row_part.masked_fill_((ends[:, 1] < ends[:, 0])[:, None], -1)
     _finish_kernel[(nc, sizes.num_kv_heads)](
-        k, w, *sums, ds_sum, dk, dv, dw_chunk, row_part, *keys, keys.stride(1),
+        k, w, *sums, ds_sum, *((None, None) if more is None else more), dk, dv, dw_chunk, row_part, *keys, keys.stride(1),
         *k.stride()[:2], 0 if w is None else w.stride(0), D**-0.5, nc, triton.cdiv(nc, width), len(partition.row),
         HKV=sizes.num_kv_heads, D=D, BLOCK_D=sizes.block_d, C=sizes.chunk_size, WIDTH=width, SUMMARY=deterministic, DIRECT=direct,
         num_warps=8,
@@ -319,7 +324,7 @@ def backward_kv(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, tau: Tensor,
     mean_log: Tensor, mean_dp: Tensor, summary: Tensor, d_summary: Tensor, d_prior: Tensor, lists: Lists,
     chunks: Tensor, sizes: Sizes, router: Router, launches: Launches, deterministic: bool,
-    head_scaling: Tensor | None = None,
+    head_scaling: Tensor | None = None, key_sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of k and v, [tokens, Hkv, D] in their dtype, and of w, float32 [Hkv, D].
 
@@ -338,13 +343,28 @@ def backward_kv(
         sizes, router.inv_sigma, launches, False,
     ):  # fmt: skip
         ds_sum = d_summary if ds_sum is None else ds_sum
-        _finish(k, w, sums, ds_sum, dk, dv, dw_chunk, partition, width, places, sizes, deterministic, False)
+        _finish(
+            k,
+            w,
+            sums,
+            ds_sum,
+            dk,
+            dv,
+            dw_chunk,
+            partition,
+            width,
+            places,
+            sizes,
+            deterministic,
+            False,
+            key_sums,
+        )
     return dk, dv, dw_chunk.sum(1)
 
 
 def backward_kv_lists(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, mean_log: Tensor, lists: Lists,
-    chunks: Tensor, sizes: Sizes, inv_sigma: float, launches: Launches,
+    chunks: Tensor, sizes: Sizes, inv_sigma: float, launches: Launches, key_sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of k and v [tokens, Hkv, D], in their dtype, through attention alone: there are no summaries."""
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
@@ -354,7 +374,7 @@ def backward_kv_lists(
         q, k, v, d_out, centred_lse, delta, mean_log, lists, (0, sizes.num_chunks), chunks, places, places, None, sizes,
         inv_sigma, launches, False,
     ):  # fmt: skip
-        _finish(k, None, sums, None, dk, dv, None, partition, width, places, sizes, False, False)
+        _finish(k, None, sums, None, dk, dv, None, partition, width, places, sizes, False, False, key_sums)
     return dk, dv
 
 

@@ -1,11 +1,13 @@
 """Backward over each query tile's list: gradients of queries and of the log priors, then through the router."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_megatron.ops.kernels.backward_q_pairs import add_dq_pairs
+from dash_megatron.ops.kernels.backward_pairs import backward_pairs
 from dash_megatron.ops.kernels.configs import ByPair, Config
 from dash_megatron.ops.kernels.geometry import Lists, Sizes, own_places
 from dash_megatron.ops.kernels.pair_slabs import plan_slabs
@@ -242,18 +244,30 @@ def _router_bwd_kernel(
     tl.store(dq + o_rd, b_dq.to(dq.dtype.element_ty), mask=m_rd)
 
 
+class QueryGradients(NamedTuple):
+    """What `backward_q` returns."""
+
+    dq: Tensor
+    """The gradient of q."""
+    delta: Tensor
+    """float32 [tokens, Hq]: rowsum(dO O)."""
+    centred_lse: Tensor
+    """float32 [tokens, Hq]: the base-2 log-sum-exp with the prior's mean added."""
+    lists: Lists
+    """What is left to do for keys and values: the lists as they came, or empty ones where `key_sums` have all of it."""
+    key_sums: Tensor | None
+    """float32 [2, Hkv, chunks, C, D]: what of dk and dv was computed with it; None: nothing."""
+
+
 def backward_q(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, lists: Lists, mean_log: Tensor,
     d_prior: Tensor | None, chunks: Tensor, sizes: Sizes, inv_sigma: float, config: Config, own: Tensor | None = None,
     by_pair: ByPair | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> QueryGradients:  # fmt: skip
     """Gradient of q [tokens, Hq, D] through attention alone.
 
     The gradient of the log priors is written to `d_prior` [room, T] where the lists have entries, unless it is None. `own` is
     as in `attend_forward`, and the gradient of q float32 then; `by_pair` also, and then `d_prior` holds only pairs selected.
-
-    Returns:
-        The gradient of q and, float32 [tokens, Hq] each, rowsum(dO O) and the base-2 log-sum-exp with the prior's mean added.
     """
     sharded = own is not None
     own = own_places(own, chunks, sizes)
@@ -268,9 +282,12 @@ def backward_q(
         **sizes.constants, KEYS=config.keys, STAGES=config.num_stages, SHARDED=sharded, num_warps=config.num_warps,
         maxnreg=config.maxnreg,
     )  # fmt: skip
+    key_sums = None
     if slabs is not None:
-        add_dq_pairs(q, k, v, d_out, centred_lse, delta, dq, d_prior, lists, slabs, chunks, sizes, inv_sigma)
-    return dq, delta, centred_lse
+        key_sums = backward_pairs(
+            q, k, v, d_out, lse, delta, dq, d_prior, lists, slabs, mean_log, chunks, sizes, inv_sigma
+        )
+    return QueryGradients(dq, delta, centred_lse, tiled, key_sums)
 
 
 def backward_router(

@@ -42,7 +42,16 @@ class Config(NamedTuple):
 
 
 # The fields of `Launches` that have a `Config`.
-STAGES = ("route", "attend", "queries", "router", "keys", "pairs", "attend_pairs", "query_pairs")
+STAGES = (
+    "route",
+    "attend",
+    "queries",
+    "router",
+    "keys",
+    "pairs",
+    "attend_pairs",
+    "backward_pairs",
+)
 
 
 class ByPair(NamedTuple):
@@ -70,24 +79,24 @@ class Launches(NamedTuple):
     """Keys and values over pairs."""
     attend_pairs: Config
     """Attend over pairs."""
-    query_pairs: Config
-    """Queries over pairs."""
+    backward_pairs: Config
+    """Queries, keys and values together over pairs."""
     parts: int
     """Programs that share the transposed lists, or the pairs."""
     pairs_above: float
     """Keys and values go over pairs where tiles list more than this many times the pairs that tokens selected; 0: anyway, infinity: never."""
     attend_pairs_above: float
     """The same for attend."""
-    query_pairs_above: float
-    """The same for queries."""
+    backward_pairs_above: float
+    """The same for queries, keys and values together."""
 
     @property
     def attend_by_pair(self) -> ByPair:
         return ByPair(self.attend_pairs, self.parts, self.attend_pairs_above)
 
     @property
-    def queries_by_pair(self) -> ByPair:
-        return ByPair(self.query_pairs, self.parts, self.query_pairs_above)
+    def backward_by_pair(self) -> ByPair:
+        return ByPair(self.backward_pairs, self.parts, self.backward_pairs_above)
 
 
 # A shape's numbers and, by stage, the fields of its configurations.
@@ -207,11 +216,11 @@ def _rule(itemsize: int, head_dim: int, chunk_size: int, group: int, shared_byte
         },
         # whole chunks stay in shared memory beside the rows of each stage
         "attend_pairs": {"num_warps": 4, "num_stages": slab_stages, "block": slab_rows, "keys": chunk_size},
-        "query_pairs": {"num_warps": 4, "num_stages": slab_stages, "block": slab_rows, "keys": chunk_size},
+        "backward_pairs": {"num_warps": 4, "num_stages": slab_stages, "block": slab_rows, "keys": chunk_size},
         "parts_per_multiprocessor": 2,
         "pairs_above": 0.0 if by_pairs else math.inf,
         "attend_pairs_above": math.inf,
-        "query_pairs_above": math.inf,
+        "backward_pairs_above": math.inf,
     }
 
 
@@ -234,6 +243,6 @@ def find_launches(
         parts=entry["parts_per_multiprocessor"] * multiprocessors,
         pairs_above=entry["pairs_above"],
         attend_pairs_above=entry["attend_pairs_above"],
-        query_pairs_above=entry["query_pairs_above"],
+        backward_pairs_above=entry["backward_pairs_above"],
         **{stage: Config(**entry[stage]) for stage in STAGES},
     )

@@ -194,9 +194,9 @@ def _backward(
     rows_q, rows_k, rows_v, rows_w = _one_row(q), _dense_rows(k), _dense_rows(v), w.contiguous()
     rows_out, rows_d_out = out.flatten(0, 1).contiguous(), d_out.flatten(0, 1).contiguous()
     d_prior = torch.empty_like(list_log_prior)
-    dq, delta, centred_lse = backward_q(
+    dq, delta, centred_lse, left, key_sums = backward_q(
         rows_q, rows_k, rows_v, rows_out, rows_d_out, lse, lists, mean_log, d_prior, chunks, sizes, router.inv_sigma,
-        launches.queries, by_pair=launches.queries_by_pair,
+        launches.queries, by_pair=launches.backward_by_pair,
     )  # fmt: skip
     # recomputed rather than kept
     routing_q, position = _pooled(rows_q, q.shape[0], k.shape[2], router, cu_seqlens)
@@ -209,7 +209,7 @@ def _backward(
     )  # fmt: skip
     if routing_q is not rows_q:
         dq = _add_router_gradient(dq, router_dq, position, router)
-    if deterministic and (routing_q is not rows_q or router.local_chunks):
+    if deterministic and (routing_q is not rows_q or router.local_chunks or key_sums is not None):
         # the pass to keys and values knows one kind of queries only, and not which chunks are local
         d_summary = sum_d_summary(
             routing_q, tau, mean_dp, summary, list_log_prior, d_prior, transpose(lists, chunks, sizes), chunks[0],
@@ -218,7 +218,7 @@ def _backward(
         deterministic = False
     dk, dv, dw = backward_kv(
         rows_q, rows_k, rows_v, rows_w, rows_d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, d_summary,
-        d_prior, lists, chunks, sizes, router, launches, deterministic, head_scaling,
+        d_prior, left, chunks, sizes, router, launches, deterministic, head_scaling, key_sums,
     )  # fmt: skip
     # an op returns tensors only
     d_scaling = q.new_empty(0)

@@ -19,12 +19,10 @@ from dash_megatron.ops.kernels.tiles import tile_place
 
 # Bytes of the partial results of a slab.
 WORKSPACE_BYTES = 2**31
-# Of the table of counts, 8 bytes each.
-MAX_COUNTS = 2**25
-# Tiles of a run at most; slabs begin where runs do.
-RUN_TILES = 8
+# Of the table of counts, 8 bytes each: runs are so short that there are nearly so many, and never more than the latter.
+USUAL_COUNTS, MAX_COUNTS = 2**23, 2**25
 # Elements of a block of list entries times tokens of a tile.
-BLOCK_ELEMENTS = 2048
+BLOCK_ELEMENTS = 1024
 # Elements of the partial results that a program, one warp, adds up at a time, and such programs for each part.
 SUM_ELEMENTS = 2048
 SUM_PROGRAMS_PER_PART = 16
@@ -73,19 +71,42 @@ class PairSlabs(NamedTuple):
 class SlabPairs(NamedTuple):
     """The pairs of one slab, by chunk, in a workspace that every slab uses again."""
 
-    token_prior: Tensor
-    """int64 [room]: a token, and 2 ** 32 times the bits of a float32: its log prior as in the lists."""
+    token_shift: Tensor
+    """int64 [room]: a token, and 2 ** 32 times the bits of a float32: its centred log prior over sigma, which shifts scores."""
     slot: Tensor
     """int32 [room]: its place by token."""
-    entry: Tensor
+    entry: Tensor | None
     """int64 [room]: its place in the lists' log priors."""
+
+
+@triton.jit
+def split_pair(b_pair):
+    """Token, int64, and shift of the scores of packed pairs."""
+    return b_pair & 0x7FFFFFFF, (b_pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_gathered(x, o_n, o_head, o_d, stride_n, stride_h, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [ROWS, BLOCK_D] of x at tokens `o_n` and heads `o_head`, all of which exist; zero beyond D."""
+    p_x = x + (o_n * stride_n + o_head * stride_h)[:, None] + o_d[None, :]
+    return tl.load(p_x) if BLOCK_D == D else tl.load(p_x, mask=(o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def lane_place(i_lane, chunk_start, chunk_end, tiles_per_head, T: tl.constexpr, C: tl.constexpr):
+    """Head and token of a row of all tiles, and whether it exists."""
+    i_tile = i_lane // T
+    _, start, end = tile_place(i_tile % tiles_per_head, chunk_start, chunk_end, C // T, T)
+    i_n = start + i_lane % T
+    return i_tile // tiles_per_head, i_n.to(tl.int64), i_n < end
 
 
 @triton.jit(do_not_specialize=["slab"])
 def _slab_kernel(
     places, token_count, slot, slab_of_run, lane, slab, pair_out, slot_out, entry_out,
-    list_chunk, list_log_prior, list_offset, list_count, chunk_start, chunk_end, num_chunks, tiles_per_head, runs_per_head,
-    T: tl.constexpr, C: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr, FILL: tl.constexpr,
+    list_chunk, list_log_prior, list_offset, list_count, mean_log, chunk_start, chunk_end, inv_sigma,
+    num_chunks, tiles_per_head, runs_per_head,
+    HKV: tl.constexpr, T: tl.constexpr, C: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
     """Count how many tokens of a run selected each chunk and how many chunks each token selected; if FILL, write a slab's pairs."""
     i_run = tl.program_id(0)
@@ -104,6 +125,8 @@ def _slab_kernel(
         b_slot = tl.zeros([T], tl.int32)
         if FILL:
             b_slot = (tl.load(slot + p_tile * T + o_t) - begin).to(tl.int32)
+            o_n = start.to(tl.int64) + o_t
+            b_mean = tl.load(mean_log + o_n * HKV + i_h, mask=o_n < end, other=0.0)
         for i_e in range(0, count, BLOCK):
             o_e = i_e + tl.arange(0, BLOCK)
             m_e = o_e < count
@@ -116,13 +139,13 @@ def _slab_kernel(
             b_place = tl.load(places + b_c, mask=m_e, other=0)
             if FILL:
                 o_out = b_place[:, None] + (tl.cumsum(b_selected, 1) - b_selected)
-                b_pair = (b_log.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (start + o_t).to(tl.int64)[
-                    None, :
-                ]
+                b_shift = (b_log - b_mean[None, :]) * inv_sigma
+                b_pair = (b_shift.to(tl.int32, bitcast=True).to(tl.int64) << 32) | o_n[None, :]
                 tl.store(pair_out + o_out, b_pair, mask=b_selected > 0)
                 b_rank = b_slot[None, :] + tl.cumsum(b_selected, 0) - b_selected
                 tl.store(slot_out + o_out, b_rank, mask=b_selected > 0)
-                tl.store(entry_out + o_out, o_log, mask=b_selected > 0)
+                if entry_out is not None:
+                    tl.store(entry_out + o_out, o_log, mask=b_selected > 0)
             b_slot += tl.sum(b_selected, 0)
             tl.store(places + b_c, b_place + tl.sum(b_selected, 1), mask=m_e)
         if not FILL:
@@ -132,25 +155,28 @@ def _slab_kernel(
 
 
 def _launch(
-    places: Tensor, lists: Lists, chunks: Tensor, sizes: Sizes, run: int, token_count: Tensor | None = None,
-    slabs: PairSlabs | None = None, slab: int = 0, pairs: SlabPairs | None = None,
+    places: Tensor, lists: Lists, chunks: Tensor, sizes: Sizes, run: int, *outputs: Tensor | int | None,
+    mean_log: Tensor | None = None, inv_sigma: float = 1.0,
 ) -> None:  # fmt: skip
-    plan = (None,) * 3 if slabs is None else (slabs.slot, slabs.slab_of_run, slabs.lane)
+    """Launch `_slab_kernel` with its outputs and slab from `token_count` to `entry_out`; with `mean_log` it fills the slab."""
     _slab_kernel[(len(places),)](
-        places, token_count, *plan, slab, *(pairs or (None,) * 3), lists.chunk, lists.log_prior, lists.offset, lists.counts,
-        chunks[0], chunks[1], sizes.num_chunks, sizes.tiles_per_head, len(places) // sizes.num_kv_heads,
-        T=sizes.tile_tokens, C=sizes.chunk_size, RUN=run, BLOCK=max(16, BLOCK_ELEMENTS // sizes.tile_tokens),
-        FILL=pairs is not None, num_warps=4,
+        places, *outputs, lists.chunk, lists.log_prior, lists.offset, lists.counts, mean_log,
+        chunks[0], chunks[1], inv_sigma, sizes.num_chunks, sizes.tiles_per_head, len(places) // sizes.num_kv_heads,
+        HKV=sizes.num_kv_heads, T=sizes.tile_tokens, C=sizes.chunk_size, RUN=run,
+        BLOCK=max(16, BLOCK_ELEMENTS // sizes.tile_tokens), FILL=mean_log is not None, num_warps=4,
     )  # fmt: skip
 
 
 def _run_tiles(sizes: Sizes, room: int) -> int | None:
     """Tiles of a run, of which even the fullest is a small part of a slab; None if there would be too many runs."""
-    run, most = RUN_TILES, sizes.tile_tokens * sizes.num_chunks
-    while run > 1 and run * most > room // 8:
-        run //= 2
-    counts = triton.cdiv(sizes.tiles_per_head, run) * sizes.num_kv_heads * sizes.num_chunks
-    return run if 2 * run * most <= room and counts <= MAX_COUNTS else None
+    run, most = 1, sizes.tile_tokens * sizes.num_chunks
+
+    def counts() -> int:
+        return triton.cdiv(sizes.tiles_per_head, run) * sizes.num_kv_heads * sizes.num_chunks
+
+    while counts() > USUAL_COUNTS and 16 * run * most <= room:
+        run *= 2
+    return run if 2 * run * most <= room and counts() <= MAX_COUNTS else None
 
 
 def _exclusive_sum(x: Tensor) -> Tensor:
@@ -179,7 +205,7 @@ def plan_slabs(
     runs = triton.cdiv(sizes.tiles_per_head, run)
     counts = torch.zeros(Hkv * runs, nc, dtype=torch.int64, device=lists.chunk.device)
     token_count = torch.empty(sizes.num_tiles * T, dtype=torch.int32, device=counts.device)
-    _launch(counts, lists, chunks, sizes, run, token_count)
+    _launch(counts, lists, chunks, sizes, run, token_count, None, None, None, 0, None, None, None)
     slot = _exclusive_sum(token_count.long())
     taken = lists.counts.sum() * T > by_pair.above * slot[-1]
     if by_pair.above <= 0:
@@ -218,15 +244,20 @@ def plan_slabs(
     )  # fmt: skip
 
 
-def new_pairs(slabs: PairSlabs) -> SlabPairs:
-    """The workspace for one slab's pairs."""
-    device = slabs.slot.device
-    token_prior, entry = torch.empty(2, slabs.room, dtype=torch.int64, device=device)
-    return SlabPairs(token_prior, torch.empty(slabs.room, dtype=torch.int32, device=device), entry)
+def new_pairs(slabs: PairSlabs, entries: bool) -> SlabPairs:
+    """The workspace for one slab's pairs, with their `entry` only if asked for."""
+    room, device = slabs.room, slabs.slot.device
+    token_shift = torch.empty(room, dtype=torch.int64, device=device)
+    entry = torch.empty(room, dtype=torch.int64, device=device) if entries else None
+    return SlabPairs(token_shift, torch.empty(room, dtype=torch.int32, device=device), entry)
 
 
 def fill_slab(
-    slabs: PairSlabs, slab: int, lists: Lists, chunks: Tensor, sizes: Sizes, pairs: SlabPairs
-) -> None:
+    slabs: PairSlabs, slab: int, lists: Lists, mean_log: Tensor, chunks: Tensor, sizes: Sizes, inv_sigma: float,
+    pairs: SlabPairs,
+) -> None:  # fmt: skip
     """Write the pairs of a slab. Once for each slab: places are counted on."""
-    _launch(slabs.run_place, lists, chunks, sizes, slabs.run, None, slabs, slab, pairs)
+    _launch(
+        slabs.run_place, lists, chunks, sizes, slabs.run, None, slabs.slot, slabs.slab_of_run, slabs.lane, slab, *pairs,
+        mean_log=mean_log, inv_sigma=inv_sigma,
+    )  # fmt: skip

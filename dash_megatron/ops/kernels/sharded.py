@@ -290,7 +290,7 @@ def attend_backward(
     q, k, v, spans = _rows(queries.q), _rows(k), _rows(v), _spans(chunks)
     d_out, out, lse = gradient.d_out.to(q.dtype).contiguous(), *(x.contiguous() for x in gradient.merged)
     lists, row_lists = _window(state, keys, sizes)
-    dq, delta, centred_lse = backward_q(
+    dq, delta, centred_lse, *_ = backward_q(
         q, k, v, out, d_out, lse, row_lists, state.mean_log, gradient.d_prior, spans, sizes, router.inv_sigma,
         launches.queries, _own_keys(chunks, keys),
     )  # fmt: skip

@@ -1,0 +1,197 @@
+"""Backward by gathering: the tokens that selected a chunk are multiplied with it, once for queries, keys and values.
+
+Each pair leaves its part of the gradient of queries; those of a token, one for each chunk that it selected, lie side by side and
+are then summed in the order of its list. What a slab's pairs give to keys and values is added to float32 sums that all slabs share.
+The cost follows the selected pairs, whatever neighbouring tokens select.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dash_megatron.ops.kernels.geometry import Lists, Sizes
+from dash_megatron.ops.kernels.pair_slabs import (
+    SUM_ELEMENTS,
+    PairSlabs,
+    fill_slab,
+    lane_place,
+    load_gathered,
+    new_pairs,
+    split_pair,
+)
+from dash_megatron.ops.kernels.tiles import LOG2_E, load_keys
+
+
+@triton.jit(do_not_specialize=["slab"])
+def _backward_pairs_kernel(
+    q, k, v, d_out, lse, delta, partial, d_prior, dk_sum, dv_sum, token_shift, pair_slot, pair_entry,
+    row_place, row_work, part_bound, part_row, lane, slab, chunk_start,
+    stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, scale, inv_sqrt_d, num_chunks, lanes_per_head,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    TOKENS: tl.constexpr = ROWS // GP
+    i_p = slab * (tl.num_programs(0) + 1) + tl.program_id(0)
+    here, stop = tl.load(part_bound + i_p), tl.load(part_bound + i_p + 1)
+    i_c = tl.load(part_row + i_p - slab)
+    i_h = tl.load(lane + slab) // lanes_per_head
+    row_place += slab * (num_chunks + 1)
+    row_work += slab * (num_chunks + 1)
+    k += i_h * stride_kh
+    v += i_h * stride_vh
+    o_d, o_c, o_token = tl.arange(0, BLOCK_D), tl.arange(0, C), tl.arange(0, TOKENS)
+    o_rn, o_rg = tl.arange(0, ROWS) // GP, tl.arange(0, ROWS) % GP
+    # absent heads repeat the last one, without weight: loads need no mask
+    o_g = i_h * G + tl.minimum(o_rg, G - 1)
+    while here < stop:
+        begin, end = tl.load(row_work + i_c), tl.load(row_work + i_c + 1)
+        p_pair = tl.load(row_place + i_c)
+        last = (tl.load(row_place + i_c + 1) - p_pair).to(tl.int32) - 1
+        start = tl.load(chunk_start + i_c)
+        b_k = load_keys(k, start, stride_kn, D, BLOCK_D, C, C)
+        b_v = load_keys(v, start, stride_vn, D, BLOCK_D, C, C)
+        # turned, so that dimensions are the rows of products: there are more of them than keys
+        b_dk, b_dv = tl.zeros([BLOCK_D, C], tl.float32), tl.zeros([BLOCK_D, C], tl.float32)
+        first_step, last_step = (here - begin).to(tl.int32), (tl.minimum(stop, end) - begin).to(tl.int32)
+        # rows without a token repeat the last one
+        b_pair = tl.load(token_shift + p_pair + tl.minimum(first_step * TOKENS + o_rn, last))
+        for i_step in tl.range(first_step, last_step, num_stages=STAGES):
+            o_e = i_step * TOKENS + o_rn
+            o_n, b_shift = split_pair(b_pair)
+            # loaded one step early, because addresses depend on it
+            b_pair = tl.load(token_shift + p_pair + tl.minimum(o_e + TOKENS, last))
+            b_q = load_gathered(q, o_n, o_g, o_d, stride_qn, stride_qh, D, BLOCK_D)
+            b_do = load_gathered(d_out, o_n, o_g, o_d, HKV * G * D, D, D, BLOCK_D)
+            m_row = (o_e <= last) & (o_rg < G)
+            b_shift = tl.where(m_row, b_shift - tl.load(lse + o_n * (HKV * G) + o_g), float("-inf"))
+            b_delta = tl.load(delta + o_n * (HKV * G) + o_g) * inv_sqrt_d
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+            b_p = tl.exp2(b_s * scale + b_shift[:, None])
+            b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
+            b_dv = tl.dot(tl.trans(b_do), b_p.to(b_do.dtype), b_dv, input_precision="ieee")
+            # with the scale that products with queries and keys need
+            b_ds = b_p * (b_dp * inv_sqrt_d - b_delta[:, None])
+            if d_prior is not None:
+                # all heads of a group share the prior
+                b_db = tl.sum(tl.reshape(tl.sum(b_ds, 1), (TOKENS, GP)), 1)
+                o_entry = i_step * TOKENS + o_token
+                p_entry = tl.load(pair_entry + p_pair + tl.minimum(o_entry, last))
+                tl.store(d_prior + p_entry, b_db / inv_sqrt_d, mask=o_entry <= last)
+            b_ds = b_ds.to(b_k.dtype)
+            b_dk = tl.dot(tl.trans(b_q), b_ds, b_dk, input_precision="ieee")
+            b_dq = tl.dot(b_ds, b_k, input_precision="ieee")
+            b_slot = tl.load(pair_slot + p_pair + tl.minimum(o_e, last)).to(tl.int64)
+            p_out = partial + ((b_slot * G + o_rg) * D)[:, None] + o_d[None, :]
+            m_out = m_row[:, None] & (o_d < D)[None, :]
+            tl.store(p_out, b_dq.to(partial.dtype.element_ty), mask=m_out, cache_modifier=".cs")
+        # Sums of a chunk that parts share wait in slots: one that began in an earlier part in the first of two.
+        whole = (here == begin) & (stop >= end)
+        i_sum = tl.program_id(0) * 2 + (here == begin).to(tl.int64)
+        i_sum = tl.where(whole, tl.num_programs(0) * 2 + i_h * num_chunks + i_c, i_sum)
+        o_sum = i_sum * (C * D) + o_c[None, :] * D + o_d[:, None]
+        m_d = (o_d < D)[:, None]
+        m_before = m_d & whole
+        b_dk += tl.load(dk_sum + o_sum, mask=m_before, other=0.0)
+        b_dv += tl.load(dv_sum + o_sum, mask=m_before, other=0.0)
+        tl.store(dk_sum + o_sum, b_dk, mask=m_d)
+        tl.store(dv_sum + o_sum, b_dv, mask=m_d)
+        here = end
+        i_c += 1
+
+
+@triton.jit(do_not_specialize=["slab"])
+def _shared_sums_kernel(
+    sums, stride_sums, row_work, part_bound, part_row, lane, slab, num_chunks, lanes_per_head,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Add up the slots of the chunk that began in an earlier part and ends in this one, in order."""
+    i_part, parts = tl.program_id(0), tl.num_programs(0)
+    sums += tl.program_id(1) * stride_sums
+    part_bound += slab * (parts + 1)
+    row_work += slab * (num_chunks + 1)
+    here, stop = tl.load(part_bound + i_part), tl.load(part_bound + i_part + 1)
+    if here < stop:
+        i_c = tl.load(part_row + slab * parts + i_part)
+        begin = tl.load(row_work + i_c)
+        if (begin < here) & (tl.load(row_work + i_c + 1) <= stop):
+            i_first = i_part
+            while tl.load(part_bound + i_first) > begin:
+                i_first -= 1
+            o_d = tl.arange(0, BLOCK_D)
+            o_sum, m_d = tl.arange(0, C)[:, None] * D + o_d[None, :], (o_d < D)[None, :]
+            i_h = tl.load(lane + slab) // lanes_per_head
+            p_sum = sums + (parts * 2 + i_h * num_chunks + i_c) * (C * D) + o_sum
+            b_sum = tl.load(p_sum, mask=m_d, other=0.0)
+            b_sum += tl.load(sums + (i_first * 2 + 1) * (C * D) + o_sum, mask=m_d, other=0.0)
+            for i_p in range(i_first + 1, i_part + 1):
+                b_sum += tl.load(sums + (i_p * 2) * (C * D) + o_sum, mask=m_d, other=0.0)
+            tl.store(p_sum, b_sum, mask=m_d)
+
+
+@triton.jit(do_not_specialize=["slab"])
+def _sum_slots_kernel(
+    partial, dq, slot, lane, slab, chunk_start, chunk_end, tiles_per_head,
+    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+    SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Add the parts of every token and head of a slab to its gradient: the slots of a token are dealt out to SLOTS sums."""
+    first, stop = tl.load(lane + slab), tl.load(lane + slab + 1)
+    begin = tl.load(slot + first)
+    o_s, o_d = tl.arange(0, SLOTS), tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    for i_row in range(first * G + tl.program_id(0), stop * G, tl.num_programs(0)):
+        i_lane, i_g = i_row // G, i_row % G
+        i_slot = tl.load(slot + i_lane)
+        count = (tl.load(slot + i_lane + 1) - i_slot).to(tl.int32)
+        if count > 0:
+            i_h, i_n, _ = lane_place(i_lane, chunk_start, chunk_end, tiles_per_head, T, C)
+            p_part = partial + ((i_slot - begin) * G + i_g) * D + o_s[:, None] * (G * D) + o_d[None, :]
+            b_sum = tl.zeros([SLOTS, BLOCK_D], tl.float32)
+            for i_s in range(0, count, SLOTS):
+                m_part = (i_s + o_s < count)[:, None] & m_d[None, :]
+                b_sum += tl.load(p_part + i_s * (G * D), mask=m_part, other=0.0).to(tl.float32)
+            p_dq = dq + ((i_n * HKV + i_h) * G + i_g) * D + o_d
+            b_dq = tl.sum(b_sum, 0) + tl.load(p_dq, mask=m_d, other=0.0).to(tl.float32)
+            tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_d)
+
+
+def _sum_slots(
+    partial: Tensor, dq: Tensor, slabs: PairSlabs, slab: int, chunks: Tensor, sizes: Sizes
+) -> None:
+    """Add the parts of a slab's pairs, [room, G, D] by slot, to `dq` [tokens, Hq, D], in place."""
+    constants = {name: x for name, x in sizes.constants.items() if name != "GP"}
+    _sum_slots_kernel[(slabs.sum_programs,)](
+        partial, dq, slabs.slot, slabs.lane, slab, chunks[0], chunks[1], sizes.tiles_per_head,
+        **constants, SLOTS=SUM_ELEMENTS // sizes.block_d, num_warps=1,
+    )  # fmt: skip
+
+
+def backward_pairs(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, d_prior: Tensor | None,
+    lists: Lists, slabs: PairSlabs, mean_log: Tensor, chunks: Tensor, sizes: Sizes, inv_sigma: float,
+) -> Tensor:  # fmt: skip
+    """Add what the slabs' pairs give to `dq` [tokens, Hq, D], in place, and write their part of `d_prior` as `backward_q` does.
+
+    Returns:
+        Their part of dk and dv, float32 [2, Hkv, chunks, C, D].
+    """
+    D, C, nc, parts = sizes.head_dim, sizes.chunk_size, sizes.num_chunks, slabs.by_pair.parts
+    pairs, config = new_pairs(slabs, entries=d_prior is not None), slabs.by_pair.config
+    partial = torch.empty(slabs.room, sizes.group, D, dtype=q.dtype, device=q.device)
+    sums = torch.zeros(2, 2 * parts + sizes.num_kv_heads * nc, C, D, device=q.device)
+    rows = {name: x for name, x in sizes.constants.items() if name != "T"}
+    lanes_per_head = sizes.tiles_per_head * sizes.tile_tokens
+    work = slabs.row_work, slabs.part_bound, slabs.part_row, slabs.lane
+    for slab in range(slabs.num_slabs):
+        fill_slab(slabs, slab, lists, mean_log, chunks, sizes, inv_sigma, pairs)
+        _backward_pairs_kernel[(parts,)](
+            q, k, v, d_out, lse, delta, partial, d_prior, *sums, *pairs, slabs.row_place, *work, slab, chunks[0],
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], D**-0.5 * LOG2_E, D**-0.5, nc, lanes_per_head,
+            **rows, ROWS=config.block, STAGES=config.num_stages, num_warps=config.num_warps,
+        )  # fmt: skip
+        _shared_sums_kernel[(parts, 2)](
+            sums, sums.stride(0), *work, slab, nc, lanes_per_head, D=D, BLOCK_D=sizes.block_d, C=C, num_warps=4
+        )  # fmt: skip
+        _sum_slots(partial, dq, slabs, slab, chunks, sizes)
+    return sums[:, 2 * parts :].unflatten(1, (sizes.num_kv_heads, nc))
