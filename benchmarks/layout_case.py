@@ -49,6 +49,10 @@ def run_case(file: Path) -> None:
     faulthandler.dump_traceback_later(max(1.0, end - begin))
     config, launched = case.load(), read_launch(os.environ)
     device = init_process_groups(launched, config.parallel, timeout_minutes=case.limit / 60)
+    if device.type != "cuda" and not case.tiny:
+        raise ValueError(
+            "there is no GPU; add --tiny to time two narrow layers on 256 tokens, which any device does"
+        )
     found = _measure(case, config, device, end)
     if dist.get_rank() == 0:
         unfinished = file.with_suffix(".part")

@@ -64,6 +64,8 @@ class Case:
     """Seconds after which the processes are killed."""
     trace: str | None = None
     """Where to write a Chrome trace of one step."""
+    tiny: bool = False
+    """Whether a CPU may run it."""
 
     def load(self) -> Config:
         """The config of the run."""
@@ -194,7 +196,7 @@ def _measure(
         loaded = load_config(config, overrides)
         batch = options.batch or loaded.training.micro_batch * loaded.data_parallel_size(gpus)
         overrides.append(f"training.global_batch={batch}")
-        case = Case(config, kind, gpus, overrides, options.routing, options.steps, left, trace)
+        case = Case(config, kind, gpus, overrides, options.routing, options.steps, left, trace, options.tiny)
         loaded = case.load()
         loaded.accumulation_steps(gpus)
     except ValueError as error:
@@ -236,13 +238,15 @@ def _in_processes(case: Case, file: Path, launcher: str | None) -> dict[str, Any
         except subprocess.TimeoutExpired:
             ended = f"killed after {case.limit:.0f} s"
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            # srun must be asked, so that it ends its processes elsewhere
+            for order in (signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    os.killpg(process.pid, order)
+                    process.wait(10)
     if result.exists():
         found: dict[str, Any] = json.loads(result.read_text())
         return found
-    told = re.findall(r"^[\w.]*Error\b.*", log.read_text(errors="replace"), re.MULTILINE)
+    told = re.findall(r"^(?:\[rank\d+\]: )?([\w.]*Error\b.*)", log.read_text(errors="replace"), re.MULTILINE)
     return {"error": f"{told[0] if told else 'no error told'} ({ended}, {log})"}
 
 

@@ -61,6 +61,12 @@ def test_a_case_that_takes_too_long_is_killed_and_a_later_one_left_out(tmp_path:
     assert rows[1]["error"].startswith("no time left")
 
 
+def test_a_case_that_raises_is_a_row_with_its_error(tmp_path: Path) -> None:
+    layout = ["--gpus", "1", "--kind", "dash", "--layout", "parallel.context=1"]
+    (row,), _ = _run(tmp_path, *layout, "attention.local_chunks=3")
+    assert "ValueError: attention.chunk_size=16, attention.local_chunks=3 must be one of" in row["error"]
+
+
 def test_communication_is_waited_for_where_nothing_else_runs() -> None:
     sent = [(0.0, 2.0), (1.0, 3.0), (6.0, 7.0)]
     assert shares_of_step(sent, [(2.0, 5.0), (2.5, 6.5)], 10.0) == pytest.approx((0.4, 0.25))
