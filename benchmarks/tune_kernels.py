@@ -93,13 +93,10 @@ def candidates(stage: str, chunk_size: int) -> list[Config]:
             (8, 2, 128, PLAIN),
         ],
         "pairs": [
-            (4, 3, 32, PLAIN),
             (4, 2, 64, PLAIN),
             (4, 3, 64, PLAIN),
-            (4, 4, 32, PLAIN),
+            (4, 3, 32, PLAIN),
             (4, 2, 128, PLAIN),
-            (8, 2, 64, PLAIN),
-            (8, 2, 128, PLAIN),
         ],
     }
     over_slabs = [
@@ -110,9 +107,9 @@ def candidates(stage: str, chunk_size: int) -> list[Config]:
         (4, 2, 32, PLAIN),
     ]
     tries |= {"attend_pairs": over_slabs, "backward_pairs": over_slabs}
-    # smaller chunks are taken side by side: in attend and queries several of a list, in pairs neighbours
-    several = stage in ("attend", "queries", "pairs") and chunk_size < 64
-    steps = [x for x in (32, 64) if x > chunk_size or stage == "pairs"] if several else [chunk_size]
+    # smaller chunks are taken side by side: in attend and queries several of a list, over pairs neighbours
+    several = stage in ("attend", "queries") and chunk_size < 64
+    steps = [x for x in (32, 64) if x > chunk_size] if several else [64 if stage == "pairs" else chunk_size]
     found = [Config(w, s, block, keys, kernel) for keys in steps for w, s, block, kernel in tries[stage]]
     if stage == "queries" and several:
         # two programs a multiprocessor, which heads of 64 gain from

@@ -27,6 +27,11 @@ def pairs_above(stage: str, group: int, head_dim: int, chunk_size: int, gpu: str
     return PAIRS_ABOVE[stage].get(group, math.inf) if timed else math.inf
 
 
+def keys_by_pair(head_dim: int, chunk_size: int) -> bool:
+    """Whether the pass to keys and values goes over pairs in half precision."""
+    return head_dim <= 128 and (head_dim > 64 or chunk_size < 64)
+
+
 @dataclass(frozen=True)
 class AttentionWork:
     """One rank's share of one layer's attention."""
@@ -95,12 +100,10 @@ class AttentionWork:
     def by_pair(self, stage: str) -> bool:
         """Whether a stage (attend, queries or keys) goes over selected pairs rather than over what tiles visit, as the table
         and the rule of `dash_megatron.ops.kernels.configs` decide in half precision on the GPU."""
-        wide, small = 64 < self.head_dim <= 128, self.chunk_size < 64
         if stage == "keys":
-            above = 0.0 if (wide and not small) or (small and self.head_dim <= 64) else math.inf
-        else:
-            shape = self.group, self.head_dim, self.chunk_size, self.gpu
-            above = math.inf if self.sharded else pairs_above(stage, *shape)
+            return keys_by_pair(self.head_dim, self.chunk_size)
+        shape = self.group, self.head_dim, self.chunk_size, self.gpu
+        above = math.inf if self.sharded else pairs_above(stage, *shape)
         return self.visited > above * self.selected
 
 
@@ -142,7 +145,7 @@ RATES = {
     ),
     "keys_by_tile": Rate(0.77, {"rows": 0.208, "visited": 2850}, head_dim=1.04, chunk=1.12, tile=1.30),
     "keys_by_pair": Rate(
-        0.82, {"rows": 0.314, "listed": 11.8, "sorted": 168, "selected": 2500}, head_dim=0.77, chunk=0.14
+        0.86, {"rows": 0.668, "listed": 12.2, "sorted": 165, "selected": 2420}, head_dim=0.92, chunk=-0.12
     ),
     "dense_forward": Rate(0.089, {"pairs": 848}, head_dim=0.63),
     "dense_backward": Rate(0.0014, {"pairs": 2450}, head_dim=0.70),

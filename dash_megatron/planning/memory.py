@@ -9,7 +9,7 @@ from dash_megatron.config import Config
 from dash_megatron.config.flops import parameter_count
 from dash_megatron.planning.baseline_times import BASELINES
 from dash_megatron.planning.choices import tile_tokens
-from dash_megatron.planning.kernel_times import PAIRS_ABOVE, pairs_above
+from dash_megatron.planning.kernel_times import PAIRS_ABOVE, keys_by_pair, pairs_above
 from dash_megatron.planning.layout import Hardware, Layout
 from dash_megatron.planning.traffic import ContextShape
 
@@ -29,6 +29,13 @@ PLACE_BYTES = 20
 """Of a pair's places: `dash_megatron.ops.kernels.pair_slabs.SlabPairs`."""
 PARTS = 528
 """Programs that share a slab of pairs: four for each multiprocessor of the GPU that was timed."""
+MAX_PAIRS = 2**26
+"""Most log priors by chunk, 8 bytes each: `dash_megatron.ops.kernels.pairs.MAX_PAIRS`."""
+KEY_PARTS, LEAST_STEPS = 32 * 132, 16
+"""Programs that share the pairs of keys and values on an H100 or H200, and the fewest steps of one:
+`dash_megatron.ops.kernels.configs.PAIR_PARTS_PER_MULTIPROCESSOR` and `dash_megatron.ops.kernels.pairs.LEAST_STEPS`."""
+KEYS_A_PROGRAM, ROWS_A_STEP = 64, 64
+"""Of the launch configurations of that pass; smaller chunks are taken side by side."""
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default bucket of gradients; ZeRO-2 and ZeRO-3 hold two while they overlap."""
 LIVE_PARAMETERS = 1_000_000_000
@@ -135,8 +142,8 @@ def pair_bytes(config: Config, layout: Layout, listed: float, gpu: str) -> dict[
 
     Kernels decide on the device, when the workspace is there already: partial results of a group's heads and a pair's places,
     up to 2 GiB of the former, and no more than the pairs that tiles may list where pairs are still taken; in the gradient also
-    float32 sums of keys and values. What a rank of
-    context parallelism does not exchange by heads goes over tiles alone, and so does what another GPU than the one timed computes.
+    float32 sums of keys and values. What a rank of context parallelism does not exchange by heads goes over tiles alone, and
+    so does what another GPU than the one timed computes.
     """
     model, chunk = config.model, config.attention.chunk_size
     group, head_dim = model.heads // model.kv_heads, model.channels_per_head
@@ -162,6 +169,26 @@ def pair_bytes(config: Config, layout: Layout, listed: float, gpu: str) -> dict[
             if stage == "queries":
                 found[stage] += 2 * (2 * PARTS + kv_heads * chunks) * chunk * head_dim * 4
     return found
+
+
+def key_bytes(config: Config, layout: Layout, listed: float) -> float:
+    """Workspace of one layer call on one rank in which the gradients of keys and values are summed over selected pairs, in bf16.
+
+    Tokens and log priors of a slab's pairs, and sums in float32: two for each program, whose work may cut chunks at both ends, and
+    one for each chunk.
+    """
+    model, chunk = config.model, config.attention.chunk_size
+    head_dim = model.channels_per_head
+    if config.training.precision != "bf16" or not keys_by_pair(head_dim, chunk):
+        return 0.0
+    entries, tile = _entries_made(config, layout, listed)
+    own = (
+        config.training.micro_batch * config.data.seq_length * model.kv_heads / layout.tensor / layout.context
+    )
+    pairs, width = entries * tile + own, max(1, KEYS_A_PROGRAM // chunk)
+    parts = min(KEY_PARTS, pairs * (model.heads // model.kv_heads) / ROWS_A_STEP / LEAST_STEPS)
+    sums = 2 * parts * width * chunk + own
+    return 8 * min(MAX_PAIRS, width * pairs) + 8 * head_dim * sums
 
 
 def _exchange_bytes(shape: ContextShape, layout: Layout) -> tuple[float, float]:
@@ -256,11 +283,15 @@ def memory_use(
     # while one layer's backward runs: what was not kept, and gradients of either half of the layer
     rows_width = 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.element_bytes
     gradient_rows = shape.tokens * rows_width + 2 * parts["pooled"]
-    by_pair = dict.fromkeys(PAIRS_ABOVE, 0.0)
+    by_pair = {"keys": 0.0, **dict.fromkeys(PAIRS_ABOVE, 0.0)}
     if routed:
         by_pair = pair_bytes(config, layout, listed, hardware.gpu)
+        by_pair["keys"] = key_bytes(config, layout, listed)
     attention_phase = gradient_rows + backward_lists + max(forward_exchange, backward_exchange)
-    attention_phase = max(attention_phase + by_pair["queries"], by_pair["attend"])
+    # sums of keys and values that queries leave stay until these are done
+    key_sums = 8 * shape.tokens * shape.kv_heads * shape.head_dim * (by_pair["queries"] > 0)
+    backward_pairs = max(by_pair["queries"], by_pair["keys"] + key_sums)
+    attention_phase = max(attention_phase + backward_pairs, by_pair["attend"])
     feed_forward_phase = parts["feed_forward"] / 2 + feed_forward * (layout.recompute == "selective")
     layer_phase = max(attention_phase, feed_forward_phase)
     layer_phase += {"attention": kept_attention, "full": layer + kept_attention}.get(layout.recompute, 0.0)

@@ -42,6 +42,7 @@ def test_small_chunks_are_tried_several_a_step():
     assert {x.keys for x in tune_kernels.candidates("attend", 32)} == {64}
     assert {x.keys for x in tune_kernels.candidates("queries", 16)} == {32, 64}
     assert {x.keys for x in tune_kernels.candidates("keys", 32)} == {32}
+    assert {x.keys for x in tune_kernels.candidates("pairs", 32)} == {64}
     limited = [x for x in tune_kernels.candidates("queries", 32) if x.maxnreg]
     assert [tune_kernels.table_entry(x) for x in limited] == [
         {"num_warps": 8, "num_stages": 3, "keys": 64, "maxnreg": 128}

@@ -67,10 +67,8 @@ def test_keys_and_values_go_over_pairs_where_these_were_measured_to_cost_less(on
     def above(dtype, head_dim, chunk_size):
         return configs.find_launches(on_h200, dtype, head_dim, chunk_size, 3).pairs_above
 
-    assert {above(torch.bfloat16, D, C) for D, C in ((128, 64), (64, 32), (96, 128))} == {0}
-    assert above(torch.bfloat16, 128, 32) == math.inf
-    # keys of two chunks fill the tensor cores
-    assert configs.find_launches(on_h200, torch.bfloat16, 128, 32, 3).pairs.keys == 64
+    by_pair = (128, 64), (64, 32), (96, 128), (128, 32), (128, 16)
+    assert {above(torch.bfloat16, *shape) for shape in by_pair} == {0}
     others = (torch.bfloat16, 64, 64), (torch.bfloat16, 256, 64), (torch.float32, 128, 64)
     assert {above(*shape) for shape in others} == {math.inf}
 
@@ -83,13 +81,32 @@ def test_without_hopper_its_stages_follow_the_rule_and_others_the_table(on_h200)
     assert (plain.route, plain.router, plain.queries) == (measured.route, measured.router, measured.queries)
 
 
-def test_products_over_pairs_have_the_rows_of_a_warpgroup(on_h200):
-    """Rows of a product are a program's keys, or a step's query rows where keys are fewer: below 64 tensor cores of Hopper idle."""
-    for head_dim in (16, 64, 80, 128):
+def test_keys_over_pairs_take_chunks_side_by_side_up_to_64_in_steps_of_64_rows(on_h200):
+    """As measured; below 64 keys tensor cores of Hopper idle, and steps of 32 rows took a tenth longer with groups of 4."""
+    for group in (1, 4, 7, 32):
         for chunk_size in (16, 32, 64, 128):
-            for group in (1, 4, 7, 32):
-                config = configs.find_launches(on_h200, torch.bfloat16, head_dim, chunk_size, group).pairs
-                assert max(config.keys, config.block) >= 64
+            for head_dim, stages in ((16, 3), (64, 3), (80, 2), (128, 2)):
+                launches = configs.find_launches(on_h200, torch.bfloat16, head_dim, chunk_size, group)
+                assert launches.pairs == Config(4, stages, block=64, keys=64)
+                assert launches.pair_parts == 32 * 132
+
+
+def test_a_table_with_a_configuration_that_faults_is_refused(on_h200, monkeypatch):
+    def table(**config):
+        entry = {"num_warps": 4, "num_stages": 1, "block": 64, "keys": 32} | config
+        monkeypatch.setattr(
+            configs, "_table", lambda: {"NVIDIA H200": {"bfloat16 D=128 C=32 G=4": {stage: entry}}}
+        )
+        configs.find_launches.cache_clear()
+        return getattr(configs.find_launches(on_h200, torch.bfloat16, 128, 32, 4), stage)
+
+    for stage in ("keys", "pairs"):
+        with pytest.raises(
+            ValueError, match=rf"H200, bfloat16 D=128 C=32 G=4: {stage}.num_stages=1 must be at least 2"
+        ):
+            table()
+        assert table(num_stages=2).num_stages == 2
+        assert table(block=32).num_stages == table(keys=64).num_stages == 1
 
 
 def test_chunks_of_few_keys_come_several_a_step(on_h200):

@@ -228,7 +228,10 @@ def test_pairs_have_workspaces_of_2_gib_or_of_what_a_decision_for_them_leaves() 
         memory_use(heads_of_128(16384, f"model.head_dim={width}"), ALONE, 128256).working
         for width in (128, 112)
     )
-    assert one - two > long["queries"]
+    # keys and values go over pairs with either
+    assert one - two > long["queries"] - memory.key_bytes(
+        heads_of_128(16384, "model.head_dim=112"), ALONE, 1.0
+    )
     assert memory.pair_bytes(heads_of_128(16384), ALONE, 1.0, "H100") == {"attend": 0.0, "queries": 0.0}
     other = memory_use(heads_of_128(16384), ALONE, 128256, Hardware.of("H100")).working
     assert other < one
@@ -250,6 +253,25 @@ def test_where_pairs_are_never_taken_they_have_no_workspaces(config: Config, lay
     assert memory.pair_bytes(config, layout, 1.0, "H200") == {"attend": 0.0, "queries": 0.0}
 
 
+def test_keys_over_pairs_have_places_and_sums_of_the_programs_and_chunks() -> None:
+    # 64 chunks make 2080 pairs, in 2 tiles of 32 tokens each of 8 kv heads, and every token has one with its own chunk
+    pairs, own = 2080 * 2 * 8 * 32 + 4096 * 8, 4096 * 8
+    # 132 multiprocessors have 32 programs each, which leave dk and dv of 64 keys twice
+    assert memory.key_bytes(heads_of_128(4096), ALONE, 1.0) == 8 * pairs + 8 * 128 * (2 * 4224 * 64 + own)
+    # two chunks of 32 are taken side by side, each with a log prior; at least 16 steps of 64 rows, 16 tokens, a program
+    pairs, own = 528 * 8 * 32 + 1024 * 8, 1024 * 8
+    small = memory.key_bytes(heads_of_128(1024, "attention.chunk_size=32"), ALONE, 1.0)
+    assert small == 8 * 2 * pairs + 8 * 128 * (2 * pairs / 16 / 16 * 64 + own)
+    long = memory.key_bytes(heads_of_128(65536, "attention.chunk_size=32"), ALONE, 1.0)
+    assert long == 8 * 2**26 + 8 * 128 * (2 * 4224 * 64 + 65536 * 8) < 2**31
+    for never in (
+        "attention.chunk_size=64 model.head_dim=64",
+        "training.precision=fp32",
+        "model.head_dim=256",
+    ):
+        assert memory.key_bytes(heads_of_128(4096, *never.split()), ALONE, 1.0) == 0
+
+
 def test_recomputation_and_sharing_tokens_only_ever_save() -> None:
     config = load_config(ROOT / "configs" / "8b_64k.yaml")
     none, selective, attention, full = (
@@ -267,7 +289,7 @@ def test_recomputation_and_sharing_tokens_only_ever_save() -> None:
 
 def test_limits_are_those_of_the_code_they_describe() -> None:
     from dash_megatron.layers.model import MAX_LOGITS
-    from dash_megatron.ops.kernels import pair_slabs
+    from dash_megatron.ops.kernels import configs, pair_slabs, pairs
     from dash_megatron.ops.kernels.geometry import MAX_BOUNDED_BYTES
     from dash_megatron.ops.topk.nsa import MAX_SHARED_BIAS
 
@@ -275,6 +297,9 @@ def test_limits_are_those_of_the_code_they_describe() -> None:
     assert baseline_times.MAX_SHARED_BIAS == MAX_SHARED_BIAS
     for name in ("WORKSPACE_BYTES", "USUAL_COUNTS", "MAX_COUNTS"):
         assert getattr(memory, name) == getattr(pair_slabs, name), name
+    for name in ("MAX_PAIRS", "LEAST_STEPS"):
+        assert getattr(memory, name) == getattr(pairs, name), name
+    assert memory.KEY_PARTS == configs.PAIR_PARTS_PER_MULTIPROCESSOR * 132
     slabs: Any = SimpleNamespace(slot=torch.empty(0), room=3)
     assert (
         sum(places.nbytes for places in pair_slabs.new_pairs(slabs, entries=True)) == 3 * memory.PLACE_BYTES

@@ -273,9 +273,11 @@ def _passes(
         if summaries is not None:
             ds_sum = torch.empty(slots, width, D, dtype=torch.float32, device=k.device)
         if direct:
-            # The buffer may hold few of the window's chunks: no slots for all of these. Zero, since not all is written.
-            room = 2 * len(partition.row) * C * D + k.numel()
-            found.append(_Pass(torch.zeros(2, room, device=k.device), ds_sum, partition, width))
+            # The buffer may hold few of the window's chunks: no slots for all of these.
+            sums = torch.empty(2, 2 * len(partition.row) * C * D + k.numel(), device=k.device)
+            # not all of it is written
+            sums[:, -k.numel() :] = 0
+            found.append(_Pass(sums, ds_sum, partition, width))
         else:
             sums = torch.empty(2, slots, C, D, dtype=torch.float32, device=k.device)
             found.append(_Pass(sums, ds_sum, partition, width))
@@ -285,7 +287,7 @@ def _passes(
         config = launches.pairs
         width, step = max(1, config.keys // sizes.chunk_size), config.block // sizes.group
         plan = plan_pairs(
-            lists, chunks, queries, sizes, window, width, launches.parts, step, launches.pairs_above
+            lists, chunks, queries, sizes, window, width, launches.pair_parts, step, launches.pairs_above
         )  # fmt: skip
         sums, ds_sum, *_ = allocate(plan.partition, width)
         sum_pairs(

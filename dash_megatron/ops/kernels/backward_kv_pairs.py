@@ -51,14 +51,12 @@ def _every_other(b_x, odd: tl.constexpr):
 
 @triton.jit
 def _column(b_x, i: tl.constexpr):
-    """Column i [ROWS] of numbers [ROWS, WIDTH], at most 8 of them."""
+    """Column i [ROWS] of numbers [ROWS, WIDTH], at most 4 of them."""
     WIDTH: tl.constexpr = b_x.shape[1]
     if WIDTH > 1:
         b_x = _every_other(b_x, i % 2)
     if WIDTH > 2:
-        b_x = _every_other(b_x, i // 2 % 2)
-    if WIDTH > 4:
-        b_x = _every_other(b_x, i // 4)
+        b_x = _every_other(b_x, i // 2)
     return tl.reshape(b_x, (b_x.shape[0],))
 
 
@@ -78,7 +76,7 @@ def _by_key(b_x, C: tl.constexpr, KEYS_AS_ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["slab", "num_parts"])
 def _dkv_pairs_kernel(
-    q, k, v, d_out, lse_delta, tau, mean_dp, summary, head_scaling, token_prior, pair_d_prior, base, slab, num_parts,
+    q, k, v, d_out, lse_delta, tau, mean_dp, summary, head_scaling, token_prior, pair_d_prior, base, slab_part, slab, num_parts,
     row_offset, row_work, part_bound, part_row, dk_sum, dv_sum, ds_sum, key_start, key_end, query_start, query_end,
     stride_table, stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,
     scale, inv_sqrt_d, score_scale, gradient_scale, exponent, inv_sigma, num_chunks, num_groups,
@@ -87,7 +85,9 @@ def _dkv_pairs_kernel(
     ALPHA_15: tl.constexpr, SUMMARY: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = ROWS // G
-    i_p = slab.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    i_p = tl.load(slab_part + slab) + tl.program_id(0)
+    if i_p >= tl.load(slab_part + slab + 1):
+        return
     here, stop = tl.load(part_bound + i_p), tl.load(part_bound + i_p + 1)
     i_row = tl.load(part_row + i_p)
     # programs of the second axis share the work by keys of the group
@@ -178,8 +178,8 @@ def sum_pairs(
     lse_delta = torch.stack([centred_lse, delta], dim=-1)
     for slab in range(plan.slabs):
         pairs = fill_pairs(plan, slab, lists, mean_log, chunks, queries, sizes, d_prior)
-        _dkv_pairs_kernel[(num_parts // plan.slabs, width * sizes.chunk_size // config.keys)](
-            q, k, v, d_out, lse_delta, tau, mean_dp, summary, head_scaling, *pairs, plan.base, slab, num_parts,
+        _dkv_pairs_kernel[(num_parts, width * sizes.chunk_size // config.keys)](
+            q, k, v, d_out, lse_delta, tau, mean_dp, summary, head_scaling, *pairs, plan.base, plan.slab_part, slab, num_parts,
             plan.offset, *partition, *sums, ds_sum, *keys, *queries, keys.stride(1),
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             D**-0.5 * LOG2_E, D**-0.5, *routing_scales(router, D), inv_sigma, keys.shape[2], plan.run_place.shape[2],

@@ -22,6 +22,8 @@ from dash_megatron.ops.kernels.transpose import WorkPartition, rows_of_bounds, r
 
 # Log priors of a slab, 8 bytes each with their token.
 MAX_PAIRS = 2**26
+# Steps of a part: the sums that it leaves to be added up cost about as much as four.
+LEAST_STEPS = 16
 # Log priors of a block: entries of a list, times chunks of a group, times tokens of a tile.
 BLOCK_ELEMENTS = 4096
 
@@ -38,7 +40,9 @@ class PairPlan(NamedTuple):
     offset: Tensor
     """int64 [rows + 1]."""
     base: Tensor
-    """int64 [slabs + 1]: the place of each slab's first entry. A slab has the same number of parts as any other."""
+    """int64 [slabs + 1]: the place of each slab's first entry."""
+    slab_part: Tensor
+    """int64 [slabs + 1]: the first part of each slab."""
     room: int
     """At least the entries of a slab."""
     run_place: Tensor
@@ -193,7 +197,7 @@ def plan_pairs(
         queries: int32 [2, Hkv, window], first and one past the last row of the queries of each chunk of the window.
         window: first chunk, and one past the last, of those among which all chunks of the lists lie.
         width: neighbouring chunks of a group.
-        parts: programs that share the work of a slab evenly, wherever that cuts a row.
+        parts: programs that share the work of all slabs evenly, wherever that cuts a row; fewer where each would have few steps.
         step: entries that a program takes at a time.
         above: pairs are taken where tiles list more than this many times those that were selected; 0: anyway.
 
@@ -220,16 +224,22 @@ def plan_pairs(
     # each row may leave one step short
     most_entries = lists.log_prior.numel() + Hkv * groups * own
     most_steps = most_entries // step + Hkv * groups
-    most_share = max(1, min(triton.cdiv(most_steps, parts), MAX_PAIRS // (width * parts * step)))
-    slabs = triton.cdiv(most_steps, most_share * parts)
-    # all in the first slab if it fits
-    share = ((work[-1] + parts - 1) // parts).clamp(1, most_share)
-    bound = torch.minimum(torch.arange(slabs * parts + 1, device=work.device) * share, work[-1])
+    slab_steps = max(1, MAX_PAIRS // (width * step))
+    least = min(LEAST_STEPS, slab_steps)
+    parts = max(1, min(parts, most_steps // least), triton.cdiv(most_steps, slab_steps))
+    most_share, share = (
+        max(triton.cdiv(most_steps, parts), least),
+        ((work[-1] + parts - 1) // parts).clamp(least),
+    )
+    # the less work there is, the more parts has a slab, so that all are in the first if it fits
+    slabs = triton.cdiv(parts, slab_steps // most_share)
+    slab_part = (torch.arange(slabs + 1, device=work.device) * (slab_steps // share)).clamp(max=parts)
+    bound = torch.minimum(torch.arange(parts + 1, device=work.device) * share, work[-1])
     row = rows_of_bounds(work, bound)
     place = torch.minimum(offset[row] + (bound - work[row]) * step, offset[-1])
-    room = min(most_entries, most_share * parts * step)
+    room = min(most_entries, slab_steps * step)
     partition = WorkPartition(work, bound, row[:-1])
-    return PairPlan(partition, offset, place[::parts].contiguous(), room, run_place, window, width, taken)
+    return PairPlan(partition, offset, place[slab_part], slab_part, room, run_place, window, width, taken)
 
 
 def fill_pairs(
