@@ -255,7 +255,7 @@ def test_a_group_of_chunks_has_its_own_tokens_then_those_that_selected_any_of_it
         assert torch.equal(bits.contiguous().view(torch.float32), expected)
 
 
-@pytest.mark.parametrize(("most", "parts"), [(2**26, 7), (64, 3), (64, 40)])
+@pytest.mark.parametrize(("most", "parts"), [(2**26, 7), (800, 13), (64, 3), (64, 40)])
 def test_all_slabs_share_the_parts_and_none_has_more_work_than_fits(most, parts, monkeypatch):
     """So what is left to be added up does not grow with the slabs. All work is in the first slab if it fits."""
     monkeypatch.setattr(pairs, "MAX_PAIRS", most)
@@ -271,6 +271,7 @@ def test_all_slabs_share_the_parts_and_none_has_more_work_than_fits(most, parts,
     per_slab = plan.partition.bound[plan.slab_part].diff()
     assert per_slab.sum() == steps
     assert per_slab.max() <= slab_steps
+    assert plan.base[-1] == plan.offset[-1]
     assert plan.base.diff().max() <= plan.room <= slab_steps * step
     assert (per_slab[0] == steps) == (steps <= slab_steps)
 
