@@ -246,8 +246,13 @@ def _in_processes(case: Case, file: Path, launcher: str | None) -> dict[str, Any
     if result.exists():
         found: dict[str, Any] = json.loads(result.read_text())
         return found
-    told = re.findall(r"^(?:\[rank\d+\]: )?([\w.]*Error\b.*)", log.read_text(errors="replace"), re.MULTILINE)
-    return {"error": f"{told[0] if told else 'no error told'} ({ended}, {log})"}
+    return {"error": f"{first_error(log.read_text(errors='replace'))} ({ended}, {log})"}
+
+
+def first_error(log: str) -> str:
+    """The first error of Python's that the processes of a case told."""
+    found = re.search(r"^(?:\[rank\d+\]: )?([\w.]*Error\b.*)", log, re.MULTILINE)
+    return found[1] if found else "no error told"
 
 
 def _add_efficiency(rows: Sequence[dict[str, Any]]) -> None:

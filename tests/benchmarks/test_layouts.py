@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.layout_case import shares_of_step
-from benchmarks.layouts import as_overrides, in_words
+from benchmarks.layouts import as_overrides, first_error, in_words
 from benchmarks.persistence import make_selected
 from dash_megatron.config import load_config
 from dash_megatron.planning.layout import Layout
@@ -61,10 +61,11 @@ def test_a_case_that_takes_too_long_is_killed_and_a_later_one_left_out(tmp_path:
     assert rows[1]["error"].startswith("no time left")
 
 
-def test_a_case_that_raises_is_a_row_with_its_error(tmp_path: Path) -> None:
-    layout = ["--gpus", "1", "--kind", "dash", "--layout", "parallel.context=1"]
-    (row,), _ = _run(tmp_path, *layout, "attention.local_chunks=3")
-    assert "ValueError: attention.chunk_size=16, attention.local_chunks=3 must be one of" in row["error"]
+def test_the_first_error_of_any_rank_is_told() -> None:
+    log = "a note on an Error\n[rank1]:   raise it\n[rank1]: torch.OutOfMemoryError: CUDA out of memory\nValueError: later\n"
+    assert first_error(log) == "torch.OutOfMemoryError: CUDA out of memory"
+    assert first_error("ValueError: x=1 must be 2\n") == "ValueError: x=1 must be 2"
+    assert first_error("killed\n") == "no error told"
 
 
 def test_communication_is_waited_for_where_nothing_else_runs() -> None:
