@@ -93,6 +93,7 @@ def _measure(case: Case, config: Config, device: torch.device, end: float) -> di
                 # choices are made while no activations are kept: that takes much memory
                 share_of_global_mean(engine.model, batches[0], targets)
             held = given.num_bytes
+            take_context_bytes(engine.module)  # of no step
         seconds = _time_steps(step, case.steps, device, end)
         memory = (torch.cuda.max_memory_allocated() - held) / 2**30 if cuda else 0.0
         sent = take_context_bytes(engine.module).get(0, (0, 0))
