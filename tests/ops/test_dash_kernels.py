@@ -67,8 +67,8 @@ def _relative_error(x, expected, floor=0.0):
     return ((x.double() - expected).norm() / expected.norm().clamp_min(floor)).item()
 
 
-def _check(leaves, upstream, same_selection=True, **settings):
-    """Compare with the reference on the same inputs in float64."""
+def _check(leaves, upstream, same_selection=True, tolerance=None, **settings):
+    """Compare with the reference on the same inputs in float64; `tolerance` of output and gradients, default by dtype."""
     doubles = [x.detach().double().requires_grad_() for x in leaves]
     out, grads, selected = _run(dash.dash_attention_triton, leaves, upstream, **settings)
     settings.pop("deterministic", None)
@@ -77,7 +77,7 @@ def _check(leaves, upstream, same_selection=True, **settings):
     expected_out, expected_grads, expected_selected = _run(
         dash_attention_reference, doubles, upstream.double(), **settings
     )
-    allowed_out, allowed_grad = TOLERANCE[out.dtype]
+    allowed_out, allowed_grad = tolerance or TOLERANCE[out.dtype]
     assert out.dtype == leaves[0].dtype
     assert _relative_error(out, expected_out) <= allowed_out
     # What is zero by its nature is rounding here: the query gradient of a lone token, or the summary query's under a flat
@@ -176,7 +176,10 @@ def test_local_chunks_and_pooled_queries_equal_the_reference_in_every_shape(name
     leaves, upstream = _inputs(N, dtype=dtype, structured=True, **shape)
     same = not CUDA and dtype == torch.float32
     settings = {"chunk_size": shape.get("C", 16), "scaling_factor": 1.0, **LOCAL}
-    _check(leaves, upstream, same_selection=same, **settings)
+    # Pooled queries change slowly, so several tokens in a row have the same chunk at the threshold, and it changes sides for all.
+    # The reference itself, in bfloat16, is up to 0.006 (output) and 0.07 (gradients) off in four draws of these inputs.
+    tolerance = (2e-2, 1e-1) if dtype == torch.bfloat16 else None
+    _check(leaves, upstream, same_selection=same, tolerance=tolerance, **settings)
 
 
 def _factors(*values):
