@@ -145,11 +145,13 @@ class Stages:
         )
         if self.given is not None:
             self.lists, self.tau, self.mean_log, self.selected = self.given
+        self.num_pairs = self.selected.sum() - self.selected.numel()
 
     def attend(self) -> None:
         self.out, self.lse = attend_forward(
             self.q, self.k, self.v, self.lists, self.mean_log, self.chunks, self.sizes,
             self.router.inv_sigma, self.launches.attend, by_pair=self.launches.attend_by_pair,
+            num_pairs=self.num_pairs,
         )  # fmt: skip
 
     def backward_queries(self) -> None:
@@ -157,6 +159,7 @@ class Stages:
         self.dq, self.delta, self.centred_lse, self.left, self.key_sums = backward_q(
             self.q, self.k, self.v, self.out, self.d_out, self.lse, self.lists, self.mean_log, self.d_prior, self.chunks,
             self.sizes, self.router.inv_sigma, self.launches.queries, by_pair=self.launches.backward_by_pair,
+            num_pairs=self.num_pairs,
         )  # fmt: skip
 
     def backward_router(self) -> None:

@@ -23,10 +23,10 @@ MAX_BOUNDED_BYTES = 2 * 2**30
 """Lists up to this size have room for every chunk: `dash_megatron.ops.kernels.geometry.MAX_BOUNDED_BYTES`."""
 WORKSPACE_BYTES = 2**31
 """Most bytes of partial results by pair: `dash_megatron.ops.kernels.pair_slabs.WORKSPACE_BYTES`."""
-USUAL_COUNTS, MAX_COUNTS, COUNT_BYTES = 2**23, 2**25, 8
+USUAL_COUNTS, MAX_COUNTS, COUNT_BYTES = 2**25, 2**26, 4
 """Entries of the table in which pairs are counted, and bytes of one: constants of `dash_megatron.ops.kernels.pair_slabs`."""
-PLACE_BYTES = 20
-"""Of a pair's places: `dash_megatron.ops.kernels.pair_slabs.SlabPairs`."""
+PLACE_BYTES, PLACES_BYTES = {"attend": 12, "queries": 20}, 2**28
+"""Of a pair's places, and of those that are there at once, if of more than one slab: `dash_megatron.ops.kernels.pair_slabs.new_pairs`."""
 PARTS = 528
 """Programs that share a slab of pairs: four for each multiprocessor of the GPU that was timed."""
 MAX_PAIRS = 2**26
@@ -140,10 +140,10 @@ def list_bytes(config: Config, layout: Layout, listed: float) -> tuple[float, fl
 def pair_bytes(config: Config, layout: Layout, listed: float, gpu: str) -> dict[str, float]:
     """Workspaces of one layer call on one rank in which attention ("attend") and its gradient ("queries") may go over selected pairs.
 
-    Kernels decide on the device, when the workspace is there already: partial results of a group's heads and a pair's places,
-    up to 2 GiB of the former, and no more than the pairs that tiles may list where pairs are still taken; in the gradient also
-    float32 sums of keys and values. What a rank of context parallelism does not exchange by heads goes over tiles alone, and
-    so does what another GPU than the one timed computes.
+    Kernels decide on the device, when the workspace is there already: partial results of a group's heads, up to 2 GiB and no
+    more than the pairs that tiles may list where pairs are still taken; places of pairs; in the gradient also float32 sums of
+    keys and values. What a rank of context parallelism does not exchange by heads goes over tiles alone, and so does what
+    another GPU than the one timed computes.
     """
     model, chunk = config.model, config.attention.chunk_size
     group, head_dim = model.heads // model.kv_heads, model.channels_per_head
@@ -163,9 +163,10 @@ def pair_bytes(config: Config, layout: Layout, listed: float, gpu: str) -> dict[
         # else there would be too many to count, and tiles are gone over
         if above < math.inf and 2 * run * tile * chunks <= room and counts / run <= MAX_COUNTS:
             most_taken = entries * tile / max(1.0, above)
-            found[stage] = (
-                min(room, most_taken) * (group * of_head + PLACE_BYTES) + COUNT_BYTES * counts / run
-            )
+            slabs = most_taken // (room - run * tile * chunks) + kv_heads
+            pairs, places = min(room, most_taken), PLACE_BYTES[stage]
+            at_once = max(1, min(slabs, PLACES_BYTES // (pairs * places)))
+            found[stage] = pairs * (group * of_head + at_once * places) + COUNT_BYTES * counts / run
             if stage == "queries":
                 found[stage] += 2 * (2 * PARTS + kv_heads * chunks) * chunk * head_dim * 4
     return found

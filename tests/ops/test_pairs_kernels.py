@@ -143,9 +143,15 @@ def test_gradients_by_pair_do_not_depend_on_chunks_taken_side_by_side(keys, dete
     _check(expected, _gradients(**shape))
 
 
-@pytest.mark.parametrize(("workspace", "parts"), [(2**31, 1), (2**31, 500), (2**16, 3)])
-def test_results_by_pair_do_not_depend_on_parts_and_slabs_of_tokens(workspace, parts, monkeypatch):
-    """The last workspace makes two slabs of a head and more."""
+@pytest.mark.parametrize(
+    ("workspace", "parts", "counts", "places"),
+    [(2**31, 1, 2**25, 2**28), (2**31, 40, 32, 1), (2**16, 3, 2**25, 2**14)],
+    ids=["one slab a head", "runs of several tiles", "several slabs a head"],
+)
+def test_results_by_pair_do_not_depend_on_parts_runs_and_slabs(workspace, parts, counts, places, monkeypatch):
+    """Places of one slab at a time in the second, of several in the third."""
+    monkeypatch.setattr(pair_slabs, "USUAL_COUNTS", counts)
+    monkeypatch.setattr(pair_slabs, "PLACES_BYTES", places)
     shape = {"N": 100, "Hq": 8, "Hkv": 2, "scaling_factor": 0.01, "deterministic": True}
     expected = _results(**shape)
     plans = _plans_of_slabs(monkeypatch)
@@ -157,6 +163,7 @@ def test_results_by_pair_do_not_depend_on_parts_and_slabs_of_tokens(workspace, p
         filled = (plan.row_place[:, -1] > 0).sum().item()
         assert filled == 2 if workspace == 2**31 else filled > 2
         assert (plan.row_place[:, -1] <= plan.room).all()
+        assert (plan.run > 1) == (counts == 32)
 
 
 def _plans_of_slabs(monkeypatch):

@@ -207,23 +207,33 @@ def heads_of_128(length: int, *changes: str) -> Config:
 
 def test_pairs_have_workspaces_of_2_gib_or_of_what_a_decision_for_them_leaves() -> None:
     long = memory.pair_bytes(heads_of_128(16384), ALONE, 1.0, "H200")
-    # a pair of 4 heads: 128 elements in bf16 each, a float32 log-sum-exp in attention, and 20 bytes of places;
-    # 512 tiles of 32 tokens, by 256 chunks and 8 kv heads, have 8 bytes each; keys and values have float32 sums for every chunk
-    # of 64 x 128 elements, and two for each of 528 programs
-    counts = 512 * 256 * 8 * 8
-    assert long["attend"] == 2**31 // 1040 * 1060 + counts
-    assert long["queries"] == 2**31 // 1024 * 1044 + counts + 2 * (2048 + 1056) * 64 * 128 * 4
-    # 64 chunks make 2080 pairs, in 2 tiles each of 8 kv heads; tiles of 32 tokens list 6 or 2.5 times what is taken at least
+    # a pair of 4 heads: 128 elements in bf16 each, a float32 log-sum-exp in attention, and 12 or 20 bytes of places, of several
+    # slabs at once up to 256 MiB; 512 tiles of 32 tokens, by 256 chunks and 8 kv heads, have 4 bytes each; keys and values have
+    # float32 sums for every chunk of 64 x 128 elements, and two for each of 528 programs
+    counts = 512 * 256 * 8 * 4
+    attend, queries = 2**31 // 1040, 2**31 // 1024
+    # 256 chunks make 32896 pairs, in 2 tiles each of 8 kv heads, of 32 tokens: tiles list 6 times what is taken at least
+    assert 32896 * 2 * 8 * 32 / 6 // (attend - 32 * 256) + 8 == 9
+    assert long["attend"] == attend * (1040 + 9 * 12) + counts
+    assert long["queries"] == queries * (1024 + 6 * 20) + counts + 2 * (2048 + 1056) * 64 * 128 * 4
+    # 64 chunks make 2080 pairs; each head has a slab, of which the places of all are there at once
     short = memory.pair_bytes(heads_of_128(4096), ALONE, 1.0, "H200")
     pairs, counts = 2080 * 2 * 8 * 32, counts / 16
     sums = 2 * (512 + 1056) * 64 * 128 * 4
     assert short == pytest.approx(
-        {"attend": pairs / 6 * 1060 + counts, "queries": pairs / 2.5 * 1044 + counts + sums}
+        {
+            "attend": pairs / 6 * (1040 + 8 * 12) + counts,
+            "queries": pairs / 2.5 * (1024 + 8 * 20) + counts + sums,
+        }
     )
     halves = memory.pair_bytes(heads_of_128(4096), Layout(2, 1, 1, 1, "all_gather", "full"), 1.0, "H200")
-    # each rank has all of the programs
-    more = {"attend": 0, "queries": 1056 * 64 * 128 * 4}
-    assert halves == pytest.approx({stage: number / 2 + more[stage] for stage, number in short.items()})
+    # half as many heads, and slabs of each half as many; all of the programs
+    assert halves == pytest.approx(
+        {
+            "attend": pairs / 12 * (1040 + 4 * 12) + counts / 2,
+            "queries": pairs / 5 * (1024 + 4 * 20) + counts / 2 + 2 * (256 + 1056) * 64 * 128 * 4,
+        }
+    )
     one, two = (
         memory_use(heads_of_128(16384, f"model.head_dim={width}"), ALONE, 128256).working
         for width in (128, 112)
@@ -295,12 +305,12 @@ def test_limits_are_those_of_the_code_they_describe() -> None:
 
     assert (memory.MAX_LOGITS, memory.MAX_BOUNDED_BYTES) == (MAX_LOGITS, MAX_BOUNDED_BYTES)
     assert baseline_times.MAX_SHARED_BIAS == MAX_SHARED_BIAS
-    for name in ("WORKSPACE_BYTES", "USUAL_COUNTS", "MAX_COUNTS"):
+    for name in ("WORKSPACE_BYTES", "PLACES_BYTES", "USUAL_COUNTS", "MAX_COUNTS"):
         assert getattr(memory, name) == getattr(pair_slabs, name), name
     for name in ("MAX_PAIRS", "LEAST_STEPS"):
         assert getattr(memory, name) == getattr(pairs, name), name
     assert memory.KEY_PARTS == configs.PAIR_PARTS_PER_MULTIPROCESSOR * 132
-    slabs: Any = SimpleNamespace(slot=torch.empty(0), room=3)
-    assert (
-        sum(places.nbytes for places in pair_slabs.new_pairs(slabs, entries=True)) == 3 * memory.PLACE_BYTES
-    )
+    slabs: Any = SimpleNamespace(slot=torch.empty(0), room=3, num_slabs=2)
+    for stage, entries in (("attend", False), ("queries", True)):
+        places = [x for x in pair_slabs.new_pairs(slabs, entries) if x is not None]
+        assert sum(x.nbytes for x in places) == 2 * 3 * memory.PLACE_BYTES[stage]

@@ -136,6 +136,7 @@ def _attend_fwd_kernel(
 def attend_forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Lists, mean_log: Tensor, chunks: Tensor,
     sizes: Sizes, inv_sigma: float, config: Config, own: Tensor | None = None, by_pair: ByPair | None = None,
+    num_pairs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [tokens, Hq, D] and base-2 log-sum-exp [tokens, Hq] of q [tokens, Hq, D], k and v [tokens, Hkv, D].
 
@@ -144,12 +145,12 @@ def attend_forward(
     The output is float32 then, zero beside a log-sum-exp of -inf for tokens that see none of the keys.
 
     Where `by_pair` says so and keys lie with the queries, tiles attend to their own chunks only, and what else each token
-    selected is merged by pair.
+    selected is merged by pair. `num_pairs` is that of `plan_slabs`.
     """
     slabs = None
     if own is None:
         pair_bytes = sizes.group * (q[0, 0].nbytes + 4)
-        slabs = plan_slabs(lists, chunks, sizes, pair_bytes, by_pair)
+        slabs = plan_slabs(lists, chunks, sizes, pair_bytes, by_pair, num_pairs)
     tiled = lists if slabs is None else slabs.rest(lists)
     out, lse = _attend_tiles(q, k, v, tiled, mean_log, chunks, sizes, inv_sigma, config, own)
     if slabs is not None:

@@ -13,10 +13,9 @@ from dash_megatron.ops.kernels.geometry import Lists, Sizes
 from dash_megatron.ops.kernels.pair_slabs import (
     SUM_ELEMENTS,
     PairSlabs,
-    fill_slab,
+    filled_slabs,
     lane_place,
     load_gathered,
-    new_pairs,
     split_pair,
 )
 from dash_megatron.ops.kernels.tiles import LOG2_E, load_keys
@@ -129,14 +128,13 @@ def merge_pairs(
     chunks: Tensor, sizes: Sizes, inv_sigma: float,
 ) -> None:  # fmt: skip
     """Merge attention to the slabs' pairs into `out` [tokens, Hq, D] and the base-2 `lse` [tokens, Hq], in place."""
-    pairs, config, D = new_pairs(slabs, entries=False), slabs.by_pair.config, sizes.head_dim
+    config, D = slabs.by_pair.config, sizes.head_dim
     partial = torch.empty(slabs.room, sizes.group, D, dtype=q.dtype, device=q.device)
     partial_lse = torch.empty(slabs.room, sizes.group, dtype=torch.float32, device=q.device)
     constants = sizes.constants
     rows = {name: x for name, x in constants.items() if name not in ("T", "HKV")}
     sums = {name: x for name, x in constants.items() if name != "GP"}
-    for slab in range(slabs.num_slabs):
-        fill_slab(slabs, slab, lists, mean_log, chunks, sizes, inv_sigma, pairs)
+    for slab, pairs in filled_slabs(slabs, lists, mean_log, chunks, sizes, inv_sigma, False):
         _attend_pairs_kernel[(slabs.by_pair.parts,)](
             q, k, v, partial, partial_lse, pairs.token_shift, pairs.slot,
             slabs.row_place, slabs.row_work, slabs.part_bound, slabs.part_row, slabs.lane, slab, chunks[0],

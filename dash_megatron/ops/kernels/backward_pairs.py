@@ -14,10 +14,9 @@ from dash_megatron.ops.kernels.geometry import Lists, Sizes
 from dash_megatron.ops.kernels.pair_slabs import (
     SUM_ELEMENTS,
     PairSlabs,
-    fill_slab,
+    filled_slabs,
     lane_place,
     load_gathered,
-    new_pairs,
     split_pair,
 )
 from dash_megatron.ops.kernels.tiles import LOG2_E, load_keys
@@ -177,14 +176,13 @@ def backward_pairs(
         Their part of dk and dv, float32 [2, Hkv, chunks, C, D].
     """
     D, C, nc, parts = sizes.head_dim, sizes.chunk_size, sizes.num_chunks, slabs.by_pair.parts
-    pairs, config = new_pairs(slabs, entries=d_prior is not None), slabs.by_pair.config
+    config = slabs.by_pair.config
     partial = torch.empty(slabs.room, sizes.group, D, dtype=q.dtype, device=q.device)
     sums = torch.zeros(2, 2 * parts + sizes.num_kv_heads * nc, C, D, device=q.device)
     rows = {name: x for name, x in sizes.constants.items() if name != "T"}
     lanes_per_head = sizes.tiles_per_head * sizes.tile_tokens
     work = slabs.row_work, slabs.part_bound, slabs.part_row, slabs.lane
-    for slab in range(slabs.num_slabs):
-        fill_slab(slabs, slab, lists, mean_log, chunks, sizes, inv_sigma, pairs)
+    for slab, pairs in filled_slabs(slabs, lists, mean_log, chunks, sizes, inv_sigma, d_prior is not None):
         _backward_pairs_kernel[(parts,)](
             q, k, v, d_out, lse, delta, partial, d_prior, *sums, *pairs, slabs.row_place, *work, slab, chunks[0],
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], D**-0.5 * LOG2_E, D**-0.5, nc, lanes_per_head,

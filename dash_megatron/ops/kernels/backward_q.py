@@ -262,16 +262,18 @@ class QueryGradients(NamedTuple):
 def backward_q(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, lists: Lists, mean_log: Tensor,
     d_prior: Tensor | None, chunks: Tensor, sizes: Sizes, inv_sigma: float, config: Config, own: Tensor | None = None,
-    by_pair: ByPair | None = None,
+    by_pair: ByPair | None = None, num_pairs: Tensor | None = None,
 ) -> QueryGradients:  # fmt: skip
     """Gradient of q [tokens, Hq, D] through attention alone.
 
     The gradient of the log priors is written to `d_prior` [room, T] where the lists have entries, unless it is None. `own` is
-    as in `attend_forward`, and the gradient of q float32 then; `by_pair` also, and then `d_prior` holds only pairs selected.
+    as in `attend_forward`, and the gradient of q float32 then; `by_pair` and `num_pairs` also, and by pair `d_prior` holds only pairs selected.
     """
     sharded = own is not None
     own = own_places(own, chunks, sizes)
-    slabs = None if sharded else plan_slabs(lists, chunks, sizes, q[0, 0].nbytes * sizes.group, by_pair)
+    slabs = None
+    if not sharded:
+        slabs = plan_slabs(lists, chunks, sizes, q[0, 0].nbytes * sizes.group, by_pair, num_pairs)
     tiled = lists if slabs is None else slabs.rest(lists)
     dq = torch.empty(q.shape, dtype=torch.float32 if sharded else q.dtype, device=q.device)
     delta, centred_lse = torch.empty_like(lse), torch.empty_like(lse)

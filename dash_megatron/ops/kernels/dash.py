@@ -41,6 +41,8 @@ class Saved(NamedTuple):
     list_offset: Tensor
     list_count: Tensor
     chunks: Tensor
+    num_pairs: Tensor
+    """int64 []: pairs of a token and a chunk in the lists."""
 
 
 def _prepare(
@@ -103,7 +105,7 @@ def _forward(
     query_pool: int,
     pool_heads: bool,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     launches, sizes = _prepare(q, k, chunk_size, cu_seqlens, max_seqlen)
     constants = sigma, estimate_diagonal, alpha, local_chunks, query_pool, pool_heads
     router = Router(chunk_size, scaling_factor, *constants)
@@ -121,11 +123,13 @@ def _forward(
         launches.route,
         head_scaling=head_scaling,
     )
+    # but for the own chunks, which are not listed
+    num_pairs = selected.sum() - selected.numel()
     out, lse = attend_forward(
         rows_q, rows_k, rows_v, lists, mean_log, chunks, sizes, router.inv_sigma, launches.attend,
-        by_pair=launches.attend_by_pair,
+        by_pair=launches.attend_by_pair, num_pairs=num_pairs,
     )  # fmt: skip
-    saved = Saved(lse, tau, mean_log, summary, *lists, chunks)
+    saved = Saved(lse, tau, mean_log, summary, *lists, chunks, num_pairs)
     return out.view(q.shape), selected.view(q.shape[0], q.shape[1], k.shape[2]), *saved
 
 
@@ -154,6 +158,7 @@ def _forward_fake(
             list_offset=q.new_empty(sizes.num_tiles, dtype=torch.int64),
             list_count=q.new_empty(sizes.num_tiles, dtype=torch.int32),
             chunks=q.new_empty(3, sizes.num_chunks, dtype=torch.int32),
+            num_pairs=q.new_empty((), dtype=torch.int64),
         ),
     )
 
@@ -177,6 +182,7 @@ def _backward(
     list_offset: Tensor,
     list_count: Tensor,
     chunks: Tensor,
+    num_pairs: Tensor,
     chunk_size: int,
     scaling_factor: float,
     sigma: float,
@@ -196,7 +202,7 @@ def _backward(
     d_prior = torch.empty_like(list_log_prior)
     dq, delta, centred_lse, left, key_sums = backward_q(
         rows_q, rows_k, rows_v, rows_out, rows_d_out, lse, lists, mean_log, d_prior, chunks, sizes, router.inv_sigma,
-        launches.queries, by_pair=launches.backward_by_pair,
+        launches.queries, by_pair=launches.backward_by_pair, num_pairs=num_pairs,
     )  # fmt: skip
     # recomputed rather than kept
     routing_q, position = _pooled(rows_q, q.shape[0], k.shape[2], router, cu_seqlens)

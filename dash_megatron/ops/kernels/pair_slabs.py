@@ -6,6 +6,7 @@ token, its slot, in which a token's chunks lie side by side in the order of its 
 Where slabs begin is found on the device, so that the host never waits; those beyond the last are empty.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,10 +20,17 @@ from dash_megatron.ops.kernels.tiles import tile_place
 
 # Bytes of the partial results of a slab.
 WORKSPACE_BYTES = 2**31
-# Of the table of counts, 8 bytes each: runs are so short that there are nearly so many, and never more than the latter.
-USUAL_COUNTS, MAX_COUNTS = 2**23, 2**25
-# Elements of a block of list entries times tokens of a tile.
-BLOCK_ELEMENTS = 1024
+# Of the places of pairs: those of so many slabs are written at once, and of one slab anyway.
+PLACES_BYTES = 2**28
+# Of the table of counts, 4 bytes each: runs are so short that there are nearly so many, and never more than the latter.
+USUAL_COUNTS, MAX_COUNTS = 2**25, 2**26
+# Elements of a block of list entries times tokens of a tile, that a program of so many warps takes at a time.
+BLOCK_ELEMENTS, BLOCK_WARPS = 2048, 8
+# Registers of a thread that writes places, with which two programs fit a multiprocessor, and such programs for each part.
+FILL_REGISTERS = 128
+FILL_PROGRAMS_PER_PART = 4
+# Rows and columns of a block of the table of counts.
+PLACE_RUNS, PLACE_CHUNKS = 64, 32
 # Elements of the partial results that a program, one warp, adds up at a time, and such programs for each part.
 SUM_ELEMENTS = 2048
 SUM_PROGRAMS_PER_PART = 16
@@ -33,15 +41,17 @@ class PairSlabs(NamedTuple):
 
     by_pair: ByPair
     room: int
-    """At least the pairs of a slab."""
+    """At least the pairs of a slab, a multiple of 16."""
     run: int
     """Tiles of a run."""
     taken: Tensor
     """bool []: whether pairs are the cheaper way. If not, all slabs are empty."""
     slab_of_run: Tensor
     """int64 [R], ascending."""
+    first_run: Tensor
+    """int64 [S + 1]: the first run of each slab."""
     run_place: Tensor
-    """int64 [R, nc]: where the tokens of a run begin, in its slab by chunk."""
+    """int32 [R, nc]: how many tokens of earlier runs of its slab selected each chunk. Filling counts on in runs of several tiles."""
     row_place: Tensor
     """int64 [S, nc + 1]: where the pairs of each chunk begin in the slab."""
     row_work: Tensor
@@ -69,7 +79,7 @@ class PairSlabs(NamedTuple):
 
 
 class SlabPairs(NamedTuple):
-    """The pairs of one slab, by chunk, in a workspace that every slab uses again."""
+    """The pairs of one slab or, with one more dimension, of several, by chunk, in a workspace that is used again."""
 
     token_shift: Tensor
     """int64 [room]: a token, and 2 ** 32 times the bits of a float32: its centred log prior over sigma, which shifts scores."""
@@ -101,43 +111,95 @@ def lane_place(i_lane, chunk_start, chunk_end, tiles_per_head, T: tl.constexpr, 
     return i_tile // tiles_per_head, i_n.to(tl.int64), i_n < end
 
 
-@triton.jit(do_not_specialize=["slab"])
-def _slab_kernel(
-    places, token_count, slot, slab_of_run, lane, slab, pair_out, slot_out, entry_out,
-    list_chunk, list_log_prior, list_offset, list_count, mean_log, chunk_start, chunk_end, inv_sigma,
+@triton.jit
+def _selected(i_e, count, offset, list_chunk, list_log_prior, m_token, T: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a block of a tile's entries: existence and chunk [BLOCK]; places of the log priors, these, and whether selected [BLOCK, T]."""
+    o_e = i_e + tl.arange(0, BLOCK)
+    m_e = o_e < count
+    o_log = (offset + o_e)[:, None] * T + tl.arange(0, T)[None, :]
+    b_log = tl.load(list_log_prior + o_log, mask=m_e[:, None] & m_token[None, :], other=float("-inf"))
+    b_c = tl.load(list_chunk + offset + o_e, mask=m_e, other=0)
+    return m_e, b_c, o_log, b_log, (b_log > float("-inf")).to(tl.int32)
+
+
+@triton.jit
+def _count_kernel(
+    taken, counts, token_count, list_chunk, list_log_prior, list_offset, list_count, chunk_start, chunk_end,
     num_chunks, tiles_per_head, runs_per_head,
-    HKV: tl.constexpr, T: tl.constexpr, C: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr, FILL: tl.constexpr,
+    T: tl.constexpr, C: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Count how many tokens of a run selected each chunk and how many chunks each token selected; if FILL, write a slab's pairs."""
+    """Count how many tokens of a run selected each chunk, and how many chunks each token selected, unless pairs are not taken."""
+    if tl.load(taken) == 0:
+        return
     i_run = tl.program_id(0)
     i_h, i_first = i_run // runs_per_head, i_run % runs_per_head * RUN
-    begin = tl.zeros([], tl.int64)
-    if FILL:
-        if tl.load(slab_of_run + i_run) != slab:
-            return
-        begin = tl.load(slot + tl.load(lane + slab))
-    places += i_run.to(tl.int64) * num_chunks
+    counts += i_run.to(tl.int64) * num_chunks
+    for i_c in range(0, num_chunks, BLOCK):
+        o_c = i_c + tl.arange(0, BLOCK)
+        tl.store(counts + o_c, tl.zeros([BLOCK], tl.int32), mask=o_c < num_chunks)
     o_t = tl.arange(0, T)
     for i_tile in range(i_first, tl.minimum(i_first + RUN, tiles_per_head)):
+        # other lanes may have written what this tile reads
+        tl.debug_barrier()
         p_tile = i_h.to(tl.int64) * tiles_per_head + i_tile
         count, offset = tl.load(list_count + p_tile), tl.load(list_offset + p_tile)
         _, start, end = tile_place(i_tile, chunk_start, chunk_end, C // T, T)
-        b_slot = tl.zeros([T], tl.int32)
-        if FILL:
-            b_slot = (tl.load(slot + p_tile * T + o_t) - begin).to(tl.int32)
-            o_n = start.to(tl.int64) + o_t
-            b_mean = tl.load(mean_log + o_n * HKV + i_h, mask=o_n < end, other=0.0)
+        b_count = tl.zeros([T], tl.int32)
         for i_e in range(0, count, BLOCK):
-            o_e = i_e + tl.arange(0, BLOCK)
-            m_e = o_e < count
-            o_log = (offset + o_e)[:, None] * T + o_t[None, :]
-            m_log = m_e[:, None] & (start + o_t < end)[None, :]
-            b_log = tl.load(list_log_prior + o_log, mask=m_log, other=float("-inf"))
-            b_selected = (b_log > float("-inf")).to(tl.int32)
+            m_e, b_c, _o_log, _b_log, b_selected = _selected(
+                i_e, count, offset, list_chunk, list_log_prior, start + o_t < end, T, BLOCK
+            )
             # a tile lists a chunk once, so that no two lanes meet
-            b_c = tl.load(list_chunk + offset + o_e, mask=m_e, other=0)
-            b_place = tl.load(places + b_c, mask=m_e, other=0)
-            if FILL:
+            b_before = tl.load(counts + b_c, mask=m_e, other=0)
+            tl.store(counts + b_c, b_before + tl.sum(b_selected, 1), mask=m_e)
+            b_count += tl.sum(b_selected, 0)
+        tl.store(token_count + p_tile * T + o_t, b_count)
+
+
+@triton.jit
+def _place_kernel(counts, row_pairs, first_run, num_chunks, RUNS: tl.constexpr, CHUNKS: tl.constexpr):
+    """Turn counts of a slab's runs into the number of a chunk's pairs before each run, and add up those of the slab."""
+    i_slab, o_r = tl.program_id(0), tl.arange(0, RUNS)
+    o_c = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)
+    stop = tl.load(first_run + i_slab + 1)
+    b_before = tl.zeros([CHUNKS], tl.int32)
+    for i_run in range(tl.load(first_run + i_slab), stop, RUNS):
+        m_count = (i_run + o_r < stop)[:, None] & (o_c < num_chunks)[None, :]
+        p_count = counts + (i_run + o_r)[:, None] * num_chunks + o_c[None, :]
+        b_count = tl.load(p_count, mask=m_count, other=0)
+        tl.store(p_count, b_before[None, :] + tl.cumsum(b_count, 0) - b_count, mask=m_count)
+        b_before += tl.sum(b_count, 0)
+    tl.store(row_pairs + i_slab * num_chunks + o_c, b_before.to(tl.int64), mask=o_c < num_chunks)
+
+
+@triton.jit(do_not_specialize=["slab", "num_slabs", "room"])
+def _fill_kernel(
+    run_place, row_place, first_run, slab_of_run, lane, slot, slab, num_slabs, room, pair_out, slot_out, entry_out,
+    list_chunk, list_log_prior, list_offset, list_count, mean_log, chunk_start, chunk_end, inv_sigma,
+    num_chunks, tiles_per_head, runs_per_head,
+    HKV: tl.constexpr, T: tl.constexpr, C: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the pairs of `num_slabs` slabs, each into a room of its own."""
+    o_t = tl.arange(0, T)
+    first, stop = tl.load(first_run + slab), tl.load(first_run + slab + num_slabs)
+    for i_run in range(first + tl.program_id(0), stop, tl.num_programs(0)):
+        i_slab = tl.load(slab_of_run + i_run)
+        begin, here = tl.load(slot + tl.load(lane + i_slab)), (i_slab - slab) * room
+        i_h, i_first = i_run // runs_per_head, i_run % runs_per_head * RUN
+        p_run, p_row = run_place + i_run * num_chunks, row_place + i_slab * (num_chunks + 1)
+        for i_tile in range(i_first, tl.minimum(i_first + RUN, tiles_per_head)):
+            p_tile = i_h * tiles_per_head + i_tile
+            count, offset = tl.load(list_count + p_tile), tl.load(list_offset + p_tile)
+            _, start, end = tile_place(i_tile, chunk_start, chunk_end, C // T, T)
+            o_n = start.to(tl.int64) + o_t
+            b_slot = (tl.load(slot + p_tile * T + o_t) - begin).to(tl.int32)
+            b_mean = tl.load(mean_log + o_n * HKV + i_h, mask=o_n < end, other=0.0)
+            for i_e in range(0, count, BLOCK):
+                m_e, b_c, o_log, b_log, b_selected = _selected(
+                    i_e, count, offset, list_chunk, list_log_prior, o_n < end, T, BLOCK
+                )
+                b_before = tl.load(p_run + b_c, mask=m_e, other=0)
+                b_place = here + tl.load(p_row + b_c, mask=m_e, other=0) + b_before
                 o_out = b_place[:, None] + (tl.cumsum(b_selected, 1) - b_selected)
                 b_shift = (b_log - b_mean[None, :]) * inv_sigma
                 b_pair = (b_shift.to(tl.int32, bitcast=True).to(tl.int64) << 32) | o_n[None, :]
@@ -146,25 +208,13 @@ def _slab_kernel(
                 tl.store(slot_out + o_out, b_rank, mask=b_selected > 0)
                 if entry_out is not None:
                     tl.store(entry_out + o_out, o_log, mask=b_selected > 0)
-            b_slot += tl.sum(b_selected, 0)
-            tl.store(places + b_c, b_place + tl.sum(b_selected, 1), mask=m_e)
-        if not FILL:
-            tl.store(token_count + p_tile * T + o_t, b_slot)
-        # the next tile may read what other lanes wrote
-        tl.debug_barrier()
-
-
-def _launch(
-    places: Tensor, lists: Lists, chunks: Tensor, sizes: Sizes, run: int, *outputs: Tensor | int | None,
-    mean_log: Tensor | None = None, inv_sigma: float = 1.0,
-) -> None:  # fmt: skip
-    """Launch `_slab_kernel` with its outputs and slab from `token_count` to `entry_out`; with `mean_log` it fills the slab."""
-    _slab_kernel[(len(places),)](
-        places, *outputs, lists.chunk, lists.log_prior, lists.offset, lists.counts, mean_log,
-        chunks[0], chunks[1], inv_sigma, sizes.num_chunks, sizes.tiles_per_head, len(places) // sizes.num_kv_heads,
-        HKV=sizes.num_kv_heads, T=sizes.tile_tokens, C=sizes.chunk_size, RUN=run,
-        BLOCK=max(16, BLOCK_ELEMENTS // sizes.tile_tokens), FILL=mean_log is not None, num_warps=4,
-    )  # fmt: skip
+                b_slot += tl.sum(b_selected, 0)
+                if RUN > 1:
+                    # a tile lists a chunk once, so that no two lanes meet
+                    tl.store(p_run + b_c, b_before + tl.sum(b_selected, 1), mask=m_e)
+            if RUN > 1:
+                # the next tile may read what other lanes wrote
+                tl.debug_barrier()
 
 
 def _run_tiles(sizes: Sizes, room: int) -> int | None:
@@ -184,80 +234,112 @@ def _exclusive_sum(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x.cumsum(-1), (1, 0))
 
 
+def _run_constants(sizes: Sizes, run: int) -> dict[str, int]:
+    """What kernels over runs know when they are compiled."""
+    block = max(16, BLOCK_ELEMENTS // sizes.tile_tokens)
+    return {"T": sizes.tile_tokens, "C": sizes.chunk_size, "RUN": run, "BLOCK": block}
+
+
 def plan_slabs(
-    lists: Lists, chunks: Tensor, sizes: Sizes, pair_bytes: int, by_pair: ByPair | None
+    lists: Lists,
+    chunks: Tensor,
+    sizes: Sizes,
+    pair_bytes: int,
+    by_pair: ByPair | None,
+    num_pairs: Tensor | None,
 ) -> PairSlabs | None:
-    """Count the pairs of the lists and cut them into slabs; None where pairs are never taken, or would be too many to count.
+    """Decide whether pairs are taken, and cut them into slabs; None where they never are, or would be too many to count.
 
     Args:
         lists, chunks, sizes: of the queries; keys lie with them.
         pair_bytes: of what is kept for a pair.
         by_pair: how the stage goes over pairs.
+        num_pairs: int64 [], how many pairs were selected; None: those of all log priors, each of which is in a list then.
     """
     if by_pair is None or by_pair.above == float("inf"):
         return None
-    Hkv, nc, T = sizes.num_kv_heads, sizes.num_chunks, sizes.tile_tokens
-    most_pairs = lists.log_prior.numel()
-    room = WORKSPACE_BYTES // pair_bytes
+    Hkv, nc, T, device = sizes.num_kv_heads, sizes.num_chunks, sizes.tile_tokens, lists.chunk.device
+    room = WORKSPACE_BYTES // pair_bytes // 16 * 16
     run = _run_tiles(sizes, room)
     if run is None:
         return None
-    runs = triton.cdiv(sizes.tiles_per_head, run)
-    counts = torch.zeros(Hkv * runs, nc, dtype=torch.int64, device=lists.chunk.device)
-    token_count = torch.empty(sizes.num_tiles * T, dtype=torch.int32, device=counts.device)
-    _launch(counts, lists, chunks, sizes, run, token_count, None, None, None, 0, None, None, None)
-    slot = _exclusive_sum(token_count.long())
-    taken = lists.counts.sum() * T > by_pair.above * slot[-1]
+    if num_pairs is None:
+        num_pairs = (lists.log_prior > float("-inf")).sum()
+    taken = lists.counts.sum() * T > by_pair.above * num_pairs
     if by_pair.above <= 0:
         taken = torch.ones_like(taken)
+    # not set where pairs are not taken, and then without effect
+    runs = triton.cdiv(sizes.tiles_per_head, run)
+    counts = torch.empty(Hkv * runs, nc, dtype=torch.int32, device=device)
+    token_count = torch.empty(sizes.num_tiles * T, dtype=torch.int32, device=device)
+    _count_kernel[(len(counts),)](
+        taken.view(torch.uint8), counts, token_count, lists.chunk, lists.log_prior, lists.offset, lists.counts,
+        chunks[0], chunks[1], nc, sizes.tiles_per_head, runs, **_run_constants(sizes, run), num_warps=BLOCK_WARPS,
+    )  # fmt: skip
+    slot = _exclusive_sum(token_count)
 
     # A slab ends with the first run that reaches its share, or with its head. Taken pairs are few beside those listed.
-    share, most_taken = room - run * T * nc, int(most_pairs / max(1.0, by_pair.above))
+    share, most_taken = room - run * T * nc, int(lists.log_prior.numel() / max(1.0, by_pair.above))
     num_slabs = most_taken // share + Hkv
-    pairs_Hr = counts.sum(1).view(Hkv, runs)
-    slab_Hr = (pairs_Hr.cumsum(1) - pairs_Hr) // share
-    slab_of_run = (
-        (slab_Hr + _exclusive_sum(slab_Hr[:, -1] + 1)[:-1, None]).flatten().masked_fill(~taken, num_slabs)
+    tile = (
+        torch.arange(runs, device=device) * run
+        + torch.arange(Hkv, device=device)[:, None] * sizes.tiles_per_head
     )
-    first_run = torch.searchsorted(slab_of_run, torch.arange(num_slabs + 1, device=counts.device))
-    tile = (torch.arange(runs, device=counts.device) * run).clamp_max(sizes.tiles_per_head)
-    tile = (torch.arange(Hkv, device=counts.device)[:, None] * sizes.tiles_per_head + tile).flatten()
-    lane = torch.cat([tile, tile.new_full((1,), sizes.num_tiles)])[first_run] * T
+    lane = torch.nn.functional.pad(tile.flatten() * T, (0, 1), value=sizes.num_tiles * T)
+    before_Hr = slot[lane[:-1]].view(Hkv, runs)
+    slab_Hr = (before_Hr - before_Hr[:, :1]) // share
+    slab_of_run = slab_Hr + _exclusive_sum(slab_Hr[:, -1] + 1)[:-1, None]
+    slab_of_run = slab_of_run.flatten().masked_fill(~taken, num_slabs)
+    first_run = torch.searchsorted(slab_of_run, torch.arange(num_slabs + 1, device=device))
 
-    before_Rc = _exclusive_sum(counts.t()).t()
-    slab_before_Sc = before_Rc[first_run]
-    row_pairs_Sc = slab_before_Sc.diff(dim=0)
-    row_place = _exclusive_sum(row_pairs_Sc)
-    of_run = slab_of_run.clamp_max(num_slabs - 1)
-    run_place = before_Rc[:-1] - slab_before_Sc[of_run] + row_place[of_run, :-1]
-
+    row_pairs_Sc = torch.empty(num_slabs, nc, dtype=torch.int64, device=device)
+    _place_kernel[(num_slabs, triton.cdiv(nc, PLACE_CHUNKS))](
+        counts, row_pairs_Sc, first_run, nc, RUNS=PLACE_RUNS, CHUNKS=PLACE_CHUNKS, num_warps=4
+    )
     step = by_pair.config.block // sizes.padded_group
     row_work = _exclusive_sum((row_pairs_Sc + step - 1) // step)
     parts_share = (row_work[:, -1:] + by_pair.parts - 1) // by_pair.parts
-    part_bound = torch.minimum(
-        torch.arange(by_pair.parts + 1, device=counts.device) * parts_share, row_work[:, -1:]
-    )
+    part_bound = torch.minimum(torch.arange(by_pair.parts + 1, device=device) * parts_share, row_work[:, -1:])
     part_row = torch.searchsorted(row_work, part_bound[:, :-1].contiguous(), right=True) - 1
+    room = triton.cdiv(max(1, min(room, most_taken)), 16) * 16
     return PairSlabs(
-        by_pair, max(1, min(room, most_taken)), run, taken, slab_of_run, run_place.contiguous(), row_place, row_work,
-        part_bound, part_row, lane, slot,
+        by_pair, room, run, taken, slab_of_run, first_run, counts, _exclusive_sum(row_pairs_Sc), row_work, part_bound,
+        part_row, lane[first_run], slot,
     )  # fmt: skip
 
 
 def new_pairs(slabs: PairSlabs, entries: bool) -> SlabPairs:
-    """The workspace for one slab's pairs, with their `entry` only if asked for."""
-    room, device = slabs.room, slabs.slot.device
-    token_shift = torch.empty(room, dtype=torch.int64, device=device)
-    entry = torch.empty(room, dtype=torch.int64, device=device) if entries else None
-    return SlabPairs(token_shift, torch.empty(room, dtype=torch.int32, device=device), entry)
+    """The workspace for the pairs of as many slabs as are filled at once, with their `entry` only if asked for."""
+    bytes_each = 20 if entries else 12
+    at_once = max(1, min(slabs.num_slabs, PLACES_BYTES // (slabs.room * bytes_each)))
+    token_shift = torch.empty(at_once, slabs.room, dtype=torch.int64, device=slabs.slot.device)
+    entry = torch.empty_like(token_shift) if entries else None
+    return SlabPairs(token_shift, torch.empty_like(token_shift, dtype=torch.int32), entry)
 
 
-def fill_slab(
-    slabs: PairSlabs, slab: int, lists: Lists, mean_log: Tensor, chunks: Tensor, sizes: Sizes, inv_sigma: float,
-    pairs: SlabPairs,
-) -> None:  # fmt: skip
-    """Write the pairs of a slab. Once for each slab: places are counted on."""
-    _launch(
-        slabs.run_place, lists, chunks, sizes, slabs.run, None, slabs.slot, slabs.slab_of_run, slabs.lane, slab, *pairs,
-        mean_log=mean_log, inv_sigma=inv_sigma,
-    )  # fmt: skip
+def filled_slabs(
+    slabs: PairSlabs,
+    lists: Lists,
+    mean_log: Tensor,
+    chunks: Tensor,
+    sizes: Sizes,
+    inv_sigma: float,
+    entries: bool,
+) -> Iterator[tuple[int, SlabPairs]]:
+    """The number and the pairs of each slab in turn; the pairs, with their `entry` only if asked for, are there until the next."""
+    pairs = new_pairs(slabs, entries)
+    at_once = len(pairs.slot)
+    for slab in range(slabs.num_slabs):
+        if slab % at_once == 0:
+            _fill_kernel[(slabs.by_pair.parts * FILL_PROGRAMS_PER_PART,)](
+                slabs.run_place, slabs.row_place, slabs.first_run, slabs.slab_of_run, slabs.lane, slabs.slot, slab,
+                min(at_once, slabs.num_slabs - slab), slabs.room, *pairs, *lists, mean_log, chunks[0], chunks[1],
+                inv_sigma, sizes.num_chunks, sizes.tiles_per_head, len(slabs.slab_of_run) // sizes.num_kv_heads,
+                HKV=sizes.num_kv_heads, **_run_constants(sizes, slabs.run), num_warps=BLOCK_WARPS,
+                maxnreg=FILL_REGISTERS,
+            )  # fmt: skip
+        here, entry = slab % at_once, pairs.entry
+        yield (
+            slab,
+            SlabPairs(pairs.token_shift[here], pairs.slot[here], None if entry is None else entry[here]),
+        )
