@@ -110,3 +110,21 @@ def test_lists_hold_what_any_token_of_a_tile_selected(monkeypatch):
             assert chunks == sorted(set().union(*tokens))
             expected = [[0.0 if chunk in token else -torch.inf for token in tokens] for chunk in chunks]
             assert lists.log_prior[entries].tolist() == expected
+
+
+@pytest.mark.parametrize("above", [0.9, 100.0], ids=["pairs", "tiles"])
+def test_the_device_takes_pairs_or_tiles_of_lists_without_a_router(above, monkeypatch):
+    leaves, find_launches = inputs(60, Hq=2, Hkv=1, D=16, dtype=torch.float32), topk_triton.find_launches
+
+    def launches(*args):
+        found = find_launches(*args)
+        slabs = found.attend_pairs._replace(block=16)
+        by_pair = {"attend_pairs": slabs, "backward_pairs": slabs}
+        return found._replace(**by_pair, attend_pairs_above=above, backward_pairs_above=above)
+
+    options = {"chunk_size": 16}
+    expected = run("infllmv2", leaves, backend="reference", **options)
+    monkeypatch.setattr(topk_triton, "find_launches", launches)
+    out, gradients, _ = run("infllmv2", leaves, backend="triton", **options)
+    for x, y in zip((out, *gradients), (expected[0], *expected[1]), strict=True):
+        assert relative_error(x, y) < TOLERANCE[torch.float32][1]
