@@ -90,16 +90,18 @@ def search_scaling_factor(
 
 
 def set_decoding_density(model: DashForCausalLM, cache: StaticCache, context: int, target: float) -> float:
-    """Bring all layers to a density, on random tokens that each follow the cache's; gives the mean density.
+    """Bring all layers with a router to a density, on random tokens that each follow the cache's; gives the mean density.
 
     A router that pools queries sees of each those of the random tokens before it too, which the cache keeps as its last.
     """
     densities: list[float] = []
-    num_tokens = PROBES + attention_layers(model)[0].router.query_pool - 1
+    num_tokens = PROBES + getattr(model.config, "query_pool", 1) - 1
     lengths = torch.full((num_tokens,), context, dtype=torch.int32, device=model.device)
 
-    def probe(attention: DashSelfAttention) -> Callable[..., Tensor]:
-        def attend(q: Tensor, *_: Any) -> Tensor:
+    def probe(attention: DashSelfAttention) -> Callable[..., Tensor | None]:
+        def attend(q: Tensor, *_: Any) -> Tensor | None:
+            if attention.is_full:
+                return None
             layer, q_nHD = cache.layers[attention.index], q[:, :, 0]
             assert isinstance(layer, FastLayer)
             store, routing_q = layer.store, None
@@ -120,7 +122,7 @@ def set_decoding_density(model: DashForCausalLM, cache: StaticCache, context: in
     tokens = random_tokens(model, num_tokens, 1)
     with replaced(model, "_attend_with_kernels", probe):
         model(tokens, position_ids=torch.full_like(tokens, context), use_cache=False)
-    return statistics.mean(densities)
+    return statistics.mean(densities) if densities else 1.0
 
 
 def set_prefill_density(model: DashForCausalLM, prompt: Tensor, target: float | None) -> float:

@@ -47,7 +47,7 @@ from benchmarks.density_search import (
     set_prefill_density,
 )
 from benchmarks.given import Given, models_like
-from benchmarks.inputs import TINY_MODEL, Inputs, default_device, device_name
+from benchmarks.inputs import TINY_MODEL, Inputs, default_device, device_name, parse_with_overrides
 from benchmarks.timing import Attention, dense_decoders, graph_microseconds, seconds_of, wait
 from dash_megatron.config import load_config
 from dash_megatron.hf.config import llama_config
@@ -95,17 +95,17 @@ def set_kind(model: DashForCausalLM, kind: str) -> None:
         attention.is_full = kind == "full" or attention.index in always
 
 
-def fill_cache(model: DashForCausalLM, cache: StaticCache, kind: str, context: int) -> None:
+def fill_cache(model: DashForCausalLM, cache: StaticCache, context: int) -> None:
     """Put `context` keys and values into every layer, around a topic a chunk."""
     device = model.device
     start = torch.zeros(1, dtype=torch.int64, device=device)
     for index, attention in enumerate(attention_layers(model)):
-        C, H, D = attention.router.chunk_size, attention.kv_heads, attention.head_dim
+        C, H, D = model.config.chunk_size, attention.kv_heads, attention.head_dim
         inputs = Inputs(TOPICS, H, D, device, model.dtype, seed=index)
         k_NHD = inputs.gather_keys(inputs.noise(1, context, H, D), C)
         k, v = (x.transpose(1, 2).contiguous() for x in (k_NHD, inputs.noise(1, context, H, D)))
         dash_layer(cache, index)
-        if kind == "full":
+        if attention.is_full:
             cache.update(k, v, index)
         else:
             places = (attention.indexer_q.view(H, D), start, 0, attention.backend)
@@ -114,11 +114,10 @@ def fill_cache(model: DashForCausalLM, cache: StaticCache, kind: str, context: i
             fast_layer(cache, index, C, attention.router.query_pool, q, *places).write(k, v, q, *places)
 
 
-def fastest_full(cache: StaticCache, q: Tensor) -> tuple[str, Attention]:
-    """The way of torch's to attend fully with q [1, Hq, D] that is fastest on the cache's first layers, and its name."""
+def fastest_full(first: list[Any], q: Tensor) -> tuple[str, Attention]:
+    """The way of torch's to attend fully with q [1, Hq, D] that is fastest on the first layers' caches, and its name."""
     times: dict[str, float] = {}
     ways = dense_decoders(q.device)
-    first: list[Any] = cache.layers[:4]
     layers = [
         [x[:, :, : layer.filled].transpose(1, 2) for x in (layer.keys, layer.values)] for layer in first
     ]
@@ -155,14 +154,16 @@ def decode_case(
 ) -> dict[str, Any]:
     """Figures of decoding after `context` tokens."""
     cache = StaticCache(config=model.config, max_cache_len=context + SPARE_TOKENS)
-    fill_cache(model, cache, kind, context)
+    fill_cache(model, cache, context)
+    density, way = 1.0, ""
     if kind == "dash":
-        density, way = set_decoding_density(model, cache, context, options.density), ""
-        override: AbstractContextManager[None] = nullcontext()
-    else:
-        shape = 1, model.config.num_attention_heads, attention_layers(model)[0].head_dim
-        density, q = 1.0, torch.randn(shape, dtype=model.dtype, device=model.device)
-        way, attend = fastest_full(cache, q)
+        density = set_decoding_density(model, cache, context, options.density)
+    override: AbstractContextManager[None] = nullcontext()
+    full = [attention for attention in attention_layers(model) if attention.is_full]
+    if full:
+        shape = 1, model.config.num_attention_heads, full[0].head_dim
+        q = torch.randn(shape, dtype=model.dtype, device=model.device)
+        way, attend = fastest_full([cache.layers[attention.index] for attention in full[:4]], q)
         override = attending_by(model, attend)
     with override:
         time_generate(model, cache, 2)
@@ -248,12 +249,12 @@ def given_to(model: DashForCausalLM, choices: str) -> Given:
     Raises:
         ValueError: its chunks are others than the layers'.
     """
-    router = attention_layers(model)[0].router
-    fitting = models_like(router.chunk_size, router.local_chunks)
+    size, local = model.config.chunk_size, getattr(model.config, "local_chunks", 0)
+    fitting = models_like(size, local)
     if choices not in fitting:
         raise ValueError(
-            f"--choices {choices} must be one of {fitting}, which have the layers' attention.chunk_size="
-            f"{router.chunk_size} and attention.local_chunks={router.local_chunks}"
+            f"--choices {choices} must be one of {fitting}, which have the layers' attention.chunk_size={size} "
+            f"and attention.local_chunks={local}"
         )
     return Given(choices, model.config.num_hidden_layers)
 
@@ -344,7 +345,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", default="generate.json", help="file to write")
     parser.add_argument("--tiny", action="store_true", help="two narrow layers, short contexts, any device")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_intermixed_args(arguments)
+    options = parse_with_overrides(parser, arguments)
     if options.contexts is None and (options.model is not None or options.choices is not None):
         options.contexts = []
     if options.contexts is None:

@@ -29,7 +29,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.given import Given, models_like
-from benchmarks.inputs import TINY_MODEL, default_device, device_name
+from benchmarks.inputs import TINY_MODEL, default_device, device_name, parse_with_overrides
 from benchmarks.timing import seconds_of
 from dash_megatron.config import Config, config_from_dict, load_config
 from dash_megatron.config.flops import peak_flops, training_flops_per_token
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results there too")
     parser.add_argument("--tiny", action="store_true", help="two narrow layers, 256 tokens, any device")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_intermixed_args()
+    options = parse_with_overrides(parser)
     if default_device().type != "cuda" and not options.tiny:
         parser.error(
             "there is no GPU; add --tiny to time two narrow layers on 256 tokens, which any device does in seconds"

@@ -52,13 +52,33 @@ def test_every_case_is_timed_at_the_density_asked_for(
     ]
 
 
+def test_layers_that_are_always_full_decode_beside_those_with_a_router(tmp_path: Path) -> None:
+    shape = ["attention.full_layers=[0]", "attention.query_pool=4", "model.layers=3"]
+    decoded, *_ = results = _run(tmp_path, "--tiny", "--density", "0.2", *shape)
+    assert not any("failed" in result for result in results)
+    assert decoded["density"] == pytest.approx(0.2, abs=0.05)
+    assert decoded["attention"]
+    decoded, *_ = results = _run(tmp_path, "--tiny", "attention.full_layers=[0,1]")
+    assert not any("failed" in result for result in results)
+    assert decoded["density"] == 1
+
+
+@pytest.mark.parametrize("option", ["--contexts", "--prefill"])
+def test_an_override_may_stand_right_behind_numbers(option: str) -> None:
+    options = generate.parse(
+        ["model.layers=1", option, "64", "model.rope_scaling.factor=2", "--tiny", "a.b=1"]
+    )
+    assert options.overrides == ["model.layers=1", "model.rope_scaling.factor=2", "a.b=1"]
+    assert getattr(options, option[2:]) == [64]
+
+
 @torch.no_grad()
 def test_a_router_of_several_queries_decodes_on_at_the_density_that_was_searched() -> None:
     shape = ["attention.query_pool=4", "--config", str(CONFIG), "--tiny", "--contexts", "2048"]
     options = generate.parse(shape)
     model = generate.build_model(options, torch.device("cpu"))
     cache = StaticCache(config=model.config, max_cache_len=2048 + SPARE_TOKENS)
-    generate.fill_cache(model, cache, "dash", 2048)
+    generate.fill_cache(model, cache, 2048)
     assert set_decoding_density(model, cache, 2048, 0.1) == pytest.approx(0.1, abs=0.005)
     for layer in cache.layers:
         assert isinstance(layer, FastLayer)
