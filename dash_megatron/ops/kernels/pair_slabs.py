@@ -31,9 +31,10 @@ FILL_REGISTERS = 128
 FILL_PROGRAMS_PER_PART = 4
 # Rows and columns of a block of the table of counts.
 PLACE_RUNS, PLACE_CHUNKS = 64, 32
-# Elements of the partial results that a program, one warp, adds up at a time, and such programs for each part.
+# Elements of the partial results that a program, one warp, adds up at a time, and such programs for each part: twice as many as
+# run at a time, since a launch that finds no work takes as long as its programs take to start.
 SUM_ELEMENTS = 2048
-SUM_PROGRAMS_PER_PART = 16
+SUM_PROGRAMS_PER_PART = 8
 
 
 class PairSlabs(NamedTuple):
