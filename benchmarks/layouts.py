@@ -83,6 +83,8 @@ def main() -> None:
 
         run_case(options.case)
         return
+    # an order to stop, as from `timeout`, must reach the processes of a case
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options.output.mkdir(parents=True, exist_ok=True)
     options.end = time.monotonic() + options.seconds
     wanted = [
@@ -199,12 +201,12 @@ def _measure(
         case = Case(config, kind, gpus, overrides, options.routing, options.steps, left, trace, options.tiny)
         loaded = case.load()
         loaded.accumulation_steps(gpus)
+        hardware = Hardware.of(options.gpu)
     except ValueError as error:
         return {"error": str(error)}
     found = _in_processes(case, options.output / f"{name}.json", options.launcher)
     if "error" in found:
         return found
-    hardware = Hardware.of(options.gpu)
     routing = Routing(density=found["density"], peak_density=found["density"])
     estimate = estimate_configured(loaded, gpus, routing, hardware)
     planned = estimate.memory.total / 2**30 - hardware.reserved_gib

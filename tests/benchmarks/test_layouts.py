@@ -2,8 +2,11 @@
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +31,11 @@ SHAPE += [
 ]
 
 
+COMMAND = [sys.executable, "benchmarks/layouts.py", "--config", "configs/8b_64k.yaml", "--tiny"]
+
+
 def _run(folder: Path, *arguments: str) -> tuple[list[dict[str, Any]], str]:
-    command = [sys.executable, "benchmarks/layouts.py", "--config", "configs/8b_64k.yaml", "--tiny"]
+    command = list(COMMAND)
     command += ["--gpus", "2", "--steps", "1", "--output", str(folder), *arguments]
     environment = os.environ | NO_GPU | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -64,6 +70,24 @@ def test_a_case_that_takes_too_long_is_killed_and_a_later_one_left_out(tmp_path:
     rows, _ = _run(tmp_path, *layout, *layout[2:], "--limit", "2", "--seconds", "3")
     assert "killed after 2 s" in rows[0]["error"]
     assert rows[1]["error"].startswith("no time left")
+
+
+def test_an_order_to_stop_ends_the_processes_of_the_case(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    launcher = ["--launcher", f"sh -c 'echo > {tmp_path}/begun; exec sleep 600'"]
+    command = [*COMMAND, "--output", str(tmp_path), "--layout", "parallel.context=1", *launcher]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | NO_GPU, pass_fds=[writer], stdout=subprocess.DEVNULL
+    )
+    os.close(writer)
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    # the case's processes have inherited the other end
+    assert select.select([reader], [], [], 10)[0]
+    os.close(reader)
 
 
 def test_the_first_error_of_any_rank_is_told() -> None:
