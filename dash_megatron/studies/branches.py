@@ -105,6 +105,13 @@ def _compare_arm(
             {order: found[measure] for order, found in side.items() if measure in found}
             for side in (arm, reference)
         ]
+        forms = {len(item) for side in sides for items in side.values() for item in items}
+        if measure.task in LOSS_TASKS and len(forms) > 1:
+            raise StudyError(
+                f"{name}, {measure.evaluation}: some lines of {measure.task}.jsonl say which `document` they are of, and those of "
+                f"an older release do not; remove evaluation/{measure.evaluation} of branches where they do not, and `study "
+                "submit` evaluates them again"
+            )
         try:
             found = compare(*sides)
         except ValueError as error:

@@ -138,6 +138,19 @@ def test_pieces_of_a_document_are_not_taken_to_be_independent(measured_study: Pa
     assert abs(after["difference_error_items"] / before["difference_error_items"] - 1) > 0.02
 
 
+def test_windows_of_unknown_documents_are_not_compared_with_those_of_known_ones(
+    measured_study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = next(run for run in runs_of(measured_study) if run.variant == "worse" and run.base)
+    lines = [{**line, "document": line["index"]} for line in lines_of(run, "documents")]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (run.folder / "evaluation" / "held_out" / "documents.jsonl").write_text(text)
+    assert main(["study", "collect", str(measured_study)]) == 2
+    told = capsys.readouterr().err
+    assert "worse of h32_full, held_out: some lines of documents.jsonl say which `document`" in told
+    assert "remove evaluation/held_out of branches where they do not" in told
+
+
 def test_the_report_says_what_is_beyond_two_standard_errors(
     measured_study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
