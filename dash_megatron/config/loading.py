@@ -151,7 +151,7 @@ def _explain(problem: dict[str, Any], root: type[BaseModel]) -> str:
         return f"{key}={value!r} is of a wrong type{such_as}"
     if kind in ("tuple_type", "list_type"):
         entries = "..." if value is None else value
-        return f"{key}={value!r} must be a list: write {key}=[{entries}]"
+        return f"{key}={value!r} must be a list{such_as or f': write {key}=[{entries}]'}"
     if kind == "model_type" and (section := section_at(root, names)) is not None:
         example = f", such as {key}.{_example(section)}" if root is Config else ""
         return f"{key}={value!r} must be a section{example}; its keys are {', '.join(section.model_fields)}"

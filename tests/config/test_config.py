@@ -141,6 +141,7 @@ def test_configs_cannot_be_changed(path: Path) -> None:
             "data.seq_length_curriculum[0]='x': Input should be a valid integer, unable to parse string as an integer; write "
             "data.seq_length_curriculum={0: 2048, 1000: 8192}",
         ),
+        ("optimizer.betas=0.9", "optimizer.betas=0.9 must be a list; write optimizer.betas=[0.9, 0.95]"),
         ("optimizer.betas=[1]", "optimizer.betas=[1] has too few entries; write optimizer.betas=[0.9, 0.95]"),
         (
             "run_dir=2024",
