@@ -136,8 +136,8 @@ RATES = {
     "route": Rate(
         0.077, {"rows": 0.296, "scored": 3.59, "listed": 4.44}, head_dim=0.53, chunk=0.25, tile=0.58
     ),
-    "attend_by_tile": Rate(0.1, {"rows": 0.269, "visited": 926}, head_dim=0.64, chunk=0.31, tile=0.66),
-    "queries_by_tile": Rate(0.11, {"rows": 0.554, "visited": 1620}, head_dim=1.14, chunk=0.37, tile=0.11),
+    "attend_by_tile": Rate(0.092, {"rows": 0.262, "visited": 925}, head_dim=0.62, chunk=0.10, tile=0.66),
+    "queries_by_tile": Rate(0.091, {"rows": 0.544, "visited": 1600}, head_dim=1.05, chunk=-0.07, tile=0.13),
     "attend_by_pair": Rate(0.0, {"sorted": 252, "selected": 4290}),
     "queries_by_pair": Rate(0.0, {"sorted": 419, "selected": 5970}),
     "router_backward": Rate(

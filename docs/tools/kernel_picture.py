@@ -24,8 +24,6 @@ PASSES = {
     "forward and backward": ("total", "dense_total", ("route", "router_backward")),
 }
 """By title: columns of our time and of dense attention's, and the router's stages."""
-STAGES_OVER_TILES = ("route", "attend_by_tile", "queries_by_tile", "router_backward", "keys_by_tile")
-"""All stages of a pass forward and backward."""
 
 
 def density(row: dict[str, str]) -> float:
@@ -33,11 +31,6 @@ def density(row: dict[str, str]) -> float:
     tokens, size = int(row["tokens"]), int(row["chunk_size"])
     available = int(row["batch"]) * int(row["kv_heads"]) * tokens * (tokens / size + 1) / 2
     return 1e6 * float(row["selected"]) / available
-
-
-def ours(row: dict[str, str], column: str) -> float:
-    """Milliseconds of the whole pass, or of its stages over tiles where it was not timed."""
-    return float(row[column]) if row[column] else sum(float(row[stage]) for stage in STAGES_OVER_TILES)
 
 
 def label(row: dict[str, str]) -> str:
@@ -85,7 +78,7 @@ def _draw(
     color, marker = line_style(index)
     rows = sorted(rows, key=density)
     x = np.array([100 * density(row) for row in rows])
-    y = np.array([ours(row, whole) / float(row[dense]) for row in rows])
+    y = np.array([float(row[whole]) / float(row[dense]) for row in rows])
     axis.plot(x, y, marker, color=color, label=name)
     routed = np.mean([sum(float(row[stage]) for stage in router) / float(row[dense]) for row in rows])
     axis.plot(0, routed, marker, color=color, mfc="none", clip_on=False)

@@ -219,7 +219,7 @@ def test_choices_that_neighbours_do_not_share_cost_attention(capsys: pytest.Capt
     assert runs["attention"] < trained["attention"] < independent["attention"]
     assert runs["matmul"] == trained["matmul"] == independent["matmul"]
     assert parts() == trained
-    assert parts("--routing", "1") == runs
+    assert parts("--routing", "1") == pytest.approx(runs)
     pooled = parts("attention.query_pool=16", "attention.pool_heads=true")
     assert runs["attention"] < pooled["attention"] < trained["attention"]
     assert main(["plan", "--config", CONFIG, "--gpus", "128", "--routing", "0.5"]) == 2
