@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dash_megatron.reader import ending_with_reader
+
 FOLDER = Path(__file__).parent / "choices"
 TILES = (1, 2, 4, 8, 16, 32)
 
@@ -72,6 +74,7 @@ def visited_over_selected(selected_HNc: Tensor, tiles: Sequence[int] = TILES) ->
     }
 
 
+@ending_with_reader()
 def main() -> None:
     """Print one line for each layer of each model."""
     print("model          layer  chunk  past density  visited/selected at", *(f"{tile:5d}" for tile in TILES))

@@ -24,8 +24,10 @@ PLAN = ["-m", "dash_megatron", "plan", "--config", "configs/8b_128k.yaml", "--gp
         ["-m", "data_tools.write_sidecar", "--help"],
         ["slurm/submit.py", "--help"],
         ["slurm/status.py", "tests"],
+        ["-m", "benchmarks.choices"],
+        ["-m", "docs.tools.kernel_rates"],
     ],
-    ids=["little", "much", "train", "data_tools", "submit", "status"],
+    ids=["little", "much", "train", "data_tools", "submit", "status", "choices", "kernel_rates"],
 )
 def test_a_command_without_a_reader_ends_without_a_word(command: list[str], unbuffered: str) -> None:
     reader, writer = os.pipe()

@@ -14,6 +14,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from dash_megatron.planning.kernel_times import RATES, AttentionWork, Rate
+from dash_megatron.reader import ending_with_reader
 
 TABLE = Path(__file__).parents[1] / "results" / "kernel_stages.csv"
 SHAPES = ("head_dim", "chunk", "tile")
@@ -92,6 +93,7 @@ def fit(stage: str, rows: list[Row]) -> Rate:
     return rate(least_squares(errors, np.zeros(launches + len(units) + len(shapes))).x)
 
 
+@ending_with_reader()
 def main() -> None:
     """Print the rates and what they miss."""
     rows = read_rows()
