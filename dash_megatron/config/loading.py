@@ -150,15 +150,16 @@ def _explain(problem: dict[str, Any], root: type[BaseModel]) -> str:
     if several:
         return f"{key}={value!r} is of a wrong type{such_as}"
     if kind in ("tuple_type", "list_type"):
-        entries = "..." if value is None else value
-        return f"{key}={value!r} must be a list{such_as or f': write {key}=[{entries}]'}"
+        entries, name = "..." if value is None else value, f"{key}=" if root is Config else f"{path[-1]}: "
+        return f"{key}={value!r} must be a list{such_as or f': write {name}[{entries}]'}"
     if kind == "model_type" and (section := section_at(root, names)) is not None:
         example = f", such as {key}.{_example(section)}" if root is Config else ""
         return f"{key}={value!r} must be a section{example}; its keys are {', '.join(section.model_fields)}"
     if kind == "dict_type":
         return f"{key}={value!r} must be a mapping{such_as}"
     if kind == "string_type" and isinstance(value, int | float):
-        return f"{key}={value!r} must be text: write '{value}', and on the command line \"'{value}'\""
+        shell = f", and on the command line \"'{value}'\"" if root is Config else ""
+        return f"{key}={value!r} must be text: write '{value}'{shell}"
     if kind == "string_type":
         return f"{key}={value!r} must be text"
     return f"{key}{'' if path != list(place) else f'={value!r}'}: {problem['msg']}{such_as}"

@@ -216,6 +216,8 @@ def test_baselines_have_the_density_and_flops_of_their_lists(write_study: Write)
             {"points": ["a"]},
             "points[0]='a' must be a mapping; write points: [{name: 30m, model.layers: 8}, ...]",
         ),
+        ({"seeds": 3}, "seeds=3 must be a list: write seeds: [3]; see"),
+        ({"evaluate": {"a": 3}}, "evaluate.a=3 must be text: write '3'; see"),
         ({"twins": [3]}, "twins[0]=3 is of a wrong type; write twins: [full, {attention.alpha: 1.2}]"),
         ({"grid": {"optimizer.lr": []}}, "grid.optimizer.lr is empty"),
         ({"grid": {"optimizer.lr": [1e-3, 1e-3]}}, "are the same"),
