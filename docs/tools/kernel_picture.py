@@ -2,8 +2,7 @@
 
     python -m docs.tools.kernel_picture --output docs/results/
 
-From the rows of `docs/results/kernel_stages.csv` whose whole forward was timed. Where forward and backward together were not, in the
-way they go by default, the stages are added up.
+From the rows of `docs/results/kernel_stages.csv` whose whole passes were timed.
 """
 
 from __future__ import annotations
