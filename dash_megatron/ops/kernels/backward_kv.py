@@ -277,10 +277,9 @@ def _passes(
             sums = torch.empty(2, 2 * len(partition.row) * C * D + k.numel(), device=k.device)
             # not all of it is written
             sums[:, -k.numel() :] = 0
-            found.append(_Pass(sums, ds_sum, partition, width))
         else:
             sums = torch.empty(2, slots, C, D, dtype=torch.float32, device=k.device)
-            found.append(_Pass(sums, ds_sum, partition, width))
+        found.append(_Pass(sums, ds_sum, partition, width))
         return found[-1]
 
     if launches.pairs_above < math.inf:
@@ -346,21 +345,8 @@ def backward_kv(
     ):  # fmt: skip
         ds_sum = d_summary if ds_sum is None else ds_sum
         _finish(
-            k,
-            w,
-            sums,
-            ds_sum,
-            dk,
-            dv,
-            dw_chunk,
-            partition,
-            width,
-            places,
-            sizes,
-            deterministic,
-            False,
-            key_sums,
-        )
+            k, w, sums, ds_sum, dk, dv, dw_chunk, partition, width, places, sizes, deterministic, False, key_sums
+        )  # fmt: skip
     return dk, dv, dw_chunk.sum(1)
 
 

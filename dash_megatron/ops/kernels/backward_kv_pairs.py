@@ -12,6 +12,7 @@ from torch import Tensor
 from dash_megatron.ops.kernels.backward_summary import Summaries, routing_scales, summary_gradient
 from dash_megatron.ops.kernels.configs import Config
 from dash_megatron.ops.kernels.geometry import Lists, Sizes
+from dash_megatron.ops.kernels.pair_slabs import load_gathered
 from dash_megatron.ops.kernels.pairs import PairPlan, fill_pairs
 from dash_megatron.ops.kernels.tiles import (
     KEYS_AS_ROWS,
@@ -131,10 +132,8 @@ def _dkv_pairs_kernel(
             next_entry = tl.minimum(o_e + TOKENS, last_here)
             b_pair = _load_numbers(p_pair + next_entry * (2 * WIDTH), 2 * WIDTH, COPIES)
             o_head = o_n * (HKV * G) + i_h * G + o_rg
-            p_q = q + (o_n * stride_qn + (i_h * G + o_rg) * stride_qh)[:, None] + o_d[None, :]
-            p_do = d_out + (o_head * D)[:, None] + o_d[None, :]
-            b_q = tl.load(p_q) if BLOCK_D == D else tl.load(p_q, mask=m_d[None, :], other=0.0)
-            b_do = tl.load(p_do) if BLOCK_D == D else tl.load(p_do, mask=m_d[None, :], other=0.0)
+            b_q = load_gathered(q, o_n, i_h * G + o_rg, o_d, stride_qn, stride_qh, D, BLOCK_D)
+            b_do = load_gathered(d_out, o_n, i_h * G + o_rg, o_d, HKV * G * D, D, D, BLOCK_D)
             b_lse, b_delta = _split_pairs(_load_numbers(lse_delta + o_head * 2, 2, COPIES), COPIES)
             b_shift = tl.where(m_n[:, None], b_log * inv_sigma - b_lse, float("-inf"))
             b_dk, b_dv = step_products(

@@ -14,9 +14,11 @@ from dash_megatron.ops.kernels.geometry import Lists, Sizes
 from dash_megatron.ops.kernels.pair_slabs import (
     SUM_ELEMENTS,
     PairSlabs,
+    chunk_of_slab,
     filled_slabs,
     lane_place,
     load_gathered,
+    part_of_slab,
     split_pair,
 )
 from dash_megatron.ops.kernels.tiles import LOG2_E, load_keys
@@ -31,12 +33,9 @@ def _backward_pairs_kernel(
     ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = ROWS // GP
-    i_p = slab * (tl.num_programs(0) + 1) + tl.program_id(0)
-    here, stop = tl.load(part_bound + i_p), tl.load(part_bound + i_p + 1)
-    i_c = tl.load(part_row + i_p - slab)
-    i_h = tl.load(lane + slab) // lanes_per_head
-    row_place += slab * (num_chunks + 1)
-    row_work += slab * (num_chunks + 1)
+    here, stop, i_c, i_h, p_place, p_work = part_of_slab(
+        row_place, row_work, part_bound, part_row, lane, slab, num_chunks, lanes_per_head
+    )
     k += i_h * stride_kh
     v += i_h * stride_vh
     o_d, o_c, o_token = tl.arange(0, BLOCK_D), tl.arange(0, C), tl.arange(0, TOKENS)
@@ -44,9 +43,7 @@ def _backward_pairs_kernel(
     # absent heads repeat the last one, without weight: loads need no mask
     o_g = i_h * G + tl.minimum(o_rg, G - 1)
     while here < stop:
-        begin, end = tl.load(row_work + i_c), tl.load(row_work + i_c + 1)
-        p_pair = tl.load(row_place + i_c)
-        last = (tl.load(row_place + i_c + 1) - p_pair).to(tl.int32) - 1
+        begin, end, p_pair, last = chunk_of_slab(p_place, p_work, i_c)
         start = tl.load(chunk_start + i_c)
         b_k = load_keys(k, start, stride_kn, D, BLOCK_D, C, C)
         b_v = load_keys(v, start, stride_vn, D, BLOCK_D, C, C)
