@@ -9,12 +9,12 @@ import os
 import signal
 import sys
 
+from dash_megatron.command_line import ending_with_reader, parse_with_overrides
 from dash_megatron.config import load_config
 from dash_megatron.exit_codes import ExitCode
 from dash_megatron.files import error_text
 from dash_megatron.launcher import check_processes, launch
 from dash_megatron.ranks import launched_rank, let_rank_0_print_error, print_error_once
-from dash_megatron.reader import ending_with_reader
 
 
 @ending_with_reader()
@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("--config", required=True, help="YAML file, see docs/configuration.md")
     parser.add_argument("--processes", type=int, help="start so many on this machine, such as one a GPU")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
-    arguments = parser.parse_intermixed_args()
+    arguments = parse_with_overrides(parser)
     try:
         config = load_config(arguments.config, arguments.overrides)
         check_processes(config, arguments.processes)

@@ -29,6 +29,7 @@ from benchmarks.cases import CASES, MORE_CASES, TINY_CASES, TRAINED, TRAINED_TIN
 from benchmarks.inputs import default_device, device_name, kernels_run
 from benchmarks.stages import Case, Stages, given_chunks, make_inputs
 from benchmarks.timing import dense_backends, milliseconds, wait
+from dash_megatron.command_line import ending_with_reader
 from dash_megatron.ops import dash_attention
 from dash_megatron.ops.fingerprint import implementation_fingerprint
 
@@ -364,6 +365,7 @@ def pick_cases(options: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     return cases
 
 
+@ending_with_reader()
 def main() -> None:
     """Run from the command line."""
     options = parse()

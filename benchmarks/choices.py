@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dash_megatron.reader import ending_with_reader
+from dash_megatron.command_line import ending_with_reader
 
 FOLDER = Path(__file__).parent / "choices"
 TILES = (1, 2, 4, 8, 16, 32)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.inputs import Inputs, default_device, device_name, kernels_run
 from benchmarks.timing import Attention, dense_decoders, graph_microseconds, wait
+from dash_megatron.command_line import ending_with_reader
 from dash_megatron.ops import DashCache
 from dash_megatron.ops.decode import decode_and_count
 from dash_megatron.ops.fingerprint import implementation_fingerprint
@@ -280,6 +281,7 @@ def parse() -> argparse.Namespace:
     return options
 
 
+@ending_with_reader()
 def main() -> None:
     """Run from the command line."""
     options = parse()

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.inputs import default_device, device_name
 from benchmarks.timing import milliseconds
+from dash_megatron.command_line import ending_with_reader
 from dash_megatron.ops.full import IMPLEMENTATIONS, packed_attention, pick_implementation, why_unavailable
 
 MEAN_SHORT = 1500
@@ -51,6 +52,7 @@ ROWS = [
 TINY = [Row("tiny", 128, 4, 2, 16, documents) for documents in (2, 8)]
 
 
+@ending_with_reader()
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

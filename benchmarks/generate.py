@@ -47,8 +47,9 @@ from benchmarks.density_search import (
     set_prefill_density,
 )
 from benchmarks.given import Given, models_like
-from benchmarks.inputs import TINY_MODEL, Inputs, default_device, device_name, parse_with_overrides
+from benchmarks.inputs import TINY_MODEL, Inputs, default_device, device_name
 from benchmarks.timing import Attention, dense_decoders, graph_microseconds, seconds_of, wait
+from dash_megatron.command_line import ending_with_reader, parse_with_overrides
 from dash_megatron.config import load_config
 from dash_megatron.hf.config import llama_config
 from dash_megatron.hf.fast_cache import fast_layer
@@ -363,6 +364,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+@ending_with_reader()
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Run from the command line."""

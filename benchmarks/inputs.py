@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
-import re
-import sys
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,22 +16,6 @@ TINY_MODEL = [
     "model.layers=2", "model.hidden_size=64", "model.heads=8", "model.kv_heads=2", "model.ffn_hidden_size=96",
     "model.vocab_size=320", "attention.chunk_size=16", "training.precision=fp32",
 ]  # fmt: skip
-
-
-def parse_with_overrides(
-    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
-) -> argparse.Namespace:
-    """Parse with `section.key=value` words as `overrides` wherever they stand, even behind an option that takes several values.
-
-    Args:
-        parser: has no option with values of that form.
-        arguments: None for those of the command line.
-    """
-    words = sys.argv[1:] if arguments is None else arguments
-    overrides = [word for word in words if re.match(r"[a-z]\w*\.\w+[^=]*=", word)]
-    options = parser.parse_intermixed_args([word for word in words if word not in overrides])
-    options.overrides += overrides
-    return options
 
 
 def default_device() -> torch.device:

@@ -32,6 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dash_megatron.command_line import ending_with_reader, parse_with_overrides
 from dash_megatron.config import Config, load_config
 from dash_megatron.launcher import launch
 from dash_megatron.planning.layout import Hardware, Layout
@@ -72,6 +73,7 @@ class Case:
         return load_config(self.config, self.overrides)
 
 
+@ending_with_reader()
 def main() -> None:
     """Run from the command line."""
     options = _arguments()
@@ -141,7 +143,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--case", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--start", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_intermixed_args()
+    return parse_with_overrides(parser)
 
 
 def _overrides(kind: str, options: argparse.Namespace) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dash_megatron.command_line import ending_with_reader
 from dash_megatron.drawing import COLORS, GRID, plt, save
 
 TOTALS = ("forward", "forward and backward")
@@ -21,6 +22,7 @@ NAMES = {"cudnn": "cuDNN", "math": "dense"}
 COLOR_OF = dict(zip(TOTALS, COLORS, strict=False))
 
 
+@ending_with_reader()
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

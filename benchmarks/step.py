@@ -29,8 +29,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.given import Given, models_like
-from benchmarks.inputs import TINY_MODEL, default_device, device_name, parse_with_overrides
+from benchmarks.inputs import TINY_MODEL, default_device, device_name
 from benchmarks.timing import seconds_of
+from dash_megatron.command_line import ending_with_reader, parse_with_overrides
 from dash_megatron.config import Config, config_from_dict, load_config
 from dash_megatron.config.flops import peak_flops, training_flops_per_token
 from dash_megatron.data.batches import PackedBatch, pack_samples
@@ -53,6 +54,7 @@ NO_TARGET = "attention.target_density=null"
 TINY_STEP = [*TINY_MODEL, "data.seq_length=256", "training.micro_batch=1"]
 
 
+@ending_with_reader()
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.inputs import default_device, device_name, kernels_run
 from benchmarks.stages import Case, Stages
 from benchmarks.timing import milliseconds
+from dash_megatron.command_line import ending_with_reader
 from dash_megatron.ops.kernels.configs import (
     HOPPER,
     HOPPER_OVERLAP,
@@ -253,6 +254,7 @@ def parse() -> argparse.Namespace:
     return options
 
 
+@ending_with_reader()
 def main() -> None:
     """Run from the command line."""
     options = parse()

@@ -6,13 +6,13 @@ The arguments of each command are in the `cli.py` of its package, which imports 
 import argparse
 import sys
 
+from dash_megatron.command_line import ending_with_reader, parse_with_overrides
 from dash_megatron.doctor.cli import add_doctor, replay_parser
 from dash_megatron.evaluation.cli import add_evaluate
 from dash_megatron.files import error_text
 from dash_megatron.hf.cli import add_convert
 from dash_megatron.planning.cli import add_plan
 from dash_megatron.ranks import print_error_once
-from dash_megatron.reader import ending_with_reader
 from dash_megatron.studies.cli import add_study
 from dash_megatron.training.cli import add_sample
 
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:2] == ["doctor", "replay"]:
         options = replay_parser().parse_args(arguments[2:])
     else:
-        options = _read(arguments)
+        options = parse_with_overrides(_parser(), arguments)
     try:
         code = options.run(options)
     except BrokenPipeError:
@@ -36,17 +36,6 @@ def main(arguments: list[str] | None = None) -> int:
         print_error_once(f"error: {error_text(error)}")
         return 1 if isinstance(error, OSError) and not isinstance(error, _WRONG_FILES) else 2
     return code or 0
-
-
-def _read(arguments: list[str]) -> argparse.Namespace:
-    """Arguments of a tool; overrides may stand on both sides of options, of which argparse gives back all but the first."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    if "overrides" in options and not any(word.startswith("-") for word in rest):
-        options.overrides += rest
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return options
 
 
 def _parser() -> argparse.ArgumentParser:

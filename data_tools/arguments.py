@@ -4,8 +4,8 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from dash_megatron.command_line import ending_with_reader
 from dash_megatron.files import error_text
-from dash_megatron.reader import ending_with_reader
 
 
 def make_parser(tool: str, doc: str | None) -> argparse.ArgumentParser:

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from dash_megatron.command_line import ending_with_reader
+
 ASKED = ("What does {} do?", "Explain {}.", "How do I use {}?")
 
 
@@ -30,6 +32,7 @@ def documented_functions(folder: Path) -> Iterator[tuple[str, str]]:
                     yield f"{module}.{node.name}", first
 
 
+@ending_with_reader()
 def main() -> None:
     """Print one conversation a line, every third of them with a second question."""
     warnings.simplefilter("ignore")  # old modules have invalid escapes

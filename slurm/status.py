@@ -20,7 +20,7 @@ from query import query_slurm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dash_megatron.reader import ending_with_reader
+from dash_megatron.command_line import ending_with_reader
 
 # states of jobs that will not run again; for some minutes the queue still shows them
 ENDED = frozenset(

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from site_file import Site, load_site
 
+from dash_megatron.command_line import ending_with_reader, parse_with_overrides
 from dash_megatron.config import Config, load_config
-from dash_megatron.reader import ending_with_reader
 
 FOLDER = Path(__file__).resolve().parent
 TEMPLATE = FOLDER / "pretrain.sbatch"
@@ -282,14 +282,8 @@ def _what_to_submit(options: argparse.Namespace) -> tuple[Job, list[Run], Site]:
     if options.at_once and not options.array:
         raise ValueError(f"--at-once {options.at_once} must go with --array; leave it out")
     site = load_site(Path(options.site))
-    # `--array a.yaml b.yaml key=value`: what has a = and is no file is an override
-    paths = (
-        [options.config]
-        if options.config
-        else [word for word in options.array if "=" not in word or Path(word).is_file()]
-    )
-    overrides = options.overrides + [word for word in options.array or () if word not in paths]
-    runs = [read_run(path, overrides, options.nodes * per_node) for path in paths]
+    paths = [options.config] if options.config else options.array
+    runs = [read_run(path, options.overrides, options.nodes * per_node) for path in paths]
     folders = [run.folder for run in runs]
     twice = [str(folder) for folder in folders if folders.count(folder) > 1]
     if twice:
@@ -338,7 +332,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--dry-run", action="store_true", help="print the batch script, write and submit nothing"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
-    return parser.parse_intermixed_args(arguments)
+    return parse_with_overrides(parser, arguments)
 
 
 if __name__ == "__main__":

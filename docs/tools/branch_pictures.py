@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dash_megatron.command_line import ending_with_reader
 from dash_megatron.drawing import COLORS, GRID, line_style, plt, save
 
 QUALITY = Path(__file__).parents[1] / "results" / "quality"
@@ -200,6 +201,7 @@ def _number(branches: int) -> str:
     return f"{branches} branch{'es' if branches > 1 else ''}"
 
 
+@ending_with_reader()
 def main(arguments: list[str] | None = None) -> None:
     """Draw into a folder, which is made where it is missing."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from dash_megatron.command_line import ending_with_reader
 from dash_megatron.config import Config
 from dash_megatron.config.section import section_of
 
@@ -80,4 +81,5 @@ def _type_text(field: Any) -> str:
 
 
 if __name__ == "__main__":
-    print(render_reference(), end="")
+    with ending_with_reader():
+        print(render_reference(), end="")

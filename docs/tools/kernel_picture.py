@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dash_megatron.command_line import ending_with_reader
 from dash_megatron.drawing import GRID, line_style, plt, save
 
 TABLE = Path(__file__).resolve().parents[1] / "results" / "kernel_stages.csv"
@@ -42,6 +43,7 @@ def label(row: dict[str, str]) -> str:
     return f"{routing}, {rows}{int(row['tokens']) // 1024}K, {shape}"
 
 
+@ending_with_reader()
 def main(arguments: list[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import least_squares
 
+from dash_megatron.command_line import ending_with_reader
 from dash_megatron.planning.kernel_times import RATES, AttentionWork, Rate
-from dash_megatron.reader import ending_with_reader
 
 TABLE = Path(__file__).parents[1] / "results" / "kernel_stages.csv"
 SHAPES = ("head_dim", "chunk", "tile")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dash_megatron.command_line import ending_with_reader
 from dash_megatron.drawing import GRID, line_style, plt, save
 
 SUMMARY = Path(__file__).parents[1] / "results" / "quality" / "quality_16k.json"
@@ -117,6 +118,7 @@ def draw_curves(runs: list[Run], output: Path) -> Path:
     return save(figure, output / "quality_curves.png")
 
 
+@ending_with_reader()
 def main(arguments: list[str] | None = None) -> None:
     """Draw into a folder, which is made where it is missing."""
     parser = argparse.ArgumentParser(description=__doc__)

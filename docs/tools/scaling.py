@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from dash_megatron.command_line import ending_with_reader
 from dash_megatron.config import Config, load_config
 from dash_megatron.planning.choices import Choices
 from dash_megatron.planning.coverage import coverage_of_topics
@@ -344,6 +345,7 @@ def draw(folder: Path, extent: Extent = WHOLE) -> None:
     pictures.draw_balance(balance_cases(), folder / "scaling_balance.png")
 
 
+@ending_with_reader()
 def main(arguments: list[str] | None = None) -> None:
     """Rewrite the tables of the page in the output folder, and the pictures in its `results`."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from dash_megatron.command_line import ending_with_reader
 from dash_megatron.evaluation.settings import LOSS_TASKS
 from dash_megatron.training.metrics import StepMetrics, read_metrics
 
@@ -187,6 +188,7 @@ def to_text(summary: dict[str, Any]) -> str:
     return "\n".join([*lines, "}", "}"]) + "\n"
 
 
+@ending_with_reader()
 def main(arguments: list[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
