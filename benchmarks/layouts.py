@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,14 +137,21 @@ def _arguments() -> argparse.Namespace:
         "--seconds", type=float, default=86400, help="of all cases; those too late are left out"
     )
     parser.add_argument(
-        "--launcher", help="starts a case instead of this machine's own processes; {gpus} of them"
+        "--launcher",
+        type=shlex.split,
+        help="starts a case instead of this machine's own processes; {gpus} of them",
     )
     parser.add_argument("--trace", action="store_true", help="keep a Chrome trace of one step of each case")
     parser.add_argument("--tiny", action="store_true", help="two narrow layers, 256 tokens, any device")
     parser.add_argument("--case", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--start", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parse_with_overrides(parser)
+    options = parse_with_overrides(parser)
+    if options.launcher is not None and shutil.which(next(iter(options.launcher), "")) is None:
+        parser.error(
+            f"--launcher {shlex.join(options.launcher)!r} must begin with a program that is installed here"
+        )
+    return options
 
 
 def _overrides(kind: str, options: argparse.Namespace) -> list[str]:
@@ -225,7 +233,7 @@ def _measure(
     }
 
 
-def _in_processes(case: Case, file: Path, launcher: str | None) -> dict[str, Any]:
+def _in_processes(case: Case, file: Path, launcher: list[str] | None) -> dict[str, Any]:
     """Start a case's processes, wait no longer than its limit, and read what they found."""
     file.write_text(json.dumps(dataclasses.asdict(case)))
     result, log = file.with_suffix(".result"), file.with_suffix(".log")
@@ -234,7 +242,7 @@ def _in_processes(case: Case, file: Path, launcher: str | None) -> dict[str, Any
     if launcher is None:
         command += ["--start", str(case.gpus)]
     else:
-        command = [*shlex.split(launcher.format(gpus=case.gpus)), *command]
+        command = [*(word.replace("{gpus}", str(case.gpus)) for word in launcher), *command]
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:

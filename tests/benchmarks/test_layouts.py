@@ -90,6 +90,15 @@ def test_an_order_to_stop_ends_the_processes_of_the_case(tmp_path: Path) -> None
     os.close(reader)
 
 
+@pytest.mark.parametrize("launcher", ["no-such-launcher -n {gpus}", "", "srun 'quoted"])
+def test_a_launcher_that_cannot_be_started_is_refused_before_any_case(launcher: str, tmp_path: Path) -> None:
+    command = [*COMMAND, "--output", str(tmp_path / "layouts"), "--launcher", launcher]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | NO_GPU, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--launcher" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "layouts").exists()
+
+
 def test_the_first_error_of_any_rank_is_told() -> None:
     log = "a note on an Error\n[rank1]:   raise it\n[rank1]: torch.OutOfMemoryError: CUDA out of memory\nValueError: later\n"
     assert first_error(log) == "torch.OutOfMemoryError: CUDA out of memory"
