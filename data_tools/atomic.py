@@ -1,5 +1,6 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, in folders into which one process writes."""
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,33 @@ def sync_and_rename(temporary: Path, path: Path) -> None:
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Make a folder, and hold it against other processes that would write into it too, whose files would mix.
+
+    File systems without locks, of which there are few, hold nothing. A killed process holds nothing either.
+
+    Raises:
+        ValueError: another process writes into the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".writing"
+    with open(path, "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"--output={folder} must be written by one process at a time, and another is writing it; wait for that "
+                "one, stop it, or give another folder"
+            ) from None
+        except OSError:
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def remove_files(folder: Path, *patterns: str) -> None:

@@ -33,9 +33,14 @@ class BadLineCounter:
 
     Args:
         limit: bad lines that are tolerated, --max-bad-lines.
+
+    Raises:
+        ValueError: the limit is below 0.
     """
 
     def __init__(self, limit: int) -> None:
+        if limit < 0:
+            raise ValueError(f"--max-bad-lines={limit} must be at least 0, which tolerates none")
         self.limit = limit
         self.count = 0
 

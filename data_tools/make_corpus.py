@@ -10,6 +10,7 @@ import argparse
 import ast
 import hashlib
 import json
+import math
 import sys
 import sysconfig
 import warnings
@@ -20,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_tools.arguments import add_max_bad_lines, add_text_key, make_parser, run
-from data_tools.atomic import TEMPORARY_SUFFIX, atomic_write, remove_files, sync_and_rename
+from data_tools.atomic import TEMPORARY_SUFFIX, atomic_write, remove_files, sole_writer, sync_and_rename
 from data_tools.hub import PREFIX, hub_documents, parse_name
 from data_tools.readers import (
     UNFINISHED,
@@ -148,21 +149,20 @@ def make_corpus(
 
     Raises:
         FileNotFoundError: an input does not exist.
-        ValueError: no input, no documents, damaged input, or too many bad lines; no manifest is then written.
+        ValueError: no input, no documents, damaged input, or too many bad lines, and no manifest is then written; or another
+            process writes to the output.
     """
     if not stdlib and not inputs:
         raise ValueError(
             "--input is empty and must name files or folders, unless --stdlib is given; give either"
         )
-    if shard_mb <= 0 or (max_mb is not None and max_mb <= 0):
-        raise ValueError(f"--shard-mb={shard_mb} and --max-mb={max_mb} must be above 0; leave them out")
+    if not 0 < shard_mb < math.inf or (max_mb is not None and not max_mb > 0):
+        raise ValueError(
+            f"--shard-mb={shard_mb} and --max-mb={max_mb} must be numbers above 0; leave them out"
+        )
+    bad_lines = BadLineCounter(max_bad_lines)
     # before anything is written, so that a wrong input leaves an earlier corpus alone
     _check_inputs(output, inputs, text_key)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / UNFINISHED).touch()
-    (output / MANIFEST).unlink(missing_ok=True)
-
-    bad_lines = BadLineCounter(max_bad_lines)
     sources: list[tuple[str, Iterator[Document]]] = [("stdlib", stdlib_documents())] if stdlib else []
     read = read_folders if join_folders else read_inputs
     for entry in dict.fromkeys(inputs):
@@ -170,13 +170,16 @@ def make_corpus(
             sources.append((entry, hub_documents(entry, text_key, bad_lines)))
         else:
             sources.append((entry, read([entry], text_key, bad_lines)))
-    writer = ShardWriter(output, int(shard_mb * 1e6))
-    counts = _write_documents(writer, sources, float("inf") if max_mb is None else max_mb * 1e6)
-    if not writer.shards:
-        raise ValueError(
-            "the inputs must hold at least one document, but all of them are empty; check --input"
-        )
-    return _finish(output, writer.shards, counts, bad_lines.count)
+    with sole_writer(output):
+        (output / UNFINISHED).touch()
+        (output / MANIFEST).unlink(missing_ok=True)
+        writer = ShardWriter(output, int(shard_mb * 1e6))
+        counts = _write_documents(writer, sources, math.inf if max_mb is None else max_mb * 1e6)
+        if not writer.shards:
+            raise ValueError(
+                "the inputs must hold at least one document, but all of them are empty; check --input"
+            )
+        return _finish(output, writer.shards, counts, bad_lines.count)
 
 
 def _check_inputs(output: Path, inputs: Sequence[str], text_key: str) -> None:

@@ -10,6 +10,7 @@ import argparse
 import concurrent.futures
 import hashlib
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from dash_megatron.data.chat import ChatTemplate, read_template
 from dash_megatron.data.tokenizer import Tokenizer
 from data_tools.arguments import add_input, add_max_bad_lines, add_text_key, make_parser, run
-from data_tools.atomic import atomic_write
+from data_tools.atomic import atomic_write, sole_writer
 from data_tools.encoding import Encoder, make_encoder
 from data_tools.readers import BadLineCounter, find_inputs, warn_of_unread_files
 from data_tools.shards import (
@@ -67,8 +68,8 @@ def tokenize_corpus(
 
     Raises:
         FileNotFoundError: an input or the tokenizer does not exist.
-        ValueError: an argument breaks a rule, the input is damaged or has too many bad lines, or a split is
-            empty.
+        ValueError: an argument breaks a rule, another process writes to the output, the input is damaged or has too many
+            bad lines, or a split is empty.
         RuntimeError: a worker process died.
     """
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
@@ -94,19 +95,21 @@ def tokenize_corpus(
         None if shard_mb is None else max(1, int(shard_mb * 1e6)),
     )
     run_key = hashlib.sha256("".join(unit.key for unit in units).encode()).hexdigest()
+    folder = output / SHARDS
     finished = _finished_manifest(output, run_key)
     if finished is not None:
-        # the shards are gone already, unless a run was killed in its last moment
-        remove_shards(output / SHARDS)
         print(f"{output} is complete: nothing to do", file=sys.stderr)
+        if folder.is_dir():  # of a run that was killed in its last moment
+            with sole_writer(output):
+                remove_shards(folder)
         return finished
 
-    folder = output / SHARDS
-    folder.mkdir(parents=True, exist_ok=True)
-    reports = _tokenize_units(units, folder, options, workers, max_bad_lines)
-    totals = dict(progress_of(reports))
-    _check_splits(totals, valid_fraction)
-    return _merge(units, output, options, {"key": run_key, **totals})
+    with sole_writer(output):
+        folder.mkdir(exist_ok=True)
+        reports = _tokenize_units(units, folder, options, workers, max_bad_lines)
+        totals = dict(progress_of(reports))
+        _check_splits(totals, valid_fraction)
+        return _merge(units, output, options, {"key": run_key, **totals})
 
 
 def _check_arguments(valid_fraction: float, seed: int, workers: int, shard_mb: float | None) -> None:
@@ -116,8 +119,8 @@ def _check_arguments(valid_fraction: float, seed: int, workers: int, shard_mb: f
         raise ValueError(f"--seed={seed} must lie in [0, 2**64); pick a smaller one")
     if workers < 1:
         raise ValueError(f"--workers={workers} must be at least 1; leave it out to use all cores")
-    if shard_mb is not None and shard_mb <= 0:
-        raise ValueError(f"--shard-mb={shard_mb} must be above 0; leave it out to have it chosen")
+    if shard_mb is not None and not 0 < shard_mb < math.inf:
+        raise ValueError(f"--shard-mb={shard_mb} must be above 0 and finite; leave it out to have it chosen")
 
 
 def _find_template(tokenizer: Tokenizer, chat_template: Path | None) -> str:

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.atomic import sole_writer
 from data_tools.make_corpus import main, make_corpus, stdlib_documents
 from data_tools.readers import TooManyBadLines, find_inputs
 
@@ -122,13 +123,24 @@ def test_an_input_inside_the_output_folder_is_refused(tmp_path, write_input, tex
     assert [line["text"] for line in read_corpus(tmp_path / "out")] == texts
 
 
+def test_two_processes_do_not_write_one_corpus(tmp_path, write_input, texts):
+    path = str(write_input(tmp_path / "a.jsonl", texts))
+    manifest = make_corpus(tmp_path / "out", inputs=[path])
+    with sole_writer(tmp_path / "out"), pytest.raises(ValueError, match="one process at a time, and another"):
+        make_corpus(tmp_path / "out", inputs=[path])
+    assert manifest == json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert make_corpus(tmp_path / "out", inputs=[path]) == manifest
+
+
 def test_an_empty_or_missing_input_is_an_error(tmp_path, capsys):
     (tmp_path / "a.txt").touch()
     for arguments, message in [
         ([], "--input is empty"),
         (["--input", str(tmp_path / "a.txt")], "at least one document"),
         (["--input", str(tmp_path / "no.txt")], "does not exist"),
-        (["--stdlib", "--shard-mb", "0"], "must be above 0"),
+        (["--stdlib", "--shard-mb", "0"], "must be numbers above 0"),
+        (["--stdlib", "--shard-mb", "nan"], "--shard-mb=nan and --max-mb=None must be numbers above 0"),
+        (["--stdlib", "--max-mb", "nan"], "--max-mb=nan must be numbers above 0"),
     ]:
         assert main(["--output", str(tmp_path / "out"), *arguments]) == 1
         assert message in capsys.readouterr().err

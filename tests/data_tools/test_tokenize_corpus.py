@@ -14,6 +14,7 @@ import pytest
 from dash_megatron.data.index_file import read_lengths
 from dash_megatron.data.sidecar import Sidecar
 from dash_megatron.data.tokenizer import Tokenizer
+from data_tools.atomic import sole_writer
 from data_tools.tokenize_corpus import main, tokenize_corpus
 from data_tools.write_sidecar import main as write_sidecar
 
@@ -148,6 +149,16 @@ def test_changed_input_or_options_replace_the_output(tmp_path, write_input, run,
     assert run(path, valid_fraction=0)["train_documents"] == 200
 
 
+def test_two_processes_do_not_write_into_one_folder(tmp_path, write_input, run, texts):
+    path = write_input(tmp_path / "a.jsonl", texts)
+    with sole_writer(tmp_path / "out"), pytest.raises(ValueError, match="one process at a time, and another"):
+        run(path)
+    run(path)
+    assert sorted(contents_of(tmp_path / "out")) == sorted(FINAL_FILES)
+    with sole_writer(tmp_path / "out"):
+        run(path)  # finished: nothing to write
+
+
 def test_files_of_others_in_the_output_folder_are_left_alone(tmp_path, write_input, run, texts):
     for name in ("out/mine.tmp", "out/shards/mine.bin"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -201,6 +212,8 @@ def test_shards_of_other_input_or_options_are_not_used(tmp_path, write_input, ru
         (["--workers", "0"], "--workers=0 must be at least 1"),
         (["--seed", "-1"], "--seed=-1 must lie in"),
         (["--shard-mb", "0"], "--shard-mb=0.0 must be above 0"),
+        (["--shard-mb", "nan"], "--shard-mb=nan must be above 0 and finite"),
+        (["--max-bad-lines", "-1"], "--max-bad-lines=-1 must be at least 0"),
         (["--tokenizer", "nothing.model"], f"nothing.model (relative to {os.getcwd()}) does not exist"),
         (["--text-key", "body"], "a.jsonl:1: no key 'body'"),
     ],
@@ -278,7 +291,7 @@ def test_a_killed_run_resumes_without_redoing_finished_shards(tmp_path, start):
     )
     finished = len(shards_of(tmp_path / "killed"))
     assert finished >= 5
-    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["shards"]
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [".writing", "shards"]
 
     # a mark in a finished shard is still there after resuming: the shard was not made again
     shutil.copytree(tmp_path / "killed", tmp_path / "marked")
