@@ -1,4 +1,4 @@
-"""What all commands share: where overrides may stand among options, and how a command ends when nobody reads what it prints."""
+"""What all commands share: where overrides may stand among options, and how a command ends without a reader or by Ctrl-C."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ def ending_with_reader() -> Iterator[None]:
     """Within, a closed standard output ends the process without a word, with the status that SIGPIPE gives other tools.
 
     The signal itself is left alone: it would also end a process that writes to a connection whose other side has gone.
+    Ctrl-C ends the process without a word too, with the status that a shell gives it.
     """
     try:
         try:
@@ -59,6 +60,8 @@ def ending_with_reader() -> Iterator[None]:
         # Python writes at exit what is left, and would complain again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def _flush() -> None:

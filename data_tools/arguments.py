@@ -49,6 +49,9 @@ def run(
     except BrokenPipeError:
         raise
     except errors as error:
+        if isinstance(error, OSError) and error.strerror and error.filename is None:
+            # of a write that failed, to a full disk for one, the system tells no name
+            error.filename = vars(options).get("output")
         print(f"error: {error_text(error)}", file=sys.stderr)
         return 1
     print(told)

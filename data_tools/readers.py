@@ -106,12 +106,15 @@ def warn_of_unread_files(inputs: Sequence[str | os.PathLike[str]], text_key: str
 
 def _files_of(folder: Path) -> list[Path]:
     """A folder's files, sorted by path, without hidden ones and Python's compiled ones; and its links to folders or to nothing."""
-    return [
-        file
-        for file in sorted(folder.rglob("*"))
-        if (file.is_file() or file.is_symlink())
-        and not any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(folder).parts)
-    ]
+
+    def refuse(error: OSError) -> None:
+        raise error  # a folder that may not be read, whose files would be missing without a word
+
+    found: list[Path] = []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
+        found += [Path(parent, name) for name in (*folders, *names) if not name.startswith(".")]
+    return sorted(path for path in found if path.is_file() or path.is_symlink())
 
 
 def _is_input(file: Path, text_key: str | None) -> bool:

@@ -88,3 +88,9 @@ def test_the_name_of_a_folder_is_no_override(tmp_path: Path, monkeypatch: pytest
     parser = argparse.ArgumentParser()
     parser.add_argument("runs", nargs="+")
     assert parse_with_overrides(parser, ["base", "lr=1", "other"]).runs == ["base", "lr=1", "other"]
+
+
+def test_ctrl_c_ends_a_command_with_the_status_that_a_shell_gives_it() -> None:
+    with pytest.raises(SystemExit) as ended, ending_with_reader():
+        signal.raise_signal(signal.SIGINT)
+    assert ended.value.code == 128 + signal.SIGINT

@@ -14,3 +14,13 @@ def test_a_full_disk_is_one_line_without_a_number(capsys):
     parser.add_argument("file", nargs="*")
     assert run(parser, [], work) == run(parser, ["a"], work) == 1
     assert capsys.readouterr().err == "error: No space left on device\nerror: No space left on device: a\n"
+
+
+def test_an_error_of_writing_names_the_output_where_the_system_names_no_file(capsys):
+    def work(options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    parser = make_parser("some", "Some tool.")
+    parser.add_argument("--output")
+    assert run(parser, ["--output", "out"], work) == 1
+    assert capsys.readouterr().err == "error: No space left on device: out\n"

@@ -1,4 +1,6 @@
+import errno
 import gzip
+import os
 import random
 
 import pytest
@@ -157,6 +159,29 @@ def test_what_a_folder_holds_and_is_not_read_is_counted_and_named(tmp_path, caps
         f"{tmp_path}: 7 files are not read: 2 .csv ({tmp_path}/b.csv), 1 .tar.gz ({tmp_path}/d.tar.gz), "
         f"2 links to no file ({tmp_path}/lost.txt), 1 no suffix ({tmp_path}/noext), 1 .json ({tmp_path}/package.json)\n"
     )
+
+
+def test_a_folder_that_may_not_be_read_is_an_error_and_not_left_out(tmp_path, monkeypatch):
+    (tmp_path / "in" / "closed").mkdir(parents=True)
+    (tmp_path / "in" / ".closed").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("a")
+    scan = os.scandir
+
+    def refuse(path):  # as of a user that is not root
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="in/closed"):
+        find_inputs([tmp_path / "in"])
+    (tmp_path / "in" / "closed").rmdir()
+    assert find_inputs([tmp_path / "in"]) == [str(tmp_path / "in" / "a.txt")]
+
+
+def test_a_limit_of_bad_lines_below_zero_is_refused():
+    with pytest.raises(ValueError, match="--max-bad-lines=-1 must be at least 0"):
+        BadLineCounter(-1)
 
 
 def test_bad_lines_past_the_limit_are_an_error(capsys):
