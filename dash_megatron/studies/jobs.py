@@ -35,6 +35,11 @@ class Job:
     """Of a branch: the run that it goes on from."""
 
     @property
+    def config(self) -> Path:
+        """File of the config that is trained."""
+        return Path(self.study.output) / "configs" / f"{self.run.name}.yaml"
+
+    @property
     def start(self) -> Path | None:
         """Folder of the weights that it begins with."""
         start = self.run.config.training.init_from
@@ -45,6 +50,7 @@ class JobQueue:
     """Jobs in their order, but none before the run is done whose weights it begins with."""
 
     def __init__(self, jobs: list[Job]) -> None:
+        self.total = len(jobs)
         self._waiting = list(enumerate(jobs))
         self._unfinished = {job.run.folder.resolve() for job in jobs}
         self._at_work = 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from dash_megatron.exit_codes import ExitCode
 from dash_megatron.files import write_whole
 from dash_megatron.studies.jobs import ARGUMENTS, Job, JobQueue, is_finished
-from dash_megatron.studies.runs import StudyRun, evaluations
+from dash_megatron.studies.runs import evaluations
 from dash_megatron.studies.study_file import StudyError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,42 +53,39 @@ class LocalRuns:
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._stop: int | None = None
 
-    def run_all(self, jobs: list[tuple[Job, Path]]) -> int:
-        """Train and evaluate each, with its config; 0, 1 or 75 as `submit_studies` says."""
+    def run_all(self, jobs: list[Job]) -> int:
+        """Train and evaluate each; 0, 1 or 75 as `submit_studies` says."""
         orders = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         before = {number: signal.signal(number, self._pass_on) for number in orders}
         try:
-            waiting = JobQueue([job for job, _ in jobs])
+            waiting = JobQueue(jobs)
             with ThreadPoolExecutor(len(self._environments)) as pool:
-                places = [pool.submit(self._place, waiting, jobs, place) for place in self._environments]
-                finished = {number for place in places for number in place.result()}
+                places = [pool.submit(self._place, waiting, place) for place in self._environments]
+                failed = sorted(number for place in places for number in place.result())
         finally:
             for order, handler in before.items():
                 signal.signal(order, handler)
         if self._stop is not None:
             print("stopped as asked; `study submit` goes on from here", flush=True)
             return int(ExitCode.REQUEUE)
-        failed = [job.run.name for number, (job, _) in enumerate(jobs) if number not in finished]
         if failed:
-            print(f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}", flush=True)
+            names = ", ".join(jobs[number].run.name for number in failed)
+            print(f"{len(failed)} of {len(jobs)} runs failed: {names}", flush=True)
         return 1 if failed else 0
 
-    def _place(
-        self, waiting: JobQueue, jobs: list[tuple[Job, Path]], environment: dict[str, str]
-    ) -> list[int]:
-        """Do one job after the other, in one environment; the places in the order of those that went well."""
-        finished = []
+    def _place(self, waiting: JobQueue, environment: dict[str, str]) -> list[int]:
+        """Do one job after the other, in one environment; the places in the order of those that failed."""
+        failed = []
         while (entry := waiting.take()) is not None:
             number, job = entry
             try:
-                title = f"[{number + 1}/{len(jobs)}] {job.run.name}"
-                if self._work(title, job, jobs[number][1], environment):
-                    finished.append(number)
+                if not self._work(f"[{number + 1}/{waiting.total}] {job.run.name}", job, environment):
+                    failed.append(number)
             finally:
                 waiting.done(job)
-        return finished
+        return failed
 
-    def _work(self, title: str, job: Job, config: Path, environment: dict[str, str]) -> bool:
+    def _work(self, title: str, job: Job, environment: dict[str, str]) -> bool:
         """Train and evaluate one run and say how it went; whether all is done."""
         if self._stop is not None:
             return False
@@ -101,7 +98,7 @@ class LocalRuns:
                 # from less than all steps of it, this would be another branch
                 problem = f"its base {job.base.name} is not trained"
             else:
-                problem = self._attempts(title, run, config, environment)
+                problem = self._attempts(title, job, environment)
         for name, command in job.evaluations.items():
             if problem or self._stop is not None:
                 break
@@ -118,11 +115,12 @@ class LocalRuns:
         print(f"{title}: " + (f"failed: {problem}; see {where}" if problem else took), flush=True)
         return not problem
 
-    def _attempts(self, title: str, run: StudyRun, config: Path, environment: dict[str, str]) -> str | None:
+    def _attempts(self, title: str, job: Job, environment: dict[str, str]) -> str | None:
         """What went wrong; None: the run is finished, or everything stops."""
+        run = job.run
         run.folder.mkdir(parents=True, exist_ok=True)
         for attempt in range(self.restarts + 1):
-            code = self._call([*self.command, "--config", str(config)], run.folder, environment)
+            code = self._call([*self.command, "--config", str(job.config)], run.folder, environment)
             if self._stop is not None:
                 return None
             if code == ExitCode.REQUEUE:  # somebody asked that process alone

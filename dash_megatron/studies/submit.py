@@ -62,11 +62,13 @@ def submit_studies(
     with contextlib.ExitStack() as locks:
         for study in studies.values():
             locks.enter_context(_only_one(study))
-        configs = [_write_config(job.study, job.run) for job in waiting]
+        for job in waiting:
+            text = yaml.safe_dump(job.run.config.model_dump(mode="json"), sort_keys=False)
+            write_whole(job.config, text, make_folder=True)
         if slurm is not None:
-            return _submit_arrays(list(zip(waiting, configs, strict=True)), slurm)
+            return _submit_arrays(waiting, slurm)
         local = LocalRuns(list(train or train_command(processes)), restarts, environments(at_once, processes))
-        return local.run_all(list(zip(waiting, configs, strict=True)))
+        return local.run_all(waiting)
 
 
 def _check_numbers(processes: int, restarts: int, at_once: int | None, in_array: bool) -> None:
@@ -131,11 +133,11 @@ def check_same(run: StudyRun) -> None:
         old = config_of_stored_run(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise StudyError(f"{path} cannot be read ({error}); move {run.folder} away") from error
+    trained = _result_keys(old)
     for key, value in _result_keys(run.config).items():
-        before = _result_keys(old)[key]
-        if before != value:
+        if trained[key] != value:
             raise StudyError(
-                f"{run.folder} was trained with {key}={before}, and the study now says {value}; restore the study, "
+                f"{run.folder} was trained with {key}={trained[key]}, and the study now says {value}; restore the study, "
                 "choose another `output`, or move that folder away"
             )
 
@@ -169,24 +171,17 @@ def _only_one(study: Study) -> Iterator[None]:
         yield
 
 
-def _write_config(study: Study, run: StudyRun) -> Path:
-    path = Path(study.output) / "configs" / f"{run.name}.yaml"
-    write_whole(path, yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False), make_folder=True)
-    return path
-
-
-def _submit_arrays(jobs: list[tuple[Job, Path]], arguments: Sequence[str]) -> int:
-    """An array of the runs that begin with no other's weights, and one of each that waits for it, with their configs.
+def _submit_arrays(jobs: list[Job], arguments: Sequence[str]) -> int:
+    """An array of the runs that begin with no other's weights, and one of each that waits for it.
 
     `slurm/submit.py` prints the job of each, or says what is wrong, and gives the code.
     """
-    if any(evaluations(job.study, job.run) for job, _ in jobs):
+    if any(evaluations(job.study, job.run) for job in jobs):
         print("an array does not evaluate: `study submit` here does, once its runs are trained", flush=True)
-    configs = {job.run.folder: str(config) for job, config in jobs}
     after: list[str] = []
-    for wave in in_waves([job for job, _ in jobs]):
+    for wave in in_waves(jobs):
         command = [sys.executable, repository_script("slurm/submit.py"), *arguments, *after]
-        command += ["--array", *(configs[job.run.folder] for job in wave)]
+        command += ["--array", *(str(job.config) for job in wave)]
         done = subprocess.run(command, timeout=900, stdout=subprocess.PIPE, text=True)
         print(done.stdout, end="", flush=True)
         if done.returncode:
