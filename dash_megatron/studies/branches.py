@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from typing import Any, NamedTuple
 from dash_megatron.evaluation.buckets import buckets
 from dash_megatron.evaluation.runner import RESULTS, read_lines
 from dash_megatron.evaluation.settings import DOCUMENTS, LOSS_TASKS
-from dash_megatron.files import write_whole
+from dash_megatron.studies.collect import write_rows
 from dash_megatron.studies.jobs import missing_evaluations
 from dash_megatron.studies.paired import Comparison, Item, Measured, Ratio, compare
 from dash_megatron.studies.runs import StudyRun, expand
@@ -233,11 +231,5 @@ def _numbers(name: str, found: Ratio | None) -> Mapping[str, float | None]:
 def write_comparisons(study: Study, compared: list[ArmComparison], folder: Path) -> tuple[Path, Path]:
     """Write `comparisons.json` and `comparisons.csv` into a folder, each whole or not at all."""
     rows = as_rows(study, compared)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows({**row, "orders": " ".join(map(str, row["orders"]))} for row in rows)
-    paths = folder / "comparisons.json", folder / "comparisons.csv"
-    for path, content in zip(paths, (json.dumps(rows, indent=1) + "\n", text.getvalue()), strict=True):
-        write_whole(path, content, make_folder=True)
-    return paths
+    cells = [{**row, "orders": " ".join(map(str, row["orders"]))} for row in rows]
+    return write_rows(folder / "comparisons", rows, cells)

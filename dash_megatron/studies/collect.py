@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -81,20 +82,30 @@ def _measured_flops(run: StudyRun, metrics: list[StepMetrics], vocab_size: int) 
 
 def write_table(study: Study, rows: list[dict[str, Any]]) -> tuple[Path, Path]:
     """Write `<output>/results.json` and `results.csv`, each whole or not at all."""
-    folder = Path(study.output)
+    cells = [
+        {key: json.dumps(value) if isinstance(value, (dict, list)) else value for key, value in row.items()}
+        for row in rows
+    ]
+    return write_rows(Path(study.output) / "results", rows, cells)
+
+
+def write_rows(
+    path: Path, rows: Sequence[dict[str, Any]], cells: Sequence[dict[str, Any]]
+) -> tuple[Path, Path]:
+    """Write rows as JSON and as CSV, each file whole or not at all; gives both paths.
+
+    Args:
+        path: of the files, but for `.json` and `.csv`.
+        rows: what the JSON holds.
+        cells: the same as the CSV holds it, of texts and numbers only.
+    """
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
+    writer = csv.DictWriter(text, list(cells[0]))
     writer.writeheader()
-    for row in rows:
-        writer.writerow(
-            {
-                key: json.dumps(value) if isinstance(value, (dict, list)) else value
-                for key, value in row.items()
-            }
-        )
-    paths = folder / "results.json", folder / "results.csv"
-    for path, content in zip(paths, (json.dumps(rows, indent=2) + "\n", text.getvalue()), strict=True):
-        write_whole(path, content, make_folder=True)
+    writer.writerows(cells)
+    paths = path.with_name(f"{path.name}.json"), path.with_name(f"{path.name}.csv")
+    write_whole(paths[0], json.dumps(rows, indent=2) + "\n", make_folder=True)
+    write_whole(paths[1], text.getvalue(), make_folder=True)
     return paths
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from dash_megatron.studies.collect import dense_twins, rows_with_quality
 from dash_megatron.studies.fit import render_fits
-from dash_megatron.studies.plan import assumptions, cells, headings, human
+from dash_megatron.studies.plan import COLUMNS, assumptions, cells, human
 from dash_megatron.studies.runs import StudyRun, expand
 from dash_megatron.studies.study_file import Study
 
@@ -65,9 +65,7 @@ def render_page(
 def plan_and_source_html(study: Study, source: str | Path, runs: Sequence[StudyRun]) -> list[str]:
     """What was planned and assumed of a study's runs, and its YAML file as it stands."""
     return [
-        table_html(
-            "What was planned, at the assumed density.", headings(), [cells(run, study) for run in runs]
-        ),
+        table_html("What was planned, at the assumed density.", COLUMNS, [cells(run, study) for run in runs]),
         *[f"<p>{escape(line[0].upper() + line[1:])}.</p>" for line in assumptions(study, runs)],
         "<h2>The study</h2>",
         f"<pre>{escape(Path(source).read_text(encoding='utf-8'))}</pre>",

@@ -13,7 +13,7 @@ from dash_megatron.studies.cost import mean_context
 from dash_megatron.studies.runs import StudyRun, expand
 from dash_megatron.studies.study_file import Study, load_study
 
-_COLUMNS = (
+COLUMNS = (
     "run", "parameters", "tokens", "steps", "density", "FLOPs", "dense FLOPs", "GPU-hours", "cost", "saved", "twin of",
 )  # fmt: skip
 
@@ -33,7 +33,7 @@ def plan_study(path: str | Path, as_json: bool = False) -> str:
             "runs": [as_row(run) for run in runs],
         }
         return json.dumps(document, indent=2)
-    return "\n".join([*table([cells(run, study) for run in runs], _COLUMNS), "", *assumptions(study, runs)])
+    return "\n".join([*table([cells(run, study) for run in runs], COLUMNS), "", *assumptions(study, runs)])
 
 
 def as_row(run: StudyRun) -> dict[str, Any]:
@@ -61,13 +61,8 @@ def as_row(run: StudyRun) -> dict[str, Any]:
     }
 
 
-def headings() -> Sequence[str]:
-    """Names of what `cells` gives."""
-    return _COLUMNS
-
-
 def cells(run: StudyRun, study: Study) -> list[str]:
-    """One line of the table."""
+    """One line of the table, a cell for each of `COLUMNS`."""
     twins = (
         run.twin_of[0] + (f" and {len(run.twin_of) - 1} more" if len(run.twin_of) > 1 else "")
         if run.twin_of
