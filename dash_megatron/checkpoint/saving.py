@@ -179,10 +179,9 @@ class Checkpointer:
 
         retry(publish, f"publish {tag}", self.config.checkpoint.retry_seconds, self.folder)
         keep, every = self.config.checkpoint.keep, self.config.checkpoint.keep_every
-        old = finished_steps(self.config.run_dir)[:-keep] if keep else []
-        for step in old:
-            if not every or step % every:
-                remove(self.folder / tag_of(step))
+        for old in finished_steps(self.config.run_dir)[:-keep] if keep else []:
+            if not every or old % every:
+                remove(self.folder / tag_of(old))
 
 
 class _WriterThread:

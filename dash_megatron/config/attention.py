@@ -96,13 +96,6 @@ class AttentionConfig(Section):
         known = [target for target in targets if target is not None]
         return fmean(known) if known else None
 
-    @property
-    def target_density_lists(self) -> list[tuple[float, ...]]:
-        """All the lists in `target_density`, each with one target for each layer."""
-        target = self.target_density
-        values = target.values() if isinstance(target, dict) else [target]
-        return [value for value in values if isinstance(value, tuple)]
-
     def _check_target(self) -> None:
         target = self.target_density
         if isinstance(target, dict) and (not target or min(target) < 0):
@@ -187,9 +180,12 @@ class AttentionConfig(Section):
 
     def _targets(self) -> list[tuple[float, ...]]:
         """The numbers of each step that `target_density` names: one for all layers, or one for each."""
+        values = [value for value in self._target_values() if value is not None]
+        return [value if isinstance(value, tuple) else (value,) for value in values]
+
+    def _target_values(self) -> list[float | tuple[float, ...] | None]:
         target = self.target_density
-        values: list[Any] = list(target.values()) if isinstance(target, dict) else [target]
-        return [value if isinstance(value, tuple) else (value,) for value in values if value is not None]
+        return list(target.values()) if isinstance(target, dict) else [target]
 
     def check_layers(self, layers: int) -> None:
         """Refuse layers that the model does not have, and lists of another length than its number of layers.
@@ -203,11 +199,9 @@ class AttentionConfig(Section):
                 f"attention.full_layers={list(self.full_layers)} names layer {wrong[0]}, but model.layers={layers}: layers "
                 f"are counted from 0 to {layers - 1}"
             )
-        factors = [self.scaling_factor] if isinstance(self.scaling_factor, tuple) else []
-        lists = [("scaling_factor", values) for values in factors]
-        lists += [("target_density", values) for values in self.target_density_lists]
-        for name, values in lists:
-            if len(values) != layers:
+        targets = [("target_density", value) for value in self._target_values()]
+        for name, values in [("scaling_factor", self.scaling_factor), *targets]:
+            if isinstance(values, tuple) and len(values) != layers:
                 raise ValueError(
                     f"attention.{name} lists {len(values)} numbers and must list model.layers={layers}, or be one number "
                     "for all layers"

@@ -24,14 +24,18 @@ def matmul_parameters(config: Config, vocab_size: int) -> int:
 def parameter_count(config: Config, vocab_size: int) -> int:
     """All weights of the model."""
     model = config.model
-    norms = model.hidden_size * (2 * model.layers + 1)
-    if model.qk_norm:
-        norms += 2 * model.channels_per_head * model.layers
     sparse_layers = model.layers - len(set(config.attention.full_layers))
     core = sparse_layers * core_attention_parameters(config)
     biases = model.layers * model.channels_per_head * (model.heads + 2 * model.kv_heads) * model.qkv_bias
     embedding = 0 if model.tie_embeddings else model.hidden_size * vocab_size
-    return matmul_parameters(config, vocab_size) + embedding + norms + biases + core
+    return matmul_parameters(config, vocab_size) + embedding + norm_parameters(config) + biases + core
+
+
+def norm_parameters(config: Config) -> int:
+    """Weights of all norms."""
+    model = config.model
+    in_heads = 2 * model.channels_per_head * model.layers if model.qk_norm else 0
+    return model.hidden_size * (2 * model.layers + 1) + in_heads
 
 
 def core_attention_parameters(config: Config) -> int:

@@ -31,8 +31,9 @@ def _to_hf(options: argparse.Namespace) -> None:
     # imported late, so that --help is fast
     from dash_megatron.hf.export import export_run
 
-    places = (options.run_dir, options.output)
-    report = export_run(*places, step=options.step, dtype=options.dtype, terms=options.license)
+    report = export_run(
+        options.run_dir, options.output, step=options.step, dtype=options.dtype, terms=options.license
+    )
     print(
         f"{options.output}: on {report.num_tokens} tokens the same chunks in every layer as the training model, logits "
         f"within {report.logits_difference:.1e}; rounding weights changed logits by {report.rounding:.2%}"

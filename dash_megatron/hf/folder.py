@@ -132,7 +132,6 @@ class FolderWeights(Mapping[str, Tensor]):
         if (self.folder / INDEX).is_file():
             self.files: dict[str, str] = json.loads((self.folder / INDEX).read_text())["weight_map"]
         elif (self.folder / _SINGLE_FILE).is_file():
-            self.files = {}
             self.files = dict.fromkeys(self._names(_SINGLE_FILE), _SINGLE_FILE)
         else:
             raise FileNotFoundError(

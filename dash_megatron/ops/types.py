@@ -65,9 +65,9 @@ class Router(NamedTuple):
         given = self.scaling_factor
         head_scaling = given.contiguous() if isinstance(given, Tensor) else None
         number = 1.0 if isinstance(given, Tensor) else float(given)
-        rest = float(self.sigma), self.estimate_diagonal, float(self.alpha)
-        pools = self.local_chunks, self.query_pool, self.pool_heads
-        return head_scaling, Router(self.chunk_size, number, *rest, *pools)
+        return head_scaling, self._replace(
+            scaling_factor=number, sigma=float(self.sigma), alpha=float(self.alpha)
+        )
 
     def factors(self, dtype: torch.dtype) -> float | Tensor:
         """The scaling factor as scores [..., Hkv, G, N, chunks] are multiplied by it; a tensor gets `dtype`."""

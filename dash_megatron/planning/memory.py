@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from dash_megatron.config import Config
-from dash_megatron.config.flops import parameter_count
+from dash_megatron.config.flops import norm_parameters, parameter_count
 from dash_megatron.planning.baseline_times import BASELINES
 from dash_megatron.planning.choices import tile_tokens
 from dash_megatron.planning.kernel_times import PAIRS_ABOVE, keys_by_pair, pairs_above
@@ -70,10 +70,7 @@ class MemoryUse:
 
 def rank_parameters(config: Config, layout: Layout, vocab_size: int) -> float:
     """Parameters of one tensor-parallel rank before ZeRO: norms on every rank, everything else split."""
-    model = config.model
-    norms = model.hidden_size * (2 * model.layers + 1)
-    if model.qk_norm:
-        norms += 2 * model.channels_per_head * model.layers
+    norms = norm_parameters(config)
     return (parameter_count(config, vocab_size) - norms) / layout.tensor + norms
 
 

@@ -117,7 +117,7 @@ class Trainer:
         """
         self.watchdog.beat()
         self.resume()
-        self.start_reporting()
+        self.reporter.start(self.step, self.commit)
 
     def train(self) -> ExitCode:
         """Take steps until the last one, or until a signal on any process; see `run`."""
@@ -136,10 +136,6 @@ class Trainer:
         if self.owner is not None:
             self.owner.release()
         return ExitCode.DONE if self.step == self.config.training.steps else ExitCode.REQUEUE
-
-    def start_reporting(self) -> None:
-        """Write the resolved config, say what is about to run, and start the clock."""
-        self.reporter.start(self.step, self.commit)
 
     def train_step(self) -> StepResult:
         """Read one global batch and update the weights, unless its loss or gradient is wrong; collective."""

@@ -124,6 +124,6 @@ def save_again(tree: dict[str, Any]) -> None:
 
     trainer = Trainer(config_from_dict(tree))
     trainer.resume()
-    trainer.start_reporting()
+    trainer.reporter.start(trainer.step, trainer.commit)
     trainer.maybe_save()
     destroy_process_groups()

@@ -80,7 +80,7 @@ def one_step(
     module = keep_process_groups()
     for name, tree in cases:
         trainer = module.Trainer(config_from_dict(tree))
-        trainer.start_reporting()
+        trainer.reporter.start(trainer.step, trainer.commit)
         result = _measured_steps(trainer, steps)
         copies = {
             parameter: result["weights"][parameter]
@@ -203,7 +203,7 @@ def steps_with_an_idle_rank(trees: list[dict[str, Any]], folder: str) -> None:
     module = keep_process_groups()
     for tree in trees:
         trainer = module.Trainer(config_from_dict(tree))
-        trainer.start_reporting()
+        trainer.reporter.start(trainer.step, trainer.commit)
         next_batch, length = trainer.train_source.next_batch, trainer.config.data.seq_length
         idle = torch.zeros(length, dtype=torch.bool)
         idle[zigzag_tokens(length, 0, 2)] = True
