@@ -10,6 +10,7 @@ import yaml
 from dash_megatron.config import Config
 from dash_megatron.data.blend import parse_blend
 from dash_megatron.hf import probe
+from dash_megatron.hf.names import is_full
 
 _CHAT = """
 It has a chat template, and generation stops where the answer ends:
@@ -43,16 +44,19 @@ def model_card(
     name = str(dtype).removeprefix("torch.")
     rounding = f" Rounding to {name} changes them by {report.rounding:.2%}." if report.rounding else ""
     settings = yaml.safe_dump(_without_paths(config), sort_keys=False)
+    selects = not all(is_full(config.attention, layer) for layer in range(config.model.layers))
+    attention = "DashAttention (arXiv 2605.18753)" if selects else "full attention"
+    same = "selected the same chunks in every layer, and\ntheir logits" if selects else "gave logits that"
     return f"""---
 license: {terms}
 library_name: transformers
 pipeline_tag: text-generation
-tags: [dash-attention, long-context]
+tags: [{"dash-attention, " if selects else ""}long-context]
 ---
 
 # Weights after step {step}
 
-A Llama-shaped decoder with DashAttention (arXiv 2605.18753), weights in {name}.
+A Llama-shaped decoder with {attention}, weights in {name}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -61,11 +65,9 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 ```
 {_CHAT if chat else ""}
-Without `trust_remote_code=True` transformers loads a dense Llama, which attends to everything and reports as unexpected
-the tensors it ignores: {_ignored_by_llama(config)}. Its outputs are not those of training.
+{_without_our_code(config, selects)}
 
-On {report.num_tokens} random tokens this folder and the training model selected the same chunks in every layer, and
-their logits differed by at most {report.logits_difference:.1e} (float64 arithmetic on these weights).{rounding}
+On {report.num_tokens} random tokens this folder and the training model {same} differed by at most {report.logits_difference:.1e} (float64 arithmetic on these weights).{rounding}
 
 ## Last metrics
 
@@ -80,15 +82,21 @@ their logits differed by at most {report.logits_difference:.1e} (float64 arithme
 """
 
 
-def _ignored_by_llama(config: Config) -> str:
-    ignored = "the summary queries (`indexer_q`)"
-    if config.model.qk_norm:
-        ignored += " and `q_norm`, `k_norm`"
-    if config.model.qkv_bias:
-        ignored += " and the biases of `q_proj`, `k_proj`, `v_proj`"
-    if config.attention.learned_scaling:
-        ignored += " and the factors on routing scores (`indexer_log_scaling`)"
-    return ignored
+def _without_our_code(config: Config, selects: bool) -> str:
+    """What transformers makes of the folder without the model file: a Llama, which ignores what it does not know."""
+    parts = {
+        "the summary queries (`indexer_q`)": selects,
+        "`q_norm`, `k_norm`": config.model.qk_norm,
+        "the biases of `q_proj`, `k_proj`, `v_proj`": config.model.qkv_bias,
+        "the factors on routing scores (`indexer_log_scaling`)": selects and config.attention.learned_scaling,
+    }
+    ignored = " and ".join(name for name, there in parts.items() if there)
+    if not ignored:
+        return "Without `trust_remote_code=True` transformers loads a Llama, which computes the same."
+    return (
+        f"Without `trust_remote_code=True` transformers loads a dense Llama{', which attends to everything' if selects else ''} "
+        f"and reports as unexpected\nthe tensors it ignores: {ignored}. Its outputs are not those of training."
+    )
 
 
 def _metrics_rows(metrics: dict[str, Any]) -> str:

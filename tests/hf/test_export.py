@@ -119,8 +119,13 @@ def test_transformers_loads_a_dense_llama_and_names_what_it_ignores(
     torch.testing.assert_close(
         model(tokens).logits, training_logits(config, weights, tokens), atol=1e-4, rtol=0
     )
+    card = (tmp_path / "full" / "README.md").read_text()
+    assert "with full attention" in card
+    assert "transformers loads a Llama, which computes the same" in card
+    assert "chunks" not in card.partition("## Last metrics")[0]
     config, weights = write_run("dash")
     export_run(config.run_dir, tmp_path / "dash", dtype="float32")
+    assert "Llama, which attends to everything" in (tmp_path / "dash" / "README.md").read_text()
     model, info = LlamaForCausalLM.from_pretrained(tmp_path / "dash", output_loading_info=True)
     assert set(info["unexpected_keys"]) == {f"model.layers.{layer}.self_attn.indexer_q" for layer in (0, 1)}
     assert not info["missing_keys"]
