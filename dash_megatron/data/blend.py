@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from dash_megatron.data.sidecar import Sidecar
 
 
-def parse_blend(entries: Sequence[str]) -> list[str | tuple[float, str]]:
+class Part(NamedTuple):
+    """One data set of a blend."""
+
+    weight: float | None
+    """None: in proportion to its size."""
+    prefix: str
+
+
+def parse_blend(entries: Sequence[str]) -> list[Part]:
     """Split entries such as `"0.7 data/web"` into weight and prefix; an entry without a leading number is a prefix."""
-    blend: list[str | tuple[float, str]] = []
+    blend: list[Part] = []
     for entry in entries:
         weight, _, prefix = entry.strip().partition(" ")
         try:
-            blend.append((float(weight), prefix.strip()) if prefix else entry)
+            blend.append(Part(float(weight), prefix.strip()) if prefix else Part(None, entry))
         except ValueError:
-            blend.append(entry)  # a path with a space in it
+            blend.append(Part(None, entry))  # a path with a space in it
     return blend
 
 
 def blend_prefixes(entries: Sequence[str]) -> list[str]:
     """The prefixes of a blend, without their weights."""
-    return [entry if isinstance(entry, str) else entry[1] for entry in parse_blend(entries)]
+    return [part.prefix for part in parse_blend(entries)]
 
 
 def chat_template(entries: Sequence[str]) -> str | None:

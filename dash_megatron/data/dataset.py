@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dash_megatron.data.bin_reader import BinReader
+from dash_megatron.data.blend import Part, parse_blend
 from dash_megatron.data.conversations import ConversationRows
 from dash_megatron.data.index_file import edges_digest
 from dash_megatron.data.open_files import allow_open_files
@@ -43,7 +44,6 @@ logging.getLogger("megatron.core.datasets.blended_dataset").setLevel(logging.ERR
 _FILES_PER_PREFIX = 5
 
 _OnePass: TypeAlias = "GPTDataset | ConversationRows"
-Blend = Sequence[str | os.PathLike[str] | tuple[float, str | os.PathLike[str]]]
 
 
 class TokenRows(torch.utils.data.Dataset[Mapping[str, Tensor]]):
@@ -85,7 +85,7 @@ class TokenRows(torch.utils.data.Dataset[Mapping[str, Tensor]]):
 
 
 def build_dataset(
-    blend: Blend,
+    blend: Sequence[str],
     *,
     seq_length: int,
     num_samples: int | None,
@@ -101,8 +101,8 @@ def build_dataset(
     num_samples needs, each time in another order.
 
     Args:
-        blend: prefixes of .bin/.idx pairs, or (weight, prefix) pairs; prefixes without weights are mixed by
-            their size.
+        blend: prefixes of .bin/.idx pairs, each optionally preceded by its weight and a space, as in a config; prefixes
+            without weights are mixed by their size.
         seq_length: tokens in a row; rows are cut from the documents, concatenated in random order.
         num_samples: number of rows; None: one pass over every prefix.
         seed: fixes the order.
@@ -117,7 +117,10 @@ def build_dataset(
     """
     _check_arguments(seq_length, num_samples, seed, split_name)
     field = f"data.{split_name}"
-    prefixes, weights = _parse_blend(blend, field)
+    parts = parse_blend(blend)
+    _check_weights(parts, field)
+    prefixes = [part.prefix for part in parts]
+    weights = [part.weight for part in parts if part.weight is not None]
     sidecars = [check_data(prefix, tokenizer, seq_length) for prefix in prefixes]
     _warn_of_copies(prefixes, sidecars, field)
     allow_open_files(_FILES_PER_PREFIX * len(prefixes), f"{field} names {len(prefixes)} data sets")
@@ -130,7 +133,7 @@ def build_dataset(
     ]
     lengths = [len(one_pass) for one_pass in passes]
     at_most_one_pass = split_name == "valid" or num_samples is None
-    if at_most_one_pass and weights is not None and len(prefixes) > 1:
+    if at_most_one_pass and weights and len(prefixes) > 1:
         logger.warning("%s: its weights are ignored, as one pass over every prefix is read", field)
     if at_most_one_pass:
         num_samples = min(num_samples or sum(lengths), sum(lengths))
@@ -155,28 +158,19 @@ def _check_arguments(seq_length: int, num_samples: int | None, seed: int, split_
         raise ValueError(f"num_samples={num_samples} must be at least 1; set training.steps to 1 or more")
 
 
-def _parse_blend(blend: Blend, field: str) -> tuple[list[str], list[float] | None]:
-    prefixes: list[str] = []
-    weights: list[float] = []
-    for entry in blend:
-        if isinstance(entry, str | os.PathLike):
-            prefixes.append(os.fspath(entry))
-        else:
-            weight, prefix = entry
-            if not (isinstance(weight, int | float) and 0 < weight < float("inf")):
-                raise ValueError(
-                    f"{field} gives {prefix} weight {weight!r}; it must be above 0: drop what has none"
-                )
-            weights.append(float(weight))
-            prefixes.append(os.fspath(prefix))
-    if not prefixes:
+def _check_weights(parts: Sequence[Part], field: str) -> None:
+    if not parts:
         raise ValueError(f"{field}=[] must name at least one prefix of a .bin/.idx pair, such as data/train")
-    if weights and len(weights) != len(prefixes):
+    for weight, prefix in parts:
+        if weight is not None and not 0 < weight < math.inf:
+            raise ValueError(
+                f"{field} gives {prefix} weight {weight:g}; it must be above 0: drop what has none"
+            )
+    weighted = sum(part.weight is not None for part in parts)
+    if weighted not in (0, len(parts)):
         raise ValueError(
-            f"{field} gives weights to {len(weights)} of its {len(prefixes)} prefixes; give them to all or "
-            "to none"
+            f"{field} gives weights to {weighted} of its {len(parts)} prefixes; give them to all or to none"
         )
-    return prefixes, weights or None
 
 
 def _warn_of_copies(prefixes: list[str], sidecars: list[Sidecar], field: str) -> None:

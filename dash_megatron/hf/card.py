@@ -111,9 +111,9 @@ def _metrics_rows(metrics: dict[str, Any]) -> str:
 def _without_paths(config: Config) -> dict[str, Any]:
     tree: dict[str, Any] = config.model_dump(mode="json", exclude={"run_dir": True, "logging": {"wandb"}})
     for name in ("train", "valid"):
-        blend = parse_blend(tree["data"][name])
         tree["data"][name] = [
-            _last(entry) if isinstance(entry, str) else f"{entry[0]:g} {_last(entry[1])}" for entry in blend
+            ("" if weight is None else f"{weight:g} ") + _last(prefix)
+            for weight, prefix in parse_blend(tree["data"][name])
         ]
     shortened: dict[str, Any] = _shorten(tree)
     return shortened

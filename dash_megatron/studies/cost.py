@@ -62,15 +62,8 @@ def mean_context(train: tuple[str, ...], seq_length: int, pack_documents: bool) 
     whole = (seq_length + 1) / 2
     if not pack_documents:
         return whole, "half of data.seq_length: documents attend across each other"
-    blend = parse_blend(train)
     try:
-        parts = [
-            (
-                1.0 if isinstance(part, str) else part[0],
-                read_lengths(part if isinstance(part, str) else part[1])[0],
-            )
-            for part in blend
-        ]
+        parts = [(part.weight, read_lengths(part.prefix)[0]) for part in parse_blend(train)]
     except (OSError, ValueError):
         parts = []
     if not parts:
@@ -78,7 +71,7 @@ def mean_context(train: tuple[str, ...], seq_length: int, pack_documents: bool) 
             whole,
             "half of data.seq_length: data.train cannot be read, so a sequence counts as one document",
         )
-    weighted = all(not isinstance(part, str) for part in blend)
+    weighted = all(weight is not None for weight, _ in parts)
     weights = np.array([weight if weighted else lengths.sum() for weight, lengths in parts], dtype=np.float64)
     contexts = [mean_piece_context(np.asarray(lengths), seq_length) for _, lengths in parts]
     return float(weights @ contexts / weights.sum()), "from the lengths of the documents"

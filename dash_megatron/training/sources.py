@@ -9,7 +9,7 @@ import torch
 
 from dash_megatron.config import Config
 from dash_megatron.data.batches import BatchSource, RowDataset
-from dash_megatron.data.blend import chat_template, parse_blend
+from dash_megatron.data.blend import chat_template
 from dash_megatron.data.dataset import TokenRows, build_dataset
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.parallel import context_rank, data_rank
@@ -18,7 +18,7 @@ from dash_megatron.parallel import context_rank, data_rank
 def open_rows(config: Config, split: str, num_samples: int, tokenizer: Tokenizer) -> TokenRows:
     """Open the rows of `data.train` or `data.valid`; collective. Raises what `build_dataset` raises."""
     return build_dataset(
-        parse_blend(config.data.train if split == "train" else config.data.valid),
+        config.data.train if split == "train" else config.data.valid,
         seq_length=config.data.seq_length,
         num_samples=num_samples,
         seed=config.training.seed,

@@ -119,10 +119,8 @@ def test_rows_are_mixed_with_those_of_plain_text_and_go_on_where_they_ended(
 ):
     documents, answers = conversations(0, 60, 20, tokenizer.eod)
     plain = [[int(t) for t in np.random.default_rng(i).integers(150, 300, 40)] for i in range(40)]
-    blend = [
-        (0.5, write_data(tmp_path / "a", documents, answers=answers)),
-        (0.5, write_data(tmp_path / "b", plain)),
-    ]
+    prefixes = [write_data(tmp_path / "a", documents, answers=answers), write_data(tmp_path / "b", plain)]
+    blend = [f"0.5 {prefix}" for prefix in prefixes]
     rows = build(blend, num_samples=200)
     longer = build(blend, num_samples=300)
     for index in range(200):
@@ -130,7 +128,7 @@ def test_rows_are_mixed_with_those_of_plain_text_and_go_on_where_they_ended(
     kinds = Counter("starts" in rows[index] for index in range(200))
     assert kinds == {True: 100, False: 100}
     # of every kind once, where one pass is read
-    once = build([prefix for _, prefix in blend], num_samples=None, split_name="valid")
+    once = build(prefixes, num_samples=None, split_name="valid")
     assert 0 < sum("starts" in once[index] for index in range(len(once))) < len(once)
     source = BatchSource(rows, global_batch=8, micro_batch=4, eod=tokenizer.eod)
     batch = source.next_batch()

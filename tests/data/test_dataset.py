@@ -71,7 +71,7 @@ def test_the_order_depends_on_the_seed_and_is_the_same_each_time(write_data, bui
 
 def test_more_samples_go_on_where_fewer_ended(write_data, build, tmp_path):
     a, b = write_data(tmp_path / "a", numbered(0, 20)), write_data(tmp_path / "b", numbered(1, 10))
-    for blend in ([a], [(0.7, a), (0.3, b)]):
+    for blend in ([a], [f"0.7 {a}", f"0.3 {b}"]):
         assert rows_of(build(blend, num_samples=150))[:70] == rows_of(build(blend, num_samples=70))
 
 
@@ -88,7 +88,7 @@ def test_a_blend_honours_its_weights_everywhere_in_the_order(write_data, build, 
     a = write_data(tmp_path / "a", [[10] * 24 for _ in range(40)])
     b = write_data(tmp_path / "b", [[20] * 24 for _ in range(5)])
     c = write_data(tmp_path / "c", [[30] * 24 for _ in range(40)])
-    dataset = build([(6, a), (3, b), (1, c)], num_samples=500)
+    dataset = build([f"6 {a}", f"3 {b}", f"1 {c}"], num_samples=500)
     kinds = [Counter(row).most_common(1)[0][0] for row in rows_of(dataset)]
     for stop in (50, 200, 500):
         seen = Counter(kinds[:stop])
@@ -106,7 +106,7 @@ def test_prefixes_without_weights_are_mixed_by_size(write_data, build, tmp_path)
 def test_validation_is_one_pass_over_everything(write_data, build, tmp_path):
     a, b = write_data(tmp_path / "a", numbered(0, 20)), write_data(tmp_path / "b", numbered(1, 10))
     alone = Counter(rows_of(build([a], num_samples=None)) + rows_of(build([b], num_samples=None)))
-    whole = build([(9, a), (1, b)], num_samples=10_000, split_name="valid")
+    whole = build([f"9 {a}", f"1 {b}"], num_samples=10_000, split_name="valid")
     assert set(Counter(rows_of(whole)).values()) == {1}
     assert len(whole) == sum(alone.values())
     assert rows_of(build([a, b], num_samples=7, split_name="valid")) == rows_of(whole)[:7]
@@ -149,7 +149,7 @@ def _build_on_rank(rank, folder, prefix, tokenizer, results):
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
     dataset = build_dataset(
-        [(1, prefix), (1, prefix)],
+        [f"1 {prefix}", f"1 {prefix}"],
         seq_length=SEQ_LENGTH,
         num_samples=30,
         seed=1,
@@ -272,8 +272,8 @@ def test_a_damaged_token_id_in_a_large_file_is_caught_when_read(write_data, buil
         ({"seed": -1}, r"training\.seed=-1 must lie in"),
         ({"split_name": "test"}, "split_name='test' must be"),
         ({"blend": []}, r"data\.train=\[\] must name at least one"),
-        ({"blend": [(0, "a")]}, "weight 0; it must be above 0"),
-        ({"blend": [(1, "a"), "b"]}, "weights to 1 of its 2 prefixes; give them to all or to none"),
+        ({"blend": ["0 a"]}, "weight 0; it must be above 0"),
+        ({"blend": ["1 a", "b"]}, "weights to 1 of its 2 prefixes; give them to all or to none"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dash_megatron.data.blend import parse_blend
+from dash_megatron.data.blend import blend_prefixes
 from dash_megatron.data.sidecar import Sidecar
 from dash_megatron.studies.runs import expand
 from dash_megatron.studies.study_file import load_study
@@ -39,8 +39,7 @@ def test_studies_find_all_the_data_that_they_name(tmp_path: Path) -> None:
         for run in expand(load_study(ROOT / "studies" / f"{name}.yaml")):
             data = run.config.data
             assert data.tokenizer == "data/tokenizer.model"
-            for entry in parse_blend([*data.train, *data.valid]):
-                prefix = entry if isinstance(entry, str) else entry[1]
+            for prefix in blend_prefixes([*data.train, *data.valid]):
                 sidecars[prefix] = Sidecar.read(str(tmp_path / prefix))
     assert set(sidecars) == {
         f"data/{name}"
