@@ -130,6 +130,27 @@ def test_the_hand_editable_script_ends_like_the_submitted_one(capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, "SLURM_JOB_ID: is not set: start this script with sbatch"),
+        (
+            {"SLURM_JOB_ID": "8", "SLURM_ARRAY_TASK_ID": "3"},
+            "CONFIGS[index]: has no entry for task 3 of the array",
+        ),
+    ],
+    ids=["by-hand", "array"],
+)
+def test_the_script_says_what_it_lacks_before_it_makes_a_folder(
+    tmp_path: Path, variables: dict[str, str], message: str
+) -> None:
+    command = ["bash", str(ROOT / "slurm/pretrain.sbatch")]
+    ended = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    assert ended.returncode != 0
+    assert message in ended.stderr
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--nodes", "0", "--gpus-per-node", "8", *TIME], "--nodes 0 must be at least 1"),
