@@ -24,6 +24,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -507,7 +508,7 @@ class DashSelfAttention(nn.Module):
         return out.flatten(1, 2).to(q.dtype)
 
 
-class DashDecoderLayer(nn.Module):
+class DashDecoderLayer(GradientCheckpointingLayer):
     """Attention and feed-forward layer, each behind a norm and beside the residual stream."""
 
     def __init__(self, config: LlamaConfig, index: int) -> None:
@@ -535,6 +536,7 @@ class DashPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["DashDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     _can_record_outputs = {"hidden_states": DashDecoderLayer}  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -615,7 +617,13 @@ class DashModel(DashPreTrainedModel):
         self._check_arguments(input_ids, inputs_embeds, position_ids, kwargs)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values
-        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+        recomputing = self.training and any(layer.gradient_checkpointing for layer in self.layers)
+        if recomputing and cache is not None:
+            raise ValueError(
+                "past_key_values must be None while gradient checkpointing trains the model: layers that are computed twice "
+                "would fill the cache twice"
+            )
+        if cache is None and not recomputing and (self.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache()
         past = int(cache.get_seq_length()) if cache is not None else 0
         start, latest_start = _row_starts(attention_mask, cache, x)

@@ -255,6 +255,31 @@ def test_documents_in_one_row_have_no_cache_and_are_told_by_positions(
         model(tokens, cu_seq_lens_q=torch.tensor([0, 100, 200]))
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradients_are_the_same_where_layers_are_computed_again(
+    reentrant: bool, exported: Callable[..., Any], tokens: Tensor
+) -> None:
+    model, *_ = exported("mixed")
+    model.train()
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        return [weight.grad.clone() for weight in model.parameters()]
+
+    expected = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    counted = []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: counted.append(1))
+    for found, grad in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(found, grad, atol=TOLERANCE, rtol=0)
+    assert len(counted) == 2
+    with pytest.raises(ValueError, match="past_key_values must be None while gradient checkpointing"):
+        model(tokens, past_key_values=DynamicCache())
+    model.eval()
+    assert model(tokens[:, :40]).past_key_values.get_seq_length() == 40
+
+
 @torch.no_grad()
 def test_logits_of_the_last_columns_or_of_those_named(exported: Callable[..., Any], tokens: Tensor) -> None:
     model, *_ = exported("dash")
