@@ -23,8 +23,9 @@ MAX_BOUNDED_BYTES = 2 * 2**30
 """Lists up to this size have room for every chunk: `dash_megatron.ops.kernels.geometry.MAX_BOUNDED_BYTES`."""
 WORKSPACE_BYTES = 2**31
 """Most bytes of partial results by pair: `dash_megatron.ops.kernels.pair_slabs.WORKSPACE_BYTES`."""
-USUAL_COUNTS, MAX_COUNTS, COUNT_BYTES = 2**25, 2**26, 4
-"""Entries of the table in which pairs are counted, and bytes of one: constants of `dash_megatron.ops.kernels.pair_slabs`."""
+MAX_COUNTS, COUNTED_SLABS, COUNT_BYTES = 2**26, 8, 4
+"""Most entries of the table in which pairs are counted, most slabs that it is for where it does not hold all tiles, and bytes of an
+entry: constants of `dash_megatron.ops.kernels.pair_slabs`."""
 PLACE_BYTES, PLACES_BYTES = {"attend": 12, "queries": 20}, 2**28
 """Of a pair's places, and of those that are there at once, if of more than one slab: `dash_megatron.ops.kernels.pair_slabs.new_pairs`."""
 PARTS = 528
@@ -154,16 +155,20 @@ def pair_bytes(config: Config, layout: Layout, listed: float, gpu: str) -> dict[
     for stage, of_head in {"attend": 2 * head_dim + 4, "queries": 2 * head_dim}.items():
         above = pairs_above(stage, group, head_dim, chunk, gpu)
         room = WORKSPACE_BYTES // (group * of_head)
-        run, counts = 1, kv_heads * chunks * (chunk / tile) * chunks
-        while counts / run > USUAL_COUNTS and 16 * run * tile * chunks <= room:
-            run *= 2
-        # else there would be too many to count, and tiles are gone over
-        if above < math.inf and 2 * run * tile * chunks <= room and counts / run <= MAX_COUNTS:
+        tiles, most_of_tile = chunks * (chunk / tile), tile * chunks
+        # else a tile's pairs might not fit, and tiles are gone over
+        if above < math.inf and 2 * most_of_tile <= room:
             most_taken = entries * tile / max(1.0, above)
-            slabs = most_taken // (room - run * tile * chunks) + kv_heads
             pairs, places = min(room, most_taken), PLACE_BYTES[stage]
-            at_once = max(1, min(slabs, PLACES_BYTES // (pairs * places)))
-            found[stage] = pairs * (group * of_head + at_once * places) + COUNT_BYTES * counts / run
+            at_once, slab_tiles = max(1, PLACES_BYTES // (pairs * places)), kv_heads * tiles
+            counted = slab_tiles
+            if slab_tiles * chunks > MAX_COUNTS:
+                at_once = min(at_once, COUNTED_SLABS)
+                slab_tiles = max(1, MAX_COUNTS // chunks // at_once)
+                counted = slab_tiles * at_once
+            slabs = most_taken // (room - most_of_tile) + kv_heads * math.ceil(tiles / slab_tiles)
+            at_once = min(at_once, slabs)
+            found[stage] = pairs * (group * of_head + at_once * places) + COUNT_BYTES * counted * chunks
             if stage == "queries":
                 found[stage] += 2 * (2 * PARTS + kv_heads * chunks) * chunk * head_dim * 4
     return found

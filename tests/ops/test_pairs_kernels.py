@@ -145,12 +145,13 @@ def test_gradients_by_pair_do_not_depend_on_chunks_taken_side_by_side(keys, dete
 
 @pytest.mark.parametrize(
     ("workspace", "parts", "counts", "places"),
-    [(2**31, 1, 2**25, 2**28), (2**31, 40, 32, 1), (2**16, 3, 2**25, 2**14)],
-    ids=["one slab a head", "runs of several tiles", "several slabs a head"],
+    [(2**31, 1, 2**26, 2**28), (2**31, 40, 63, 2**28), (2**16, 3, 2**26, 2**14), (2**16, 3, 63, 1)],
+    ids=["one slab a head", "few tiles a slab", "several slabs a head", "counted slab by slab"],
 )
-def test_results_by_pair_do_not_depend_on_parts_runs_and_slabs(workspace, parts, counts, places, monkeypatch):
-    """Places of one slab at a time in the second, of several in the third."""
-    monkeypatch.setattr(pair_slabs, "USUAL_COUNTS", counts)
+def test_results_by_pair_do_not_depend_on_parts_and_slabs(workspace, parts, counts, places, monkeypatch):
+    """In the second and the last the table of counts has room for 9 of the 28 tiles, as in sequences that are too long for it."""
+    monkeypatch.setattr(pair_slabs, "MAX_COUNTS", counts)
+    monkeypatch.setattr(pair_slabs, "COUNTED_SLABS", 2)
     monkeypatch.setattr(pair_slabs, "PLACES_BYTES", places)
     shape = {"N": 100, "Hq": 8, "Hkv": 2, "scaling_factor": 0.01, "deterministic": True}
     expected = _results(**shape)
@@ -160,10 +161,14 @@ def test_results_by_pair_do_not_depend_on_parts_runs_and_slabs(workspace, parts,
     _check(expected, _results(**shape))
     assert len(plans) == 2
     for plan in plans:
-        filled = (plan.row_place[:, -1] > 0).sum().item()
-        assert filled == 2 if workspace == 2**31 else filled > 2
-        assert (plan.row_place[:, -1] <= plan.room).all()
-        assert (plan.run > 1) == (counts == 32)
+        lane = plan.first_tile * ((len(plan.slot) - 1) // len(plan.slab_of_tile))
+        per_slab = plan.slot[lane].diff()
+        assert per_slab.sum() == plan.slot[-1] > 0
+        filled = (per_slab > 0).sum().item()
+        assert filled == 2 if (workspace, counts) == (2**31, 2**26) else filled > 2
+        assert (per_slab <= plan.room).all()
+        assert (plan.placed is None) == (counts == 63)
+        assert plan.placed is not None or plan.first_tile.diff().max() * plan.at_once <= plan.count_tiles <= 9
 
 
 def _plans_of_slabs(monkeypatch):
@@ -188,7 +193,7 @@ def test_the_device_takes_pairs_or_tiles_in_every_stage(monkeypatch):
         _check(expected, _results(**shape))
         for plan in plans[-2:]:
             assert plan.taken.item() is taken
-            assert (plan.row_work[:, -1].sum() > 0).item() is taken
+            assert (plan.placed.row_work[:, -1].sum() > 0).item() is taken
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -247,6 +247,16 @@ def test_pairs_have_workspaces_of_2_gib_or_of_what_a_decision_for_them_leaves() 
     assert other < one
 
 
+def test_pairs_of_a_million_tokens_are_counted_for_a_few_slabs_at_a_time() -> None:
+    found = memory.pair_bytes(heads_of_128(2**20), ALONE, 0.05, "H200")
+    # the places of 6 slabs fill 256 MiB in the gradient; of 10 in attention, of which 8 are counted at a time
+    attend, queries = 2**31 // 1040, 2**31 // 1024
+    assert found["attend"] == attend * (1040 + 8 * 12) + 2**26 * 4
+    # a slab has as many tiles as let 2**26 counts do for 6 of them, by 16384 chunks
+    counts = 2**26 // 16384 // 6 * 6 * 16384 * 4
+    assert found["queries"] == queries * (1024 + 6 * 20) + counts + 2 * (131072 + 1056) * 64 * 128 * 4
+
+
 @pytest.mark.parametrize(
     ("config", "layout"),
     [
@@ -254,10 +264,10 @@ def test_pairs_have_workspaces_of_2_gib_or_of_what_a_decision_for_them_leaves() 
         (heads_of_128(16384, "model.kv_heads=4"), ALONE),
         (heads_of_128(16384, "model.head_dim=64"), ALONE),
         (heads_of_128(16384, "attention.chunk_size=32"), ALONE),
-        (heads_of_128(2**20), ALONE),
+        (heads_of_128(2**22), ALONE),
         (heads_of_128(16384), Layout(1, 2, 1, 1, "all_gather", "full")),
     ],
-    ids=["fp32", "8 heads a group", "heads of 64", "chunks of 32", "too many to count", "context shards"],
+    ids=["fp32", "8 heads a group", "heads of 64", "chunks of 32", "too many in a tile", "context shards"],
 )
 def test_where_pairs_are_never_taken_they_have_no_workspaces(config: Config, layout: Layout) -> None:
     assert memory.pair_bytes(config, layout, 1.0, "H200") == {"attend": 0.0, "queries": 0.0}
@@ -305,12 +315,12 @@ def test_limits_are_those_of_the_code_they_describe() -> None:
 
     assert (memory.MAX_LOGITS, memory.MAX_BOUNDED_BYTES) == (MAX_LOGITS, MAX_BOUNDED_BYTES)
     assert baseline_times.MAX_SHARED_BIAS == MAX_SHARED_BIAS
-    for name in ("WORKSPACE_BYTES", "PLACES_BYTES", "USUAL_COUNTS", "MAX_COUNTS"):
+    for name in ("WORKSPACE_BYTES", "PLACES_BYTES", "MAX_COUNTS", "COUNTED_SLABS"):
         assert getattr(memory, name) == getattr(pair_slabs, name), name
     for name in ("MAX_PAIRS", "LEAST_STEPS"):
         assert getattr(memory, name) == getattr(pairs, name), name
     assert memory.KEY_PARTS == configs.PAIR_PARTS_PER_MULTIPROCESSOR * 132
-    slabs: Any = SimpleNamespace(slot=torch.empty(0), room=3, num_slabs=2)
+    slabs: Any = SimpleNamespace(slot=torch.empty(0), room=3, at_once=2)
     for stage, entries in (("attend", False), ("queries", True)):
         places = [x for x in pair_slabs.new_pairs(slabs, entries) if x is not None]
         assert sum(x.nbytes for x in places) == 2 * 3 * memory.PLACE_BYTES[stage]

@@ -150,7 +150,7 @@ def attend_forward(
     slabs = None
     if own is None:
         pair_bytes = sizes.group * (q[0, 0].nbytes + 4)
-        slabs = plan_slabs(lists, chunks, sizes, pair_bytes, by_pair, num_pairs)
+        slabs = plan_slabs(lists, chunks, sizes, pair_bytes, by_pair, num_pairs, False)
     tiled = lists if slabs is None else slabs.rest(lists)
     out, lse = _attend_tiles(q, k, v, tiled, mean_log, chunks, sizes, inv_sigma, config, own)
     if slabs is not None:

@@ -10,11 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dash_megatron.ops.kernels.geometry import Lists, Sizes
-from dash_megatron.ops.kernels.pair_slabs import (
-    SUM_ELEMENTS,
-    PairSlabs,
+from dash_megatron.ops.kernels.pair_slabs import SUM_ELEMENTS, PairSlabs, filled_slabs
+from dash_megatron.ops.kernels.slab_parts import (
     chunk_of_slab,
-    filled_slabs,
     lane_place,
     load_gathered,
     part_of_slab,
@@ -30,24 +28,25 @@ SUM_REGISTERS = 128
 
 @triton.jit(do_not_specialize=["slab"])
 def _attend_pairs_kernel(
-    q, k, v, partial, partial_lse, token_shift, pair_slot, row_place, row_work, part_bound, part_row, lane, slab,
-    chunk_start, stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, scale, num_chunks, lanes_per_head,
+    q, k, v, partial, partial_lse, token_shift, pair_slot, row_place, row_work, part_bound, part_row, first_tile, slab,
+    key_start, stride_key, stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, scale, num_chunks, tiles_per_head,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr,
     ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = ROWS // GP
     here, stop, i_c, i_h, p_place, p_work = part_of_slab(
-        row_place, row_work, part_bound, part_row, lane, slab, num_chunks, lanes_per_head
+        row_place, row_work, part_bound, part_row, first_tile, slab, num_chunks, tiles_per_head
     )
     k += i_h * stride_kh
     v += i_h * stride_vh
+    key_start += i_h * stride_key
     o_d = tl.arange(0, BLOCK_D)
     o_rn, o_rg = tl.arange(0, ROWS) // GP, tl.arange(0, ROWS) % GP
     # absent heads repeat the last one: loads need no mask
     o_g = i_h * G + tl.minimum(o_rg, G - 1)
     while here < stop:
         begin, end, p_pair, last = chunk_of_slab(p_place, p_work, i_c)
-        start = tl.load(chunk_start + i_c)
+        start = tl.load(key_start + i_c)
         b_k = load_keys(k, start, stride_kn, D, BLOCK_D, C, C)
         b_v = load_keys(v, start, stride_vn, D, BLOCK_D, C, C)
         first_step, last_step = (here - begin).to(tl.int32), (tl.minimum(stop, end) - begin).to(tl.int32)
@@ -76,7 +75,7 @@ def _attend_pairs_kernel(
 
 @triton.jit(do_not_specialize=["slab"])
 def _merge_slots_kernel(
-    partial, partial_lse, out, lse, slot, lane, slab, chunk_start, chunk_end, tiles_per_head,
+    partial, partial_lse, out, lse, slot, first_tile, slab, chunk_start, chunk_end, tiles_per_head,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
     SLOTS: tl.constexpr, LSES: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +84,7 @@ def _merge_slots_kernel(
     Log-sum-exps come first and alone. With their total known, each part is loaded once and weighted once, and nothing
     that waits for a maximum so far stands between one load and the next.
     """
-    first, stop = tl.load(lane + slab), tl.load(lane + slab + 1)
+    first, stop = tl.load(first_tile + slab) * T, tl.load(first_tile + slab + 1) * T
     begin = tl.load(slot + first)
     o_s, o_l, o_d = tl.arange(0, SLOTS), tl.arange(0, LSES), tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -131,16 +130,15 @@ def merge_pairs(
     constants = sizes.constants
     rows = {name: x for name, x in constants.items() if name not in ("T", "HKV")}
     sums = {name: x for name, x in constants.items() if name != "GP"}
-    for slab, pairs in filled_slabs(slabs, lists, mean_log, chunks, sizes, inv_sigma, False):
+    for slab, placed, pairs in filled_slabs(slabs, lists, mean_log, chunks, sizes, inv_sigma, False):
         _attend_pairs_kernel[(slabs.by_pair.parts,)](
-            q, k, v, partial, partial_lse, pairs.token_shift, pairs.slot,
-            slabs.row_place, slabs.row_work, slabs.part_bound, slabs.part_row, slabs.lane, slab, chunks[0],
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], D**-0.5 * LOG2_E,
-            sizes.num_chunks, sizes.tiles_per_head * sizes.tile_tokens,
+            q, k, v, partial, partial_lse, pairs.token_shift, pairs.slot, *placed.work, slab,
+            slabs.key_start, slabs.key_start.stride(0), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], D**-0.5 * LOG2_E,
+            slabs.key_start.shape[1], sizes.tiles_per_head,
             **rows, ROWS=config.block, STAGES=config.num_stages, num_warps=config.num_warps,
         )  # fmt: skip
         _merge_slots_kernel[(slabs.sum_programs,)](
-            partial, partial_lse, out, lse, slabs.slot, slabs.lane, slab, chunks[0], chunks[1], sizes.tiles_per_head,
+            partial, partial_lse, out, lse, slabs.slot, placed.first_tile, slab, chunks[0], chunks[1], sizes.tiles_per_head,
             **sums, SLOTS=SUM_ELEMENTS // sizes.block_d, LSES=SUM_LSES, num_warps=1,
             maxnreg=SUM_REGISTERS,
         )  # fmt: skip

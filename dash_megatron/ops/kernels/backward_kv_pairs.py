@@ -12,8 +12,8 @@ from torch import Tensor
 from dash_megatron.ops.kernels.backward_summary import Summaries, routing_scales, summary_gradient
 from dash_megatron.ops.kernels.configs import Config
 from dash_megatron.ops.kernels.geometry import Lists, Sizes
-from dash_megatron.ops.kernels.pair_slabs import load_gathered
 from dash_megatron.ops.kernels.pairs import PairPlan, fill_pairs
+from dash_megatron.ops.kernels.slab_parts import load_gathered
 from dash_megatron.ops.kernels.tiles import (
     KEYS_AS_ROWS,
     LOG2_E,

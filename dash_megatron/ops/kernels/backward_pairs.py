@@ -11,11 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dash_megatron.ops.kernels.geometry import Lists, Sizes
-from dash_megatron.ops.kernels.pair_slabs import (
-    SUM_ELEMENTS,
-    PairSlabs,
+from dash_megatron.ops.kernels.pair_slabs import SUM_ELEMENTS, PairSlabs, filled_slabs
+from dash_megatron.ops.kernels.slab_parts import (
     chunk_of_slab,
-    filled_slabs,
     lane_place,
     load_gathered,
     part_of_slab,
@@ -27,24 +25,25 @@ from dash_megatron.ops.kernels.tiles import LOG2_E, load_keys
 @triton.jit(do_not_specialize=["slab"])
 def _backward_pairs_kernel(
     q, k, v, d_out, lse, delta, partial, d_prior, dk_sum, dv_sum, token_shift, pair_slot, pair_entry,
-    row_place, row_work, part_bound, part_row, lane, slab, chunk_start,
-    stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, scale, inv_sqrt_d, num_chunks, lanes_per_head,
+    row_place, row_work, part_bound, part_row, first_tile, slab, key_start, stride_key,
+    stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, scale, inv_sqrt_d, num_chunks, tiles_per_head,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr,
     ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = ROWS // GP
     here, stop, i_c, i_h, p_place, p_work = part_of_slab(
-        row_place, row_work, part_bound, part_row, lane, slab, num_chunks, lanes_per_head
+        row_place, row_work, part_bound, part_row, first_tile, slab, num_chunks, tiles_per_head
     )
     k += i_h * stride_kh
     v += i_h * stride_vh
+    key_start += i_h * stride_key
     o_d, o_c, o_token = tl.arange(0, BLOCK_D), tl.arange(0, C), tl.arange(0, TOKENS)
     o_rn, o_rg = tl.arange(0, ROWS) // GP, tl.arange(0, ROWS) % GP
     # absent heads repeat the last one, without weight: loads need no mask
     o_g = i_h * G + tl.minimum(o_rg, G - 1)
     while here < stop:
         begin, end, p_pair, last = chunk_of_slab(p_place, p_work, i_c)
-        start = tl.load(chunk_start + i_c)
+        start = tl.load(key_start + i_c)
         b_k = load_keys(k, start, stride_kn, D, BLOCK_D, C, C)
         b_v = load_keys(v, start, stride_vn, D, BLOCK_D, C, C)
         # turned, so that dimensions are the rows of products: there are more of them than keys
@@ -98,7 +97,7 @@ def _backward_pairs_kernel(
 
 @triton.jit(do_not_specialize=["slab"])
 def _shared_sums_kernel(
-    sums, stride_sums, row_work, part_bound, part_row, lane, slab, num_chunks, lanes_per_head,
+    sums, stride_sums, row_work, part_bound, part_row, first_tile, slab, num_chunks, tiles_per_head,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Add up the slots of the chunk that began in an earlier part and ends in this one, in order."""
@@ -116,7 +115,7 @@ def _shared_sums_kernel(
                 i_first -= 1
             o_d = tl.arange(0, BLOCK_D)
             o_sum, m_d = tl.arange(0, C)[:, None] * D + o_d[None, :], (o_d < D)[None, :]
-            i_h = tl.load(lane + slab) // lanes_per_head
+            i_h = tl.load(first_tile + slab) // tiles_per_head
             p_sum = sums + (parts * 2 + i_h * num_chunks + i_c) * (C * D) + o_sum
             b_sum = tl.load(p_sum, mask=m_d, other=0.0)
             b_sum += tl.load(sums + (i_first * 2 + 1) * (C * D) + o_sum, mask=m_d, other=0.0)
@@ -127,12 +126,12 @@ def _shared_sums_kernel(
 
 @triton.jit(do_not_specialize=["slab"])
 def _sum_slots_kernel(
-    partial, dq, slot, lane, slab, chunk_start, chunk_end, tiles_per_head,
+    partial, dq, slot, first_tile, slab, chunk_start, chunk_end, tiles_per_head,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
     SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Add the parts of every token and head of a slab to its gradient: the slots of a token are dealt out to SLOTS sums."""
-    first, stop = tl.load(lane + slab), tl.load(lane + slab + 1)
+    first, stop = tl.load(first_tile + slab) * T, tl.load(first_tile + slab + 1) * T
     begin = tl.load(slot + first)
     o_s, o_d = tl.arange(0, SLOTS), tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -153,12 +152,12 @@ def _sum_slots_kernel(
 
 
 def _sum_slots(
-    partial: Tensor, dq: Tensor, slabs: PairSlabs, slab: int, chunks: Tensor, sizes: Sizes
+    partial: Tensor, dq: Tensor, slabs: PairSlabs, first_tile: Tensor, slab: int, chunks: Tensor, sizes: Sizes
 ) -> None:
     """Add the parts of a slab's pairs, [room, G, D] by slot, to `dq` [tokens, Hq, D], in place."""
     constants = {name: x for name, x in sizes.constants.items() if name != "GP"}
     _sum_slots_kernel[(slabs.sum_programs,)](
-        partial, dq, slabs.slot, slabs.lane, slab, chunks[0], chunks[1], sizes.tiles_per_head,
+        partial, dq, slabs.slot, first_tile, slab, chunks[0], chunks[1], sizes.tiles_per_head,
         **constants, SLOTS=SUM_ELEMENTS // sizes.block_d, num_warps=1,
     )  # fmt: skip
 
@@ -172,21 +171,23 @@ def backward_pairs(
     Returns:
         Their part of dk and dv, float32 [2, Hkv, chunks, C, D].
     """
-    D, C, nc, parts = sizes.head_dim, sizes.chunk_size, sizes.num_chunks, slabs.by_pair.parts
+    D, C, nc, parts = sizes.head_dim, sizes.chunk_size, slabs.key_start.shape[1], slabs.by_pair.parts
     config = slabs.by_pair.config
     partial = torch.empty(slabs.room, sizes.group, D, dtype=q.dtype, device=q.device)
     sums = torch.zeros(2, 2 * parts + sizes.num_kv_heads * nc, C, D, device=q.device)
     rows = {name: x for name, x in sizes.constants.items() if name != "T"}
-    lanes_per_head = sizes.tiles_per_head * sizes.tile_tokens
-    work = slabs.row_work, slabs.part_bound, slabs.part_row, slabs.lane
-    for slab, pairs in filled_slabs(slabs, lists, mean_log, chunks, sizes, inv_sigma, d_prior is not None):
+    for slab, placed, pairs in filled_slabs(
+        slabs, lists, mean_log, chunks, sizes, inv_sigma, d_prior is not None
+    ):
         _backward_pairs_kernel[(parts,)](
-            q, k, v, d_out, lse, delta, partial, d_prior, *sums, *pairs, slabs.row_place, *work, slab, chunks[0],
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], D**-0.5 * LOG2_E, D**-0.5, nc, lanes_per_head,
+            q, k, v, d_out, lse, delta, partial, d_prior, *sums, *pairs, *placed.work, slab,
+            slabs.key_start, slabs.key_start.stride(0), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            D**-0.5 * LOG2_E, D**-0.5, nc, sizes.tiles_per_head,
             **rows, ROWS=config.block, STAGES=config.num_stages, num_warps=config.num_warps,
         )  # fmt: skip
         _shared_sums_kernel[(parts, 2)](
-            sums, sums.stride(0), *work, slab, nc, lanes_per_head, D=D, BLOCK_D=sizes.block_d, C=C, num_warps=4
+            sums, sums.stride(0), *placed.work[1:], slab, nc, sizes.tiles_per_head,
+            D=D, BLOCK_D=sizes.block_d, C=C, num_warps=4,
         )  # fmt: skip
-        _sum_slots(partial, dq, slabs, slab, chunks, sizes)
+        _sum_slots(partial, dq, slabs, placed.first_tile, slab, chunks, sizes)
     return sums[:, 2 * parts :].unflatten(1, (sizes.num_kv_heads, nc))

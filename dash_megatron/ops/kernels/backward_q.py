@@ -273,7 +273,8 @@ def backward_q(
     own = own_places(own, chunks, sizes)
     slabs = None
     if not sharded:
-        slabs = plan_slabs(lists, chunks, sizes, q[0, 0].nbytes * sizes.group, by_pair, num_pairs)
+        pair_bytes = q[0, 0].nbytes * sizes.group
+        slabs = plan_slabs(lists, chunks, sizes, pair_bytes, by_pair, num_pairs, d_prior is not None)
     tiled = lists if slabs is None else slabs.rest(lists)
     dq = torch.empty(q.shape, dtype=torch.float32 if sharded else q.dtype, device=q.device)
     delta, centred_lse = torch.empty_like(lse), torch.empty_like(lse)

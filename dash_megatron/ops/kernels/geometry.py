@@ -100,6 +100,20 @@ class Lists(NamedTuple):
     """int32 [tiles]."""
 
 
+class KeyPlaces(NamedTuple):
+    """Where keys lie that are not with the queries: in a buffer, with chunks of a window first <= c < last of all chunks."""
+
+    own: Tensor
+    """int32 [2, Hkv, chunks of the queries]: first row and one past the last of each chunk's own keys, equal where these are absent."""
+    listed: Tensor
+    """int32 [2, Hkv, last - first]: the same of the keys of the window's chunks."""
+    row: Tensor
+    """int32 [room]: the first row of the chunk of each entry of the lists, which have those of the window alone."""
+    window: tuple[int, int]
+    counts: Tensor
+    """int32 [tiles]: how many entries each list has with the chunks outside of the window."""
+
+
 def next_power_of_two(x: int) -> int:
     return 1 << (x - 1).bit_length()
 

@@ -15,60 +15,75 @@ import triton.language as tl
 from torch import Tensor
 
 from dash_megatron.ops.kernels.configs import ByPair
-from dash_megatron.ops.kernels.geometry import Lists, Sizes
+from dash_megatron.ops.kernels.geometry import KeyPlaces, Lists, Sizes, own_places
 from dash_megatron.ops.kernels.tiles import tile_place
 
 # Bytes of the partial results of a slab.
 WORKSPACE_BYTES = 2**31
 # Of the places of pairs: those of so many slabs are written at once, and of one slab anyway.
 PLACES_BYTES = 2**28
-# Of the table of counts, 4 bytes each: runs are so short that there are nearly so many, and never more than the latter.
-USUAL_COUNTS, MAX_COUNTS = 2**25, 2**26
+# Of the table of counts, 4 bytes each. Where tiles times chunks are more, it is made again for each few slabs, at most so many.
+MAX_COUNTS, COUNTED_SLABS = 2**26, 8
 # Elements of a block of list entries times tokens of a tile, that a program of so many warps takes at a time.
 BLOCK_ELEMENTS, BLOCK_WARPS = 2048, 8
 # Registers of a thread that writes places, with which two programs fit a multiprocessor, and such programs for each part.
 FILL_REGISTERS = 128
 FILL_PROGRAMS_PER_PART = 4
 # Rows and columns of a block of the table of counts.
-PLACE_RUNS, PLACE_CHUNKS = 64, 32
+PLACE_TILES, PLACE_CHUNKS = 64, 32
 # Elements of the partial results that a program, one warp, adds up at a time, and such programs for each part: twice as many as
 # run at a time, since a launch that finds no work takes as long as its programs take to start.
 SUM_ELEMENTS = 2048
 SUM_PROGRAMS_PER_PART = 8
 
 
-class PairSlabs(NamedTuple):
-    """Where the pairs of each slab go; S slabs, of which the last may be empty, nc chunks, R runs of tiles of all heads."""
+class Placed(NamedTuple):
+    """Where the pairs of n slabs go: one after the other, nc chunks, R tiles or more."""
 
-    by_pair: ByPair
-    room: int
-    """At least the pairs of a slab, a multiple of 16."""
-    run: int
-    """Tiles of a run."""
-    taken: Tensor
-    """bool []: whether pairs are the cheaper way. If not, all slabs are empty."""
-    slab_of_run: Tensor
-    """int64 [R], ascending."""
-    first_run: Tensor
-    """int64 [S + 1]: the first run of each slab."""
-    run_place: Tensor
-    """int32 [R, nc]: how many tokens of earlier runs of its slab selected each chunk. Filling counts on in runs of several tiles."""
+    first_tile: Tensor
+    """int64 [n + 1]: the first tile of each slab, tiles counted through all heads."""
+    tile_place: Tensor
+    """int32 [R, nc]: of each tile from the first on, how many tokens of earlier tiles of its slab selected each chunk."""
     row_place: Tensor
-    """int64 [S, nc + 1]: where the pairs of each chunk begin in the slab."""
+    """int64 [n, nc + 1]: where the pairs of each chunk begin in the slab."""
     row_work: Tensor
-    """int64 [S, nc + 1]: where its work begins, in steps."""
+    """int64 [n, nc + 1]: where its work begins, in steps."""
     part_bound: Tensor
-    """int64 [S, parts + 1]: part p of a slab does the work from p up to p + 1."""
+    """int64 [n, parts + 1]: part p of a slab does the work from p up to p + 1."""
     part_row: Tensor
-    """int64 [S, parts]: the chunk in which each part begins."""
-    lane: Tensor
-    """int64 [S + 1]: the first of a slab's tokens, counted through the rows of all tiles, [Hkv, tiles, T]."""
-    slot: Tensor
-    """int64 [Hkv * tiles * T + 1]: where the slots of each token begin, counted through all slabs."""
+    """int64 [n, parts]: the chunk in which each part begins."""
 
     @property
-    def num_slabs(self) -> int:
-        return len(self.part_row)
+    def work(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What programs need to find their part of a slab."""
+        return self.row_place, self.row_work, self.part_bound, self.part_row, self.first_tile
+
+
+class PairSlabs(NamedTuple):
+    """How the pairs of all tiles are cut into slabs, of which the last may be empty."""
+
+    by_pair: ByPair
+    num_slabs: int
+    room: int
+    """At least the pairs of a slab, a multiple of 16."""
+    at_once: int
+    """Slabs whose places are written at once."""
+    taken: Tensor
+    """bool []: whether pairs are the cheaper way. If not, all slabs are empty."""
+    key_start: Tensor
+    """int32 [Hkv, nc]: the first row of the keys of each chunk."""
+    first_chunk: int
+    """Number of the first of these chunks."""
+    slab_of_tile: Tensor
+    """int64 [tiles], ascending."""
+    first_tile: Tensor
+    """int64 [slabs + 1]: the first tile of each slab."""
+    slot: Tensor
+    """int64 [tiles * T + 1]: where the slots of each token begin, counted through the rows of all tiles."""
+    count_tiles: int
+    """Tiles of the table of counts."""
+    placed: Placed | None
+    """Of all slabs, if the table of counts has room for all tiles; None: made for `at_once` slabs at a time."""
 
     @property
     def sum_programs(self) -> int:
@@ -91,173 +106,117 @@ class SlabPairs(NamedTuple):
 
 
 @triton.jit
-def split_pair(b_pair):
-    """Token, int64, and shift of the scores of packed pairs."""
-    return b_pair & 0x7FFFFFFF, (b_pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def load_gathered(x, o_n, o_head, o_d, stride_n, stride_h, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [ROWS, BLOCK_D] of x at tokens `o_n` and heads `o_head`, all of which exist; zero beyond D."""
-    p_x = x + (o_n * stride_n + o_head * stride_h)[:, None] + o_d[None, :]
-    return tl.load(p_x) if BLOCK_D == D else tl.load(p_x, mask=(o_d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def part_of_slab(row_place, row_work, part_bound, part_row, lane, slab, num_chunks, lanes_per_head):
-    """This program's part of a slab: its first step and the one behind its last, the chunk it begins in, the slab's head, and where
-    the slab's places and steps by chunk stand."""
-    i_p = slab * (tl.num_programs(0) + 1) + tl.program_id(0)
-    here, stop = tl.load(part_bound + i_p), tl.load(part_bound + i_p + 1)
-    i_c = tl.load(part_row + i_p - slab)
-    i_h = tl.load(lane + slab) // lanes_per_head
-    return here, stop, i_c, i_h, row_place + slab * (num_chunks + 1), row_work + slab * (num_chunks + 1)
-
-
-@triton.jit
-def chunk_of_slab(p_place, p_work, i_c):
-    """Of a chunk's pairs in a slab: the first step and the one behind the last, the place of the first pair, the number of the last."""
-    begin, end = tl.load(p_work + i_c), tl.load(p_work + i_c + 1)
-    p_pair = tl.load(p_place + i_c)
-    return begin, end, p_pair, (tl.load(p_place + i_c + 1) - p_pair).to(tl.int32) - 1
-
-
-@triton.jit
-def lane_place(i_lane, chunk_start, chunk_end, tiles_per_head, T: tl.constexpr, C: tl.constexpr):
-    """Head and token of a row of all tiles, and whether it exists."""
-    i_tile = i_lane // T
-    _, start, end = tile_place(i_tile % tiles_per_head, chunk_start, chunk_end, C // T, T)
-    i_n = start + i_lane % T
-    return i_tile // tiles_per_head, i_n.to(tl.int64), i_n < end
-
-
-@triton.jit
-def _selected(i_e, count, offset, list_chunk, list_log_prior, m_token, T: tl.constexpr, BLOCK: tl.constexpr):
+def _selected(
+    i_e, count, offset, first_chunk, list_chunk, list_log_prior, m_token, T: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """Of a block of a tile's entries: existence and chunk [BLOCK]; places of the log priors, these, and whether selected [BLOCK, T]."""
     o_e = i_e + tl.arange(0, BLOCK)
     m_e = o_e < count
     o_log = (offset + o_e)[:, None] * T + tl.arange(0, T)[None, :]
     b_log = tl.load(list_log_prior + o_log, mask=m_e[:, None] & m_token[None, :], other=float("-inf"))
-    b_c = tl.load(list_chunk + offset + o_e, mask=m_e, other=0)
+    b_c = tl.load(list_chunk + offset + o_e, mask=m_e, other=first_chunk) - first_chunk
     return m_e, b_c, o_log, b_log, (b_log > float("-inf")).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slab", "num_slabs", "first_chunk"])
 def _count_kernel(
-    taken, counts, token_count, list_chunk, list_log_prior, list_offset, list_count, chunk_start, chunk_end,
-    num_chunks, tiles_per_head, runs_per_head,
-    T: tl.constexpr, C: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
+    taken, counts, token_count, first_tile, slab, num_slabs, first_chunk, list_chunk, list_log_prior, list_offset, list_count,
+    chunk_start, chunk_end, num_chunks, tiles_per_head, T: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Count how many tokens of a run selected each chunk, and how many chunks each token selected, unless pairs are not taken."""
+    """Count how many tokens of a tile selected each chunk, and how many chunks each token selected, unless pairs are not taken.
+
+    With `first_tile` only tiles of `num_slabs` slabs are counted, the first of them in the first row. One of the counts may be None.
+    """
     if tl.load(taken) == 0:
         return
-    i_run = tl.program_id(0)
-    i_h, i_first = i_run // runs_per_head, i_run % runs_per_head * RUN
-    counts += i_run.to(tl.int64) * num_chunks
-    for i_c in range(0, num_chunks, BLOCK):
-        o_c = i_c + tl.arange(0, BLOCK)
-        tl.store(counts + o_c, tl.zeros([BLOCK], tl.int32), mask=o_c < num_chunks)
-    o_t = tl.arange(0, T)
-    for i_tile in range(i_first, tl.minimum(i_first + RUN, tiles_per_head)):
+    i_row = tl.program_id(0).to(tl.int64)
+    i_tile = i_row
+    if first_tile is not None:
+        i_tile += tl.load(first_tile + slab)
+        if i_tile >= tl.load(first_tile + slab + num_slabs):
+            return
+    if counts is not None:
+        counts += i_row * num_chunks
+        for i_c in range(0, num_chunks, BLOCK):
+            o_c = i_c + tl.arange(0, BLOCK)
+            tl.store(counts + o_c, tl.zeros([BLOCK], tl.int32), mask=o_c < num_chunks)
         # other lanes may have written what this tile reads
         tl.debug_barrier()
-        p_tile = i_h.to(tl.int64) * tiles_per_head + i_tile
-        count, offset = tl.load(list_count + p_tile), tl.load(list_offset + p_tile)
-        _, start, end = tile_place(i_tile, chunk_start, chunk_end, C // T, T)
-        b_count = tl.zeros([T], tl.int32)
-        for i_e in range(0, count, BLOCK):
-            m_e, b_c, _o_log, _b_log, b_selected = _selected(
-                i_e, count, offset, list_chunk, list_log_prior, start + o_t < end, T, BLOCK
-            )
+    o_t = tl.arange(0, T)
+    count, offset = tl.load(list_count + i_tile), tl.load(list_offset + i_tile)
+    _, start, end = tile_place(i_tile % tiles_per_head, chunk_start, chunk_end, C // T, T)
+    b_count = tl.zeros([T], tl.int32)
+    for i_e in range(0, count, BLOCK):
+        m_e, b_c, _o_log, _b_log, b_selected = _selected(
+            i_e, count, offset, first_chunk, list_chunk, list_log_prior, start + o_t < end, T, BLOCK
+        )
+        if counts is not None:
             # a tile lists a chunk once, so that no two lanes meet
-            b_before = tl.load(counts + b_c, mask=m_e, other=0)
-            tl.store(counts + b_c, b_before + tl.sum(b_selected, 1), mask=m_e)
-            b_count += tl.sum(b_selected, 0)
-        tl.store(token_count + p_tile * T + o_t, b_count)
+            tl.store(counts + b_c, tl.sum(b_selected, 1), mask=m_e)
+        b_count += tl.sum(b_selected, 0)
+    if token_count is not None:
+        tl.store(token_count + i_tile * T + o_t, b_count)
 
 
 @triton.jit
-def _place_kernel(counts, row_pairs, first_run, num_chunks, RUNS: tl.constexpr, CHUNKS: tl.constexpr):
-    """Turn counts of a slab's runs into the number of a chunk's pairs before each run, and add up those of the slab."""
-    i_slab, o_r = tl.program_id(0), tl.arange(0, RUNS)
+def _place_kernel(counts, row_pairs, first_tile, num_chunks, TILES: tl.constexpr, CHUNKS: tl.constexpr):
+    """Turn counts of a slab's tiles into the number of a chunk's pairs before each tile, and add up those of the slab."""
+    i_slab, o_r = tl.program_id(0).to(tl.int64), tl.arange(0, TILES)
     o_c = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)
-    stop = tl.load(first_run + i_slab + 1)
+    before = tl.load(first_tile)
+    stop = tl.load(first_tile + i_slab + 1) - before
     b_before = tl.zeros([CHUNKS], tl.int32)
-    for i_run in range(tl.load(first_run + i_slab), stop, RUNS):
-        m_count = (i_run + o_r < stop)[:, None] & (o_c < num_chunks)[None, :]
-        p_count = counts + (i_run + o_r)[:, None] * num_chunks + o_c[None, :]
+    for i_row in range(tl.load(first_tile + i_slab) - before, stop, TILES):
+        m_count = (i_row + o_r < stop)[:, None] & (o_c < num_chunks)[None, :]
+        p_count = counts + (i_row + o_r)[:, None] * num_chunks + o_c[None, :]
         b_count = tl.load(p_count, mask=m_count, other=0)
         tl.store(p_count, b_before[None, :] + tl.cumsum(b_count, 0) - b_count, mask=m_count)
         b_before += tl.sum(b_count, 0)
     tl.store(row_pairs + i_slab * num_chunks + o_c, b_before.to(tl.int64), mask=o_c < num_chunks)
 
 
-@triton.jit(do_not_specialize=["slab", "num_slabs", "room"])
+@triton.jit(do_not_specialize=["before", "slab", "num_slabs", "room", "first_chunk"])
 def _fill_kernel(
-    run_place, row_place, first_run, slab_of_run, lane, slot, slab, num_slabs, room, pair_out, slot_out, entry_out,
-    list_chunk, list_log_prior, list_offset, list_count, mean_log, chunk_start, chunk_end, inv_sigma,
-    num_chunks, tiles_per_head, runs_per_head,
-    HKV: tl.constexpr, T: tl.constexpr, C: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
+    places, row_place, first_tile, slab_of_tile, slot, before, slab, num_slabs, room, pair_out, slot_out, entry_out,
+    first_chunk, list_chunk, list_log_prior, list_offset, list_count, mean_log, chunk_start, chunk_end, inv_sigma,
+    num_chunks, tiles_per_head, HKV: tl.constexpr, T: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the pairs of `num_slabs` slabs, each into a room of its own."""
+    """Write the pairs of `num_slabs` slabs, each into a room of its own; `before` slabs lie before the first one placed."""
     o_t = tl.arange(0, T)
-    first, stop = tl.load(first_run + slab), tl.load(first_run + slab + num_slabs)
-    for i_run in range(first + tl.program_id(0), stop, tl.num_programs(0)):
-        i_slab = tl.load(slab_of_run + i_run)
-        begin, here = tl.load(slot + tl.load(lane + i_slab)), (i_slab - slab) * room
-        i_h, i_first = i_run // runs_per_head, i_run % runs_per_head * RUN
-        p_run, p_row = run_place + i_run * num_chunks, row_place + i_slab * (num_chunks + 1)
-        for i_tile in range(i_first, tl.minimum(i_first + RUN, tiles_per_head)):
-            p_tile = i_h * tiles_per_head + i_tile
-            count, offset = tl.load(list_count + p_tile), tl.load(list_offset + p_tile)
-            _, start, end = tile_place(i_tile, chunk_start, chunk_end, C // T, T)
-            o_n = start.to(tl.int64) + o_t
-            b_slot = (tl.load(slot + p_tile * T + o_t) - begin).to(tl.int32)
-            b_mean = tl.load(mean_log + o_n * HKV + i_h, mask=o_n < end, other=0.0)
-            for i_e in range(0, count, BLOCK):
-                m_e, b_c, o_log, b_log, b_selected = _selected(
-                    i_e, count, offset, list_chunk, list_log_prior, o_n < end, T, BLOCK
-                )
-                b_before = tl.load(p_run + b_c, mask=m_e, other=0)
-                b_place = here + tl.load(p_row + b_c, mask=m_e, other=0) + b_before
-                o_out = b_place[:, None] + (tl.cumsum(b_selected, 1) - b_selected)
-                b_shift = (b_log - b_mean[None, :]) * inv_sigma
-                b_pair = (b_shift.to(tl.int32, bitcast=True).to(tl.int64) << 32) | o_n[None, :]
-                tl.store(pair_out + o_out, b_pair, mask=b_selected > 0)
-                b_rank = b_slot[None, :] + tl.cumsum(b_selected, 0) - b_selected
-                tl.store(slot_out + o_out, b_rank, mask=b_selected > 0)
-                if entry_out is not None:
-                    tl.store(entry_out + o_out, o_log, mask=b_selected > 0)
-                b_slot += tl.sum(b_selected, 0)
-                if RUN > 1:
-                    # a tile lists a chunk once, so that no two lanes meet
-                    tl.store(p_run + b_c, b_before + tl.sum(b_selected, 1), mask=m_e)
-            if RUN > 1:
-                # the next tile may read what other lanes wrote
-                tl.debug_barrier()
+    first_placed = tl.load(first_tile)
+    first, stop = tl.load(first_tile + slab), tl.load(first_tile + slab + num_slabs)
+    for i_tile in range(first + tl.program_id(0), stop, tl.num_programs(0)):
+        i_slab = tl.load(slab_of_tile + i_tile) - before
+        begin, here = tl.load(slot + tl.load(first_tile + i_slab) * T), (i_slab - slab) * room
+        p_tile, p_row = places + (i_tile - first_placed) * num_chunks, row_place + i_slab * (num_chunks + 1)
+        count, offset = tl.load(list_count + i_tile), tl.load(list_offset + i_tile)
+        i_h = i_tile // tiles_per_head
+        _, start, end = tile_place(i_tile % tiles_per_head, chunk_start, chunk_end, C // T, T)
+        o_n = start.to(tl.int64) + o_t
+        b_slot = (tl.load(slot + i_tile * T + o_t) - begin).to(tl.int32)
+        b_mean = tl.load(mean_log + o_n * HKV + i_h, mask=o_n < end, other=0.0)
+        for i_e in range(0, count, BLOCK):
+            m_e, b_c, o_log, b_log, b_selected = _selected(
+                i_e, count, offset, first_chunk, list_chunk, list_log_prior, o_n < end, T, BLOCK
+            )
+            b_place = (
+                here + tl.load(p_row + b_c, mask=m_e, other=0) + tl.load(p_tile + b_c, mask=m_e, other=0)
+            )
+            o_out = b_place[:, None] + (tl.cumsum(b_selected, 1) - b_selected)
+            b_shift = (b_log - b_mean[None, :]) * inv_sigma
+            b_pair = (b_shift.to(tl.int32, bitcast=True).to(tl.int64) << 32) | o_n[None, :]
+            tl.store(pair_out + o_out, b_pair, mask=b_selected > 0)
+            b_rank = b_slot[None, :] + tl.cumsum(b_selected, 0) - b_selected
+            tl.store(slot_out + o_out, b_rank, mask=b_selected > 0)
+            if entry_out is not None:
+                tl.store(entry_out + o_out, o_log, mask=b_selected > 0)
+            b_slot += tl.sum(b_selected, 0)
 
 
-def _run_tiles(sizes: Sizes, room: int) -> int | None:
-    """Tiles of a run, of which even the fullest is a small part of a slab; None if there would be too many runs."""
-    run, most = 1, sizes.tile_tokens * sizes.num_chunks
-
-    def counts() -> int:
-        return triton.cdiv(sizes.tiles_per_head, run) * sizes.num_kv_heads * sizes.num_chunks
-
-    while counts() > USUAL_COUNTS and 16 * run * most <= room:
-        run *= 2
-    return run if 2 * run * most <= room and counts() <= MAX_COUNTS else None
-
-
-def _exclusive_sum(x: Tensor) -> Tensor:
-    """Of the last dimension, with the sum of all at the end."""
-    return torch.nn.functional.pad(x.cumsum(-1), (1, 0))
-
-
-def _run_constants(sizes: Sizes, run: int) -> dict[str, int]:
-    """What kernels over runs know when they are compiled."""
+def _block_constants(sizes: Sizes) -> dict[str, int]:
+    """What kernels over blocks of entries know when they are compiled."""
     block = max(16, BLOCK_ELEMENTS // sizes.tile_tokens)
-    return {"T": sizes.tile_tokens, "C": sizes.chunk_size, "RUN": run, "BLOCK": block}
+    return {"T": sizes.tile_tokens, "C": sizes.chunk_size, "BLOCK": block, "num_warps": BLOCK_WARPS}
 
 
 def plan_slabs(
@@ -267,72 +226,108 @@ def plan_slabs(
     pair_bytes: int,
     by_pair: ByPair | None,
     num_pairs: Tensor | None,
+    entries: bool,
+    keys: KeyPlaces | None = None,
 ) -> PairSlabs | None:
-    """Decide whether pairs are taken, and cut them into slabs; None where they never are, or would be too many to count.
+    """Decide whether pairs are taken, and cut them into slabs; None where they never are, or where even a tile's would not fit.
 
     Args:
-        lists, chunks, sizes: of the queries; keys lie with them.
+        lists, chunks, sizes: of the queries.
         pair_bytes: of what is kept for a pair.
         by_pair: how the stage goes over pairs.
         num_pairs: int64 [], how many pairs were selected; None: those of all log priors, each of which is in a list then.
+        entries: whether `SlabPairs.entry` will be asked for.
+        keys: where keys lie, if not with the queries.
     """
     if by_pair is None or by_pair.above == float("inf"):
         return None
-    Hkv, nc, T, device = sizes.num_kv_heads, sizes.num_chunks, sizes.tile_tokens, lists.chunk.device
-    room = WORKSPACE_BYTES // pair_bytes // 16 * 16
-    run = _run_tiles(sizes, room)
-    if run is None:
+    T, device = sizes.tile_tokens, lists.chunk.device
+    key_start, first_chunk, counts = own_places(None, chunks, sizes)[0], 0, lists.counts
+    if keys is not None:
+        key_start, first_chunk, counts = keys.listed[0], keys.window[0], keys.counts
+    nc = key_start.shape[1]
+    room, most_of_tile = WORKSPACE_BYTES // pair_bytes // 16 * 16, T * nc
+    if 2 * most_of_tile > room:
         return None
     if num_pairs is None:
         num_pairs = (lists.log_prior > float("-inf")).sum()
-    taken = lists.counts.sum() * T > by_pair.above * num_pairs
+    taken = counts.sum() * T > by_pair.above * num_pairs
     if by_pair.above <= 0:
         taken = torch.ones_like(taken)
+    # taken pairs are few beside those listed
+    most_taken = min(int(lists.log_prior.numel() / max(1.0, by_pair.above)), sizes.num_tiles * most_of_tile)
+    share, room = room - most_of_tile, triton.cdiv(max(1, min(room, most_taken)), 16) * 16
+    at_once = max(1, PLACES_BYTES // (room * _place_bytes(entries)))
+    count_tiles = slab_tiles = sizes.num_tiles
+    at_a_time = count_tiles * nc > MAX_COUNTS
+    if at_a_time:
+        at_once = min(at_once, COUNTED_SLABS)
+        slab_tiles = max(1, MAX_COUNTS // nc // at_once)
+        count_tiles = slab_tiles * at_once
+
     # not set where pairs are not taken, and then without effect
-    runs = triton.cdiv(sizes.tiles_per_head, run)
-    counts = torch.empty(Hkv * runs, nc, dtype=torch.int32, device=device)
     token_count = torch.empty(sizes.num_tiles * T, dtype=torch.int32, device=device)
-    _count_kernel[(len(counts),)](
-        taken.view(torch.uint8), counts, token_count, lists.chunk, lists.log_prior, lists.offset, lists.counts,
-        chunks[0], chunks[1], nc, sizes.tiles_per_head, runs, **_run_constants(sizes, run), num_warps=BLOCK_WARPS,
-    )  # fmt: skip
+    table = None if at_a_time else torch.empty(count_tiles, nc, dtype=torch.int32, device=device)
+    _launch_count(taken, table, token_count, None, first_chunk, nc, lists, chunks, sizes)
     slot = _exclusive_sum(token_count)
 
-    # A slab ends with the first run that reaches its share, or with its head. Taken pairs are few beside those listed.
-    share, most_taken = room - run * T * nc, int(lists.log_prior.numel() / max(1.0, by_pair.above))
-    num_slabs = most_taken // share + Hkv
-    tile = (
-        torch.arange(runs, device=device) * run
-        + torch.arange(Hkv, device=device)[:, None] * sizes.tiles_per_head
-    )
-    lane = torch.nn.functional.pad(tile.flatten() * T, (0, 1), value=sizes.num_tiles * T)
-    before_Hr = slot[lane[:-1]].view(Hkv, runs)
-    slab_Hr = (before_Hr - before_Hr[:, :1]) // share
-    slab_of_run = slab_Hr + _exclusive_sum(slab_Hr[:, -1] + 1)[:-1, None]
-    slab_of_run = slab_of_run.flatten().masked_fill(~taken, num_slabs)
-    first_run = torch.searchsorted(slab_of_run, torch.arange(num_slabs + 1, device=device))
+    # A slab ends with the first tile that reaches its share or is the last it may have, or with its head.
+    before_Ht = slot[:-1:T].view(sizes.num_kv_heads, -1)
+    tile_t = torch.arange(sizes.tiles_per_head, device=device)
+    slab_Ht = (before_Ht - before_Ht[:, :1]) // share + tile_t // slab_tiles
+    num_slabs = most_taken // share + sizes.num_kv_heads * triton.cdiv(sizes.tiles_per_head, slab_tiles)
+    slab_of_tile = slab_Ht + _exclusive_sum(slab_Ht[:, -1] + 1)[:-1, None]
+    slab_of_tile = slab_of_tile.flatten().masked_fill(~taken, num_slabs)
+    first_tile = torch.searchsorted(slab_of_tile, torch.arange(num_slabs + 1, device=device))
+    slabs = PairSlabs(
+        by_pair, num_slabs, room, min(at_once, num_slabs), taken, key_start, first_chunk, slab_of_tile, first_tile, slot,
+        count_tiles, None,
+    )  # fmt: skip
+    return slabs if table is None else slabs._replace(placed=_place(slabs, table, first_tile, sizes))
 
-    row_pairs_Sc = torch.empty(num_slabs, nc, dtype=torch.int64, device=device)
+
+def _exclusive_sum(x: Tensor) -> Tensor:
+    """Of the last dimension, with the sum of all at the end."""
+    return torch.nn.functional.pad(x.cumsum(-1), (1, 0))
+
+
+def _launch_count(
+    taken: Tensor, counts: Tensor | None, token_count: Tensor | None, first_tile: Tensor | None, first_chunk: int,
+    num_chunks: int, lists: Lists, chunks: Tensor, sizes: Sizes,
+) -> None:  # fmt: skip
+    """Count pairs of all tiles or, with `first_tile` [n + 1], those of n slabs."""
+    tiles = sizes.num_tiles if counts is None else len(counts)
+    num_slabs = 0 if first_tile is None else len(first_tile) - 1
+    _count_kernel[(tiles,)](
+        taken.view(torch.uint8), counts, token_count, first_tile, 0, num_slabs, first_chunk, *lists, chunks[0], chunks[1],
+        num_chunks, sizes.tiles_per_head, **_block_constants(sizes),
+    )  # fmt: skip
+
+
+def _place(slabs: PairSlabs, counts: Tensor, first_tile: Tensor, sizes: Sizes) -> Placed:
+    """Find the places of the slabs that begin with the tiles `first_tile`, from the counts of these tiles, which become places."""
+    num_slabs, nc, by_pair = len(first_tile) - 1, counts.shape[1], slabs.by_pair
+    row_pairs_Sc = torch.empty(num_slabs, nc, dtype=torch.int64, device=counts.device)
     _place_kernel[(num_slabs, triton.cdiv(nc, PLACE_CHUNKS))](
-        counts, row_pairs_Sc, first_run, nc, RUNS=PLACE_RUNS, CHUNKS=PLACE_CHUNKS, num_warps=4
+        counts, row_pairs_Sc, first_tile, nc, TILES=PLACE_TILES, CHUNKS=PLACE_CHUNKS, num_warps=4
     )
     step = by_pair.config.block // sizes.padded_group
     row_work = _exclusive_sum((row_pairs_Sc + step - 1) // step)
-    parts_share = (row_work[:, -1:] + by_pair.parts - 1) // by_pair.parts
-    part_bound = torch.minimum(torch.arange(by_pair.parts + 1, device=device) * parts_share, row_work[:, -1:])
+    share = (row_work[:, -1:] + by_pair.parts - 1) // by_pair.parts
+    part = torch.arange(by_pair.parts + 1, device=counts.device)
+    part_bound = torch.minimum(part * share, row_work[:, -1:])
     part_row = torch.searchsorted(row_work, part_bound[:, :-1].contiguous(), right=True) - 1
-    room = triton.cdiv(max(1, min(room, most_taken)), 16) * 16
-    return PairSlabs(
-        by_pair, room, run, taken, slab_of_run, first_run, counts, _exclusive_sum(row_pairs_Sc), row_work, part_bound,
-        part_row, lane[first_run], slot,
-    )  # fmt: skip
+    return Placed(first_tile, counts, _exclusive_sum(row_pairs_Sc), row_work, part_bound, part_row)
+
+
+def _place_bytes(entries: bool) -> int:
+    """Of a pair in `SlabPairs`."""
+    return 20 if entries else 12
 
 
 def new_pairs(slabs: PairSlabs, entries: bool) -> SlabPairs:
     """The workspace for the pairs of as many slabs as are filled at once, with their `entry` only if asked for."""
-    bytes_each = 20 if entries else 12
-    at_once = max(1, min(slabs.num_slabs, PLACES_BYTES // (slabs.room * bytes_each)))
-    token_shift = torch.empty(at_once, slabs.room, dtype=torch.int64, device=slabs.slot.device)
+    token_shift = torch.empty(slabs.at_once, slabs.room, dtype=torch.int64, device=slabs.slot.device)
     entry = torch.empty_like(token_shift) if entries else None
     return SlabPairs(token_shift, torch.empty_like(token_shift, dtype=torch.int32), entry)
 
@@ -345,21 +340,30 @@ def filled_slabs(
     sizes: Sizes,
     inv_sigma: float,
     entries: bool,
-) -> Iterator[tuple[int, SlabPairs]]:
-    """The number and the pairs of each slab in turn; the pairs, with their `entry` only if asked for, are there until the next."""
-    pairs = new_pairs(slabs, entries)
-    at_once = len(pairs.slot)
-    for slab in range(slabs.num_slabs):
-        if slab % at_once == 0:
-            _fill_kernel[(slabs.by_pair.parts * FILL_PROGRAMS_PER_PART,)](
-                slabs.run_place, slabs.row_place, slabs.first_run, slabs.slab_of_run, slabs.lane, slabs.slot, slab,
-                min(at_once, slabs.num_slabs - slab), slabs.room, *pairs, *lists, mean_log, chunks[0], chunks[1],
-                inv_sigma, sizes.num_chunks, sizes.tiles_per_head, len(slabs.slab_of_run) // sizes.num_kv_heads,
-                HKV=sizes.num_kv_heads, **_run_constants(sizes, slabs.run), num_warps=BLOCK_WARPS,
-                maxnreg=FILL_REGISTERS,
-            )  # fmt: skip
-        here, entry = slab % at_once, pairs.entry
-        yield (
-            slab,
-            SlabPairs(pairs.token_shift[here], pairs.slot[here], None if entry is None else entry[here]),
-        )
+) -> Iterator[tuple[int, Placed, SlabPairs]]:
+    """The pairs of each slab in turn, before them where slabs were placed, and the slab's number there.
+
+    The pairs, with their `entry` only if asked for, are there until the next ones.
+    """
+    pairs, nc = new_pairs(slabs, entries), slabs.key_start.shape[1]
+    count_tiles = slabs.count_tiles if slabs.placed is None else 0
+    counts = torch.empty(count_tiles, nc, dtype=torch.int32, device=slabs.slot.device)
+    for slab in range(0, slabs.num_slabs, slabs.at_once):
+        num_slabs, before, placed = min(slabs.at_once, slabs.num_slabs - slab), 0, slabs.placed
+        if placed is None:
+            # a tensor of its own: kernels are compiled for how addresses are aligned
+            before, first_tile = slab, slabs.first_tile[slab : slab + num_slabs + 1].clone()
+            _launch_count(slabs.taken, counts, None, first_tile, slabs.first_chunk, nc, lists, chunks, sizes)
+            placed = _place(slabs, counts, first_tile, sizes)
+        _fill_kernel[(slabs.by_pair.parts * FILL_PROGRAMS_PER_PART,)](
+            placed.tile_place, placed.row_place, placed.first_tile, slabs.slab_of_tile, slabs.slot, before, slab - before,
+            num_slabs, slabs.room, *pairs, slabs.first_chunk, *lists, mean_log, chunks[0], chunks[1], inv_sigma, nc,
+            sizes.tiles_per_head, HKV=sizes.num_kv_heads, maxnreg=FILL_REGISTERS, **_block_constants(sizes),
+        )  # fmt: skip
+        for here in range(num_slabs):
+            entry = None if pairs.entry is None else pairs.entry[here]
+            yield (
+                slab - before + here,
+                placed,
+                SlabPairs(pairs.token_shift[here], pairs.slot[here], entry),
+            )

@@ -1,0 +1,47 @@
+"""What kernels over slabs of pairs share: a program's part of a slab, and rows gathered by token or found by slot."""
+
+import triton
+import triton.language as tl
+
+from dash_megatron.ops.kernels.tiles import tile_place
+
+
+@triton.jit
+def split_pair(b_pair):
+    """Token, int64, and shift of the scores of packed pairs."""
+    return b_pair & 0x7FFFFFFF, (b_pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_gathered(x, o_n, o_head, o_d, stride_n, stride_h, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [ROWS, BLOCK_D] of x at tokens `o_n` and heads `o_head`, all of which exist; zero beyond D."""
+    p_x = x + (o_n * stride_n + o_head * stride_h)[:, None] + o_d[None, :]
+    return tl.load(p_x) if BLOCK_D == D else tl.load(p_x, mask=(o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def part_of_slab(row_place, row_work, part_bound, part_row, first_tile, slab, num_chunks, tiles_per_head):
+    """This program's part of a slab: its first step and the one behind its last, the chunk it begins in, the slab's head, and where
+    the slab's places and steps by chunk stand."""
+    i_p = slab * (tl.num_programs(0) + 1) + tl.program_id(0)
+    here, stop = tl.load(part_bound + i_p), tl.load(part_bound + i_p + 1)
+    i_c = tl.load(part_row + i_p - slab)
+    i_h = tl.load(first_tile + slab) // tiles_per_head
+    return here, stop, i_c, i_h, row_place + slab * (num_chunks + 1), row_work + slab * (num_chunks + 1)
+
+
+@triton.jit
+def chunk_of_slab(p_place, p_work, i_c):
+    """Of a chunk's pairs in a slab: the first step and the one behind the last, the place of the first pair, the number of the last."""
+    begin, end = tl.load(p_work + i_c), tl.load(p_work + i_c + 1)
+    p_pair = tl.load(p_place + i_c)
+    return begin, end, p_pair, (tl.load(p_place + i_c + 1) - p_pair).to(tl.int32) - 1
+
+
+@triton.jit
+def lane_place(i_lane, chunk_start, chunk_end, tiles_per_head, T: tl.constexpr, C: tl.constexpr):
+    """Head and token of a row of all tiles, and whether it exists."""
+    i_tile = i_lane // T
+    _, start, end = tile_place(i_tile % tiles_per_head, chunk_start, chunk_end, C // T, T)
+    i_n = start + i_lane % T
+    return i_tile // tiles_per_head, i_n.to(tl.int64), i_n < end
