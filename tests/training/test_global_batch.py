@@ -60,6 +60,16 @@ def test_loss_and_gradients_do_not_depend_on_split_or_zero_stage(
             assert relative_error(found["weights"][parameter], weight) <= 1e-3, (name, parameter)
 
 
+def test_one_process_keeps_the_float32_sum_of_bf16_gradients(
+    tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    tree = with_changes(tiny_config, training={"precision": "bf16"}, zero={"stage": 1})
+    run_processes(1, one_step, [("bf16", tree)], str(tmp_path))
+    for name, gradient in torch.load(tmp_path / "bf16.pt")["gradients"].items():
+        if gradient.dim() > 1:
+            assert not torch.equal(gradient.bfloat16().float(), gradient), f"{name} is rounded to bf16"
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_recomputation_and_scoring_in_pieces_leave_gradients_alone(
