@@ -22,7 +22,7 @@ _POLL_SECONDS = 0.05
 _MAX_PROCESSES_PER_CORE = 8
 """More processes are a slip of the finger: they would take a machine's memory before one of them trains."""
 _LAST_WORDS_SECONDS = 5.0
-"""For which the others go on when one process was killed or aborted: they may have something to tell about it too."""
+"""How long the other processes run on after one was killed or aborted, to write what they know of it."""
 
 
 def check_processes(config: Config, processes: int | None) -> None:

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 OTHERS_WAIT_SECONDS = 10.0
-"""For which ranks other than 0 keep an error to themselves: mostly rank 0 has it too, and its end ends them."""
+"""How long ranks other than 0 hold an error back: rank 0 mostly has the same one, and when it exits, they are ended."""
 SAME_ERROR_SECONDS = 1.0
-"""For which a rank other than 0 stays behind an error that it has told, so that others see that it is told."""
+"""How long a rank other than 0 stays alive after it has printed an error, so that others find it printed already."""
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,10 @@ from dash_megatron.training.metrics import StepMetrics, read_metrics
 
 
 def collect(study: Study) -> list[dict[str, Any]]:
-    """A row for every run that has logged a step: what the plan knows, and what was measured.
+    """A row for every run that has logged a step: what the plan knows, and what was measured (`results_of`).
 
-    `loss` is the mean training loss of the last tenth of the steps, `valid_loss` the last validation's, `density` the mean
-    over the last tenth, `tokens_per_second` the median, `gpu_memory_gib` the peak. `flops` are those of the tokens read, attention counted at the
-    density of each logged step; `dense_flops` those of the same tokens with full attention.
+    `flops` are those of the tokens read, attention counted at the density of each logged step; `dense_flops` those of the
+    same tokens with full attention.
 
     Raises:
         ValueError: a wrong study, or no run that has logged a step.
@@ -45,15 +44,28 @@ def collect(study: Study) -> list[dict[str, Any]]:
 
 
 def _row(run: StudyRun, metrics: list[StepMetrics]) -> dict[str, Any]:
+    results, vocab_size = results_of(metrics), vocabulary_rows(run.config)
+    dense = training_flops_per_token(run.config, vocab_size, run.context)
+    return {
+        **as_row(run),
+        "finished": results["step"] >= run.config.training.steps,
+        **results,
+        "dense_flops": dense * results["tokens"],
+        "flops": _measured_flops(run, metrics, vocab_size),
+    }
+
+
+def results_of(metrics: Sequence[StepMetrics]) -> dict[str, Any]:
+    """What a run came to by its last logged step.
+
+    `loss` is the mean training loss of the last tenth of the steps, `valid_loss` the last validation's, `density` the mean
+    over the last tenth, `tokens_per_second` the median, `gpu_memory_gib` the peak; None where nothing was measured.
+    """
     last = metrics[-1]
     tail = [line for line in metrics if line["step"] > 0.9 * last["step"]]
     densities = [line["density"] for line in tail if line["density"] is not None]
     validated = [line["valid_loss"] for line in metrics if line["valid_loss"] is not None]
-    vocab_size = vocabulary_rows(run.config)
-    dense = training_flops_per_token(run.config, vocab_size, run.context)
     return {
-        **as_row(run),
-        "finished": last["step"] >= run.config.training.steps,
         "step": last["step"],
         "tokens": last["tokens"],
         "loss": fmean(line["loss"] for line in tail),
@@ -61,8 +73,6 @@ def _row(run: StudyRun, metrics: list[StepMetrics]) -> dict[str, Any]:
         "density": fmean(densities) if densities else None,
         "tokens_per_second": median(line["tokens_per_second"] for line in metrics),
         "gpu_memory_gib": max((line.get("gpu_memory_gib") or 0.0 for line in metrics), default=0.0) or None,
-        "dense_flops": dense * last["tokens"],
-        "flops": _measured_flops(run, metrics, vocab_size),
         "skipped": last["skipped"],
     }
 

@@ -47,7 +47,7 @@ class Job:
 
 
 class JobQueue:
-    """Jobs in their order, but none before the run is done whose weights it begins with."""
+    """Gives out jobs in order; one that starts from the weights of another run waits until that run is done."""
 
     def __init__(self, jobs: list[Job]) -> None:
         self.total = len(jobs)
@@ -108,7 +108,7 @@ def jobs_of(study: Study, evaluate: bool) -> list[Job]:
 
 
 def with_bases(jobs: list[Job], every: Iterable[Job]) -> list[Job]:
-    """The jobs, and before the first branch of it each base that is not trained yet."""
+    """The jobs in order, with each base that is not trained yet put before the first of its branches."""
     of_run = {job.run.folder: job for job in every}
     taken = {job.run.folder for job in jobs}
     more = []

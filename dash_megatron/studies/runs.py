@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -161,7 +162,7 @@ def _identity(config: Config) -> str:
 
 
 def _make(study: Study, base: dict[str, Any], recipe: _Recipe) -> StudyRun:
-    tree = json.loads(json.dumps(base))
+    tree = copy.deepcopy(base)
     settings = {key: value for key, value in recipe.settings.items() if key != _DENSITY}
     if settings.get("attention.kind") == "full":
         # what the base says of selecting is nothing to a dense run
@@ -210,7 +211,7 @@ def _make(study: Study, base: dict[str, Any], recipe: _Recipe) -> StudyRun:
 
 def _rough_config(tree: dict[str, Any], recipe: _Recipe) -> Config:
     """The config but for the steps of a budget, which are not known yet: more than any curriculum has."""
-    tree = json.loads(json.dumps(tree))
+    tree = copy.deepcopy(tree)
     if recipe.budget:
         set_key(tree, "training.steps", 10**9, "budgets")
     try:

@@ -153,7 +153,7 @@ class CollapseAlarm:
 
 
 def _collapse(density: float | None, chunks: float | None) -> str | None:
-    # both at their bounds: there is one chunk only, and nothing to select
+    # at neither bound it works; at both, documents have one chunk and there is nothing to select
     if density is None or chunks is None or (density >= _EVERY_CHUNK) == (chunks <= _OWN_CHUNK_ONLY):
         return None
     return "every chunk" if density >= _EVERY_CHUNK else "only the own chunk"

@@ -13,13 +13,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import yaml
 
 from dash_megatron.command_line import ending_with_reader
 from dash_megatron.evaluation.settings import LOSS_TASKS
+from dash_megatron.studies.collect import results_of
 from dash_megatron.training.metrics import StepMetrics, read_metrics
 
 # Points of a training curve: each is the mean over the steps logged since the last one.
@@ -79,24 +80,11 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _summarize_run(path: Path) -> dict[str, Any]:
     lines = read_metrics(path)
-    last = lines[-1]
-    tail = [line for line in lines if line["step"] > 0.9 * last["step"]]
-    validated = [line for line in lines if line["valid_loss"] is not None]
+    by_layer = {name: lines[-1][name] for name in ("density_per_layer", "scaling_factor_per_layer")}
     return {
-        "results": {
-            "step": last["step"],
-            "tokens": last["tokens"],
-            "loss": _round(fmean(line["loss"] for line in tail)),
-            "valid_loss": validated[-1]["valid_loss"] if validated else None,
-            "density": _mean(line["density"] for line in tail),
-            "density_per_layer": _round(last["density_per_layer"]),
-            "scaling_factor_per_layer": _round(last["scaling_factor_per_layer"]),
-            "tokens_per_second": _round(median(line["tokens_per_second"] for line in lines)),
-            "gpu_memory_gib": _round(max(line["gpu_memory_gib"] or 0.0 for line in lines)),
-            "skipped": last["skipped"],
-        },
+        "results": _round({**results_of(lines), **by_layer}),
         "curve": _curve(lines),
-        "validations": [_validation(line) for line in validated],
+        "validations": [_validation(line) for line in lines if line["valid_loss"] is not None],
         "evaluations": {
             folder.name: _evaluation(folder)
             for folder in sorted((path / "evaluation").glob("*"))
