@@ -13,6 +13,7 @@ from benchmarks.persistence import make_selected
 from dash_megatron.ops.kernels import configs, geometry
 from dash_megatron.ops.kernels.attend import attend_forward
 from dash_megatron.ops.kernels.backward_kv import backward_kv
+from dash_megatron.ops.kernels.backward_pairs import backward_pairs
 from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
 from dash_megatron.ops.kernels.route import route
 from dash_megatron.ops.kernels.summarize import summarize
@@ -156,10 +157,14 @@ class Stages:
 
     def backward_queries(self) -> None:
         self.d_prior = torch.empty_like(self.lists.log_prior)
-        self.dq, self.delta, self.centred_lse, self.left, self.key_sums = backward_q(
+        self.dq, self.delta, self.centred_lse, self.left, slabs = backward_q(
             self.q, self.k, self.v, self.out, self.d_out, self.lse, self.lists, self.mean_log, self.d_prior, self.chunks,
             self.sizes, self.router.inv_sigma, self.launches.queries, by_pair=self.launches.backward_by_pair,
             num_pairs=self.num_pairs,
+        )  # fmt: skip
+        self.key_sums = backward_pairs(
+            self.q, self.k, self.v, self.d_out, self.lse, self.delta, self.dq, self.d_prior, self.lists, slabs,
+            self.mean_log, self.chunks, self.sizes, self.router.inv_sigma,
         )  # fmt: skip
 
     def backward_router(self) -> None:

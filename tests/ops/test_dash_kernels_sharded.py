@@ -12,7 +12,9 @@ from dash_megatron.ops.shards import Attended, KeyBuffer, OutputGradient, QueryC
 from dash_megatron.ops.types import Router
 from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels
 
-sharded, geometry, _ = import_kernels("sharded", "geometry", "pool")
+sharded, geometry, attend, backward_q, pair_slabs, _ = import_kernels(
+    "sharded", "geometry", "attend", "backward_q", "pair_slabs", "pool"
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -320,6 +322,48 @@ def test_keys_and_values_by_pair_equal_the_reference(case, layout, above, monkey
 
     monkeypatch.setattr(sharded, "find_launches", by_pair)
     _check(Sequence(**CASES[case]), layout)
+
+
+@pytest.mark.parametrize(
+    ("case", "layout", "above", "counts"),
+    [
+        ("one head a group", "one buffer", 0, 2**26),
+        ("four heads, prior not centred", "compact windows", 0, 50),
+        ("local chunks, pooled queries", "windows", 0.9, 2**26),
+        ("four heads a group", "windows", 16.0, 2**26),
+    ],
+)
+def test_every_stage_by_pair_equals_the_reference(case, layout, above, counts, monkeypatch):
+    """All windows of the same lists decide alike, forward and backward: above 16 for tiles, else for pairs.
+
+    In the second case the table of counts is made again for few tiles at a time.
+    """
+    plans, find_launches = [], sharded.find_launches
+
+    def by_pair(*args, **kwargs):
+        usual = find_launches(*args, **kwargs)
+        slabs = usual.attend_pairs._replace(block=16)
+        return usual._replace(
+            attend_pairs=slabs,
+            backward_pairs=slabs,
+            attend_pairs_above=above,
+            backward_pairs_above=above,
+            parts=3,
+        )
+
+    def plan_and_keep(*args):
+        plans.append(pair_slabs.plan_slabs(*args))
+        return plans[-1]
+
+    monkeypatch.setattr(sharded, "find_launches", by_pair)
+    monkeypatch.setattr(pair_slabs, "MAX_COUNTS", counts)
+    for module in (attend, backward_q):
+        monkeypatch.setattr(module, "plan_slabs", plan_and_keep)
+    _check(Sequence(**CASES[case]), layout)
+    assert len(plans) == 2 * 2 * {"one buffer": 1, "windows": 3, "compact windows": 2}[layout]
+    assert {plan.taken.item() for plan in plans} == {above < 16}
+    assert (sum(plan.slot[-1].item() for plan in plans if plan.taken) > 0) == (above < 16)
+    assert all((plan.placed is None) == (counts == 50) for plan in plans)
 
 
 def test_lists_that_are_counted_first_give_the_same_bits(monkeypatch):

@@ -1,9 +1,12 @@
 """Attention of several context-parallel processes, saved for a test to compare."""
 
+import contextlib
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -45,6 +48,8 @@ class Case(NamedTuple):
     similar_chunks: int = 0
     """Above 0: keys of so many neighbouring chunks are alike, and so are the queries that follow them: local routing."""
     backend: str = "reference"
+    by_pair: bool = False
+    """The kernels go over selected pairs in every stage that can."""
     dtype: torch.dtype = torch.float64
     device: str = "cpu"
 
@@ -130,12 +135,41 @@ def attend_together(cases: dict[str, Case], folder: str) -> None:
             os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
         init_process_groups(read_launch(os.environ), ParallelConfig(context=size))
     for name, case in cases.items():
-        results, traffic = _attend_rank(case, ContextGroup(dist.group.WORLD))
+        with _every_stage_by_pair() if case.by_pair else contextlib.nullcontext():
+            results, traffic = _attend_rank(case, ContextGroup(dist.group.WORLD))
         rank = dist.get_rank()
         torch.save(traffic, Path(folder) / f"{name}_{rank}.pt")
         if rank == 0:
             torch.save(results, Path(folder) / f"{name}.pt")
     destroy_process_groups()
+
+
+@contextlib.contextmanager
+def _every_stage_by_pair() -> Iterator[None]:
+    """Meanwhile pairs are taken whatever tiles list, and must have been at the end."""
+    # late, when it is settled whether kernels are interpreted
+    from dash_megatron.ops.kernels import attend, backward_q, pair_slabs, sharded
+
+    taken: list[bool] = []
+
+    def launches(*args: Any, **kwargs: Any) -> Any:
+        return find_launches(*args, **kwargs)._replace(
+            attend_pairs_above=0, backward_pairs_above=0, pairs_above=0
+        )
+
+    def plan_and_note(*args: Any) -> Any:
+        plan = pair_slabs.plan_slabs(*args)
+        taken.append(plan is not None and plan.slot[-1].item() > 0)
+        return plan
+
+    find_launches = sharded.find_launches
+    with (
+        mock.patch.object(sharded, "find_launches", launches),
+        mock.patch.object(attend, "plan_slabs", plan_and_note),
+        mock.patch.object(backward_q, "plan_slabs", plan_and_note),
+    ):
+        yield
+    assert sum(taken) >= 2, "forward and backward went over pairs"
 
 
 def _attend_rank(case: Case, group: ContextGroup) -> tuple[list[torch.Tensor], dict[str, Any]]:

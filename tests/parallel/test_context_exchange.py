@@ -77,12 +77,14 @@ def test_every_exchange_gives_what_one_process_gives(size: int, run_processes: A
             assert error(x, expected) <= TOLERANCE, (name, what)
 
 
-def test_every_exchange_serves_the_triton_kernels(run_processes: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_pair", [False, True], ids=["over tiles", "over pairs"])
+def test_every_exchange_serves_the_triton_kernels(by_pair: bool, run_processes: Any, tmp_path: Path) -> None:
     bounds = (0, 37, 38, 128, 192)
     cases = {
         comm: Case(
             bounds,
             comm=comm,
+            by_pair=by_pair,
             heads=(4, 2),
             backend="triton",
             dtype=torch.float32,

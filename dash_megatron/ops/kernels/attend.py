@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dash_megatron.ops.kernels.attend_pairs import merge_pairs
 from dash_megatron.ops.kernels.configs import PLAIN, ByPair, Config
-from dash_megatron.ops.kernels.geometry import Lists, Sizes, own_places
+from dash_megatron.ops.kernels.geometry import KeyPlaces, Lists, Sizes, own_places
 from dash_megatron.ops.kernels.hopper import HOPPER_ROWS, fits_hopper
 from dash_megatron.ops.kernels.pair_slabs import plan_slabs
 from dash_megatron.ops.kernels.tiles import (
@@ -135,24 +135,21 @@ def _attend_fwd_kernel(
 
 def attend_forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Lists, mean_log: Tensor, chunks: Tensor,
-    sizes: Sizes, inv_sigma: float, config: Config, own: Tensor | None = None, by_pair: ByPair | None = None,
+    sizes: Sizes, inv_sigma: float, config: Config, keys: KeyPlaces | None = None, by_pair: ByPair | None = None,
     num_pairs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [tokens, Hq, D] and base-2 log-sum-exp [tokens, Hq] of q [tokens, Hq, D], k and v [tokens, Hkv, D].
 
-    Keys and values may lie elsewhere than the queries: then `own` int32 [2, Hkv, chunks] gives first row and one past the
-    last of each chunk's own keys, equal where these are absent, and the lists hold first rows instead of chunk numbers.
-    The output is float32 then, zero beside a log-sum-exp of -inf for tokens that see none of the keys.
+    Keys and values may lie elsewhere than the queries: then `keys` says where. The output is float32 then, zero beside a
+    log-sum-exp of -inf for tokens that see none of the keys.
 
-    Where `by_pair` says so and keys lie with the queries, tiles attend to their own chunks only, and what else each token
-    selected is merged by pair. `num_pairs` is that of `plan_slabs`.
+    Where `by_pair` says so, tiles attend to their own chunks only, and what else each token selected is merged by pair.
+    `num_pairs` is that of `plan_slabs`.
     """
-    slabs = None
-    if own is None:
-        pair_bytes = sizes.group * (q[0, 0].nbytes + 4)
-        slabs = plan_slabs(lists, chunks, sizes, pair_bytes, by_pair, num_pairs, False)
+    pair_bytes = sizes.group * (q[0, 0].nbytes + 4)
+    slabs = plan_slabs(lists, chunks, sizes, pair_bytes, by_pair, num_pairs, False, keys)
     tiled = lists if slabs is None else slabs.rest(lists)
-    out, lse = _attend_tiles(q, k, v, tiled, mean_log, chunks, sizes, inv_sigma, config, own)
+    out, lse = _attend_tiles(q, k, v, tiled, mean_log, chunks, sizes, inv_sigma, config, keys)
     if slabs is not None:
         merge_pairs(q, k, v, out, lse, lists, slabs, mean_log, chunks, sizes, inv_sigma)
     return out, lse
@@ -160,11 +157,12 @@ def attend_forward(
 
 def _attend_tiles(
     q: Tensor, k: Tensor, v: Tensor, lists: Lists, mean_log: Tensor, chunks: Tensor,
-    sizes: Sizes, inv_sigma: float, config: Config, own: Tensor | None,
+    sizes: Sizes, inv_sigma: float, config: Config, keys: KeyPlaces | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`attend_forward` over tiles alone."""
-    sharded = own is not None
-    own = own_places(own, chunks, sizes)
+    sharded, own = keys is not None, own_places(keys, chunks, sizes)
+    if keys is not None:
+        lists = lists._replace(chunk=keys.row)
     if (
         not sharded
         and config.kernel != PLAIN

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dash_megatron.ops.kernels.attend import attend_forward
 from dash_megatron.ops.kernels.backward_kv import backward_kv_lists
+from dash_megatron.ops.kernels.backward_pairs import backward_pairs
 from dash_megatron.ops.kernels.backward_q import backward_q
 from dash_megatron.ops.kernels.configs import Launches
 from dash_megatron.ops.kernels.geometry import Lists, Sizes
@@ -34,12 +35,15 @@ class _AttendLists(torch.autograd.Function):
         q, k, v, out, lse, mean_log, chunks, *saved = ctx.saved_tensors
         lists, sizes, launches = Lists(*saved), ctx.sizes, ctx.launches
         d_out = gradients[0].contiguous()
-        dq, delta, centred_lse, lists, key_sums = backward_q(
+        dq, delta, centred_lse, left, slabs = backward_q(
             q, k, v, out, d_out, lse, lists, mean_log, None, chunks, sizes, 1.0, launches.queries,
             by_pair=launches.backward_by_pair,
         )  # fmt: skip
+        key_sums = backward_pairs(
+            q, k, v, d_out, lse, delta, dq, None, lists, slabs, mean_log, chunks, sizes, 1.0
+        )
         dk, dv = backward_kv_lists(
-            q, k, v, d_out, centred_lse, delta, mean_log, lists, chunks, sizes, 1.0, launches, key_sums
+            q, k, v, d_out, centred_lse, delta, mean_log, left, chunks, sizes, 1.0, launches, key_sums
         )
         return dq, dk, dv, *(None,) * 7
 

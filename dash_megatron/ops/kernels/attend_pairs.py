@@ -45,7 +45,7 @@ def _attend_pairs_kernel(
     # absent heads repeat the last one: loads need no mask
     o_g = i_h * G + tl.minimum(o_rg, G - 1)
     while here < stop:
-        begin, end, p_pair, last = chunk_of_slab(p_place, p_work, i_c)
+        i_c, begin, end, p_pair, last = chunk_of_slab(p_place, p_work, i_c, here)
         start = tl.load(key_start + i_c)
         b_k = load_keys(k, start, stride_kn, D, BLOCK_D, C, C)
         b_v = load_keys(v, start, stride_vn, D, BLOCK_D, C, C)
@@ -96,7 +96,8 @@ def _merge_slots_kernel(
             i_h, i_n, _ = lane_place(i_lane, chunk_start, chunk_end, tiles_per_head, T, C)
             i_part = (i_slot - begin) * G + i_g
             o_row = (i_n * HKV + i_h) * G + i_g
-            own_lse = tl.load(lse + o_row)
+            # -inf of a token that saw nothing would make NaN
+            own_lse = tl.maximum(tl.load(lse + o_row), -1e30)
             b_max, b_sum = tl.zeros([LSES], tl.float32) + own_lse, tl.zeros([LSES], tl.float32)
             for i_s in range(0, count, LSES):
                 p_lse = partial_lse + i_part + (i_s + o_l) * G

@@ -178,18 +178,16 @@ def _finish_kernel(
         b_dv += tl.load(dv_sum + i_slot * C * D + o_cd, mask=m_kd, other=0.0)
         if SUMMARY:
             b_ds += tl.load(ds_sum + i_slot * D + o_d, mask=m_d, other=0.0)
+    p_out = (o_n.to(tl.int64) * HKV + i_h)[:, None] * D + o_d[None, :]
     if more_dk is not None:
-        p_more = i_chunk * C * D + o_cd
-        b_dk += tl.load(more_dk + p_more, mask=m_kd, other=0.0)
-        b_dv += tl.load(more_dv + p_more, mask=m_kd, other=0.0)
-
+        b_dk += tl.load(more_dk + p_out, mask=m_kd, other=0.0)
+        b_dv += tl.load(more_dv + p_out, mask=m_kd, other=0.0)
     if w is not None:
         b_k = load_rows(k + i_h * stride_kh, o_n, stride_kn, m_k, D, BLOCK_D).to(tl.float32)
         b_w = tl.load(w + i_h * stride_wh + o_d, mask=m_d, other=0.0).to(tl.float32)
         b_part, b_dw = summary_gradients(b_k, b_w, b_ds, m_k, inv_sqrt_d)
         b_dk += b_part
         tl.store(dw_chunk + i_chunk * D + o_d, b_dw, mask=m_d)
-    p_out = (o_n.to(tl.int64) * HKV + i_h)[:, None] * D + o_d[None, :]
     tl.store(dk + p_out, b_dk.to(dk.dtype.element_ty), mask=m_kd)
     tl.store(dv + p_out, b_dv.to(dv.dtype.element_ty), mask=m_kd)
 
@@ -223,7 +221,7 @@ def _finish(
     partition: WorkPartition, width: int, keys: Tensor, sizes: Sizes, deterministic: bool, direct: bool,
     more: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Add up the partial sums and, [2, Hkv, chunks, C, D], `more`; with `w`, also the gradient through the summaries, `dw_chunk` [Hkv, chunks, D].
+    """Add up the partial sums and, float32 [2, *k.shape], `more`; with `w`, also the gradient through the summaries, `dw_chunk` [Hkv, chunks, D].
 
     Rows of the partition are groups of `width` chunks. With `direct` rows that one part did alone are skipped: they are in `dk` and `dv` already.
     """
@@ -370,8 +368,8 @@ def backward_kv_buffer(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, mean_log: Tensor, lists: Lists,
     window: tuple[int, int], chunks: Tensor, keys: Tensor, queries: Tensor, sizes: Sizes, inv_sigma: float,
     launches: Launches,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Float32 gradients of a buffer's k and v [rows, Hkv, D] through attention alone; zero in rows of no chunk.
+) -> Tensor:  # fmt: skip
+    """Float32 gradients of a buffer's k and v, [2, rows, Hkv, D], through attention alone; zero in rows of no chunk.
 
     `keys` and `queries` are those of `_sum_parts`, of the chunks in the window first <= c < last, in which those of the lists lie.
     """
@@ -380,11 +378,9 @@ def backward_kv_buffer(
         q, k, v, d_out, centred_lse, delta, mean_log, lists, window, chunks, keys, queries, None, sizes, inv_sigma,
         launches, True,
     ):  # fmt: skip
-        dk, dv = sums[:, -k.numel() :].unflatten(1, k.shape)
+        d_keys = sums[:, -k.numel() :].unflatten(1, k.shape)
+        dk, dv = d_keys
         _finish(k, None, sums, None, dk, dv, None, partition, width, keys, sizes, False, True)
-        parts.append((dk, dv))
-    if len(parts) == 1:
-        return parts[0]
-    # one is zero
-    (dk, dv), (more_dk, more_dv) = parts
-    return dk.add_(more_dk), dv.add_(more_dv)
+        parts.append(d_keys)
+    # where there are two, one is zero
+    return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])

@@ -1,7 +1,7 @@
 """Backward by gathering: the tokens that selected a chunk are multiplied with it, once for queries, keys and values.
 
 Each pair leaves its part of the gradient of queries; those of a token, one for each chunk that it selected, lie side by side and
-are then summed in the order of its list. What a slab's pairs give to keys and values is added to float32 sums that all slabs share.
+are then summed in the order of its list. What a slab's pairs give to keys and values is added to their float32 gradients.
 The cost follows the selected pairs, whatever neighbouring tokens select.
 """
 
@@ -24,7 +24,7 @@ from dash_megatron.ops.kernels.tiles import LOG2_E, load_keys
 
 @triton.jit(do_not_specialize=["slab"])
 def _backward_pairs_kernel(
-    q, k, v, d_out, lse, delta, partial, d_prior, dk_sum, dv_sum, token_shift, pair_slot, pair_entry,
+    q, k, v, d_out, lse, delta, partial, d_prior, dk, dv, dk_sum, dv_sum, token_shift, pair_slot, pair_entry,
     row_place, row_work, part_bound, part_row, first_tile, slab, key_start, stride_key,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, scale, inv_sqrt_d, num_chunks, tiles_per_head,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr,
@@ -42,7 +42,7 @@ def _backward_pairs_kernel(
     # absent heads repeat the last one, without weight: loads need no mask
     o_g = i_h * G + tl.minimum(o_rg, G - 1)
     while here < stop:
-        begin, end, p_pair, last = chunk_of_slab(p_place, p_work, i_c)
+        i_c, begin, end, p_pair, last = chunk_of_slab(p_place, p_work, i_c, here)
         start = tl.load(key_start + i_c)
         b_k = load_keys(k, start, stride_kn, D, BLOCK_D, C, C)
         b_v = load_keys(v, start, stride_vn, D, BLOCK_D, C, C)
@@ -80,29 +80,32 @@ def _backward_pairs_kernel(
             p_out = partial + ((b_slot * G + o_rg) * D)[:, None] + o_d[None, :]
             m_out = m_row[:, None] & (o_d < D)[None, :]
             tl.store(p_out, b_dq.to(partial.dtype.element_ty), mask=m_out, cache_modifier=".cs")
-        # Sums of a chunk that parts share wait in slots: one that began in an earlier part in the first of two.
-        whole = (here == begin) & (stop >= end)
-        i_sum = tl.program_id(0) * 2 + (here == begin).to(tl.int64)
-        i_sum = tl.where(whole, tl.num_programs(0) * 2 + i_h * num_chunks + i_c, i_sum)
-        o_sum = i_sum * (C * D) + o_c[None, :] * D + o_d[:, None]
         m_d = (o_d < D)[:, None]
-        m_before = m_d & whole
-        b_dk += tl.load(dk_sum + o_sum, mask=m_before, other=0.0)
-        b_dv += tl.load(dv_sum + o_sum, mask=m_before, other=0.0)
-        tl.store(dk_sum + o_sum, b_dk, mask=m_d)
-        tl.store(dv_sum + o_sum, b_dv, mask=m_d)
+        if (here == begin) & (stop >= end):
+            o_sum = ((start.to(tl.int64) + o_c) * HKV + i_h)[None, :] * D + o_d[:, None]
+            b_dk += tl.load(dk + o_sum, mask=m_d, other=0.0)
+            b_dv += tl.load(dv + o_sum, mask=m_d, other=0.0)
+            tl.store(dk + o_sum, b_dk, mask=m_d)
+            tl.store(dv + o_sum, b_dv, mask=m_d)
+        else:
+            # Sums of a chunk that parts share wait in slots: one that began in an earlier part in the first of two.
+            i_slot = tl.program_id(0) * 2 + (here == begin).to(tl.int64)
+            o_sum = i_slot * (C * D) + o_c[None, :] * D + o_d[:, None]
+            tl.store(dk_sum + o_sum, b_dk, mask=m_d)
+            tl.store(dv_sum + o_sum, b_dv, mask=m_d)
         here = end
         i_c += 1
 
 
 @triton.jit(do_not_specialize=["slab"])
 def _shared_sums_kernel(
-    sums, stride_sums, row_work, part_bound, part_row, first_tile, slab, num_chunks, tiles_per_head,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr,
+    gradients, stride_gradients, sums, stride_sums, row_work, part_bound, part_row, first_tile, slab, key_start, stride_key,
+    num_chunks, tiles_per_head, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Add up the slots of the chunk that began in an earlier part and ends in this one, in order."""
+    """Add the slots of the chunk that began in an earlier part and ends in this one to its gradient, in order."""
     i_part, parts = tl.program_id(0), tl.num_programs(0)
-    sums += tl.program_id(1) * stride_sums
+    sums += tl.program_id(1).to(tl.int64) * stride_sums
+    gradients += tl.program_id(1).to(tl.int64) * stride_gradients
     part_bound += slab * (parts + 1)
     row_work += slab * (num_chunks + 1)
     here, stop = tl.load(part_bound + i_part), tl.load(part_bound + i_part + 1)
@@ -113,10 +116,11 @@ def _shared_sums_kernel(
             i_first = i_part
             while tl.load(part_bound + i_first) > begin:
                 i_first -= 1
-            o_d = tl.arange(0, BLOCK_D)
-            o_sum, m_d = tl.arange(0, C)[:, None] * D + o_d[None, :], (o_d < D)[None, :]
+            o_c, o_d = tl.arange(0, C), tl.arange(0, BLOCK_D)
+            o_sum, m_d = o_c[:, None] * D + o_d[None, :], (o_d < D)[None, :]
             i_h = tl.load(first_tile + slab) // tiles_per_head
-            p_sum = sums + (parts * 2 + i_h * num_chunks + i_c) * (C * D) + o_sum
+            start = tl.load(key_start + i_h * stride_key + i_c).to(tl.int64)
+            p_sum = gradients + ((start + o_c) * HKV + i_h)[:, None] * D + o_d[None, :]
             b_sum = tl.load(p_sum, mask=m_d, other=0.0)
             b_sum += tl.load(sums + (i_first * 2 + 1) * (C * D) + o_sum, mask=m_d, other=0.0)
             for i_p in range(i_first + 1, i_part + 1):
@@ -164,30 +168,37 @@ def _sum_slots(
 
 def backward_pairs(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, d_prior: Tensor | None,
-    lists: Lists, slabs: PairSlabs, mean_log: Tensor, chunks: Tensor, sizes: Sizes, inv_sigma: float,
-) -> Tensor:  # fmt: skip
+    lists: Lists, slabs: PairSlabs | None, mean_log: Tensor, chunks: Tensor, sizes: Sizes, inv_sigma: float,
+    d_keys: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     """Add what the slabs' pairs give to `dq` [tokens, Hq, D], in place, and write their part of `d_prior` as `backward_q` does.
 
     Returns:
-        Their part of dk and dv, float32 [2, Hkv, chunks, C, D].
+        Gradients of k and v, float32 [2, *k.shape]: `d_keys`, to which the pairs' part was added, or that alone if it is None,
+        and None if there are no slabs.
     """
-    D, C, nc, parts = sizes.head_dim, sizes.chunk_size, slabs.key_start.shape[1], slabs.by_pair.parts
-    config = slabs.by_pair.config
+    if slabs is None:
+        return d_keys
+    if d_keys is None:
+        d_keys = torch.zeros(2, *k.shape, device=k.device)
+    D, C, parts = sizes.head_dim, sizes.chunk_size, slabs.by_pair.parts
+    config, key_start = slabs.by_pair.config, slabs.key_start
+    keys = key_start, key_start.stride(0)
     partial = torch.empty(slabs.room, sizes.group, D, dtype=q.dtype, device=q.device)
-    sums = torch.zeros(2, 2 * parts + sizes.num_kv_heads * nc, C, D, device=q.device)
+    sums = torch.empty(2, 2 * parts, C, D, dtype=torch.float32, device=q.device)
     rows = {name: x for name, x in sizes.constants.items() if name != "T"}
     for slab, placed, pairs in filled_slabs(
         slabs, lists, mean_log, chunks, sizes, inv_sigma, d_prior is not None
     ):
         _backward_pairs_kernel[(parts,)](
-            q, k, v, d_out, lse, delta, partial, d_prior, *sums, *pairs, *placed.work, slab,
-            slabs.key_start, slabs.key_start.stride(0), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-            D**-0.5 * LOG2_E, D**-0.5, nc, sizes.tiles_per_head,
+            q, k, v, d_out, lse, delta, partial, d_prior, *d_keys, *sums, *pairs, *placed.work, slab, *keys,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            D**-0.5 * LOG2_E, D**-0.5, key_start.shape[1], sizes.tiles_per_head,
             **rows, ROWS=config.block, STAGES=config.num_stages, num_warps=config.num_warps,
         )  # fmt: skip
         _shared_sums_kernel[(parts, 2)](
-            sums, sums.stride(0), *placed.work[1:], slab, nc, sizes.tiles_per_head,
-            D=D, BLOCK_D=sizes.block_d, C=C, num_warps=4,
+            d_keys, d_keys.stride(0), sums, sums.stride(0), *placed.work[1:], slab, *keys, key_start.shape[1],
+            sizes.tiles_per_head, HKV=sizes.num_kv_heads, D=D, BLOCK_D=sizes.block_d, C=C, num_warps=4,
         )  # fmt: skip
         _sum_slots(partial, dq, slabs, placed.first_tile, slab, chunks, sizes)
-    return sums[:, 2 * parts :].unflatten(1, (sizes.num_kv_heads, nc))
+    return d_keys

@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dash_megatron.ops.kernels.backward_pairs import backward_pairs
 from dash_megatron.ops.kernels.configs import ByPair, Config
-from dash_megatron.ops.kernels.geometry import Lists, Sizes, own_places
-from dash_megatron.ops.kernels.pair_slabs import plan_slabs
+from dash_megatron.ops.kernels.geometry import KeyPlaces, Lists, Sizes, own_places
+from dash_megatron.ops.kernels.pair_slabs import PairSlabs, plan_slabs
 from dash_megatron.ops.kernels.route import routing_products, score_scale
 from dash_megatron.ops.kernels.summarize import saturate
 from dash_megatron.ops.kernels.threshold import power
@@ -254,28 +253,27 @@ class QueryGradients(NamedTuple):
     centred_lse: Tensor
     """float32 [tokens, Hq]: the base-2 log-sum-exp with the prior's mean added."""
     lists: Lists
-    """What is left to do for keys and values: the lists as they came, or empty ones where `key_sums` have all of it."""
-    key_sums: Tensor | None
-    """float32 [2, Hkv, chunks, C, D]: what of dk and dv was computed with it; None: nothing."""
+    """What is left to do for keys and values: the lists as they came, or empty ones where pairs are taken."""
+    slabs: PairSlabs | None
+    """What `backward_pairs` is to add to all gradients if pairs are taken; None: they never are."""
 
 
 def backward_q(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, lists: Lists, mean_log: Tensor,
-    d_prior: Tensor | None, chunks: Tensor, sizes: Sizes, inv_sigma: float, config: Config, own: Tensor | None = None,
+    d_prior: Tensor | None, chunks: Tensor, sizes: Sizes, inv_sigma: float, config: Config, keys: KeyPlaces | None = None,
     by_pair: ByPair | None = None, num_pairs: Tensor | None = None,
 ) -> QueryGradients:  # fmt: skip
     """Gradient of q [tokens, Hq, D] through attention alone.
 
-    The gradient of the log priors is written to `d_prior` [room, T] where the lists have entries, unless it is None. `own` is
-    as in `attend_forward`, and the gradient of q float32 then; `by_pair` and `num_pairs` also, and by pair `d_prior` holds only pairs selected.
+    The gradient of the log priors is written to `d_prior` [room, T] where the lists have entries, unless it is None. `keys` is
+    as in `attend_forward`, and the gradient of q float32 then; `by_pair` and `num_pairs` also. By pair, what tokens selected beyond
+    their own chunks is left to `backward_pairs`, which writes `d_prior` for pairs selected only.
     """
-    sharded = own is not None
-    own = own_places(own, chunks, sizes)
-    slabs = None
-    if not sharded:
-        pair_bytes = q[0, 0].nbytes * sizes.group
-        slabs = plan_slabs(lists, chunks, sizes, pair_bytes, by_pair, num_pairs, d_prior is not None)
-    tiled = lists if slabs is None else slabs.rest(lists)
+    sharded, own = keys is not None, own_places(keys, chunks, sizes)
+    pair_bytes = q[0, 0].nbytes * sizes.group
+    slabs = plan_slabs(lists, chunks, sizes, pair_bytes, by_pair, num_pairs, d_prior is not None, keys)
+    left = lists if slabs is None else slabs.rest(lists)
+    tiled = left if keys is None else left._replace(chunk=keys.row)
     dq = torch.empty(q.shape, dtype=torch.float32 if sharded else q.dtype, device=q.device)
     delta, centred_lse = torch.empty_like(lse), torch.empty_like(lse)
     _dq_kernel[(sizes.num_tiles,)](
@@ -285,12 +283,7 @@ def backward_q(
         **sizes.constants, KEYS=config.keys, STAGES=config.num_stages, SHARDED=sharded, num_warps=config.num_warps,
         maxnreg=config.maxnreg,
     )  # fmt: skip
-    key_sums = None
-    if slabs is not None:
-        key_sums = backward_pairs(
-            q, k, v, d_out, lse, delta, dq, d_prior, lists, slabs, mean_log, chunks, sizes, inv_sigma
-        )
-    return QueryGradients(dq, delta, centred_lse, tiled, key_sums)
+    return QueryGradients(dq, delta, centred_lse, left, slabs)
 
 
 def backward_router(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dash_megatron.ops.kernels.attend import attend_forward
 from dash_megatron.ops.kernels.backward_kv import backward_kv
+from dash_megatron.ops.kernels.backward_pairs import backward_pairs
 from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
 from dash_megatron.ops.kernels.backward_summary import sum_d_summary
 from dash_megatron.ops.kernels.configs import Launches, find_launches
@@ -200,9 +201,13 @@ def _backward(
     rows_q, rows_k, rows_v, rows_w = _one_row(q), _dense_rows(k), _dense_rows(v), w.contiguous()
     rows_out, rows_d_out = out.flatten(0, 1).contiguous(), d_out.flatten(0, 1).contiguous()
     d_prior = torch.empty_like(list_log_prior)
-    dq, delta, centred_lse, left, key_sums = backward_q(
+    dq, delta, centred_lse, left, slabs = backward_q(
         rows_q, rows_k, rows_v, rows_out, rows_d_out, lse, lists, mean_log, d_prior, chunks, sizes, router.inv_sigma,
         launches.queries, by_pair=launches.backward_by_pair, num_pairs=num_pairs,
+    )  # fmt: skip
+    key_sums = backward_pairs(
+        rows_q, rows_k, rows_v, rows_d_out, lse, delta, dq, d_prior, lists, slabs, mean_log, chunks, sizes,
+        router.inv_sigma,
     )  # fmt: skip
     # recomputed rather than kept
     routing_q, position = _pooled(rows_q, q.shape[0], k.shape[2], router, cu_seqlens)

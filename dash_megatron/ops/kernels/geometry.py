@@ -105,8 +105,8 @@ class KeyPlaces(NamedTuple):
 
     own: Tensor
     """int32 [2, Hkv, chunks of the queries]: first row and one past the last of each chunk's own keys, equal where these are absent."""
-    listed: Tensor
-    """int32 [2, Hkv, last - first]: the same of the keys of the window's chunks."""
+    start: Tensor
+    """int32 [Hkv, last - first]: the first row of the keys of each of the window's chunks."""
     row: Tensor
     """int32 [room]: the first row of the chunk of each entry of the lists, which have those of the window alone."""
     window: tuple[int, int]
@@ -251,6 +251,6 @@ def list_offsets(sizes: Sizes, past: Tensor) -> Tensor:
     return room.cumsum(0) - room
 
 
-def own_places(own: Tensor | None, chunks: Tensor, sizes: Sizes) -> Tensor:
-    """Where each chunk's own keys lie for every head, [2, Hkv, chunks]: with the queries unless `own` says otherwise."""
-    return chunks[:2, None].expand(-1, sizes.num_kv_heads, -1) if own is None else own
+def own_places(keys: KeyPlaces | None, chunks: Tensor, sizes: Sizes) -> Tensor:
+    """Where each chunk's own keys lie for every head, [2, Hkv, chunks]: with the queries unless `keys` says otherwise."""
+    return chunks[:2, None].expand(-1, sizes.num_kv_heads, -1) if keys is None else keys.own

@@ -244,7 +244,7 @@ def plan_slabs(
     T, device = sizes.tile_tokens, lists.chunk.device
     key_start, first_chunk, counts = own_places(None, chunks, sizes)[0], 0, lists.counts
     if keys is not None:
-        key_start, first_chunk, counts = keys.listed[0], keys.window[0], keys.counts
+        key_start, first_chunk, counts = keys.start, keys.window[0], keys.counts
     nc = key_start.shape[1]
     room, most_of_tile = WORKSPACE_BYTES // pair_bytes // 16 * 16, T * nc
     if 2 * most_of_tile > room:

@@ -15,10 +15,12 @@ from dash_megatron.ops.kernels import route as routing
 from dash_megatron.ops.kernels import summarize as summaries
 from dash_megatron.ops.kernels.attend import attend_forward
 from dash_megatron.ops.kernels.backward_kv import backward_kv_buffer
+from dash_megatron.ops.kernels.backward_pairs import backward_pairs
 from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
 from dash_megatron.ops.kernels.backward_summary import sum_d_summary
 from dash_megatron.ops.kernels.configs import Launches, find_launches
 from dash_megatron.ops.kernels.geometry import (
+    KeyPlaces,
     Lists,
     Sizes,
     check_supported,
@@ -174,16 +176,23 @@ def _keys_and_queries(chunks: QueryChunks, keys: KeyBuffer) -> tuple[Tensor, Ten
     return torch.stack([row, row + length]), torch.stack([start, torch.where(length > 0, end, start)])
 
 
-def _window(state: State, keys: KeyBuffer, sizes: Sizes) -> tuple[Lists, Lists]:
-    """The parts of the lists in the window: with chunk numbers, and with rows of the buffer in their place."""
+def _window(state: State, chunks: QueryChunks, keys: KeyBuffer, sizes: Sizes) -> tuple[Lists, KeyPlaces]:
+    """The parts of the lists in the window, and where keys lie in the buffer."""
     row = torch.empty_like(state.list_chunk)
     offset, count = torch.empty_like(state.list_offset), torch.empty_like(state.list_count)
     _window_kernel[(sizes.num_tiles,)](
         state.list_chunk, state.list_offset, state.list_count, keys.row.contiguous(), row, offset, count,
         keys.first, keys.last, keys.row.shape[1], sizes.tiles_per_head, BLOCK=BLOCK_ENTRIES, num_warps=1,
     )  # fmt: skip
-    lists = Lists(state.list_chunk, state.list_log_prior, offset, count)
-    return lists, lists._replace(chunk=row)
+    window, lists = (keys.first, keys.last), Lists(state.list_chunk, state.list_log_prior, offset, count)
+    # a tensor of its own: kernels are compiled for how addresses are aligned
+    start = keys.row[:, slice(*window)].contiguous()
+    return lists, KeyPlaces(_own_keys(chunks, keys), start, row, window, state.list_count)
+
+
+def _num_pairs(routed: Routed) -> Tensor:
+    """int64 []: pairs of a token and a chunk in all lists; own chunks are not listed."""
+    return routed.selected.sum() - routed.selected.numel()
 
 
 def summarize(k: Tensor, w: Tensor, chunks: QueryChunks, chunk_size: int) -> Tensor:
@@ -268,10 +277,10 @@ def attend(queries: RoutedQueries, k: Tensor, v: Tensor, keys: KeyBuffer) -> Att
     """As `Stages.attend`; output and log-sum-exp are float32."""
     q, chunks, router, state = queries.q, queries.chunks, queries.router, State(*queries.routed.state)
     launches, sizes = _prepare(q, k.shape[1], chunks, router)
-    _, lists = _window(state, keys, sizes)
+    lists, places = _window(state, chunks, keys, sizes)
     out, lse = attend_forward(
         _rows(q), _rows(k), _rows(v), lists, state.mean_log, _spans(chunks), sizes, router.inv_sigma, launches.attend,
-        _own_keys(chunks, keys),
+        places, launches.attend_by_pair, _num_pairs(queries.routed),
     )  # fmt: skip
     return Attended(out, lse)
 
@@ -289,14 +298,17 @@ def attend_backward(
     launches, sizes = _prepare(queries.q, k.shape[1], chunks, router)
     q, k, v, spans = _rows(queries.q), _rows(k), _rows(v), _spans(chunks)
     d_out, out, lse = gradient.d_out.to(q.dtype).contiguous(), *(x.contiguous() for x in gradient.merged)
-    lists, row_lists = _window(state, keys, sizes)
-    dq, delta, centred_lse, *_ = backward_q(
-        q, k, v, out, d_out, lse, row_lists, state.mean_log, gradient.d_prior, spans, sizes, router.inv_sigma,
-        launches.queries, _own_keys(chunks, keys),
+    lists, places = _window(state, chunks, keys, sizes)
+    dq, delta, centred_lse, left, slabs = backward_q(
+        q, k, v, out, d_out, lse, lists, state.mean_log, gradient.d_prior, spans, sizes, router.inv_sigma,
+        launches.queries, places, launches.backward_by_pair, _num_pairs(queries.routed),
     )  # fmt: skip
-    places, own_queries = _keys_and_queries(chunks, keys)
-    dk, dv = backward_kv_buffer(
-        q, k, v, d_out, centred_lse, delta, state.mean_log, lists, (keys.first, keys.last), spans, places, own_queries,
+    d_keys = backward_kv_buffer(
+        q, k, v, d_out, centred_lse, delta, state.mean_log, left, places.window, spans, *_keys_and_queries(chunks, keys),
         sizes, router.inv_sigma, launches,
     )  # fmt: skip
-    return AttentionGradients(dq, dk, dv)
+    backward_pairs(
+        q, k, v, d_out, lse, delta, dq, gradient.d_prior, lists, slabs, state.mean_log, spans, sizes, router.inv_sigma,
+        d_keys,
+    )  # fmt: skip
+    return AttentionGradients(dq, *d_keys)

@@ -31,11 +31,16 @@ def part_of_slab(row_place, row_work, part_bound, part_row, first_tile, slab, nu
 
 
 @triton.jit
-def chunk_of_slab(p_place, p_work, i_c):
-    """Of a chunk's pairs in a slab: the first step and the one behind the last, the place of the first pair, the number of the last."""
-    begin, end = tl.load(p_work + i_c), tl.load(p_work + i_c + 1)
+def chunk_of_slab(p_place, p_work, i_c, here):
+    """The chunk, from `i_c` on, that step `here` of a slab is of; its first step and the one behind its last, the place of its first
+    pair, and the number of its last one."""
+    end = tl.load(p_work + i_c + 1)
+    # keys of chunks without pairs may be absent
+    while end <= here:
+        i_c += 1
+        end = tl.load(p_work + i_c + 1)
     p_pair = tl.load(p_place + i_c)
-    return begin, end, p_pair, (tl.load(p_place + i_c + 1) - p_pair).to(tl.int32) - 1
+    return i_c, tl.load(p_work + i_c), end, p_pair, (tl.load(p_place + i_c + 1) - p_pair).to(tl.int32) - 1
 
 
 @triton.jit
