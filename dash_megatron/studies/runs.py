@@ -105,7 +105,7 @@ def _twin(study: Study, recipe: _Recipe, run: StudyRun, twin: str | dict[str, An
 def _branches(
     study: Study, branches: Branches, tree: dict[str, Any], recipe: _Recipe, base: StudyRun
 ) -> Iterator[StudyRun]:
-    """The branches of a base, which are a study of their own: its points are the arms, its seeds the orders."""
+    """The branches of a base, which are a study of their own: its points are the arms, its seeds an order."""
     of_base = {**study.overrides, **recipe.settings}
     shared = {
         key: value for key, value in of_base.items() if key.split(".")[0] not in ("attention", "assume")
@@ -115,19 +115,19 @@ def _branches(
             "overrides": {**shared, **branches.overrides, "training.init_from": str(base.folder)},
             "points": branches.arms,
             "grid": {},
-            "seeds": branches.orders,
             "budgets": Budgets(),
             "warmup": None,
         }
     )
-    made = [_make(own, {**tree, "attention": {}}, arm) for arm in _recipes(own)]
-    arms = [str(arm["name"]) for arm in branches.arms for _ in branches.orders]
     # order by order, so that there is something to compare as soon as the first is through
-    for number, _ in enumerate(branches.orders):
-        for arm, run in list(zip(arms, made, strict=True))[number :: len(branches.orders)]:
-            name = f"{arm}_order{run.config.training.seed}_from_{base.name}"
+    for order in branches.orders:
+        of_order = own.model_copy(update={"seeds": (order,)})
+        for arm in _recipes(of_order):
+            run = _make(of_order, {**tree, "attention": {}}, arm)
+            name = f"{arm.point}_order{order}_from_{base.name}"
             config = run.config.model_copy(update={"run_dir": str(base.folder.with_name(name))})
-            yield replace(run, name=name, config=config, variant=arm, size=base.size, base=base.name)
+            variant = str(arm.point)
+            yield replace(run, name=name, config=config, variant=variant, size=base.size, base=base.name)
 
 
 def _recipes(study: Study) -> Iterator[_Recipe]:
