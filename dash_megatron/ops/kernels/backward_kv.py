@@ -218,7 +218,7 @@ def _sum_parts(
 
 def _finish(
     k: Tensor, w: Tensor | None, sums: Tensor, ds_sum: Tensor | None, dk: Tensor, dv: Tensor, dw_chunk: Tensor | None,
-    partition: WorkPartition, width: int, keys: Tensor, sizes: Sizes, deterministic: bool, direct: bool,
+    partition: WorkPartition, width: int, keys: Tensor, sizes: Sizes, sum_summaries: bool, direct: bool,
     more: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Add up the partial sums and, float32 [2, *k.shape], `more`; with `w`, also the gradient through the summaries, `dw_chunk` [Hkv, chunks, D].
@@ -233,7 +233,7 @@ def _finish(
     _finish_kernel[(nc, sizes.num_kv_heads)](
         k, w, *sums, ds_sum, *((None, None) if more is None else more), dk, dv, dw_chunk, row_part, *keys, keys.stride(1),
         *k.stride()[:2], 0 if w is None else w.stride(0), D**-0.5, nc, triton.cdiv(nc, width), len(partition.row),
-        HKV=sizes.num_kv_heads, D=D, BLOCK_D=sizes.block_d, C=sizes.chunk_size, WIDTH=width, SUMMARY=deterministic, DIRECT=direct,
+        HKV=sizes.num_kv_heads, D=D, BLOCK_D=sizes.block_d, C=sizes.chunk_size, WIDTH=width, SUMMARY=sum_summaries, DIRECT=direct,
         num_warps=8,
     )  # fmt: skip
 
@@ -322,16 +322,16 @@ def _takes_hopper(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, config: Config)
 def backward_kv(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, tau: Tensor,
     mean_log: Tensor, mean_dp: Tensor, summary: Tensor, d_summary: Tensor, d_prior: Tensor, lists: Lists,
-    chunks: Tensor, sizes: Sizes, router: Router, launches: Launches, deterministic: bool,
+    chunks: Tensor, sizes: Sizes, router: Router, launches: Launches, sum_summaries: bool,
     head_scaling: Tensor | None = None, key_sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of k and v, [tokens, Hkv, D] in their dtype, and of w, float32 [Hkv, D].
 
-    With `deterministic` the gradient of the summaries is summed here, in order, instead of taken from `d_summary`; only
+    With `sum_summaries` the gradient of the summaries is summed here, in order, instead of taken from `d_summary`; only
     then `head_scaling`, that of `route`, matters.
     """
     summaries = None
-    if deterministic:
+    if sum_summaries:
         summaries = Summaries(tau, mean_dp, summary, d_prior, head_scaling, router)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -343,7 +343,7 @@ def backward_kv(
     ):  # fmt: skip
         ds_sum = d_summary if ds_sum is None else ds_sum
         _finish(
-            k, w, sums, ds_sum, dk, dv, dw_chunk, partition, width, places, sizes, deterministic, False, key_sums
+            k, w, sums, ds_sum, dk, dv, dw_chunk, partition, width, places, sizes, sum_summaries, False, key_sums
         )  # fmt: skip
     return dk, dv, dw_chunk.sum(1)
 

@@ -220,16 +220,16 @@ def _backward(
     )  # fmt: skip
     if routing_q is not rows_q:
         dq = _add_router_gradient(dq, router_dq, position, router)
-    if deterministic and (routing_q is not rows_q or router.local_chunks or key_sums is not None):
-        # the pass to keys and values knows one kind of queries only, and not which chunks are local
+    # the pass to keys and values knows one kind of queries only, and not which chunks are local
+    apart = routing_q is not rows_q or router.local_chunks > 0 or key_sums is not None
+    if deterministic and apart:
         d_summary = sum_d_summary(
             routing_q, tau, mean_dp, summary, list_log_prior, d_prior, transpose(lists, chunks, sizes), chunks[0],
             None, router_sizes, router, head_scaling,
         )  # fmt: skip
-        deterministic = False
     dk, dv, dw = backward_kv(
         rows_q, rows_k, rows_v, rows_w, rows_d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, d_summary,
-        d_prior, left, chunks, sizes, router, launches, deterministic, head_scaling, key_sums,
+        d_prior, left, chunks, sizes, router, launches, deterministic and not apart, head_scaling, key_sums,
     )  # fmt: skip
     # an op returns tensors only
     d_scaling = q.new_empty(0)

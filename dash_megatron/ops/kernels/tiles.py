@@ -1,4 +1,4 @@
-"""What kernels over query tiles share: where a tile and its keys lie, and loads of their rows."""
+"""What kernels over query tiles and over chunks of keys share: where rows lie, loads of them, and sums of their gradients."""
 
 import triton
 import triton.language as tl
