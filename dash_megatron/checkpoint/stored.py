@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dash_megatron.checkpoint.files import DESCRIPTION, FORMAT, PROBE, state_file
+from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.layers.sharding import Split, join, whole_shape
 
 
@@ -46,6 +47,19 @@ class StoredState:
         for file, held in self.facts["fragments"].items():
             for name, start in held["starts"].items():
                 self._places.setdefault((name, held["tensor_rank"]), {})[start] = file
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Compare a tokenizer with that of the run that saved; older checkpoints do not say which it was.
+
+        Raises:
+            ValueError: it is another.
+        """
+        learnt = self.facts.get("about", {}).get("tokenizer", tokenizer.fingerprint)
+        if learnt != tokenizer.fingerprint:
+            raise ValueError(
+                f"data.tokenizer={tokenizer.path} has fingerprint {tokenizer.fingerprint[:12]}, but {self.folder} was trained "
+                f"with a tokenizer of {learnt[:12]}, whose tokens its weights know; put that one back, or train a new run"
+            )
 
     def read(self, kind: str, name: str, tensor_rank: int, start: int, numel: int) -> Tensor:
         """Read elements `start` to `start + numel` of a flattened parameter, float32 [numel].

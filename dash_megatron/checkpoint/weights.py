@@ -13,6 +13,7 @@ from dash_megatron.checkpoint.files import agreed_damage
 from dash_megatron.checkpoint.folder import agreed_steps, checkpoint_folder, tag_of
 from dash_megatron.checkpoint.stored import CheckpointWeights, StoredState
 from dash_megatron.config import AttentionConfig, Config, ParallelConfig, config_of_stored_run
+from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.files import check_run_folder
 from dash_megatron.layers import DashGPTModel, build_model
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
@@ -55,6 +56,21 @@ def stored_config(run_dir: str | Path, step: int | None = None) -> tuple[Config,
     """
     step = _existing_step(run_dir, step)
     return _config_of(StoredState(checkpoint_folder(run_dir) / tag_of(step)), run_dir), step
+
+
+def stored_tokenizer(config: Config, step: int) -> Tokenizer:
+    """The tokenizer that a checkpoint's weights learnt, from where the run's config has it.
+
+    Args:
+        config, step: of `open_weights` or `stored_config`.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        ValueError: it has been replaced since by another.
+    """
+    tokenizer = Tokenizer(str(config.data.tokenizer))
+    StoredState(checkpoint_folder(config.run_dir) / tag_of(step)).check_tokenizer(tokenizer)
+    return tokenizer
 
 
 def _existing_step(run_dir: str | Path, step: int | None) -> int:

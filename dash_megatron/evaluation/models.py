@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dash_megatron.checkpoint.files import MANIFEST
 from dash_megatron.checkpoint.folder import checkpoint_folder, tag_of
-from dash_megatron.checkpoint.weights import load_weights, stored_config, whole_model
+from dash_megatron.checkpoint.weights import load_weights, stored_config, stored_tokenizer, whole_model
 from dash_megatron.config import Config, RopeScaling
 from dash_megatron.data.blend import blend_prefixes
 from dash_megatron.data.index_file import edges_digest
@@ -219,7 +219,7 @@ def describe_source(
         return ModelSource(folder, None, _tokenizer_of(folder), int(longest), [])
     config, step = stored_config(folder, step)
     _with_rope(config, rope_scaling)
-    tokenizer = Tokenizer(str(config.data.tokenizer))
+    tokenizer = stored_tokenizer(config, step)
     return ModelSource(folder, step, tokenizer, config.data.seq_length, blend_prefixes(config.data.valid))
 
 
@@ -273,7 +273,7 @@ def open_model(
 
     Raises:
         FileNotFoundError: the folder is neither, or has no such checkpoint.
-        ValueError: the checkpoint is damaged, or `step` or `rope_scaling` was given for an export.
+        ValueError: the checkpoint is damaged, its tokenizer was replaced, or `step` or `rope_scaling` was given for an export.
     """
     folder = Path(source)
     if _is_export(folder, step, rope_scaling):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from dash_megatron.checkpoint.weights import open_weights
+from dash_megatron.checkpoint.weights import open_weights, stored_tokenizer
 from dash_megatron.config import Config
 from dash_megatron.data.chat import ChatTemplate, template_of_run
 from dash_megatron.data.tokenizer import Tokenizer
@@ -79,13 +79,12 @@ def _chat_of(config: Config, tokenizer: Tokenizer) -> ChatTemplate | None:
 def _write(
     folder: Path, config: Config, step: int, weights: Mapping[str, Tensor], dtype: torch.dtype, terms: str
 ) -> probe.Report:
-    source = Path(str(config.data.tokenizer))
-    tokenizer = Tokenizer(source)
+    tokenizer = stored_tokenizer(config, step)
     end = tokenizer.eod
     vocab_size = len(weights["embedding.word_embeddings.weight"])
     llama_config(config, vocab_size, dtype, end).save_pretrained(folder)
     chat = _chat_of(config, tokenizer)
-    export_tokenizer(source, folder, chat)
+    export_tokenizer(tokenizer.path, folder, chat)
     ends = [end] if chat is None or chat.turn_end == end else [end, chat.turn_end]
     GenerationConfig(
         bos_token_id=end,

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from dash_megatron.checkpoint.folder import tag_of
-from dash_megatron.checkpoint.weights import load_weights, whole_model
+from dash_megatron.checkpoint.weights import load_weights, stored_tokenizer, whole_model
 from dash_megatron.config import Config
 from dash_megatron.data.blend import blend_prefixes
-from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.evaluation.text import LocalText
 from dash_megatron.files import write_whole
 from dash_megatron.layers import DashCoreAttention, DashGPTModel, dash_layers
@@ -114,7 +113,7 @@ def open_run(
         raise ValueError(f"--length {length} must be at least 1; leave it out to take data.seq_length")
     config, step, weights = load_weights(run_dir, step)
     _check_routes(run_dir, config)
-    document, whole_length = _longest_document(run_dir, config, length or config.data.seq_length)
+    document, whole_length = _longest_document(run_dir, config, step, length or config.data.seq_length)
     with whole_model(config, weights, on_cpu=device == "cpu") as (model, place):
         model.post_process = False  # hidden states are enough: nobody asks for logits
         yield OpenedRun(Path(run_dir).resolve().name, step, config, model, place, document, whole_length)
@@ -129,11 +128,11 @@ def _check_routes(run_dir: str | Path, config: Config) -> None:
         )
 
 
-def _longest_document(run_dir: str | Path, config: Config, length: int) -> tuple[np.ndarray, int]:
+def _longest_document(run_dir: str | Path, config: Config, step: int, length: int) -> tuple[np.ndarray, int]:
     prefixes = blend_prefixes(config.data.valid)
     if not prefixes:
         raise ValueError(f"{run_dir} has no validation data (data.valid is empty); set it in a run's config")
-    text = LocalText.from_data(prefixes, Tokenizer(str(config.data.tokenizer)), length)
+    text = LocalText.from_data(prefixes, stored_tokenizer(config, step), length)
     longest = max(text.documents, key=len)
     document, least = longest[:length], 2 * config.attention.chunk_size + 1
     if len(document) < least:

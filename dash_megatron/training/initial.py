@@ -11,8 +11,10 @@ import yaml
 from torch import Tensor
 
 from dash_megatron.checkpoint.folder import agreed_steps
+from dash_megatron.checkpoint.stored import CheckpointWeights
 from dash_megatron.checkpoint.weights import open_weights
 from dash_megatron.config import AttentionConfig, ModelConfig
+from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.files import path_for_message
 from dash_megatron.hf.folder import MODEL_SECTIONS, FolderWeights, read_tensors
 from dash_megatron.layers import DashGPTModel
@@ -26,7 +28,7 @@ _CORE_ATTENTION = ".core_attention."
 
 @torch.no_grad()
 def load_initial_weights(
-    model: DashGPTModel, folder: str | Path, config: ModelConfig
+    model: DashGPTModel, folder: str | Path, config: ModelConfig, tokenizer: Tokenizer | None = None
 ) -> AttentionConfig | None:
     """Fill a model with a folder's weights, of which each process keeps its tensor-parallel shard; collective.
 
@@ -39,6 +41,7 @@ def load_initial_weights(
         model: on any device, its weights initialized and not yet sharded by ZeRO.
         folder: of a run, whose newest checkpoint is taken, saved by any layout; or of `convert from-hf`.
         config: the run's `model` section.
+        tokenizer: the run's; where the folder's run had another, a warning tells. None: nothing is compared.
 
     Returns:
         Of another run its `attention` section, scaling factors where it had moved them; else None.
@@ -50,6 +53,11 @@ def load_initial_weights(
     folder = Path(folder)
     saved, attention, weights = _open(folder)
     _check_model(config, saved, folder)
+    if tokenizer is not None and isinstance(weights, CheckpointWeights):
+        try:
+            weights.state.check_tokenizer(tokenizer)
+        except ValueError as error:
+            logger.warning("training.init_from: %s, unless both mean the same by their token ids", error)
     group = model.pg_collection.tp
     parameters = dict(model.named_parameters())
     extra = sorted(set(weights) - set(parameters))

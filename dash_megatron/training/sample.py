@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dash_megatron.checkpoint.weights import load_weights, whole_model
+from dash_megatron.checkpoint.weights import load_weights, stored_tokenizer, whole_model
 from dash_megatron.data.chat import ChatTemplate, template_of_run
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.layers import DashGPTModel
@@ -40,7 +40,7 @@ def sample_from_run(
 
     Raises:
         FileNotFoundError: the run has no such checkpoint.
-        ValueError: an argument breaks a rule, or there is no chat template.
+        ValueError: an argument breaks a rule, the tokenizer was replaced, or there is no chat template.
     """
     if temperature != 0 and not _LEAST_TEMPERATURE <= temperature < math.inf:
         raise ValueError(
@@ -50,8 +50,8 @@ def sample_from_run(
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed} must lie in [0, 2**63); pick another")
-    config, _, weights = load_weights(run_dir, step)
-    tokenizer = Tokenizer(str(config.data.tokenizer))
+    config, step, weights = load_weights(run_dir, step)
+    tokenizer = stored_tokenizer(config, step)
     with whole_model(config, weights) as (model, _):
         ends: list[int] = []
         if chat:

@@ -64,8 +64,8 @@ class Trainer:
         launch = read_launch(environment)
         self.accumulation_steps = config.accumulation_steps(launch.world_size)
         check_wandb(config)
-        tokenizer = setup.load_tokenizer(config)
-        self.vocab_size = config.padded_vocabulary(tokenizer.vocab_size)
+        self.tokenizer = setup.load_tokenizer(config)
+        self.vocab_size = config.padded_vocabulary(self.tokenizer.vocab_size)
         make_writable_folder(config.run_dir, "run_dir")
         setup.seed_everything(config.training.seed)
         hang_minutes = config.faults.hang_minutes
@@ -74,16 +74,16 @@ class Trainer:
         self.is_main = dist.get_rank() == 0
         setup.set_up_logging(self.is_main)
         self.owner = own_run_folder(config.run_dir)
-        about = setup.about_this_code(self.device)
+        about = setup.about_this_code(self.device) | {"tokenizer": self.tokenizer.fingerprint}
         setup.check_same_implementation(about["implementation"])
-        self.train_source = training_source(config, tokenizer, self.device)
-        self.validator = Validator(config, tokenizer, self.device)
+        self.train_source = training_source(config, self.tokenizer, self.device)
+        self.validator = Validator(config, self.tokenizer, self.device)
         model = build_model(config, self.vocab_size, self.device)
         init_weights(model, config.training.seed, config.model.init_std)
         routers = dash_layers(model)
         self.density = DensityController(config.attention, routers)
         if config.training.init_from and not agreed_steps(config.run_dir):
-            earlier = load_initial_weights(model, config.training.init_from, config.model)
+            earlier = load_initial_weights(model, config.training.init_from, config.model, self.tokenizer)
             if earlier is not None:
                 self.density.begin_as(earlier)
         self.engine = Engine(
@@ -191,9 +191,11 @@ class Trainer:
         kept = fault_folder(self.config.run_dir, fault.step)
         if fault.policy == "halt":
             self.checkpointer.finish()
+            place = (
+                f"The newest checkpoint is of step {saved[-1]}: resume from it" if saved else "Start again"
+            )
             raise NonFiniteError(
-                f"{fault}. The newest checkpoint is of step {fault.checkpoint}: resume from it with a lower "
-                f"optimizer.lr, or look at the batch, kept in {kept}"
+                f"{fault}. {place} with a lower optimizer.lr, or look at the batch, kept in {kept}"
             )
         logger.warning("%s: update skipped, batch kept in %s", fault, kept)
         return fault.policy != "skip" and self.roll_back()
@@ -235,6 +237,7 @@ class Trainer:
         stored = load_newest(self.engine, self.config)
         if stored is None:
             return
+        stored.check_tokenizer(self.tokenizer)
         self.load_state_dict(stored.facts["trainer"])
         if told := describe_changes(stored.facts["config"], self.config, self.step):
             logger.warning("%s", told)

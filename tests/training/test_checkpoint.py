@@ -12,7 +12,9 @@ from typing import Any
 import deepspeed
 import pytest
 import torch.distributed as dist
+from sentencepiece import sentencepiece_model_pb2
 
+from dash_megatron.__main__ import main
 from dash_megatron.checkpoint import files
 from dash_megatron.checkpoint.folder import CheckpointError, checkpoint_folder, finished_steps, tag_of
 from dash_megatron.checkpoint.weights import open_weights
@@ -21,6 +23,8 @@ from dash_megatron.parallel import destroy_process_groups
 from dash_megatron.training.metrics import read_metrics
 from dash_megatron.training.sample import sample_from_run
 from dash_megatron.training.trainer import Trainer
+from data_tools.write_sidecar import main as write_sidecar
+from tests.tiny import tiny_tree
 
 
 @pytest.fixture(autouse=True)
@@ -68,9 +72,43 @@ def test_a_checkpoint_holds_what_its_manifest_says_and_no_pickles(run: dict[str,
     facts = json.loads((folder / "checkpoint.json").read_text())
     assert facts["step"] == facts["adam_steps"] == 4
     assert facts["trainer"]["data"] == {"consumed_samples": 16, "steps": 4}
-    assert facts["about"].keys() == {"commit", "implementation", "device"}
+    assert facts["about"].keys() == {"commit", "implementation", "device", "tokenizer"}
     assert config_from_dict(facts["config"]) == config_from_dict(run)
     assert (folder_of(run) / "latest").read_text() == "step_00000004\n"
+
+
+def test_weights_are_not_used_with_another_tokenizer_than_they_learnt(
+    tiny_config: dict[str, Any], tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    tree = {**tiny_tree(data, tmp_path / "run"), "training": {**tiny_config["training"], "steps": 1}}
+    train(tree)
+    path = data / "tokenizer.model"
+    before = path.read_bytes()
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(before)
+    proto.trainer_spec.model_prefix = "made again"
+    path.write_bytes(proto.SerializeToString())
+    for name in ("train", "valid"):
+        assert write_sidecar(["--prefix", str(data / name), "--tokenizer", str(path)]) == 0
+    message = "whose tokens its weights know; put that one back"
+    with pytest.raises(ValueError, match=message):
+        train(tree, training={"steps": 2})
+    capsys.readouterr()
+    # a new run may mean the same by its token ids
+    train({**tree, "run_dir": str(tmp_path / "next")}, training={"steps": 1, "init_from": tree["run_dir"]})
+    assert f"training.init_from: data.tokenizer={path} has fingerprint" in capsys.readouterr().err
+    for arguments in (
+        ["sample", tree["run_dir"]],
+        ["convert", "to-hf", tree["run_dir"], str(tmp_path / "exported")],
+        ["evaluate", tree["run_dir"]],
+        ["study", "routing", tree["run_dir"]],
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+    path.write_bytes(before)
+    assert main(["sample", tree["run_dir"], "--max-new-tokens", "1"]) == 0
 
 
 def test_all_files_of_a_run_have_the_mode_that_the_umask_gives(tiny_config: dict[str, Any]) -> None:
