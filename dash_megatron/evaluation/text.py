@@ -56,12 +56,18 @@ class LocalText:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is empty.
+            ValueError: it is empty, or not UTF-8.
         """
         try:
             data = Path(path).read_bytes()
         except FileNotFoundError:
             raise FileNotFoundError(f"--text {path_for_message(path)} does not exist") from None
+        try:
+            data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"--text {path} must be UTF-8 text, which its byte {error.start} is not; decompress it, or convert it"
+            ) from None
         ids = np.array(tokenizer.encode(data), dtype=np.int64)
         if not ids.size:
             raise ValueError(f"--text {path} is empty; give a file with text")

@@ -1,5 +1,6 @@
 """Evaluation: tasks that can be solved, results that stay, and the same numbers for both kinds of model."""
 
+import gzip
 import json
 import re
 from collections import Counter
@@ -280,6 +281,7 @@ def test_a_path_to_the_wrong_kind_of_thing_is_told(
     monkeypatch.setattr(models, "load_weights", None)
     arguments = ["evaluate", config.run_dir, "--tasks", "copy", "--lengths", "100", "--samples", "1"]
     (tmp_path / "a_file").touch()
+    (tmp_path / "text.gz").write_bytes(gzip.compress(b"text"))
     for more, message in (
         (["--text", str(tmp_path)], f"Is a directory: {tmp_path}"),
         (["--output", str(tmp_path / "a_file")], f"File exists: {tmp_path}/a_file"),
@@ -287,6 +289,10 @@ def test_a_path_to_the_wrong_kind_of_thing_is_told(
         (["--text", str(tmp_path / "none.txt")], f"error: --text {tmp_path}/none.txt does not exist"),
         (["--text", "none.txt"], f"error: --text none.txt (relative to {Path.cwd()}) does not exist"),
         (["--text", str(tmp_path / "a_file")], "a_file is empty"),
+        (
+            ["--text", str(tmp_path / "text.gz")],
+            "text.gz must be UTF-8 text, which its byte 1 is not; decompress it",
+        ),
         (["--data", str(tmp_path / "none")], f"{tmp_path}/none.idx does not exist"),
     ):
         assert main([*arguments, *more]) == 2
