@@ -19,7 +19,10 @@ def llama_config(config: Config, vocab_size: int, dtype: torch.dtype, end_token:
     model, attention = config.model, config.attention
     # keys that only our model file knows; transformers keeps what it does not know
     ours: dict[str, Any] = {
-        "auto_map": {"AutoModelForCausalLM": f"{MODEL_FILE.removesuffix('.py')}.DashForCausalLM"},
+        "auto_map": {
+            "AutoModel": f"{MODEL_FILE.removesuffix('.py')}.DashModel",
+            "AutoModelForCausalLM": f"{MODEL_FILE.removesuffix('.py')}.DashForCausalLM",
+        },
         "qk_norm": model.qk_norm,
         "qkv_bias": model.qkv_bias,
         "chunk_size": attention.chunk_size,

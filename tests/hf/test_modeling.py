@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache, pipeline
 
 from dash_megatron.hf.export import export_run
 from dash_megatron.hf.importing import import_folder
@@ -289,6 +289,16 @@ def test_logits_of_the_last_columns_or_of_those_named(exported: Callable[..., An
         torch.testing.assert_close(logits, expected[:, columns], atol=TOLERANCE, rtol=0)
     with pytest.raises(ValueError, match=r"logits_to_keep of shape \[2, 1\] must be a number or have one"):
         model(tokens, logits_to_keep=torch.tensor([[1], [2]]))
+
+
+@torch.no_grad()
+def test_the_model_without_its_head_is_no_dense_llama(
+    exported: Callable[..., Any], tokens: Tensor, tmp_path: Path
+) -> None:
+    model, *_ = exported("dash")
+    bare = AutoModel.from_pretrained(tmp_path / "dash", trust_remote_code=True).double().eval()
+    found = bare(tokens).last_hidden_state
+    torch.testing.assert_close(found, model.model(tokens).last_hidden_state, atol=0, rtol=0)
 
 
 @torch.no_grad()
