@@ -202,6 +202,7 @@ def fit_study(rows: list[dict[str, Any]]) -> dict[str, Any]:
             ("compute", lambda c=flops, y=loss: fit_compute(c, y)),
         ):
             try:
+                _check_finite(own, quality)
                 fit = make()
                 fits[name] = {
                     "values": fit.values,
@@ -213,6 +214,13 @@ def fit_study(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 fits[name] = {"refused": str(error)}
         document["variants"][variant] = fits
     return document
+
+
+def _check_finite(rows: list[dict[str, Any]], quality: str) -> None:
+    if lost := [row["run"] for row in rows if not np.isfinite(row["quality"])]:
+        raise ValueError(
+            f"{', '.join(lost)}: {quality} is not finite; take them out of the study, or train them again"
+        )
 
 
 def render_fits(document: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from PIL import Image
 from dash_megatron.__main__ import main
 from dash_megatron.studies import pictures
 from dash_megatron.studies.collect import collect
-from dash_megatron.studies.fit import fit_compute, fit_parametric, frontier
+from dash_megatron.studies.fit import fit_compute, fit_parametric, fit_study, frontier
 from dash_megatron.studies.study_file import load_study
 from tests.studies.study_runs import SIZES, Write, finish, law, runs_of
 
@@ -45,6 +45,14 @@ def test_one_failed_run_does_not_move_the_exponents() -> None:
     loss = law(parameters, tokens)
     loss[4] *= 1.2
     assert fit_parametric(parameters, tokens, loss, draws=2).values["a"] == pytest.approx(0.34, abs=0.03)
+
+
+def test_no_law_is_fitted_to_a_loss_that_is_not_finite_and_its_run_is_named() -> None:
+    row = {"finished": True, "variant": "dash", "flops": 1e9, "parameters": 1e5, "tokens": 1e6}
+    rows = [{**row, "run": f"run{i}", "valid_loss": 3.0 if i else float("nan")} for i in range(9)]
+    (fits,) = fit_study(rows)["variants"].values()
+    for fit in fits.values():
+        assert fit["refused"].startswith("run0: validation loss is not finite; take them out")
 
 
 def test_loss_against_compute_is_fitted_to_the_frontier() -> None:
