@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:
-        print_error_once(f"error: {error_text(error)}")
+        print_error_once(f"error: {error_text(error, vars(options).get('output'))}")
         return 1 if isinstance(error, OSError) and not isinstance(error, _WRONG_FILES) else 2
     return code or 0
 

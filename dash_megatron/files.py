@@ -1,9 +1,13 @@
 """Text files that appear whole or not at all, and paths in messages."""
 
+import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def path_for_message(path: str | os.PathLike[str]) -> str:
@@ -21,11 +25,29 @@ def check_run_folder(run_dir: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"{path_for_message(run_dir)} does not exist; give the folder of a run")
 
 
-def error_text(error: Exception) -> str:
-    """What went wrong, without Python's number of it."""
+def error_text(error: Exception, written: str | os.PathLike[str] | None = None) -> str:
+    """What went wrong, without Python's number of it.
+
+    Args:
+        error: what was raised.
+        written: what the command writes, where it knows: of a full disk the system tells no name.
+    """
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        where = error.filename or (written if error.errno in _NO_ROOM else None)
+        return f"{error.strerror}: {where}" if where else error.strerror
     return str(error)
+
+
+@contextmanager
+def telling_errors_of_the_disk(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Within, what a library in Rust tells of the disk in words only is raised as the OSError that it is, of `path`."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def write_whole(path: Path, text: str, make_folder: bool = False) -> None:

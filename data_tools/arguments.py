@@ -49,10 +49,7 @@ def run(
     except BrokenPipeError:
         raise
     except errors as error:
-        if isinstance(error, OSError) and error.strerror and error.filename is None:
-            # of a write that failed, to a full disk for one, the system tells no name
-            error.filename = vars(options).get("output")
-        print(f"error: {error_text(error)}", file=sys.stderr)
+        print(f"error: {error_text(error, vars(options).get('output'))}", file=sys.stderr)
         return 1
     print(told)
     return 0

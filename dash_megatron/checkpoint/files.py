@@ -14,16 +14,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dash_megatron.files import usual_mode
+from dash_megatron.files import telling_errors_of_the_disk, usual_mode
 from dash_megatron.retry import retry
 
 DESCRIPTION = "checkpoint.json"
@@ -54,14 +52,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     Raises:
         OSError: the file could not be written.
     """
-    try:
-        with usual_mode(path):
-            save_file(tensors, path, metadata)
-    except SafetensorError as error:  # it tells a full disk in words only
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    with telling_errors_of_the_disk(path), usual_mode(path):
+        save_file(tensors, path, metadata)
 
 
 def write_json(path: Path, value: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from dash_megatron.data.chat import TEMPLATE_FILE, ChatTemplate, template_beside
 from dash_megatron.data.sentencepiece_model import SPACE_SYMBOL
 from dash_megatron.data.tokenizer import Tokenizer as OurTokenizer
+from dash_megatron.files import telling_errors_of_the_disk
 
 # generated code, whose names no type checker sees
 _format: Any = sentencepiece_model_pb2
@@ -49,7 +50,8 @@ def export_tokenizer(source: Path, folder: Path, chat: ChatTemplate | None = Non
     if source.suffix == ".json":
         _copy_json(source, folder)
     else:
-        build_tokenizer(source, names_are_text=chat is None).save_pretrained(folder)
+        with telling_errors_of_the_disk(folder):
+            build_tokenizer(source, names_are_text=chat is None).save_pretrained(folder)
         shutil.copyfile(source, folder / "tokenizer.model")
     if chat is not None:
         # read before a template in tokenizer_config.json

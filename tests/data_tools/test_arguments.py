@@ -3,6 +3,9 @@
 import errno
 import os
 
+import pytest
+
+from dash_megatron.files import telling_errors_of_the_disk
 from data_tools.arguments import make_parser, run
 
 
@@ -24,3 +27,10 @@ def test_an_error_of_writing_names_the_output_where_the_system_names_no_file(cap
     parser.add_argument("--output")
     assert run(parser, ["--output", "out"], work) == 1
     assert capsys.readouterr().err == "error: No space left on device: out\n"
+
+
+def test_an_error_of_the_disk_that_a_library_tells_in_words_is_one():
+    with pytest.raises(OSError, match="No space left on device: 'out'"), telling_errors_of_the_disk("out"):
+        raise Exception("No space left on device (os error 28)")
+    with pytest.raises(ZeroDivisionError), telling_errors_of_the_disk("out"):
+        raise ZeroDivisionError
