@@ -112,7 +112,8 @@ class ShardWriter:
             self._file = self._path(temporary=True).open("wb")
             self._written, self._digest = 0, hashlib.sha256()
         value = {"text": document.text, "source": document.source}
-        line = json.dumps(value, ensure_ascii=False).encode("utf-8") + b"\n"
+        # a source, and only it, may be the name of a file that is not UTF-8
+        line = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         self._file.write(line)
         self._digest.update(line)
         self._written += len(line)
@@ -177,7 +178,7 @@ def make_corpus(
         counts = _write_documents(writer, sources, math.inf if max_mb is None else max_mb * 1e6)
         if not writer.shards:
             raise ValueError(
-                "the inputs must hold at least one document, but all of them are empty; check --input"
+                f"the inputs must hold at least one document, but are empty but for {bad_lines.count} bad lines; check --input"
             )
         return _finish(output, writer.shards, counts, bad_lines.count)
 

@@ -193,7 +193,7 @@ def read_folders(
     for folder, paths in folders.items():
         # a bad file costs itself, not its folder
         files = [
-            (path.name, document.text)
+            (os.fsencode(path.name).decode("utf-8", "replace"), document.text)
             for path in paths
             for document in read_inputs([path], text_key, bad_lines)
         ]

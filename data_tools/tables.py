@@ -113,6 +113,8 @@ def _arrow_batches(path: str) -> Iterator[Any]:
 
 def _columns(path: str, names: list[str], text_key: str | None) -> list[str]:
     columns = known_columns(text_key, names)
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"{path} has several columns of one name ({', '.join(names)}); rename columns")
     if columns:
         return columns
     if text_key is None:

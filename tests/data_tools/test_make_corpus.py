@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,17 @@ def test_an_input_inside_the_output_folder_is_refused(tmp_path, write_input, tex
     with pytest.raises(ValueError, match="must not hold the inputs"):
         make_corpus(tmp_path / "out", inputs=[str(tmp_path / "out")])
     assert [line["text"] for line in read_corpus(tmp_path / "out")] == texts
+
+
+@pytest.mark.parametrize("join_folders", [False, True])
+def test_names_of_files_need_not_be_utf8(tmp_path, join_folders):
+    folder = tmp_path / "in" / os.fsdecode(b"caf\xe9")
+    folder.mkdir(parents=True)
+    (folder / os.fsdecode(b"na\xefve.txt")).write_text("text")
+    make_corpus(tmp_path / "out", inputs=[str(tmp_path / "in")], join_folders=join_folders)
+    (line,) = read_corpus(tmp_path / "out")
+    assert line["text"] == ("na\ufffdve.txt\n\ntext" if join_folders else "text")
+    assert line["source"].startswith(f"{tmp_path}/in/caf?")
 
 
 def test_two_processes_do_not_write_one_corpus(tmp_path, write_input, texts):

@@ -3,6 +3,9 @@ import gzip
 import os
 import random
 
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 import zstandard
 
@@ -224,6 +227,18 @@ def test_a_wrong_column_names_those_there_are(tmp_path, write_input):
     path = write_input(tmp_path / "a.parquet", ["one"], text_key="body")
     with pytest.raises(ValueError, match=r"no column 'text' \(it has id, body\); set --text-key"):
         read([Piece(str(path))])
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_two_columns_of_one_name_are_refused(tmp_path, name):
+    table = pyarrow.table({"text": ["a"], "other": ["b"]}).rename_columns(["text", "text"])
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(table, tmp_path / name)
+    else:
+        with pyarrow.ipc.new_file(tmp_path / name, table.schema) as file:
+            file.write_table(table)
+    with pytest.raises(ValueError, match=f"{name} has several columns of one name"):
+        read([Piece(str(tmp_path / name))])
 
 
 def test_documents_without_text_are_left_out(tmp_path, write_input):
