@@ -2,6 +2,7 @@
 
 A routed chunk is selected steadily or in flickers. Steady chunks are kept from one token to the next, but for a small share
 that is drawn anew. Flickering ones belong to a set that is kept in the same way, of which each token selects some at random.
+Neighbouring chunks are selected together: some are selected by just those tokens that selected the chunk before.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Persistence(NamedTuple):
     """Share of the steady chunks that is drawn anew at each token; of the flickering set, `flicker` times as much."""
     flicker: float | Tensor
     """Probability that a token selects a chunk of the flickering set."""
+    alike: float = 0.0
+    """Probability that a chunk is selected by the same tokens as the one before it."""
 
     @property
     def flickering_set(self) -> float | Tensor:
@@ -68,11 +71,20 @@ def routed_available(
     return torch.arange(chunks, device=device) < own_N[:, None] - local_chunks
 
 
+def selected_side_by_side(selected_HNc: Tensor, width: int) -> float:
+    """Pairs of a token and a group of `width` neighbouring chunks, any of which it selected, over pairs of a token and a chunk.
+
+    Chunks are grouped from the first; `width` divides their number.
+    """
+    return selected_HNc.unflatten(2, (-1, width)).any(3).sum().item() / selected_HNc.sum().item()
+
+
 @lru_cache(maxsize=32)
 def fit_persistence(model: str, layer: int) -> Persistence:
     """The persistence whose union curve is nearest to that of the routed chunks in a file of `benchmarks/choices`.
 
-    Nearest is the least greatest ratio over 1 to 32 tokens, among a grid of candidates.
+    Nearest is the least greatest ratio over 1 to 32 tokens, among a grid of candidates. Of two neighbouring chunks tokens select
+    both as often as in the file.
     """
     selected_HNc = load_selected(model, layer)
     heads, tokens, chunks = selected_HNc.shape
@@ -89,7 +101,9 @@ def fit_persistence(model: str, layer: int) -> Persistence:
         error = torch.maximum(error, (torch.as_tensor(value) / found).log().abs())
     error[torch.as_tensor(candidates.flickering_set) > 1] = torch.inf
     best = error.argmin()
-    return Persistence(density, *(x.flatten()[best].item() for x in (steady, redrawn, flicker)))
+    # of two that are alike a token selects either as often as one, of two that are not 2 - density times as often
+    alike = 1 - (2 * selected_side_by_side(routed_HNc, 2) - 1) / (1 - density)
+    return Persistence(density, *(x.flatten()[best].item() for x in (steady, redrawn, flicker)), alike)
 
 
 def make_selected(
@@ -129,7 +143,10 @@ def make_selected(
         for block_Nc in head_Nc.split(BLOCK, dim=1):
             steady = kept(like.steady * like.density, like.redrawn)
             flickering = kept(like.flickering_set, like.redrawn * like.flicker) & happens(like.flicker)
-            block_Nc.copy_((steady | flickering).T[:, : block_Nc.shape[1]])
+            differs = torch.rand(BLOCK, device=device, generator=generator) >= like.alike
+            # the nearest chunk before that is drawn for itself, or the first
+            source = torch.where(differs, torch.arange(BLOCK, device=device), 0).cummax(0).values
+            block_Nc.copy_((steady | flickering)[source].T[:, : block_Nc.shape[1]])
     available_Nc = routed_available(tokens, chunks, local_chunks, device)
     past_Nc = routed_available(tokens, chunks, 0, device)
     return (selected_HNc & available_Nc) | (past_Nc & ~available_Nc)

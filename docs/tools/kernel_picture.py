@@ -2,7 +2,7 @@
 
     python -m docs.tools.kernel_picture --output docs/results/
 
-From the rows of `docs/results/kernel_stages.csv` whose whole passes were timed.
+From the rows of `docs/results/kernel_stages.csv` that have times of whole passes, or sums of stages in their place.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ def density(row: dict[str, str]) -> float:
 
 
 def label(row: dict[str, str]) -> str:
-    """Routing and shape: what a line of the picture has in common."""
+    """Routing, shape, and whether passes were summed up from stages: what a line of the picture has in common."""
     routing = {"independent": "each query for itself", "runs of 32": "runs of 32 queries"}.get(row["routing"])
     if routing is None:
         routing = "like a trained router" if row["routing"].startswith("like") else "trained routers"
     shape = f"{row['heads']}/{row['kv_heads']}, D = {row['head_dim']}, C = {row['chunk_size']}"
     rows = "" if row["batch"] == "1" else f"{row['batch']} x "
-    return f"{routing}, {rows}{int(row['tokens']) // 1024}K, {shape}"
+    how = ", sum of stages" if row["whole"] == "sum" else ""
+    return f"{routing}, {rows}{int(row['tokens']) // 1024}K, {shape}{how}"
 
 
 @ending_with_reader()
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
         axis.set_xlabel("density (% of causal chunks)")
         axis.set_ylabel("time over that of cuDNN's dense attention")
         axis.set_xlim(0, 35)
-        axis.set_ylim(0, 2)
+        axis.set_ylim(0, 1.25)
         axis.grid(alpha=GRID)
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="lower center", ncols=3, fontsize=9)
@@ -77,10 +78,14 @@ def _draw(
     """Points of one routing and shape, the line through them, and what the router alone takes."""
     whole, dense, router = columns
     color, marker = line_style(index)
-    rows = sorted(rows, key=density)
+    axis.plot([], [], marker, color=color, label=name)
+    # some have the forward alone
+    rows = sorted((row for row in rows if row[whole]), key=density)
+    if not rows:
+        return
     x = np.array([100 * density(row) for row in rows])
     y = np.array([float(row[whole]) / float(row[dense]) for row in rows])
-    axis.plot(x, y, marker, color=color, label=name)
+    axis.plot(x, y, marker, color=color)
     routed = np.mean([sum(float(row[stage]) for stage in router) / float(row[dense]) for row in rows])
     axis.plot(0, routed, marker, color=color, mfc="none", clip_on=False)
     if len(rows) > 1:

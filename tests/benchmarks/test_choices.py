@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from benchmarks import choices
-from benchmarks.persistence import Persistence, fit_persistence, make_selected
+from benchmarks.persistence import (
+    Persistence,
+    fit_persistence,
+    local_chunks_of,
+    make_selected,
+    routed_available,
+    selected_side_by_side,
+)
 
 LIMIT = 2_000_000
 TABLE = (choices.FOLDER / "README.md").read_text()
@@ -94,6 +101,19 @@ def test_made_choices_have_the_density_and_the_union_curve_of_those_they_are_lik
         found, made = (choices.visited_over_selected(x) for x in (found_HNc, made_HNc))
         for tile in choices.TILES:
             assert made[tile] == pytest.approx(found[tile], rel=0.04), (layer, tile)
+
+
+@pytest.mark.parametrize("model", choices.model_names())
+def test_neighbouring_chunks_are_selected_together_as_often_as_in_those_they_are_like(model: str) -> None:
+    """What keys and values by pair cost with chunks below 64 follows this."""
+    layer = choices.layers_of(model)[0]
+    found_HNc = choices.load_selected(model, layer)
+    _, tokens, chunks = found_HNc.shape
+    made_HNc = make_selected(model, layer, 2, tokens, tokens // chunks, "cpu")
+    routed_Nc = routed_available(tokens, chunks, local_chunks_of(model))
+    for width, allowed in ((2, 0.04), (4, 0.18)):
+        found, made = (selected_side_by_side(x & routed_Nc, width) for x in (found_HNc, made_HNc))
+        assert made == pytest.approx(found, rel=allowed), width
 
 
 def test_made_choices_of_more_tokens_and_heads_persist_alike() -> None:
