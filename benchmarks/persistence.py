@@ -18,6 +18,8 @@ from benchmarks.choices import TILES, load_selected, visited_over_selected
 
 # Chunks made at a time: each of their random numbers is eight bytes for every token.
 BLOCK = 64
+# Tokens for which the same chunks are alike: no tile of the kernels is longer.
+RUN = 64
 
 
 class Persistence(NamedTuple):
@@ -143,10 +145,12 @@ def make_selected(
         for block_Nc in head_Nc.split(BLOCK, dim=1):
             steady = kept(like.steady * like.density, like.redrawn)
             flickering = kept(like.flickering_set, like.redrawn * like.flicker) & happens(like.flicker)
-            differs = torch.rand(BLOCK, device=device, generator=generator) >= like.alike
+            differs = torch.rand(-(-tokens // RUN), BLOCK, device=device, generator=generator) >= like.alike
             # the nearest chunk before that is drawn for itself, or the first
-            source = torch.where(differs, torch.arange(BLOCK, device=device), 0).cummax(0).values
-            block_Nc.copy_((steady | flickering)[source].T[:, : block_Nc.shape[1]])
+            source = torch.where(differs, torch.arange(BLOCK, device=device), 0).cummax(1).values
+            source_Nc = source.repeat_interleave(RUN, 0)[:tokens]
+            made_Nc = (steady | flickering).T.gather(1, source_Nc)
+            block_Nc.copy_(made_Nc[:, : block_Nc.shape[1]])
     available_Nc = routed_available(tokens, chunks, local_chunks, device)
     past_Nc = routed_available(tokens, chunks, 0, device)
     return (selected_HNc & available_Nc) | (past_Nc & ~available_Nc)

@@ -94,8 +94,9 @@ def test_made_choices_have_the_density_and_the_union_curve_of_those_they_are_lik
     for layer in choices.layers_of(model):
         found_HNc = choices.load_selected(model, layer)
         heads, tokens, chunks = found_HNc.shape
-        made_HNc = make_selected(model, layer, heads, tokens, tokens // chunks, "cpu")
-        assert made_HNc.shape == found_HNc.shape
+        # neighbouring chunks that are alike leave more to chance: two heads would be too few
+        made_HNc = make_selected(model, layer, 2 * heads, tokens, tokens // chunks, "cpu")
+        assert made_HNc[:heads].shape == found_HNc.shape
         assert not made_HNc[:, torch.arange(chunks) >= _own_chunk(made_HNc)].any()
         assert choices.past_density(made_HNc) == pytest.approx(choices.past_density(found_HNc), rel=0.04)
         found, made = (choices.visited_over_selected(x) for x in (found_HNc, made_HNc))
