@@ -153,10 +153,10 @@ def time_dense(case: Case, backend: SDPBackend) -> tuple[float, float]:
     return milliseconds(forward_without_grad, DEVICE), both
 
 
-def time_ours(case: Case) -> tuple[dict[str, float], int, dict[str, float]]:
+def time_ours(case: Case, repeatable: bool) -> tuple[dict[str, float], int, dict[str, float]]:
     """Milliseconds of whole calls, bytes a forward and backward takes beyond inputs, output and gradients, and `spread`.
 
-    The bytes are not measured where chunks are given: 0.
+    The bytes are not measured where chunks are given: 0. Unless `repeatable`, there are no deterministic calls and no spread.
     """
     forward, both = whole_calls(case)
     extra = 0 if case.model else extra_memory(both)
@@ -164,6 +164,8 @@ def time_ours(case: Case) -> tuple[dict[str, float], int, dict[str, float]]:
         "forward": milliseconds(forward, DEVICE),
         "forward and backward": milliseconds(both, DEVICE),
     }
+    if not repeatable:
+        return total, extra, {}
     with deterministic():
         total["forward and backward, deterministic"] = milliseconds(whole_calls(case, True)[1], DEVICE)
     return total, extra, spread(both)
@@ -192,9 +194,9 @@ def spread(both: Callable[[], Sequence[Tensor]]) -> dict[str, float]:
     return worst
 
 
-def time_case(case: Case, dense: dict[str, tuple[float, float]]) -> dict[str, Any]:
+def time_case(case: Case, dense: dict[str, tuple[float, float]], repeatable: bool) -> dict[str, Any]:
     """All figures of one case, in milliseconds, TFLOP/s and bytes."""
-    total, extra, differences = time_ours(case)
+    total, extra, differences = time_ours(case, repeatable)
     stages = Stages(case, DEVICE)
     names = (*Stages.FORWARD, *Stages.BACKWARD)
     stages.run(*names)
@@ -257,7 +259,8 @@ def print_table(result: dict[str, Any]) -> None:
         ratios = result["speedup"][name]
         print(f"  {name:28s}{forward_ms:10.2f}{both_ms:10.2f}{ratios[0]:8.2f}{ratios[1]:8.2f}")
     print(f"  {'ours':28s}{total['forward']:10.2f}{total['forward and backward']:10.2f}")
-    print(f"  {'ours, deterministic':28s}{'':10s}{total['forward and backward, deterministic']:10.2f}")
+    if repeatable := total.get("forward and backward, deterministic"):
+        print(f"  {'ours, deterministic':28s}{'':10s}{repeatable:10.2f}")
     if result["fraction_of_ideal"]:
         a, b = result["fraction_of_ideal"]
         print(f"  {'share of ideal':28s}{a:10.2f}{b:10.2f}   (selected pairs at cuDNN's time a pair)")
@@ -271,7 +274,8 @@ def print_table(result: dict[str, Any]) -> None:
 class Suite:
     """Runs cases; what many of them share, their checks and dense attention, is done once."""
 
-    def __init__(self, flash: bool) -> None:
+    def __init__(self, flash: bool, repeatable: bool) -> None:
+        self.repeatable = repeatable
         self.dense = {name: x for name, x in dense_backends(DEVICE).items() if flash or name != "flash"}
         self.dense_of: dict[tuple[int, ...], dict[str, tuple[float, float]]] = {}
         self.errors_of: dict[Case, dict[str, float]] = {}
@@ -294,7 +298,7 @@ class Suite:
         dense = dict(self.dense_of[key])
         if case.tokens <= REFERENCE_TOKENS and not case.model:
             dense["reference"] = time_reference(case)
-        result = {**time_case(case, dense), "errors": errors}
+        result = {**time_case(case, dense, self.repeatable), "errors": errors}
         print_table(result)
         return result
 
@@ -321,6 +325,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--json", default="attention.json", help="file to write")
     parser.add_argument("--no-flash", action="store_true", help="skip dense flash attention")
+    parser.add_argument(
+        "--no-deterministic",
+        action="store_true",
+        help="skip deterministic gradients, whose kernels compile anew, and the comparison of runs with each other",
+    )
     options = parser.parse_args()
     if not kernels_run(DEVICE):
         parser.error(
@@ -377,7 +386,7 @@ def main() -> None:
         "implementation": implementation_fingerprint(),
     }
     print(header)
-    suite, results = Suite(flash=not options.no_flash), []
+    suite, results = Suite(not options.no_flash, not options.no_deterministic), []
     for case in options.cases:
         results.append(suite.run(case))
         Path(options.json).write_text(json.dumps({**header, "results": results}, indent=1))

@@ -27,6 +27,8 @@ MORE_CASES = [
     Case("64K 32/2 unstructured", 65536, structured=False, scaling_factor=6.0),
     Case("64K 32/4 10%", 65536, topics=10, kv_heads=4),
     Case("64K 32/1 10%", 65536, topics=10, kv_heads=1),
+    Case("64K 32/8 24%", 65536, topics=4, kv_heads=8),
+    Case("128K 32/8 10%", 131072, topics=10, kv_heads=8),
     *(
         Case(
             f"{name}, heads of 64, chunks of {size}",

@@ -82,9 +82,13 @@ def test_attention_is_timed_on_chunks_that_a_trained_router_selected(tmp_path: P
 def test_queries_of_a_case_select_as_told(tmp_path: Path) -> None:
     measured = tmp_path / "attention.json"
     case = ["--tiny", "--cases", "64 tokens, 10 topics"]
-    _run("benchmarks/attention.py", *case, "--routing", "runs:2", "--json", str(measured))
+    table = _run(
+        "benchmarks/attention.py", *case, "--routing", "runs:2", "--no-deterministic", "--json", str(measured)
+    )
     (row,) = json.loads(measured.read_text())["results"]
     assert row["case"]["run"] == 2
+    assert list(row["milliseconds"]) == ["forward", "forward and backward"]
+    assert "deterministic" not in table
     assert row["case"]["name"] == "64 tokens, 10 topics, runs:2"
     with pytest.raises(AssertionError, match="runs:0 must be independent, runs:N, unstructured or trained"):
         _run("benchmarks/attention.py", *case, "--routing", "runs:0")
