@@ -105,7 +105,8 @@ def fit_persistence(model: str, layer: int) -> Persistence:
     best = error.argmin()
     # of two that are alike a token selects either as often as one, of two that are not 2 - density times as often
     alike = 1 - (2 * selected_side_by_side(routed_HNc, 2) - 1) / (1 - density)
-    return Persistence(density, *(x.flatten()[best].item() for x in (steady, redrawn, flicker)), alike)
+    kept = (x.flatten()[best].item() for x in (steady, redrawn, flicker))
+    return Persistence(density, *kept)._replace(alike=alike)
 
 
 def make_selected(
