@@ -31,7 +31,7 @@ def draw_study(
     """Draw what the runs have data for.
 
     Args:
-        study: whose runs' metrics are read for the density by layer.
+        study: whose runs' metrics and scores are read.
         rows, fits: as `collect` and `fit_study` give them.
         folder: where the PNGs go.
 
@@ -40,17 +40,18 @@ def draw_study(
     """
     folder.mkdir(parents=True, exist_ok=True)
     finished, quality = rows_with_quality(rows)
+    folders = {run.name: run.folder for run in expand(study)}
     shown = {"loss_compute.png": _loss_compute(finished, quality, fits, folder / "loss_compute.png")}
-    shown["curves.png"] = _loss_over_tokens(study, finished, quality, folder / "curves.png")
-    text = _loss_by_position(study, finished, folder / "position.png")
+    shown["curves.png"] = _loss_over_tokens(folders, finished, quality, folder / "curves.png")
+    text = _loss_by_position(folders, finished, folder / "position.png")
     if text:
         shown["position.png"] = text
-    text = _task_scores(study, finished, folder / "scores.png")
+    text = _task_scores(folders, finished, folder / "scores.png")
     if text:
         shown["scores.png"] = text
     if any(row["density"] is not None for row in finished):
         shown["pareto.png"] = _pareto(finished, quality, folder / "pareto.png")
-        text = _density_by_layer(study, rows, folder / "density.png")
+        text = _density_by_layer(folders, rows, folder / "density.png")
         if text:
             shown["density.png"] = text
     shown["throughput.png"] = _throughput(finished, folder / "throughput.png")
@@ -108,8 +109,7 @@ def _loss_compute(rows: list[dict[str, Any]], quality: str, fits: dict[str, Any]
     return text + ("; lines are fits to each frontier." if fitted else ".")
 
 
-def _loss_over_tokens(study: Study, rows: list[dict[str, Any]], quality: str, path: Path) -> str:
-    folders = {run.name: run.folder for run in expand(study)}
+def _loss_over_tokens(folders: dict[str, Path], rows: list[dict[str, Any]], quality: str, path: Path) -> str:
     shown = _largest(rows)
     metrics = {row["run"]: read_metrics(folders[row["run"]]) for row in shown}
     # fewer points would be no curve
@@ -146,8 +146,7 @@ def _loss_over_tokens(study: Study, rows: list[dict[str, Any]], quality: str, pa
     return f"{name.capitalize()} over training, a line for each of the largest runs."
 
 
-def _loss_by_position(study: Study, rows: list[dict[str, Any]], path: Path) -> str | None:
-    folders = {run.name: run.folder for run in expand(study)}
+def _loss_by_position(folders: dict[str, Path], rows: list[dict[str, Any]], path: Path) -> str | None:
     losses = {row["run"]: _last_positions(folders[row["run"]]) for row in rows}
     shown = _largest([row for row in rows if losses[row["run"]]])
     if not shown:
@@ -190,9 +189,8 @@ def _largest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return shown
 
 
-def _task_scores(study: Study, rows: list[dict[str, Any]], path: Path) -> str | None:
-    runs = {run.name: run for run in expand(study)}
-    found = {row["run"]: read_scores(runs[row["run"]].folder) for row in rows}
+def _task_scores(folders: dict[str, Path], rows: list[dict[str, Any]], path: Path) -> str | None:
+    found = {row["run"]: read_scores(folders[row["run"]]) for row in rows}
     shown = _largest([row for row in rows if found[row["run"]]])
     if not shown:
         return None
@@ -252,10 +250,10 @@ def _pareto(rows: list[dict[str, Any]], quality: str, path: Path) -> str:
     return text + (" On the right, less that of the full-attention twin: below 0 is better." if twins else "")
 
 
-def _density_by_layer(study: Study, rows: list[dict[str, Any]], path: Path) -> str | None:
+def _density_by_layer(folders: dict[str, Path], rows: list[dict[str, Any]], path: Path) -> str | None:
     started = {row["run"]: row["tokens"] for row in rows if row["density"] is not None}
     longest = sorted(started, key=started.__getitem__, reverse=True)[:_MAX_PANELS]
-    runs = [run for run in expand(study) if run.name in longest]
+    runs = [name for name in folders if name in longest]
     if not runs:
         return None
     columns = min(3, len(runs))
@@ -266,7 +264,7 @@ def _density_by_layer(study: Study, rows: list[dict[str, Any]], path: Path) -> s
     for axis in axes.flat[len(runs) :]:
         axis.set_visible(False)
     for axis, run in zip(axes.flat, runs, strict=False):
-        metrics = read_metrics(run.folder)
+        metrics = read_metrics(folders[run])
         layers = len(metrics[0]["density_per_layer"])
         widths = line_widths(layers)
         for layer, color in layer_colors(range(layers)).items():
@@ -275,7 +273,7 @@ def _density_by_layer(study: Study, rows: list[dict[str, Any]], path: Path) -> s
             if known:
                 label = f"layer {layer}" if layer in (0, layers - 1) else None
                 axis.plot(*zip(*known, strict=True), color=color, lw=widths[layer], label=label)
-        axis.set_title(run.name, fontsize=8, wrap=True)
+        axis.set_title(run, fontsize=8, wrap=True)
         axis.set_ylim(0, 105)
         axis.set_xlabel("optimizer step")
         axis.grid(alpha=GRID)
