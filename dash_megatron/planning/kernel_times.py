@@ -61,7 +61,7 @@ class AttentionWork:
     passes: int = 1
     """Times that queries meet a part of the keys: the steps of a ring, each with its own launches."""
     sharded: bool = False
-    """Keys come from other ranks, so that attend and queries go over tiles whatever they visit."""
+    """Keys come from other ranks. Attend and queries are then taken to go over tiles: over pairs they were not timed with such keys."""
     gpu: str = TIMED_GPU
     """On another one attend and queries go over tiles too."""
 
@@ -103,7 +103,7 @@ class AttentionWork:
 
     def by_pair(self, stage: str) -> bool:
         """Whether a stage (attend, queries or keys) goes over selected pairs rather than over what tiles visit, as the table
-        and the rule of `dash_megatron.ops.kernels.configs` decide in half precision on the GPU."""
+        and the rule of `dash_megatron.ops.kernels.configs` decide in half precision on the GPU, but for `sharded` work."""
         if stage == "keys":
             return keys_by_pair(self.head_dim, self.chunk_size)
         shape = self.group, self.head_dim, self.chunk_size, self.gpu

@@ -140,25 +140,32 @@ def pair_bytes(config: Config, layout: Layout, listed: float, gpu: str) -> dict[
 
     Kernels decide on the device, when the workspace is there already: partial results of a group's heads, up to 2 GiB and no
     more than the pairs that tiles may list where pairs are still taken; places of pairs; in the gradient also float32 sums of
-    keys and values. What a rank of context parallelism does not exchange by heads goes over tiles alone, and so does what
-    another GPU than the one timed computes.
+    keys and values, which are the buffer's own where keys come from other ranks. What another GPU than the one timed computes goes
+    over tiles alone.
     """
     model, chunk = config.model, config.attention.chunk_size
     group, head_dim = model.heads // model.kv_heads, model.channels_per_head
     found = dict.fromkeys(PAIRS_ABOVE, 0.0)
-    if config.training.precision != "bf16" or (layout.context > 1 and layout.context_comm != "a2a"):
+    if config.training.precision != "bf16":
         return found
     entries, tile = _entries_made(config, layout, listed)
     chunks = config.training.micro_batch * config.data.seq_length / chunk
-    kv_heads = model.kv_heads / layout.tensor / layout.context
+    kv_heads, own_chunks = model.kv_heads / layout.tensor, chunks
+    sharded = layout.context > 1 and layout.context_comm != "a2a"
+    if sharded:
+        own_chunks = chunks / layout.context
+        # a ring has half of a rank's keys at a time
+        chunks = own_chunks / 2 if layout.context_comm == "p2p" else chunks
+    else:
+        kv_heads /= layout.context
     # partial results in bf16, and in attention their log-sum-exp
     for stage, of_head in {"attend": 2 * head_dim + 4, "queries": 2 * head_dim}.items():
         above = pairs_above(stage, group, head_dim, chunk, gpu)
         room = WORKSPACE_BYTES // (group * of_head)
-        tiles, most_of_tile = chunks * (chunk / tile), tile * chunks
+        tiles, most_of_tile = own_chunks * (chunk / tile), tile * chunks
         # else a tile's pairs might not fit, and tiles are gone over
         if above < math.inf and 2 * most_of_tile <= room:
-            most_taken = entries * tile / max(1.0, above)
+            most_taken = min(entries * tile / max(1.0, above), kv_heads * tiles * most_of_tile)
             pairs, places = min(room, most_taken), PLACE_BYTES[stage]
             at_once, slab_tiles = max(1, PLACES_BYTES // (pairs * places)), kv_heads * tiles
             counted = slab_tiles
@@ -170,7 +177,7 @@ def pair_bytes(config: Config, layout: Layout, listed: float, gpu: str) -> dict[
             at_once = min(at_once, slabs)
             found[stage] = pairs * (group * of_head + at_once * places) + COUNT_BYTES * counted * chunks
             if stage == "queries":
-                found[stage] += 2 * (2 * PARTS + kv_heads * chunks) * chunk * head_dim * 4
+                found[stage] += 2 * (2 * PARTS + kv_heads * chunks * (not sharded)) * chunk * head_dim * 4
     return found
 
 
@@ -293,6 +300,9 @@ def memory_use(
     attention_phase = gradient_rows + backward_lists + max(forward_exchange, backward_exchange)
     # sums of keys and values that queries leave stay until these are done
     key_sums = 8 * shape.tokens * shape.kv_heads * shape.head_dim * (by_pair["queries"] > 0)
+    if layout.context > 1 and layout.context_comm != "a2a":
+        # queries add theirs to the gradients of the buffer
+        key_sums = 0
     backward_pairs = max(by_pair["queries"], by_pair["keys"] + key_sums)
     attention_phase = max(attention_phase + backward_pairs, by_pair["attend"])
     feed_forward_phase = parts["feed_forward"] / 2 + feed_forward * (layout.recompute == "selective")
