@@ -190,7 +190,8 @@ class Trainer:
         keep_fault(self.config.run_dir, fault, batches)
         kept = fault_folder(self.config.run_dir, fault.step)
         if fault.policy == "halt":
-            self.checkpointer.finish()
+            self.checkpointer.finish()  # which may publish a newer one
+            saved = finished_steps(self.config.run_dir)
             place = (
                 f"The newest checkpoint is of step {saved[-1]}: resume from it" if saved else "Start again"
             )

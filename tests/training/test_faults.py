@@ -113,6 +113,7 @@ def test_too_many_bad_batches_in_a_row_end_the_run(
     for policy in ("skip", "rollback"):
         error = torch.load(tmp_path / f"{policy}.pt", weights_only=False)["error"]
         assert "as in 3 steps in a row something was wrong (step 7, training samples 24 to 27)" in error
+        assert "The newest checkpoint is of step 6: resume from it with a lower optimizer.lr" in error
         assert finished_steps(tmp_path / policy) == [2, 4, 6]
 
 

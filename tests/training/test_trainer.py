@@ -238,6 +238,8 @@ def test_a_non_finite_loss_names_its_samples_and_saves_nothing(
     run_processes(1, break_weights, {**tiny_config, "faults": {"non_finite": "halt"}})
     run = Path(tiny_config["run_dir"])
     message = json.loads((run / "error.json").read_text())
-    assert "the loss is nan (step 2, training samples 4 to 7)" in message
+    assert (
+        "the loss is nan (step 2, training samples 4 to 7). Start again with a lower optimizer.lr" in message
+    )
     assert [line["step"] for line in read_metrics(run)] == [1]
     assert not (run / "checkpoints").exists()
