@@ -163,7 +163,8 @@ def _wrap(proto: Any, ours: OurTokenizer, names_are_text: bool) -> PreTrainedTok
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token=names[proto.trainer_spec.unk_id],
-        bos_token=names.get(ours.bos, end),
+        # no document begins with a bos that no template writes, and lm-eval would begin texts with what was never trained
+        bos_token=end if names_are_text else names.get(ours.bos, end),
         eos_token=end,
         pad_token=end,
         padding_side="left",
