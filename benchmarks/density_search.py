@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from dash_megatron.hf.fast_cache import FastLayer
+from dash_megatron.hf.fast_layer import FastLayer
 from dash_megatron.hf.modeling_dash import DashForCausalLM, DashSelfAttention, pool_queries
 from dash_megatron.ops import DashCache
 from dash_megatron.ops.decode import decode_and_count
@@ -25,6 +25,14 @@ SPARE_TOKENS = 256
 def attention_layers(model: DashForCausalLM) -> list[DashSelfAttention]:
     """The attention of every layer."""
     return [layer.self_attn for layer in model.model.layers]
+
+
+def set_kind(model: DashForCausalLM, kind: str) -> None:
+    """Let all layers attend fully, without projections for a router, or none but those that always do."""
+    always = getattr(model.config, "full_attention_layers", ())
+    for attention in attention_layers(model):
+        attention.is_full = kind == "full" or attention.index in always
+        attention.has_router_projections = hasattr(attention, "indexer_q_proj") and not attention.is_full
 
 
 def random_tokens(model: DashForCausalLM, *shape: int) -> Tensor:
@@ -99,15 +107,17 @@ def set_decoding_density(model: DashForCausalLM, cache: StaticCache, context: in
     lengths = torch.full((num_tokens,), context, dtype=torch.int32, device=model.device)
 
     def probe(attention: DashSelfAttention) -> Callable[..., Tensor | None]:
-        def attend(q: Tensor, *_: Any) -> Tensor | None:
+        def attend(q: Tensor, k: Tensor, v: Tensor, *places: Any) -> Tensor | None:
             if attention.is_full:
                 return None
             layer, q_nHD = cache.layers[attention.index], q[:, :, 0]
             assert isinstance(layer, FastLayer)
-            store, routing_q = layer.store, None
+            store, own = layer.store, _own(attention, places)
+            seen, routing_q = own[0] if own else q, own[0][:, :, 0] if own else None
             if store.queries is not None:
-                routing_q = _pooled(q.transpose(0, 2), store.query_pool)[0].transpose(0, 1).contiguous()
-                store.queries[0] = q_nHD[torch.arange(store.queries.shape[1], device=q.device) % num_tokens]
+                routing_q = _pooled(seen.transpose(0, 2), store.query_pool)[0].transpose(0, 1).contiguous()
+                slot = torch.arange(store.queries.shape[1], device=q.device)
+                store.queries[0] = seen[slot % num_tokens, :, 0]
             found = search_scaling_factor(
                 attention, q_nHD[-PROBES:], store, lengths[-PROBES:], target,
                 None if routing_q is None else routing_q[-PROBES:],
@@ -132,7 +142,7 @@ def set_prefill_density(model: DashForCausalLM, prompt: Tensor, target: float | 
     def probe(attention: DashSelfAttention) -> Callable[..., Any]:
         def attend(q: Tensor, k: Tensor, v: Tensor, *places: Any) -> Any:
             if not attention.is_full:
-                densities.append(probe_prompt(attention, q, k, v, target))
+                densities.append(probe_prompt(attention, q, k, v, target, *_own(attention, places)))
             return DashSelfAttention._attend_with_kernels(attention, q, k, v, *places)
 
         return attend
@@ -143,9 +153,13 @@ def set_prefill_density(model: DashForCausalLM, prompt: Tensor, target: float | 
 
 
 def probe_prompt(
-    attention: DashSelfAttention, q: Tensor, k: Tensor, v: Tensor, target: float | None
-) -> float:
-    """Density of a layer at places spread over a prompt, q, k and v [1, heads, N, D]; `target` is searched for, if there is one."""
+    attention: DashSelfAttention, q: Tensor, k: Tensor, v: Tensor, target: float | None,
+    own_q: Tensor | None = None, own_k: Tensor | None = None,
+) -> float:  # fmt: skip
+    """Density of a layer at places spread over a prompt, q, k and v [1, heads, N, D]; `target` is searched for, if there is one.
+
+    Beside `own_q` and `own_k`, the queries and keys of a router that has its own, these route.
+    """
     H, D, N, router = attention.kv_heads, attention.head_dim, q.shape[2], attention.router
     lengths = torch.linspace(N // PROBES, N, PROBES, device=q.device).int()
     # as large as a cache that decodes after it, so that the same kernels serve
@@ -153,18 +167,24 @@ def probe_prompt(
         1, N + SPARE_TOKENS, H, D, chunk_size=router.chunk_size, dtype=q.dtype, device=q.device
     )
     bounds = torch.tensor([0, N], dtype=torch.int32, device=q.device)
-    keys, values = (x[0].transpose(0, 1) for x in (k, v))
+    # what is selected depends on no other keys than those that are summarized
+    keys, values = (x[0].transpose(0, 1) for x in (k if own_k is None else own_k, v))
     store.prefill(keys, values, attention.indexer_q.view(H, D), bounds, attention.backend)
 
     def at_probes(x: Tensor) -> Tensor:
         return x[0, :, lengths.long() - 1].transpose(0, 1).contiguous().to(q.dtype)
 
-    routing_q = None
+    routing_q = None if own_q is None else at_probes(own_q)
     if router.query_pool > 1:
-        routing_q = at_probes(_pooled(q, router.query_pool))
+        routing_q = at_probes(_pooled(q if own_q is None else own_q, router.query_pool))
     if target is None:
         return measure(attention, at_probes(q), store, lengths, routing_q=routing_q)
     return search_scaling_factor(attention, at_probes(q), store, lengths, target, routing_q)
+
+
+def _own(attention: DashSelfAttention, places: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The queries and keys of a router that has its own, the last that `_attend_with_kernels` is given."""
+    return places[-2:] if attention.has_router_projections else ()
 
 
 def _pooled(q: Tensor, query_pool: int) -> Tensor:

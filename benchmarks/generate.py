@@ -44,6 +44,7 @@ from benchmarks.density_search import (
     random_tokens,
     replaced,
     set_decoding_density,
+    set_kind,
     set_prefill_density,
 )
 from benchmarks.given import Given, models_like
@@ -89,13 +90,6 @@ def _random_model(options: argparse.Namespace, dtype: torch.dtype, device: torch
         torch.set_default_dtype(torch.float32)
 
 
-def set_kind(model: DashForCausalLM, kind: str) -> None:
-    """Let all layers attend fully, or none but those that always do."""
-    always = getattr(model.config, "full_attention_layers", ())
-    for attention in attention_layers(model):
-        attention.is_full = kind == "full" or attention.index in always
-
-
 def fill_cache(model: DashForCausalLM, cache: StaticCache, context: int) -> None:
     """Put `context` keys and values into every layer, around a topic a chunk."""
     device = model.device
@@ -110,9 +104,11 @@ def fill_cache(model: DashForCausalLM, cache: StaticCache, context: int) -> None
             cache.update(k, v, index)
         else:
             places = (attention.indexer_q.view(H, D), start, 0, attention.backend)
-            # set_decoding_density sets the few that a router of more than one query looks at
-            q = k.new_zeros(1).expand(1, attention.q_proj.out_features // D, context, D)
-            fast_layer(cache, index, C, attention.router.query_pool, q, *places).write(k, v, q, *places)
+            own = attention.has_router_projections
+            # set_decoding_density sets the few that a router of more than one query looks at; keys of its own are the same
+            q = k.new_zeros(1).expand(1, H if own else attention.q_proj.out_features // D, context, D)
+            layer = fast_layer(cache, index, C, attention.router.query_pool, q, *places, own=own)
+            layer.write(k, v, q, *places, k if own else None)
 
 
 def fastest_full(first: list[Any], q: Tensor) -> tuple[str, Attention]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import statistics
@@ -183,7 +184,7 @@ def with_choices(engine: Engine, config: Config, model: str) -> Iterator[Given]:
 
         def attend_as(q: Tensor, k: Tensor, v: Tensor, packed: Any) -> Tensor:
             out: Tensor = attend(*(x.view(rows, -1, *x.shape[2:]) for x in (q, k, v)), None)
-            return out.view(q.shape)
+            return out.view(*q.shape[:2], *out.shape[2:])
 
         return attend_as
 
@@ -213,12 +214,14 @@ def _time_steps(engine: Engine, batch: PackedBatch, steps: int, device: torch.de
 def hand_values_through(model: torch.nn.Module) -> None:
     """From now on every core attention gives each query head the values of its own token."""
 
-    def values(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        return value.repeat_interleave(query.shape[2] // value.shape[2], dim=2).flatten(2)
+    def values(own: int, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        return value.repeat_interleave(query.shape[2] // value.shape[2] - own, dim=2).flatten(2)
 
     for module in model.modules():
         if isinstance(module, DashCoreAttention | FullCoreAttention):
-            module.forward = values  # type: ignore[method-assign]
+            # a router of its own has one more query in each group
+            own = isinstance(module, DashCoreAttention) and module.attention.router_projections
+            module.forward = functools.partial(values, int(own))  # type: ignore[method-assign]
 
 
 def _print_header(config: Config, device: torch.device) -> None:

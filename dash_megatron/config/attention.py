@@ -54,6 +54,10 @@ class AttentionConfig(Section):
     pool_heads: bool = False
     """The router sees one query a group, the mean of those of its heads: one entmax instead of one a head. With
     `query_pool: 16` tiles of 32 tokens visited 1.24 times the chunks that tokens selected instead of 1.36, at equal loss."""
+    router_projections: bool = False
+    """The router has projections of its own, which make a query and a key for each kv head and token: summaries are of these
+    keys, `query_pool` of these queries, and the router's gradient reaches the hidden states through them alone. Needs
+    `pool_heads`. In a run that starts from weights without them, a key begins as attention's and a query as its group's mean."""
     sigma: float = Field(default=2.0, gt=0)
     """Flattens the router's prior on the softmax; 2 is the flattest prior whose router gradient is bounded."""
     estimate_diagonal: bool = True
@@ -69,6 +73,10 @@ class AttentionConfig(Section):
     """Which chunks `kind: infllmv2` selects. Its fields are below."""
     nsa: NSAConfig = Field(default_factory=NSAConfig)
     """Which chunks `kind: nsa` selects. Its fields are below."""
+
+    def has_router_projections(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has the router's own projections."""
+        return self.router_projections and self.kind == "dash" and layer not in self.full_layers
 
     def layer_scaling_factor(self, layer: int) -> float:
         """`scaling_factor` of a layer, counted from 0."""
@@ -131,6 +139,11 @@ class AttentionConfig(Section):
         factors = self.scaling_factor if isinstance(self.scaling_factor, tuple) else (self.scaling_factor,)
         if not all(0 < factor < math.inf for factor in factors):
             raise ValueError(f"attention.scaling_factor={self.scaling_factor} must be above 0, such as 1.0")
+        if self.router_projections and not self.pool_heads:
+            raise ValueError(
+                "attention.pool_heads=False must be true with attention.router_projections=true, which make one query for the "
+                "heads of a group; use attention.pool_heads=true"
+            )
         if self.kind in ("infllmv2", "nsa"):
             section = self.nsa if self.kind == "nsa" else self.infllmv2
             section.check_chunks(self.chunk_size, f"attention.{self.kind}.")

@@ -15,10 +15,17 @@ def peak_flops(device_name: str) -> float | None:
 def matmul_parameters(config: Config, vocab_size: int) -> int:
     """Weights that multiply every token: all but the embedding table, norms, biases and summary queries."""
     model = config.model
-    head_dim = model.channels_per_head
-    attention = model.hidden_size * head_dim * (2 * model.heads + 2 * model.kv_heads)
+    attention = model.hidden_size * 2 * model.channels_per_head * (model.heads + model.kv_heads)
     feed_forward = 3 * model.hidden_size * model.ffn_hidden_size
-    return model.layers * (attention + feed_forward) + model.hidden_size * vocab_size
+    router = model.hidden_size * routing_rows(config)
+    return model.layers * (attention + feed_forward) + router + model.hidden_size * vocab_size
+
+
+def routing_rows(config: Config) -> int:
+    """Rows of the router's own projections in all layers."""
+    model = config.model
+    layers = sum(config.attention.has_router_projections(layer) for layer in range(model.layers))
+    return layers * 2 * model.kv_heads * model.channels_per_head
 
 
 def parameter_count(config: Config, vocab_size: int) -> int:
@@ -26,7 +33,8 @@ def parameter_count(config: Config, vocab_size: int) -> int:
     model = config.model
     sparse_layers = model.layers - len(set(config.attention.full_layers))
     core = sparse_layers * core_attention_parameters(config)
-    biases = model.layers * model.channels_per_head * (model.heads + 2 * model.kv_heads) * model.qkv_bias
+    qkv_rows = model.layers * model.channels_per_head * (model.heads + 2 * model.kv_heads)
+    biases = (qkv_rows + routing_rows(config)) * model.qkv_bias
     embedding = 0 if model.tie_embeddings else model.hidden_size * vocab_size
     return matmul_parameters(config, vocab_size) + embedding + norm_parameters(config) + biases + core
 

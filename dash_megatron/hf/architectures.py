@@ -55,6 +55,7 @@ _CONVERTED_KEYS_OF_EXPORTS = {
     "qk_norm",
     "qkv_bias",
     "query_pool",
+    "router_projections",
     "scaling_factor",
     "sigma",
 }

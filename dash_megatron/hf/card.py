@@ -86,6 +86,8 @@ def _without_our_code(config: Config, selects: bool) -> str:
     """What transformers makes of the folder without the model file: a Llama, which ignores what it does not know."""
     parts = {
         "the summary queries (`indexer_q`)": selects,
+        "the router's projections (`indexer_q_proj`, `indexer_k_proj`)": selects
+        and config.attention.router_projections,
         "`q_norm`, `k_norm`": config.model.qk_norm,
         "the biases of `q_proj`, `k_proj`, `v_proj`": config.model.qkv_bias,
         "the factors on routing scores (`indexer_log_scaling`)": selects and config.attention.learned_scaling,

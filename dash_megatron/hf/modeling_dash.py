@@ -45,7 +45,8 @@ MAX_BLOCK_SCORES = 2**24
 MAX_NEWTON_STEPS = 100
 # Ways of scaling rotary frequencies that training knows; none changes as a text grows.
 ROPE_TYPES = ("linear", "llama3", "yarn", "longrope")
-# Columns whose queries a cache keeps beside those that the next token's router sees: so many can be dropped again.
+# Columns whose queries, or keys of the router, a cache keeps beside those that the next token's router sees: so many can be
+# dropped again.
 SPARE_QUERIES = 64
 
 
@@ -108,20 +109,14 @@ def _newton_step(x: Tensor, tau: Tensor, exponent: float) -> Tensor:
     return (norm - 1) / slope
 
 
-def summarize(k: Tensor, indexer_q: Tensor, start: Tensor, first: int, last: int, chunk_size: int) -> Tensor:
-    """Summaries [B, H, last - first, D] of chunks `first` to `last` of k [B, H, S, D].
-
-    Args:
-        indexer_q: [H, D].
-        start: column of each row's first token, int64 [B].
+def summarize(k: Tensor, indexer_q: Tensor, column: Tensor) -> Tensor:
+    """Summaries [B, H, c, D] of chunks whose columns of k [B, H, S, D] are `column` int64 [B, c, C]; indexer_q is [H, D].
 
     A chunk that a row has not filled gets a summary that no query may use.
     """
-    B, H, S, D = k.shape
-    offset = torch.arange(first * chunk_size, last * chunk_size, device=k.device)
-    column_BS = (start[:, None] + offset).clamp_max(S - 1)
-    k_BHSD = k.gather(2, column_BS[:, None, :, None].expand(B, H, -1, D))
-    k_BHcCD = k_BHSD.view(B, H, last - first, chunk_size, D)
+    (B, H, S, D), (c, C) = k.shape, column.shape[1:]
+    column_BS = column.flatten(1).clamp(0, S - 1)
+    k_BHcCD = k.gather(2, column_BS[:, None, :, None].expand(B, H, -1, D)).view(B, H, c, C, D)
     score_BHcC = torch.einsum("bhctd,hd->bhct", k_BHcCD, indexer_q * D**-0.5)
     return (score_BHcC.softmax(-1).unsqueeze(-2) @ k_BHcCD).squeeze(-2)
 
@@ -196,7 +191,7 @@ def dash_attention(
 
     Args:
         q: [B, H, G, T, D], float32 or float64, as all others.
-        routing_q: what the router sees, see `pool_queries`; the same shape.
+        routing_q: what the router sees, see `pool_queries`: the same shape, or one query a group, [B, H, 1, T, D].
         k, v: [B, H, S, D].
         summary: [B, H, c, D] with c above every query's own chunk; see `log_prior`.
         start: column of each row's first token, int64 [B].
@@ -226,24 +221,23 @@ def dash_attention(
 
 
 class _Summaries:
-    """What DashAttention keeps beside keys and values: the summaries of the chunks that every row has filled, and where the
-    router sees more queries than a token's own, some of the newest columns' queries."""
+    """What DashAttention keeps beside keys and values: the summaries of chunks that rows have filled, and of the newest
+    columns the router's queries where it sees more than a token's own, and its keys where it has its own."""
 
     summary: Tensor | None = None
-    """[B, H, c, D], float32 or float64."""
+    """[B, H, c, D], float32 or float64; of a chunk that a row has not filled, something finite."""
     queries: Tensor | None = None
     """[B, heads, t, D]"""
+    routing_keys: Tensor | None = None
+    """[B, H, t, D]"""
     start: Tensor | None = None
     """Column of each row's first token, int64 [B]."""
     latest_start = 0
 
     def _each_row(self, function: Callable[[Tensor], Tensor]) -> None:
-        if self.summary is not None:
-            self.summary = function(self.summary)
-        if self.queries is not None:
-            self.queries = function(self.queries)
-        if self.start is not None:
-            self.start = function(self.start)
+        for name in ("summary", "queries", "routing_keys", "start"):
+            if getattr(self, name) is not None:
+                setattr(self, name, function(getattr(self, name)))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Let rows continue other rows."""
@@ -253,7 +247,7 @@ class _Summaries:
     def reset(self) -> None:
         """Forget everything."""
         super().reset()  # type: ignore[misc]
-        self.summary = self.queries = self.start = None
+        self.summary = self.queries = self.routing_keys = self.start = None
         self.latest_start = 0
 
     def keep_queries(self, q: Tensor, query_pool: int) -> None:
@@ -261,6 +255,50 @@ class _Summaries:
         most = query_pool - 1 + SPARE_QUERIES
         known = [] if self.queries is None else [self.queries]
         self.queries = torch.cat([*known, q[:, :, -most:]], dim=2)[:, :, -most:]
+
+    def add_keys(
+        self, k: Tensor, columns: int, new: int, indexer_q: Tensor, start: Tensor, chunk_size: int, own: bool
+    ) -> Tensor:
+        """Summarize the chunks that new columns complete; gives the summaries of all, [B, H, c, D], c above every own chunk.
+
+        Args:
+            k: keys of all columns; or, if the router has its `own`, its keys of new columns, [B, H, new, D].
+            columns: how many there are.
+            new: how many of them are.
+            indexer_q: [H, D].
+            start: column of each row's first token, int64 [B].
+            chunk_size: of the router.
+            own: whether k are the router's own keys.
+
+        Raises:
+            ValueError: keys of the router before the new columns are not known.
+        """
+        if own:
+            k = k if self.routing_keys is None else torch.cat([self.routing_keys.to(k.dtype), k], dim=2)
+            self.routing_keys = k[:, :, 1 - chunk_size - SPARE_QUERIES :]
+        past, known = columns - new, k.shape[2] - new
+        if known < (past if self.summary is None else min(past, chunk_size - 1)):
+            raise ValueError(
+                f"the cache has {known} keys of the router before column {past}, but a chunk has {chunk_size} tokens: no "
+                f"more than {SPARE_QUERIES} columns can be cropped from a cache; begin with an empty one"
+            )
+        if self.summary is None:
+            past = 0
+        # of each row, the chunk that the first column that is not summarized falls into, and those after it
+        first_B1 = (past - start).clamp_min(0)[:, None] // chunk_size
+        chunk_Bc = first_B1 + torch.arange((columns - past) // chunk_size + 1, device=k.device)
+        place_BcC = chunk_Bc[..., None] * chunk_size + torch.arange(chunk_size, device=k.device)
+        wide_k = k.to(torch.float64 if k.dtype == torch.float64 else torch.float32)
+        column_BcC = start[:, None, None] + place_BcC - (columns - k.shape[2])
+        summary = summarize(wide_k, indexer_q.to(wide_k.dtype), column_BcC)
+        if self.summary is None:
+            table = summary.new_zeros(*k.shape[:2], columns // chunk_size + 1, k.shape[3])
+        else:
+            whole = self.summary[:, :, : past // chunk_size]
+            table = F.pad(whole, (0, 0, 0, columns // chunk_size + 1 - whole.shape[2]))
+        table = table.scatter(2, chunk_Bc[:, None, :, None].expand_as(summary), summary)
+        self.summary = table[:, :, : columns // chunk_size]
+        return table
 
 
 class DashDynamicLayer(_Summaries, DynamicLayer):
@@ -277,13 +315,16 @@ class DashDynamicLayer(_Summaries, DynamicLayer):
         self._each_row(lambda x: x[indices])
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Drop the newest columns; summaries are made again."""
+        """Drop the newest columns; summaries are made again, of the router's own keys those that the columns were in."""
         columns = self.get_seq_length()
         super().crop(*args, **kwargs)
-        self.summary = None
-        if self.queries is not None:
-            left = max(0, self.queries.shape[2] - (columns - self.get_seq_length()))
-            self.queries = self.queries[:, :, :left]
+        dropped = columns - self.get_seq_length()
+        if self.routing_keys is None:
+            self.summary = None
+        for name in ("queries", "routing_keys"):
+            kept = getattr(self, name)
+            if kept is not None:
+                setattr(self, name, kept[:, :, : max(0, kept.shape[2] - dropped)])
 
     def reset(self) -> None:
         """Forget everything; transformers before 5.18 would keep as many columns of zeros."""
@@ -373,6 +414,7 @@ class DashSelfAttention(nn.Module):
             self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
         self.is_full = index in getattr(config, "full_attention_layers", ())
+        self.has_router_projections = getattr(config, "router_projections", False) and not self.is_full
         if not self.is_full:
             self.indexer_q = nn.Parameter(torch.zeros(self.kv_heads * self.head_dim))
             factors = getattr(config, "layer_scaling_factors", None)
@@ -386,6 +428,9 @@ class DashSelfAttention(nn.Module):
                 getattr(config, "query_pool", 1),
                 getattr(config, "pool_heads", False),
             )
+            if self.has_router_projections:
+                self.indexer_q_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+                self.indexer_k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
             self.indexer_log_scaling: nn.Parameter | None = None
             # how fast the factors were learned; older exports say True for 1
             self.log_scaling_rate = float(getattr(config, "learned_scaling", None) or 0)
@@ -404,32 +449,47 @@ class DashSelfAttention(nn.Module):
     ) -> Tensor:  # fmt: skip
         """x [B, T, hidden_size]; cos and sin [B, T, D]; start: column of each row's first token, int64 [B]; documents as
         from `_documents`."""
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        pairs = [self._query_and_key(x, self.q_proj, self.k_proj, cos, sin)]
+        if self.has_router_projections:
+            pairs.append(self._query_and_key(x, self.indexer_q_proj, self.indexer_k_proj, cos, sin))
+        (q, k), *rest = pairs
+        own = [y for pair in rest for y in pair]
         if documents is None:
-            out = self._attend(q, k, v, start, latest_start, cache)
+            out = self._attend(q, k, v, start, latest_start, cache, *own)
         else:
             # one row after the other, cut into documents
-            cut = (y.transpose(0, 1).flatten(1, 2)[None].split(documents, dim=2) for y in (q, k, v))
+            cut = (y.transpose(0, 1).flatten(1, 2)[None].split(documents, dim=2) for y in (q, k, v, *own))
             parts = [
-                self._attend(part_q, part_k, part_v, start.new_zeros(1), 0, None)
-                for part_q, part_k, part_v in zip(*cut, strict=True)
+                self._attend(part_q, part_k, part_v, start.new_zeros(1), 0, None, *part_own)
+                for part_q, part_k, part_v, *part_own in zip(*cut, strict=True)
             ]
             out = torch.cat(parts, dim=2)[0].unflatten(1, x.shape[:2]).transpose(0, 1)
             self.selection = None
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
+    def _query_and_key(
+        self, x: Tensor, q_proj: nn.Linear, k_proj: nn.Linear, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """[B, heads, T, D] each, after norms and RoPE."""
+        q, k = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in (q_proj, k_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return apply_rotary_pos_emb(q, k, cos, sin)
+
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, latest_start: int, cache: Cache | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start: Tensor,
+        latest_start: int,
+        cache: Cache | None,
+        *own: Tensor,
     ) -> Tensor:
-        """All [B, heads, T, D], the new columns, which a cache is given."""
+        """All [B, heads, T, D], the new columns, which a cache is given; `own` are the router's queries and keys, if it has such."""
         layer: Any = None if cache is None else dash_layer(cache, self.index)
-        out = self._attend_with_kernels(q, k, v, start, latest_start, cache)
+        out = self._attend_with_kernels(q, k, v, start, latest_start, cache, *own)
         if out is not None:
             return out
         if cache is not None:
@@ -438,18 +498,26 @@ class DashSelfAttention(nn.Module):
             k, v = cache.update(k, v, self.index)
         if self.is_full:
             return self._attend_fully(q, k, v, start, latest_start)
-        return self._attend_by_chunks(q, k, v, start, latest_start, layer)
+        return self._attend_by_chunks(q, k, v, start, layer, *own)
 
     def _attend_with_kernels(
-        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, latest_start: int, cache: Cache | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start: Tensor,
+        latest_start: int,
+        cache: Cache | None,
+        *own: Tensor,
     ) -> Tensor | None:
         """All [B, heads, T, D], the new columns; None where this file attends, and fills the cache, by itself."""
         kernels = _kernels()
         if kernels is None or self.is_full or self.keep_selection:
             return None
         indexer_q = self.indexer_q.view(self.kv_heads, self.head_dim)
+        settings = self._router()._asdict() | dict(zip(("routing_q", "routing_k"), own, strict=False))
         places = (start, latest_start, cache, self.index, self.backend)
-        return kernels(q, k, v, indexer_q, *places, **self._router()._asdict())
+        return kernels(q, k, v, indexer_q, *places, **settings)
 
     def _router(self) -> Router:
         if self.indexer_log_scaling is None:
@@ -478,32 +546,27 @@ class DashSelfAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         start: Tensor,
-        latest_start: int,
         layer: DashDynamicLayer | DashStaticLayer | None,
+        routing_q: Tensor | None = None,
+        routing_k: Tensor | None = None,
     ) -> Tensor:
         """All [B, heads, columns, D]."""
-        router, S = self._router(), k.shape[2]
+        router, (T, S) = self._router(), (q.shape[2], k.shape[2])
         indexer_q = self.indexer_q.view(self.kv_heads, self.head_dim)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        kept = _Summaries() if layer is None else layer
         with torch.autocast(q.device.type, enabled=False):
+            own = routing_k is not None
             wide_k = k.to(wide)
-            last = (S - 1) // router.chunk_size
-            known = layer.summary if layer is not None else None
-            first = 0 if known is None else known.shape[2]
-            new = summarize(wide_k, indexer_q.to(wide), start, first, last, router.chunk_size)
-            summary = new if known is None else torch.cat([known, new], dim=2)
-            if layer is not None:
-                layer.summary = summary[:, :, : max(0, S - latest_start) // router.chunk_size]
-            # one more, so that the last query's own chunk has a place
-            table = F.pad(summary, (0, 0, 0, 1))
-            wide_q = routing_q = q.to(wide)
+            given = wide_k if routing_k is None else routing_k
+            table = kept.add_keys(given, S, T, indexer_q, start, router.chunk_size, own)
+            routing_q = q if routing_q is None else routing_q
+            pooled_q = routing_q.to(wide)
             if router.query_pool > 1:
-                past = None if layer is None else layer.queries
-                routing_q = pool_queries(wide_q, past, S - q.shape[2], start, router.query_pool)
-                if layer is not None:
-                    layer.keep_queries(q, router.query_pool)
-            q_BHGTD, routing_BHGTD = (x.unflatten(1, (self.kv_heads, -1)) for x in (wide_q, routing_q))
-            out, selection = dash_attention(q_BHGTD, routing_BHGTD, wide_k, v.to(wide), table, start, router)
+                pooled_q = pool_queries(pooled_q, kept.queries, S - T, start, router.query_pool)
+                kept.keep_queries(routing_q, router.query_pool)
+            q_BHGTD, pooled_BHGTD = (x.unflatten(1, (self.kv_heads, -1)) for x in (q.to(wide), pooled_q))
+            out, selection = dash_attention(q_BHGTD, pooled_BHGTD, wide_k, v.to(wide), table, start, router)
         self.selection = selection if self.keep_selection else None
         return out.flatten(1, 2).to(q.dtype)
 

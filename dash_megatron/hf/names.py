@@ -42,9 +42,12 @@ def pieces(model: ModelConfig, attention: AttentionConfig, vocab_size: int) -> l
 def _layer(model: ModelConfig, attention: AttentionConfig, index: int) -> Piece:
     width, inner, D = model.hidden_size, model.ffn_hidden_size, model.channels_per_head
     q, kv = model.heads * D, model.kv_heads * D
+    kinds = _PROJECTED[5 if attention.has_router_projections(index) else 3]
+    projected = {name: q if name == "q" else kv for name in kinds}
+    fused = sum(projected.values())
     ours: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (width,),
-        "self_attention.linear_qkv.weight": (q + 2 * kv, width),
+        "self_attention.linear_qkv.weight": (fused, width),
         "self_attention.linear_proj.weight": (width, q),
         "pre_mlp_layernorm.weight": (width,),
         "mlp.linear_fc1.weight": (2 * inner, width),
@@ -52,9 +55,7 @@ def _layer(model: ModelConfig, attention: AttentionConfig, index: int) -> Piece:
     }
     theirs: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (width,),
-        "self_attn.q_proj.weight": (q, width),
-        "self_attn.k_proj.weight": (kv, width),
-        "self_attn.v_proj.weight": (kv, width),
+        **{f"self_attn.{name}_proj.weight": (rows, width) for name, rows in projected.items()},
         "self_attn.o_proj.weight": (width, q),
         "post_attention_layernorm.weight": (width,),
         "mlp.gate_proj.weight": (inner, width),
@@ -62,8 +63,8 @@ def _layer(model: ModelConfig, attention: AttentionConfig, index: int) -> Piece:
         "mlp.down_proj.weight": (width, inner),
     }
     if model.qkv_bias:
-        ours["self_attention.linear_qkv.bias"] = (q + 2 * kv,)
-        theirs |= {f"self_attn.{name}_proj.bias": (rows,) for name, rows in (("q", q), ("k", kv), ("v", kv))}
+        ours["self_attention.linear_qkv.bias"] = (fused,)
+        theirs |= {f"self_attn.{name}_proj.bias": (rows,) for name, rows in projected.items()}
     if model.qk_norm:
         ours |= {f"self_attention.{name}_layernorm.weight": (D,) for name in "qk"}
         theirs |= {f"self_attn.{name}_norm.weight": (D,) for name in "qk"}
@@ -94,6 +95,8 @@ _RENAMED_ONLY = {
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
 }
 _QKV = "self_attention.linear_qkv."
+# what a group's heads in the fused projection are, by how many kinds there are: the router's own stand behind attention's
+_PROJECTED = {3: ("q", "k", "v"), 5: ("q", "indexer_q", "k", "indexer_k", "v")}
 _GATE_UP = "mlp.linear_fc1.weight"
 _SUMMARY_QUERY = "self_attention.core_attention.summary_query"
 
@@ -106,7 +109,8 @@ def to_hugging_face(ours: Mapping[str, Tensor], piece: Piece, model: ModelConfig
         short, tensor = name.removeprefix(before), ours[name]
         if short.startswith(_QKV):
             pattern = "self_attn.{}_proj." + short.removeprefix(_QKV)
-            result |= zip(_names(after, pattern, "qkv"), _split_qkv(tensor, model), strict=True)
+            parts = _split_qkv(tensor, model)
+            result |= zip(_names(after, pattern, _PROJECTED[len(parts)]), parts, strict=True)
         elif short == _GATE_UP:
             # the rows of the gate stand above those of the other factor
             result |= zip(_names(after, "mlp.{}_proj.weight", ("gate", "up")), tensor.chunk(2), strict=True)
@@ -125,8 +129,9 @@ def from_hugging_face(theirs: Mapping[str, Tensor], piece: Piece, model: ModelCo
         short = name.removeprefix(after)
         if short.startswith(_QKV):
             pattern = "self_attn.{}_proj." + short.removeprefix(_QKV)
-            q, k, v = (theirs[each] for each in _names(before, pattern, "qkv"))
-            result[name] = _join_qkv(q, k, v, model)
+            own = before + pattern.format("indexer_q") in theirs
+            names = _names(before, pattern, _PROJECTED[5 if own else 3])
+            result[name] = _join_qkv([theirs[each] for each in names], model)
         elif short == _GATE_UP:
             result[name] = torch.cat(
                 [theirs[each] for each in _names(before, "mlp.{}_proj.weight", ("gate", "up"))]
@@ -148,15 +153,14 @@ def _names(prefix: str, pattern: str, parts: tuple[str, ...] | str) -> list[str]
     return [prefix + pattern.format(part) for part in parts]
 
 
-def _split_qkv(qkv: Tensor, model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of queries, keys and values, of a matrix or a bias: Megatron keeps each group's query heads beside its key and
-    value head."""
+def _split_qkv(qkv: Tensor, model: ModelConfig) -> list[Tensor]:
+    """Rows of each of `_PROJECTED`, of a matrix or a bias: Megatron keeps each group's query heads beside its key and value
+    head."""
+    heads = qkv.view(model.kv_heads, -1, model.channels_per_head, *qkv.shape[1:])
     group = model.heads // model.kv_heads
-    heads = qkv.view(model.kv_heads, group + 2, model.channels_per_head, *qkv.shape[1:])
-    q, k, v = heads.split([group, 1, 1], dim=1)
-    return q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
+    return [x.flatten(0, 2) for x in heads.split([group, *[1] * (heads.shape[1] - group)], dim=1)]
 
 
-def _join_qkv(q: Tensor, k: Tensor, v: Tensor, model: ModelConfig) -> Tensor:
-    parts = [x.view(model.kv_heads, -1, model.channels_per_head, *x.shape[1:]) for x in (q, k, v)]
-    return torch.cat(parts, dim=1).flatten(0, 2)
+def _join_qkv(parts: list[Tensor], model: ModelConfig) -> Tensor:
+    heads = [x.view(model.kv_heads, -1, model.channels_per_head, *x.shape[1:]) for x in parts]
+    return torch.cat(heads, dim=1).flatten(0, 2)

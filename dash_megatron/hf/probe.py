@@ -264,6 +264,9 @@ def _selection(core: DashCoreAttention, query: Tensor, key: Tensor) -> Tensor:
     The attention itself only says how many, which this is held against.
     """
     attention, num_tokens = core.attention, len(query)
+    query, key, routing_query, routing_key = core.split(query, key)
+    if routing_query is not None and routing_key is not None:
+        query, key = routing_query, routing_key
     number = torch.arange(-(-num_tokens // attention.chunk_size))
     start = number * attention.chunk_size
     end = (start + attention.chunk_size).clamp_max(num_tokens)

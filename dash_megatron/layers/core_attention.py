@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dash_megatron.config import AttentionConfig
+from dash_megatron.layers.router_projections import split_routing
 from dash_megatron.ops.attention import attention_and_routing
 from dash_megatron.ops.full import causal_attention, packed_attention
 from dash_megatron.ops.reference import upcast
@@ -192,8 +193,9 @@ class DashCoreAttention(CoreAttention):
         if self.attention.learned_scaling:
             self.log_scaling = torch.nn.Parameter(torch.zeros(kv_heads, dtype=config.params_dtype))
             set_tensor_model_parallel_attributes(self.log_scaling, True, 0, 1)
-        self.observer: Callable[[Tensor, Tensor, Tensor, Tensor | None], None] | None = None
-        """While set, every forward pass shows it queries and keys after RoPE, the summary query and `cu_seqlens`."""
+        self.observer: Callable[..., None] | None = None
+        """While set, every forward pass shows it queries and keys after RoPE, the summary query, `cu_seqlens`, and the router's
+        queries and keys, or None where it has none of its own."""
 
     @property
     def fixed_router(self) -> Router:
@@ -215,7 +217,12 @@ class DashCoreAttention(CoreAttention):
             return None
         return (self.attention.learned_scaling * upcast(self.log_scaling)[0]).exp()
 
+    def split(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Attention's queries and keys, and those of the router or None, from what a layer hands over, [..., heads, D]."""
+        return split_routing(q, k) if self.attention.router_projections else (q, k, None, None)
+
     def _attend_here(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
+        q, k, routing_q, routing_k = self.split(q, k)
         summary_query: Tensor = self.summary_query
         router = self.router
         if k.shape[2] < len(summary_query):
@@ -226,9 +233,10 @@ class DashCoreAttention(CoreAttention):
             summary_query, router = summary_query[heads], router.of_heads(heads)
         cu_seqlens, longest = (None, None) if packed is None else (packed.cu_seqlens_q, packed.max_seqlen_q)
         if self.observer is not None:
-            self.observer(q, k, summary_query, cu_seqlens)
+            own = None if routing_q is None else (routing_q, routing_k)
+            self.observer(q, k, summary_query, cu_seqlens, own)
         out, routing = attention_and_routing(
-            q, k, v, summary_query, router, cu_seqlens, self.attention.backend, longest
+            q, k, v, summary_query, router, cu_seqlens, self.attention.backend, longest, routing_q, routing_k
         )
         self.routing = RoutingMeans.of(routing)
         return out
@@ -238,9 +246,10 @@ class DashCoreAttention(CoreAttention):
         shard = packed and packed.context
         assert shard is not None, "the batch was sharded"
         assert shard.chunks is not None, "by chunks"
+        q, k, routing_q, routing_k = self.split(q[0], k[0])
         out, selected = sharded_dash_attention(
-            q[0],
-            k[0],
+            q,
+            k,
             v[0],
             self.summary_query,
             self.fixed_router,
@@ -249,6 +258,8 @@ class DashCoreAttention(CoreAttention):
             exchange=self.context_comm,
             backend=self.attention.backend,
             head_scaling=self.head_scaling(),
+            routing_q=routing_q,
+            routing_k=routing_k,
         )
         self.routing = _shard_means(selected, shard.chunks, shard.rows)
         return out[None]

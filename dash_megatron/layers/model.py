@@ -33,6 +33,7 @@ from dash_megatron.layers.core_attention import (
 from dash_megatron.layers.norm import RMSNorm
 from dash_megatron.layers.recompute import RecomputedTransformerLayer, SelectiveTransformerLayer
 from dash_megatron.layers.rotary import PackedRotaryEmbedding, attention_factor
+from dash_megatron.layers.router_projections import RoutedSelfAttention, qkv_and_routing
 from dash_megatron.layers.sharding import mark_splits, shard, split_of, whole_shape
 from dash_megatron.ops.backend import keep_triton_cache
 from dash_megatron.parallel.context.layout import ContextShard
@@ -217,6 +218,9 @@ def _block_spec(config: Config) -> TransformerBlockSubmodules:
         attention = spec.submodules.self_attention.submodules
         if config.model.qk_norm:
             attention.q_layernorm = attention.k_layernorm = head_norm
+        if config.attention.has_router_projections(index):
+            spec.submodules.self_attention.module = RoutedSelfAttention
+            attention.linear_qkv = qkv_and_routing
         kind = "full" if index in config.attention.full_layers else config.attention.kind
         attention.core_attention = functools.partial(
             CORE_ATTENTION[kind],

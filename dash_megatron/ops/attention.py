@@ -9,6 +9,7 @@ from dash_megatron.ops.checks import (
     check_cu_seqlens,
     check_flag,
     check_max_seqlen,
+    check_own_router,
     check_router,
     check_tensors,
 )
@@ -35,6 +36,8 @@ def dash_attention(
     query_pool: int = ...,
     pool_heads: bool = ...,
     max_seqlen: int | None = ...,
+    routing_q: Tensor | None = ...,
+    routing_k: Tensor | None = ...,
 ) -> Tensor: ...
 
 
@@ -57,6 +60,8 @@ def dash_attention(
     query_pool: int = ...,
     pool_heads: bool = ...,
     max_seqlen: int | None = ...,
+    routing_q: Tensor | None = ...,
+    routing_k: Tensor | None = ...,
 ) -> tuple[Tensor, Routing]: ...
 
 
@@ -77,6 +82,8 @@ def dash_attention(
     query_pool: int = 1,
     pool_heads: bool = False,
     max_seqlen: int | None = None,
+    routing_q: Tensor | None = None,
+    routing_k: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Routing]:
     """Causal attention to the chunks that a differentiable, adaptive router selects (arXiv 2605.18753).
 
@@ -111,6 +118,9 @@ def dash_attention(
         pool_heads: the router sees the mean of the queries of a group of heads, and takes one entmax for all of them.
         max_seqlen: tokens of the longest packed document, or a bound on them. The Triton kernels keep room for so many, and
             for documents as long as all tokens without it. Checked on CPU; a GPU stops the process where it is too small.
+        routing_q: the router's own queries after RoPE, one a group, [B, N, Hkv, D], q's dtype; None: the router sees those of
+            `q`. With `routing_k` and `pool_heads` only. Means of `query_pool` are of these.
+        routing_k: the router's own keys after RoPE, [B, N, Hkv, D], of which summaries are made; None: summaries are of `k`.
 
     Returns:
         Output [B, N, Hq, D] in q's dtype, accumulated in float32 or better; with `return_routing`, also a `Routing`.
@@ -121,7 +131,8 @@ def dash_attention(
     constants = sigma, estimate_diagonal, alpha, local_chunks, query_pool, pool_heads
     router = Router(chunk_size, scaling_factor, *constants)
     check_flag("return_routing", return_routing)
-    out, chunks_selected = _attend(q, k, v, summary_query, router, cu_seqlens, backend, max_seqlen)
+    rest = cu_seqlens, backend, max_seqlen, routing_q, routing_k
+    out, chunks_selected = _attend(q, k, v, summary_query, router, *rest)
     return (out, routing_of(chunks_selected, chunk_size, cu_seqlens)) if return_routing else out
 
 
@@ -134,9 +145,12 @@ def attention_and_routing(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
     max_seqlen: int | None = None,
+    routing_q: Tensor | None = None,
+    routing_k: Tensor | None = None,
 ) -> tuple[Tensor, Routing]:
     """What `dash_attention` returns with `return_routing`, for a router that is one value."""
-    out, chunks_selected = _attend(q, k, v, summary_query, router, cu_seqlens, backend, max_seqlen)
+    rest = cu_seqlens, backend, max_seqlen, routing_q, routing_k
+    out, chunks_selected = _attend(q, k, v, summary_query, router, *rest)
     return out, routing_of(chunks_selected, router.chunk_size, cu_seqlens)
 
 
@@ -149,14 +163,18 @@ def _attend(
     cu_seqlens: Tensor | None,
     backend: str,
     max_seqlen: int | None,
+    routing_q: Tensor | None,
+    routing_k: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, N, Hq, D] and chunks selected, int32 [B, N, Hkv]."""
     check_tensors(q, k, v, summary_query)
     check_router(router, k.shape[2], q.device)
     check_cu_seqlens(cu_seqlens, q)
     check_max_seqlen(max_seqlen, cu_seqlens)
+    check_own_router(routing_q, routing_k, k, router.pool_heads)
+    tensors = q, k, v, summary_query, router, cu_seqlens, routing_q, routing_k
     if pick_backend(backend, q, router.chunk_size) == "triton":
         from dash_megatron.ops.kernels.dash import dash_attention_triton
 
-        return dash_attention_triton(q, k, v, summary_query, router, cu_seqlens, max_seqlen=max_seqlen)
-    return dash_attention_reference(q, k, v, summary_query, router, cu_seqlens)
+        return dash_attention_triton(*tensors, max_seqlen=max_seqlen)
+    return dash_attention_reference(*tensors)

@@ -9,6 +9,7 @@ from dash_megatron.ops.checks import (
     check_cache,
     check_queries,
     check_query_pool,
+    check_routing_keys,
     check_size,
     describe,
     is_tensor,
@@ -30,10 +31,12 @@ class DashCache:
       the page of sequence b is b, and one page has the whole of it, so that k and v are [B, max_length, Hkv, D].
     - `queries`: [B, R, Hq, D] beside a router that pools `query_pool` queries, dense, with R of at least as many: the
       query of token t is at slot `t % R` until that of token t + R takes its place. None where none are pooled.
+    - `routing_keys`: [B, S, Hkv, D] beside a router with projections of its own, of whose keys the summaries then are, dense, with
+      S of at least C; the key of token t is at slot `t % S` as queries are, which are the router's own too and have Hkv heads.
 
     An engine gives pages out by writing to `page_table`, and starts a sequence anew by setting `lengths[b] = 0`. Both,
     and `append`, may happen inside and between replays of a CUDA graph. What a sequence has not reached is never read.
-    Its last tokens are dropped by setting `lengths[b]` back; with `queries`, by at most R - `query_pool` in a row.
+    Its last tokens are dropped by setting `lengths[b]` back; by at most R - `query_pool` and S - C in a row.
 
     On a GPU nothing waits to read lengths: a sequence longer than `capacity` keeps counting, is not written any more,
     and its output is NaN. `check` reads them.
@@ -49,6 +52,7 @@ class DashCache:
         page_table: Tensor | None = None,
         queries: Tensor | None = None,
         query_pool: int = 1,
+        routing_keys: Tensor | None = None,
     ) -> None:
         """Wrap tensors that exist, such as a serving engine's; see `contiguous` and `paged` to make them.
 
@@ -60,7 +64,9 @@ class DashCache:
         check_cache(k, v, summary, lengths, page_table, chunk_size)
         check_queries(queries, k, len(lengths), query_pool)
         self.k, self.v, self.summary, self.lengths, self.page_table = k, v, summary, lengths, page_table
+        check_routing_keys(routing_keys, k, len(lengths), chunk_size)
         self.chunk_size, self.queries, self.query_pool = chunk_size, queries, query_pool
+        self.routing_keys = routing_keys
         self._arrived = torch.zeros_like(lengths)
 
     @classmethod
@@ -77,10 +83,13 @@ class DashCache:
         query_pool: int = 1,
         num_heads: int | None = None,
         spare_queries: int = 0,
+        router_projections: bool = False,
     ) -> "DashCache":
         """Allocate an empty cache of `batch` sequences with room for `max_length` tokens each, rounded up to whole chunks.
 
-        Where `query_pool` is above 1 it keeps `query_pool + spare_queries` queries of `num_heads` heads a sequence.
+        Where `query_pool` is above 1 it keeps `query_pool + spare_queries` queries of `num_heads` heads a sequence. With
+        `router_projections` these are the router's own, of `num_kv_heads` heads, and there are `chunk_size + spare_queries`
+        keys of the router.
         """
         check_size("max_length", max_length)
         check_size("chunk_size", chunk_size)
@@ -88,7 +97,7 @@ class DashCache:
         cache = cls._allocate(
             batch, page_size, num_kv_heads, head_dim, chunk_size, dtype, device, batch, None
         )
-        return cache._with_queries(query_pool, num_heads, spare_queries)
+        return cache._with_queries(query_pool, num_heads, spare_queries, router_projections)
 
     @classmethod
     def paged(
@@ -104,10 +113,11 @@ class DashCache:
         query_pool: int = 1,
         num_heads: int | None = None,
         spare_queries: int = 0,
+        router_projections: bool = False,
     ) -> "DashCache":
         """Allocate an empty pool of `num_pages` pages on the device of `page_table`, int32 [B, max_pages], which is kept.
 
-        The last three arguments are those of `contiguous`.
+        The last four arguments are those of `contiguous`.
         """
         if not isinstance(page_table, Tensor) or page_table.ndim != 2 or page_table.numel() == 0:
             raise ValueError(
@@ -119,7 +129,7 @@ class DashCache:
         cache = cls._allocate(
             num_pages, page_size, num_kv_heads, head_dim, chunk_size, dtype, device, batch, page_table
         )
-        return cache._with_queries(query_pool, num_heads, spare_queries)
+        return cache._with_queries(query_pool, num_heads, spare_queries, router_projections)
 
     @classmethod
     def _allocate(
@@ -145,21 +155,27 @@ class DashCache:
         lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         return cls(k, torch.empty_like(k), summary, lengths, chunk_size, page_table)
 
-    def _with_queries(self, query_pool: int, num_heads: int | None, spare_queries: int) -> "DashCache":
+    def _with_queries(
+        self, query_pool: int, num_heads: int | None, spare_queries: int, router_projections: bool
+    ) -> "DashCache":
         check_query_pool(query_pool)
-        if query_pool == 1:
-            return self
-        if num_heads is None:
-            raise ValueError(
-                f"num_heads=None must be given beside query_pool={query_pool}; pass the number of query heads"
-            )
-        rows = query_pool + spare_queries
-        queries = torch.empty(
-            self.batch, rows, num_heads, self.k.shape[3], dtype=self.k.dtype, device=self.k.device
-        )
-        return type(self)(
-            self.k, self.v, self.summary, self.lengths, self.chunk_size, self.page_table, queries, query_pool
-        )
+        heads, dim = self.k.shape[2:]
+
+        def ring(rows: int, heads: int) -> Tensor:
+            shape = self.batch, rows + spare_queries, heads, dim
+            return torch.empty(shape, dtype=self.k.dtype, device=self.k.device)
+
+        queries = routing_keys = None
+        if router_projections:
+            num_heads, routing_keys = heads, ring(self.chunk_size, heads)
+        if query_pool > 1:
+            if num_heads is None:
+                raise ValueError(
+                    f"num_heads=None must be given beside query_pool={query_pool}; pass the number of query heads"
+                )
+            queries = ring(query_pool, num_heads)
+        tables = self.k, self.v, self.summary, self.lengths, self.chunk_size, self.page_table
+        return type(self)(*tables, queries, query_pool, routing_keys)
 
     @property
     def batch(self) -> int:
@@ -179,6 +195,7 @@ class DashCache:
         active: Tensor | None = None,
         backend: str = "auto",
         q: Tensor | None = None,
+        routing_k: Tensor | None = None,
     ) -> Tensor | None:
         """Add one token to every sequence, with the summary of each chunk that this completes.
 
@@ -188,11 +205,13 @@ class DashCache:
             summary_query: [Hkv, D], the layer's; the cache's dtype, or float32 beside half precision.
             active: bool [B]: sequences that get a token; None for all. The others stay as they are.
             backend: as in `dash_attention`.
-            q: queries after RoPE, [B, Hq, D], the cache's dtype and device; needed, and kept, where it pools queries.
+            q: queries after RoPE, [B, Hq, D], the cache's dtype and device; needed, and kept, where it pools queries. Those of
+                a router with its own projections, [B, Hkv, D].
+            routing_k: keys after RoPE of a router with its own projections, as k; needed where the cache is for such a one.
 
         Returns:
-            The router's queries of the tokens [B, Hq, D], which `dash_decode` wants, where the cache pools queries; those
-            of sequences that are not active are their `q`. None where it pools none.
+            The router's queries of the tokens, like `q`, which `dash_decode` wants, where the cache pools queries; those
+            of sequences that are not active are their `q`. Where it pools none, `q` if the router has its own, and else None.
 
         Raises:
             ValueError: an argument is wrong or, on CPU, a sequence is full.
@@ -200,7 +219,7 @@ class DashCache:
         self._check_new(k, v, summary_query, [self.batch, *self.k.shape[2:]], "[B, Hkv, D]")
         if active is not None:
             self._check_table("active", active, torch.bool, [self.batch])
-        return self._write(k, v, summary_query, None, active, backend, q)
+        return self._write(k, v, summary_query, None, active, backend, q, routing_k)
 
     @torch.no_grad()
     def prefill(
@@ -211,6 +230,7 @@ class DashCache:
         cu_seqlens: Tensor,
         backend: str = "auto",
         q: Tensor | None = None,
+        routing_k: Tensor | None = None,
     ) -> Tensor | None:
         """Add any number of tokens to every sequence, with the summaries of the chunks that they complete.
 
@@ -225,9 +245,10 @@ class DashCache:
                 sequence may get none. Values are checked on CPU only.
             backend: as in `dash_attention`.
             q: queries after RoPE of all sequences, [tokens, Hq, D]; otherwise as in `append`.
+            routing_k: as in `append`, [tokens, Hkv, D].
 
         Returns:
-            The router's queries of all new tokens, [tokens, Hq, D], where the cache pools queries, and otherwise None.
+            As `append`, for all new tokens.
 
         Raises:
             ValueError: an argument is wrong or, on CPU, a sequence has no room.
@@ -240,7 +261,7 @@ class DashCache:
                 raise ValueError(
                     f"cu_seqlens={bounds} must rise from 0 to the {len(k)} tokens of k; cut k at its bounds"
                 )
-        return self._write(k, v, summary_query, cu_seqlens, None, backend, q)
+        return self._write(k, v, summary_query, cu_seqlens, None, backend, q, routing_k)
 
     def check(self) -> None:
         """Wait for the device and check that every sequence fits and has its pages.
@@ -294,6 +315,15 @@ class DashCache:
                 f"build it with torch.tensor(..., dtype={dtype})"
             )
 
+    def _check_routing_key(self, routing_k: Tensor | None, k: Tensor) -> None:
+        if self.routing_keys is None and routing_k is None:
+            return
+        if self.routing_keys is None or not is_tensor(routing_k, k.dtype, list(k.shape), k.device):
+            raise ValueError(
+                f"routing_k={describe(routing_k)} must be {describe(k)}, as k, beside a cache with routing_keys, and otherwise "
+                f"None; this one has routing_keys={describe(self.routing_keys)}"
+            )
+
     def _write(
         self,
         k: Tensor,
@@ -303,22 +333,24 @@ class DashCache:
         active: Tensor | None,
         backend: str,
         q: Tensor | None,
+        own_k: Tensor | None,
     ) -> Tensor | None:
+        self._check_routing_key(own_k, k)
         if self._values_are_readable():
             added = 1 if active is None else active.int()
             self._check_room((self.lengths + (added if cu_seqlens is None else cu_seqlens.diff())).tolist())
-        new, pool = (k, v, w), (self.k, self.v, self.summary, self.lengths)
+        tensors = k, v, w, own_k, self.k, self.v, self.summary, self.routing_keys, self.lengths
         triton = pick_backend(backend, k) == "triton"
         # before the lengths move on
         pooled = self._pool(q, k, cu_seqlens, active, triton)
         if triton:
             from dash_megatron.ops.kernels.decode_cache import cache_write
 
-            cache_write(*new, *pool, self._arrived, self.page_table, cu_seqlens, active, self.chunk_size)
+            cache_write(*tensors, self._arrived, self.page_table, cu_seqlens, active, self.chunk_size)
         else:
             from dash_megatron.ops.decode_reference import cache_write_reference
 
-            cache_write_reference(*new, *pool, self.page_table, cu_seqlens, active, self.chunk_size)
+            cache_write_reference(*tensors, self.page_table, cu_seqlens, active, self.chunk_size)
         return pooled
 
     def _pool(
@@ -326,7 +358,7 @@ class DashCache:
     ) -> Tensor | None:
         """Keep the queries of new tokens, and pool them with what is kept."""
         if self.queries is None:
-            return None
+            return None if self.routing_keys is None else q
         shape = [len(k), *self.queries.shape[2:]]
         if q is None or not is_tensor(q, k.dtype, shape, k.device):
             raise ValueError(

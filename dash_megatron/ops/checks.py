@@ -71,6 +71,22 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, summary_query: Tensor | None 
         )
 
 
+def check_own_router(routing_q: Tensor | None, routing_k: Tensor | None, k: Tensor, pool_heads: bool) -> None:
+    """Raise ValueError unless the router's own queries and keys are None both, or both like k beside `pool_heads`."""
+    if routing_q is None and routing_k is None:
+        return
+    for name, x in (("routing_q", routing_q), ("routing_k", routing_k)):
+        if not is_tensor(x, k.dtype, list(k.shape), k.device):
+            raise ValueError(
+                f"{name}={describe(x)} must be {describe(k)}, as k: one query and one key for each key/value head; "
+                "give both or neither"
+            )
+    if not pool_heads:
+        raise ValueError(
+            "pool_heads=False beside routing_q must be True: there is one query a group; pass pool_heads=True"
+        )
+
+
 def _check_kind(name: str, x: Tensor, q: Tensor) -> None:
     if x.numel() == 0:
         raise ValueError(
@@ -227,14 +243,24 @@ def check_decode_query(q: Tensor, k: Tensor, batch: int) -> None:
         )
 
 
-def check_routing_query(routing_q: Tensor | None, q: Tensor, query_pool: int) -> None:
-    """Raise ValueError unless decoding has a router's query like q where, and only where, queries are pooled."""
-    if routing_q is None and query_pool == 1:
+def check_routing_query(
+    routing_q: Tensor | None, q: Tensor, num_kv_heads: int, query_pool: int, pool_heads: bool, own: bool
+) -> None:
+    """Raise ValueError unless decoding has the router's queries where it needs them, and only where they may be.
+
+    They are pooled queries like q, or beside `pool_heads` the router's own, one for each key/value head, which `own` says that
+    there must be.
+    """
+    if routing_q is None and query_pool == 1 and not own:
         return
-    if query_pool == 1 or not is_tensor(routing_q, q.dtype, list(q.shape), q.device):
+    shape = [len(q), num_kv_heads, q.shape[2]]
+    shapes = [shape] if pool_heads else []
+    shapes += [list(q.shape)] if query_pool > 1 and not own else []
+    if not any(is_tensor(routing_q, q.dtype, allowed, q.device) for allowed in shapes):
         raise ValueError(
             f"routing_q={describe(routing_q)} must be None beside query_pool=1, and otherwise {describe(q)}, as q, but "
-            f"query_pool={query_pool}; pass what the cache returned when it got the token"
+            f"query_pool={query_pool}; or of shape {shape} beside pool_heads=True where the router has its own; pass what the "
+            "cache returned when it got the token"
         )
 
 
@@ -320,4 +346,17 @@ def check_queries(queries: Tensor | None, k: Tensor, batch: int, query_pool: int
             f"queries={describe(queries)} with query_pool={query_pool} must be None beside 1, and above it a dense {dtype} "
             f"[{batch}, at least query_pool, Hq, {k.shape[3]}] on {k.device} with Hq a multiple of {k.shape[2]}; "
             "see DashCache.contiguous"
+        )
+
+
+def check_routing_keys(routing_keys: Tensor | None, k: Tensor, batch: int, chunk_size: int) -> None:
+    """Raise ValueError unless `routing_keys` are None, or those that a cache with keys k keeps of chunks that are not whole."""
+    if routing_keys is None:
+        return
+    good = isinstance(routing_keys, Tensor) and routing_keys.ndim == 4 and routing_keys.is_contiguous()
+    rows = routing_keys.shape[1] if good else 0
+    if rows < chunk_size or not is_tensor(routing_keys, k.dtype, [batch, rows, *k.shape[2:]], k.device):
+        raise ValueError(
+            f"routing_keys={describe(routing_keys)} must be None, or a dense {str(k.dtype).removeprefix('torch.')} [{batch}, at "
+            f"least chunk_size={chunk_size}, {k.shape[2]}, {k.shape[3]}] on {k.device}; see DashCache.contiguous"
         )

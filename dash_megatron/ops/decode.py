@@ -35,7 +35,8 @@ def dash_decode(
         scaling_factor, sigma, estimate_diagonal, alpha, backend, local_chunks, query_pool,
             pool_heads: as in `dash_attention`.
         routing_q: where `query_pool` is above 1, the router's queries of the same tokens, [B, Hq, D] as q: what
-            `cache.append` returned, or the last rows of what `cache.prefill` did.
+            `cache.append` returned, or the last rows of what `cache.prefill` did. Of a router with its own projections,
+            [B, Hkv, D], whatever `query_pool` is.
 
     Returns:
         Output [B, Hq, D] in q's dtype, accumulated in float32 or better: zero for an empty sequence, NaN (on a GPU) for one
@@ -66,7 +67,8 @@ def decode_and_count(
     """
     check_decode_query(q, cache.k, cache.batch)
     check_router(router, cache.k.shape[2], q.device)
-    check_routing_query(routing_q, q, router.query_pool)
+    own = cache.routing_keys is not None
+    check_routing_query(routing_q, q, cache.k.shape[2], router.query_pool, router.pool_heads, own)
     tensors = q, cache.k, cache.v, cache.summary, cache.lengths, cache.page_table
     if pick_backend(backend, q, cache.chunk_size) == "triton":
         from dash_megatron.ops.kernels.decode import decode

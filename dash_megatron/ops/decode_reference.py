@@ -33,9 +33,11 @@ def cache_write_reference(
     k_new: Tensor,
     v_new: Tensor,
     w: Tensor,
+    own_k: Tensor | None,
     k: Tensor,
     v: Tensor,
     summary: Tensor,
+    routing_keys: Tensor | None,
     lengths: Tensor,
     page_table: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -44,7 +46,8 @@ def cache_write_reference(
 ) -> None:
     """Append k_new and v_new [tokens, Hkv, D] to the sequences: one token each, or those between `cu_seqlens`.
 
-    Summarizes the chunks that are completed, and moves `lengths` on. The cache has room.
+    Summarizes the chunks that are completed, and moves `lengths` on. The cache has room. Where it has `routing_keys`, summaries
+    are of these and of own_k [tokens, Hkv, D].
     """
     bounds = range(len(lengths) + 1) if cu_seqlens is None else cu_seqlens.tolist()
     skipped = [False] * len(lengths) if active is None else (~active).tolist()
@@ -55,9 +58,18 @@ def cache_write_reference(
             continue
         at = _pages(page_table, b, torch.arange(start, end, device=k.device), k.shape[1])
         k[at], v[at] = k_new[new], v_new[new]
+        if own_k is not None and routing_keys is not None:
+            # of the first chunk, the keys that are kept
+            before = torch.arange(start // chunk_size * chunk_size, start, device=k.device)
+            num_kept = routing_keys.shape[1]
+            routing_SHD = torch.cat([routing_keys[b, before % num_kept], own_k[new]])
+            last = torch.arange(max(start, end - num_kept), end, device=k.device)
+            routing_keys[b, last % num_kept] = own_k[new][len(own_k[new]) - len(last) :]
         for c in range(start // chunk_size, end // chunk_size):
             chunk = torch.arange(c * chunk_size, (c + 1) * chunk_size, device=k.device)
             keys_CHD = k[_pages(page_table, b, chunk, k.shape[1])]
+            if routing_keys is not None:
+                keys_CHD = routing_SHD[chunk - start // chunk_size * chunk_size]
             summary_at = _pages(page_table, b, torch.tensor(c, device=k.device), summary.shape[1])
             summary[summary_at] = _summarize_chunk(keys_CHD, w, summary.dtype)
         lengths[b] = end

@@ -183,6 +183,7 @@ def sample_routing(
     router: Router,
     cu_seqlens: Tensor | None = None,
     max_queries: int = 256,
+    own: tuple[Tensor, Tensor] | None = None,
 ) -> RoutingSamples:
     """Measure how `dash_attention` routes at some queries, spread evenly over positions; always the same ones.
 
@@ -196,9 +197,10 @@ def sample_routing(
         router, cu_seqlens: as `dash_attention` was given them.
         max_queries: how many, over all rows; as many in every bucket of positions that has as many. Where there are
             more buckets, one each.
+        own: the router's own queries and keys [B, N, Hkv, D], if it was given such.
     """
     with torch.autocast(q.device.type, enabled=False):
-        row = Row.of(q, k, cu_seqlens, router)
+        row = Row.of(q, k, cu_seqlens, router, own)
         edges = _bucket_edges(q.shape[1] if cu_seqlens is None else len(row.q_NHGD), router.chunk_size)
         token_S, bucket_S, weight_S = _sample_tokens(row.position_N, edges, max_queries)
         parts = list(blocks(row, token_S, row.grid.num_slots * row.q_NHGD.shape[2]))
@@ -237,6 +239,7 @@ def selection_map(
     router: Router,
     max_cells: int = 256,
     tokens_per_cell: int = 64,
+    own: tuple[Tensor, Tensor] | None = None,
 ) -> SelectionMap:
     """Draw up which chunks are selected; exact up to `max_cells` chunks of up to `tokens_per_cell` tokens.
 
@@ -244,7 +247,7 @@ def selection_map(
     `sample_routing`, with B == 1.
     """
     with torch.autocast(q.device.type, enabled=False):
-        row = Row.of(q, k, None, router)
+        row = Row.of(q, k, None, router, own)
         (N, H, G, _), num_chunks = row.q_NHGD.shape, row.grid.num_chunks
         per_cell = -(-num_chunks // max_cells)
         cells, tokens_of_cell = -(-num_chunks // per_cell), per_cell * router.chunk_size
@@ -271,7 +274,12 @@ def selection_map(
 
 @torch.no_grad()
 def listed_share(
-    q: Tensor, k: Tensor, summary_query: Tensor, router: Router, max_chunks: int = 64
+    q: Tensor,
+    k: Tensor,
+    summary_query: Tensor,
+    router: Router,
+    max_chunks: int = 64,
+    own: tuple[Tensor, Tensor] | None = None,
 ) -> dict[int, Tensor]:
     """Pairs that tiles of T neighbouring tokens visit over all pairs, past chunks only, local ones included: float32 [H] for every T.
 
@@ -280,7 +288,7 @@ def listed_share(
     ones of one document (B == 1). T goes through the powers of two up to the chunk size.
     """
     with torch.autocast(q.device.type, enabled=False):
-        row, C = Row.of(q, k, None, router), router.chunk_size
+        row, C = Row.of(q, k, None, router, own), router.chunk_size
         N, H = row.q_NHGD.shape[:2]
         past = N // C - 1
         if past < 1:

@@ -53,23 +53,33 @@ class Row(NamedTuple):
     q_NHGD: Tensor
     routing_q_NHGD: Tensor
     k_NHD: Tensor
+    routing_k_NHD: Tensor
     position_N: Tensor
     grid: ChunkGrid
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, cu_seqlens: Tensor | None, router: Router) -> Row:
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        cu_seqlens: Tensor | None,
+        router: Router,
+        own: tuple[Tensor, Tensor] | None = None,
+    ) -> Row:
         B, N, Hq, D = q.shape
         if cu_seqlens is None and B > 1:
             cu_seqlens = torch.arange(0, (B + 1) * N, N, dtype=torch.int32, device=q.device)
         Hkv, q_NHD = k.shape[2], q.reshape(B * N, Hq, D)
         position_N = document_positions(B * N, cu_seqlens, q.device)
-        pooled_NHD = q_NHD
+        routing_q, routing_k = own or (q, k)
+        pooled_NHD = routing_q.flatten(0, 1)
         if router.query_pool > 1:
-            pooled_NHD = pool_queries_reference(q_NHD[None], position_N, router.query_pool)[0]
+            pooled_NHD = pool_queries_reference(pooled_NHD[None], position_N, router.query_pool)[0]
         return cls(
             q_NHD.unflatten(1, (Hkv, -1)),
             pooled_NHD.unflatten(1, (Hkv, -1)),
             k.reshape(B * N, Hkv, D),
+            routing_k.reshape(B * N, Hkv, D),
             position_N,
             ChunkGrid.of(B * N, router.chunk_size, cu_seqlens, q.device),
         )
@@ -78,8 +88,11 @@ class Row(NamedTuple):
         """The key/value heads one by one, for memory."""
         for head in range(self.k_NHD.shape[1]):
             only = slice(head, head + 1)
-            k_1HcWD = self.grid.by_chunk(self.grid.spread(self.k_NHD[None, :, only].float()))
-            summary_1HcD = summarize(k_1HcWD, self.grid.filled(), summary_query[only].float())
+            k_1HcWD, routing_k_1HcWD = (
+                self.grid.by_chunk(self.grid.spread(x_NHD[None, :, only].float()))
+                for x_NHD in (self.k_NHD, self.routing_k_NHD)
+            )
+            summary_1HcD = summarize(routing_k_1HcWD, self.grid.filled(), summary_query[only].float())
             queries = self.q_NHGD[:, head], self.routing_q_NHGD[:, head]
             yield Head(*queries, k_1HcWD[0, 0], summary_1HcD[0, 0], router.of_heads(only), self.grid)
 
@@ -118,7 +131,9 @@ def blocks(row: Row, token_S: Tensor, scores_per_chunk: int) -> Iterator[Block]:
 
 
 @torch.no_grad()
-def selected_chunks(q: Tensor, k: Tensor, summary_query: Tensor, router: Router) -> Tensor:
+def selected_chunks(
+    q: Tensor, k: Tensor, summary_query: Tensor, router: Router, own: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """The past chunks that every token of one document selects; local chunks count as selected, the own one does not.
 
     Probabilities are computed in float32 from what is given; kernels in half precision may differ on chunks within a
@@ -129,12 +144,13 @@ def selected_chunks(q: Tensor, k: Tensor, summary_query: Tensor, router: Router)
         k: keys after RoPE [1, N, Hkv, D].
         summary_query: [Hkv, D].
         router: as `dash_attention` was given it.
+        own: the router's own queries and keys [1, N, Hkv, D], if it was given such.
 
     Returns:
         Bool [Hkv, N, chunks], on the CPU.
     """
     with torch.autocast(q.device.type, enabled=False):
-        row = Row.of(q, k, None, router)
+        row = Row.of(q, k, None, router, own)
         N, H, G, _ = row.q_NHGD.shape
         selected_HNc = torch.zeros(H, N, row.grid.num_chunks, dtype=torch.bool)
         parts = list(blocks(row, torch.arange(N, device=q.device), G))

@@ -75,19 +75,22 @@ def _attend_sequence(
     q: Tensor,
     routing_q: Tensor | None,
     k: Tensor,
+    routing_k: Tensor | None,
     v: Tensor,
     summary_query: Tensor,
     grid: ChunkGrid,
     router: Router,
 ) -> tuple[Tensor, Tensor]:
-    """What `dash_attention_reference` returns, in the dtype of the inputs; `routing_q` is None where it is `q`."""
+    """What `dash_attention_reference` returns, in the dtype of the inputs; `routing_q` and `routing_k` are None where they are
+    `q` and `k`."""
     B, N, Hq, D = q.shape
     Hkv = k.shape[2]
     # one tensor where attention's queries route
     queries = [q] if routing_q is None else [q, routing_q]
-    queries_BHGND = [x.mul(D**-0.5).view(B, N, Hkv, Hq // Hkv, D).permute(0, 2, 3, 1, 4) for x in queries]
+    queries_BHGND = [x.mul(D**-0.5).unflatten(2, (Hkv, -1)).permute(0, 2, 3, 1, 4) for x in queries]
     k_BHSD, v_BHSD = grid.spread(k), grid.spread(v)
-    summary_BHcD = summarize(grid.by_chunk(k_BHSD), grid.filled(), summary_query)
+    summarized_BHSD = k_BHSD if routing_k is None else grid.spread(routing_k)
+    summary_BHcD = summarize(grid.by_chunk(summarized_BHSD), grid.filled(), summary_query)
 
     blocks, num_scores = query_blocks(grid, N, rows_per_token=B * Hq)
     recompute = torch.is_grad_enabled() and len(blocks) > 1 and num_scores > MAX_KEPT_SCORES
@@ -123,6 +126,8 @@ def dash_attention_reference(
     summary_query: Tensor,
     router: Router,
     cu_seqlens: Tensor | None,
+    routing_q: Tensor | None = None,
+    routing_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to the chunks an entmax router selects, with its log probabilities as a prior (arXiv 2605.18753).
 
@@ -135,6 +140,7 @@ def dash_attention_reference(
         summary_query: [Hkv, D].
         router: its constants.
         cu_seqlens: [documents + 1] (then B == 1), or None for one document per batch row.
+        routing_q, routing_k: [B, N, Hkv, D], or None both: the router's own queries and keys, beside `pool_heads`.
 
     Returns:
         Output [B, N, Hq, D] in q's dtype, and the number of chunks selected, the own one included, int32 [B, N, Hkv].
@@ -142,13 +148,15 @@ def dash_attention_reference(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     num_tokens = q.shape[1]
     grid = ChunkGrid.of(num_tokens, router.chunk_size, cu_seqlens, q.device)
-    routing_q = None
     if router.query_pool > 1:
         position_N = document_positions(num_tokens, cu_seqlens, q.device)
-        routing_q = pool_queries_reference(q, position_N, router.query_pool).to(dtype)
+        routing_q = pool_queries_reference(
+            q if routing_q is None else routing_q, position_N, router.query_pool
+        )
+    routing_q, routing_k = (None if x is None else x.to(dtype) for x in (routing_q, routing_k))
     # autocast would run the matrix products in half precision behind our back
     with torch.autocast(q.device.type, enabled=False):
         out, chunks_selected = _attend_sequence(
-            q.to(dtype), routing_q, k.to(dtype), v.to(dtype), summary_query.to(dtype), grid, router
+            q.to(dtype), routing_q, k.to(dtype), routing_k, v.to(dtype), summary_query.to(dtype), grid, router
         )
     return out.to(q.dtype), chunks_selected

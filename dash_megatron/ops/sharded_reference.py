@@ -114,11 +114,12 @@ def _route(
 
 
 def route(
-    q: Tensor, summary: Tensor, chunks: QueryChunks, router: Router, head_scaling: Tensor | None = None
-) -> Routed:
+    q: Tensor, summary: Tensor, chunks: QueryChunks, router: Router, head_scaling: Tensor | None = None,
+    pooled_q: Tensor | None = None,
+) -> Routed:  # fmt: skip
     """As `Stages.route`."""
     places = _places(chunks, len(q))
-    q, summary = upcast(q, summary)
+    q, summary = upcast(q if pooled_q is None else pooled_q, summary)
     bias, selected = _route(q, summary, places, router, head_scaling)
     return Routed(selected.mT.contiguous(), State(bias, *places))
 

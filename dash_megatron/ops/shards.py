@@ -69,11 +69,11 @@ class RoutedQueries(NamedTuple):
     router: Router
     routed: Routed
     pooled_q: Tensor | None = None
-    """What `route` was given as its queries, [n, Hq, D]; None where that was `q` itself."""
+    """What the router saw instead of `q`: means of these, [n, Hq, D], or what a router of its own sees, [n, Hkv, D]."""
 
     @property
     def routing_q(self) -> Tensor:
-        """The queries that the router saw, [n, Hq, D]."""
+        """The queries that the router saw."""
         return self.q if self.pooled_q is None else self.pooled_q
 
 
@@ -113,7 +113,7 @@ class RouterGradients(NamedTuple):
     """Gradients through the router alone, float32 or wider."""
 
     q: Tensor
-    """[n, Hq, D], of the queries that the router saw: of `RoutedQueries.q` where there is no `pooled_q`."""
+    """Of `RoutedQueries.routing_q`, and of its shape."""
     summary: Tensor
     """[Hkv, chunks of the whole sequence, D], from these rows of q."""
     head_scaling: Tensor | None
@@ -150,16 +150,18 @@ class Stages(Protocol):
         chunks: QueryChunks,
         router: Router,
         head_scaling: Tensor | None = None,
+        pooled_q: Tensor | None = None,
     ) -> Routed:
         """Select chunks for every row of q.
 
         Args:
-            q: the router's queries [n, Hq, D], all rows in chunks. Where `router.query_pool` is above 1 these are of
-                `pool_queries`, which the caller does: it may need rows of other ranks.
+            q: attention's queries [n, Hq, D], all rows in chunks.
             summary: of all chunks of the whole sequence [Hkv, num_chunks, D], as `summarize` gives them.
             chunks: where the chunks of q lie.
             router: its scaling factor is a number.
             head_scaling: multiplies the router's scaling factor, for each key/value head [Hkv].
+            pooled_q: as in `RoutedQueries`. Where `router.query_pool` is above 1 these are of `pool_queries`, which the caller
+                does: it may need rows of other ranks.
         """
         ...
 

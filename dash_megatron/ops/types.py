@@ -35,18 +35,18 @@ class Router(NamedTuple):
     def group_means(self, x: Tensor, num_kv_heads: int) -> Tensor:
         """With `pool_heads` the means [..., Hkv, D] of x [..., Hq, D] over the query heads of each group; otherwise x itself.
 
-        They are taken in float32 or wider and rounded to x's dtype.
+        They are taken in float32 or wider and rounded to x's dtype. Groups of one query are x itself too.
         """
-        if not self.pool_heads:
+        if not self.pool_heads or x.shape[-2] == num_kv_heads:
             return x
         groups = x.unflatten(-2, (num_kv_heads, -1))
         return groups.mean(-2, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
 
     def group_means_backward(self, d_means: Tensor, num_heads: int) -> Tensor:
         """The gradient of what `group_means` was given, [..., num_heads, D], from that of what it returned."""
-        if not self.pool_heads:
-            return d_means
         group = num_heads // d_means.shape[-2]
+        if group == 1:
+            return d_means
         return (d_means / group).repeat_interleave(group, dim=-2)
 
     def of_heads(self, heads: slice) -> Router:

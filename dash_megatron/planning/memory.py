@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from dash_megatron.config import Config
-from dash_megatron.config.flops import norm_parameters, parameter_count
+from dash_megatron.config.flops import norm_parameters, parameter_count, routing_rows
 from dash_megatron.planning.baseline_times import BASELINES
 from dash_megatron.planning.choices import tile_tokens
 from dash_megatron.planning.kernel_times import PAIRS_ABOVE, keys_by_pair, pairs_above
@@ -213,7 +213,7 @@ def _exchange_bytes(shape: ContextShape, layout: Layout) -> tuple[float, float]:
         return layout.context * own, layout.context * backward
     if layout.context_comm == "p2p":
         return 2 * own, 2 * own + 2 * shape.kv_float32_bytes
-    heads = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim * shape.element_bytes
+    heads = 2 * (shape.heads + shape.kv_heads + shape.routing_heads) * shape.head_dim * shape.element_bytes
     return shape.tokens * heads, 2 * shape.tokens * heads
 
 
@@ -221,13 +221,14 @@ def _layer_bytes(config: Config, layout: Layout, shape: ContextShape) -> dict[st
     """Activations of one layer on one rank, by part."""
     model, tokens, b, kind = config.model, shape.tokens, shape.element_bytes, config.attention.kind
     stream_tokens = tokens / layout.tensor if layout.sequence else tokens
+    heads = 3 * shape.heads + 3 * shape.kv_heads + 4 * shape.routing_heads
     return {
         "stream": stream_tokens * model.hidden_size * b,
-        # the fused projection, q and k after RoPE, and the output
-        "attention": tokens * (3 * shape.heads + 3 * shape.kv_heads) * shape.head_dim * b,
+        # the fused projection, q and k after RoPE, and the output; of the router's own, projection and after RoPE
+        "attention": tokens * heads * shape.head_dim * b,
         # the means that the router sees
         "pooled": tokens
-        * shape.heads
+        * (shape.routing_heads or shape.heads)
         * shape.head_dim
         * b
         * (kind == "dash" and config.attention.query_pool > 1),
@@ -248,6 +249,7 @@ def context_shape(config: Config, layout: Layout) -> ContextShape:
         tokens=config.training.micro_batch * config.data.seq_length // layout.context,
         heads=config.model.heads // layout.tensor,
         kv_heads=config.model.kv_heads // layout.tensor,
+        routing_heads=config.model.kv_heads // layout.tensor * (routing_rows(config) > 0),
         head_dim=config.model.channels_per_head,
         chunk_size=config.attention.chunk_size,
         element_bytes=2 if config.training.precision == "bf16" else 4,
@@ -291,8 +293,8 @@ def memory_use(
         "full": parts["stream"],
     }[layout.recompute]
     # while one layer's backward runs: what was not kept, and gradients of either half of the layer
-    rows_width = 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.element_bytes
-    gradient_rows = shape.tokens * rows_width + 2 * parts["pooled"]
+    heads = 2 * (shape.heads + shape.kv_heads + shape.routing_heads)
+    gradient_rows = shape.tokens * heads * shape.head_dim * shape.element_bytes + 2 * parts["pooled"]
     by_pair = {"keys": 0.0, **dict.fromkeys(PAIRS_ABOVE, 0.0)}
     if routed:
         by_pair = pair_bytes(config, layout, listed, hardware.gpu)

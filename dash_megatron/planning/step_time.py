@@ -191,8 +191,9 @@ def _attention(config: Config, layout: Layout, routing: Routing, hardware: Hardw
             hardware.memory_bandwidth / hardware.speed,
         )
     pooled = config.attention.kind == "dash" and config.attention.query_pool > 1
+    heads = work.kv_heads if config.attention.router_projections else work.heads
     # queries once read or written
-    once = pooled * work.rows * work.heads * work.head_dim * 2 / hardware.memory_bandwidth * routed_layers
+    once = pooled * work.rows * heads * work.head_dim * 2 / hardware.memory_bandwidth * routed_layers
     return AttentionSeconds(
         (routed_layers * routed.forward + dense_layers * dense.forward) / hardware.speed + 2 * once,
         # means are computed again, and then their gradient

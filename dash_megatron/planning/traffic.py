@@ -39,6 +39,8 @@ class ContextShape:
     """Width of a head, D."""
     chunk_size: int
     """Tokens of a chunk, C."""
+    routing_heads: int = 0
+    """Queries, and as many keys, that the router of this tensor-parallel rank has of its own: the key/value heads, or 0."""
     element_bytes: int = 2
     """Bytes of an element of q, k and v: 2 for bf16, 4 for fp32."""
     rows: int | None = None
@@ -113,11 +115,11 @@ def p2p_exchange(shape: ContextShape) -> PassBytes:
 
 
 def a2a_exchange(shape: ContextShape) -> PassBytes:
-    """Tokens are exchanged for heads: q, k and v there, the output back, and the same for their gradients.
+    """Tokens are exchanged for heads: q, k and v, and the router's, there, the output back, and the same for their gradients.
 
     A rank then holds all tokens of `heads / context` heads and summarizes them itself.
     """
-    heads = 2 * shape.heads + 2 * shape.kv_heads
+    heads = 2 * (shape.heads + shape.kv_heads + shape.routing_heads)
     one_way = shape.tokens * shape.head_dim * shape.element_bytes * heads * shape.peers / shape.context
     return PassBytes(forward=one_way, backward=one_way)
 
@@ -159,11 +161,12 @@ def alignment(shape: ContextShape, tokens_sent: int, tokens_returned: int) -> Pa
 
     Args:
         shape: the rank's share.
-        tokens_sent: tokens whose q, k and v this rank sends there; their gradients come back in the backward.
+        tokens_sent: tokens whose q, k and v, and the router's, this rank sends there; their gradients come back in the
+            backward.
         tokens_returned: tokens of other ranks whose output this rank sends back.
     """
     row = shape.head_dim * shape.element_bytes
-    inputs = (shape.heads + 2 * shape.kv_heads) * row
+    inputs = (shape.heads + 2 * shape.kv_heads + 2 * shape.routing_heads) * row
     output = shape.heads * row
     return PassBytes(
         forward=tokens_sent * inputs + tokens_returned * output,
@@ -180,7 +183,7 @@ def query_halo(shape: ContextShape, queries_sent: int, queries_returned: int) ->
         queries_sent: tokens of this rank whose queries other ranks need.
         queries_returned: tokens of other ranks whose queries this one needs.
     """
-    row = shape.heads * shape.head_dim * shape.element_bytes
+    row = (shape.routing_heads or shape.heads) * shape.head_dim * shape.element_bytes
     return PassBytes(forward=queries_sent * row, backward=queries_returned * row)
 
 

@@ -41,7 +41,8 @@ from dash_megatron.training.routing import layer_record
 # Queries measured in the document: the curves are smooth, and a model of 32 layers takes minutes on a GPU at 128K.
 QUERIES = 1024
 
-Observe = Callable[[int, DashCoreAttention, Tensor, Tensor, Tensor], None]
+Own = tuple[Tensor, Tensor] | None
+Observe = Callable[[int, DashCoreAttention, Tensor, Tensor, Tensor, Own], None]
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class OpenedRun:
 
         Args:
             observe: called with the layer's number from 0, its core attention, queries [1, N, Hq, D] and keys
-                [1, N, Hkv, D] after RoPE, and the summary query [Hkv, D].
+                [1, N, Hkv, D] after RoPE, the summary query [Hkv, D], and the router's queries and keys [1, N, Hkv, D],
+                or None where it has none of its own.
         """
         cores = dash_layers(self.model)
         for layer, core in cores.items():
@@ -84,9 +86,16 @@ class OpenedRun:
 
 
 def _without_documents(
-    observe: Observe, layer: int, core: DashCoreAttention, q: Tensor, k: Tensor, w: Tensor, _: Tensor | None
+    observe: Observe,
+    layer: int,
+    core: DashCoreAttention,
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    _: Tensor | None,
+    own: Own,
 ) -> None:
-    observe(layer, core, q, k, w)
+    observe(layer, core, q, k, w, own)
 
 
 @contextmanager
@@ -172,15 +181,15 @@ def study_routing(
     listed: dict[int, dict[int, float]] = {}
     dumped: dict[str, np.ndarray] = {}
 
-    def observe(layer: int, core: DashCoreAttention, q: Tensor, k: Tensor, w: Tensor) -> None:
-        samples[layer] = sample_routing(q, k, w, core.router, max_queries=QUERIES)
-        share, per_cell = selection_map(q, k, w, core.router)
+    def observe(layer: int, core: DashCoreAttention, q: Tensor, k: Tensor, w: Tensor, own: Own) -> None:
+        samples[layer] = sample_routing(q, k, w, core.router, max_queries=QUERIES, own=own)
+        share, per_cell = selection_map(q, k, w, core.router, own=own)
         maps[layer] = SelectionMap(share.cpu(), per_cell)
-        shares = listed_share(q, k, w, core.router)
+        shares = listed_share(q, k, w, core.router, own=own)
         listed[layer] = {tile: round(float(share.mean()), 4) for tile, share in shares.items()}
         if dump is not None:
             dumped[f"layer_{layer}"] = pack_selected(
-                selected_chunks(q, k, w, core.router), core.router.chunk_size
+                selected_chunks(q, k, w, core.router, own), core.router.chunk_size
             )
 
     with open_run(run_dir, step, length, device) as run:
@@ -264,6 +273,7 @@ def _report(
         "local_chunks": attention.local_chunks,
         "query_pool": attention.query_pool,
         "pool_heads": attention.pool_heads,
+        "router_projections": attention.router_projections,
         "scaling_factor": [attention.layer_scaling_factor(layer) for layer in layers],
         "measures": MEASURES,
         "near_threshold": NEAR_THRESHOLD,

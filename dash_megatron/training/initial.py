@@ -18,10 +18,12 @@ from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.files import path_for_message
 from dash_megatron.hf.folder import MODEL_SECTIONS, FolderWeights, read_tensors
 from dash_megatron.layers import DashGPTModel
+from dash_megatron.layers.router_projections import add_routing_rows
 from dash_megatron.layers.sharding import shard, split_of, whole_shape
 
 logger = logging.getLogger(__name__)
 
+_FUSED = (".linear_qkv.weight", ".linear_qkv.bias")
 _CORE_ATTENTION = ".core_attention."
 """In the names of weights that belong to `attention.kind`."""
 
@@ -36,6 +38,8 @@ def load_initial_weights(
 
     A dense model has none of what sparse attention itself learns: the summary queries of DashAttention, or the compression
     and gates of NSA. Where the folder lacks them they keep their initial values; a summary query of zero averages keys.
+    Projections of the router that it lacks begin as attention's (`add_routing_rows`): until they learn, they route as a router
+    without them does, but for `model.qk_norm`, which is then of the mean query.
 
     Args:
         model: on any device, its weights initialized and not yet sharded by ZeRO.
@@ -67,6 +71,7 @@ def load_initial_weights(
             "compare model and attention with the config there"
         )
     fresh: dict[str, int] = {}
+    copied = 0
     for name, parameter in parameters.items():
         if _CORE_ATTENTION in name and name not in weights:
             kind = name.rpartition(".")[2]
@@ -74,16 +79,43 @@ def load_initial_weights(
             continue
         split = split_of(parameter)
         shape = tuple(whole_shape(parameter.shape, split, group.size()))
-        whole = read_tensors(weights, {name: shape}, f"training.init_from={folder}")[name]
+        whole, begins = _read(weights, name, shape, config, f"training.init_from={folder}")
+        copied += begins and whole.dim() > 1
         parameter.copy_(shard(whole, split, group.rank(), group.size()))
-    if fresh:
-        logger.info(
-            "%s has no %s for %d layers: these weights start as they do in a new run",
-            folder,
-            ", ".join(sorted(fresh)),
-            max(fresh.values()),
-        )
+    _tell_lacking(folder, fresh, copied)
     return attention
+
+
+def _read(
+    weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...], config: ModelConfig, source: str
+) -> tuple[Tensor, bool]:
+    """A whole weight, and whether it lacked rows of the router's projections, which then begin as attention's.
+
+    Raises:
+        ValueError: it is missing or of another shape, or has such rows where this run has none.
+    """
+    if not name.endswith(_FUSED) or name not in weights:
+        return read_tensors(weights, {name: shape}, source)[name], False
+    found = weights[name]
+    missing, routing_rows = shape[0] - len(found), 2 * config.kv_heads * config.channels_per_head
+    if missing == -routing_rows:
+        raise ValueError(
+            f"{source} has the router's own projections in {name}, which this run has not in the layer; set "
+            "attention.router_projections=true, and attention.kind and attention.full_layers as there"
+        )
+    if missing == routing_rows:
+        found = add_routing_rows(found, config.kv_heads, config.channels_per_head)
+    return read_tensors({name: found}, {name: shape}, source)[name], missing == routing_rows
+
+
+def _tell_lacking(folder: Path, fresh: dict[str, int], copied: int) -> None:
+    """Log of how many layers weights were not there."""
+    if copied:
+        message = "%s has no projections of routers: those of %d layers begin as copies of attention's"
+        logger.info(message, folder, copied)
+    if fresh:
+        message = "%s has no %s for %d layers: these weights start as they do in a new run"
+        logger.info(message, folder, ", ".join(sorted(fresh)), max(fresh.values()))
 
 
 def _open(folder: Path) -> tuple[ModelConfig, AttentionConfig | None, Mapping[str, Tensor]]:

@@ -58,11 +58,17 @@ class RoutingProbe:
                 core.observer = None
 
     def _observe(
-        self, layer: int, q: Tensor, k: Tensor, summary_query: Tensor, cu_seqlens: Tensor | None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        summary_query: Tensor,
+        cu_seqlens: Tensor | None,
+        own: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         router = self._layers[layer].router
         try:
-            self._found[layer] = sample_routing(q, k, summary_query, router, cu_seqlens)
+            self._found[layer] = sample_routing(q, k, summary_query, router, cu_seqlens, own=own)
         except torch.OutOfMemoryError as error:
             self._every = 0
             logger.error(

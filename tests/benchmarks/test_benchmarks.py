@@ -131,9 +131,11 @@ def test_tuning_finds_a_configuration_for_every_stage(tmp_path: Path) -> None:
     assert all({"num_warps", "num_stages"} <= entry[stage].keys() for stage in stages)
 
 
-def test_a_whole_step_is_timed_with_full_attention_and_at_a_density(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", ["false", "true"])
+def test_a_whole_step_is_timed_with_full_attention_and_at_a_density(own: str, tmp_path: Path) -> None:
     measured = tmp_path / "step.json"
     arguments = ["--densities", "0.4", "--steps", "1", "--json", str(measured), "data.seq_length=512"]
+    arguments += [f"attention.router_projections={own}"]
     _run("benchmarks/step.py", "--config", "configs/1b_16k.yaml", "--tiny", *arguments, interpreted=False)
     full, dash = json.loads(measured.read_text())["results"]
     assert (full["kind"], full["density"]) == ("full", 1.0)
@@ -159,7 +161,7 @@ def test_a_whole_step_is_timed_with_choices_of_trained_routers(tmp_path: Path) -
         "attention.chunk_size=32",
         "data.seq_length=96",
     ]
-    overrides += ["attention.local_chunks=0", "attention.query_pool=1"]
+    overrides += ["attention.local_chunks=0", "attention.query_pool=1", "attention.router_projections=true"]
     _run("benchmarks/step.py", *trained, "--json", str(measured), *overrides)
     full, *dash = json.loads(measured.read_text())["results"]
     assert full["choices"] is None

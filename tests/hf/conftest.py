@@ -53,6 +53,17 @@ MODELS: dict[str, dict[str, Any]] = {
             "learned_scaling": 3.0,
         },
     },
+    "own_router": {
+        "model": {"qk_norm": True, "qkv_bias": True, "layers": 3},
+        "attention": {
+            "full_layers": [1],
+            "scaling_factor": 10.0,
+            "local_chunks": 1,
+            "query_pool": 20,
+            "pool_heads": True,
+            "router_projections": True,
+        },
+    },
     "full": {"attention": {"kind": "full"}},
     "plain_prior": {
         "attention": {"estimate_diagonal": False, "alpha": 2.0},

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
-from dash_megatron.hf import fast_cache
-from dash_megatron.hf.fast_cache import FastLayer
+from dash_megatron.hf import fast_cache, fast_layer
+from dash_megatron.hf.fast_layer import FastLayer
 from dash_megatron.hf.modeling_dash import DashForCausalLM
 from tests.ops.kernels_under_test import CUDA, DEVICE, import_kernels
 
@@ -19,6 +19,8 @@ import_kernels("dash", "decode", "decode_cache")
 TOLERANCE = 1e-9
 # a router of single queries, among all past chunks
 SINGLE = {"local_chunks": 0, "query_pool": 1, "pool_heads": False}
+# a router with projections of its own
+OWN = {"router_projections": True}
 GREEDY = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -93,23 +95,27 @@ def test_greedy_text_in_float32_is_that_of_the_model_file_alone(
     assert torch.equal(ours, expected)
 
 
-def test_beams_carry_their_cache_along(both: Callable[..., Any], tokens: Tensor) -> None:
+@pytest.mark.parametrize("router", [{}, OWN], ids=["shared", "own router"])
+def test_beams_carry_their_cache_along(
+    router: dict[str, Any], both: Callable[..., Any], tokens: Tensor
+) -> None:
     for options in ({}, {"cache_implementation": "static"}):
         mask = _left_padding(tokens[:, :40], 5)
-        ours, expected = both(_model(), tokens[:, :40], num_beams=3, attention_mask=mask, **options)
+        ours, expected = both(_model(**router), tokens[:, :40], num_beams=3, attention_mask=mask, **options)
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("router", [{}, OWN], ids=["shared", "own router"])
 @pytest.mark.parametrize(
     "make_cache", [DynamicCache, lambda: StaticCache(LlamaConfig(num_hidden_layers=2), 160)]
 )
 def test_pieces_of_a_padded_prompt_give_the_logits_of_all_at_once(
-    make_cache: Callable[[], Any], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+    router: dict[str, Any], make_cache: Callable[[], Any], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # pieces are attended few queries at a time, and the cache doubles
-    monkeypatch.setattr(fast_cache, "MAX_SCORES", 4 * 10 * 7)
-    monkeypatch.setattr(fast_cache, "SPARE_COLUMNS", 4)
-    model, mask, cache, parts = _model(), _left_padding(tokens, 2), make_cache(), []
+    monkeypatch.setattr(fast_layer, "MAX_SCORES", 4 * 10 * 7)
+    monkeypatch.setattr(fast_layer, "SPARE_COLUMNS", 4)
+    model, mask, cache, parts = _model(**router), _left_padding(tokens, 2), make_cache(), []
     expected, past = _use(model, "torch")(tokens, attention_mask=mask).logits, 0
     _use(model, "reference")
     for part in tokens.split([3, 13, 1, 60, 1, 72], dim=1):
@@ -121,8 +127,11 @@ def test_pieces_of_a_padded_prompt_give_the_logits_of_all_at_once(
     torch.testing.assert_close(torch.cat(parts, 1)[real], expected[real], atol=TOLERANCE, rtol=0)
 
 
-def test_a_padded_prompt_gives_the_logits_and_gradients_of_the_file(tokens: Tensor) -> None:
-    model, real = _model().requires_grad_(True), _left_padding(tokens, 21).bool()
+@pytest.mark.parametrize("router", [{}, OWN], ids=["shared", "own router"])
+def test_a_padded_prompt_gives_the_logits_and_gradients_of_the_file(
+    router: dict[str, Any], tokens: Tensor
+) -> None:
+    model, real = _model(**router).requires_grad_(True), _left_padding(tokens, 21).bool()
     results = []
     for backend in ("reference", "torch"):
         model.zero_grad()
@@ -134,8 +143,9 @@ def test_a_padded_prompt_gives_the_logits_and_gradients_of_the_file(tokens: Tens
         torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=1e-9)
 
 
-def test_a_cropped_cache_goes_on_from_where_it_was_cut(tokens: Tensor) -> None:
-    model, mask = _model(), _left_padding(tokens, 21)
+@pytest.mark.parametrize("router", [{}, OWN], ids=["shared", "own router"])
+def test_a_cropped_cache_goes_on_from_where_it_was_cut(router: dict[str, Any], tokens: Tensor) -> None:
+    model, mask = _model(**router), _left_padding(tokens, 21)
     other = torch.cat([tokens[:, :75], tokens.flip(0)[:, 75:]], dim=1)
     expected = _use(model, "torch")(other, attention_mask=mask).logits
     cache = _use(model, "reference")(tokens[:, :140], attention_mask=mask[:, :140]).past_key_values
@@ -153,15 +163,37 @@ def test_a_cache_says_when_too_many_columns_were_cropped_to_know_the_queries_bef
     model = _model()
     for first, second in (("reference", "reference"), ("torch", "torch"), ("reference", "torch")):
         cache = _use(model, first)(tokens[:, :140]).past_key_values
-        cache.crop(-fast_cache.SPARE_QUERIES - 2)
+        cache.crop(-fast_layer.SPARE_QUERIES - 2)
         with pytest.raises(ValueError, match="router of query_pool=20 sees 19: no more than 64 columns"):
             _use(model, second)(tokens[:, 74:75], past_key_values=cache)
     cache = _use(_model(**SINGLE), "reference")(tokens[:, :140]).past_key_values
     cache.crop(-100)
 
 
-def test_rows_can_be_repeated_and_selected(tokens: Tensor) -> None:
-    model, mask = _use(_model(), "reference"), _left_padding(tokens, 21)
+def test_a_cache_says_when_too_many_columns_were_cropped_to_know_the_keys_of_the_router(
+    tokens: Tensor,
+) -> None:
+    model = _model(**OWN | {"query_pool": 1})
+    for first, second in (("reference", "reference"), ("torch", "torch"), ("reference", "torch")):
+        cache = _use(model, first)(tokens[:, :140]).past_key_values
+        cache.crop(-fast_layer.SPARE_QUERIES - 2)
+        with pytest.raises(ValueError, match=r"1[34] (keys of the router|routing keys) before column 74"):
+            _use(model, second)(tokens[:, 74:75], past_key_values=cache)
+
+
+def test_a_prompt_that_leaves_no_graph_to_the_cache_goes_on_with_the_routers_keys(tokens: Tensor) -> None:
+    model = _model(**OWN)
+    expected = _use(model, "torch")(tokens).logits
+    cache = _use(model.requires_grad_(True), "reference")(tokens[:, :70]).past_key_values
+    assert not isinstance(cache.layers[0], FastLayer)
+    with torch.no_grad():
+        logits = model(tokens[:, 70:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, expected[:, 70:], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("router", [{}, OWN], ids=["shared", "own router"])
+def test_rows_can_be_repeated_and_selected(router: dict[str, Any], tokens: Tensor) -> None:
+    model, mask = _use(_model(**router), "reference"), _left_padding(tokens, 21)
     expected = _use(model, "torch")(tokens, attention_mask=mask).logits
     cache = _use(model, "reference")(tokens[:, :100], attention_mask=mask[:, :100]).past_key_values
     cache.batch_repeat_interleave(2)
@@ -170,13 +202,14 @@ def test_rows_can_be_repeated_and_selected(tokens: Tensor) -> None:
     torch.testing.assert_close(logits, expected.flip(0)[:, 100:101], atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("router", [{}, OWN], ids=["shared", "own router"])
 @pytest.mark.parametrize(
     "make_cache", [DynamicCache, lambda: StaticCache(LlamaConfig(num_hidden_layers=2), 160)]
 )
 def test_a_cache_changes_hands_in_mid_text_and_can_be_reset(
-    make_cache: Callable[[], Any], tokens: Tensor
+    router: dict[str, Any], make_cache: Callable[[], Any], tokens: Tensor
 ) -> None:
-    model, mask, cache = _model(), _left_padding(tokens, 21), make_cache()
+    model, mask, cache = _model(**router), _left_padding(tokens, 21), make_cache()
     expected, real = _use(model, "torch")(tokens, attention_mask=mask).logits, mask.bool()
     for order in (("reference", "torch"), ("torch", "reference")):
         parts = []
@@ -192,8 +225,11 @@ def test_a_cache_changes_hands_in_mid_text_and_can_be_reset(
         assert cache.get_seq_length() == 0
 
 
-def test_a_gradient_through_the_cache_is_left_to_the_model_file(tokens: Tensor) -> None:
-    model = _use(_model().requires_grad_(True), "reference")
+@pytest.mark.parametrize("router", [{}, OWN], ids=["shared", "own router"])
+def test_a_gradient_through_the_cache_is_left_to_the_model_file(
+    router: dict[str, Any], tokens: Tensor
+) -> None:
+    model = _use(_model(**router).requires_grad_(True), "reference")
     cache = model(tokens[:, :70]).past_key_values
     model(tokens[:, 70:71], past_key_values=cache).logits.square().mean().backward()
     assert not any(isinstance(layer, FastLayer) for layer in cache.layers)
@@ -225,13 +261,14 @@ def test_shapes_that_kernels_do_not_take_are_left_to_the_model_file(
     assert fast_cache._kernels_take(q, k, chunk_size) == fits
 
 
+@pytest.mark.parametrize("router", [{}, OWN], ids=["shared", "own router"])
 def test_kernels_generate_what_the_model_file_alone_does(
-    tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+    router: dict[str, Any], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not CUDA:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     shape = {"num_attention_heads": 8, "head_dim": 16, "learned_scaling": True}
-    model = _model(torch.float32, num_hidden_layers=1, **shape).to(DEVICE)
+    model = _model(torch.float32, num_hidden_layers=1, **shape, **router).to(DEVICE)
     prompt = tokens[:, :34].to(DEVICE)
     options = GREEDY | {"attention_mask": _left_padding(prompt, 5), "max_new_tokens": 3}
     expected = _use(model, "torch").generate(prompt, **options)

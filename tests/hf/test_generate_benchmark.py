@@ -18,12 +18,13 @@ from benchmarks import generate
 from benchmarks.density_search import PROBES, SPARE_TOKENS, set_decoding_density
 from benchmarks.persistence import make_selected
 from dash_megatron.hf.export import export_run
-from dash_megatron.hf.fast_cache import FastLayer
+from dash_megatron.hf.fast_layer import FastLayer
 from dash_megatron.hf.modeling_dash import DashForCausalLM
 from dash_megatron.ops.decode import decode_and_count
 from tests.data.test_chat import write_chatml
 
 CONFIG = Path(__file__).parents[2] / "configs" / "8b_128k.yaml"
+OWN = ["attention.router_projections=true", "attention.pool_heads=true"]
 
 
 def _run(tmp_path: Path, *arguments: str) -> list[dict[str, object]]:
@@ -33,11 +34,13 @@ def _run(tmp_path: Path, *arguments: str) -> list[dict[str, object]]:
     return json.loads(Path(output).read_text())["results"]
 
 
+@pytest.mark.parametrize("router", [[], OWN], ids=["shared", "own router"])
 @pytest.mark.parametrize("query_pool", [1, 4])
 def test_every_case_is_timed_at_the_density_asked_for(
-    query_pool: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    query_pool: int, router: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results = _run(tmp_path, "--tiny", "--density", "0.2", f"attention.query_pool={query_pool}")
+    shape = [f"attention.query_pool={query_pool}", *router]
+    results = _run(tmp_path, "--tiny", "--density", "0.2", *shape)
     assert [(x["what"], x["kind"]) for x in results] == [
         (what, kind) for what in ("decode", "prefill") for kind in ("dash", "full")
     ]
@@ -73,8 +76,9 @@ def test_an_override_may_stand_right_behind_numbers(option: str) -> None:
 
 
 @torch.no_grad()
-def test_a_router_of_several_queries_decodes_on_at_the_density_that_was_searched() -> None:
-    shape = ["attention.query_pool=4", "--config", str(CONFIG), "--tiny", "--contexts", "2048"]
+@pytest.mark.parametrize("router", [[], OWN], ids=["shared", "own router"])
+def test_a_router_of_several_queries_decodes_on_at_the_density_that_was_searched(router: list[str]) -> None:
+    shape = ["attention.query_pool=4", *router, "--config", str(CONFIG), "--tiny", "--contexts", "2048"]
     options = generate.parse(shape)
     model = generate.build_model(options, torch.device("cpu"))
     cache = StaticCache(config=model.config, max_cache_len=2048 + SPARE_TOKENS)
@@ -136,11 +140,12 @@ def test_choices_of_other_chunks_are_refused(tmp_path: Path) -> None:
     assert "--choices d11_c32 must be one of ['d11', 'd25']" in str(dash["failed"])
 
 
+@pytest.mark.parametrize("name", ["mixed", "own_router"])
 def test_an_export_is_timed_on_a_text_as_it_selects(
-    write_run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, write_run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_chatml(tmp_path / "source")
-    config, _ = write_run("mixed", data={"tokenizer": str(source)})
+    config, _ = write_run(name, data={"tokenizer": str(source)})
     folder, text, output = tmp_path / "hf", tmp_path / "text", tmp_path / "generate.json"
     export_run(config.run_dir, folder, dtype="float32")
     text.write_text("chunks of tokens, " * 40)

@@ -56,13 +56,17 @@ def test_an_input_that_is_computed_again_is_not_kept_and_gives_the_same_gradient
 
 
 @pytest.mark.usefixtures("single_process")
-@pytest.mark.parametrize("kind", ["dash", "full"])
-def test_every_way_to_recompute_gives_the_same_loss_and_gradients(kind: str) -> None:
+@pytest.mark.parametrize(
+    "attention",
+    [{}, {"router_projections": True, "pool_heads": True, "query_pool": 3}, {"kind": "full"}],
+    ids=["dash", "own router", "full"],
+)
+def test_every_way_to_recompute_gives_the_same_loss_and_gradients(attention: dict[str, Any]) -> None:
     lengths = (37, 1, 70, 20)
 
     def gradients(recompute: str) -> dict[str, Tensor]:
         config = config_of(
-            attention={"kind": kind}, training={"steps": 1, "global_batch": 1, "recompute": recompute}
+            attention=attention, training={"steps": 1, "global_batch": 1, "recompute": recompute}
         )
         torch.manual_seed(0)
         model = model_of(config)

@@ -23,8 +23,13 @@ def _attend_by_loops(
     local_chunks,
     query_pool,
     pool_heads,
+    routing_q,
+    routing_k,
 ):
-    """One document, one key/value head, one token and chunk at a time: q [N, G, D], k and v [N, D], w [D]."""
+    """One document, one key/value head, one token and chunk at a time: q [N, G, D], k and v [N, D], w [D].
+
+    The router's are routing_q [N, G or 1, D] and routing_k [N, D].
+    """
     N, G, D = q.shape
     outputs, counts = [], []
     for i in range(N):
@@ -33,9 +38,9 @@ def _attend_by_loops(
         selected = list(range(routed, own + 1))
         prior = [torch.zeros((), dtype=q.dtype) for _ in selected]
         if routed > 0:
-            chunks = [k[c * C : (c + 1) * C] for c in range(routed)]
+            chunks = [routing_k[c * C : (c + 1) * C] for c in range(routed)]
             summaries = torch.stack([(x @ w / math.sqrt(D)).softmax(0) @ x for x in chunks])
-            r = q[max(0, i - query_pool + 1) : i + 1].mean(0)
+            r = routing_q[max(0, i - query_pool + 1) : i + 1].mean(0)
             r = r.mean(0, keepdim=True).expand(G, D) if pool_heads else r
             z = [scaling_factor * summaries @ r[g] / math.sqrt(D) for g in range(G)]
             p = sum(_package_entmax(z_g, alpha) for z_g in z) / G
@@ -67,10 +72,13 @@ def oracle(
     local_chunks=0,
     query_pool=1,
     pool_heads=False,
+    routing_q=None,
+    routing_k=None,
 ):
-    """Output, gradients and chunk counts of the loops, in float64."""
-    leaves = [x.detach().double().requires_grad_() for x in leaves]
-    q, k, v, w = leaves
+    """Output, gradients and chunk counts of the loops, in float64; the router's own queries and keys come after the leaves."""
+    own = [] if routing_q is None else [routing_q, routing_k]
+    leaves = [x.detach().double().requires_grad_() for x in (*leaves, *own)]
+    q, k, v, w, *own = leaves
     (B, N, Hq, _), Hkv = q.shape, k.shape[2]
     ends = [0, N] if cu_seqlens is None else cu_seqlens.tolist()
     factors = scaling_factor if isinstance(scaling_factor, torch.Tensor) else [scaling_factor] * Hkv
@@ -79,10 +87,15 @@ def oracle(
         for h in range(Hkv):
             heads = slice(h * Hq // Hkv, (h + 1) * Hq // Hkv)
             for document in map(slice, ends[:-1], ends[1:]):
+                routing = (
+                    (own[0][b, document, h : h + 1], own[1][b, document, h])
+                    if own
+                    else (q[b, document, heads], k[b, document, h])
+                )
                 out[b, document, heads], counts[b, document, h] = _attend_by_loops(
                     q[b, document, heads], k[b, document, h], v[b, document, h], w[h],
                     chunk_size, factors[h], sigma, estimate_diagonal, alpha,
-                    local_chunks, query_pool, pool_heads,
+                    local_chunks, query_pool, pool_heads, *routing,
                 )  # fmt: skip
     leaves += learned(scaling_factor)
     grads = torch.autograd.grad(out, leaves, upstream.double(), allow_unused=True, materialize_grads=True)

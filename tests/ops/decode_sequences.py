@@ -16,7 +16,7 @@ BORDERS = (1, C - 1, C, C + 1, 2 * C, 2 * C + 1, 7 * C + 3)
 class Sequences:
     """Random q, k, v of every sequence, and one summary query; what the shape does not say is small."""
 
-    def __init__(self, lengths, Hq=4, Hkv=2, D=128 if CUDA else 16, dtype=torch.float32, seed=0):
+    def __init__(self, lengths, Hq=4, Hkv=2, D=128 if CUDA else 16, dtype=torch.float32, seed=0, own=False):
         generator = torch.Generator().manual_seed(seed)
 
         def noise(*shape):
@@ -25,6 +25,8 @@ class Sequences:
         self.lengths, self.shape = lengths, (Hkv, D)
         self.q, self.k, self.v = ([noise(n, H, D) for n in lengths] for H in (Hq, Hkv, Hkv))
         self.w = noise(Hkv, D)
+        # a router's own queries and keys
+        self.own = [[noise(n, Hkv, D) for n in lengths] for _ in range(2)] if own else None
 
     def cache(self, page_size=None, chunk_size=C, room=0, dtype=None, query_pool=1, spare_queries=0):
         """An empty cache, contiguous or with pages in no order."""
@@ -35,6 +37,7 @@ class Sequences:
             "query_pool": query_pool,
             "num_heads": self.q[0].shape[1],
             "spare_queries": spare_queries,
+            "router_projections": self.own is not None,
         }
         if page_size is None:
             return DashCache.contiguous(len(self.lengths), longest, *self.shape, **options, device=DEVICE)
@@ -45,13 +48,17 @@ class Sequences:
 
     def prefill(self, cache, start, end, backend="triton"):
         """Add tokens start[b] up to end[b] of every sequence b; returns their router's queries, if they are pooled."""
-        q, k, v = (
+        q, k, v, *routing_k = (
             torch.cat([x[i:j] for x, i, j in zip(xs, start, end, strict=True)]).to(cache.k.dtype)
-            for xs in (self.q, self.k, self.v)
+            for xs in self._given()
         )
         counts = torch.tensor([j - i for i, j in zip(start, end, strict=True)])
         cu_seqlens = F.pad(counts.cumsum(0), (1, 0)).int().to(DEVICE)
-        return cache.prefill(k, v, self.w.to(k.dtype), cu_seqlens, backend=backend, q=q)
+        return cache.prefill(k, v, self.w.to(k.dtype), cu_seqlens, backend, q, *routing_k)
+
+    def _given(self):
+        """What a cache is given: the router's queries where it has its own, keys, values, and the router's own keys."""
+        return (self.own[0], self.k, self.v, self.own[1]) if self.own else (self.q, self.k, self.v)
 
     def at(self, tokens, dtype=None):
         """q, k and v [B, heads, D] of one token of each sequence."""
@@ -65,8 +72,14 @@ class Sequences:
         last = [n - 1 for n in self.lengths]
         if any(last):
             self.prefill(cache, [0] * len(last), last, backend)
-        q, k, v = self.at(last, cache.k.dtype)
-        return q, cache.append(k, v, self.w.to(k.dtype), backend=backend, q=q)
+        return self.append(cache, last, backend)
+
+    def append(self, cache, tokens, backend="triton", active=None):
+        """One token of each sequence; returns its query and, if queries are pooled or the router has its own, the router's."""
+        q, k, v = self.at(tokens, cache.k.dtype)
+        own = [torch.stack([x[t] for x, t in zip(xs, tokens, strict=True)]).to(q) for xs in self.own or ()]
+        given_q, *routing_k = own or [q]
+        return q, cache.append(k, v, self.w.to(k.dtype), active, backend, given_q, *routing_k)
 
     def expected(self, chunk_size=C, **router):
         """The float64 reference of decoding: output, and number of chunks selected."""

@@ -263,9 +263,9 @@ def test_a_sequence_longer_than_its_cache_has_nan_output_on_a_gpu_and_leaves_oth
     q, _ = sequences.fill(cache)
     expected = dash_decode(q, cache, backend="triton")
     # on CPU, append refuses; the kernel itself does not know
-    arguments = (cache.k, cache.v, cache.summary, cache.lengths, cache._arrived, None, None, None, C)
+    arguments = (cache.k, cache.v, cache.summary, None, cache.lengths, cache._arrived, None, None, None, C)
     before = cache.k.clone()
-    decode_cache.cache_write(cache.k[:, 0] + 1, cache.v[:, 0], sequences.w, *arguments)
+    decode_cache.cache_write(cache.k[:, 0] + 1, cache.v[:, 0], sequences.w, None, *arguments)
     cache.lengths[1] = 5
     assert cache.lengths.tolist() == [C + 1, 5]
     assert torch.equal(cache.k[0], before[0])
@@ -301,8 +301,23 @@ def test_the_ops_pass_torchs_own_checks():
     for x in tensors[:3]:
         x.zero_()  # the check compares what was mutated, and NaN is not equal to itself
     _, k, v = sequences.at([0, 0])
-    arguments = (k, v, sequences.w, *tensors, cache._arrived, cache.page_table, None, None, C)
-    torch.library.opcheck(decode_cache.cache_write, arguments, test_utils=utils)
+    for own in (None, k + 1):
+        kept = None if own is None else torch.zeros(2, C, *k.shape[1:], dtype=k.dtype, device=DEVICE)
+        arguments = (
+            k,
+            v,
+            sequences.w,
+            own,
+            *tensors[:3],
+            kept,
+            *tensors[3:],
+            cache._arrived,
+            cache.page_table,
+            None,
+            None,
+            C,
+        )
+        torch.library.opcheck(decode_cache.cache_write, arguments, test_utils=utils)
     queries = torch.zeros(2, 5, *q.shape[1:], dtype=q.dtype, device=DEVICE)
     cu_seqlens = torch.tensor([0, 2, 2], dtype=torch.int32, device=DEVICE)
     torch.library.opcheck(

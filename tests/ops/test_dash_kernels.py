@@ -426,7 +426,8 @@ def test_the_op_passes_torchs_own_checks(bounded, learned, monkeypatch):
     scaling = torch.tensor([1.0, 2.0], device=DEVICE, requires_grad=True) if learned else None
     options = (1, 16, True) if learned else (0, 1, False)
     packed = (_cu_seqlens(30, 10), 30) if learned else (None, None)
-    arguments = (*leaves, scaling, *packed, 16, 3.0, 2.0, True, 1.5, *options, True)
+    own = [leaves[1] + 1, leaves[1] - 1] if learned else (None, None)
+    arguments = (*leaves, scaling, *own, *packed, 16, 3.0, 2.0, True, 1.5, *options, True)
     torch.library.opcheck(
         dash._forward, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
     )

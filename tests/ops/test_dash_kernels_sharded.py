@@ -188,7 +188,7 @@ def _run(x, layout):
     for numbers, (rows, qs) in zip(x.ranks, spans, strict=True):
         q = x.q[rows]
         routing_q = None if x.router.query_pool == 1 else pooled.detach()[rows]
-        routed = sharded.route(q if routing_q is None else routing_q, summary, qs, x.router, x.head_scaling)
+        routed = sharded.route(q, summary, qs, x.router, x.head_scaling, routing_q)
         selected[rows] = routed.selected
         queries = RoutedQueries(q, qs, x.router, routed, routing_q)
         buffers = layout(x, numbers, sharded.listed(routed, x.num_chunks))

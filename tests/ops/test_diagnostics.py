@@ -30,12 +30,14 @@ def inputs(B: int = 1, N: int = 61, Hq: int = 4, Hkv: int = 2, seed: int = 0) ->
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def by_hand(q, k, w, router, lengths):
+def by_hand(q, k, w, router, lengths, own=None):
     """`MEASURES` [H, N] by loops; the attention of chunks from the reference, given values that say which chunk they are of."""
     cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
     chunk = torch.cat([torch.arange(length) // C for length in lengths])
     v = F.one_hot(chunk, D).float()[None, :, None].expand_as(k)
     options = {**router._asdict(), "cu_seqlens": cu_seqlens, "backend": "reference"}
+    options |= zip(("routing_q", "routing_k"), own or (), strict=False)
+    routing_q, routing_k = own or (q, k)
     out, routing = dash_attention(q, k, v.contiguous(), w, return_routing=True, **options)
     H, G = k.shape[2], q.shape[2] // k.shape[2]
     mass = out[0].view(-1, H, G, D).mean(2)
@@ -50,12 +52,12 @@ def by_hand(q, k, w, router, lengths):
             row["chunks_selected"] = routing.chunks_selected[0, i, h]
             routed = max(0, own - router.local_chunks)
             if routed:
-                keys = k[0, start : start + routed * C, h].view(routed, C, D)
+                keys = routing_k[0, start : start + routed * C, h].view(routed, C, D)
                 beta = (keys @ w[h] / math.sqrt(D)).softmax(1)
                 factors = router.scaling_factor
                 factor = float(factors[h] if isinstance(factors, torch.Tensor) else factors)
-                pooled = q[0, max(start, i - router.query_pool + 1) : i + 1].mean(0)
-                z = factor / math.sqrt(D) * pooled.view(H, G, D)[h]
+                pooled = routing_q[0, max(start, i - router.query_pool + 1) : i + 1].mean(0)
+                z = factor / math.sqrt(D) * pooled.view(H, -1, D)[h]
                 z = z.mean(0, keepdim=True) if router.pool_heads else z
                 p = entmax(z @ (beta[..., None] * keys).sum(1).T, router.alpha).mean(0)
                 inside = p[p > 0]
@@ -82,6 +84,7 @@ def by_hand(q, k, w, router, lengths):
         Router(C, torch.tensor([2.0, 6.0]), 2.0, True, 1.5),
         Router(C, 6.0, 2.0, True, 1.5, local_chunks=2, query_pool=3),
         Router(C, 6.0, query_pool=3, pool_heads=True),
+        Router(C, 5.0, query_pool=2, pool_heads=True),
     ],
     ids=[
         "centred prior",
@@ -89,17 +92,26 @@ def by_hand(q, k, w, router, lengths):
         "scaled by head",
         "local chunks, pooled queries",
         "one query a group",
+        "own router",
     ],
 )
 def test_measures_of_every_query_are_those_of_the_reference(
-    router: Router, lengths: list[int], blocks: str, monkeypatch: pytest.MonkeyPatch
+    router: Router,
+    lengths: list[int],
+    blocks: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
+    own = None
+    if "own router" in request.node.name:
+        own = tuple(torch.randn(1, 61, 2, D, generator=torch.Generator().manual_seed(7)) for _ in range(2))
+        own = own[0], own[1].roll(1, 1)
     if blocks == "many blocks":
         monkeypatch.setattr(routing_rows, "MAX_SCORES", 1000)
     q, k, w = inputs()
-    expected = by_hand(q, k, w, router, lengths)
+    expected = by_hand(q, k, w, router, lengths, own)
     cu_seqlens = None if len(lengths) == 1 else F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
-    samples = sample_routing(q, k, w, router, cu_seqlens, max_queries=61)
+    samples = sample_routing(q, k, w, router, cu_seqlens, max_queries=61, own=own)
     assert samples.token.tolist() == list(range(61))
     for name in MEASURES:
         tolerance = 5e-3 if name == "prior_spread" else 1e-4  # the logarithm magnifies what is almost zero
@@ -254,7 +266,9 @@ def test_a_gpu_measures_the_same() -> None:
     assert (share.cpu() - selection_map(q, k, w, ROUTER).share).nan_to_num().abs().mean() < 1e-3
 
 
-@pytest.mark.parametrize("options", [{}, {"local_chunks": 2, "query_pool": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"local_chunks": 2, "query_pool": 3}, {"pool_heads": True, "query_pool": 2}], ids=str
+)
 @pytest.mark.parametrize("most", [2**24, 64], ids=["one block", "many blocks"])
 def test_selected_chunks_are_those_that_attention_and_tiles_count(
     options: dict[str, int], most: int, monkeypatch: pytest.MonkeyPatch
@@ -262,14 +276,17 @@ def test_selected_chunks_are_those_that_attention_and_tiles_count(
     monkeypatch.setattr(routing_rows, "MAX_SCORES", most)
     q, k, w = inputs(N=30)
     router = ROUTER._replace(**options)
-    selected_HNc = selected_chunks(q, k, w, router)
+    # with a query a group, of a router of its own
+    own = (k.roll(1, 1), k.roll(2, 1)) if router.pool_heads else None
+    selected_HNc = selected_chunks(q, k, w, router, own)
     assert selected_HNc.shape == (2, 30, 8)
+    named = router._asdict() | dict(zip(("routing_q", "routing_k"), own or (), strict=False))
     _, routing = dash_attention(
-        q, k, torch.zeros_like(k), w, return_routing=True, backend="reference", **router._asdict()
+        q, k, torch.zeros_like(k), w, return_routing=True, backend="reference", **named
     )
     # the own chunk is counted, and not in the bits
     assert selected_HNc.sum(-1).mT.tolist() == (routing.chunks_selected[0] - 1).tolist()
-    shares = listed_share(q, k, w, router)
+    shares = listed_share(q, k, w, router, own=own)
     whole = selected_HNc[:, :28, :7]
     for tile, share in shares.items():
         visited = tile * whole.unflatten(1, (-1, tile)).any(2).sum((1, 2))

@@ -52,6 +52,7 @@ def _gradients(
     lengths=None,
     deterministic=False,
     with_output=False,
+    own_router=False,
     **router,
 ):
     generator = torch.Generator().manual_seed(0)
@@ -62,15 +63,21 @@ def _gradients(
     if lengths is not None:
         cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(DEVICE)
     settings = {"chunk_size": C, "scaling_factor": 2.0, "sigma": 2.0, "alpha": 1.5, "cu_seqlens": cu_seqlens}
+    if own_router:
+        own = (
+            torch.randn(shapes[1], generator=generator).to(DEVICE, dtype).requires_grad_() for _ in range(2)
+        )
+        router |= dict(zip(("routing_q", "routing_k"), own, strict=True)) | {"pool_heads": True}
     out, _ = dash.dash_attention_triton(
         *leaves, **with_router(settings | router), deterministic=deterministic
     )
+    leaves += [router["routing_q"], router["routing_k"]] if own_router else []
     gradients = torch.autograd.grad(out, leaves, upstream)
     return (*gradients, out.detach()) if with_output else gradients
 
 
 def _check(expected, gradients, dtype=torch.float32):
-    for name, x, y in zip("qkvwo"[: len(expected)], gradients, expected, strict=True):
+    for name, x, y in zip("qkvwors"[: len(expected)], gradients, expected, strict=True):
         assert not x.isnan().any(), name
         assert (x - y).norm() <= TOLERANCE[dtype][1] * y.norm(), name
 
@@ -108,6 +115,20 @@ def test_output_and_gradients_with_every_stage_by_pair_equal_those_over_tiles(sh
     _check(expected, first, shape.get("dtype", torch.float32))
     # dk, dv and dw follow gradients of summaries that are added with atomics
     assert all(torch.equal(first[i], again[i]) for i in (0, 4))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_router_of_its_own_has_the_gradients_by_pair_that_it_has_over_tiles(deterministic, monkeypatch):
+    given = {
+        "own_router": True,
+        "query_pool": 3,
+        "local_chunks": 1,
+        "deterministic": deterministic,
+        "with_output": True,
+    }
+    expected = _gradients(N=90, **given)
+    _by_pair(monkeypatch, 16, all_above=0)
+    _check(expected, _gradients(N=90, **given))
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ class Case(NamedTuple):
     estimate_diagonal: bool = True
     local_chunks: int = 0
     query_pool: int = 1
+    own_router: bool = False
+    """The router has queries and keys of its own."""
     learned_scaling: bool = False
     """Every key/value head has a factor of its own."""
     heads: tuple[int, int] = (8, 4)
@@ -67,11 +69,13 @@ class Case(NamedTuple):
             "alpha": self.alpha,
             "local_chunks": self.local_chunks,
             "query_pool": self.query_pool,
+            "pool_heads": self.own_router,
         }
 
 
 def inputs_of(case: Case) -> list[torch.Tensor]:
-    """q, k, v [N, heads, 16], the summary query and the gradient of the output, of the whole sequence."""
+    """Of the whole sequence q, k, v [N, heads, 16], with queries and keys of a router that has its own, the summary query and
+    the gradient of the output."""
     generator = torch.Generator().manual_seed(0)
     N, (Hq, Hkv) = case.bounds[-1], case.heads
 
@@ -93,7 +97,11 @@ def inputs_of(case: Case) -> list[torch.Tensor]:
     if case.changed_token is not None:
         for x in (q, k, v):
             x[case.changed_token] = 2 * normal(*x.shape[1:])
-    return [x.to(case.device, case.dtype) for x in (q, k, v, w, d_out)]
+    own = [normal(N, Hkv, 16) for _ in range(2 * case.own_router)]
+    return [x.to(case.device, case.dtype) for x in (q, k, v, *own, w, d_out)]
+
+
+ROUTING = "routing_q", "routing_k"
 
 
 def head_scaling_of(case: Case) -> list[torch.Tensor]:
@@ -104,15 +112,16 @@ def head_scaling_of(case: Case) -> list[torch.Tensor]:
 
 
 def attend_alone(case: Case) -> list[torch.Tensor]:
-    """Output and gradients of q, k, v, the summary query (zero for full attention) and factors, in float64."""
-    q, k, v, w, d_out = (x.double() for x in inputs_of(case))
-    leaves = [*(x.requires_grad_() for x in (q, k, v, w)), *head_scaling_of(case)]
-    q, k, v = (x[None] for x in (q, k, v))
+    """Output and gradients of inputs, the summary query (zero for full attention) and factors, in float64."""
+    *rows, w, d_out = (x.double() for x in inputs_of(case))
+    factors = head_scaling_of(case)
+    leaves = [*(x.requires_grad_() for x in (*rows, w)), *factors]
+    q, k, v, *own = (x[None] for x in rows)
     if case.kind == "dash":
         cu_seqlens = case.cu_seqlens.to(case.device)
-        settings = case.settings
-        for factors in leaves[4:]:
-            settings["scaling_factor"] *= factors
+        settings = case.settings | dict(zip(ROUTING, own, strict=False))
+        for factor in factors:
+            settings["scaling_factor"] *= factor
         out = dash_attention(q, k, v, w, cu_seqlens=cu_seqlens, backend="reference", **settings)
     else:
         documents = []
@@ -177,14 +186,14 @@ def _attend_rank(case: Case, group: ContextGroup) -> tuple[list[torch.Tensor], d
     chunk_size = CHUNK if case.kind == "dash" else None
     shard = shard_sequence(case.cu_seqlens, group.rank, group.size, chunk_size, case.query_pool)
     shard = shard.map(lambda x: x.to(case.device))
-    *rows, w = [x[shard.token].clone() for x in whole[:3]] + [whole[3].clone()]
+    *rows, w = [x[shard.token].clone() for x in whole[:-2]] + [whole[-2].clone()]
     leaves = [*(x.requires_grad_() for x in (*rows, w)), *head_scaling_of(case)]
     if case.comm == "a2a":
         out = _attend_heads(case, leaves, group)
     else:
         out = _attend_chunks(case, leaves, shard, group)
     sent = dict(group.bytes_sent)
-    gradients = torch.autograd.grad(out, leaves, whole[4][shard.token], allow_unused=True)
+    gradients = torch.autograd.grad(out, leaves, whole[-1][shard.token], allow_unused=True)
     traffic = {"forward": sent["forward"], "backward": group.bytes_sent["backward"], "shard": shard}
     assert sent["backward"] == 0
     assert group.bytes_sent["forward"] == sent["forward"]
@@ -192,7 +201,7 @@ def _attend_rank(case: Case, group: ContextGroup) -> tuple[list[torch.Tensor], d
     for local, leaf in zip((out.detach(), *gradients), (out, *leaves), strict=True):
         local = torch.zeros_like(leaf) if local is None else local
         total = torch.zeros(case.bounds[-1], *local.shape[1:], dtype=local.dtype)
-        if any(leaf is whole_leaf for whole_leaf in leaves[3:]):
+        if any(leaf is whole_leaf for whole_leaf in leaves[len(rows) :]):
             total = local.cpu()
         else:
             total[shard.token.cpu()] = local.cpu()
@@ -202,11 +211,12 @@ def _attend_rank(case: Case, group: ContextGroup) -> tuple[list[torch.Tensor], d
 
 
 def _attend_heads(case: Case, leaves: list[torch.Tensor], group: ContextGroup) -> torch.Tensor:
-    q, k, v = (heads_for_rows(x, group) for x in leaves[:3])
-    w = leaves[3].split(k.shape[1])[group.rank]
+    *rows, w = leaves[: 4 + 2 * case.own_router]
+    q, k, v, *own = (heads_for_rows(x, group) for x in rows)
+    w = w.split(k.shape[1])[group.rank]
     if case.kind == "dash":
-        settings = case.settings
-        for factors in leaves[4:]:
+        settings = case.settings | {name: x[None] for name, x in zip(ROUTING, own, strict=False)}
+        for factors in leaves[len(rows) + 1 :]:
             settings["scaling_factor"] *= factors.split(k.shape[1])[group.rank]
         out = dash_attention(
             q[None], k[None], v[None], w, cu_seqlens=case.cu_seqlens, backend=case.backend, **settings
@@ -224,7 +234,8 @@ def _attend_heads(case: Case, leaves: list[torch.Tensor], group: ContextGroup) -
 
 def _attend_chunks(case: Case, leaves: list[torch.Tensor], shard: Any, group: ContextGroup) -> torch.Tensor:
     router = Router(**case.settings)
-    q, k, v, w, *factors = leaves
+    q, k, v, *own = leaves[: 3 + 2 * case.own_router]
+    w, *factors = leaves[3 + len(own) :]
     out, _ = sharded_dash_attention(
         q,
         k,
@@ -236,5 +247,6 @@ def _attend_chunks(case: Case, leaves: list[torch.Tensor], shard: Any, group: Co
         exchange=case.comm,
         backend=case.backend,
         head_scaling=factors[0] if factors else None,
+        **dict(zip(ROUTING, own, strict=False)),
     )
     return out

@@ -25,7 +25,12 @@ from tests.parallel.context_workers import CHUNK, Case, attend_alone, attend_tog
 DASH_COMMS = ["all_gather", "a2a", "p2p", "sparse"]
 FULL_COMMS = ["a2a"]
 # the second sees further than a piece of four ranks is long
-ROUTERS = {"pooled": {"local_chunks": 2, "query_pool": 16}, "pooled far": {"query_pool": 100}}
+ROUTERS = {
+    "pooled": {"local_chunks": 2, "query_pool": 16},
+    "pooled far": {"query_pool": 100},
+    "own router": {"own_router": True},
+    "own router, pooled": {"own_router": True, "query_pool": 16, "learned_scaling": True},
+}
 DOCUMENTS = {
     "one": (0, 384),
     # a document of one token, one that ends on a border, some that straddle one
@@ -33,6 +38,7 @@ DOCUMENTS = {
     "many": (*range(0, 300, 7), 384),
 }
 NAMES = ("output", "dq", "dk", "dv", "d summary query", "d scaling")
+OWN_NAMES = ("output", "dq", "dk", "dv", "d routing query", "d routing key", "d summary query", "d scaling")
 # float64: sums in another order
 TOLERANCE = 1e-12
 
@@ -73,7 +79,8 @@ def test_every_exchange_gives_what_one_process_gives(size: int, run_processes: A
                 DOCUMENTS[documents], comm=comm, heads=(24, 12), **router
             )
     for name, (found, _) in together(cases, size, run_processes, tmp_path).items():
-        for what, x, expected in zip(NAMES[: len(found)], found, attend_alone(cases[name]), strict=True):
+        names = OWN_NAMES if cases[name].own_router else NAMES
+        for what, x, expected in zip(names[: len(found)], found, attend_alone(cases[name]), strict=True):
             assert error(x, expected) <= TOLERANCE, (name, what)
 
 
@@ -92,11 +99,13 @@ def test_every_exchange_serves_the_triton_kernels(by_pair: bool, run_processes: 
             learned_scaling=comm == "all_gather",
             local_chunks=1,
             query_pool=5,
+            own_router=comm == "sparse",
         )
         for comm in ("all_gather", "p2p", "sparse")
     }
     for name, (found, _) in together(cases, 2, run_processes, tmp_path).items():
-        for what, x, expected in zip(NAMES[: len(found)], found, attend_alone(cases[name]), strict=True):
+        names = OWN_NAMES if cases[name].own_router else NAMES
+        for what, x, expected in zip(names[: len(found)], found, attend_alone(cases[name]), strict=True):
             assert error(x, expected) <= 1e-5, (name, what)
 
 
@@ -144,7 +153,7 @@ def test_a_token_changes_no_earlier_token_and_no_other_document(run_processes: A
         assert torch.cat([change[:token], change[229:]]).max() <= 1e-13, (kind, comm)
 
 
-def shape_of(shard: Any, routed: bool) -> ContextShape:
+def shape_of(shard: Any, routed: bool, own_router: bool = False) -> ContextShape:
     places = shard.chunks.places if routed else None
     return ContextShape(
         context=shard.size,
@@ -153,6 +162,7 @@ def shape_of(shard: Any, routed: bool) -> ContextShape:
         kv_heads=4,
         head_dim=16,
         chunk_size=CHUNK,
+        routing_heads=4 * own_router,
         element_bytes=4,
         rows=places and places.max_rows,
         chunks=places and places.max_chunks,
@@ -181,15 +191,19 @@ def test_bytes_sent_are_those_of_the_formulas(run_processes: Any, tmp_path: Path
         cases[f"pooled_{comm}_{documents}"] = Case(
             DOCUMENTS[documents], comm=comm, dtype=torch.float32, query_pool=16
         )
+    for comm in ("all_gather", "a2a"):
+        cases[f"own_router_{comm}"] = Case(
+            DOCUMENTS["packed"], comm=comm, dtype=torch.float32, query_pool=16, own_router=True
+        )
     for name, (_, ranks) in together(cases, 4, run_processes, tmp_path).items():
         case = cases[name]
         routed = case.kind == "dash" and case.comm != "a2a"
         for traffic in ranks:
-            shape = shape_of(traffic["shard"], routed)
+            shape = shape_of(traffic["shard"], routed, case.own_router)
             expected = context_exchange(case.comm, shape)
             if routed:
                 expected += alignment(shape, *sent_and_returned(traffic["shard"]))
-            if case.query_pool > 1:
+            if routed and case.query_pool > 1:
                 expected += query_halo(shape, *lent_and_borrowed(traffic["shard"]))
             assert PassBytes(traffic["forward"], traffic["backward"]) == expected, name
 

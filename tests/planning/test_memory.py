@@ -29,10 +29,11 @@ MEASURED_ATTENTION = [
 ALONE = Layout(1, 1, 1, 1, "all_gather", "full")
 
 
-def tiny(precision: str = "bf16") -> Config:
+def tiny(precision: str = "bf16", **attention: Any) -> Config:
     return config_from_dict(
         {
             "run_dir": "run",
+            "attention": attention,
             "model": {
                 "layers": 2,
                 "hidden_size": 64,
@@ -49,11 +50,12 @@ def tiny(precision: str = "bf16") -> Config:
     )
 
 
-def test_weights_and_optimizer_are_those_of_a_real_model_and_its_adamw() -> None:
+@pytest.mark.parametrize("attention", [{}, {"pool_heads": True, "router_projections": True}], ids=str)
+def test_weights_and_optimizer_are_those_of_a_real_model_and_its_adamw(attention: dict[str, Any]) -> None:
     from dash_megatron.layers.model import build_model
     from dash_megatron.parallel import destroy_process_groups, init_process_groups, read_launch
 
-    config = tiny("fp32")
+    config = tiny("fp32", **attention)
     init_process_groups(read_launch({}), config.parallel)
     try:
         model = build_model(config, 128)
@@ -69,6 +71,17 @@ def test_weights_and_optimizer_are_those_of_a_real_model_and_its_adamw() -> None
     )
     use = memory_use(config, ALONE, 128)
     assert (use.weights, use.gradients, use.optimizer) == (weights, weights, states)
+
+
+def test_a_router_of_its_own_keeps_its_queries_and_keys() -> None:
+    pooled = {"pool_heads": True, "query_pool": 16}
+    layout = replace(ALONE, recompute="none")
+    without, own = (
+        memory_use(tiny(**pooled, **attention), layout, 128)
+        for attention in ({}, {"router_projections": True})
+    )
+    # of 2 layers and 256 tokens, a query and a key of 2 kv heads, projected and turned, in bf16
+    assert own.activations - without.activations == 2 * 256 * 4 * 2 * 16 * 2
 
 
 @pytest.mark.parametrize(

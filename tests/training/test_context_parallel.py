@@ -68,7 +68,7 @@ def documents_of(tree: dict[str, Any], documents: str, kind: str) -> dict[str, A
     attention: dict[str, Any] = {"kind": "dash", "full_layers": [0]} if kind == "mixed" else {"kind": kind}
     if documents == "packed":
         attention |= {"learned_scaling": True, "local_chunks": 1, "query_pool": 5}
-        attention |= {"pool_heads": True}
+        attention |= {"pool_heads": True, "router_projections": kind == "dash"}
     return with_changes(tree, data={"pack_documents": DOCUMENTS[documents]}, attention=attention)
 
 

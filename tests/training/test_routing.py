@@ -60,7 +60,7 @@ def test_only_the_first_micro_batch_of_a_step_that_is_due_is_measured(tmp_path: 
 
 
 def test_too_little_memory_to_measure_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("of 80 GiB")
 
     monkeypatch.setattr("dash_megatron.training.routing.sample_routing", fail)
@@ -93,7 +93,7 @@ def test_a_run_without_a_router_is_told_there_is_none_to_measure(
 def test_tensorboard_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = MetricsWriter(tmp_path, tensorboard=True, resumed_step=0)
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_histogram", fail)
@@ -140,11 +140,13 @@ def test_measuring_changes_no_training_and_needs_no_other_process(
     assert 0.1 < measured["plain"][0]["layers"][0]["heads"]["own_share"][0] < 1
 
 
-def trained(tiny_config: dict[str, Any], run_processes: Any, run_dir: Path) -> list[Any]:
+def trained(
+    tiny_config: dict[str, Any], run_processes: Any, run_dir: Path, router: dict[str, Any]
+) -> list[Any]:
     """Lines of a run of one sequence a step, whose tokens are all measured."""
     tree = with_changes(
         {**tiny_config, "run_dir": str(run_dir)},
-        attention={"scaling_factor": 500.0},
+        attention={"scaling_factor": 500.0, **router},
         training={"steps": 4, "global_batch": 1, "recompute": "attention"},
         logging={"routing_every": 2, "tensorboard": True},
     )
@@ -152,7 +154,11 @@ def trained(tiny_config: dict[str, Any], run_processes: Any, run_dir: Path) -> l
     return read_lines(run_dir)
 
 
+@pytest.mark.parametrize(
+    "router", [{}, {"router_projections": True, "pool_heads": True}], ids=["shared", "own router"]
+)
 def test_a_run_keeps_its_routing_and_study_routing_draws_it(
+    router: dict[str, Any],
     tiny_config: dict[str, Any],
     run_processes: Any,
     tmp_path: Path,
@@ -161,7 +167,7 @@ def test_a_run_keeps_its_routing_and_study_routing_draws_it(
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    lines = trained(tiny_config, run_processes, tmp_path)
+    lines = trained(tiny_config, run_processes, tmp_path, router)
     metrics = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
@@ -230,7 +236,8 @@ def test_a_run_keeps_its_routing_and_study_routing_draws_it(
     assert report["inputs"].keys() == {"random", "needle", "topics", "run"}
     of_run = report["inputs"]["run"]
     assert of_run["chunks"] == [4]
-    assert of_run["curves"]["softmax"].keys() == {"1", "2"}
+    # the heads of a group, of which a router of its own has one
+    assert of_run["curves"]["softmax"].keys() == ({"1"} if router else {"1", "2"})
 
     assert main(["study", "routing", str(tmp_path), "--length", "32"]) == 2
     assert "must be at least 33" in capsys.readouterr().err

@@ -24,9 +24,13 @@ WEIGHT_TOLERANCE = 1e-6 * STEPS
 # 8 bits of mantissa
 BF16_TOLERANCE = 0.03
 
+# sections; the router has its own projections in the second
 MODELS: dict[str, dict[str, Any]] = {
-    "untied": {"qk_norm": True},
-    "tied": {"tie_embeddings": True, "qkv_bias": True},
+    "untied": {"model": {"qk_norm": True}},
+    "tied": {
+        "model": {"tie_embeddings": True, "qkv_bias": True},
+        "attention": {"router_projections": True},
+    },
 }
 
 
@@ -61,7 +65,7 @@ def references(
     tree: dict[str, Any], run_processes: Any, folder: Path, steps: int = STEPS, cuda: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Every model's run in one process."""
-    cases = [(f"one_process_{name}", with_changes(tree, model=model)) for name, model in MODELS.items()]
+    cases = [(f"one_process_{name}", with_changes(tree, **sections)) for name, sections in MODELS.items()]
     run_processes(1, one_step, cases, str(folder), None, steps, cuda=cuda)
     return {name: loaded(folder / f"one_process_{name}.pt") for name in MODELS}
 
@@ -103,7 +107,7 @@ def test_loss_gradients_and_weights_are_those_of_one_process(
             for model, sequence, stage in itertools.product(models, (False, True), (1, 2, 3))
         }
         trees = [
-            (name, tensor_parallel(tree, stage, sequence, model=MODELS[model]))
+            (name, tensor_parallel(tree, stage, sequence, **MODELS[model]))
             for name, (model, sequence, stage) in cases.items()
         ]
         run_processes(processes, one_step, trees, str(tmp_path), None, STEPS, cuda=cuda)
@@ -127,7 +131,7 @@ def test_recomputation_and_scoring_in_pieces_leave_gradients_alone(
     cases = [
         (
             f"{model}_{mode}_{stage}_{sequence}",
-            tensor_parallel(tree, stage, sequence, model=MODELS[model], training={"recompute": mode}),
+            tensor_parallel(tree, stage, sequence, **MODELS[model], training={"recompute": mode}),
         )
         for model, mode, stage, sequence in itertools.product(
             MODELS, ("selective", "attention", "full"), (1, 3), (False, True)
@@ -145,7 +149,7 @@ def test_bf16_gradients_and_their_norm_are_those_of_one_process(
     tree = with_changes(tree, training={"precision": "bf16"})
     expected = references(tree, run_processes, tmp_path, steps=1)["untied"]
     cases = [
-        (f"{stage}_{sequence}", tensor_parallel(tree, stage, sequence, model=MODELS["untied"]))
+        (f"{stage}_{sequence}", tensor_parallel(tree, stage, sequence, **MODELS["untied"]))
         for stage, sequence in itertools.product((1, 2, 3), (False, True))
     ]
     run_processes(4, one_step, cases, str(tmp_path))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dash_megatron.ops.kernels.attend import attend_forward
-from dash_megatron.ops.kernels.backward_kv import backward_kv
+from dash_megatron.ops.kernels.backward_kv import backward_kv, backward_kv_lists
 from dash_megatron.ops.kernels.backward_pairs import backward_pairs
 from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
 from dash_megatron.ops.kernels.backward_summary import sum_d_summary
@@ -25,7 +25,7 @@ from dash_megatron.ops.kernels.geometry import (
 )
 from dash_megatron.ops.kernels.pool import pool_rows, positions
 from dash_megatron.ops.kernels.route import route
-from dash_megatron.ops.kernels.summarize import summarize
+from dash_megatron.ops.kernels.summarize import summarize, summarize_backward
 from dash_megatron.ops.kernels.transpose import transpose
 from dash_megatron.ops.types import Router
 
@@ -95,6 +95,8 @@ def _forward(
     v: Tensor,
     w: Tensor,
     head_scaling: Tensor | None,
+    own_q: Tensor | None,
+    own_k: Tensor | None,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
     chunk_size: int,
@@ -112,8 +114,9 @@ def _forward(
     router = Router(chunk_size, scaling_factor, *constants)
     chunks, offsets = chunk_layout(sizes, q.shape[0], cu_seqlens, q.device)
     rows_q, rows_k, rows_v, w = _one_row(q), _dense_rows(k), _dense_rows(v), w.contiguous()
-    summary = summarize(rows_k, w, chunks, sizes)
-    routing_q, _ = _pooled(rows_q, q.shape[0], k.shape[2], router, cu_seqlens)
+    summary = summarize(rows_k if own_k is None else _dense_rows(own_k), w, chunks, sizes)
+    router_rows = rows_q if own_q is None else _one_row(own_q)
+    routing_q, _ = _pooled(router_rows, q.shape[0], k.shape[2], router, cu_seqlens)
     lists, tau, mean_log, selected = route(
         routing_q,
         summary,
@@ -136,8 +139,8 @@ def _forward(
 
 @_forward.register_fake
 def _forward_fake(
-    q, k, v, w, head_scaling, cu_seqlens, max_seqlen, chunk_size, scaling_factor, sigma, estimate_diagonal, alpha,
-    local_chunks, query_pool, pool_heads, deterministic,
+    q, k, v, w, head_scaling, own_q, own_k, cu_seqlens, max_seqlen, chunk_size, scaling_factor, sigma, estimate_diagonal,
+    alpha, local_chunks, query_pool, pool_heads, deterministic,
 ):  # fmt: skip
     _, sizes = _prepare(q, k, chunk_size, cu_seqlens, max_seqlen)
     B, N, Hq, D = q.shape
@@ -172,6 +175,8 @@ def _backward(
     v: Tensor,
     w: Tensor,
     head_scaling: Tensor | None,
+    own_q: Tensor | None,
+    own_k: Tensor | None,
     cu_seqlens: Tensor | None,
     out: Tensor,
     lse: Tensor,
@@ -193,7 +198,7 @@ def _backward(
     query_pool: int,
     pool_heads: bool,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     launches, sizes = _prepare(q, k, chunk_size, cu_seqlens)
     constants = sigma, estimate_diagonal, alpha, local_chunks, query_pool, pool_heads
     router = Router(chunk_size, scaling_factor, *constants)
@@ -210,7 +215,8 @@ def _backward(
         router.inv_sigma,
     )  # fmt: skip
     # recomputed rather than kept
-    routing_q, position = _pooled(rows_q, q.shape[0], k.shape[2], router, cu_seqlens)
+    router_rows = rows_q if own_q is None else _one_row(own_q)
+    routing_q, position = _pooled(router_rows, q.shape[0], k.shape[2], router, cu_seqlens)
     # the router adds to the gradient of attention where both saw the same queries
     router_dq = dq if routing_q is rows_q else dq.new_zeros(routing_q.shape)
     router_sizes = sizes.of_router(pool_heads)
@@ -218,7 +224,9 @@ def _backward(
         routing_q, summary, tau, router_dq, d_prior, lists, chunks, router_sizes, router, launches.router, deterministic,
         head_scaling,
     )  # fmt: skip
-    if routing_q is not rows_q:
+    if own_q is not None and position is not None:
+        router_dq = pool_rows(router_dq, position, router.query_pool, transposed=True)
+    elif own_q is None and routing_q is not rows_q:
         dq = _add_router_gradient(dq, router_dq, position, router)
     # the pass to keys and values knows one kind of queries only, and not which chunks are local
     apart = routing_q is not rows_q or router.local_chunks > 0 or key_sums is not None
@@ -227,38 +235,49 @@ def _backward(
             routing_q, tau, mean_dp, summary, list_log_prior, d_prior, transpose(lists, chunks, sizes), chunks[0],
             None, router_sizes, router, head_scaling,
         )  # fmt: skip
-    dk, dv, dw = backward_kv(
-        rows_q, rows_k, rows_v, rows_w, rows_d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, d_summary,
-        d_prior, left, chunks, sizes, router, launches, deterministic and not apart, head_scaling, key_sums,
-    )  # fmt: skip
     # an op returns tensors only
-    d_scaling = q.new_empty(0)
+    d_scaling, d_own_q, d_own_k = (q.new_empty(0) for _ in range(3))
+    if own_q is None or own_k is None:
+        dk, dv, dw = backward_kv(
+            rows_q, rows_k, rows_v, rows_w, rows_d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, d_summary,
+            d_prior, left, chunks, sizes, router, launches, deterministic and not apart, head_scaling, key_sums,
+        )  # fmt: skip
+    else:
+        dk, dv = backward_kv_lists(
+            rows_q, rows_k, rows_v, rows_d_out, centred_lse, delta, mean_log, left, chunks, sizes, router.inv_sigma,
+            launches, key_sums,
+        )  # fmt: skip
+        d_rows, dw = summarize_backward(d_summary, _dense_rows(own_k), rows_w, chunks, sizes)
+        d_own_q, d_own_k = router_dq.view(own_q.shape), d_rows.to(k.dtype).view(own_k.shape)
     if head_scaling is not None and d_log_factor is not None:
         d_scaling = (d_log_factor / head_scaling).to(head_scaling.dtype)
-    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), dw.to(w.dtype), d_scaling
+    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), dw.to(w.dtype), d_scaling, d_own_q, d_own_k
 
 
 @_backward.register_fake
-def _backward_fake(d_out, q, k, v, w, head_scaling, *_):
-    d_scaling = q.new_empty(0) if head_scaling is None else torch.empty_like(head_scaling)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), w.new_empty(w.shape), d_scaling
+def _backward_fake(d_out, q, k, v, w, head_scaling, own_q, own_k, *_):
+    return tuple(
+        q.new_empty(0) if x is None else x.new_empty(x.shape)
+        for x in (q, k, v, w, head_scaling, own_q, own_k)
+    )
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, w, head_scaling, cu_seqlens, _, *ctx.settings = inputs
+    q, k, v, w, head_scaling, own_q, own_k, cu_seqlens, _, *ctx.settings = inputs
     out, selected, *saved = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(selected, *saved)
-    ctx.save_for_backward(q, k, v, w, head_scaling, cu_seqlens, out, *saved)
+    ctx.save_for_backward(q, k, v, w, head_scaling, own_q, own_k, cu_seqlens, out, *saved)
 
 
 def _autograd_backward(ctx, d_out, *_):
     num_settings = len(ctx.settings)
     if d_out is None:
-        return (None,) * (7 + num_settings)
+        return (None,) * (9 + num_settings)
     saved = ctx.saved_tensors
-    *gradients, d_scaling = _backward(d_out, *saved, *ctx.settings)
-    return *gradients, None if saved[4] is None else d_scaling, None, None, *(None,) * num_settings
+    found = _backward(d_out, *saved, *ctx.settings)
+    given = zip(found, saved, strict=False)
+    return *(None if x is None else gradient for gradient, x in given), None, None, *(None,) * num_settings
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -271,6 +290,8 @@ def dash_attention_triton(
     summary_query: Tensor,
     router: Router,
     cu_seqlens: Tensor | None,
+    routing_q: Tensor | None = None,
+    routing_k: Tensor | None = None,
     deterministic: bool | None = None,
     max_seqlen: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -286,6 +307,7 @@ def dash_attention_triton(
         summary_query: [Hkv, D].
         router: its chunk size is 16, 32, 64 or 128.
         cu_seqlens: [documents + 1] (then B == 1), or None for one document per batch row.
+        routing_q, routing_k: [B, N, Hkv, D], or None both: the router's own queries and keys, beside `pool_heads`.
         deterministic: gradients are the same to the last bit in every run, at some cost in time; None asks
             `torch.are_deterministic_algorithms_enabled`.
         max_seqlen: tokens of the longest packed document, or a bound on them; None: all tokens. Lists get room for no more.
@@ -297,7 +319,6 @@ def dash_attention_triton(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     head_scaling, numbers = router.split()
-    out, selected, *_ = _forward(
-        q, k, v, summary_query, head_scaling, cu_seqlens, max_seqlen, *numbers, deterministic
-    )
+    tensors = q, k, v, summary_query, head_scaling, routing_q, routing_k, cu_seqlens
+    out, selected, *_ = _forward(*tensors, max_seqlen, *numbers, deterministic)
     return out, selected

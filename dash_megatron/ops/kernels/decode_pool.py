@@ -52,6 +52,29 @@ def _pool_kernel(
         )
 
 
+def _launch(
+    q: Tensor, queries: Tensor, pooled: Tensor | None, lengths: Tensor, cu_seqlens: Tensor | None, sequence: Tensor | None,
+    active: Tensor | None, query_pool: int, MEAN: bool, KEEP: bool,
+) -> None:  # fmt: skip
+    tokens, heads, D = q.shape
+    _pool_kernel[(tokens, triton.cdiv(heads * D, BLOCK_COLUMNS))](
+        q, queries, pooled, lengths, cu_seqlens, sequence, active, *q.stride()[:2],
+        POOL=query_pool, KEPT=queries.shape[1], HQ=heads, D=D, BLOCK_J=next_power_of_two(query_pool),
+        BLOCK=BLOCK_COLUMNS, MEAN=MEAN, KEEP=KEEP, num_warps=4,
+    )  # fmt: skip
+
+
+def _sequences(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Each token's sequence, int32 [tokens]."""
+    token = torch.arange(tokens, dtype=torch.int32, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:], token, right=True, out_int32=True)
+
+
+def keep(x: Tensor, kept: Tensor, lengths: Tensor, cu_seqlens: Tensor) -> None:
+    """Put the newest rows of new tokens, x [tokens, heads, D] with dense D, into a ring of a `DashCache`; `lengths` are those before."""
+    _launch(x, kept, None, lengths, cu_seqlens, _sequences(cu_seqlens, len(x)), None, 1, False, True)
+
+
 @torch.library.custom_op("dash_megatron::dash_pool_and_keep", mutates_args=("queries",))
 def pool_and_keep(
     q: Tensor,
@@ -70,26 +93,12 @@ def pool_and_keep(
         query_pool: over how many; at most R.
     """
     q = q if q.stride(-1) == 1 else q.contiguous()
-    tokens, Hq, D = q.shape
-    pooled = torch.empty(tokens, Hq, D, dtype=q.dtype, device=q.device)
-    sequence = None
-    if cu_seqlens is not None:
-        token = torch.arange(tokens, dtype=torch.int32, device=q.device)
-        sequence = torch.searchsorted(cu_seqlens[1:], token, right=True, out_int32=True)
-
-    def launch(MEAN: bool, KEEP: bool) -> None:
-        _pool_kernel[(tokens, triton.cdiv(Hq * D, BLOCK_COLUMNS))](
-            q, queries, pooled, lengths, cu_seqlens, sequence, active, *q.stride()[:2],
-            POOL=query_pool, KEPT=queries.shape[1], HQ=Hq, D=D, BLOCK_J=next_power_of_two(query_pool),
-            BLOCK=BLOCK_COLUMNS, MEAN=MEAN, KEEP=KEEP, num_warps=4,
-        )  # fmt: skip
-
-    if sequence is None:
-        # the slot that a token takes held a query that its mean does not need
-        launch(True, True)
-    else:
-        launch(True, False)
-        launch(False, True)
+    pooled = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    sequence = None if cu_seqlens is None else _sequences(cu_seqlens, len(q))
+    tensors = q, queries, pooled, lengths, cu_seqlens, sequence, active, query_pool
+    # the slot that a single token takes held a query that its mean does not need
+    for means, keeps in [(True, True)] if sequence is None else [(True, False), (False, True)]:
+        _launch(*tensors, means, keeps)
     return pooled
 
 

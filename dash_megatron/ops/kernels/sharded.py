@@ -215,14 +215,16 @@ def summarize_backward(
 
 
 def route(
-    q: Tensor, summary: Tensor, chunks: QueryChunks, router: Router, head_scaling: Tensor | None = None
-) -> Routed:
+    q: Tensor, summary: Tensor, chunks: QueryChunks, router: Router, head_scaling: Tensor | None = None,
+    pooled_q: Tensor | None = None,
+) -> Routed:  # fmt: skip
     """As `Stages.route`: solve the entmax of every row and list the chunks that each query tile selected.
 
     Waits for the device only where lists are too long to be allocated for every chunk being selected.
     """
     launches, sizes = _prepare(q, len(summary), chunks, router)
-    q, past, sizes = router.group_means(q, len(summary)), _past(chunks), sizes.of_router(router.pool_heads)
+    past, sizes = _past(chunks), sizes.of_router(router.pool_heads)
+    q = router.group_means(q if pooled_q is None else pooled_q, len(summary))
     lists, tau, mean_log, selected = routing.route(
         _rows(q), summary.contiguous(), _spans(chunks), list_offsets(sizes, past), sizes, router,
         launches.route, chunks.number.contiguous(), head_scaling,
@@ -267,7 +269,7 @@ def route_backward(
             q, state.tau, mean_dp, summary, state.list_log_prior, d_prior, transposed, chunks.start, number, sizes, router,
             head_scaling,
         )  # fmt: skip
-    dq = router.group_means_backward(dq, queries.q.shape[1])
+    dq = router.group_means_backward(dq, queries.routing_q.shape[1])
     if head_scaling is None or d_log_factor is None:
         return RouterGradients(dq, d_summary, None)
     return RouterGradients(dq, d_summary, d_log_factor / head_scaling)

@@ -29,6 +29,7 @@ class _ShardedDash(torch.autograd.Function):
         pooled_q: Tensor | None,
         k: Tensor,
         v: Tensor,
+        own_k: Tensor | None,
         w: Tensor,
         head_scaling: Tensor | None,
         router: Router,
@@ -36,18 +37,17 @@ class _ShardedDash(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         stages, layout, group = exchange.stages, exchange.layout, exchange.group
         with group.counting("forward"):
-            pending = _send_summaries(
-                stages.summarize(k, w, layout.queries, router.chunk_size), layout, group
-            )
+            summarized = k if own_k is None else own_k
+            own_summary = stages.summarize(summarized, w, layout.queries, router.chunk_size)
+            pending = _send_summaries(own_summary, layout, group)
             # after the summaries, which the router waits for
             exchange.start(k, v)
             summary = _all_summaries(pending, layout)
-            routing_q = q if pooled_q is None else pooled_q
-            routed = stages.route(routing_q, summary, layout.queries, router, head_scaling)
+            routed = stages.route(q, summary, layout.queries, router, head_scaling, pooled_q)
             attended = exchange.attend(RoutedQueries(q, layout.queries, router, routed, pooled_q), k, v)
         out = attended.out.to(q.dtype)
         # nothing of size stays on ctx itself, where activation checkpointing would not find it
-        saved = q, pooled_q, k, v, w, head_scaling, out, attended.lse, summary
+        saved = q, pooled_q, k, v, own_k, w, head_scaling, out, attended.lse, summary
         ctx.save_for_backward(*saved, routed.selected, *routed.state)
         ctx.router, ctx.exchange = router, exchange
         ctx.mark_non_differentiable(routed.selected)
@@ -55,7 +55,7 @@ class _ShardedDash(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        q, pooled_q, k, v, w, head_scaling, out, lse, summary, selected, *state = ctx.saved_tensors
+        q, pooled_q, k, v, own_k, w, head_scaling, out, lse, summary, selected, *state = ctx.saved_tensors
         exchange: ContextExchange = ctx.exchange
         router: Router = ctx.router
         stages, layout, group = exchange.stages, exchange.layout, exchange.group
@@ -66,13 +66,15 @@ class _ShardedDash(torch.autograd.Function):
             attended = exchange.attend_backward(gradient, queries, k, v)
             routed = stages.route_backward(d_prior, queries, summary, head_scaling)
             d_own = _return_summaries(routed.summary, layout, group)
-            dk, dw = stages.summarize_backward(d_own, k, w, layout.queries, router.chunk_size)
+            summarized = k if own_k is None else own_k
+            dk, dw = stages.summarize_backward(d_own, summarized, w, layout.queries, router.chunk_size)
         dq = attended.q + routed.q if pooled_q is None else attended.q
         d_pooled = None if pooled_q is None else routed.q.to(q.dtype)
-        gradients = dq, attended.k + dk, attended.v, dw
+        d_own_k = None if own_k is None else dk.to(own_k.dtype)
+        gradients = dq, attended.k + dk if own_k is None else attended.k, attended.v, dw
         dq, dk, dv, dw = (g.to(x.dtype) for g, x in zip(gradients, (q, k, v, w), strict=True))
         d_scaling = None if routed.head_scaling is None else routed.head_scaling.to(head_scaling.dtype)
-        return dq, d_pooled, dk, dv, dw, d_scaling, None, None
+        return dq, d_pooled, dk, dv, d_own_k, dw, d_scaling, None, None
 
 
 def sharded_dash_attention(
@@ -87,6 +89,8 @@ def sharded_dash_attention(
     exchange: str,
     backend: str = "auto",
     head_scaling: Tensor | None = None,
+    routing_q: Tensor | None = None,
+    routing_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """DashAttention of this rank's rows of a packed sequence, differentiable; collective.
 
@@ -101,6 +105,7 @@ def sharded_dash_attention(
         backend: as in `dash_attention`.
         head_scaling: multiplies the router's scaling factor, for each key/value head [Hkv]; its gradient is this rank's
             part.
+        routing_q, routing_k: [N / P, Hkv, D], or None both: the router's own queries and keys, beside `pool_heads`.
 
     Returns:
         Output [N / P, Hq, D] in q's dtype, and the number of chunks selected, the own one included, int32 [n, Hkv], of
@@ -109,12 +114,18 @@ def sharded_dash_attention(
     aligned = layout.alignment
     if aligned is not None:
         q, k, v = (move_rows(x, aligned.to_chunks, aligned.to_rows, group) for x in (q, k, v))
+        routing_q, routing_k = (
+            None if x is None else move_rows(x, aligned.to_chunks, aligned.to_rows, group)
+            for x in (routing_q, routing_k)
+        )
     keys = EXCHANGES[exchange](stages(backend, q), layout, group)
-    pooled_q = None
+    pooled_q = routing_q
     if router.query_pool > 1:
         assert layout.halo is not None, "the layout is of this router"
-        pooled_q = routing_queries(q, router.query_pool, layout.halo, group, backend)
-    rows = q, pooled_q, k.contiguous(), v.contiguous()
+        given = q if routing_q is None else routing_q
+        pooled_q = routing_queries(given, router.query_pool, layout.halo, group, backend)
+    own_k = None if routing_k is None else routing_k.contiguous()
+    rows = q, pooled_q, k.contiguous(), v.contiguous(), own_k
     out, selected = _ShardedDash.apply(*rows, w, head_scaling, router, keys)
     if aligned is not None:
         out = move_rows(out, aligned.to_rows, aligned.to_chunks, group)

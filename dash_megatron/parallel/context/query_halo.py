@@ -14,14 +14,14 @@ def routing_queries(
     """What `pool_queries` gives for this rank's part of a packed sequence, differentiable; collective.
 
     Args:
-        q: this rank's aligned queries [n, Hq, D].
+        q: this rank's aligned queries [n, heads, D].
         query_pool: how many queries a mean is of.
         halo: which queries of other pieces are needed.
         group: the ranks that share the sequence.
         backend: as in `dash_attention`.
 
     Returns:
-        [n, Hq, D] in q's dtype.
+        [n, heads, D] in q's dtype.
     """
 
     def borrow(x: Tensor) -> Tensor:
