@@ -1,4 +1,7 @@
-"""Draw the pictures of `docs/results/quality.md` from two summaries: `python -m docs.tools.branch_pictures --output docs/results/`."""
+"""Draw the pictures of `docs/results/quality.md`: `python -m docs.tools.branch_pictures --output docs/results/`.
+
+Two studies have a summary of their runs (`STUDIES`), the later ones what `study collect` wrote (`COLLECTED`).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
+from math import hypot
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -15,26 +19,33 @@ from typing import Any
 import numpy as np
 
 from dash_megatron.command_line import ending_with_reader
-from dash_megatron.drawing import COLORS, GRID, line_style, plt, save
+from dash_megatron.drawing import COLORS, GRID, line_style, plt, save, tokens_axis
 
 QUALITY = Path(__file__).parents[1] / "results" / "quality"
 STUDIES = ("branches_held_out", "branches_factors")
-POSITIONS = ("0-64", "64-512", "512-2K", "2K-4K", "4K-8K", "8K-16K")
+POSITIONS = (0, 64, 512, 2048, 4096, 8192, 16384)
+"""Ends of the ranges of positions in the summaries."""
+# by label: study and arm in what `study collect` wrote
+COLLECTED = {
+    "the recipe, 25%": ("branches_projections", "own"),
+    "without router projections, 210M, 400 steps": ("branches_210m", "dash_25"),
+}
 # by label: how an arm is called in the first and in the second study; "" where it was not run
 BARS = {
-    "the recipe, 25%": ("p25-g-l-sh", "k25"),
+    "without router projections, 25%": ("p25-g-l-sh", "k25"),
     "25%, 1,600 steps": ("x2.p25-g-l-sh", ""),
     "25%, 199M parameters, chunks of 16, 400 steps": ("big.p25-g-l-sh-c16-w8", ""),
     "25%, a λ a layer, no learned factors": ("p25", ""),
     "25%, from scratch: 95% in the base": ("", "scd.k25"),
     "InfLLMv2, 25%": ("inf25", ""),
     "NSA, 25%, 400 steps": ("", "h.nsa25"),
-    "the recipe, 11%": ("p11-g-l-sh", "k11"),
+    "without router projections, 11%": ("p11-g-l-sh", "k11"),
     "InfLLMv2, 11%": ("inf11", "inf11"),
     "NSA, 11%, 400 steps": ("", "h.nsa11"),
 }
 LINES = (
-    "InfLLMv2, 11%", "InfLLMv2, 25%", "the recipe, 11%", "25%, from scratch: 95% in the base", "the recipe, 25%",
+    "the recipe, 25%", "without router projections, 25%", "without router projections, 11%", "25%, from scratch: 95% in the base",
+    "InfLLMv2, 25%", "InfLLMv2, 11%",
 )  # fmt: skip
 
 
@@ -131,7 +142,7 @@ class Study:
         return float(100 * spread / fmean(self.runs[full]["valid_loss"] for full in fulls))
 
     def by_position(self, arm: str) -> list[tuple[float, ...]]:
-        """Differences to full attention in percent: for each of `POSITIONS`, one an order."""
+        """Differences to full attention in percent: for each range of `POSITIONS`, one an order."""
         pairs = [(self.runs[run]["by_position"], self.full(run)) for run in self.orders(arm)]
         ratios = [
             [100 * (x / y - 1) for x, y in zip(own, self.runs[full]["by_position"], strict=True)]
@@ -156,45 +167,98 @@ class Study:
         )
 
 
+@dataclass(frozen=True)
+class Collected:
+    """Differences of an arm to full attention that `study collect` wrote, in percent, the first of whole documents."""
+
+    rows: list[dict[str, str]]
+
+    @classmethod
+    def read(cls, study: str, arm: str) -> Collected:
+        """Read the held-out documents of an arm from a study's `comparisons.csv`."""
+        with (QUALITY / study / "comparisons.csv").open() as file:
+            rows = [row for row in csv.DictReader(file) if row["arm"] == arm and row["task"] == "documents"]
+        return cls(sorted(rows, key=lambda row: int(row["to"] or 0)))
+
+    @property
+    def orders(self) -> int:
+        """How many orders of the data the differences are means over."""
+        return len(self.rows[0]["orders"].split())
+
+    def means_and_errors(self) -> list[tuple[float, float]]:
+        """By range of positions: the difference, and its standard error over documents and orders together."""
+        return [
+            (
+                100 * float(row["relative"]),
+                100 * hypot(float(row["relative_error_items"]), float(row["relative_error_orders"])),
+            )
+            for row in self.rows
+        ]
+
+
 def draw_losses(studies: Sequence[Study], output: Path) -> Path:
     """Difference to full attention by arm; a dot an order, bars of two standard errors."""
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-    for place, (label, arms) in enumerate(reversed(BARS.items())):
-        found = Difference.pooled([x.difference(arm) for x, arm in zip(studies, arms, strict=True) if arm])
-        error = found.documents if found.orders is None else (found.documents**2 + found.orders**2) ** 0.5
+    found = [(label, *_collected(Collected.read(*source))) for label, source in COLLECTED.items()]
+    for label, arms in BARS.items():
+        difference = Difference.pooled(
+            [x.difference(arm) for x, arm in zip(studies, arms, strict=True) if arm]
+        )
+        error = hypot(difference.documents, difference.orders or 0)
+        found.append((label, difference.mean, error, len(difference.by_order), difference.by_order))
+    for place, (label, mean, error, branches, by_order) in enumerate(reversed(found)):
         color = COLORS[1] if label.startswith(("InfLLMv2", "NSA")) else COLORS[0]
-        axis.errorbar(found.mean, place, xerr=2 * error, fmt="s", color=color, capsize=4)
-        axis.plot(found.by_order, [place + 0.25] * len(found.by_order), ".", color=color, alpha=0.6)
+        axis.errorbar(mean, place, xerr=2 * error, fmt="s", color=color, capsize=4)
+        axis.plot(by_order, [place + 0.25] * len(by_order), ".", color=color, alpha=0.6)
         axis.annotate(
-            f"{found.mean:+.2f}  ({_number(len(found.by_order))})",
-            (found.mean + 2 * error, place),
+            f"{mean:+.2f}  ({_number(branches)})",
+            (mean + 2 * error, place),
             (6, -3),
             textcoords="offset points",
         )
         axis.annotate(label, (0, place), (-6, 0), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="center")  # fmt: skip
     axis.axvline(0, color="gray", linewidth=1)
-    axis.set(xlabel="loss on held-out documents above full attention's (%)", yticks=[], xlim=(-0.2, 8.2))
+    axis.set(xlabel="loss on held-out documents above full attention's (%)", yticks=[], xlim=(-1, 8.2))
     axis.grid(alpha=GRID, axis="x")
     return save(figure, output / "quality_losses.png")
+
+
+def _collected(arm: Collected) -> tuple[float, float, int, tuple[float, ...]]:
+    return *arm.means_and_errors()[0], arm.orders, ()
 
 
 def draw_positions(studies: Sequence[Study], output: Path) -> Path:
     """Difference to full attention by position in the document, mean over orders, bars of two standard errors over them."""
     figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
     for number, label in enumerate(LINES):
-        color, marker = line_style(number)
-        found = [x.by_position(arm) for x, arm in zip(studies, BARS[label], strict=True) if arm]
-        columns = [tuple(chain.from_iterable(x)) for x in zip(*found, strict=True)]
-        axis.errorbar(
-            range(len(columns)), [fmean(x) for x in columns], yerr=[2 * stdev(x) / len(x) ** 0.5 for x in columns],
-            color=color, marker=marker, capsize=3, linewidth=1, label=f"{label} ({_number(len(columns[0]))})",
-        )  # fmt: skip
+        if label in COLLECTED:
+            arm = Collected.read(*COLLECTED[label])
+            branches, bars = arm.orders, arm.means_and_errors()[1:]
+            ends = [0, *(int(row["to"]) for row in arm.rows[1:])]
+        else:
+            found = [x.by_position(arm) for x, arm in zip(studies, BARS[label], strict=True) if arm]
+            columns = [tuple(chain.from_iterable(x)) for x in zip(*found, strict=True)]
+            branches, bars = len(columns[0]), [(fmean(x), stdev(x) / len(x) ** 0.5) for x in columns]
+            ends = list(POSITIONS)
+        _draw_line(axis, number, f"{label} ({_number(branches)})", ends, bars)
     axis.axhline(0, color="gray", linewidth=1)
-    axis.set_xticks(range(len(POSITIONS)), POSITIONS)
+    tokens_axis(axis, POSITIONS[1:])
     axis.set(xlabel="position in the document (tokens)", ylabel="loss above full attention's (%)")
     axis.grid(alpha=GRID)
-    axis.legend(fontsize=9)
+    axis.legend(fontsize=8)
     return save(figure, output / "quality_position.png")
+
+
+def _draw_line(
+    axis: Any, number: int, label: str, ends: Sequence[int], bars: Sequence[tuple[float, float]]
+) -> None:
+    """A line through means with bars of two errors, each in the middle of its range of positions."""
+    color, marker = line_style(number)
+    middles = [(max(first, last / 4) * last) ** 0.5 for first, last in pairwise(ends)]
+    axis.errorbar(
+        middles, [mean for mean, _ in bars], yerr=[2 * error for _, error in bars],
+        color=color, marker=marker, capsize=3, linewidth=1, label=label,
+    )  # fmt: skip
 
 
 def _number(branches: int) -> str:

@@ -9,7 +9,7 @@ import pytest
 from dash_megatron.studies.paired import compare
 from docs.tools.branch_pictures import BARS, QUALITY, STUDIES, Difference, Study, main
 
-ANSWERS = (QUALITY.parent / "quality.md").read_text()
+ANSWERS = " ".join((QUALITY.parent / "quality.md").read_text().split())
 PAGES = {name: (QUALITY / f"{name}.md").read_text() for name in STUDIES}
 ROWS = [(name, line) for name in STUDIES for line in PAGES[name].splitlines() if line.startswith("| `")]
 READ = {name: Study.read(name) for name in STUDIES}

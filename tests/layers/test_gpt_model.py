@@ -235,14 +235,14 @@ def test_wide_heads_with_qk_norm_and_biases_build_and_run() -> None:
 
 
 # Llama 3.2 1B and 3B and Llama 3.1 8B by their published counts, plus layers x kv heads x head dim of summary queries,
-# and layers x kv heads of learned factors where a dense model goes on
+# and where a dense model goes on layers x kv heads of learned factors and layers x hidden size of rows of the router's projections
 PARAMETERS = {
     "quickstart": 918_528,
     "60m_16k": 61_358_400,
     "125m_16k": 121_919_232,
     "350m_16k": 360_766_464,
     "1b_16k": 1_235_814_400 + 16 * 8 * 64,
-    "continued_1b_64k": 1_235_814_400 + 16 * 8 * (64 + 1),
+    "continued_1b_64k": 1_235_814_400 + 16 * 8 * (64 + 1) + 16 * 2048 * (2 * 8 * 64),
     "3b_16k": 3_212_749_824 + 28 * 8 * 128,
     "8b_16k": 8_030_261_248 + 32 * 8 * 128,
     "8b_64k": 8_030_261_248 + 32 * 8 * 128,
