@@ -26,6 +26,8 @@ WORKSPACE_BYTES = 2**31
 MAX_COUNTS, COUNTED_SLABS, COUNT_BYTES = 2**26, 8, 4
 """Most entries of the table in which pairs are counted, most slabs that it is for where it does not hold all tiles, and bytes of an
 entry: constants of `dash_megatron.ops.kernels.pair_slabs`."""
+MAX_PAIR_GRADIENT_BYTES = 2**34
+"""Most of the float32 gradients of keys and values by pair: `dash_megatron.ops.kernels.backward_q.MAX_PAIR_GRADIENT_BYTES`."""
 PLACE_BYTES, PLACES_BYTES = {"attend": 12, "queries": 20}, 2**28
 """Of a pair's places, and of those that are there at once, if of more than one slab: `dash_megatron.ops.kernels.pair_slabs.new_pairs`."""
 PARTS = 528
@@ -161,6 +163,12 @@ def pair_bytes(config: Config, layout: Layout, listed: float, gpu: str) -> dict[
     # partial results in bf16, and in attention their log-sum-exp
     for stage, of_head in {"attend": 2 * head_dim + 4, "queries": 2 * head_dim}.items():
         above = pairs_above(stage, group, head_dim, chunk, gpu)
+        if (
+            stage == "queries"
+            and not sharded
+            and 8 * kv_heads * chunks * chunk * head_dim > MAX_PAIR_GRADIENT_BYTES
+        ):
+            above = math.inf
         room = WORKSPACE_BYTES // (group * of_head)
         tiles, most_of_tile = own_chunks * (chunk / tile), tile * chunks
         # else a tile's pairs might not fit, and tiles are gone over

@@ -217,6 +217,16 @@ def test_the_device_takes_pairs_or_tiles_in_every_stage(monkeypatch):
             assert (plan.placed.row_work[:, -1].sum() > 0).item() is taken
 
 
+def test_gradients_that_would_take_too_much_memory_by_pair_go_over_tiles(monkeypatch):
+    shape = {"N": 40, "Hq": 2, "Hkv": 1, "deterministic": True}
+    expected = _results(**shape)
+    plans = _plans_of_slabs(monkeypatch)
+    monkeypatch.setattr(backward_q, "MAX_PAIR_GRADIENT_BYTES", 8 * 40 * 16 - 1)
+    _by_pair(monkeypatch, all_above=0)
+    _check(expected, _results(**shape))
+    assert [plan is None for plan in plans] == [False, True]
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_the_device_takes_pairs_or_tiles_by_how_much_tiles_list(deterministic, monkeypatch):
     """Just below and above the ratio both give the gradients; each leaves the other without work."""

@@ -12,8 +12,8 @@ import torch
 from tests.ops.checked_addresses import check_addresses
 from tests.ops.kernels_under_test import CUDA, import_kernels
 
-pair_slabs, geometry, configs, attend_pairs = import_kernels(
-    "pair_slabs", "geometry", "configs", "attend_pairs"
+pair_slabs, geometry, configs, attend_pairs, backward_pairs = import_kernels(
+    "pair_slabs", "geometry", "configs", "attend_pairs", "backward_pairs"
 )
 
 N, H, D, C = 2**20, 32, 128, 64
@@ -118,6 +118,44 @@ def test_outputs_of_the_last_of_a_million_tokens_are_merged(monkeypatch):
     )
     assert (x.out[x.rows, -1] - expected).norm() < 1e-5 * expected.norm()
     assert torch.allclose(x.lse[x.rows, -1], lse, atol=1e-5)
+
+
+def test_gradients_of_the_last_of_a_million_tokens_are_added(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    check_addresses(monkeypatch)
+    x = _LastTiles()
+    scores_rk, key_rk = x.scores()
+    d_out, delta, dq, d_keys = (
+        _untouched(N, H, D),
+        _untouched(N, H),
+        _untouched(N, H, D),
+        _untouched(2, N, H, D),
+    )
+    generator = torch.Generator().manual_seed(1)
+    d_out[x.rows, -1] = torch.randn(2 * C, D, generator=generator)
+    delta[x.rows, -1] = torch.randn(2 * C, generator=generator)
+    selected_lse = torch.logsumexp(scores_rk * math.log(2), 1) / math.log(2)
+    x.lse[x.rows, -1] = torch.logaddexp2(x.lse[x.rows, -1], selected_lse)
+    q_r, do_r, k_rk, v_rk = x.q[x.rows, -1], d_out[x.rows, -1], x.k[:, -1][key_rk], x.v[:, -1][key_rk]
+    p_rk = torch.exp2(scores_rk - x.lse[x.rows, -1, None])
+    ds_rk = p_rk * (torch.einsum("rd,rkd->rk", do_r, v_rk) - delta[x.rows, -1, None])
+    dk, dv = torch.zeros(2, 32 * C, D)
+    # keys of the last 32 chunks
+    key_rk -= N - 32 * C
+    dk.index_put_((key_rk,), ds_rk[..., None] * q_r[:, None] * D**-0.5, accumulate=True)
+    dv.index_put_((key_rk,), p_rk[..., None] * do_r[:, None], accumulate=True)
+
+    # the lists' own places of log priors, of which only these six are looked at
+    places = _untouched(OFFSET + 8, C)
+    backward_pairs.backward_pairs(
+        x.q, x.k, x.v, d_out, x.lse, delta, dq, places, x.lists, x.slabs, x.mean_log, x.chunks, x.sizes, 0.5, d_keys
+    )  # fmt: skip
+    d_prior = places[OFFSET : OFFSET + 6].view(2, 3, C)
+    d_prior_tec = ds_rk.view(2, C, 3, C).sum(3).transpose(1, 2)
+    found = dq[x.rows, -1], d_keys[0, -32 * C :, -1], d_keys[1, -32 * C :, -1], d_prior
+    expected = torch.einsum("rk,rkd->rd", ds_rk, k_rk) * D**-0.5, dk, dv, d_prior_tec
+    for name, y, z in zip(("dq", "dk", "dv", "d prior"), found, expected, strict=True):
+        assert (y - z).norm() < 1e-5 * z.norm(), name
 
 
 @pytest.mark.parametrize(("selected", "entries"), [(40, False), (300, True)])

@@ -268,6 +268,10 @@ def test_pairs_of_a_million_tokens_are_counted_for_a_few_slabs_at_a_time() -> No
     # a slab has as many tiles as let 2**26 counts do for 6 of them, by 16384 chunks
     counts = 2**26 // 16384 // 6 * 6 * 16384 * 4
     assert found["queries"] == queries * (1024 + 6 * 20) + counts + 2 * (131072 + 1056) * 64 * 128 * 4
+    # float32 gradients of 32 key/value heads would be 32 GiB, and the kernels go over tiles
+    wide = memory.pair_bytes(heads_of_128(2**20, "model.kv_heads=32"), ALONE, 0.05, "H200")
+    assert wide["attend"] > 2**31
+    assert wide["queries"] == 0
 
 
 def test_pairs_of_ranks_that_share_a_sequence_have_workspaces_for_their_own_queries() -> None:
@@ -332,7 +336,7 @@ def test_recomputation_and_sharing_tokens_only_ever_save() -> None:
 
 def test_limits_are_those_of_the_code_they_describe() -> None:
     from dash_megatron.layers.model import MAX_LOGITS
-    from dash_megatron.ops.kernels import configs, pair_slabs, pairs
+    from dash_megatron.ops.kernels import backward_q, configs, pair_slabs, pairs
     from dash_megatron.ops.kernels.geometry import MAX_BOUNDED_BYTES
     from dash_megatron.ops.topk.nsa import MAX_SHARED_BIAS
 
@@ -340,6 +344,7 @@ def test_limits_are_those_of_the_code_they_describe() -> None:
     assert baseline_times.MAX_SHARED_BIAS == MAX_SHARED_BIAS
     for name in ("WORKSPACE_BYTES", "PLACES_BYTES", "MAX_COUNTS", "COUNTED_SLABS"):
         assert getattr(memory, name) == getattr(pair_slabs, name), name
+    assert memory.MAX_PAIR_GRADIENT_BYTES == backward_q.MAX_PAIR_GRADIENT_BYTES
     for name in ("MAX_PAIRS", "LEAST_STEPS"):
         assert getattr(memory, name) == getattr(pairs, name), name
     assert memory.KEY_PARTS == configs.PAIR_PARTS_PER_MULTIPROCESSOR * 132

@@ -82,17 +82,17 @@ def _backward_pairs_kernel(
             tl.store(p_out, b_dq.to(partial.dtype.element_ty), mask=m_out, cache_modifier=".cs")
         m_d = (o_d < D)[:, None]
         if (here == begin) & (stop >= end):
-            o_sum = ((start.to(tl.int64) + o_c) * HKV + i_h)[None, :] * D + o_d[:, None]
-            b_dk += tl.load(dk + o_sum, mask=m_d, other=0.0)
-            b_dv += tl.load(dv + o_sum, mask=m_d, other=0.0)
-            tl.store(dk + o_sum, b_dk, mask=m_d)
-            tl.store(dv + o_sum, b_dv, mask=m_d)
+            i_place, o_sum = (start.to(tl.int64) * HKV + i_h) * D, o_c[None, :] * (HKV * D) + o_d[:, None]
+            b_dk += tl.load(dk + i_place + o_sum, mask=m_d, other=0.0)
+            b_dv += tl.load(dv + i_place + o_sum, mask=m_d, other=0.0)
+            tl.store(dk + i_place + o_sum, b_dk, mask=m_d)
+            tl.store(dv + i_place + o_sum, b_dv, mask=m_d)
         else:
             # Sums of a chunk that parts share wait in slots: one that began in an earlier part in the first of two.
-            i_slot = tl.program_id(0) * 2 + (here == begin).to(tl.int64)
-            o_sum = i_slot * (C * D) + o_c[None, :] * D + o_d[:, None]
-            tl.store(dk_sum + o_sum, b_dk, mask=m_d)
-            tl.store(dv_sum + o_sum, b_dv, mask=m_d)
+            i_place = (tl.program_id(0) * 2 + (here == begin).to(tl.int64)) * (C * D)
+            o_sum = o_c[None, :] * D + o_d[:, None]
+            tl.store(dk_sum + i_place + o_sum, b_dk, mask=m_d)
+            tl.store(dv_sum + i_place + o_sum, b_dv, mask=m_d)
         here = end
         i_c += 1
 

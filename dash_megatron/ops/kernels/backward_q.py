@@ -29,6 +29,10 @@ from dash_megatron.ops.kernels.tiles import (
 )
 from dash_megatron.ops.types import Router
 
+# Of gradients of keys and values by pair, float32 and beside those that are summed over all entries: more, as of 32 key/value heads
+# of 128 at 1M tokens, might not fit a GPU.
+MAX_PAIR_GRADIENT_BYTES = 2**34
+
 
 @triton.jit
 def _dq_own(
@@ -270,6 +274,8 @@ def backward_q(
     their own chunks is left to `backward_pairs`, which writes `d_prior` for pairs selected only.
     """
     sharded, own = keys is not None, own_places(keys, chunks, sizes)
+    if keys is None and 8 * k.numel() > MAX_PAIR_GRADIENT_BYTES:
+        by_pair = None
     pair_bytes = q[0, 0].nbytes * sizes.group
     slabs = plan_slabs(lists, chunks, sizes, pair_bytes, by_pair, num_pairs, d_prior is not None, keys)
     left = lists if slabs is None else slabs.rest(lists)
