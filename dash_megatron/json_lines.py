@@ -1,9 +1,10 @@
-"""Files with one line for each step, a JSON object, which survive kills, restarts and full disks."""
+"""Files with one line for each step, a strict JSON object, which survive kills, restarts and full disks."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,17 +37,17 @@ class JsonLines:
             _tell(path, found, f"; moved to {aside.name}")
             retry(lambda: _append_bytes(aside, found.damaged), f"write {aside}", path=aside)
         kept = [line for line in found.objects if line["step"] <= resumed_step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
+        text = "".join(_text(line) for line in kept)
         retry(lambda: write_whole(path, text), f"write {path}", path=path)
         self._size = len(text.encode())
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Add one object, which has a `step`.
+        """Add one object, which has a `step`; for numbers that are not finite it holds null.
 
         Raises:
             OSError: the disk has been full, or away, for minutes. What was written before is whole.
         """
-        data = (json.dumps(line) + "\n").encode()
+        data = _text(line).encode()
         retry(lambda: self._append(data), f"write {self.path}", path=self.path)
         self._size += len(data)
 
@@ -55,6 +56,15 @@ class JsonLines:
             file.seek(self._size)
             file.truncate()  # half a line of an attempt before
             file.write(data)
+
+
+def null_if_not_finite(value: Any) -> Any:
+    """A value with None for each NaN or infinity in it, for which JSON has no number."""
+    if isinstance(value, dict):
+        return {key: null_if_not_finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [null_if_not_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json_lines(path: Path, keys: Collection[str] = ()) -> list[Any]:
@@ -100,6 +110,10 @@ def _object(line: bytes, keys: Collection[str]) -> Any:
         return None
     whole = isinstance(value, dict) and type(value.get("step")) is int and value.keys() >= set(keys)
     return value if whole else None
+
+
+def _text(line: Mapping[str, Any]) -> str:
+    return json.dumps(null_if_not_finite(line), allow_nan=False) + "\n"
 
 
 def _append_bytes(path: Path, lines: list[bytes]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -173,7 +174,7 @@ def _of_training(run: StudyRun, lines: list[StepMetrics]) -> Iterator[tuple[Meas
     last: dict[Item, tuple[float, float]] = {
         (line["step"], training.global_batch): (line["loss"], 1.0)
         for line in lines
-        if line["step"] > (1 - LAST_SHARE) * training.steps
+        if line["step"] > (1 - LAST_SHARE) * training.steps and math.isfinite(line["loss"])
     }
     yield Measure(TRAINING, "loss", length), last
     for line in lines:

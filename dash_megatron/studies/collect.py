@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -13,6 +14,7 @@ from typing import Any
 from dash_megatron.config.flops import training_flops_per_token
 from dash_megatron.data.vocabulary import vocabulary_rows
 from dash_megatron.files import write_whole
+from dash_megatron.json_lines import null_if_not_finite
 from dash_megatron.studies.plan import as_row
 from dash_megatron.studies.runs import StudyRun, expand
 from dash_megatron.studies.study_file import Study, StudyError
@@ -58,17 +60,19 @@ def _row(run: StudyRun, metrics: list[StepMetrics]) -> dict[str, Any]:
 def results_of(metrics: Sequence[StepMetrics]) -> dict[str, Any]:
     """What a run came to by its last logged step.
 
-    `loss` is the mean training loss of the last tenth of the steps, `valid_loss` the last validation's, `density` the mean
-    over the last tenth, `tokens_per_second` the median, `gpu_memory_gib` the peak; None where nothing was measured.
+    `loss` is the mean training loss of the last tenth of the steps, of those where it is finite, `valid_loss` the last
+    validation's, `density` the mean over the last tenth, `tokens_per_second` the median, `gpu_memory_gib` the peak; None
+    where nothing was measured. Where no such loss is finite, `loss` is NaN.
     """
     last = metrics[-1]
     tail = [line for line in metrics if line["step"] > 0.9 * last["step"]]
+    losses = [line["loss"] for line in tail if math.isfinite(line["loss"])]
     densities = [line["density"] for line in tail if line["density"] is not None]
     validated = [line["valid_loss"] for line in metrics if line["valid_loss"] is not None]
     return {
         "step": last["step"],
         "tokens": last["tokens"],
-        "loss": fmean(line["loss"] for line in tail),
+        "loss": fmean(losses) if losses else math.nan,
         "valid_loss": validated[-1] if validated else None,
         "density": fmean(densities) if densities else None,
         "tokens_per_second": median(line["tokens_per_second"] for line in metrics),
@@ -106,7 +110,7 @@ def write_rows(
 
     Args:
         path: of the files, but for `.json` and `.csv`.
-        rows: what the JSON holds.
+        rows: what the JSON holds, with null for numbers that are not finite.
         cells: the same as the CSV holds it, of texts and numbers only.
     """
     text = io.StringIO()
@@ -114,7 +118,7 @@ def write_rows(
     writer.writeheader()
     writer.writerows(cells)
     paths = path.with_name(f"{path.name}.json"), path.with_name(f"{path.name}.csv")
-    write_whole(paths[0], json.dumps(rows, indent=2) + "\n", make_folder=True)
+    write_whole(paths[0], json.dumps(null_if_not_finite(rows), indent=2) + "\n", make_folder=True)
     write_whole(paths[1], text.getvalue(), make_folder=True)
     return paths
 

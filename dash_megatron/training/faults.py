@@ -22,6 +22,7 @@ from dash_megatron.checkpoint.files import write_tensors
 from dash_megatron.config import FaultsConfig
 from dash_megatron.data.batches import PackedBatch
 from dash_megatron.files import path_for_message, write_whole
+from dash_megatron.json_lines import null_if_not_finite
 from dash_megatron.parallel import context_rank, data_rank, tensor_group
 from dash_megatron.retry import retry
 
@@ -32,7 +33,7 @@ _TENSORS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens")
 
 @dataclass(frozen=True)
 class Fault:
-    """An update that was skipped, as `<run>/faults/step_00000123/fault.json` holds it."""
+    """An update that was skipped, as `<run>/faults/step_00000123/fault.json` holds it, with null for NaN and infinity."""
 
     step: int
     """Number of the update that was skipped, counted from 1."""
@@ -172,7 +173,8 @@ def write_fault(
         write_tensors(temporary, tensors)
         os.replace(temporary, path)
         if main:
-            write_whole(folder / "fault.json", json.dumps(asdict(fault), indent=2) + "\n")
+            facts = null_if_not_finite(asdict(fault))
+            write_whole(folder / "fault.json", json.dumps(facts, indent=2, allow_nan=False) + "\n")
 
     try:
         retry(write, f"keep the batch of step {fault.step} for a replay", seconds=10, path=run_dir)
@@ -203,8 +205,9 @@ def read_fault(folder: str | Path) -> tuple[Fault, dict[int, list[PackedBatch]]]
     shards: dict[int, list[dict[str, Tensor]]] = {}
     for path in files:
         shards.setdefault(int(path.stem.split("_")[1]), []).append(load_file(path))
-    fault = Fault(**json.loads(facts.read_text(encoding="utf-8")))
-    return fault, {rank: _whole_batches(parts, folder) for rank, parts in shards.items()}
+    known = json.loads(facts.read_text(encoding="utf-8"))
+    known |= {name: math.nan for name in ("loss", "grad_norm") if known[name] is None}
+    return Fault(**known), {rank: _whole_batches(parts, folder) for rank, parts in shards.items()}
 
 
 def _whole_batches(shards: list[dict[str, Tensor]], folder: Path) -> list[PackedBatch]:

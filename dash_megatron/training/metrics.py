@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -27,12 +28,15 @@ class TaskScore(TypedDict):
 
 
 class StepMetrics(TypedDict):
-    """One logged step, as `metrics.jsonl` holds it; per-layer lists have null for layers without a router."""
+    """One logged step, as `metrics.jsonl` holds it; per-layer lists have null for layers without a router.
+
+    JSON has no NaN and no infinity: the file has null for them, in `loss` and `grad_norm` of a step whose update was skipped.
+    """
 
     step: int
     """Finished optimizer steps."""
     loss: float
-    """Mean cross entropy of the step's target tokens, in nats."""
+    """Mean cross entropy of the step's target tokens, in nats; null where it is not finite."""
     valid_loss: float | None
     """Mean cross entropy of the validation samples' target tokens, in nats; null at steps that do not validate."""
     valid_loss_by_position: list[PositionLoss] | None
@@ -41,7 +45,7 @@ class StepMetrics(TypedDict):
     """Scores of `evaluation.tasks` by name and length; null at steps that do not score."""
     lr: float
     grad_norm: float
-    """Global gradient norm before clipping."""
+    """Global gradient norm before clipping; null where it is not finite."""
     tokens: int
     """Tokens read since the start of the run."""
     target_tokens: int
@@ -165,7 +169,7 @@ def _scalars(name: str, value: Any) -> Iterator[tuple[str, float | None]]:
 
 
 def read_metrics(run_dir: str | Path) -> list[StepMetrics]:
-    """Read `metrics.jsonl`, without damaged lines; see `read_json_lines`.
+    """Read `metrics.jsonl`, without damaged lines; see `read_json_lines`. Null in `loss` and `grad_norm` is read as NaN.
 
     Raises:
         FileNotFoundError: the run has none.
@@ -175,7 +179,10 @@ def read_metrics(run_dir: str | Path) -> list[StepMetrics]:
         raise FileNotFoundError(
             f"{path_for_message(path)} does not exist; {run_dir} must be the folder of a run that has logged a step"
         )
-    return read_json_lines(path, _ALWAYS)
+    lines = read_json_lines(path, _ALWAYS)
+    for line in lines:
+        line |= {name: math.nan for name in ("loss", "grad_norm") if line.get(name, 0.0) is None}
+    return lines
 
 
 def console_line(metrics: StepMetrics, total_steps: int, seconds_left: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from PIL import Image
 
 from dash_megatron.__main__ import main
 from dash_megatron.studies import pictures
-from dash_megatron.studies.collect import collect
+from dash_megatron.studies.collect import collect, write_table
 from dash_megatron.studies.fit import fit_compute, fit_parametric, fit_study, frontier
 from dash_megatron.studies.study_file import load_study
 from tests.studies.study_runs import SIZES, Write, finish, law, runs_of
@@ -132,6 +133,22 @@ def test_losses_over_training_are_a_line_for_each_seed_of_the_largest_runs(
     drawn = [(line.get_ydata()[-1], line.get_xdata()[-1]) for line in lines["curves.png"]]
     assert drawn == expected
     assert len(drawn) == 2
+
+
+def test_a_step_without_a_finite_loss_counts_in_no_mean(write_study: Write) -> None:
+    path = write_study()
+    run = runs_of(path)[0]
+    finish(run, 3.0, 0.4)
+    file = run.folder / "metrics.jsonl"
+    *_, last = lines = [json.loads(line) for line in file.read_text().splitlines()]
+    before = last | {"step": last["step"] - 1, "loss": None}
+    file.write_text("".join(json.dumps(line) + "\n" for line in [*lines[:-1], before, last]))
+    (row,) = collect(load_study(path))
+    assert row["loss"] == last["loss"]
+    file.write_text(json.dumps(before) + "\n")
+    rows = collect(load_study(path))
+    assert math.isnan(rows[0]["loss"])
+    assert '"loss": null' in write_table(load_study(path), rows)[0].read_text()
 
 
 def test_losses_over_training_are_those_of_training_where_validations_are_no_curve(

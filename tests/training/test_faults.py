@@ -85,7 +85,9 @@ def test_a_bad_batch_is_kept_with_its_facts(
     fault, batches = read_fault(Path(tiny_config["run_dir"]) / "faults" / "step_00000002")
     assert (fault.step, fault.first_sample, fault.num_samples, fault.policy) == (2, 4, 4, "skip")
     assert math.isfinite(fault.loss)
-    assert not math.isfinite(fault.grad_norm)
+    assert math.isnan(fault.grad_norm)
+    facts = (Path(tiny_config["run_dir"]) / "faults" / "step_00000002" / "fault.json").read_text()
+    assert '"grad_norm": null' in facts
     assert fault.checkpoint is None
     assert {rank: [batch.sample_ids for batch in found] for rank, found in batches.items()} == {
         0: [[4], [6]],

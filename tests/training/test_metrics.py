@@ -1,6 +1,7 @@
 """metrics.jsonl across restarts and kills."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,30 @@ def test_a_damaged_line_is_set_aside_and_told_and_blocks_nothing(
     caplog.clear()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
     assert not caplog.text
+
+
+def refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_file_and_nan_for_readers(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    # of an older release
+    path.write_text(json.dumps(line_of(1) | {"grad_norm": math.inf}) + "\n")
+    writer = MetricsWriter(tmp_path, tensorboard=False, resumed_step=1)
+    writer.write(line_of(2) | {"loss": math.nan, "grad_norm": -math.inf, "density_per_layer": [math.nan]})
+    writer.write(line_of(3) | {"grad_norm": 0.5})
+    writer.close()
+    first, second, third = (json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines())
+    assert (
+        first["grad_norm"] is second["loss"] is second["grad_norm"] is second["density_per_layer"][0] is None
+    )
+    assert third["grad_norm"] == 0.5
+    read = read_metrics(tmp_path)
+    assert math.isnan(read[1]["loss"])
+    assert math.isnan(read[0]["grad_norm"])
+    assert math.isnan(read[1]["grad_norm"])
+    assert (read[0]["loss"], read[0]["valid_loss"], read[2]["grad_norm"]) == (1.0, None, 0.5)
 
 
 def test_tensorboard_gets_scalars_of_steps_and_layers(tmp_path: Path) -> None:
