@@ -1,7 +1,7 @@
 """Every kind of input as one stream of documents and bad lines.
 
 Text files (one document each), .jsonl (one a line), .json (the same, or one array of records), all of them also compressed,
-.parquet and Arrow files (one a row).
+.parquet and Arrow files (one a row). A byte order mark (BOM) at the beginning of a file is no part of its text.
 """
 
 import codecs
@@ -214,6 +214,8 @@ def parse_line(line: bytes, text_key: str | None) -> tuple[str, str]:
 
 
 def _from_line(path: str, number: int, line: bytes, text_key: str | None) -> Document | BadLine | None:
+    if number == 1:
+        line = line.removeprefix(codecs.BOM_UTF8)
     if not line.strip():
         return None
     text, reason = parse_line(line, text_key)
@@ -260,10 +262,7 @@ def _read_compressed(piece: Piece, text_key: str | None) -> Iterator[Document | 
 
 def _read_json(piece: Piece, text_key: str | None) -> Iterator[Document | BadLine]:
     """Read one array of records, or one record, or a record a line, which many call .json too."""
-    data = read_whole(piece.path)
-    if data.startswith(codecs.BOM_UTF8):
-        yield BadLine(piece.path, 1, "a byte order mark (BOM), which JSON does not allow; the rest is read")
-        data = data.removeprefix(codecs.BOM_UTF8)
+    data = read_whole(piece.path).removeprefix(codecs.BOM_UTF8)
     if not data.lstrip().startswith(b"["):
         first = next((line for line in data.splitlines() if line.strip()), b"")
         one_record = first.strip() != data.strip() and not _is_json(first) and _is_json(data)
@@ -321,7 +320,7 @@ def _skip(text: str, place: int, sign: str) -> int:
 
 
 def _read_text(piece: Piece, text_key: str | None) -> Iterator[Document | BadLine]:
-    data = read_whole(piece.path)
+    data = read_whole(piece.path).removeprefix(codecs.BOM_UTF8)
     try:
         yield Document(data.decode("utf-8"), piece.path)
     except UnicodeDecodeError as error:
