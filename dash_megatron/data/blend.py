@@ -58,11 +58,16 @@ def unigram_entropy(entries: Sequence[str]) -> float:
     """Entropy of the tokens' frequencies in nats: the loss per token of a model that knows nothing else.
 
     Args:
-        entries: a blend as a config writes it; its data sets are averaged by their numbers of tokens.
+        entries: a blend as a config writes it; its data sets are averaged by their weights, without these by their numbers
+            of tokens.
 
     Raises:
         FileNotFoundError, ValueError: a data set has no readable sidecar.
     """
-    sidecars = [Sidecar.read(prefix) for prefix in blend_prefixes(entries)]
-    tokens = sum(sidecar.tokens for sidecar in sidecars)
-    return sum(sidecar.tokens * sidecar.unigram_entropy_nats for sidecar in sidecars) / tokens
+    total = weights = 0.0
+    for weight, prefix in parse_blend(entries):
+        sidecar = Sidecar.read(prefix)
+        weight = sidecar.tokens if weight is None else weight
+        total += weight * sidecar.unigram_entropy_nats
+        weights += weight
+    return total / weights

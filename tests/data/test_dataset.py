@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from dash_megatron.data.blend import unigram_entropy
 from dash_megatron.data.dataset import build_dataset
 from dash_megatron.data.sidecar import Sidecar, sidecar_path
 
@@ -31,6 +32,15 @@ def build(tokenizer, tmp_path):
         return build_dataset(blend, **(settings | changes))
 
     return build
+
+
+def test_the_unigram_entropy_of_a_blend_goes_by_its_weights_and_without_any_by_tokens(write_data, tmp_path):
+    # frequencies of 3/4 and 1/4, and of 1/2 for two tokens; ends count
+    a, b = write_data(tmp_path / "a", [[5, 5, 5]] * 10), write_data(tmp_path / "b", [[5]] * 10)
+    of_a, of_b = np.log(4) - 0.75 * np.log(3), np.log(2)
+    assert unigram_entropy([a, b]) == pytest.approx((40 * of_a + 20 * of_b) / 60)
+    assert unigram_entropy([f"0.1 {a}", f"0.9 {b}"]) == pytest.approx(0.1 * of_a + 0.9 * of_b)
+    assert unigram_entropy([f"1 {a}", f"9 {b}"]) == pytest.approx(0.1 * of_a + 0.9 * of_b)
 
 
 def numbered(first: int, count: int, length: int = 24) -> list[list[int]]:
