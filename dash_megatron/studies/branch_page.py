@@ -6,9 +6,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dash_megatron.studies.branch_tables import NOTE, as_markdown, sentences, tables
+from dash_megatron.studies.branch_tables import NOTE, as_markdown, missing_runs, sentences, tables
 from dash_megatron.studies.branches import ArmComparison
-from dash_megatron.studies.jobs import missing_evaluations
 from dash_megatron.studies.page import (
     figure_html,
     page_html,
@@ -39,7 +38,7 @@ def render_branches_page(
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{sum(row['finished'] for row in rows)} of {len(runs)} runs are finished. {escape(NOTE)}</p>",
-        *(f"<p>{escape(line)}</p>" for line in _missing(study, rows)),
+        *(f"<p>{escape(line)}</p>" for line in missing_runs(study, rows)),
     ]
     for base, groups in sentences(study, compared).items():
         parts.append(f"<h2>Branches of {escape(base)}</h2>")
@@ -59,17 +58,10 @@ def render_branches_page(
     return page_html(title, parts)
 
 
-def _missing(study: Study, rows: list[dict[str, Any]]) -> list[str]:
-    """A sentence that names the runs which the comparisons lack; none where they have all."""
-    trained = {row["run"] for row in rows if row["finished"]}
-    names = [run.name for run in expand(study) if run.name not in trained or missing_evaluations(study, run)]
-    return [f"Not trained, or not evaluated as the study says: {', '.join(names)}."] if names else []
-
-
 def render_branches_text(study: Study, rows: list[dict[str, Any]], compared: list[ArmComparison]) -> str:
     """The sentences and tables in Markdown, to paste into a page."""
     lines = [NOTE]
-    for line in _missing(study, rows):
+    for line in missing_runs(study, rows):
         lines += ["", line]
     for base, groups in sentences(study, compared).items():
         for group, said in groups.items():

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from dash_megatron.evaluation.settings import LOSS_TASKS
 from dash_megatron.planning.table import table
 from dash_megatron.studies.branches import TRAINING, ArmComparison, Measure, headline
+from dash_megatron.studies.jobs import missing_evaluations
+from dash_megatron.studies.runs import expand
 from dash_megatron.studies.study_file import Study
 
 VERDICT_WORDS = {
@@ -62,6 +64,18 @@ def tables(study: Study, rows: list[dict[str, Any]], compared: list[ArmCompariso
         if scores:
             found.append(_comparisons_table(f"Scores of the branches of {base}", scores))
     return found
+
+
+def missing_runs(study: Study, rows: list[dict[str, Any]]) -> list[str]:
+    """A sentence that names the runs which the comparisons lack; none where they have all.
+
+    Args:
+        study: the study.
+        rows: as `collect` gives them.
+    """
+    trained = {row["run"] for row in rows if row["finished"]}
+    names = [run.name for run in expand(study) if run.name not in trained or missing_evaluations(study, run)]
+    return [f"Not trained, or not evaluated as the study says: {', '.join(names)}."] if names else []
 
 
 def is_whole_and_final(measure: Measure) -> bool:

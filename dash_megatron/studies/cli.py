@@ -150,13 +150,14 @@ def _collect(options: argparse.Namespace) -> None:
     columns, lines = results_table(rows)
     text, written, found = table(lines, columns), [*paths], rows
     if study.branches:
-        from dash_megatron.studies.branch_tables import as_text, tables
+        from dash_megatron.studies.branch_tables import as_text, missing_runs, tables
         from dash_megatron.studies.branches import as_rows, compare_branches, write_comparisons
 
         compared = compare_branches(study)
         written += write_comparisons(study, compared, folder)
         found = as_rows(study, compared)
         text += [line for one in tables(study, rows, compared) for line in ["", *as_text(one)]]
+        text += [line for missing in missing_runs(study, rows) for line in ["", missing]]
     print(json.dumps(found, indent=2) if options.json else "\n".join([*text, "", *map(str, written)]))
 
 

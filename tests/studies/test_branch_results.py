@@ -174,11 +174,15 @@ def test_the_report_says_what_is_beyond_two_standard_errors(
     assert 'src="http' not in page
 
 
-def test_the_report_names_the_runs_that_it_lacks(measured_study: Path) -> None:
+def test_the_report_names_the_runs_that_it_lacks(
+    measured_study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folders = {run.name: run.folder for run in runs_of(measured_study)}
     assert main(["study", "report", str(measured_study)]) == 0
     out = measured_study.parent / "out"
     assert "Not trained" not in (out / "report.md").read_text() + (out / "report.html").read_text()
+    assert main(["study", "collect", str(measured_study)]) == 0
+    assert "Not trained" not in capsys.readouterr().out
     for order in (1, 2, 3):
         shutil.rmtree(folders[f"worse_order{order}_from_h64_full"])
     shutil.rmtree(folders["same_order2_from_h32_full"] / "evaluation")
@@ -187,6 +191,8 @@ def test_the_report_names_the_runs_that_it_lacks(measured_study: Path) -> None:
     said = f"Not trained, or not evaluated as the study says: same_order2_from_h32_full, {', '.join(lacks)}."
     assert said in (out / "report.md").read_text()
     assert f"<p>{said}</p>" in (out / "report.html").read_text()
+    assert main(["study", "collect", str(measured_study)]) == 0
+    assert said in capsys.readouterr().out.splitlines()
 
 
 def test_another_arm_can_be_the_reference(measured_study: Path, capsys: pytest.CaptureFixture[str]) -> None:
