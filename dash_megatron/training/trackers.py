@@ -15,10 +15,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dash_megatron.config import Config, WandbConfig
 from dash_megatron.files import write_whole
-from dash_megatron.retry import explain_os_error
+from dash_megatron.retry import explain_os_error, make_writable_folder
 
 logger = logging.getLogger(__name__)
 
+_TENSORBOARD = "tensorboard"
 WANDB_ID = "wandb_id"
 """File of a run's folder with the id under which Weights & Biases knows the run."""
 _FINISH_SECONDS = "60"
@@ -43,7 +44,7 @@ class TensorBoard:
     """
 
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+        self._writer = SummaryWriter(str(run_dir / _TENSORBOARD), purge_step=resumed_step + 1)
 
     def add(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Tensor]) -> None:
         """As `Tracker.add`."""
@@ -101,6 +102,17 @@ class WeightsAndBiases:
     def close(self) -> None:
         """As `Tracker.close`; waits a minute at most for what is still to be sent."""
         self._run.finish()
+
+
+def check_tensorboard(config: Config) -> None:
+    """Make the folder of TensorBoard's events and see that it may be written to, lest a thread of TensorBoard finds out.
+
+    Raises:
+        ValueError: it may not.
+        OSError: the file system is full or away.
+    """
+    if config.logging.tensorboard:
+        make_writable_folder(Path(config.run_dir) / _TENSORBOARD, "the folder of logging.tensorboard")
 
 
 def check_wandb(config: Config) -> None:

@@ -35,7 +35,7 @@ from dash_megatron.training.schedule import learning_rate
 from dash_megatron.training.sources import training_source
 from dash_megatron.training.stop import Halted, StopSignals, agree_to_stop
 from dash_megatron.training.trace import StepTracer
-from dash_megatron.training.trackers import check_wandb
+from dash_megatron.training.trackers import check_tensorboard, check_wandb
 from dash_megatron.training.validation import Validation, Validator
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ class Trainer:
         self.tokenizer = setup.load_tokenizer(config)
         self.vocab_size = config.padded_vocabulary(self.tokenizer.vocab_size)
         make_writable_folder(config.run_dir, "run_dir")
+        check_tensorboard(config)
         setup.seed_everything(config.training.seed)
         hang_minutes = config.faults.hang_minutes
         # not shorter than the watchdog, which shows where a process hangs; some minutes are needed to come together

@@ -13,8 +13,9 @@ import pytest
 import torch
 import yaml
 
-from dash_megatron.config import load_config
+from dash_megatron.config import config_from_dict, load_config
 from dash_megatron.training.metrics import StepMetrics, read_metrics
+from dash_megatron.training.trainer import Trainer
 from tests.conftest import Started, train_command
 from tests.training.workers import keep_process_groups, train_all
 
@@ -37,6 +38,17 @@ def config_file(tiny_config: dict[str, Any], tmp_path: Path) -> str:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(tiny_config))
     return str(path)
+
+
+def test_a_tensorboard_folder_that_cannot_be_written_is_refused_before_anything_is_computed(
+    tiny_config: dict[str, Any],
+) -> None:
+    path = Path(tiny_config["run_dir"], "tensorboard")
+    path.parent.mkdir()
+    path.touch()
+    tree = tiny_config | {"logging": {"tensorboard": True}}
+    with pytest.raises(ValueError, match=f"the folder of logging.tensorboard={path}: File exists"):
+        Trainer(config_from_dict(tree), {})
 
 
 def test_train_alone_leaves_config_metrics_tensorboard_checkpoint(
