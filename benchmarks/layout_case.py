@@ -76,7 +76,7 @@ def _measure(case: Case, config: Config, device: torch.device, end: float) -> di
     def step() -> None:
         total = torch.zeros((), device=device)
         for batch in batches:
-            loss = share_of_global_mean(engine.model, batch, targets)
+            loss = share_of_global_mean(engine.forward, batch, targets)
             engine.backward(loss)
             engine.step()
             total += loss.detach()
@@ -91,12 +91,12 @@ def _measure(case: Case, config: Config, device: torch.device, end: float) -> di
             given = stack.enter_context(with_choices(engine, config, name))
             with torch.no_grad():
                 # choices are made while no activations are kept: that takes much memory
-                share_of_global_mean(engine.model, batches[0], targets)
+                share_of_global_mean(engine.forward, batches[0], targets)
             held = given.num_bytes
-            take_context_bytes(engine.module)  # of no step
+            take_context_bytes(engine.model)  # of no step
         seconds = _time_steps(step, case.steps, device, end)
         memory = (torch.cuda.max_memory_allocated() - held) / 2**30 if cuda else 0.0
-        sent = take_context_bytes(engine.module).get(0, (0, 0))
+        sent = take_context_bytes(engine.model).get(0, (0, 0))
         communication, waited_for = _profile(step, case.trace, device)
     chunks, density = _routing(engine)
     flops = training_flops_per_token(config, vocab_size, (config.data.seq_length + 1) / 2, chunks or None)
@@ -154,7 +154,7 @@ def _time_steps(step: Callable[[], None], steps: int, device: torch.device, end:
 
 def _routing(engine: Engine) -> tuple[dict[int, float], float]:
     """Chunks selected in each layer, and the density, of all processes; none and 1 with full attention; collective."""
-    means = routing_means(engine.module)
+    means = routing_means(engine.model)
     if not means:
         return {}, 1.0
     both = torch.stack([torch.stack([x.chunks_selected, x.chunks_available]) for x in means.values()]).float()

@@ -118,16 +118,16 @@ def _measure(
         _dial(engine, batch, routing)
     given = with_choices(engine, config, routing) if isinstance(routing, str) else contextlib.nullcontext()
     with given:
-        engine.model(batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens)
+        engine.forward(batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds = _time_steps(engine, batch, options.steps, device)
     memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    means = routing_means(engine.module)
+    means = routing_means(engine.model)
     chunks = {layer: mean.chunks_selected.item() for layer, mean in means.items()}
     context = (batch.position_ids + 1).float().mean().item()
     flops = training_flops_per_token(config, vocab_size, context, chunks if means else None)
-    hand_values_through(engine.module)
+    hand_values_through(engine.model)
     without = _time_steps(engine, batch, options.steps, device)
     tokens = batch.tokens.numel()
     del model, engine
@@ -161,14 +161,14 @@ def _random_batch(config: Config, vocab_size: int) -> PackedBatch:
 @torch.no_grad()
 def _dial(engine: Engine, batch: PackedBatch, density: float, rounds: int = 16) -> None:
     """Search every layer's scaling factor by bisection of its logarithm; more scaling selects less."""
-    layers = dash_layers(engine.module)
+    layers = dash_layers(engine.model)
     low = {index: module.scaling_factor * 2.0**-4 for index, module in layers.items()}
     high = {index: module.scaling_factor * 2.0**24 for index, module in layers.items()}
     for _ in range(rounds):
         for index, module in layers.items():
             module.scaling_factor = (low[index] * high[index]) ** 0.5
-        engine.model(batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens)
-        for index, means in routing_means(engine.module).items():
+        engine.forward(batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens)
+        for index, means in routing_means(engine.model).items():
             bound = low if means.chunks_selected > density * means.chunks_available else high
             bound[index] = layers[index].scaling_factor
 
@@ -190,7 +190,7 @@ def with_choices(engine: Engine, config: Config, model: str) -> Iterator[Given]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(given.instead())
-        for number, module in dash_layers(engine.module).items():
+        for number, module in dash_layers(engine.model).items():
             attend = given.of_layer(number, one_document_a_row(module._attend_here))
             stack.enter_context(patch.object(module, "_attend_here", attend))
             shared = given.of_layer(number, module._attend_shards)
@@ -205,7 +205,7 @@ def _time_steps(engine: Engine, batch: PackedBatch, steps: int, device: torch.de
     engine.set_lr(0.0)
 
     def step() -> None:
-        engine.backward(share_of_global_mean(engine.model, batch, targets))
+        engine.backward(share_of_global_mean(engine.forward, batch, targets))
         engine.step()
 
     return statistics.median([seconds_of(step, device) for _ in range(steps + 2)][2:])

@@ -80,7 +80,7 @@ def _reader(stored: StoredState, engine: TrainingState) -> Callable[[str, str, i
     """Reads this tensor-parallel rank's elements, from whatever tensor-parallel size."""
     group = tensor_group()
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    own = {name: split_of(parameter) for name, parameter in engine.module.named_parameters()}
+    own = {name: split_of(parameter) for name, parameter in engine.model.named_parameters()}
 
     def read(kind: str, name: str, start: int, numel: int) -> Tensor:
         if stored.tensor_size == size or own[name] is None:
@@ -95,7 +95,7 @@ def _reader(stored: StoredState, engine: TrainingState) -> Callable[[str, str, i
 def _check_shapes(stored: StoredState, engine: TrainingState, config: Config) -> None:
     size = dist.get_world_size(tensor_group())
     shapes = {
-        name: whole_shape(shape, split_of(engine.module.get_parameter(name)), size)
+        name: whole_shape(shape, split_of(engine.model.get_parameter(name)), size)
         for name, shape in engine.local_shapes().items()
     }
     for name in sorted(shapes.keys() | stored.shapes.keys()):

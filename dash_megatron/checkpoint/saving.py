@@ -136,7 +136,7 @@ class Checkpointer:
             "probe_loss": probe_loss,
             "adam_steps": self.engine.adam_steps(),
             # weights split over tensor-parallel ranks: [dimension, number of blocks] of each
-            "splits": splits(self.engine.module),
+            "splits": splits(self.engine.model),
             "shapes": self.engine.local_shapes(),
             "fragments": describe_fragments(ranks),
             "config": self.config.model_dump(mode="json"),

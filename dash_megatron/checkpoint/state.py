@@ -16,7 +16,7 @@ class TrainingState(Protocol):
     """
 
     @property
-    def module(self) -> torch.nn.Module:
+    def model(self) -> torch.nn.Module:
         """The model, whose weights may be sharded."""
         ...
 

@@ -38,7 +38,7 @@ nvtx.enable_nvtx = torch.cuda.is_available()
 class Engine:
     """A model, its AdamW and its gradients, sharded by ZeRO over the processes that hold the same weights.
 
-    A step is: `set_lr`, then for every micro-batch `model(...)`, `backward`, `step`; DeepSpeed counts micro-batches
+    A step is: `set_lr`, then for every micro-batch `forward`, `backward`, `step`; DeepSpeed counts micro-batches
     and updates weights on the last one.
 
     Args:
@@ -76,13 +76,12 @@ class Engine:
 
     @property
     def model(self) -> torch.nn.Module:
-        """The callable whose forward pass DeepSpeed watches."""
-        return self._engine
-
-    @property
-    def module(self) -> torch.nn.Module:
-        """The model itself, whose weights may be sharded."""
+        """The model, whose weights may be sharded; `forward` calls it with whole ones."""
         return self._engine.module
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """What the model returns for its inputs, called through DeepSpeed."""
+        return self._engine(*inputs)
 
     @record_function("backward")
     def backward(self, loss: Tensor) -> None:
@@ -98,7 +97,7 @@ class Engine:
     def step(self) -> None:
         """Count a micro-batch; on the last one of a step clip gradients, update weights and clear gradients."""
         if self._optimizer_is_plain and self._engine.is_gradient_accumulation_boundary():
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             self._plain_grad_norm = float(torch.nn.utils.get_total_norm(gradients))
         self._engine.step()
 
@@ -161,10 +160,10 @@ class Engine:
 
     def local_shapes(self) -> dict[str, list[int]]:
         """Shape of every parameter before ZeRO shards it: that of its tensor-parallel shard."""
-        return local_shapes(self.module)
+        return local_shapes(self.model)
 
     def _fragments(self) -> dict[str, Fragment]:
-        return fragments(self.module, self._optimizer, self._adam)
+        return fragments(self.model, self._optimizer, self._adam)
 
 
 class _GuardedAdamW(torch.optim.AdamW):

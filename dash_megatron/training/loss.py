@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -28,22 +28,24 @@ def global_target_tokens(batches: Sequence[PackedBatch], device: torch.device) -
     return count.clamp_min(1).float()
 
 
-def token_losses(model: torch.nn.Module, batch: PackedBatch) -> Tensor:
+def token_losses(forward: Callable[..., Tensor], batch: PackedBatch) -> Tensor:
     """Loss of every label of a batch, in nats: float32 [1, T].
 
     Within `dash_megatron.layers.scoring` it is float32 [1, T, 2], as `DashGPTModel.forward` returns it.
     """
-    return model(
+    return forward(
         batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens, batch.context, batch.max_seqlen
     )
 
 
-def share_of_global_mean(model: torch.nn.Module, batch: PackedBatch, global_targets: Tensor) -> Tensor:
+def share_of_global_mean(
+    forward: Callable[..., Tensor], batch: PackedBatch, global_targets: Tensor
+) -> Tensor:
     """This micro-batch's share of the global batch's mean loss, in nats.
 
     Shares of all micro-batches of all processes add up to the loss, and their gradients to its gradient, because each
     is a sum over its own targets divided by the number of targets of all: documents, micro-batches and processes with
     few targets weigh no more than their tokens. Tensor-parallel ranks all have the share of the tokens they read together.
     """
-    loss_BN = token_losses(model, batch)
+    loss_BN = token_losses(forward, batch)
     return (loss_BN * batch.loss_mask).sum() / global_targets

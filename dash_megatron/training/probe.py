@@ -25,11 +25,11 @@ def probe_loss(engine: Engine, source: BatchSource, row: dict[str, Tensor], devi
         row: tokens and labels, int64 [seq_length].
         device: what this process computes on.
     """
-    engine.module.eval()
+    engine.model.eval()
     batch = source.pack([row], [0])
     one = torch.ones((), device=device)
-    loss = share_of_global_mean(engine.model, batch.to(device), one)
-    take_context_bytes(engine.module)  # not those of a training step
+    loss = share_of_global_mean(engine.forward, batch.to(device), one)
+    take_context_bytes(engine.model)  # not those of a training step
     sums = torch.stack([loss.double(), batch.loss_mask.sum().to(device).double()])
     dist.all_reduce(sums)  # every copy is in both sums, and cancels
     return float(sums[0] / sums[1].clamp_min(1))

@@ -117,10 +117,10 @@ class TaskScorer:
         # score, loss and samples of each task and length
         sums_K3 = torch.zeros(len(self.rows.kinds), 3, dtype=torch.float64)
         self.source.load_state_dict({"consumed_samples": 0})
-        with scoring(engine.module, self.vocab_size):
+        with scoring(engine.model, self.vocab_size):
             for batch in self.source:
                 beat()
-                found_BN2 = token_losses(engine.model, batch.to(self.device))
+                found_BN2 = token_losses(engine.forward, batch.to(self.device))
                 self._add(sums_K3, batch, found_BN2[0].double().cpu())
         sums_K3 = sums_K3.to(self.device)
         # of a sample that several processes have copies of, all three are in the sums as often, and that cancels

@@ -140,7 +140,7 @@ class Trainer:
 
     def train_step(self) -> StepResult:
         """Read one global batch and update the weights, unless its loss or gradient is wrong; collective."""
-        self.engine.module.train()
+        self.engine.model.train()
         first_sample = self.train_source.consumed_samples
         with self.reporter.busy.reading():
             batches = [self.train_source.next_batch() for _ in range(self.accumulation_steps)]
@@ -172,9 +172,9 @@ class Trainer:
                 self.engine.step()
             batch = batch.to(self.device, non_blocking=True)
             with self.reporter.watching_forward(self.step, index):
-                loss = share_of_global_mean(self.engine.model, batch, targets)
+                loss = share_of_global_mean(self.engine.forward, batch, targets)
             self.engine.backward(loss)
-            totals.add(loss, batch, self.engine.module)
+            totals.add(loss, batch, self.engine.model)
         totals.reduce()
         return totals
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dash_megatron.config import Config
 from dash_megatron.data.batches import BatchSource
@@ -71,10 +72,10 @@ class Validator:
         """
         found = Validation()
         if self._source is not None and self._due(step, self.config.evaluation.every):
-            engine.module.eval()
-            found = validate(engine.model, self._source, self.config.data.seq_length, self.device, beat)
+            engine.model.eval()
+            found = validate(engine.forward, self._source, self.config.data.seq_length, self.device, beat)
         if self._tasks is not None and self._due(step, self.config.evaluation.tasks_every):
-            engine.module.eval()
+            engine.model.eval()
             found = found._replace(tasks=self._tasks.score(engine, beat))
         return found
 
@@ -84,7 +85,7 @@ class Validator:
 
 @torch.no_grad()
 def validate(
-    model: torch.nn.Module,
+    forward: Callable[..., Tensor],
     source: BatchSource,
     seq_length: int,
     device: torch.device,
@@ -93,7 +94,7 @@ def validate(
     """Average the loss over all of a source's samples, from the first on; collective.
 
     Args:
-        model: a `DashGPTModel`, or DeepSpeed's engine around one.
+        forward: of a `DashGPTModel`, or of an `Engine` around one.
         source: this process's share of the samples.
         seq_length: tokens of a row.
         device: what this process computes on.
@@ -108,7 +109,7 @@ def validate(
     for batch in source:
         beat()
         batch = batch.to(device)
-        loss_BN = token_losses(model, batch)
+        loss_BN = token_losses(forward, batch)
         bucket_BN = torch.bucketize(batch.position_ids, ends_K, right=True)
         inside_KN = (bucket_BN == numbers_K1) & batch.loss_mask
         sums_2K[0] += torch.where(inside_KN, loss_BN, 0.0).sum(1, dtype=torch.float64)

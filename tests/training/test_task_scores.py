@@ -140,7 +140,7 @@ def test_an_answer_is_right_if_all_of_its_tokens_are(tree: dict[str, Any], one_p
     }
     assert len(recall[0].ids) > recall[0].spans[0][0] + 1, "an answer of one token"
 
-    def model(tokens: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor, *_: Any) -> torch.Tensor:
+    def forward(tokens: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor, *_: Any) -> torch.Tensor:
         found = torch.stack([torch.full(tokens.shape, 2.5), torch.ones(tokens.shape)], dim=-1)
         for row in range(3):
             for number, place in wrong:
@@ -150,7 +150,7 @@ def test_an_answer_is_right_if_all_of_its_tokens_are(tree: dict[str, Any], one_p
                     found[0, start + place - 1] = torch.tensor([5.0, 0.0])
         return found
 
-    engine: Any = SimpleNamespace(module=torch.nn.Module(), model=model)
+    engine: Any = SimpleNamespace(model=torch.nn.Module(), forward=forward)
     beats: list[None] = []
     found = scorer.score(engine, lambda: beats.append(None))
     assert len(beats) == 27  # of three rows

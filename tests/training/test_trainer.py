@@ -234,7 +234,7 @@ def break_weights(tree: dict[str, Any]) -> None:
     def breaking_step() -> Any:
         result = step()
         with torch.no_grad():
-            next(trainer.engine.module.parameters()).fill_(float("inf"))
+            next(trainer.engine.model.parameters()).fill_(float("inf"))
         return result
 
     trainer.train_step = breaking_step

@@ -39,7 +39,7 @@ def test_losses_are_averaged_by_position_without_padding_rows(
         return positions * tokens.float()  # rows have losses of their own
 
     source = BatchSource(Documents(), global_batch=4, micro_batch=2, eod=EOD, pad_last=True)
-    found = validate(loss_by_position, source, SEQ_LENGTH, torch.device("cpu"))  # type: ignore[arg-type]
+    found = validate(loss_by_position, source, SEQ_LENGTH, torch.device("cpu"))
 
     losses = [
         (position, position * (10 + index))

@@ -33,7 +33,7 @@ def full_weights(engine: Any) -> dict[str, Tensor]:
 
 
 def _parameters(engine: Any) -> Any:
-    return engine.module.named_parameters()
+    return engine.model.named_parameters()
 
 
 def _is_sharded(parameter: torch.nn.Parameter) -> bool:

@@ -85,7 +85,7 @@ def one_step(
         copies = {
             parameter: result["weights"][parameter]
             for parameter in result["weights"]
-            if parameter not in splits(trainer.engine.module)
+            if parameter not in splits(trainer.engine.model)
         }
         torch.save(copies, Path(folder) / f"{name}_{torch.distributed.get_rank()}.pt")
         if trainer.is_main:
@@ -139,7 +139,7 @@ def save_logits(trees: list[tuple[str, dict[str, Any]]], folder: str) -> None:
         trainer = module.Trainer(config_from_dict(tree))
         positions = torch.arange(64)[None]
         with torch.no_grad():
-            logits = trainer.engine.module(positions * 7 % trainer.vocab_size, positions)
+            logits = trainer.engine.model(positions * 7 % trainer.vocab_size, positions)
         torch.save(logits, Path(folder) / f"{name}_{torch.distributed.get_rank()}.pt")
     destroy_process_groups()
 
