@@ -310,6 +310,20 @@ def test_lists_have_room_for_documents_of_max_seqlen_and_no_more():
             _run(dash.dash_attention_triton, leaves, upstream, **packed, max_seqlen=16)
 
 
+def test_the_backward_has_the_sizes_of_the_forward(monkeypatch):
+    lengths, found = (30, 16, 2), []
+
+    def measure_and_keep(*args):
+        found.append(geometry.measure(*args))
+        return found[-1]
+
+    monkeypatch.setattr(dash, "measure", measure_and_keep)
+    leaves, upstream = _inputs(sum(lengths))
+    _run(dash.dash_attention_triton, leaves, upstream, cu_seqlens=_cu_seqlens(*lengths), max_seqlen=30)
+    assert len(found) > 1
+    assert len(set(found)) == 1
+
+
 @pytest.mark.parametrize("C", [16, 64])
 def test_no_documents_need_more_room_than_is_measured(C):
     generator = random.Random(C)

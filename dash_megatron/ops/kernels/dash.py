@@ -47,7 +47,7 @@ class Saved(NamedTuple):
 
 
 def _prepare(
-    q: Tensor, k: Tensor, chunk_size: int, cu_seqlens: Tensor | None, max_seqlen: int | None = None
+    q: Tensor, k: Tensor, chunk_size: int, cu_seqlens: Tensor | None, max_seqlen: int | None
 ) -> tuple[Launches, Sizes]:
     launches = find_launches(q.device, q.dtype, q.shape[3], chunk_size, q.shape[2] // k.shape[2])
     documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -189,6 +189,7 @@ def _backward(
     list_count: Tensor,
     chunks: Tensor,
     num_pairs: Tensor,
+    max_seqlen: int | None,
     chunk_size: int,
     scaling_factor: float,
     sigma: float,
@@ -199,7 +200,7 @@ def _backward(
     pool_heads: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    launches, sizes = _prepare(q, k, chunk_size, cu_seqlens)
+    launches, sizes = _prepare(q, k, chunk_size, cu_seqlens, max_seqlen)
     constants = sigma, estimate_diagonal, alpha, local_chunks, query_pool, pool_heads
     router = Router(chunk_size, scaling_factor, *constants)
     lists = Lists(list_chunk, list_log_prior, list_offset, list_count)
@@ -263,7 +264,7 @@ def _backward_fake(d_out, q, k, v, w, head_scaling, own_q, own_k, *_):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, w, head_scaling, own_q, own_k, cu_seqlens, _, *ctx.settings = inputs
+    q, k, v, w, head_scaling, own_q, own_k, cu_seqlens, *ctx.settings = inputs
     out, selected, *saved = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(selected, *saved)
@@ -273,11 +274,11 @@ def _setup_context(ctx, inputs, output) -> None:
 def _autograd_backward(ctx, d_out, *_):
     num_settings = len(ctx.settings)
     if d_out is None:
-        return (None,) * (9 + num_settings)
+        return (None,) * (8 + num_settings)
     saved = ctx.saved_tensors
     found = _backward(d_out, *saved, *ctx.settings)
     given = zip(found, saved, strict=False)
-    return *(None if x is None else gradient for gradient, x in given), None, None, *(None,) * num_settings
+    return *(None if x is None else gradient for gradient, x in given), None, *(None,) * num_settings
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
