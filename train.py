@@ -41,8 +41,6 @@ def main() -> int:
 
         trainer = Trainer(config)
         trainer.start()
-    except BrokenPipeError:
-        raise
     except (ValueError, FileNotFoundError, PermissionError) as error:
         return leave(ExitCode.CONFIG_ERROR, f"error: {error_text(error)}")
     except OSError as error:
@@ -51,8 +49,6 @@ def main() -> int:
         code = trainer.train()
     except Halted as error:
         return leave(ExitCode.HALTED, f"halted: {error}")
-    except BrokenPipeError:
-        raise
     except (CheckpointError, OSError) as error:
         return leave(ExitCode.FAULT, f"error: {error_text(error)}")
     if code == ExitCode.REQUEUE:

@@ -30,8 +30,6 @@ def main(arguments: list[str] | None = None) -> int:
         options = parse_with_overrides(_parser(), arguments)
     try:
         code = options.run(options)
-    except BrokenPipeError:
-        raise
     except (ValueError, OSError) as error:
         print_error_once(f"error: {error_text(error, vars(options).get('output'))}")
         return 1 if isinstance(error, OSError) and not isinstance(error, _WRONG_FILES) else 2

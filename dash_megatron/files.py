@@ -31,7 +31,12 @@ def error_text(error: Exception, written: str | os.PathLike[str] | None = None) 
     Args:
         error: what was raised.
         written: what the command writes, where it knows: of a full disk the system tells no name.
+
+    Raises:
+        BrokenPipeError: given one, which is for `command_line.ending_with_reader`: a command whose reader has gone says nothing.
     """
+    if isinstance(error, BrokenPipeError):
+        raise error
     if isinstance(error, OSError) and error.strerror:
         where = error.filename or (written if error.errno in _NO_ROOM else None)
         return f"{error.strerror}: {where}" if where else error.strerror

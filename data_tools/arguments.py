@@ -46,8 +46,6 @@ def run(
     options = parser.parse_args(arguments)
     try:
         told = work(options)
-    except BrokenPipeError:
-        raise
     except errors as error:
         print(f"error: {error_text(error, vars(options).get('output'))}", file=sys.stderr)
         return 1

@@ -26,6 +26,7 @@ from site_file import Site, load_site
 
 from dash_megatron.command_line import ending_with_reader, parse_with_overrides
 from dash_megatron.config import Config, load_config
+from dash_megatron.files import error_text
 
 FOLDER = Path(__file__).resolve().parent
 TEMPLATE = FOLDER / "pretrain.sbatch"
@@ -254,10 +255,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.dependency:
             check_nobody_else_runs(runs)
         number = submit(script, runs, stamp, command.replace("\n", " "))
-    except BrokenPipeError:
-        raise
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error_text(error)}", file=sys.stderr)
         return 2
     print(f"job {number}: {runs[0].folder}/slurm/{stamp}.sbatch")
     return 0

@@ -13,6 +13,17 @@ from dash_megatron.command_line import ending_with_reader, parse_with_overrides
 
 ROOT = Path(__file__).parents[1]
 PLAN = ["-m", "dash_megatron", "plan", "--config", "configs/8b_128k.yaml", "--gpus", "64"]
+SUBMIT = [
+    "slurm/submit.py",
+    "--config",
+    "configs/quickstart.yaml",
+    "--nodes",
+    "1",
+    "--gpus-per-node",
+    "0",
+    "--time",
+    "1:00:00",
+]
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
@@ -24,6 +35,7 @@ PLAN = ["-m", "dash_megatron", "plan", "--config", "configs/8b_128k.yaml", "--gp
         ["train.py", "--config", "configs/quickstart.yaml"],
         ["-m", "data_tools.write_sidecar", "--help"],
         ["slurm/submit.py", "--help"],
+        [*SUBMIT, "--dry-run"],
         ["slurm/status.py", "tests"],
         ["-m", "benchmarks.choices"],
         ["-m", "docs.tools.kernel_rates"],
