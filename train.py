@@ -42,22 +42,22 @@ def main() -> int:
         trainer = Trainer(config)
         trainer.start()
     except (ValueError, FileNotFoundError, PermissionError) as error:
-        return leave(ExitCode.CONFIG_ERROR, f"error: {error_text(error)}")
+        return tell_end(ExitCode.CONFIG_ERROR, f"error: {error_text(error)}")
     except OSError as error:
-        return leave(ExitCode.FAULT, f"error: {error_text(error)}")
+        return tell_end(ExitCode.FAULT, f"error: {error_text(error)}")
     try:
         code = trainer.train()
     except Halted as error:
-        return leave(ExitCode.HALTED, f"halted: {error}")
+        return tell_end(ExitCode.HALTED, f"halted: {error}")
     except (CheckpointError, OSError) as error:
-        return leave(ExitCode.FAULT, f"error: {error_text(error)}")
+        return tell_end(ExitCode.FAULT, f"error: {error_text(error)}")
     if code == ExitCode.REQUEUE:
-        leave(code)
+        tell_end(code)
     destroy_process_groups()
     return code
 
 
-def leave(code: ExitCode, reason: str = "stopped as asked, and saved") -> ExitCode:
+def tell_end(code: ExitCode, reason: str = "stopped as asked, and saved") -> ExitCode:
     """Tell people why this process ends before the run does, and the batch script, which may not see its exit code."""
     if path := os.environ.get("DASH_EXIT_FILE"):
         # where even this cannot be written, the exit code still tells

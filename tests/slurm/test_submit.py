@@ -377,9 +377,9 @@ def test_a_process_tells_the_batch_script_why_it_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DASH_EXIT_FILE", str(tmp_path / "exit"))
-    assert train.leave(ExitCode.CONFIG_ERROR, "error: a\nb") == ExitCode.CONFIG_ERROR
-    assert train.leave(ExitCode.REQUEUE) == ExitCode.REQUEUE
+    assert train.tell_end(ExitCode.CONFIG_ERROR, "error: a\nb") == ExitCode.CONFIG_ERROR
+    assert train.tell_end(ExitCode.REQUEUE) == ExitCode.REQUEUE
     assert (tmp_path / "exit").read_text() == "2\terror: a b\n75\tstopped as asked, and saved\n"
     assert capsys.readouterr().err == "error: a\nb\n"
     monkeypatch.setenv("DASH_EXIT_FILE", str(tmp_path / "no" / "folder"))
-    assert train.leave(ExitCode.HALTED, "halted") == ExitCode.HALTED
+    assert train.tell_end(ExitCode.HALTED, "halted") == ExitCode.HALTED

@@ -128,7 +128,8 @@ def test_ctrl_c_before_there_is_anything_to_save_says_nothing(tmp_path: Path) ->
 def test_an_error_that_all_have_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:
     late = "rank == 0 and time.sleep(0.3)"  # rank 0 tells it all the same, and the others do not
     assert (
-        launched(f"import train; {late}; sys.exit(train.leave(2, 'error: of all'))") == ExitCode.CONFIG_ERROR
+        launched(f"import train; {late}; sys.exit(train.tell_end(2, 'error: of all'))")
+        == ExitCode.CONFIG_ERROR
     )
     assert capfd.readouterr().err == "error: of all\n"
 
@@ -138,7 +139,7 @@ def test_an_error_that_some_have_is_told_by_one_of_them_and_leaves_no_file(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     wait = "import train; from dash_megatron import ranks; ranks.OTHERS_WAIT_SECONDS = 0.2 * rank; rank or time.sleep(60)"
-    assert launched(f"{wait}; sys.exit(train.leave(2, 'error: of 1 and 2'))") == ExitCode.CONFIG_ERROR
+    assert launched(f"{wait}; sys.exit(train.tell_end(2, 'error: of 1 and 2'))") == ExitCode.CONFIG_ERROR
     assert capfd.readouterr().err == "error: of 1 and 2\n"
     assert not list(tmp_path.iterdir())
 
