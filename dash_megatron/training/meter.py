@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,31 @@ from dash_megatron.parallel import context_parallel_group, tensor_group
 from dash_megatron.training.metrics import StepMetrics
 from dash_megatron.training.validation import Validation
 
+T = TypeVar("T")
+
+
+class _StepSums(NamedTuple, Generic[T]):
+    """Sums over a step: float64 scalars, or numbers."""
+
+    loss: T
+    contexts: T
+    """Of each token, the tokens that it may attend to causally, itself included."""
+    tokens: T
+    target_tokens: T
+
+
+class _LayerSums(NamedTuple, Generic[T]):
+    """Sums over a step by layer: float64 [layers], or lists of numbers."""
+
+    available: T
+    """Mean chunks of a token, of each forward pass."""
+    selected: T
+    measured: T
+    """Forward passes with a router."""
+    sent_forward: T
+    """Bytes to context-parallel peers."""
+    sent_backward: T
+
 
 class StepTotals:
     """Loss and routing of one step, summed over its micro-batches, then over the processes.
@@ -29,44 +55,40 @@ class StepTotals:
     """
 
     def __init__(self, num_layers: int, device: torch.device) -> None:
-        self._sums = torch.zeros(4 + 5 * num_layers, dtype=torch.float64, device=device)
-        # loss, sum of causal contexts, tokens, target tokens
-        self._step_sums = self._sums[:4]
-        # available and selected chunks, how often measured, and bytes sent to context-parallel peers, forward and backward
-        self._layer_sums = self._sums[4:].view(num_layers, 5)
-        self._step_values: list[float] = []
-        self._layer_values: list[list[float]] = []
+        num_step, num_layer = len(_StepSums._fields), len(_LayerSums._fields)
+        # one tensor, which is summed over processes at once, and views of it
+        self._sums = torch.zeros(num_step + num_layer * num_layers, dtype=torch.float64, device=device)
+        self._of_step, self._of_layers = self._sums[:num_step], self._sums[num_step:].view(num_layer, -1)
+        self._step_sums, self._layer_sums = _StepSums(*self._of_step), _LayerSums(*self._of_layers)
         self._imbalance = torch.ones((), dtype=torch.float64, device=device)
 
     def add(self, loss: Tensor, batch: PackedBatch, model: torch.nn.Module) -> None:
         """Count one micro-batch, right after its backward pass; never waits for the device."""
-        contexts = (batch.position_ids + 1).sum()
-        parts = [
-            loss.detach().double(),
-            contexts.double(),
-            contexts.new_tensor(batch.tokens.numel()).double(),
-            num_target_tokens(batch).double(),
-        ]
-        self._step_sums += torch.stack([part.to(self._sums.device) for part in parts])
+        self._step_sums.loss.add_(loss.detach())
+        self._step_sums.contexts.add_((batch.position_ids + 1).sum())
+        self._step_sums.tokens.add_(batch.tokens.numel())
+        self._step_sums.target_tokens.add_(num_target_tokens(batch))
         for layer, means in routing_means(model).items():
-            chunks = torch.stack([means.chunks_available, means.chunks_selected]).double()
-            self._layer_sums[layer, :2] += chunks
-            self._layer_sums[layer, 2] += 1
-        for layer, sent in take_context_bytes(model).items():
-            self._layer_sums[layer, 3:] += self._sums.new_tensor(sent)
+            self._layer_sums.available[layer] += means.chunks_available
+            self._layer_sums.selected[layer] += means.chunks_selected
+            self._layer_sums.measured[layer] += 1
+        for layer, (forward, backward) in take_context_bytes(model).items():
+            self._layer_sums.sent_forward[layer] += forward
+            self._layer_sums.sent_backward[layer] += backward
 
     def reduce(self) -> None:
         """Add up the sums of all processes; collective, and waits for the device."""
         self._compare_context_ranks()
         dist.all_reduce(self._sums)
         # tensor-parallel ranks have copies of these; of routing, which belongs to kv heads, they have their own
-        self._step_sums /= dist.get_world_size(tensor_group())
-        self._step_values, self._layer_values = self._step_sums.tolist(), self._layer_sums.tolist()
+        self._of_step /= dist.get_world_size(tensor_group())
+        self._step_values: _StepSums[float] = _StepSums(*self._of_step.tolist())
+        self._layer_values: _LayerSums[list[float]] = _LayerSums(*self._of_layers.tolist())
 
     def _compare_context_ranks(self) -> None:
         """Selected chunks of the busiest rank over the mean of the ranks that share its sequences; the largest in the run."""
         group = context_parallel_group()
-        most = self._layer_sums[:, 1].sum()
+        most = self._layer_sums.selected.sum()
         mean = most / dist.get_world_size(group)
         dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
         dist.all_reduce(mean, group=group)
@@ -76,40 +98,44 @@ class StepTotals:
     @property
     def loss(self) -> float:
         """Mean loss of the global batch's target tokens, in nats."""
-        return self._step_values[0]
+        return self._step_values.loss
 
     @property
     def target_tokens(self) -> int:
         """Number of the global batch's tokens that enter the loss."""
-        return round(self._step_values[3])
+        return round(self._step_values.target_tokens)
 
     @property
     def context(self) -> float:
         """Mean number of tokens that a token may attend to causally, itself included."""
-        return self._step_values[1] / self._step_values[2]
+        return self._step_values.contexts / self._step_values.tokens
 
     @property
     def densities(self) -> list[float | None]:
         """Selected over causally available chunks of each layer; None without a router."""
-        return [row[1] / row[0] if row[2] else None for row in self._layer_values]
+        sums = self._layer_values
+        return [x / y if y else None for x, y in zip(sums.selected, sums.available, strict=True)]
 
     @property
     def chunks_selected(self) -> list[float | None]:
         """Selected chunks per token of each layer, own chunk included; None without a router."""
-        return [row[1] / row[2] if row[2] else None for row in self._layer_values]
+        sums = self._layer_values
+        return [x / y if y else None for x, y in zip(sums.selected, sums.measured, strict=True)]
 
     @property
     def context_imbalance(self) -> float:
         """Most selected chunks of a context-parallel rank over the mean of its group; 1 without routers."""
         return self._imbalance.item()
 
-    def context_bytes(self, column: int) -> list[float]:
-        """Bytes that a process sent to context-parallel peers in each layer, mean over processes.
+    @property
+    def context_bytes_forward(self) -> list[float]:
+        """Bytes that a process sent to context-parallel peers in forward passes of each layer, mean over processes."""
+        return [sent / dist.get_world_size() for sent in self._layer_values.sent_forward]
 
-        Args:
-            column: 0 for forward passes, 1 for backward passes.
-        """
-        return [row[3 + column] / dist.get_world_size() for row in self._layer_values]
+    @property
+    def context_bytes_backward(self) -> list[float]:
+        """As `context_bytes_forward`, in backward passes."""
+        return [sent / dist.get_world_size() for sent in self._layer_values.sent_backward]
 
 
 @dataclass(frozen=True)
@@ -216,8 +242,8 @@ class Meter:
             chunks_selected_per_layer=selected,
             scaling_factor_per_layer=result.scaling_factors,
             context_imbalance=totals.context_imbalance,
-            context_bytes_forward_per_layer=totals.context_bytes(0),
-            context_bytes_backward_per_layer=totals.context_bytes(1),
+            context_bytes_forward_per_layer=totals.context_bytes_forward,
+            context_bytes_backward_per_layer=totals.context_bytes_backward,
             processes=self.world_size,
             gpu_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else None,
             skipped=result.skipped,
