@@ -163,14 +163,14 @@ class CoreAttention(MegatronModule):
 def router_of(attention: AttentionConfig, scaling_factor: float) -> Router:
     """The router that a config describes, for a layer with this scaling factor."""
     return Router(
-        attention.chunk_size,
-        scaling_factor,
-        attention.sigma,
-        attention.estimate_diagonal,
-        attention.alpha,
-        attention.local_chunks,
-        attention.query_pool,
-        attention.pool_heads,
+        chunk_size=attention.chunk_size,
+        scaling_factor=scaling_factor,
+        sigma=attention.sigma,
+        estimate_diagonal=attention.estimate_diagonal,
+        alpha=attention.alpha,
+        local_chunks=attention.local_chunks,
+        query_pool=attention.query_pool,
+        pool_heads=attention.pool_heads,
     )
 
 

@@ -128,8 +128,10 @@ def dash_attention(
     Raises:
         ValueError: an argument is wrong; the message names it, its value, the rule and the remedy.
     """
-    constants = sigma, estimate_diagonal, alpha, local_chunks, query_pool, pool_heads
-    router = Router(chunk_size, scaling_factor, *constants)
+    router = Router(
+        chunk_size=chunk_size, scaling_factor=scaling_factor, sigma=sigma, estimate_diagonal=estimate_diagonal, alpha=alpha,
+        local_chunks=local_chunks, query_pool=query_pool, pool_heads=pool_heads,
+    )  # fmt: skip
     check_flag("return_routing", return_routing)
     rest = cu_seqlens, backend, max_seqlen, routing_q, routing_k
     out, chunks_selected = _attend(q, k, v, summary_query, router, *rest)

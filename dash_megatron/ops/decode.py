@@ -47,8 +47,10 @@ def dash_decode(
     """
     if not isinstance(cache, DashCache):
         raise ValueError(f"cache={type(cache).__name__} must be a DashCache; see DashCache.contiguous")
-    constants = sigma, estimate_diagonal, alpha, local_chunks, query_pool, pool_heads
-    router = Router(cache.chunk_size, scaling_factor, *constants)
+    router = Router(
+        chunk_size=cache.chunk_size, scaling_factor=scaling_factor, sigma=sigma, estimate_diagonal=estimate_diagonal, alpha=alpha,
+        local_chunks=local_chunks, query_pool=query_pool, pool_heads=pool_heads,
+    )  # fmt: skip
     return decode_and_count(q, cache, router, backend, routing_q)[0]
 
 
@@ -74,7 +76,7 @@ def decode_and_count(
         from dash_megatron.ops.kernels.decode import decode
 
         head_scaling, numbers = router.split()
-        return decode(*tensors, routing_q, head_scaling, *numbers)
+        return decode(*tensors, routing_q, head_scaling, **numbers._asdict())
     from dash_megatron.ops.decode_reference import decode_reference
 
     return decode_reference(*tensors, router, routing_q)

@@ -110,8 +110,10 @@ def _forward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     launches, sizes = _prepare(q, k, chunk_size, cu_seqlens, max_seqlen)
-    constants = sigma, estimate_diagonal, alpha, local_chunks, query_pool, pool_heads
-    router = Router(chunk_size, scaling_factor, *constants)
+    router = Router(
+        chunk_size=chunk_size, scaling_factor=scaling_factor, sigma=sigma, estimate_diagonal=estimate_diagonal, alpha=alpha,
+        local_chunks=local_chunks, query_pool=query_pool, pool_heads=pool_heads,
+    )  # fmt: skip
     chunks, offsets = chunk_layout(sizes, q.shape[0], cu_seqlens, q.device)
     rows_q, rows_k, rows_v, w = _one_row(q), _dense_rows(k), _dense_rows(v), w.contiguous()
     summary = summarize(rows_k if own_k is None else _dense_rows(own_k), w, chunks, sizes)
@@ -201,8 +203,10 @@ def _backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     launches, sizes = _prepare(q, k, chunk_size, cu_seqlens, max_seqlen)
-    constants = sigma, estimate_diagonal, alpha, local_chunks, query_pool, pool_heads
-    router = Router(chunk_size, scaling_factor, *constants)
+    router = Router(
+        chunk_size=chunk_size, scaling_factor=scaling_factor, sigma=sigma, estimate_diagonal=estimate_diagonal, alpha=alpha,
+        local_chunks=local_chunks, query_pool=query_pool, pool_heads=pool_heads,
+    )  # fmt: skip
     lists = Lists(list_chunk, list_log_prior, list_offset, list_count)
     rows_q, rows_k, rows_v, rows_w = _one_row(q), _dense_rows(k), _dense_rows(v), w.contiguous()
     rows_out, rows_d_out = out.flatten(0, 1).contiguous(), d_out.flatten(0, 1).contiguous()
@@ -321,5 +325,5 @@ def dash_attention_triton(
         deterministic = torch.are_deterministic_algorithms_enabled()
     head_scaling, numbers = router.split()
     tensors = q, k, v, summary_query, head_scaling, routing_q, routing_k, cu_seqlens
-    out, selected, *_ = _forward(*tensors, max_seqlen, *numbers, deterministic)
+    out, selected, *_ = _forward(*tensors, max_seqlen, **numbers._asdict(), deterministic=deterministic)
     return out, selected

@@ -208,8 +208,10 @@ def decode(
     max_chunks = summary.shape[1] * (1 if page_table is None else page_table.shape[1])
     stride_table = 0 if page_table is None else page_table.stride(0)
     shapes = _Shapes(Hkv, G, max(16, next_power_of_two(G)), D, next_power_of_two(D), chunk_size)
-    constants = sigma, estimate_diagonal, alpha, local_chunks, query_pool, pool_heads
-    router = Router(chunk_size, scaling_factor, *constants)
+    router = Router(
+        chunk_size=chunk_size, scaling_factor=scaling_factor, sigma=sigma, estimate_diagonal=estimate_diagonal, alpha=alpha,
+        local_chunks=local_chunks, query_pool=query_pool, pool_heads=pool_heads,
+    )  # fmt: skip
     if pool_heads:
         means = router.group_means(q if routing_q is None else routing_q, Hkv)
         # the kernels score every query head
