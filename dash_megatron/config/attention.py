@@ -57,7 +57,8 @@ class AttentionConfig(Section):
     router_projections: bool = False
     """The router has projections of its own, which make a query and a key for each kv head and token: summaries are of these
     keys, `query_pool` of these queries, and the router's gradient reaches the hidden states through them alone. Needs
-    `pool_heads`. In a run that starts from weights without them, a key begins as attention's and a query as its group's mean."""
+    `pool_heads`. In a run that starts from weights without them, a key begins as attention's and a query as its group's mean.
+    Layers without DashAttention, by `kind` or `full_layers`, have none."""
     sigma: float = Field(default=2.0, gt=0)
     """Flattens the router's prior on the softmax; 2 is the flattest prior whose router gradient is bounded."""
     estimate_diagonal: bool = True

@@ -138,7 +138,11 @@ def _write_sections(folder: Path, model: ModelConfig, attention: AttentionConfig
         sections["attention"] = attention.model_dump(mode="json", exclude={"backend"})
     text = yaml.safe_dump(sections, sort_keys=False)
     note = (
-        "# sections of a run config whose training.init_from is this folder; any attention section will do\n"
+        "attention must keep kind, full_layers,\n# learned_scaling and router_projections, of which weights are here; with a "
+        "target_density it goes on from scaling_factor"
+        if attention.kind == "dash"
+        else "any attention section will do"
     )
+    note = f"# sections of a run config whose training.init_from is this folder; {note}\n"
     (folder / MODEL_SECTIONS).write_text(note + text)
     return sections

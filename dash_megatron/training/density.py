@@ -86,7 +86,7 @@ class DensityController:
         return after != before + move and abs(before) < _MAX_LOG_FACTOR - 1e-9
 
     def begin_as(self, earlier: AttentionConfig) -> None:
-        """Take over the scaling factors of the run whose weights this one starts from.
+        """Take over the scaling factors of the run whose weights, exported or not, this one starts from.
 
         Without a target of its own, this run keeps the factors of its config, and is warned where they differ by more than a
         tenth.

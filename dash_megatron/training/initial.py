@@ -48,7 +48,7 @@ def load_initial_weights(
         tokenizer: the run's; where the folder's run had another, a warning tells. None: nothing is compared.
 
     Returns:
-        Of another run its `attention` section, scaling factors where it had moved them; else None.
+        The `attention` section that the weights are of, scaling factors where their run had moved them; None of a dense model.
 
     Raises:
         FileNotFoundError: the folder lacks a file.
@@ -119,13 +119,15 @@ def _tell_lacking(folder: Path, fresh: dict[str, int], copied: int) -> None:
 
 
 def _open(folder: Path) -> tuple[ModelConfig, AttentionConfig | None, Mapping[str, Tensor]]:
-    """The model section, the attention section if it is a run's folder, and the weights, read when asked for."""
+    """The model section, the attention section but of a dense model's folder, and the weights, read when asked for."""
     if agreed_steps(folder):
         config, _, weights = open_weights(folder)
         return config.model, config.attention, weights
     if (folder / MODEL_SECTIONS).is_file():
         sections = yaml.safe_load((folder / MODEL_SECTIONS).read_text())
-        return ModelConfig.model_validate(sections["model"]), None, FolderWeights(folder)
+        given = sections.get("attention")
+        attention = None if given is None else AttentionConfig.model_validate(given)
+        return ModelConfig.model_validate(sections["model"]), attention, FolderWeights(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"training.init_from={path_for_message(folder)} does not exist")
     raise FileNotFoundError(

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from dash_megatron.__main__ import main
-from dash_megatron.config import RopeScaling, config_from_dict
+from dash_megatron.config import AttentionConfig, RopeScaling, config_from_dict
 from dash_megatron.hf.architectures import KNOWN_MODEL_TYPES
 from dash_megatron.hf.export import export_run
 from dash_megatron.hf.folder import MODEL_SECTIONS, FolderWeights
@@ -30,6 +31,7 @@ from dash_megatron.hf.importing import import_folder
 from dash_megatron.hf.modeling_dash import DashForCausalLM
 from dash_megatron.layers import init_weights
 from dash_megatron.layers.baselines import ZERO_INITIALIZED
+from dash_megatron.training.density import DensityController
 from dash_megatron.training.initial import load_initial_weights
 from tests.hf.conftest import MODELS, training_model
 from tests.hf.llamas import MINICPM, SHAPE, change_config, first_logits, run_config, save_llama
@@ -200,6 +202,23 @@ def test_every_layout_starts_from_the_folder(
     found = torch.load(tmp_path / "tensor2.pt")["first_weights"]
     for key, value in weights.items():
         assert torch.equal(found[key], value), key
+
+
+def test_a_run_with_a_target_goes_on_with_the_folders_scaling_factors_as_with_a_runs(
+    write_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    config, _ = write_run("own_router")
+    export_run(config.run_dir, tmp_path / "hf", dtype="float32")
+    assert main(["convert", "from-hf", str(tmp_path / "hf"), str(tmp_path / "start")]) == 0
+    with training_model(config) as model:
+        earlier = load_initial_weights(model, tmp_path / "start", config.model)
+        assert earlier is not None
+        # layer 1 is full attention's
+        cores: Any = {layer: SimpleNamespace(scaling_factor=1.0) for layer in (0, 2)}
+        DensityController(AttentionConfig(target_density=0.5), cores).begin_as(earlier)
+    assert [core.scaling_factor for core in cores.values()] == [10.0, 10.0]
+    note = (tmp_path / "start" / MODEL_SECTIONS).read_text()
+    assert "attention must keep kind, full_layers,\n# learned_scaling and router_projections" in note
 
 
 def test_two_descriptions_of_rope_that_agree_are_taken(tmp_path: Path) -> None:
