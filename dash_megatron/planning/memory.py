@@ -40,7 +40,10 @@ KEY_PARTS, LEAST_STEPS = 32 * 132, 16
 KEYS_A_PROGRAM, ROWS_A_STEP = 64, 64
 """Of the launch configurations of that pass; smaller chunks are taken side by side."""
 BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's default bucket of gradients; ZeRO-2 and ZeRO-3 hold two while they overlap."""
+"""DeepSpeed's default bucket of gradients."""
+BUCKET_BYTES = 8
+"""Of an element of the bucket that is reduced in float32. ZeRO-3 fills a float32 bucket and orders a copy of it by rank; ZeRO-2
+flattens a copy of a bf16 bucket and widens that, or flattens one of a float32 bucket."""
 LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default bound on parameters that ZeRO-3 keeps gathered."""
 
@@ -89,7 +92,7 @@ def _state_bytes(config: Config, layout: Layout, parameters: float) -> dict[str,
     whole_gradients = element if stage == 0 or not bf16 else element + 4
     buckets = 0.0
     if stage >= 2:
-        buckets = 2 * min(BUCKET_ELEMENTS, parameters) * element
+        buckets = min(BUCKET_ELEMENTS, parameters) * BUCKET_BYTES
     if stage == 3:
         buckets += min(LIVE_PARAMETERS, parameters) * element
     return {

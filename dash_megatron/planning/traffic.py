@@ -11,6 +11,8 @@ from typing import Literal
 
 ContextComm = Literal["all_gather", "p2p", "a2a", "sparse"]
 
+FLOAT32_BYTES = 4
+
 
 @dataclass(frozen=True)
 class PassBytes:
@@ -249,8 +251,8 @@ def zero_step(
 ) -> ZeroBytes:
     """Bytes one rank sends for ZeRO in one optimizer step.
 
-    Stages 0 and 1 reduce gradients once a step; 2 and 3 after every micro-batch, because no rank has room for the sum.
-    Stage 3 gathers parameters in every pass, 1 and 2 once after the update.
+    Gradients are reduced in float32, by stages 0 and 1 once a step, by 2 and 3 after every micro-batch, because no rank has
+    room for the sum. Stage 3 gathers parameters in every pass, 1 and 2 once after the update.
 
     Args:
         parameters: elements that this tensor-parallel rank's model shard has, before ZeRO.
@@ -260,18 +262,18 @@ def zero_step(
         gathers: times that stage 3 gathers each parameter per micro-batch: forward and backward, and once more where
             the backward recomputes layers.
         reduce_scatter: False counts an all-reduce of gradients in stages 1 and 2: DeepSpeed's default.
-        element_bytes: bytes of a parameter and of a gradient on the wire.
+        element_bytes: bytes of a parameter on the wire.
     """
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"stage={stage} must be 0, 1, 2 or 3")
-    size = parameters * element_bytes
-    whole = ring_all_reduce(size, ranks)
-    half = ring_all_gather(size, ranks)
-    sharded = half if reduce_scatter else whole
+    gathered = ring_all_gather(parameters * element_bytes, ranks)
+    scattered = ring_all_gather(parameters * FLOAT32_BYTES, ranks)
+    reduced = ring_all_reduce(parameters * FLOAT32_BYTES, ranks)
+    sharded = scattered if reduce_scatter else reduced
     if stage == 0:
-        return ZeroBytes(gradients=whole, parameters=0.0)
+        return ZeroBytes(gradients=reduced, parameters=0.0)
     if stage == 1:
-        return ZeroBytes(gradients=sharded, parameters=half)
+        return ZeroBytes(gradients=sharded, parameters=gathered)
     if stage == 2:
-        return ZeroBytes(gradients=micro_batches * sharded, parameters=half)
-    return ZeroBytes(gradients=micro_batches * half, parameters=micro_batches * gathers * half)
+        return ZeroBytes(gradients=micro_batches * sharded, parameters=gathered)
+    return ZeroBytes(gradients=micro_batches * scattered, parameters=micro_batches * gathers * gathered)

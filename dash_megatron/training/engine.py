@@ -225,8 +225,8 @@ def _deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "bf16": {"enabled": bf16},
         # bf16 sums of many micro-batches lose what is small; ZeRO 0 knows one type only
         "data_types": {"grad_accum_dtype": "fp32" if stage or not bf16 else "bf16"},
-        # DeepSpeed rounds what it reduces to bf16 and back, under stage 1 even where one process has nothing to reduce
-        **({"communication_data_type": "fp32"} if stage == 1 and world_size == 1 else {}),
+        # so do bf16 sums over many processes: 512 gradients of 1, added one after another, give 256
+        "communication_data_type": "fp32",
         "zero_optimization": {"stage": stage, **config.zero.options},
         "steps_per_print": 2**31,
     }

@@ -10,7 +10,7 @@ from dash_megatron.data.batches import num_target_tokens, pack_samples
 from dash_megatron.data.dataset import build_dataset
 from dash_megatron.data.tokenizer import Tokenizer
 from tests.gpus import in_float32_on, on_two_gpus
-from tests.training.workers import one_step
+from tests.training.workers import one_step, sum_gradients
 
 # float32, sums in another order
 TOLERANCE = 1e-5
@@ -68,6 +68,18 @@ def test_one_process_keeps_the_float32_sum_of_bf16_gradients(
     for name, gradient in torch.load(tmp_path / "bf16.pt")["gradients"].items():
         if gradient.dim() > 1:
             assert not torch.equal(gradient.bfloat16().float(), gradient), f"{name} is rounded to bf16"
+
+
+def test_bf16_gradients_of_several_processes_are_summed_in_float32(
+    tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    # in bf16 256 + 1 is 256, and so is that + 1; each process takes two micro-batches
+    addends = [256.0, 1.0, 1.0, 0.0]
+    tree = with_changes(tiny_config, training={"precision": "bf16", "global_batch": 8})
+    cases = [(f"zero_{stage}", with_changes(tree, zero={"stage": stage})) for stage in (0, 1, 2, 3)]
+    run_processes(4, sum_gradients, cases, addends, str(tmp_path))
+    for name, _ in cases:
+        assert torch.load(tmp_path / f"{name}.pt").unique().tolist() == [2 * sum(addends)], name
 
 
 @pytest.mark.parametrize("stage", [1, 3])

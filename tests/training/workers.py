@@ -132,6 +132,37 @@ def _measured_steps(trainer: Any, steps: int) -> dict[str, Any]:
     return {**result, "first_weights": first, "weights": full_weights(engine)}
 
 
+class _Weight(torch.nn.Module):
+    """One weight, whose gradient in every element is what the model is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(64, 48))
+
+    def forward(self, gradient: float) -> torch.Tensor:
+        return (self.weight.float() * gradient).sum()
+
+
+def sum_gradients(cases: list[tuple[str, dict[str, Any]]], addends: list[float], folder: str) -> None:
+    """Save the gradient of one weight to `<folder>/<name>.pt`, to which each rank's micro-batches add its addend."""
+    from dash_megatron.parallel import init_process_groups, read_launch
+    from dash_megatron.training.engine import Engine
+
+    configs = [(name, config_from_dict(tree)) for name, tree in cases]
+    init_process_groups(read_launch(os.environ), configs[0][1].parallel)
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for name, config in configs:
+        engine = Engine(_Weight(), config, size)
+        for micro_batch in range(config.accumulation_steps(size)):
+            if micro_batch:
+                engine.step()
+            engine.backward(engine.forward(addends[rank]))
+        gradient = full_gradients(engine)["weight"]
+        if rank == 0:
+            torch.save(gradient, Path(folder) / f"{name}.pt")
+    destroy_process_groups()
+
+
 def save_logits(trees: list[tuple[str, dict[str, Any]]], folder: str) -> None:
     """Save the logits of 64 fixed tokens under initial weights to `<folder>/<name>_<rank>.pt`."""
     module = keep_process_groups()
