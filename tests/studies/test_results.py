@@ -135,7 +135,9 @@ def test_losses_over_training_are_a_line_for_each_seed_of_the_largest_runs(
     assert len(drawn) == 2
 
 
-def test_a_step_without_a_finite_loss_counts_in_no_mean(write_study: Write) -> None:
+def test_a_step_without_a_finite_loss_counts_in_no_mean(
+    write_study: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_study()
     run = runs_of(path)[0]
     finish(run, 3.0, 0.4)
@@ -149,6 +151,8 @@ def test_a_step_without_a_finite_loss_counts_in_no_mean(write_study: Write) -> N
     rows = collect(load_study(path))
     assert math.isnan(rows[0]["loss"])
     assert '"loss": null' in write_table(load_study(path), rows)[0].read_text()
+    assert main(["study", "collect", str(path), "--json"]) == 0
+    assert '"loss": null' in capsys.readouterr().out
 
 
 def test_losses_over_training_are_those_of_training_where_validations_are_no_curve(
