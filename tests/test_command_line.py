@@ -104,5 +104,5 @@ def test_the_name_of_a_folder_is_no_override(tmp_path: Path, monkeypatch: pytest
 
 def test_ctrl_c_ends_a_command_with_the_status_that_a_shell_gives_it() -> None:
     with pytest.raises(SystemExit) as ended, ending_with_reader():
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
     assert ended.value.code == 128 + signal.SIGINT
