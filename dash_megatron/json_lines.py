@@ -37,7 +37,7 @@ class JsonLines:
             _tell(path, found, f"; moved to {aside.name}")
             retry(lambda: _append_bytes(aside, found.damaged), f"write {aside}", path=aside)
         kept = [line for line in found.objects if line["step"] <= resumed_step]
-        text = "".join(_text(line) for line in kept)
+        text = "".join(strict_json(line) + "\n" for line in kept)
         retry(lambda: write_whole(path, text), f"write {path}", path=path)
         self._size = len(text.encode())
 
@@ -47,7 +47,7 @@ class JsonLines:
         Raises:
             OSError: the disk has been full, or away, for minutes. What was written before is whole.
         """
-        data = _text(line).encode()
+        data = (strict_json(line) + "\n").encode()
         retry(lambda: self._append(data), f"write {self.path}", path=self.path)
         self._size += len(data)
 
@@ -58,12 +58,16 @@ class JsonLines:
             file.write(data)
 
 
-def null_if_not_finite(value: Any) -> Any:
-    """A value with None for each NaN or infinity in it, for which JSON has no number."""
+def strict_json(value: Any, indent: int | None = None) -> str:
+    """A value as JSON, with null for each NaN or infinity in it, for which JSON has no number."""
+    return json.dumps(_null_if_not_finite(value), indent=indent, allow_nan=False)
+
+
+def _null_if_not_finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: null_if_not_finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [null_if_not_finite(part) for part in value]
+        return {key: _null_if_not_finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_null_if_not_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -110,10 +114,6 @@ def _object(line: bytes, keys: Collection[str]) -> Any:
         return None
     whole = isinstance(value, dict) and type(value.get("step")) is int and value.keys() >= set(keys)
     return value if whole else None
-
-
-def _text(line: Mapping[str, Any]) -> str:
-    return json.dumps(null_if_not_finite(line), allow_nan=False) + "\n"
 
 
 def _append_bytes(path: Path, lines: list[bytes]) -> None:

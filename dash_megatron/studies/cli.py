@@ -140,7 +140,7 @@ def _opened(options: argparse.Namespace) -> tuple[Any, Path]:
 
 
 def _collect(options: argparse.Namespace) -> None:
-    from dash_megatron.json_lines import null_if_not_finite
+    from dash_megatron.json_lines import strict_json
     from dash_megatron.planning.table import table
     from dash_megatron.studies.collect import collect, write_table
     from dash_megatron.studies.page import results_table
@@ -160,7 +160,7 @@ def _collect(options: argparse.Namespace) -> None:
         text += [line for one in tables(study, rows, compared) for line in ["", *as_text(one)]]
         text += [line for missing in missing_runs(study, rows) for line in ["", missing]]
     if options.json:
-        print(json.dumps(null_if_not_finite(found), indent=2))
+        print(strict_json(found, indent=2))
     else:
         print("\n".join([*text, "", *map(str, written)]))
 

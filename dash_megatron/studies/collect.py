@@ -14,7 +14,7 @@ from typing import Any
 from dash_megatron.config.flops import training_flops_per_token
 from dash_megatron.data.vocabulary import vocabulary_rows
 from dash_megatron.files import write_whole
-from dash_megatron.json_lines import null_if_not_finite
+from dash_megatron.json_lines import strict_json
 from dash_megatron.studies.plan import as_row
 from dash_megatron.studies.runs import StudyRun, expand
 from dash_megatron.studies.study_file import Study, StudyError
@@ -118,7 +118,7 @@ def write_rows(
     writer.writeheader()
     writer.writerows(cells)
     paths = path.with_name(f"{path.name}.json"), path.with_name(f"{path.name}.csv")
-    write_whole(paths[0], json.dumps(null_if_not_finite(rows), indent=2) + "\n", make_folder=True)
+    write_whole(paths[0], strict_json(rows, indent=2) + "\n", make_folder=True)
     write_whole(paths[1], text.getvalue(), make_folder=True)
     return paths
 

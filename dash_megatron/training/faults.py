@@ -22,7 +22,7 @@ from dash_megatron.checkpoint.files import write_tensors
 from dash_megatron.config import FaultsConfig
 from dash_megatron.data.batches import PackedBatch
 from dash_megatron.files import path_for_message, write_whole
-from dash_megatron.json_lines import null_if_not_finite
+from dash_megatron.json_lines import strict_json
 from dash_megatron.parallel import context_rank, data_rank, tensor_group
 from dash_megatron.retry import retry
 
@@ -173,8 +173,7 @@ def write_fault(
         write_tensors(temporary, tensors)
         os.replace(temporary, path)
         if main:
-            facts = null_if_not_finite(asdict(fault))
-            write_whole(folder / "fault.json", json.dumps(facts, indent=2, allow_nan=False) + "\n")
+            write_whole(folder / "fault.json", strict_json(asdict(fault), indent=2) + "\n")
 
     try:
         retry(write, f"keep the batch of step {fault.step} for a replay", seconds=10, path=run_dir)
