@@ -450,11 +450,10 @@ class DashSelfAttention(nn.Module):
         """x [B, T, hidden_size]; cos and sin [B, T, D]; start: column of each row's first token, int64 [B]; documents as
         from `_documents`."""
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        pairs = [self._query_and_key(x, self.q_proj, self.k_proj, cos, sin)]
+        q, k = self._query_and_key(x, self.q_proj, self.k_proj, cos, sin)
+        own: tuple[Tensor, ...] = ()
         if self.has_router_projections:
-            pairs.append(self._query_and_key(x, self.indexer_q_proj, self.indexer_k_proj, cos, sin))
-        (q, k), *rest = pairs
-        own = [y for pair in rest for y in pair]
+            own = self._query_and_key(x, self.indexer_q_proj, self.indexer_k_proj, cos, sin)
         if documents is None:
             out = self._attend(q, k, v, start, latest_start, cache, *own)
         else:

@@ -71,15 +71,15 @@ class Row(NamedTuple):
             cu_seqlens = torch.arange(0, (B + 1) * N, N, dtype=torch.int32, device=q.device)
         Hkv, q_NHD = k.shape[2], q.reshape(B * N, Hq, D)
         position_N = document_positions(B * N, cu_seqlens, q.device)
-        routing_q, routing_k = own or (q, k)
-        pooled_NHD = routing_q.flatten(0, 1)
+        k_NHD = k.reshape(B * N, Hkv, D)
+        pooled_NHD = q_NHD if own is None else own[0].flatten(0, 1)
         if router.query_pool > 1:
             pooled_NHD = pool_queries_reference(pooled_NHD[None], position_N, router.query_pool)[0]
         return cls(
             q_NHD.unflatten(1, (Hkv, -1)),
             pooled_NHD.unflatten(1, (Hkv, -1)),
-            k.reshape(B * N, Hkv, D),
-            routing_k.reshape(B * N, Hkv, D),
+            k_NHD,
+            k_NHD if own is None else own[1].reshape(B * N, Hkv, D),
             position_N,
             ChunkGrid.of(B * N, router.chunk_size, cu_seqlens, q.device),
         )
@@ -88,13 +88,15 @@ class Row(NamedTuple):
         """The key/value heads one by one, for memory."""
         for head in range(self.k_NHD.shape[1]):
             only = slice(head, head + 1)
-            k_1HcWD, routing_k_1HcWD = (
-                self.grid.by_chunk(self.grid.spread(x_NHD[None, :, only].float()))
-                for x_NHD in (self.k_NHD, self.routing_k_NHD)
-            )
+            k_1HcWD = routing_k_1HcWD = self._by_chunk(self.k_NHD[:, only])
+            if self.routing_k_NHD is not self.k_NHD:
+                routing_k_1HcWD = self._by_chunk(self.routing_k_NHD[:, only])
             summary_1HcD = summarize(routing_k_1HcWD, self.grid.filled(), summary_query[only].float())
             queries = self.q_NHGD[:, head], self.routing_q_NHGD[:, head]
             yield Head(*queries, k_1HcWD[0, 0], summary_1HcD[0, 0], router.of_heads(only), self.grid)
+
+    def _by_chunk(self, k_NHD: Tensor) -> Tensor:
+        return self.grid.by_chunk(self.grid.spread(k_NHD[None].float()))
 
     def places(self, token_S: Tensor) -> QueryPositions:
         """Where tokens stand."""
