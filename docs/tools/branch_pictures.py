@@ -199,7 +199,10 @@ class Collected:
 def draw_losses(studies: Sequence[Study], output: Path) -> Path:
     """Difference to full attention by arm; a dot an order, bars of two standard errors."""
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-    found = [(label, *_collected(Collected.read(*source))) for label, source in COLLECTED.items()]
+    found: list[tuple[str, float, float, int, tuple[float, ...]]] = []
+    for label, source in COLLECTED.items():
+        arm = Collected.read(*source)
+        found.append((label, *arm.means_and_errors()[0], arm.orders, ()))
     for label, arms in BARS.items():
         difference = Difference.pooled(
             [x.difference(arm) for x, arm in zip(studies, arms, strict=True) if arm]
@@ -221,10 +224,6 @@ def draw_losses(studies: Sequence[Study], output: Path) -> Path:
     axis.set(xlabel="loss on held-out documents above full attention's (%)", yticks=[], xlim=(-1, 8.2))
     axis.grid(alpha=GRID, axis="x")
     return save(figure, output / "quality_losses.png")
-
-
-def _collected(arm: Collected) -> tuple[float, float, int, tuple[float, ...]]:
-    return *arm.means_and_errors()[0], arm.orders, ()
 
 
 def draw_positions(studies: Sequence[Study], output: Path) -> Path:
