@@ -1,8 +1,8 @@
 """One process group owns a run's folder: who trains in it says so in `owner.json`, for as long as it lives.
 
 The file is made by one system call that fails where it exists, which NFS and Lustre keep too, and touched every few seconds.
-An owner on this machine is alive while its process is. Of an owner on another machine only the touches tell: whoever finds
-them to stand still for some time takes the folder over. No two clocks are compared.
+An owner on this machine is alive while its process is; it does not own copies of the folder. Of an owner on another machine only
+the touches tell: whoever finds them to stand still for some time takes the folder over. No two clocks are compared.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Owner:
         self, run_dir: str | Path, beat_seconds: float = _BEAT_SECONDS, dead_seconds: float = _DEAD_SECONDS
     ) -> None:
         self.path = Path(run_dir) / FILE
-        self._facts = _this_process()
+        self._facts = _this_process() | {"file": str(self.path.absolute())}
         self._beat_seconds, self._released = beat_seconds, threading.Event()
         retry(lambda: self._acquire(dead_seconds), f"write {self.path}", path=self.path)
         threading.Thread(target=self._beat, name="owner of the run", daemon=True).start()
@@ -74,7 +74,9 @@ class Owner:
                     f"{other.get('host', 'an unknown host')}, which has trained in it since {other.get('since', '?')} and "
                     "is alive; stop that one, or choose another run_dir"
                 )
-            logger.info("the process that owned %s has died: taking it over from %s", self.path.parent, other)
+            logger.info(
+                "nobody owns %s: %s has died, or owns what this is a copy of", self.path.parent, other
+            )
             self._remove(other)
 
     def _create(self) -> bool:
@@ -172,7 +174,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _lives(path: Path, owner: dict[str, Any], dead_seconds: float) -> bool:
     if owner.get("machine") == _this_process()["machine"]:
-        return owner.get("started") == _start_of(int(owner["process"]))
+        return owner.get("started") == _start_of(int(owner["process"])) and not _is_copied(path, owner)
     first, deadline = _last_touch(path), time.monotonic() + dead_seconds
     logger.info(
         "%s belongs to process %s on %s: waiting up to %.0f s for a sign of life",
@@ -186,6 +188,15 @@ def _lives(path: Path, owner: dict[str, Any], dead_seconds: float) -> bool:
         if _last_touch(path) != first:
             return path.exists()
     return False
+
+
+def _is_copied(path: Path, owner: dict[str, Any]) -> bool:
+    """Whether the file came with a copy of its folder: where the owner made it stands another one, which says the same."""
+    made = Path(owner.get("file", path))
+    try:
+        return not made.samefile(path) and _same(_read(made), owner)
+    except OSError:
+        return False
 
 
 def _last_touch(path: Path) -> int:

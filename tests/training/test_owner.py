@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -51,6 +52,16 @@ def test_a_living_owner_is_named_and_a_killed_one_is_followed_at_once(other: Sta
     assert json.loads((tmp_path / FILE).read_text())["process"] == os.getpid()
     owner.release()
     assert not (tmp_path / FILE).exists()
+
+
+def test_a_copy_of_a_folder_in_use_belongs_to_nobody(other: Started, tmp_path: Path) -> None:
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    (tmp_path / "other_name").symlink_to(tmp_path)
+    begin = time.monotonic()
+    Owner(tmp_path / "copy").release()
+    assert time.monotonic() - begin < 5
+    with pytest.raises(ValueError, match=f"belongs to process {other.process.pid} on"):
+        Owner(tmp_path / "other_name")
 
 
 def test_an_owner_on_another_machine_keeps_the_folder_by_its_signs_of_life(tmp_path: Path) -> None:
