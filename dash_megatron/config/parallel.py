@@ -45,6 +45,11 @@ class ZeroConfig(Section):
     def _check(self) -> ZeroConfig:
         if "stage" in self.options:
             raise ValueError(f"zero.options={self.options} must not set ['stage']; use zero.stage")
+        if self.options.get("zero_quantized_gradients"):
+            raise ValueError(
+                f"zero.options={self.options} must not set ['zero_quantized_gradients']: DeepSpeed's kernel reads every gradient "
+                "as float16, and here they are float32 or bfloat16; remove it"
+            )
         return self
 
     def check_tensor(self, tensor: int) -> None:
@@ -61,7 +66,7 @@ class ZeroConfig(Section):
                 "DeepSpeed's gradient norm and clipping do not reach every tensor-parallel process; use zero.stage=1"
             )
         # groups of neighbouring processes, which here hold shards of different weights
-        neighbours = {"zero_hpz_partition_size", "zero_quantized_gradients", "mics_shard_size"}
+        neighbours = {"zero_hpz_partition_size", "mics_shard_size"}
         wrong = sorted(neighbours & set(self.options))
         if wrong:
             raise ValueError(

@@ -123,6 +123,11 @@ def test_configs_cannot_be_changed(path: Path) -> None:
         ("evaluation.task_lengths=[128, 129]", "129 must be at least 2 and at most data.seq_length=128"),
         ("optimizer.betas=[0.9,1.0]", "optimizer.betas=(0.9, 1.0) must both lie in [0, 1)"),
         ("zero.options={stage: 2}", "zero.options={'stage': 2} must not set ['stage']"),
+        (
+            "zero.options={zero_quantized_gradients: true}",
+            "must not set ['zero_quantized_gradients']: DeepSpeed's kernel reads every gradient as float16, and here they are "
+            "float32 or bfloat16; remove it",
+        ),
         ("zero.stage=4", "zero.stage=4"),
         ("optimizer.lr", "override 'optimizer.lr' must read section.key=value"),
         ("run_dir.x=1", "run_dir is a value, not a section"),
