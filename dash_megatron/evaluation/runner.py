@@ -17,6 +17,7 @@ from dash_megatron.evaluation.models import LanguageModel, ModelSource
 from dash_megatron.evaluation.settings import LOSS_TASKS, PERPLEXITY, Settings
 from dash_megatron.evaluation.text import LocalText
 from dash_megatron.files import write_whole
+from dash_megatron.json_lines import strict_json
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +34,12 @@ def evaluate(
     """Evaluate a model; what an earlier call left in `output` is not computed again.
 
     Args:
-        output: folder for `<task>.jsonl`, with a line for each item, and `results.json`; made where it is missing.
+        output: folder for `<task>.jsonl`, with a line for each item, and `results.json`; made where it is missing. Both have null
+            for a number that is not finite.
         report: called with a line of text for each task and length.
 
     Returns:
-        What `results.json` has.
+        What `results.json` has, with such numbers themselves.
 
     Raises:
         ValueError: a sample cannot be made, in which case nothing was computed.
@@ -67,7 +69,7 @@ def evaluate(
         report(
             f"{job.task:20} {job.length:8}  {_headline(summary)}  ({computed} of {len(lines)} computed, {seconds:.1f} s)"
         )
-    write_whole(output / RESULTS, json.dumps(results, indent=2) + "\n")
+    write_whole(output / RESULTS, strict_json(results, indent=2) + "\n")
     return results
 
 
@@ -111,7 +113,7 @@ def run_job(job: Job, path: Path) -> tuple[list[dict[str, Any]], int]:
                     continue
                 index, depth = item
                 known[item] = {"key": job.key, "length": job.length, "index": index, "depth": depth, **result}
-                file.write(json.dumps(known[item]) + "\n")
+                file.write(strict_json(known[item]) + "\n")
                 computed += 1
             file.flush()
     return [known[item] for item in items], computed
@@ -125,7 +127,7 @@ def _cut_half_line(path: Path) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of results; none where there is no file."""
+    """Whole lines of results, in which a loss that was not finite is NaN; none where there is no file."""
     whole = path.read_bytes().rpartition(b"\n")[0] if path.is_file() else b""
     lines = []
     for number, line in enumerate(whole.splitlines(), 1):
@@ -134,10 +136,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             value = None
         if isinstance(value, dict) and {"key", "index", "depth"} <= value.keys():
-            lines.append(value)
+            lines.append(_with_nan(value))
         else:
             logger.warning("%s, line %d is damaged: skipped, and computed anew", path, number)
     return lines
+
+
+def _with_nan(line: dict[str, Any]) -> dict[str, Any]:
+    """A line with NaN for what it has null for: losses of a diverged model."""
+    if "nll_sums" in line:
+        return {**line, "nll_sums": [math.nan if loss is None else loss for loss in line["nll_sums"]]}
+    return {**line, "nll": math.nan} if line.get("nll", 0.0) is None else line
 
 
 def _sum_up_losses(job: Job, lines: list[dict[str, Any]]) -> dict[str, Any]:

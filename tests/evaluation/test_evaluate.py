@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -210,6 +211,25 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     path.write_text("".join(lines))
     evaluate(Path(config.run_dir), tmp_path / "out", *arguments, "--seed", "1")
     assert len(path.read_text().splitlines()) == 6  # of other settings, beside the old ones
+
+
+def test_results_of_a_diverged_model_are_strict_json_and_are_read_again(
+    write_run: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logits = RunModel.logits
+    monkeypatch.setattr(RunModel, "logits", lambda model, hidden: logits(model, hidden) * math.nan)
+    config, _ = write_run("dash")
+    arguments = ["--tasks", "perplexity,copy", "--lengths", "100", "--samples", "2"]
+    first = evaluate(Path(config.run_dir), tmp_path / "out", *arguments)
+    assert first["tasks"]["perplexity"]["100"]["nll"] is None
+    assert first["tasks"]["copy"]["100"]["nll"] is None
+    assert evaluate(Path(config.run_dir), tmp_path / "out", *arguments) == first
+    assert capsys.readouterr().out.count("(0 of 2 computed") == 2
+    for path in (tmp_path / "out").glob("*.json*"):
+        assert "NaN" not in path.read_text()
 
 
 def test_a_stretched_rope_scores_as_a_run_with_it_in_its_own_folder(
