@@ -40,7 +40,7 @@ KEY_PARTS, LEAST_STEPS = 32 * 132, 16
 KEYS_A_PROGRAM, ROWS_A_STEP = 64, 64
 """Of the launch configurations of that pass; smaller chunks are taken side by side."""
 BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's default bucket of gradients."""
+"""Gradients that ZeRO reduces together, at most: `dash_megatron.training.engine.BUCKET_ELEMENTS`."""
 BUCKET_BYTES = 8
 """Of an element of the bucket that is reduced in float32. ZeRO-3 fills a float32 bucket and orders a copy of it by rank; ZeRO-2
 flattens a copy of a bf16 bucket and widens that, or flattens one of a float32 bucket."""

@@ -34,6 +34,9 @@ deepspeed.ops.__compatible_ops__ = {}
 # Profilers of CUDA alone read the ranges it marks; without one they are a tenth of a ZeRO 3 step on the CPU.
 nvtx.enable_nvtx = torch.cuda.is_available()
 
+BUCKET_ELEMENTS = 500_000_000
+"""Gradients that ZeRO reduces together, at most: DeepSpeed's default of `reduce_bucket_size`."""
+
 
 class Engine:
     """A model, its AdamW and its gradients, sharded by ZeRO over the processes that hold the same weights.
@@ -64,7 +67,7 @@ class Engine:
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model,
                 optimizer=self._adam,
-                config=_deepspeed_config(config, world_size),
+                config=_deepspeed_config(config, world_size, sum(p.numel() for p in model.parameters())),
                 dist_init_required=False,
                 # without tensor parallelism the processes that hold the same weights are all there are
                 mpu=GradientGroups() if config.parallel.tensor > 1 else None,
@@ -214,8 +217,10 @@ def parameter_groups(model: torch.nn.Module, config: Config) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
-def _deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+def _deepspeed_config(config: Config, world_size: int, parameters: int) -> dict[str, Any]:
     bf16, stage = config.training.precision == "bf16", config.zero.stage
+    # DeepSpeed allocates a bucket whole, however small the model is
+    bucket = min(BUCKET_ELEMENTS, parameters)
     return {
         # DeepSpeed takes context ranks for data ranks that read samples of their own, and checks the product
         "train_batch_size": config.training.global_batch * config.parallel.context,
@@ -227,6 +232,6 @@ def _deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32" if stage or not bf16 else "bf16"},
         # so do bf16 sums over many processes: 512 gradients of 1, added one after another, give 256
         "communication_data_type": "fp32",
-        "zero_optimization": {"stage": stage, **config.zero.options},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket, **config.zero.options},
         "steps_per_print": 2**31,
     }

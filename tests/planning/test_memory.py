@@ -339,7 +339,9 @@ def test_limits_are_those_of_the_code_they_describe() -> None:
     from dash_megatron.ops.kernels import backward_q, configs, pair_slabs, pairs
     from dash_megatron.ops.kernels.geometry import MAX_BOUNDED_BYTES
     from dash_megatron.ops.topk.nsa import MAX_SHARED_BIAS
+    from dash_megatron.training.engine import BUCKET_ELEMENTS
 
+    assert memory.BUCKET_ELEMENTS == BUCKET_ELEMENTS
     assert (memory.MAX_LOGITS, memory.MAX_BOUNDED_BYTES) == (MAX_LOGITS, MAX_BOUNDED_BYTES)
     assert baseline_times.MAX_SHARED_BIAS == MAX_SHARED_BIAS
     for name in ("WORKSPACE_BYTES", "PLACES_BYTES", "MAX_COUNTS", "COUNTED_SLABS"):

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dash_megatron.config import ParallelConfig, config_from_dict
 from dash_megatron.layers.sharding import splits
@@ -143,8 +145,23 @@ class _Weight(torch.nn.Module):
         return (self.weight.float() * gradient).sum()
 
 
+class _LargestTensor(TorchDispatchMode):
+    """Remembers the bytes of the largest tensor that was made."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves(made) if isinstance(x, torch.Tensor)]
+        self.nbytes = max([self.nbytes, *(x.nbytes for x in tensors)])
+        return made
+
+
 def sum_gradients(cases: list[tuple[str, dict[str, Any]]], addends: list[float], folder: str) -> None:
-    """Save the gradient of one weight to `<folder>/<name>.pt`, to which each rank's micro-batches add its addend."""
+    """Save the gradient of one weight to `<folder>/<name>.pt`, to which each rank's micro-batches add its addend.
+
+    Beside it, the bytes of the largest tensor that was made on the way.
+    """
     from dash_megatron.parallel import init_process_groups, read_launch
     from dash_megatron.training.engine import Engine
 
@@ -152,14 +169,15 @@ def sum_gradients(cases: list[tuple[str, dict[str, Any]]], addends: list[float],
     init_process_groups(read_launch(os.environ), configs[0][1].parallel)
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for name, config in configs:
-        engine = Engine(_Weight(), config, size)
-        for micro_batch in range(config.accumulation_steps(size)):
-            if micro_batch:
-                engine.step()
-            engine.backward(engine.forward(addends[rank]))
+        with _LargestTensor() as largest:
+            engine = Engine(_Weight(), config, size)
+            for micro_batch in range(config.accumulation_steps(size)):
+                if micro_batch:
+                    engine.step()
+                engine.backward(engine.forward(addends[rank]))
         gradient = full_gradients(engine)["weight"]
         if rank == 0:
-            torch.save(gradient, Path(folder) / f"{name}.pt")
+            torch.save((gradient, largest.nbytes), Path(folder) / f"{name}.pt")
     destroy_process_groups()
 
 
