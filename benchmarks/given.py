@@ -105,12 +105,12 @@ class Given:
                         f"a rank's {sizes.num_tokens} tokens must be whole chunks of {size} for given choices"
                     )
             self.made[key] = as_routing(past, sizes, self.rows)
-        lists, tau, mean_log, selected = self.made[key]
-        if number is None:
-            # a token at n has n // size chunks before its own
+        *_, selected = self.made[key]
+        if number is None and self.layer not in self.densities:
+            # a token at n has n // size chunks before its own; once only: it makes the host wait for the GPU
             available = (sizes.num_tokens // self.rows // size + 1) / 2
             self.densities[self.layer] = selected.double().mean().item() / available
-        return lists, tau, mean_log, selected
+        return self.made[key]
 
     def _of_chunks(self, like: int, summary: Tensor, number: Tensor, size: int) -> Tensor:
         """Choices of the tokens of some chunks of one document, bool [key/value heads, tokens, chunks of the document]."""
