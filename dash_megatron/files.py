@@ -68,6 +68,15 @@ def write_whole(path: Path, text: str, make_folder: bool = False) -> None:
     os.replace(temporary, path)
 
 
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def usual_mode(path: Path) -> Iterator[None]:
     """Give the file that the block writes the mode that `open` gives one, by the umask; some libraries write privately."""

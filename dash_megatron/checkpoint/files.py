@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dash_megatron.files import telling_errors_of_the_disk, usual_mode
+from dash_megatron.files import sync, telling_errors_of_the_disk, usual_mode
 from dash_megatron.retry import retry
 
 DESCRIPTION = "checkpoint.json"
@@ -65,15 +64,6 @@ def write_json(path: Path, value: Any) -> dict[str, Any]:
 def _synced_entry(path: Path) -> dict[str, Any]:
     sync(path)
     return {"bytes": path.stat().st_size, "sha256": checksum(path)}
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def checksum(path: Path) -> str:

@@ -26,6 +26,7 @@ from dash_megatron.checkpoint.folder import (
 from dash_megatron.checkpoint.state import TrainingState, random_state
 from dash_megatron.checkpoint.stored import describe_fragments
 from dash_megatron.config import Config
+from dash_megatron.files import sync
 from dash_megatron.layers.sharding import splits
 from dash_megatron.parallel import tensor_group
 from dash_megatron.retry import retry
@@ -169,10 +170,10 @@ class Checkpointer:
         def publish() -> None:
             if partial.exists():  # not the second attempt after the rename itself
                 files.write_json(partial / files.MANIFEST, manifest)
-                files.sync(partial)
+                sync(partial)
                 remove(self.folder / tag)  # this step's, of before the run went back to an earlier one
                 os.rename(partial, self.folder / tag)
-            files.sync(self.folder)
+            sync(self.folder)
             latest = self.folder / "latest.partial"
             latest.write_text(tag + "\n")
             os.replace(latest, self.folder / "latest")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -27,6 +28,8 @@ from dash_megatron.data.index_file import edges_digest
 from dash_megatron.data.open_files import allow_open_files
 from dash_megatron.data.sidecar import Sidecar, check_data
 from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.files import sync
+from dash_megatron.retry import retry
 
 with warnings.catch_warnings():
     # Apex and Transformer Engine speed up GPU training; no dataset needs them
@@ -245,7 +248,8 @@ def _one_pass(
 
     Megatron writes its index files in place, and tells them apart by path and settings only. They are therefore
     built in a temporary folder, which is renamed to a digest of the data when they are complete: no process sees
-    half an index, a killed process leaves none, and replaced data does not meet the index of its predecessor.
+    half an index, a killed process leaves none, and replaced data does not meet the index of its predecessor. One that lost
+    its end with the machine that wrote it is made anew.
     """
     key = [edges_digest(f"{prefix}.idx"), seq_length, seed, split_name, tokenizer.fingerprint]
     folder = cache_dir / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
@@ -260,8 +264,8 @@ def _one_pass(
 
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     try:
-        if not folder.is_dir() and (not distributed or torch.distributed.get_rank() == 0):
-            _build_in_temporary_folder(build, folder, prefix)
+        if not distributed or torch.distributed.get_rank() == 0:
+            _make_index(build, folder, prefix)
     finally:
         if distributed:
             # in `finally`, so that an error on rank 0 does not leave the others waiting
@@ -276,18 +280,39 @@ def _one_pass(
     return build(str(folder))
 
 
-def _build_in_temporary_folder(build: Any, folder: Path, prefix: str) -> None:
+def _make_index(build: Any, folder: Path, prefix: str) -> None:
+    """See that a folder has the index of a prefix, whole.
+
+    Raises:
+        OSError: the disk has been full, or away, for minutes.
+    """
+    if folder.is_dir():
+        try:
+            build(str(folder))
+            return
+        except (ValueError, EOFError) as error:
+            logger.warning("%s, the order of the rows of %s, is damaged (%s)", folder, prefix, error)
+            shutil.rmtree(folder)
     logger.info("ordering the rows of %s, once: later starts read the order from %s", prefix, folder)
+    retry(lambda: _build_in_temporary_folder(build, folder), f"write {folder}", path=folder.parent)
+
+
+def _build_in_temporary_folder(build: Any, folder: Path) -> None:
     temporary = folder.parent / f".building-{folder.name}-{socket.gethostname()}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         build(str(temporary))
+        for file in temporary.iterdir():
+            sync(file)
         os.rename(temporary, folder)
-    except OSError:
+    except OSError as error:
         # another process was first: its index is the same
-        if not folder.is_dir():
-            raise
+        if folder.is_dir():
+            return
+        if error.errno is None:  # numpy tells in words only that a disk is full
+            raise OSError(errno.ENOSPC, str(error)) from error
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

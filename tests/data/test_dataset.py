@@ -2,6 +2,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import resource
 from collections import Counter
 from dataclasses import replace
@@ -152,6 +153,31 @@ def test_an_index_is_built_once_and_read_afterwards(write_data, build, tmp_path,
     first = rows_of(build([prefix]))
     monkeypatch.setattr(np, "save", lambda *arguments, **settings: pytest.fail("built again"))
     assert rows_of(build([prefix])) == first
+
+
+def test_an_index_that_lost_its_end_is_made_anew(write_data, build, tmp_path, caplog):
+    prefix = write_data(tmp_path / "a", numbered(0, 40))
+    first = rows_of(build([prefix]))
+    for path in sorted((tmp_path / "cache").glob("*/*.npy")):
+        for size in (path.stat().st_size // 2, 0):
+            os.truncate(path, size)
+            assert rows_of(build([prefix])) == first
+    assert "the order of the rows of" in caplog.text
+
+
+def test_an_index_is_written_once_there_is_room(write_data, build, tmp_path, monkeypatch, caplog):
+    prefix, save = write_data(tmp_path / "a", numbered(0, 40)), np.save
+
+    def save_later(*arguments, **settings):
+        monkeypatch.setattr(np, "save", save)
+        raise OSError("1320 requested and 718 written")  # as numpy says it, without a number
+
+    monkeypatch.setattr(np, "save", save_later)
+    build([prefix])
+    assert re.search(
+        r"cannot write \S+/cache/\w{32}: disk full: 1320 requested .* bytes are free", caplog.text
+    )
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def _build_on_rank(rank, folder, prefix, tokenizer, results):
