@@ -9,6 +9,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -16,7 +17,10 @@ from dash_megatron.retry import retry
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _TAG = re.compile(r"step_(\d{8,})")
+_DAMAGED = ".damaged"
 
 
 class CheckpointError(RuntimeError):
@@ -34,18 +38,43 @@ def tag_of(step: int) -> str:
 
 
 def finished_steps(run_dir: str | Path) -> list[int]:
-    """Steps of which a published checkpoint exists, oldest first."""
-    folder = checkpoint_folder(run_dir)
-    names = [_TAG.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(match.group(1)) for match in names if match)
+    """Steps of which a published checkpoint exists, oldest first.
+
+    Raises:
+        FileNotFoundError: what stands in the folder's place is none: a link to a disk that is away, or a file.
+    """
+    matches = [_TAG.fullmatch(path.name) for path in _entries(checkpoint_folder(run_dir))]
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def damaged_checkpoints(run_dir: str | Path) -> list[str]:
+    """Names of the checkpoints that `set_aside` kept, as rank 0 sees them; collective."""
+    return _agreed(lambda: sorted(p.name for p in _entries(checkpoint_folder(run_dir)) if _DAMAGED in p.name))
+
+
+def _entries(folder: Path) -> list[Path]:
+    if folder.is_dir():
+        return list(folder.iterdir())
+    if folder.is_symlink():
+        raise FileNotFoundError(
+            f"{folder} is a link to {os.readlink(folder)}, which does not exist; mount that, or remove the link to begin from "
+            "scratch"
+        )
+    if folder.exists():
+        raise FileNotFoundError(f"{folder} is a file, where a run keeps its checkpoints; move it away")
+    return []
 
 
 def agreed_steps(run_dir: str | Path) -> list[int]:
     """As `finished_steps`, on all processes as rank 0 sees the folder, which others may be saving to; collective."""
-    steps = [finished_steps(run_dir)]
+    return _agreed(lambda: finished_steps(run_dir))
+
+
+def _agreed(function: Callable[[], list[T]]) -> list[T]:
+    found = [function()]
     if dist.is_initialized():
-        dist.broadcast_object_list(steps)
-    return steps[0]
+        dist.broadcast_object_list(found)
+    return found[0]
 
 
 def on_main(function: Callable[[], object]) -> str | None:
@@ -96,10 +125,10 @@ def set_aside(folder: Path, problem: str) -> None:
         folder: the checkpoint.
         problem: what is wrong with it, for the log.
     """
-    place = folder.with_name(f"{folder.name}.damaged")
+    place = folder.with_name(folder.name + _DAMAGED)
     number = 1
     while place.exists():
         number += 1
-        place = place.with_suffix(f".damaged{number}")
+        place = place.with_suffix(f"{_DAMAGED}{number}")
     os.rename(folder, place)
     logger.warning("%s is damaged (%s): kept as %s and skipped", folder.name, problem, place.name)

@@ -13,6 +13,7 @@ from dash_megatron.checkpoint.folder import (
     CheckpointError,
     agreed_steps,
     checkpoint_folder,
+    damaged_checkpoints,
     on_main,
     set_aside,
     tag_of,
@@ -68,10 +69,10 @@ def _newest_undamaged(config: Config) -> int | None:
         failure = on_main(lambda place=place, problem=problem: set_aside(place, problem))  # type: ignore[misc]
         if failure:
             raise CheckpointError(failure)
-    if steps:
+    if damaged := damaged_checkpoints(config.run_dir):
         raise ValueError(
-            f"{folder} has no undamaged checkpoint: those of steps {steps} were set aside as "
-            "*.damaged; restore one from a copy, or remove them all to begin from scratch"
+            f"{folder} has no undamaged checkpoint, but {', '.join(damaged)}, set aside; restore one from a copy, or remove "
+            "them all to begin from scratch"
         )
     return None
 

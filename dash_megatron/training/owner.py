@@ -150,7 +150,7 @@ def _this_process() -> dict[str, Any]:
     }
 
 
-def _start_of(process: int) -> str | None:
+def _start_of(process: Any) -> str | None:
     """When a process of this machine started, in the kernel's ticks; None where there is none, or one that has ended."""
     try:
         state, *facts = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
@@ -174,7 +174,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _lives(path: Path, owner: dict[str, Any], dead_seconds: float) -> bool:
     if owner.get("machine") == _this_process()["machine"]:
-        return owner.get("started") == _start_of(int(owner["process"])) and not _is_copied(path, owner)
+        started = _start_of(owner.get("process"))
+        return started is not None and started == owner.get("started") and not _is_copied(path, owner)
     first, deadline = _last_touch(path), time.monotonic() + dead_seconds
     logger.info(
         "%s belongs to process %s on %s: waiting up to %.0f s for a sign of life",

@@ -183,9 +183,30 @@ def test_a_damaged_checkpoint_is_named_kept_aside_and_skipped(
 def test_with_damaged_checkpoints_alone_a_run_does_not_begin_anew(run: dict[str, Any]) -> None:
     for step in finished_steps(run["run_dir"]):
         flip(folder_of(run) / tag_of(step))
-    with pytest.raises(ValueError, match="has no undamaged checkpoint"):
-        train(run)
+    written = (Path(run["run_dir"]) / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"has no undamaged checkpoint.* step_00000001.damaged, .*begin from"
+        ):
+            train(run)
     assert len(list(folder_of(run).glob("*.damaged"))) == 4
+    assert (Path(run["run_dir"]) / "metrics.jsonl").read_bytes() == written
+    for path in folder_of(run).glob("*.damaged"):
+        shutil.rmtree(path)
+    train(run)
+
+
+def test_checkpoints_on_a_disk_that_is_away_do_not_let_a_run_begin_anew(tiny_config: dict[str, Any]) -> None:
+    folder_of(tiny_config).parent.mkdir()
+    folder_of(tiny_config).symlink_to("unmounted")
+    with pytest.raises(
+        FileNotFoundError, match=r"checkpoints is a link to unmounted, which does not exist; mount"
+    ):
+        train(tiny_config)
+    folder_of(tiny_config).unlink()
+    folder_of(tiny_config).touch()
+    with pytest.raises(FileNotFoundError, match="checkpoints is a file"):
+        train(tiny_config)
 
 
 def test_old_checkpoints_go_but_for_the_newest_and_milestones(tiny_config: dict[str, Any]) -> None:
