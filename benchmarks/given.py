@@ -42,6 +42,8 @@ class Given:
     def __init__(self, model: str, num_layers: int, rows: int = 1) -> None:
         """Of `model` in `benchmarks/choices`, for `num_layers` layers and batches of `rows` documents of whole chunks."""
         self.model, self.num_layers, self.rows = model, num_layers, rows
+        # once: a file is milliseconds, in which the GPU would have nothing to do
+        self.depths, self.chunk_size = layers_of(model), chunk_size_of(model)
         self.layer = 0
         self.made: dict[tuple[int, int], Any] = {}
         self.densities: dict[int, float] = {}
@@ -70,13 +72,14 @@ class Given:
             # where ranks share a sequence, their chunks have numbers
             number = arguments[5] if len(arguments) > 5 else None
             lists, *others = self._choices(summary, sizes, number)
-            chunk, log_prior, offset, counts = (x.clone() for x in lists)
             if sizes.lists_are_bounded:
                 # a run's lists have room for every chunk, which the router has just made
-                room = routed[0]
-                room.chunk[: len(chunk)], room.log_prior[: len(chunk)] = chunk, log_prior
-                chunk, log_prior = room.chunk, room.log_prior
-            return type(lists)(chunk, log_prior, offset, counts), *(x.clone() for x in others)
+                chunk, log_prior = routed[0].chunk, routed[0].log_prior
+                chunk[: len(lists.chunk)], log_prior[: len(lists.chunk)] = lists.chunk, lists.log_prior
+            else:
+                chunk, log_prior = lists.chunk.clone(), lists.log_prior.clone()
+            lists = type(lists)(chunk, log_prior, lists.offset.clone(), lists.counts.clone())
+            return lists, *(x.clone() for x in others)
 
         # one way looks the router up in its module, the other has imported it
         with patch.object(dash, "route", choose), patch.object(kernel, "route", choose):
@@ -91,8 +94,8 @@ class Given:
     def _choices(self, summary: Tensor, sizes: Any, number: Tensor | None) -> Any:
         from benchmarks.stages import as_routing
 
-        depths, size = layers_of(self.model), chunk_size_of(self.model)
-        like = depths[self.layer * len(depths) // self.num_layers]
+        size = self.chunk_size
+        like = self.depths[self.layer * len(self.depths) // self.num_layers]
         key = like, sizes.num_tokens
         if key not in self.made:
             if number is None:
