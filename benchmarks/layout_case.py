@@ -8,16 +8,16 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd import DeviceType
 
 from benchmarks.given import models_like
 from benchmarks.inputs import device_name
+from benchmarks.kernels import StepKernels, step_kernels
 from benchmarks.layouts import Case
 from benchmarks.step import NO_TOKEN, with_choices
 from benchmarks.timing import seconds_of
@@ -97,12 +97,12 @@ def _measure(case: Case, config: Config, device: torch.device, end: float) -> di
         seconds = _time_steps(step, case.steps, device, end)
         memory = (torch.cuda.max_memory_allocated() - held) / 2**30 if cuda else 0.0
         sent = take_context_bytes(engine.model).get(0, (0, 0))
-        communication, waited_for = _profile(step, case.trace, device)
+        kernels = _profile(step, case.trace, device)
     chunks, density = _routing(engine)
     flops = training_flops_per_token(config, vocab_size, (config.data.seq_length + 1) / 2, chunks or None)
     median, peak = statistics.median(seconds[WARM_UP:] or seconds[-1:]), peak_flops(device_name(device))
     tokens = config.training.global_batch * config.data.seq_length / case.gpus
-    return {
+    measured: dict[str, Any] = {
         "device": device_name(device),
         "torch": torch.__version__,
         "density": density,
@@ -111,11 +111,10 @@ def _measure(case: Case, config: Config, device: torch.device, end: float) -> di
         "mfu": flops * tokens / median / peak if peak else None,
         "memory_gib": _largest(memory, device) if cuda else None,
         "context_bytes_per_layer_and_step": [number / len(seconds) for number in sent],
-        "communication": communication,
-        "waited_for": waited_for,
         "loss": losses[0],
         "grad_norm": engine.grad_norm(),
     }
+    return measured | (kernels._asdict() if kernels else {})
 
 
 def _batches(case: Case, config: Config, vocab_size: int) -> list[PackedBatch]:
@@ -163,47 +162,15 @@ def _routing(engine: Engine) -> tuple[dict[int, float], float]:
     return dict(zip(means, both[:, 0].tolist(), strict=True)), (both[:, 0] / both[:, 1]).mean().item()
 
 
-Spans = list[tuple[float, float]]
-
-
-def _profile(step: Callable[[], None], trace: str | None, device: torch.device) -> tuple[float, float]:
-    """Shares of one step of rank 0 in which collectives ran, and in which nothing else did; collective."""
+def _profile(step: Callable[[], None], trace: str | None, device: torch.device) -> StepKernels | None:
+    """What ran in one step of rank 0; None of other ranks; collective."""
     if dist.get_rank():
         step()
-        return 0.0, 0.0
+        return None
     cuda = device.type == "cuda"
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CUDA] if cuda and not trace else None) as profile:
         seconds_of(step, device)
     if trace:
         profile.export_chrome_trace(trace)
-    kind = DeviceType.CUDA if cuda else DeviceType.CPU
-    sent: Spans = []
-    others: Spans = []
-    for event in profile.events() or ():
-        if event.device_type != kind or (cuda and getattr(event, "is_user_annotation", False)):
-            continue
-        named = event.name.lower().startswith(("nccl", "gloo:"))
-        (sent if named else others).append((event.time_range.start, event.time_range.end))
-    return shares_of_step(sent, others if cuda else [], _length([*sent, *others], whole=True))
-
-
-def shares_of_step(sent: Spans, others: Spans, step: float) -> tuple[float, float]:
-    """Shares of a step in which something was sent, and in which nothing else ran meanwhile.
-
-    Args:
-        sent, others: first and last moment of kernels that communicate, and of all others.
-        step: length of the step, in the same unit.
-    """
-    alone = _length([*sent, *others]) - _length(others)
-    return (_length(sent) / step, alone / step) if step else (0.0, 0.0)
-
-
-def _length(spans: Iterable[tuple[float, float]], whole: bool = False) -> float:
-    """Of the union of spans, or from the first moment to the last."""
-    total, first, last = 0.0, None, float("-inf")
-    for begin, end in sorted(spans):
-        first = begin if first is None else first
-        total += max(0.0, end - max(begin, last))
-        last = max(last, end)
-    return last - first if whole and first is not None else total
+    return step_kernels(profile, cuda)

@@ -9,8 +9,9 @@ For every config and kind of attention (DashAttention and its full twin) these a
 its runner-up, or those given. Weights and tokens are random; DashAttention's routers make way for the choices of trained
 ones, as in `benchmarks/step.py --routing trained`. A step has one micro-batch a data rank, or `--batch` sequences.
 Every case has processes of its own and a time limit; one that fails is a row with its error. `rows.jsonl`, `table.txt` and the
-cases' logs are written to the output folder. `planned` is for the density measured, `communication` from one step of rank 0:
-the share of it in which NCCL's kernels ran, and (`waited for`) no other kernel did.
+cases' logs are written to the output folder. `planned` is for the density measured. Of one profiled step of rank 0 are `communication`:
+the share of it in which NCCL's kernels ran, and (`waited for`) no other kernel did; `idle`: in which none did; and in
+`rows.jsonl` the `milliseconds` of kernels by class.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ ROUTER = ("attention.target_density=null", "attention.scaling_factor=4")
 ONE_GPU = "parallel.tensor=1 parallel.context=1 parallel.sequence=false zero.stage=1"
 COLUMNS = (
     "config", "attention", "GPUs", "layout", "density", "tokens/s/GPU", "of one", "MFU", "s/step", "planned", "ratio",
-    "GiB", "planned", "ratio", "communication", "waited for",
+    "GiB", "planned", "ratio", "communication", "waited for", "idle",
 )  # fmt: skip
 
 
@@ -293,7 +294,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     forms = (
         ("density", ".1%"), ("tokens_per_second_per_gpu", ",.0f"), ("efficiency", ".1%"), ("mfu", ".1%"), ("seconds", ".3f"),
         ("planned_seconds", ".3f"), ("seconds_ratio", ".2f"), ("memory_gib", ".1f"), ("planned_memory_gib", ".1f"),
-        ("memory_ratio", ".2f"), ("communication", ".1%"), ("waited_for", ".1%"),
+        ("memory_ratio", ".2f"), ("communication", ".1%"), ("waited_for", ".1%"), ("idle", ".1%"),
     )  # fmt: skip
     return [*named, row["layout_words"], *(number(key, form) for key, form in forms)]
 

@@ -32,7 +32,7 @@ COVERED_ELSEWHERE = {
     "layouts": "tests/benchmarks/test_layouts.py",
     "layout_case": "part of layouts",
 }
-PARTS = {"cases", "choices", "given", "inputs", "persistence", "stages", "timing"}
+PARTS = {"cases", "choices", "given", "inputs", "kernels", "persistence", "stages", "timing"}
 
 
 def _run(*command: str, interpreted: bool = True) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.layout_case import shares_of_step
+from benchmarks.kernels import class_of, shares_of_step
 from benchmarks.layouts import as_overrides, first_error, in_words
 from benchmarks.persistence import make_selected
 from dash_megatron.config import load_config
@@ -60,6 +61,9 @@ def test_a_step_of_two_processes_is_timed_with_choices_of_trained_routers(tmp_pa
     assert row["tokens_per_second_per_gpu"] == pytest.approx(128 / row["seconds"] / 2)
     assert row["seconds_ratio"] == pytest.approx(row["seconds"] / row["planned_seconds"])
     assert 0 < row["waited_for"] <= row["communication"] < 1
+    assert row["milliseconds"]["communication"] > 0
+    # a CPU has no kernels
+    assert row["idle"] is None
     assert row["context_bytes_per_layer_and_step"][0] > 0
     assert "parallel.context=3" in failed["error"]
     assert table.count("8b_64k") == 2
@@ -110,6 +114,27 @@ def test_communication_is_waited_for_where_nothing_else_runs() -> None:
     sent = [(0.0, 2.0), (1.0, 3.0), (6.0, 7.0)]
     assert shares_of_step(sent, [(2.0, 5.0), (2.5, 6.5)], 10.0) == pytest.approx((0.4, 0.25))
     assert shares_of_step([], [], 0.0) == (0.0, 0.0)
+
+
+def test_every_kernel_of_the_project_and_the_usual_ones_of_torch_have_a_class() -> None:
+    for path in (ROOT / "dash_megatron/ops").rglob("*.py"):
+        of_loss = path.name == "cross_entropy.py"
+        for name in re.findall(r"^def (\w+_kernel)\(.*?^\)", path.read_text(), re.MULTILINE | re.DOTALL):
+            assert class_of(name) == ("loss" if of_loss else "attention"), name
+    torchs = {
+        "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "communication",
+        "nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_TNN": "matmul",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x64_1x4x1_cga1x1x1_kernel0_0": "attention",
+        "triton_poi_fused_add_cat_mul_rsub_sigmoid_silu_split_0": "elementwise",
+        "void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<c10::BFloat16>": "elementwise",
+        "void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(at::TensorIterator)": "copy",
+        "void at::native::(anonymous namespace)::CatArrayBatchedCopy<at::native": "copy",
+        "Memcpy DtoD (Device -> Device)": "copy",
+        "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<c10::BFloat16, float, true>": "norm",
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>": "optimizer",
+        "void at::native::(anonymous namespace)::compute_grad_weight<c10::BFloat16, long>": "other",
+    }
+    assert {name: class_of(name) for name in torchs} == torchs
 
 
 def test_overrides_of_a_layout_give_a_config_that_layout() -> None:
