@@ -12,6 +12,7 @@ from dash_megatron.hf import fast_cache, fast_layer
 from dash_megatron.hf.fast_layer import FastLayer
 from dash_megatron.hf.modeling_dash import DashForCausalLM
 from tests.ops.kernels_under_test import CUDA, DEVICE, import_kernels
+from tests.ops.quick_interpreter import quicken
 
 import_kernels("dash", "decode", "decode_cache")
 
@@ -267,6 +268,7 @@ def test_kernels_generate_what_the_model_file_alone_does(
 ) -> None:
     if not CUDA:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+        quicken(monkeypatch)
     shape = {"num_attention_heads": 8, "head_dim": 16, "learned_scaling": True}
     model = _model(torch.float32, num_hidden_layers=1, **shape, **router).to(DEVICE)
     prompt = tokens[:, :34].to(DEVICE)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.ops.checked_addresses import check_addresses
+from tests.ops.quick_interpreter import quicken
 
 
 @pytest.fixture
@@ -11,6 +12,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What nobody writes is NaN, or an integer that points nowhere; without a GPU, kernels are interpreted and keep to their tensors."""
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+        quicken(monkeypatch)
         check_addresses(monkeypatch)
     empty, empty_like = torch.empty, torch.empty_like
 
