@@ -45,7 +45,7 @@ def export_tokenizer(source: Path, folder: Path, chat: ChatTemplate | None = Non
             tokens as these tokens, because the template writes them.
 
     Raises:
-        ValueError: the result does not encode as in training.
+        ValueError: transformers cannot load the result, or it does not encode as in training.
     """
     if source.suffix == ".json":
         _copy_json(source, folder)
@@ -57,10 +57,21 @@ def export_tokenizer(source: Path, folder: Path, chat: ChatTemplate | None = Non
         # read before a template in tokenizer_config.json
         (folder / TEMPLATE_FILE).write_text(chat.text, encoding="utf-8")
     if source.suffix == ".json" or chat is not None:
-        exported = AutoTokenizer.from_pretrained(folder)
+        exported = _load(folder, source)
         check_tokenizer(exported, OurTokenizer(source))
         if chat is not None:
             check_chat(exported, chat)
+
+
+def _load(folder: Path, source: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # what it raises depends on which key is wrong
+        raise ValueError(
+            f"transformers cannot load data.tokenizer={source} with the files beside it ({type(error).__name__}: {error}); mend "
+            "tokenizer_config.json there, of which training read the names of special tokens only, and export again"
+        ) from error
+    return tokenizer
 
 
 def import_tokenizer(source: Path, folder: Path) -> str | None:

@@ -15,6 +15,7 @@ from dash_megatron.__main__ import main
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.hf.export import export_run
 from dash_megatron.hf.importing import import_folder
+from dash_megatron.hf.tokenizer import export_tokenizer
 from data_tools import tokenize_corpus
 from tests.hf.llamas import SHAPE
 
@@ -193,3 +194,14 @@ def test_a_tokenizer_json_that_data_cannot_be_made_with_is_refused(case: str, tm
         Tokenizer(tmp_path / "source" / "tokenizer.json")
     LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path / "source")
     assert import_folder(tmp_path / "source", tmp_path / "start").tokenizer is None
+
+
+def test_a_tokenizer_that_transformers_cannot_load_is_named_by_the_export(tmp_path: Path) -> None:
+    write_byte_level(tmp_path / "source")
+    # as special_tokens_map.json has it, but not tokenizer_config.json
+    _rewrite(tmp_path / "source" / "tokenizer_config.json", eos_token={"content": "<|end|>"})
+    LlamaConfig().save_pretrained(tmp_path / "hf")
+    with pytest.raises(
+        ValueError, match=r"cannot load data.tokenizer=\S+tokenizer.json .*TypeError: .*; mend tok"
+    ):
+        export_tokenizer(tmp_path / "source" / "tokenizer.json", tmp_path / "hf")
