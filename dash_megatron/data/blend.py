@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -52,6 +54,17 @@ def chat_template(entries: Sequence[str]) -> str | None:
             "with the same --chat-template"
         )
     return next(iter(found), None)
+
+
+def data_fingerprint(entries: Sequence[str]) -> str:
+    """Digest of what the files of a blend hold, wherever they are; from the sizes and the edges of large ones.
+
+    Raises:
+        FileNotFoundError, ValueError: as `unigram_entropy`.
+    """
+    sidecars = map(Sidecar.read, blend_prefixes(entries))
+    held = [[each.idx_digest, each.bin_digest, each.answers_digest] for each in sidecars]
+    return hashlib.sha256(json.dumps(held).encode()).hexdigest()
 
 
 def unigram_entropy(entries: Sequence[str]) -> float:

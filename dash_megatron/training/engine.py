@@ -7,7 +7,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,12 +19,13 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
 
 import deepspeed
-from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS, ZeRORuntimeException
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import nvtx
 
 from dash_megatron.checkpoint.fragments import Fragment, adam_state, fragments, local_shapes, refresh_weights
-from dash_megatron.config import Config
+from dash_megatron.config import Config, ZeroConfig
 from dash_megatron.layers.core_attention import MAX_LOG_FACTOR
 from dash_megatron.parallel import GradientGroups, gradient_group
 
@@ -63,7 +64,7 @@ class Engine:
             fused=device.type == "cuda",
         )
         # DeepSpeed prints its memory use here, whatever the log level
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), _naming_options(config.zero):
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model,
                 optimizer=self._adam,
@@ -215,6 +216,21 @@ def parameter_groups(model: torch.nn.Module, config: Config) -> list[dict[str, A
         {"params": factors, "weight_decay": config.attention.learned_scaling / MAX_LOG_FACTOR},
     ]
     return [group for group in groups if group["params"]]
+
+
+@contextlib.contextmanager
+def _naming_options(zero: ZeroConfig) -> Iterator[None]:
+    """Within, what DeepSpeed refuses is a ValueError that names `zero.options`, where the config has any."""
+    try:
+        yield
+    except (DeepSpeedConfigError, ZeRORuntimeException, ValueError) as error:
+        if not zero.options:
+            raise
+        told = " ".join(str(error).split())
+        raise ValueError(
+            f"zero.options={zero.options} must be keys of zero_optimization that DeepSpeed {deepspeed.__version__} takes with "
+            f"zero.stage={zero.stage} and an AdamW that is not its own; it says: {told}; remove what it names"
+        ) from error
 
 
 def _deepspeed_config(config: Config, world_size: int, parameters: int) -> dict[str, Any]:

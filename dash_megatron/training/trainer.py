@@ -15,6 +15,7 @@ from dash_megatron.checkpoint.loading import load_newest
 from dash_megatron.checkpoint.saving import Checkpointer
 from dash_megatron.config import Config
 from dash_megatron.data.batches import PackedBatch
+from dash_megatron.data.blend import data_fingerprint
 from dash_megatron.exit_codes import ExitCode
 from dash_megatron.layers import build_model, dash_layers, init_weights
 from dash_megatron.parallel import init_process_groups, read_launch
@@ -91,7 +92,8 @@ class Trainer:
             model, config, config.data_parallel_size(launch.world_size) * config.parallel.context
         )
         self.commit = about["commit"]
-        self.checkpointer = Checkpointer(self.engine, config, about)
+        self.about = about | {"data": data_fingerprint(config.data.train)}
+        self.checkpointer = Checkpointer(self.engine, config, self.about)
         self.guard = Guard(config.faults, config.training.global_batch)
         self.watchdog = Watchdog(hang_minutes)
         self.reporter = Reporter(config, self.vocab_size, routers, self.device)
@@ -243,6 +245,13 @@ class Trainer:
         self.load_state_dict(stored.facts["trainer"])
         if told := describe_changes(stored.facts["config"], self.config, self.step):
             logger.warning("%s", told)
+        if stored.facts.get("about", {}).get("data", self.about["data"]) != self.about["data"]:
+            logger.warning(
+                "data.train=%s holds other data than when %s was saved: the run goes on at its sample number in another order, "
+                "so that some samples are read twice, others never",
+                list(self.config.data.train),
+                stored.folder.name,
+            )
         if self.config.checkpoint.check_loss:
             loss = probe_loss(self.engine, self.train_source, stored.probe(), self.device)
             check_probe(loss, stored.facts["probe_loss"], self.config.training.precision, str(stored.folder))

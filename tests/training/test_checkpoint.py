@@ -72,7 +72,7 @@ def test_a_checkpoint_holds_what_its_manifest_says_and_no_pickles(run: dict[str,
     facts = json.loads((folder / "checkpoint.json").read_text())
     assert facts["step"] == facts["adam_steps"] == 4
     assert facts["trainer"]["data"] == {"consumed_samples": 16, "steps": 4}
-    assert facts["about"].keys() == {"commit", "implementation", "device", "tokenizer"}
+    assert facts["about"].keys() == {"commit", "implementation", "device", "tokenizer", "data"}
     assert config_from_dict(facts["config"]) == config_from_dict(run)
     assert (folder_of(run) / "latest").read_text() == "step_00000004\n"
 
@@ -207,6 +207,19 @@ def test_checkpoints_on_a_disk_that_is_away_do_not_let_a_run_begin_anew(tiny_con
     folder_of(tiny_config).touch()
     with pytest.raises(FileNotFoundError, match="checkpoints is a file"):
         train(tiny_config)
+
+
+def test_data_that_was_replaced_since_the_checkpoint_is_told(
+    tiny_data: Path, tiny_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = []
+    for steps, split in ((1, "train"), (2, "train"), (3, "valid")):
+        for suffix in ("bin", "idx", "idx.json"):
+            shutil.copy(tiny_data / f"{split}.{suffix}", tmp_path / f"mine.{suffix}")
+        tree = {**tiny_config, "data": {**tiny_config["data"], "train": [str(tmp_path / "mine")]}}
+        train(tree, training={"steps": steps})
+        told.append("mine'] holds other data than when step_00000002 was saved" in capsys.readouterr().err)
+    assert told == [False, False, True]
 
 
 def test_old_checkpoints_go_but_for_the_newest_and_milestones(tiny_config: dict[str, Any]) -> None:

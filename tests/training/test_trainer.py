@@ -128,6 +128,11 @@ def test_torchrun_starts_two_processes_that_train_as_one(
         ("data.tokenizer=null", "data.tokenizer is empty"),
         ("model.vocab_size=64", "model.vocab_size=64 must be at least 320"),
         ("parallel.sequence=true", "parallel.sequence=true needs parallel.tensor > 1"),
+        (
+            "zero.options={overlap_com: true}",
+            "it says: 1 validation error for DeepSpeedZeroConfig overlap_com ",
+        ),
+        ("zero.options={offload_optimizer: {device: cpu}}", "it says: You are using ZeRO-Offload"),
     ],
 )
 def test_a_wrong_setting_is_exit_code_2_before_any_process_group(
@@ -141,8 +146,8 @@ def test_a_wrong_setting_is_exit_code_2_before_any_process_group(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "1",
     }
-    if override.startswith("data.train"):
-        launcher = {}  # data is looked at by all processes together
+    if override.startswith(("data.train", "zero.options")):
+        launcher = {}  # data is looked at, and DeepSpeed started, by all processes together
     code, output = Started(
         tmp_path / "log", train_command, "--config", config_file, override, **launcher
     ).end()
