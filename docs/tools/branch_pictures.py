@@ -28,15 +28,17 @@ POSITIONS = (0, 64, 512, 2048, 4096, 8192, 16384)
 # by label: study and arm in what `study collect` wrote
 COLLECTED = {
     "the recipe, 25%": ("branches_projections", "own"),
-    "without router projections, 210M, 400 steps": ("branches_210m", "dash_25"),
+    "the recipe, 25%, second base": ("branches_second_base", "own"),
+    "the recipe, 11%, second base": ("branches_second_base", "own11"),
+    "without router projections, 25%, 210M, 400 steps": ("branches_210m", "dash_25"),
 }
 # by label: how an arm is called in the first and in the second study; "" where it was not run
 BARS = {
     "without router projections, 25%": ("p25-g-l-sh", "k25"),
-    "25%, 1,600 steps": ("x2.p25-g-l-sh", ""),
-    "25%, 199M parameters, chunks of 16, 400 steps": ("big.p25-g-l-sh-c16-w8", ""),
-    "25%, a λ a layer, no learned factors": ("p25", ""),
-    "25%, from scratch: 95% in the base": ("", "scd.k25"),
+    "without, 25%, 1,600 steps": ("x2.p25-g-l-sh", ""),
+    "without, 25%, 199M, chunks of 16, 400 steps": ("big.p25-g-l-sh-c16-w8", ""),
+    "without, 25%, a λ a layer, no learned factors": ("p25", ""),
+    "without, 25%, from scratch: 95% in the base": ("", "scd.k25"),
     "InfLLMv2, 25%": ("inf25", ""),
     "NSA, 25%, 400 steps": ("", "h.nsa25"),
     "without router projections, 11%": ("p11-g-l-sh", "k11"),
@@ -44,8 +46,8 @@ BARS = {
     "NSA, 11%, 400 steps": ("", "h.nsa11"),
 }
 LINES = (
-    "the recipe, 25%", "without router projections, 25%", "without router projections, 11%", "25%, from scratch: 95% in the base",
-    "InfLLMv2, 25%", "InfLLMv2, 11%",
+    "the recipe, 25%", "the recipe, 25%, second base", "the recipe, 11%, second base",
+    "without router projections, 25%", "without router projections, 11%", "InfLLMv2, 25%",
 )  # fmt: skip
 
 
@@ -218,6 +220,7 @@ def draw_losses(studies: Sequence[Study], output: Path) -> Path:
             (mean + 2 * error, place),
             (6, -3),
             textcoords="offset points",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
         axis.annotate(label, (0, place), (-6, 0), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="center")  # fmt: skip
     axis.axvline(0, color="gray", linewidth=1)
@@ -253,7 +256,8 @@ def _draw_line(
 ) -> None:
     """A line through means with bars of two errors, each in the middle of its range of positions."""
     color, marker = line_style(number)
-    middles = [(max(first, last / 4) * last) ** 0.5 for first, last in pairwise(ends)]
+    # lines stand a little beside each other, so that bars do not hide each other
+    middles = [1.03**number * (max(first, last / 4) * last) ** 0.5 for first, last in pairwise(ends)]
     axis.errorbar(
         middles, [mean for mean, _ in bars], yerr=[2 * error for _, error in bars],
         color=color, marker=marker, capsize=3, linewidth=1, label=label,

@@ -33,8 +33,11 @@ class Page:
         return [row for row in self.read("comparisons.csv") if row["arm"] == self.arm]
 
 
-PAGES = [Page("branches_210m", "dash_25"), Page("branches_projections", "own")]
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.study)
+PAGES = [
+    Page("branches_210m", "dash_25"), Page("branches_projections", "own"),
+    Page("branches_second_base", "own"), Page("branches_second_base", "own11"),
+]  # fmt: skip
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.study}-{page.arm}")
 
 
 def _errors(row: dict[str, str], scale: int = 1, of: str = "relative") -> str:
