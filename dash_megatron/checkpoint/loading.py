@@ -20,8 +20,7 @@ from dash_megatron.checkpoint.folder import (
 )
 from dash_megatron.checkpoint.state import TrainingState, set_random_state
 from dash_megatron.checkpoint.stored import StoredState
-from dash_megatron.config import Config, config_of_stored_run
-from dash_megatron.config.section import Section
+from dash_megatron.config import Config, Section, config_of_stored_run, differences
 from dash_megatron.layers.sharding import shard, split_of, whole_shape
 from dash_megatron.parallel import tensor_group
 
@@ -136,7 +135,7 @@ def _check_same_run(stored: StoredState, config: Config) -> None:
 def _differences(section: str, saved: Section, now: Section) -> list[str]:
     """What differs, as "model.layers=3 differs from 2"."""
     return [
-        f"{section}.{name}={getattr(now, name)} differs from {old}"
-        for name, old in saved
-        if old != getattr(now, name) and (section, name) != ("attention", "backend")
+        f"{key}={new} differs from {old}"
+        for key, old, new in differences(saved, now, section)
+        if key != "attention.backend"
     ]

@@ -14,7 +14,7 @@ from dash_megatron.config.model import ModelConfig, RopeScaling
 from dash_megatron.config.operation import CheckpointConfig, FaultsConfig, LoggingConfig, WandbConfig
 from dash_megatron.config.parallel import ParallelConfig, ZeroConfig
 from dash_megatron.config.run import Config
-from dash_megatron.config.section import Section
+from dash_megatron.config.section import Section, differences
 from dash_megatron.config.topk import InfLLMv2Config, NSAConfig
 from dash_megatron.config.training import OptimizerConfig, ScheduleConfig, TrainingConfig
 
@@ -41,6 +41,7 @@ __all__ = [
     "ZeroConfig",
     "config_from_dict",
     "config_of_stored_run",
+    "differences",
     "load_config",
     "read_rope_scaling",
 ]

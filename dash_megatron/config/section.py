@@ -1,7 +1,7 @@
 """What every section of the configuration is."""
 
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -28,3 +28,21 @@ def section_at(root: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | 
         field = None if section is None else section.model_fields.get(key)
         section = None if field is None else section_of(field)
     return section
+
+
+def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Each setting that differs, as dotted key, old value and new one; null is an empty section or mapping.
+
+    Args:
+        old, new: sections, or what `model_dump(mode="json")` makes of them.
+        key: of both; empty for whole configs.
+    """
+    old, new = (x.model_dump(mode="json") if isinstance(x, BaseModel) else x for x in (old, new))
+    if old == new:
+        return
+    if isinstance(old, Mapping | None) and isinstance(new, Mapping | None):
+        old, new = old or {}, new or {}
+        for name in {**new, **old}:
+            yield from differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    else:
+        yield key, old, new

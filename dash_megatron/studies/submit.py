@@ -10,17 +10,26 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from dash_megatron.config import Config, config_of_stored_run
+from dash_megatron.config import config_of_stored_run, differences
 from dash_megatron.evaluation.cli import check_arguments
 from dash_megatron.files import write_whole
 from dash_megatron.studies.jobs import Job, in_waves, is_finished, jobs_of, select_jobs, with_bases
 from dash_megatron.studies.local import LocalRuns, environments, repository_script, train_command
 from dash_megatron.studies.runs import StudyRun, evaluations
 from dash_megatron.studies.study_file import Study, StudyError, load_study
+
+_RESULT_SECTIONS = ("model.", "attention.", "data.", "optimizer.", "schedule.", "training.")
+_FREE = (
+    "data.num_workers",
+    "data.cache_dir",
+    "training.micro_batch",
+    "training.recompute",
+    "attention.backend",
+)
+"""What a run may change in these when it is started again."""
 
 
 def submit_studies(
@@ -133,28 +142,12 @@ def check_same(run: StudyRun) -> None:
         old = config_of_stored_run(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise StudyError(f"{path} cannot be read ({error}); move {run.folder} away") from error
-    trained = _result_keys(old)
-    for key, value in _result_keys(run.config).items():
-        if trained[key] != value:
+    for key, trained, wanted in differences(old, run.config):
+        if key.startswith(_RESULT_SECTIONS) and key not in _FREE:
             raise StudyError(
-                f"{run.folder} was trained with {key}={trained[key]}, and the study now says {value}; restore the study, "
+                f"{run.folder} was trained with {key}={trained}, and the study now says {wanted}; restore the study, "
                 "choose another `output`, or move that folder away"
             )
-
-
-def _result_keys(config: Config) -> dict[str, Any]:
-    """Settings by dotted key, but those that a run may change when it is started again."""
-    sections = ("model", "attention", "data", "optimizer", "schedule", "training")
-    free = {
-        "data.num_workers",
-        "data.cache_dir",
-        "training.micro_batch",
-        "training.recompute",
-        "attention.backend",
-    }
-    tree = config.model_dump(mode="json", include=set(sections))
-    flat = {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
-    return {key: value for key, value in flat.items() if key not in free}
 
 
 @contextlib.contextmanager

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dash_megatron.config import Config, config_of_stored_run
+from dash_megatron.config import Config, config_of_stored_run, differences
 from dash_megatron.training.schedule import learning_rate
 
 _OTHER_ORDER = "goes on at its sample number in another order: some samples are read twice, others never"
@@ -63,7 +63,7 @@ def changes_since(stored: Mapping[str, Any], config: Config) -> list[Change]:
     # a layout that is refused today is compared as it was written
     layout = {"parallel": config.parallel.model_dump(mode="json") | stored.get("parallel", {})}
     saved = config_of_stored_run(dict(stored)).model_dump(mode="json") | layout
-    return list(_differing("", saved, config.model_dump(mode="json")))
+    return [Change(key, _text(old), _text(new), _effect(key)) for key, old, new in differences(saved, config)]
 
 
 def describe_changes(stored: Mapping[str, Any], config: Config, step: int) -> str | None:
@@ -98,18 +98,6 @@ def _rate(saved: Config, config: Config, step: int) -> str:
             "checkpoint"
         )
     return line
-
-
-def _differing(key: str, old: Any, new: Any) -> Iterator[Change]:
-    """The changes of a value; of sections and other mappings those inside, for which null is an empty one."""
-    if old == new:
-        return
-    if isinstance(old, Mapping | None) and isinstance(new, Mapping | None):
-        old, new = old or {}, new or {}
-        for name in {**new, **old}:
-            yield from _differing(f"{key}.{name}" if key else name, old.get(name), new.get(name))
-    else:
-        yield Change(key, _text(old), _text(new), _effect(key))
 
 
 def _effect(key: str) -> str:

@@ -224,7 +224,7 @@ def test_changes_tell_whole_values_and_of_a_mapping_what_differs(tiny_config: di
         ),
         (
             {"attention": {"full_layers": [0]}},
-            r"attention.full_layers=\(0,\) differs from \(\), whose weights",
+            r"attention.full_layers=\[0\] differs from \[\], whose weights",
         ),
     ],
 )
