@@ -67,8 +67,7 @@ def load_initial_weights(
     extra = sorted(set(weights) - set(parameters))
     if extra:
         raise ValueError(
-            f"training.init_from={folder} has tensor {extra[0]}, which this model does not have; "
-            "compare model and attention with the config there"
+            f"training.init_from={folder} has tensor {extra[0]}, which this model does not have; {_remedy(extra[0], attention)}"
         )
     fresh: dict[str, int] = {}
     copied = 0
@@ -106,6 +105,16 @@ def _read(
     if missing == routing_rows:
         found = add_routing_rows(found, config.kv_heads, config.channels_per_head)
     return read_tensors({name: found}, {name: shape}, source)[name], missing == routing_rows
+
+
+def _remedy(name: str, attention: AttentionConfig | None) -> str:
+    """What makes room for a weight: the settings of a folder's attention on which it depends."""
+    if attention is None or _CORE_ATTENTION not in name:
+        return "compare model and attention with the config there"
+    keys = ["learned_scaling"] if name.endswith(".log_scaling") else []
+    settings = attention.model_dump(mode="json")
+    told = (f"attention.{key}={settings[key]}" for key in (*keys, "kind", "full_layers"))
+    return f"set {', '.join(told)} as there"
 
 
 def _tell_lacking(folder: Path, fresh: dict[str, int], copied: int) -> None:

@@ -87,7 +87,8 @@ def saved(folder: Path, config: Config) -> tuple[Path, torch.nn.Module]:
                 parameter.normal_()
     folder.mkdir()
     save_tensors(folder / "model.safetensors", dict(model.named_parameters()), {"format": "pt"})
-    (folder / MODEL_SECTIONS).write_text(yaml.safe_dump({"model": config.model.model_dump(mode="json")}))
+    sections = config.model_dump(mode="json", include={"model", "attention"})
+    (folder / MODEL_SECTIONS).write_text(yaml.safe_dump(sections))
     return folder, model
 
 
@@ -129,12 +130,29 @@ def test_a_dense_model_goes_on_with_projections_for_the_router(
     torch.testing.assert_close(weight[:, 2], dense[:, :2].mean(1))
 
 
-def test_projections_of_the_router_are_not_dropped_without_a_word(tmp_path: Path) -> None:
-    folder, _ = saved(tmp_path / "base", own_config())
-    config = config_of(attention=ROUTER)
-    with pytest.raises(
-        ValueError, match=r"has the router's own projections in \S+linear_qkv.weight.*set attention.router_p"
-    ):
+@pytest.mark.parametrize(
+    ("attention", "changed", "message"),
+    [
+        (OWN, ROUTER, r"has the router's own projections in \S+linear_qkv.weight.*set attention.router_p"),
+        (
+            {"learned_scaling": 2.0},
+            {},
+            r"log_scaling, which .*; set attention.learned_scaling=2.0, attention.kind=dash, attention.full_layers=\[\] as there",
+        ),
+        (
+            {"full_layers": [0]},
+            {"full_layers": [1]},
+            r"summary_query, which .*; set attention.kind=dash, attention.full_layers=\[0\] as there",
+        ),
+    ],
+    ids=["projections", "factors", "another layer's summary query"],
+)
+def test_what_the_router_learned_is_not_dropped_without_a_word(
+    attention: dict[str, Any], changed: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder, _ = saved(tmp_path / "base", config_of(attention=attention))
+    config = config_of(attention=changed)
+    with pytest.raises(ValueError, match=message):
         load_initial_weights(model_of(config), folder, config.model)
 
 
