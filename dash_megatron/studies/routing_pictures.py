@@ -39,10 +39,16 @@ def draw_routing(report: dict[str, Any], shares: dict[int, np.ndarray], folder: 
     Returns:
         Their paths.
     """
+    densities = {
+        layer: float(np.mean(record["heads"]["density"])) for layer, record in _routed(report).items()
+    }
     figures = {
         "heads.png": ("What the router of each kv head does", _heads(report)),
         "positions.png": ("Routing by position in the document", _positions(report)),
-        "chunks.png": ("Which chunks the tokens of each chunk select", _chunks(report, shares)),
+        "chunks.png": (
+            "Which chunks the tokens of each chunk select",
+            draw_chunks(shares, densities, report["chunks_per_cell"]),
+        ),
         "threshold.png": ("How near to the threshold selected chunks are", _threshold(report)),
     }
     for name, (title, figure) in figures.items():
@@ -131,7 +137,14 @@ def _tokens(number: int) -> str:
     return f"{number // 1024}K" if number >= 1024 and number % 1024 == 0 else str(number)
 
 
-def _chunks(report: dict[str, Any], shares: dict[int, np.ndarray]) -> Any:
+def draw_chunks(shares: dict[int, np.ndarray], densities: dict[int, float], chunks_per_cell: int) -> Any:
+    """A figure with a map for each layer: which chunks the tokens of each chunk select.
+
+    Args:
+        shares: of tokens, [kv heads, cells, cells] by layer: rows are those of queries, columns those of keys; NaN stays white.
+        densities: by layer, for its title.
+        chunks_per_cell: along each side.
+    """
     columns = min(_PANELS_A_ROW, len(shares))
     rows = -(-len(shares) // columns)
     figure, axes = plt.subplots(
@@ -145,7 +158,7 @@ def _chunks(report: dict[str, Any], shares: dict[int, np.ndarray]) -> Any:
     )
     for axis in axes.flat[len(shares) :]:
         axis.set_visible(False)
-    size = next(iter(shares.values())).shape[-1] * report["chunks_per_cell"]
+    size = next(iter(shares.values())).shape[-1] * chunks_per_cell
     colors = plt.get_cmap(HEAT_MAP).with_extremes(bad="white")
     for axis, (layer, share) in zip(axes.flat, shares.items(), strict=False):
         image = axis.imshow(
@@ -156,19 +169,17 @@ def _chunks(report: dict[str, Any], shares: dict[int, np.ndarray]) -> Any:
             extent=(0, size, size, 0),
             interpolation="nearest",
         )
-        density = np.mean(report["layers"][layer]["heads"]["density"])
-        axis.set_title(f"layer {layer}, density {density:.0%}", fontsize=9)
+        axis.set_title(f"layer {layer}, density {densities[layer]:.0%}", fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("key chunk")
     for axis in axes[:, 0]:
         axis.set_ylabel("query chunk")
-    cell = report["chunks_per_cell"]
-    pairs = "" if cell == 1 else f", cells of {cell} x {cell} chunks"
+    cells = f", cells of {chunks_per_cell} x {chunks_per_cell} chunks" if chunks_per_cell > 1 else ""
     figure.colorbar(
         image,
         ax=axes,
         shrink=0.9 if rows == 1 else 0.6,
-        label=f"tokens that select the chunk (%)\nmean over kv heads{pairs}",
+        label=f"tokens that select the chunk (%)\nmean over kv heads{cells}",
     )
     return figure
 
