@@ -61,9 +61,16 @@ def pick_device(launch: Launch) -> torch.device:
     A process that sees one GPU takes it: `srun --gpus-per-task=1` shows each process its own, which is number 0 to all.
 
     Raises:
-        ValueError: several GPUs are visible, but fewer than processes of this machine.
+        ValueError: several GPUs are visible, but fewer than processes of this machine; or none of those that SLURM gave the job.
     """
     if not torch.cuda.is_available():
+        given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+        if given != "0" and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+            raise ValueError(
+                f"SLURM_GPUS_ON_NODE={given}, but torch {torch.__version__} sees no GPU; if it is built without CUDA, as `make env` "
+                "installs it where there is no GPU, make .venv anew with `make env NUM_GPUS=1`; let a container see the GPUs "
+                "(apptainer exec --nv); or hide them with CUDA_VISIBLE_DEVICES= to train on CPU"
+            )
         return torch.device("cpu")
     visible = torch.cuda.device_count()
     if 1 < visible <= launch.local_rank:

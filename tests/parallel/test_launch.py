@@ -108,3 +108,17 @@ def test_two_processes_on_one_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> 
     groups.check_own_gpus("node1 GPU-b")
     with pytest.raises(ValueError, match=r"processes \[0, 1\] see one and the same GPU \(node1 GPU-a\)"):
         groups.check_own_gpus("node1 GPU-a")
+
+
+def test_a_job_with_gpus_does_not_train_on_cpus_because_torch_sees_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(
+        ValueError, match=r"SLURM_GPUS_ON_NODE=8, but torch \S+ sees no GPU; .* `make env NUM_GPUS=1`"
+    ):
+        groups.pick_device(read_launch(SRUN))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert groups.pick_device(read_launch(SRUN)) == torch.device("cpu")
