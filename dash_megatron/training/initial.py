@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 import yaml
@@ -17,7 +18,7 @@ from dash_megatron.config import AttentionConfig, ModelConfig
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.files import path_for_message
 from dash_megatron.hf.folder import MODEL_SECTIONS, FolderWeights, read_tensors
-from dash_megatron.layers import DashGPTModel
+from dash_megatron.layers import DashCoreAttention, DashGPTModel
 from dash_megatron.layers.router_projections import add_routing_rows
 from dash_megatron.layers.sharding import shard, split_of, whole_shape
 
@@ -39,7 +40,8 @@ def load_initial_weights(
     A dense model has none of what sparse attention itself learns: the summary queries of DashAttention, or the compression
     and gates of NSA. Where the folder lacks them they keep their initial values; a summary query of zero averages keys.
     Projections of the router that it lacks begin as attention's (`add_routing_rows`): until they learn, they route as a router
-    without them does, but for `model.qk_norm`, which is then of the mean query.
+    without them does, but for `model.qk_norm`, which is then of the mean query. Learned factors of kv heads stay what they are
+    where `attention.learned_scaling` is another number here.
 
     Args:
         model: on any device, its weights initialized and not yet sharded by ZeRO.
@@ -80,6 +82,11 @@ def load_initial_weights(
         shape = tuple(whole_shape(parameter.shape, split, group.size()))
         whole, begins = _read(weights, name, shape, config, f"training.init_from={folder}")
         copied += begins and whole.dim() > 1
+        if name.endswith(".log_scaling") and attention is not None:
+            rate = cast(
+                DashCoreAttention, model.get_submodule(name.rpartition(".")[0])
+            ).attention.learned_scaling
+            whole = whole * (attention.learned_scaling / rate)
         parameter.copy_(shard(whole, split, group.rank(), group.size()))
     _tell_lacking(folder, fresh, copied)
     return attention

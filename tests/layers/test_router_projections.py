@@ -78,9 +78,25 @@ def test_only_layers_that_route_have_rows_for_it_in_the_split_matrix(model: dict
     assert all(weight.grad.norm(dim=1).gt(0).all() for weight in weights)
 
 
-def saved(folder: Path, config: Config) -> tuple[Path, torch.nn.Module]:
-    """A model with biases that say something, and a folder of its weights."""
+def test_learned_factors_are_taken_over_at_another_rate(tmp_path: Path) -> None:
+    config = config_of(attention={**OWN, "learned_scaling": 20.0})
     model = model_of(config)
+    with torch.no_grad():
+        for layer in model.decoder.layers:
+            layer.self_attention.core_attention.log_scaling.normal_(0.0, 0.1)
+    folder, _ = saved(tmp_path / "base", config, model)
+    config = config_of(attention={**OWN, "learned_scaling": 4.0})
+    again = model_of(config, seed=1)
+    load_initial_weights(again, folder, config.model)
+    for one, other in zip(model.decoder.layers, again.decoder.layers, strict=True):
+        factors = [x.self_attention.core_attention.head_scaling() for x in (one, other)]
+        assert factors[0].log().abs().max() > 0.1
+        torch.testing.assert_close(*factors)
+
+
+def saved(folder: Path, config: Config, model: torch.nn.Module | None = None) -> tuple[Path, torch.nn.Module]:
+    """A model with biases that say something, and a folder of its weights."""
+    model = model or model_of(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("linear_qkv.bias"):
