@@ -60,7 +60,8 @@ class AttentionConfig(Section):
     `pool_heads`. In a run that starts from weights without them, a key begins as attention's and a query as its group's mean.
     Layers without DashAttention, by `kind` or `full_layers`, have none."""
     sigma: float = Field(default=2.0, gt=0)
-    """Flattens the router's prior on the softmax; 2 is the flattest prior whose router gradient is bounded."""
+    """Flattens the router's prior on the softmax. Of priors whose router gradient is bounded, the flattest has 1 / (alpha - 1): 2
+    with an `alpha` of 1.5, and 1 with an `alpha` of 2."""
     estimate_diagonal: bool = True
     """Centre the log prior on its mean over the selected past chunks, so that the token's own chunk has prior 0."""
     alpha: float = Field(default=1.5, gt=1, le=2)
