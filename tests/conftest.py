@@ -161,15 +161,18 @@ def run_in_processes(
         processes.append(context.Process(target=_entry, args=target, daemon=False))
         processes[-1].start()
     deadline = time.monotonic() + seconds
-    while any(process.is_alive() for process in processes):
-        failed = any(process.exitcode for process in processes)
-        if failed or time.monotonic() > deadline:
-            break  # the others would wait for the one that failed
-        time.sleep(0.05)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-        process.join()
+    try:
+        while any(process.is_alive() for process in processes):
+            failed = any(process.exitcode for process in processes)
+            if failed or time.monotonic() > deadline:
+                break  # the others would wait for the one that failed
+            time.sleep(0.05)
+        codes = [process.exitcode for process in processes]
+    finally:
+        # also when the test itself is out of time
+        for process in processes:
+            process.kill()
+            process.join()
     if any(codes) or None in codes:
         output = "\n".join(f"--- rank {rank}\n{Path(log).read_text()}" for rank, log in enumerate(logs))
         pytest.fail(f"exit codes {codes} (None: killed at the time limit or after another failed)\n{output}")

@@ -69,7 +69,7 @@ class RoutedQueries(NamedTuple):
     router: Router
     routed: Routed
     pooled_q: Tensor | None = None
-    """What the router saw instead of `q`: means of these, [n, Hq, D], or what a router of its own sees, [n, Hkv, D]."""
+    """What the router saw instead of `q`: means of these, [n, Hq, D], or with `pool_heads`, and of a router of its own, [n, Hkv, D]."""
 
     @property
     def routing_q(self) -> Tensor:

@@ -239,7 +239,7 @@ def _layer_bytes(config: Config, layout: Layout, shape: ContextShape) -> dict[st
         "attention": tokens * heads * shape.head_dim * b,
         # the means that the router sees
         "pooled": tokens
-        * (shape.routing_heads or shape.heads)
+        * shape.pooled_heads
         * shape.head_dim
         * b
         * (kind == "dash" and config.attention.query_pool > 1),
@@ -261,6 +261,7 @@ def context_shape(config: Config, layout: Layout) -> ContextShape:
         heads=config.model.heads // layout.tensor,
         kv_heads=config.model.kv_heads // layout.tensor,
         routing_heads=config.model.kv_heads // layout.tensor * (routing_rows(config) > 0),
+        pool_heads=config.attention.pool_heads,
         head_dim=config.model.channels_per_head,
         chunk_size=config.attention.chunk_size,
         element_bytes=2 if config.training.precision == "bf16" else 4,

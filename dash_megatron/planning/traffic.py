@@ -43,6 +43,8 @@ class ContextShape:
     """Tokens of a chunk, C."""
     routing_heads: int = 0
     """Queries, and as many keys, that the router of this tensor-parallel rank has of its own: the key/value heads, or 0."""
+    pool_heads: bool = False
+    """The router sees means over the query heads of a group."""
     element_bytes: int = 2
     """Bytes of an element of q, k and v: 2 for bf16, 4 for fp32."""
     rows: int | None = None
@@ -64,6 +66,11 @@ class ContextShape:
     def peers(self) -> int:
         """Other ranks."""
         return self.context - 1
+
+    @property
+    def pooled_heads(self) -> int:
+        """Heads of the queries that the router sees."""
+        return self.routing_heads or (self.kv_heads if self.pool_heads else self.heads)
 
     @property
     def kv_bytes(self) -> int:
@@ -185,7 +192,7 @@ def query_halo(shape: ContextShape, queries_sent: int, queries_returned: int) ->
         queries_sent: tokens of this rank whose queries other ranks need.
         queries_returned: tokens of other ranks whose queries this one needs.
     """
-    row = (shape.routing_heads or shape.heads) * shape.head_dim * shape.element_bytes
+    row = shape.pooled_heads * shape.head_dim * shape.element_bytes
     return PassBytes(forward=queries_sent * row, backward=queries_returned * row)
 
 

@@ -40,6 +40,8 @@ class Case(NamedTuple):
     estimate_diagonal: bool = True
     local_chunks: int = 0
     query_pool: int = 1
+    pool_heads: bool = False
+    """The router sees means over the query heads of a group, as one of its own does in any case."""
     own_router: bool = False
     """The router has queries and keys of its own."""
     learned_scaling: bool = False
@@ -70,7 +72,7 @@ class Case(NamedTuple):
             "alpha": self.alpha,
             "local_chunks": self.local_chunks,
             "query_pool": self.query_pool,
-            "pool_heads": self.own_router,
+            "pool_heads": self.pool_heads or self.own_router,
         }
 
 

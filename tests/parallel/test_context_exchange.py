@@ -1,5 +1,6 @@
 """Exchanges between context-parallel ranks: results, leaks, and bytes."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ FULL_COMMS = ["a2a"]
 # the second sees further than a piece of four ranks is long
 ROUTERS = {
     "pooled": {"local_chunks": 2, "query_pool": 16},
-    "pooled far": {"query_pool": 100},
+    "pooled far": {"query_pool": 100, "pool_heads": True},
     "own router": {"own_router": True},
     "own router, pooled": {"own_router": True, "query_pool": 16, "learned_scaling": True},
 }
@@ -189,7 +190,7 @@ def test_bytes_sent_are_those_of_the_formulas(run_processes: Any, tmp_path: Path
     }
     for comm, documents in itertools.product(("all_gather", "p2p"), DOCUMENTS):
         cases[f"pooled_{comm}_{documents}"] = Case(
-            DOCUMENTS[documents], comm=comm, dtype=torch.float32, query_pool=16
+            DOCUMENTS[documents], comm=comm, dtype=torch.float32, query_pool=16, pool_heads=comm == "p2p"
         )
     for comm in ("all_gather", "a2a"):
         cases[f"own_router_{comm}"] = Case(
@@ -200,6 +201,7 @@ def test_bytes_sent_are_those_of_the_formulas(run_processes: Any, tmp_path: Path
         routed = case.kind == "dash" and case.comm != "a2a"
         for traffic in ranks:
             shape = shape_of(traffic["shard"], routed, case.own_router)
+            shape = dataclasses.replace(shape, pool_heads=case.pool_heads)
             expected = context_exchange(case.comm, shape)
             if routed:
                 expected += alignment(shape, *sent_and_returned(traffic["shard"]))

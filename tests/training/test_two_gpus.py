@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,15 @@ class Run:
 
     def wait_for(self, pattern: str) -> None:
         """Until a line of the output matches."""
+        self.wait_until(lambda: re.search(pattern, self.log.read_text(), re.MULTILINE) is not None, pattern)
+
+    def wait_until(self, holds: Callable[[], bool], what: str) -> None:
+        """Until something holds, `what` in words."""
         deadline = time.monotonic() + SECONDS
-        while not re.search(pattern, self.log.read_text(), re.MULTILINE):
+        while not holds():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.end()
-                pytest.fail(
-                    f"the process ended, or took too long, before {pattern!r}:\n{self.log.read_text()}"
-                )
+                pytest.fail(f"the process ended, or took too long, before {what!r}:\n{self.log.read_text()}")
             time.sleep(0.05)
 
     def ranks(self) -> list[psutil.Process]:
@@ -161,12 +164,13 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_from_its_checkpoint(
     for number, rank in enumerate((1, 0)):
         run = start(tree, tmp_path, f"killed_{rank}")
         run.wait_for(rf"^step +{12 + 12 * number}/{STEPS}")
+        # saved beside the steps, of which a GPU takes several meanwhile
+        run.wait_until(lambda: finished_steps(tree["run_dir"])[-1:] >= [10], "step 10 is saved")
         run.ranks()[rank].send_signal(signal.SIGKILL)
         code, output, seconds = run.end()
         print(f"rank {rank} killed: all ended after {seconds:.1f} s")
         assert code == 128 + signal.SIGKILL, output
         assert seconds < 30
-        assert finished_steps(tree["run_dir"])[-1] >= 10
     assert f"resuming after step {finished_steps(tree['run_dir'])[-1]}" in train(tree, tmp_path, "again")
     assert_ends_as(whole, tree["run_dir"])
 

@@ -21,6 +21,19 @@ from dash_megatron.parallel.context.layout import ChunkLayout
 from dash_megatron.parallel.context.query_halo import routing_queries
 
 
+class _GroupMeans(torch.autograd.Function):
+    """`Router.group_means`, whose gradient is rounded to the inputs' dtype before it is repeated for every head."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, num_kv_heads: int, router: Router) -> Tensor:
+        ctx.router, ctx.num_heads = router, q.shape[1]
+        return router.group_means(q, num_kv_heads)
+
+    @staticmethod
+    def backward(ctx: Any, d_means: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.router.group_means_backward(d_means, ctx.num_heads), None, None
+
+
 class _ShardedDash(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -122,7 +135,8 @@ def sharded_dash_attention(
     pooled_q = routing_q
     if router.query_pool > 1:
         assert layout.halo is not None, "the layout is of this router"
-        given = q if routing_q is None else routing_q
+        # means over heads first: they leave less to pool
+        given = _GroupMeans.apply(q, k.shape[1], router) if routing_q is None else routing_q
         pooled_q = routing_queries(given, router.query_pool, layout.halo, group, backend)
     own_k = None if routing_k is None else routing_k.contiguous()
     rows = q, pooled_q, k.contiguous(), v.contiguous(), own_k

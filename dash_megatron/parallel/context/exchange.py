@@ -101,8 +101,12 @@ class AllGather(ContextExchange):
         """As `ContextExchange.attend_backward`."""
         self.start(k, v)
         found = self.stages.attend_backward(gradient, queries, *self._buffer())
-        shares = torch.stack([x.unflatten(0, (self.group.size, -1)) for x in (found.k, found.v)], dim=1)
-        dk, dv = self.group.sum_shares(shares.to(k.dtype))[:, : len(k)]
+        of_rank = self.group.size, self.layout.places.max_rows
+        shares = k.new_empty(of_rank[0], 2, of_rank[1], *k.shape[1:])
+        for number, d_keys in enumerate((found.k, found.v)):
+            # rounded to the inputs' dtype
+            shares[:, number] = d_keys.unflatten(0, of_rank)
+        dk, dv = self.group.sum_shares(shares)[:, : len(k)]
         return AttentionGradients(found.q, dk, dv)
 
 
@@ -204,10 +208,8 @@ class Sparse(ContextExchange):
         self._wanted = needed.nonzero()
         self._served = asked.view_as(needed).nonzero()
         heads = needed.sum((0, 2)).amax()
-        receive, send, most = torch.split(
-            torch.cat([needed.sum((1, 2)), asked.sum(1), heads[None]]), [P, P, 1]
-        )
-        self._counts = (send.tolist(), receive.tolist(), int(most))
+        counts = torch.cat([needed.sum((1, 2)), asked.sum(1), heads[None]]).tolist()
+        self._counts = counts[P : 2 * P], counts[:P], counts[-1]
 
     def _fetch(self, k: Tensor, v: Tensor, C: int) -> tuple[Tensor, Tensor, KeyBuffer]:
         """Own keys and values, and after them the chunks of size C that this rank asked for."""
@@ -233,17 +235,14 @@ class Sparse(ContextExchange):
 
     def _served_rows(self, C: int) -> tuple[Tensor, Tensor]:
         """Row and head, [served, C], of every token of the chunks that others asked for."""
-        places = self.layout.places
-        own = (places.owner == self.group.rank).nonzero().flatten()
-        row_of = torch.zeros(places.max_chunks, dtype=torch.int64, device=own.device)
-        row_of[places.local[own]] = places.row[own].long()
         _, head, index = self._served.unbind(1)
-        return row_of[index][:, None] + torch.arange(C, device=own.device), head[:, None]
+        row = self.layout.queries.start.long()[index]
+        return row[:, None] + torch.arange(C, device=row.device), head[:, None]
 
     def _wanted_rows(self, n: int, H: int, C: int) -> tuple[Tensor, Tensor]:
         """Row in the buffer and head, [wanted, C], of every token of the chunks that this rank asked for."""
         head = self._wanted[:, 1]
-        of_head = torch.nn.functional.one_hot(head, H)
+        of_head = head[:, None] == torch.arange(H, device=head.device)
         slot = (of_head.cumsum(0) - 1).gather(1, head[:, None])
         return n + slot * C + torch.arange(C, device=head.device), head[:, None]
 

@@ -166,13 +166,15 @@ def from_ranks_to_sequence(rows_of_ranks: Tensor) -> Tensor:
     """Rows of all ranks [P, N / P, ...], none aligned, in the order of the sequence [N, ...]."""
     size, rows = rows_of_ranks.shape[:2]
     pieces = rows_of_ranks.view(size, 2, rows // 2, *rows_of_ranks.shape[2:])
-    return torch.cat([pieces[:, 0], pieces[:, 1].flip(0)]).flatten(0, 1)
+    return torch.cat([*pieces[:, 0], *reversed(pieces[:, 1].unbind())])
 
 
 def from_sequence_to_ranks(sequence: Tensor, size: int) -> Tensor:
     """The reverse of `from_ranks_to_sequence`."""
     pieces = sequence.view(2 * size, -1, *sequence.shape[1:])
-    return torch.stack([pieces[:size], pieces[size:].flip(0)], dim=1).flatten(1, 2)
+    return torch.cat([pieces[piece] for rank in range(size) for piece in pieces_of(rank, size)]).unflatten(
+        0, (size, -1)
+    )
 
 
 def shard_sequence(
