@@ -107,6 +107,14 @@ def test_the_table_of_64k_is_what_the_documents_came_to(begin: str) -> None:
     assert f"| {' | '.join(cells)} |" in PAGE
 
 
+def test_the_median_documents_of_64k() -> None:
+    medians = [
+        _compared(EXTENDED_DOCUMENTS, EXTENDED, arm, "document", _tokens).median for arm in ("own", "own11")
+    ]
+    own, own11 = (f"{100 * each.value:+.2f}{_errors(each, 100)}%" for each in medians if each)
+    assert f"in the median document they have {own} and {own11}" in PAGE
+
+
 def _found(arm: str, length: int, nearest: float, furthest: float) -> str:
     names = SECOND if length == 16384 else EXTENDED
     right = [
