@@ -3,10 +3,14 @@
 import gc
 import multiprocessing
 import os
+import runpy
+import signal
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
@@ -21,6 +25,8 @@ from tests.tiny import make_tiny_chats, make_tiny_data, tiny_tree
 
 # whatever the machine has; DeepSpeed's choice would be inherited from a test that had a GPU
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+# of devices, which DeepSpeed else asks a program for, at every reduction under ZeRO 3
+NO_GPU |= {"LOCAL_SIZE": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +45,22 @@ def tiny_chats(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def tiny_config(tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
     """See `tiny_tree`."""
     return tiny_tree(tiny_data, tmp_path / "run")
+
+
+@pytest.fixture(autouse=True)
+def end_engines() -> Iterator[None]:
+    """End what trained in this process: DeepSpeed's engines keep their process groups, and the threads of those wake up 100 times a second."""
+    yield
+    if "deepspeed" in sys.modules and len(os.listdir("/proc/self/task")) > 50:
+        import deepspeed
+        import torch.distributed
+
+        if not torch.distributed.is_initialized():
+            for engine in [x for x in gc.get_objects() if type(x) is deepspeed.DeepSpeedEngine]:
+                # its own `destroy` would ask the groups, which are gone
+                for hook in getattr(engine.optimizer, "_grad_acc_hooks", ()):
+                    hook.remove()
+            gc.collect()
 
 
 def _entry(
@@ -117,6 +139,75 @@ class Started:
         """End the process, if it has not ended."""
         self.process.kill()
         self.process.join()
+
+
+class ForkedPython:
+    """`subprocess.Popen` of a command of Python, in a process forked from one that has imported what takes seconds.
+
+    Args:
+        command: `sys.executable`, and a script, or `-m` and a module, with its arguments.
+        stdout: a file, to whose end output is written.
+        stderr: a file, or `subprocess.STDOUT`.
+        env: variables; GPUs are hidden.
+        cwd: folder that it runs in; this process's if not given.
+        others: `stdin` and `start_new_session` of those who start a process with input from nowhere and such a session.
+    """
+
+    def __init__(
+        self, command: Sequence[str], stdout: Any, stderr: Any, env: Mapping[str, str], cwd: Any = None, **others: Any
+    ) -> None:  # fmt: skip
+        assert command[0] == sys.executable
+        files = stdout.name, (stdout if stderr == subprocess.STDOUT else stderr).name
+        arguments = command[1:], {**env, **NO_GPU}, str(cwd or Path.cwd()), files
+        self._process = _context(cuda=False).Process(target=_run_python, args=arguments, daemon=False)
+        self._process.start()
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        """The exit code, negative after a signal and None after `seconds`."""
+        self._process.join(seconds)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the process."""
+        if self._process.is_alive():
+            assert self._process.pid is not None
+            os.kill(self._process.pid, number)
+
+
+def _run_python(
+    command: Sequence[str], environment: Mapping[str, str], folder: str, files: Sequence[str]
+) -> None:
+    gc.freeze()  # as in `_entry`
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, file in enumerate((os.devnull, *files)):
+        os.dup2(os.open(file, os.O_RDWR | os.O_APPEND), number)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests.ops.quick_interpreter import quicken
+
+        quicken(pytest.MonkeyPatch())
+    os.chdir(folder)
+    module = command[0] == "-m"
+    sys.argv = [*command[module:]]
+    sys.path.insert(0, folder if module else str(Path(command[0]).resolve().parent))
+    if module:
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(command[0], run_name="__main__")
+
+
+def run_python(
+    *command: str, cwd: Path, seconds: float = 240, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Exit code and output of `python COMMAND`, run as `ForkedPython` does."""
+    with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as errors:
+        process = ForkedPython([sys.executable, *command], out, errors, {**os.environ, **environment}, cwd)
+        code = process.wait(seconds)
+        if code is None:
+            process.send_signal(signal.SIGKILL)
+            pytest.fail(f"{command} took more than {seconds} s")
+        return subprocess.CompletedProcess(command, code, *(Path(x.name).read_text() for x in (out, errors)))
 
 
 def train_command(*arguments: str) -> None:

@@ -26,25 +26,35 @@ SUBMIT = [
 ]
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+# unbuffered, the first word that is printed fails; buffered, what is left at the end
+BUFFERED = [
+    PLAN,
+    [*PLAN, "--json", "--top", "1000"],
+    ["train.py", "--config", "configs/quickstart.yaml"],
+    ["-m", "data_tools.write_sidecar", "--help"],
+    ["slurm/submit.py", "--help"],
+    [*SUBMIT, "--dry-run"],
+    ["slurm/status.py", "tests"],
+    ["-m", "docs.tools.kernel_rates"],
+    ["-m", "docs.tools.configuration"],
+    ["benchmarks/full_attention.py", "--tiny"],
+    ["benchmarks/layouts.py", "--help"],
+    ["examples/stdlib_chats.py"],
+]
+UNBUFFERED = [
+    PLAN,
+    ["train.py", "--config", "configs/quickstart.yaml"],
+    ["slurm/submit.py", "--help"],
+    [*SUBMIT, "--dry-run"],
+    ["slurm/status.py", "tests"],
+    ["-m", "benchmarks.choices"],
+]
+
+
 @pytest.mark.parametrize(
-    "command",
-    [
-        PLAN,
-        [*PLAN, "--json", "--top", "1000"],
-        ["train.py", "--config", "configs/quickstart.yaml"],
-        ["-m", "data_tools.write_sidecar", "--help"],
-        ["slurm/submit.py", "--help"],
-        [*SUBMIT, "--dry-run"],
-        ["slurm/status.py", "tests"],
-        ["-m", "benchmarks.choices"],
-        ["-m", "docs.tools.kernel_rates"],
-        ["-m", "docs.tools.configuration"],
-        ["benchmarks/full_attention.py", "--tiny"],
-        ["benchmarks/layouts.py", "--help"],
-        ["examples/stdlib_chats.py"],
-    ],
-    ids=" ".join,
+    ("command", "unbuffered"),
+    [*((command, "") for command in BUFFERED), *((command, "1") for command in UNBUFFERED)],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "unbuffered" if x else "buffered",
 )
 def test_a_command_without_a_reader_ends_without_a_word(command: list[str], unbuffered: str) -> None:
     reader, writer = os.pipe()

@@ -6,9 +6,11 @@ import csv
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from dash_megatron.__main__ import main
 from dash_megatron.studies.paired import standard_error
 from dash_megatron.studies.submit import submit_studies
 from data_tools import make_retrieval, tokenize_corpus
+from tests.conftest import ForkedPython
 from tests.studies.study_runs import SIZES, STUDIES, Write, finish, finish_branch, runs_of
 
 EXTRA = {"full": 0.0, "worse": 0.05, "same": 0.0, "better": -0.02}
@@ -288,8 +291,15 @@ def make_retrieval_data(data: Path, folder: Path) -> str:
 
 
 def test_the_quickstart_of_branches_runs_from_base_to_report(
-    tiny_config: dict[str, Any], tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_config: dict[str, Any],
+    tiny_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # commands that `test_a_study_trains_here_and_its_results_are_collected` starts anew
+    forked = SimpleNamespace(**{**vars(subprocess), "Popen": ForkedPython})
+    monkeypatch.setattr("dash_megatron.studies.local.subprocess", forked)
     study = yaml.safe_load((STUDIES / "branches_quickstart.yaml").read_text())
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(tiny_config))
     study |= {"base": str(tmp_path / "base.yaml"), "output": str(tmp_path / "out")}
