@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels, with_router
 
-dash, configs, pairs, geometry, backward_kv, pair_slabs, attend, backward_q = import_kernels(
-    "dash", "configs", "pairs", "geometry", "backward_kv", "pair_slabs", "attend", "backward_q"
+dash, configs, pairs, geometry, backward_kv, pair_slabs, backward_q = import_kernels(
+    "dash", "configs", "pairs", "geometry", "backward_kv", "pair_slabs", "backward_q"
 )
 find_launches = configs.find_launches
 
@@ -170,61 +170,23 @@ def test_gradients_by_pair_do_not_depend_on_chunks_taken_side_by_side(keys, dete
     ids=["one slab a head", "few tiles a slab", "several slabs a head", "counted slab by slab"],
 )
 def test_results_by_pair_do_not_depend_on_parts_and_slabs(workspace, parts, counts, places, monkeypatch):
-    """In the second and the last the table of counts has room for 9 of the 28 tiles, as in sequences that are too long for it."""
+    """In the second and the last the table of counts has not room for all tiles, as in sequences that are too long for it."""
     monkeypatch.setattr(pair_slabs, "MAX_COUNTS", counts)
     monkeypatch.setattr(pair_slabs, "COUNTED_SLABS", 2)
     monkeypatch.setattr(pair_slabs, "PLACES_BYTES", places)
     shape = {"N": 100, "Hq": 8, "Hkv": 2, "scaling_factor": 0.01, "deterministic": True}
     expected = _results(**shape)
-    plans = _plans_of_slabs(monkeypatch)
     monkeypatch.setattr(pair_slabs, "WORKSPACE_BYTES", workspace)
     _by_pair(monkeypatch, 16, parts, all_above=0)
     _check(expected, _results(**shape))
-    assert len(plans) == 2
-    for plan in plans:
-        lane = plan.first_tile * ((len(plan.slot) - 1) // len(plan.slab_of_tile))
-        per_slab = plan.slot[lane].diff()
-        assert per_slab.sum() == plan.slot[-1] > 0
-        filled = (per_slab > 0).sum().item()
-        assert filled == 2 if (workspace, counts) == (2**31, 2**26) else filled > 2
-        assert (per_slab <= plan.room).all()
-        assert (plan.placed is None) == (counts == 63)
-        assert plan.placed is not None or plan.first_tile.diff().max() * plan.at_once <= plan.count_tiles <= 9
 
 
-def _plans_of_slabs(monkeypatch):
-    """Plans that attend and queries make from now on."""
-    plans, plan_slabs = [], pair_slabs.plan_slabs
-
-    def plan_and_keep(*args):
-        plans.append(plan_slabs(*args))
-        return plans[-1]
-
-    for module in (attend, backward_q):
-        monkeypatch.setattr(module, "plan_slabs", plan_and_keep)
-    return plans
-
-
-def test_the_device_takes_pairs_or_tiles_in_every_stage(monkeypatch):
+def test_pairs_or_tiles_give_the_same_in_every_stage(monkeypatch):
     shape = {"N": 100, "Hq": 4, "Hkv": 2, "deterministic": True}
     expected = _results(**shape)
-    plans = _plans_of_slabs(monkeypatch)
-    for above, taken in ((1.0, True), (16.0, False)):
+    for above in (1.0, 16.0):
         _by_pair(monkeypatch, all_above=above)
         _check(expected, _results(**shape))
-        for plan in plans[-2:]:
-            assert plan.taken.item() is taken
-            assert (plan.placed.row_work[:, -1].sum() > 0).item() is taken
-
-
-def test_gradients_that_would_take_too_much_memory_by_pair_go_over_tiles(monkeypatch):
-    shape = {"N": 40, "Hq": 2, "Hkv": 1, "deterministic": True}
-    expected = _results(**shape)
-    plans = _plans_of_slabs(monkeypatch)
-    monkeypatch.setattr(backward_q, "MAX_PAIR_GRADIENT_BYTES", 8 * 40 * 16 - 1)
-    _by_pair(monkeypatch, all_above=0)
-    _check(expected, _results(**shape))
-    assert [plan is None for plan in plans] == [False, True]
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -263,6 +225,79 @@ def _made_lists(N=70, Hkv=2, C=16, chunks=5):
     counts = torch.bincount(tile, minlength=Hkv * chunks)
     lists = geometry.Lists(chunk.int(), tiles_itc[tile, :, chunk], counts.cumsum(0) - counts, counts.int())
     return sizes, table, lists, log_HNc
+
+
+def _slabs_of(lists, chunks, sizes, above=0):
+    """Slabs of a workspace in which a pair has one byte."""
+    by_pair = configs.ByPair(
+        find_launches(torch.device(DEVICE), torch.float32, 16, 16, 1).attend_pairs._replace(block=16),
+        3,
+        above,
+    )
+    return pair_slabs.plan_slabs(lists, chunks, sizes, 1, by_pair, None, True)
+
+
+@pytest.mark.parametrize(
+    ("room", "counts", "places"),
+    [(2**20, 2**26, 2**28), (2**20, 110, 2**28), (416, 2**26, 2**14), (416, 110, 1)],
+    ids=["one slab a head", "few tiles a slab", "several slabs a head", "counted slab by slab"],
+)
+def test_slabs_hold_each_selected_pair_once_by_chunk_and_by_token(room, counts, places, monkeypatch):
+    """In the second and the last the table of counts has room for 8 of the 26 tiles."""
+    monkeypatch.setattr(pair_slabs, "WORKSPACE_BYTES", room)
+    monkeypatch.setattr(pair_slabs, "MAX_COUNTS", counts)
+    monkeypatch.setattr(pair_slabs, "COUNTED_SLABS", 2)
+    monkeypatch.setattr(pair_slabs, "PLACES_BYTES", places)
+    N, Hkv, C, nc = 200, 2, 16, 13
+    sizes, chunks, lists, log_HNc = _made_lists(N, Hkv, C, nc)
+    mean_log = torch.randn(N, Hkv, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    slabs = _slabs_of(lists, chunks, sizes)
+    found, filled = [], 0
+    for number, placed, slab in pair_slabs.filled_slabs(slabs, lists, mean_log, chunks, sizes, 0.5, True):
+        ends = placed.row_place[number]
+        pairs = int(ends[-1])
+        filled += pairs > 0
+        assert pairs <= slabs.room <= room
+        token = slab.token_shift[:pairs] & (2**32 - 1)
+        shift = (slab.token_shift[:pairs] >> 32).int().view(torch.float32)
+        chunk = torch.searchsorted(ends, torch.arange(pairs, device=DEVICE), right=True) - 1
+        head = torch.full_like(token, int(placed.first_tile[number]) // sizes.tiles_per_head)
+        expected = (log_HNc[head, token, chunk] - mean_log[token, head]) * 0.5
+        assert torch.equal(shift, expected)
+        assert torch.equal(lists.log_prior.flatten()[slab.entry[:pairs]], log_HNc[head, token, chunk])
+        # slots: by token, and of each its chunks in the order of its list
+        by_token = torch.stack([token, chunk], 1)[slab.slot[:pairs].argsort()].tolist()
+        assert by_token == sorted(by_token)
+        assert sorted(slab.slot[:pairs].tolist()) == list(range(pairs))
+        found += zip(head.tolist(), token.tolist(), chunk.tolist(), strict=True)
+    selected = (log_HNc > -torch.inf).nonzero().tolist()
+    assert sorted(found) == [tuple(pair) for pair in selected]
+    assert filled == Hkv if (room, counts) == (2**20, 2**26) else filled > Hkv
+    assert slabs.count_tiles <= (8 if counts == 110 else sizes.num_tiles)
+
+
+def test_the_device_leaves_to_tiles_all_or_nothing_by_how_much_they_list():
+    sizes, chunks, lists, log_HNc = _made_lists()
+    ratio = lists.counts.sum().item() * sizes.tile_tokens / (log_HNc > -torch.inf).sum().item()
+    for above, taken in ((0.9 * ratio, True), (1.1 * ratio, False)):
+        slabs = _slabs_of(lists, chunks, sizes, above)
+        assert torch.equal(slabs.rest(lists).counts, lists.counts * (not taken))
+        assert (slabs.placed.row_work[:, -1].sum() > 0).item() is taken
+
+
+def test_queries_whose_keys_gradients_would_take_too_much_memory_by_pair_are_left_to_tiles(monkeypatch):
+    sizes, chunks, lists, _ = _made_lists()
+    q, k, v, out, d_out = torch.randn(5, 70, 2, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    lse, mean_log = torch.zeros(2, 70, 2, device=DEVICE)
+    launches = find_launches(torch.device(DEVICE), torch.float32, 16, 16, 1)
+    by_pair = configs.ByPair(launches.backward_pairs._replace(block=16), 3, 0)
+    for most, taken in ((8 * k.numel(), True), (8 * k.numel() - 1, False)):
+        monkeypatch.setattr(backward_q, "MAX_PAIR_GRADIENT_BYTES", most)
+        found = backward_q.backward_q(
+            q, k, v, out, d_out, lse, lists, mean_log, torch.empty_like(lists.log_prior), chunks, sizes, 1.0,
+            launches.queries, by_pair=by_pair,
+        )  # fmt: skip
+        assert torch.equal(found.lists.counts, lists.counts * (not taken))
 
 
 @pytest.mark.parametrize("width", [1, 2, 4])
