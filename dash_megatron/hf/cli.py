@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 
@@ -47,7 +48,7 @@ def _from_hf(options: argparse.Namespace) -> None:
     tokenizer = import_folder(options.source, options.output).tokenizer
     print(
         f"{options.output}: start a run with training.init_from={options.output} and the sections in "
-        f"{options.output}/{MODEL_SECTIONS}"
+        f"{Path(options.output) / MODEL_SECTIONS}"
     )
     if tokenizer is None:
         print(
