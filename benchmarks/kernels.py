@@ -15,8 +15,8 @@ CLASSES = (
     ("communication", r"^nccl|^gloo:"),
     ("attention", r"sdpa|fmha|flash|cudnn::fusion"),
     ("matmul", r"gemm|nvjet|cutlass|sm90_xmma|splitk"),
-    ("loss", r"^_(forward|backward)_kernel|loss|cross_entropy|softmax"),
-    ("optimizer", r"adam|fusedopti|normtwo|multi_tensor_apply"),
+    ("loss", r"loss|cross_entropy|softmax"),
+    ("optimizer", r"adam|fusedopti|normtwo|multi_tensor_apply|^triton_.*mul_sqrt_sub"),
     ("norm", r"layer_?norm|rms_?norm|gammabeta|^_norm"),
     ("elementwise", r"^triton_|silu|swiglu|rope"),
     # what is left of kernels whose names are those of functions in Triton

@@ -23,7 +23,9 @@ from dash_megatron.data.index_file import edges_digest
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.files import path_for_message
 from dash_megatron.layers import DashGPTModel
-from dash_megatron.layers.model import MAX_LOGITS
+
+# Alive at once, in elements: 1 GiB in float32.
+MAX_LOGITS = 2**28
 
 
 class LanguageModel(ABC):

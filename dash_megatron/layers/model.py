@@ -18,10 +18,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from dash_megatron.config import Config
-from dash_megatron.layers.argmax import is_argmax
 from dash_megatron.layers.baselines import ZERO_INITIALIZED, InfLLMv2CoreAttention, NSACoreAttention
 from dash_megatron.layers.core_attention import (
     CoreAttention,
@@ -30,11 +28,14 @@ from dash_megatron.layers.core_attention import (
     PackedDocuments,
     RoutingMeans,
 )
+from dash_megatron.layers.feed_forward import FeedForward
 from dash_megatron.layers.norm import RMSNorm
 from dash_megatron.layers.recompute import RecomputedTransformerLayer, SelectiveTransformerLayer
-from dash_megatron.layers.rotary import PackedRotaryEmbedding, attention_factor
+from dash_megatron.layers.rotary import PackedRotaryEmbedding
 from dash_megatron.layers.router_projections import RoutedSelfAttention, qkv_and_routing
+from dash_megatron.layers.self_attention import SelfAttention
 from dash_megatron.layers.sharding import mark_splits, shard, split_of, whole_shape
+from dash_megatron.layers.vocabulary_loss import OutputLayer, VocabularyLoss
 from dash_megatron.ops.backend import keep_triton_cache
 from dash_megatron.parallel.context.layout import ContextShard
 
@@ -46,8 +47,6 @@ CORE_ATTENTION: dict[str, type[CoreAttention]] = {
 }
 # by `training.recompute`; for other values the layer is Megatron's own
 TRANSFORMER_LAYERS = {"full": RecomputedTransformerLayer, "selective": SelectiveTransformerLayer}
-# Most logits alive at once, in elements (1 GiB in float32): longer sequences are scored piece by piece.
-MAX_LOGITS = 2**28
 
 
 class DashGPTModel(GPTModel):
@@ -58,6 +57,8 @@ class DashGPTModel(GPTModel):
 
     def __init__(self, *args: Any, rotary: PackedRotaryEmbedding, **kwargs: Any) -> None:
         super().__init__(*args, position_embedding_type="none", **kwargs)
+        # a spec has no place for it
+        self.output_layer.__class__ = OutputLayer
         self.rotary = rotary
 
     def _preprocess(self, *args: Any, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
@@ -65,55 +66,25 @@ class DashGPTModel(GPTModel):
         decoder_input, _, *rest = super()._preprocess(*args, position_ids=position_ids, **kwargs)
         return (decoder_input, self.rotary(position_ids), *rest)
 
-    def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None, **kwargs: Any) -> Tensor:
+    def _postprocess(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        labels: Tensor | None,
+        loss_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         if labels is None:
             return gather_from_tensor_model_parallel_region(
                 super()._postprocess(hidden_states, *args, labels=None, **kwargs)
             )
-        # Sequence parallel: hidden_states is this rank's share of the tokens, and the output layer concatenates the shares
-        # of all ranks, so that a piece of each share needs the labels of the same piece of each share.
-        ranks = self.config.tensor_model_parallel_size
-        shares = ranks if self.config.sequence_parallel else 1
-        batch, local_tokens = hidden_states.shape[1], hidden_states.shape[0]
-        # logits of 128K tokens and a vocabulary of 128K would fill the largest GPU
-        tokens_at_once = max(1, MAX_LOGITS * ranks // (batch * self.vocab_size * shares))
         vocab_size = self.scored_vocab_size
-        if local_tokens <= tokens_at_once and vocab_size is None:
+        if loss_mask is None and vocab_size is None and torch.is_grad_enabled():
             return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
         weight = (
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         )
-
-        def score(hidden: Tensor, target_BSN: Tensor) -> Tensor:
-            logits, target_BN = self.output_layer(hidden, weight=weight)[0], target_BSN.flatten(1)
-            # before the loss, which Megatron computes in the logits' own memory
-            right_BN = (
-                None
-                if vocab_size is None
-                else is_argmax(logits, target_BN, vocab_size, self.pg_collection.tp)
-            )
-            found = self.compute_language_model_loss(target_BN, logits)
-            if right_BN is not None:
-                found = torch.stack([found, right_BN], dim=-1)
-            return found.unflatten(1, target_BSN.shape[1:])
-
-        labels_BSN = labels.view(batch, shares, local_tokens)
-        pieces = zip(
-            hidden_states.split(tokens_at_once), labels_BSN.split(tokens_at_once, dim=2), strict=True
-        )
-        # one graph for all pieces, not re-entrant: ZeRO takes a weight's gradient once per backward
-        losses = [
-            checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces
-        ]
-        return torch.cat(losses, dim=2).flatten(1, 2)
-
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """labels [B, N] and this tensor-parallel rank's logits [N, B, rows of the table] -> nats, float32 [B, N]."""
-        if self.pg_collection.tp.size() > 1 or not logits.is_cuda:
-            return super().compute_language_model_loss(labels, logits)
-        from dash_megatron.ops.kernels.cross_entropy import cross_entropy
-
-        return cross_entropy(logits.flatten(0, 1), labels.t().flatten()).view(logits.shape[:2]).t()
+        return self.output_layer(hidden_states, weight, loss=VocabularyLoss(labels, loss_mask, vocab_size))
 
     def forward(  # type: ignore[override]
         self,
@@ -123,6 +94,7 @@ class DashGPTModel(GPTModel):
         cu_seqlens: Tensor | None = None,
         context: ContextShard | None = None,
         max_seqlen: int | None = None,
+        loss_weight: Tensor | None = None,
     ) -> Tensor:
         """Predict the next token.
 
@@ -135,10 +107,13 @@ class DashGPTModel(GPTModel):
                 the whole sequence.
             max_seqlen: tokens of the longest document, or a bound on them; None: all tokens, because asking the device
                 would stall it.
+            loss_weight: float32 [B, N], of each label's loss.
 
         Returns:
-            Cross entropy in nats, float32 [B, N], or logits [B, N, vocabulary] where labels is None. Within `scoring`,
-            float32 [B, N, 2]: cross entropy, and 1 or 0 for labels that are the argmax or not.
+            Logits [B, N, vocabulary] where labels is None. Cross entropy in nats: with `loss_weight` the weighted sum over
+            labels, a float32 scalar, whose backward keeps no logits; without, of every label, float32 [B, N], whose backward
+            keeps those of all tokens. Within `scoring`, float32 [B, N, 2] without a gradient: cross entropy, and 1 or 0 for
+            labels that are the argmax or not.
         """
         packed = None
         if cu_seqlens is not None:
@@ -153,7 +128,9 @@ class DashGPTModel(GPTModel):
                 max_seqlen_kv=max_seqlen,
                 context=context,
             )
-        return super().forward(tokens, position_ids, None, labels=labels, packed_seq_params=packed)
+        return super().forward(
+            tokens, position_ids, None, labels=labels, packed_seq_params=packed, loss_mask=loss_weight
+        )
 
 
 @contextlib.contextmanager
@@ -167,9 +144,9 @@ def scoring(model: torch.nn.Module, vocab_size: int) -> Iterator[None]:
         scorer.scored_vocab_size = None
 
 
-def _transformer_config(config: Config, device: torch.device) -> TransformerConfig:
+def _transformer_config(config: Config) -> TransformerConfig:
     model = config.model
-    transformer = TransformerConfig(
+    return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.heads,
@@ -185,8 +162,6 @@ def _transformer_config(config: Config, device: torch.device) -> TransformerConf
         qk_layernorm=model.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # one compiled pass instead of five, and two activations less to keep; elsewhere compilers are scarce
-        bias_activation_fusion=device.type == "cuda",
         bias_dropout_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
@@ -199,11 +174,6 @@ def _transformer_config(config: Config, device: torch.device) -> TransformerConf
         perform_initialization=False,
         init_method_std=model.init_std,
     )
-    # Megatron multiplies cosines and sines by (1 + 0.1 mscale log factor) / (1 + 0.1 mscale_all_dim log factor)
-    transformer.yarn_rotary_scaling_factor = math.e  # type: ignore[attr-defined]
-    transformer.yarn_mscale = 10 * (attention_factor(model.rope_scaling) - 1)  # type: ignore[attr-defined]
-    transformer.yarn_mscale_all_dim = 0.0  # type: ignore[attr-defined]
-    return transformer
 
 
 def _block_spec(config: Config) -> TransformerBlockSubmodules:
@@ -218,6 +188,8 @@ def _block_spec(config: Config) -> TransformerBlockSubmodules:
         attention = spec.submodules.self_attention.submodules
         if config.model.qk_norm:
             attention.q_layernorm = attention.k_layernorm = head_norm
+        spec.submodules.self_attention.module = SelfAttention
+        spec.submodules.mlp.module = FeedForward
         if config.attention.has_router_projections(index):
             spec.submodules.self_attention.module = RoutedSelfAttention
             attention.linear_qkv = qkv_and_routing
@@ -248,7 +220,7 @@ def build_model(config: Config, vocab_size: int, device: torch.device | str = "c
         keep_triton_cache()
     with torch.device(device):
         model = DashGPTModel(
-            config=_transformer_config(config, torch.device(device)),
+            config=_transformer_config(config),
             transformer_layer_spec=_block_spec(config),
             vocab_size=vocab_size,
             max_sequence_length=config.data.seq_length,

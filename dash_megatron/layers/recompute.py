@@ -11,8 +11,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -46,12 +44,7 @@ class SelectiveTransformerLayer(TransformerLayer):
         return self._forward_post_mlp(out_and_bias, hidden_states)
 
     def _activate(self, hidden_states: Tensor) -> Tensor:
-        """What the second matrix product of the feed-forward part takes in; computed as in Megatron's `MLP.forward`."""
-        halves = self.mlp.linear_fc1(self.pre_mlp_layernorm(hidden_states))[0]
-        if self.config.bias_activation_fusion:
-            return bias_swiglu_impl(halves, None)
-        gate, linear = halves.chunk(2, dim=-1)
-        return F.silu(gate) * linear
+        return self.mlp.activate(self.pre_mlp_layernorm(hidden_states))
 
 
 def with_recomputed_input(use: Callable[[Tensor], Out], make: Callable[[Tensor], Tensor], x: Tensor) -> Out:

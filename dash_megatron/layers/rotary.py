@@ -11,7 +11,7 @@ from dash_megatron.config import RopeScaling
 
 
 class PackedRotaryEmbedding(torch.nn.Module):
-    """RoPE angles by position, so that positions may restart at every packed document.
+    """Cosines and sines of RoPE's angles by position, so that positions may restart at every packed document.
 
     Angles are computed in float32 from integer positions; the frequencies are no state and no parameter.
 
@@ -27,13 +27,14 @@ class PackedRotaryEmbedding(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.frequencies = rotary_frequencies(head_dim, theta, scaling, seq_length)
+        self.factor = attention_factor(scaling)
 
     def forward(self, position_ids: Tensor) -> Tensor:
-        """position_ids [B, N] int64 -> angles [N, B, 1, head_dim] float32, halves equal (not interleaved)."""
+        """position_ids [B, N] int64 -> cosines and sines, times `attention_factor`, float32 [2, N, B, head_dim / 2]."""
         if self.frequencies.device != position_ids.device:
             self.frequencies = self.frequencies.to(position_ids.device)
         angles = position_ids.t().float()[:, :, None] * self.frequencies
-        return torch.cat([angles, angles], dim=-1)[:, :, None, :]
+        return torch.stack([angles.cos(), angles.sin()]) * self.factor
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, seq_length: int) -> Tensor:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from dash_megatron.layers.self_attention import SelfAttention
 
 
 def qkv_and_routing(
@@ -26,29 +27,12 @@ def qkv_and_routing(
 
 
 class RoutedSelfAttention(SelfAttention):
-    """Self-attention whose `linear_qkv` is `qkv_and_routing`; `split_routing` takes apart what core attention is handed."""
+    """Self-attention whose `linear_qkv` is `qkv_and_routing`; `split_routing` takes apart what core attention is handed.
 
-    def get_query_key_value_tensors(
-        self,
-        hidden_states: Tensor,
-        key_value_states: Tensor | None = None,
-        output_gate: bool = False,
-        split_qkv: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As Megatron's, with one more query head in each group, and two keys.
+    Each group has one more query head, and two keys.
+    """
 
-        Returns:
-            [tokens, batch, heads, D], of this rank's heads: (G + 1) * Hkv queries, 2 * Hkv keys and Hkv values.
-        """
-        assert split_qkv
-        mixed, _ = self.linear_qkv(hidden_states)
-        groups, D = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
-        group = self.num_attention_heads_per_partition // groups
-        heads = mixed.unflatten(-1, (groups, group + 4, D))
-        query, key, value = (x.flatten(2, 3) for x in heads.split([group + 1, 2, 1], dim=3))
-        if self.q_layernorm is not None:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-        return query, key, value
+    keys_per_group = 2
 
 
 def split_routing(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

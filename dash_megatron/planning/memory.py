@@ -13,10 +13,8 @@ from dash_megatron.planning.kernel_times import PAIRS_ABOVE, keys_by_pair, pairs
 from dash_megatron.planning.layout import Hardware, Layout
 from dash_megatron.planning.traffic import ContextShape
 
-MAX_LOGITS = 2**28
-"""Logits alive at once, in elements of the whole vocabulary: `dash_megatron.layers.model.MAX_LOGITS`."""
-LOGIT_BYTES = {"whole": 4, "split": 8}
-"""A logit and its gradient in bf16; where tensor parallelism splits the vocabulary also a float32 softmax."""
+MAX_LOGITS = 2**29
+"""Logits of one process alive at once, in elements: `dash_megatron.layers.vocabulary_loss.MAX_LOGITS`."""
 NSA_BYTES = 18
 """Of an element of the attention's output: three branches in bf16, and in float32 to be multiplied by their gates."""
 MAX_BOUNDED_BYTES = 2 * 2**30
@@ -232,10 +230,11 @@ def _layer_bytes(config: Config, layout: Layout, shape: ContextShape) -> dict[st
     """Activations of one layer on one rank, by part."""
     model, tokens, b, kind = config.model, shape.tokens, shape.element_bytes, config.attention.kind
     stream_tokens = tokens / layout.tensor if layout.sequence else tokens
-    heads = 3 * shape.heads + 3 * shape.kv_heads + 4 * shape.routing_heads
+    normed = model.qk_norm
+    heads = (2 + normed) * (shape.heads + shape.kv_heads) + 2 * (1 + normed) * shape.routing_heads
     return {
         "stream": stream_tokens * model.hidden_size * b,
-        # the fused projection, q and k after RoPE, and the output; of the router's own, projection and after RoPE
+        # q, k, v and the output, of the router's own the first two; what is normed is kept from before that, too
         "attention": tokens * heads * shape.head_dim * b,
         # the means that the router sees
         "pooled": tokens
@@ -251,6 +250,15 @@ def _layer_bytes(config: Config, layout: Layout, shape: ContextShape) -> dict[st
         # both halves of the input of a compiled SwiGLU, and its output
         "feed_forward": tokens * 3 * model.ffn_hidden_size / layout.tensor * b,
     }
+
+
+def _loss_bytes(config: Config, layout: Layout, vocab_size: int) -> float:
+    """A piece of logits, which its gradient replaces, and gradients of the table, float32, and of the hidden states."""
+    shape = context_shape(config, layout)
+    logits = shape.tokens * vocab_size / layout.tensor
+    piece = logits / math.ceil(logits / MAX_LOGITS) * shape.element_bytes
+    table = config.model.hidden_size * vocab_size / layout.tensor * 4
+    return piece + table + _layer_bytes(config, layout, shape)["stream"]
 
 
 def context_shape(config: Config, layout: Layout) -> ContextShape:
@@ -322,11 +330,9 @@ def memory_use(
     feed_forward_phase = parts["feed_forward"] / 2 + feed_forward * (layout.recompute == "selective")
     layer_phase = max(attention_phase, feed_forward_phase)
     layer_phase += {"attention": kept_attention, "full": layer + kept_attention}.get(layout.recompute, 0.0)
-    logits = min(MAX_LOGITS / vocab_size, shape.tokens) * vocab_size / layout.tensor
-    logits *= LOGIT_BYTES["whole" if layout.tensor == 1 else "split"]
     return MemoryUse(
         **_state_bytes(config, layout, rank_parameters(config, layout, vocab_size)),
         activations=config.model.layers * activations * hardware.activation_factor,
-        working=max(layer_phase, logits) * hardware.activation_factor,
+        working=max(layer_phase, _loss_bytes(config, layout, vocab_size)) * hardware.activation_factor,
         reserved=hardware.reserved_gib * 2**30,
     )

@@ -25,7 +25,6 @@ from dash_megatron.planning.kernel_times import AttentionSeconds, AttentionWork,
 from dash_megatron.planning.layout import Group, Hardware, Layout, groups
 from dash_megatron.planning.memory import (
     BUCKET_ELEMENTS,
-    MAX_LOGITS,
     MemoryUse,
     context_shape,
     lists_are_counted,
@@ -40,15 +39,16 @@ from dash_megatron.planning.traffic import (
     zero_step,
 )
 
-OPTIMIZER_BYTES = 65
-"""Bytes read and written per parameter once a step: norm, clipping, AdamW's states and weights, and the bf16 weight."""
-ELEMENTWISE_BYTES = 50
+OPTIMIZER_BYTES = {"fused": 31, "separate": 65}
+"""Bytes read and written per parameter once a step: float32 gradients, norm, clipping, AdamW's states and weights, and the bf16
+weight; in few passes, as bf16 under ZeRO 1 does it, or one after another."""
+ELEMENTWISE_BYTES = 21
 """Bytes read and written per layer, token and element of hidden and feed-forward size: norms, RoPE, activation, residuals,
 forward and backward."""
 FORWARD_SHARE = 0.35
 """Share of `ELEMENTWISE_BYTES` that a forward pass alone moves."""
-LOGIT_TRAFFIC = (3.3, 7.7)
-"""Bytes read and written per logit: by the loss's forward pass, and by both passes."""
+LOGIT_BYTES = 6
+"""Bytes read and written per logit by the loss, forward and backward."""
 
 REPEATS_ATTENTION = ("attention", "full")
 """Values of `training.recompute` whose backward runs core attention, and its exchange, a second time."""
@@ -210,12 +210,9 @@ def _matmul_flops(config: Config, layout: Layout, vocab_size: int) -> float:
     """Operations of one micro-batch on one rank, recomputation included, attention excluded."""
     tokens = context_shape(config, layout).tokens
     total = matmul_parameters(config, vocab_size)
-    vocabulary = config.model.hidden_size * vocab_size
-    again = {"full": total - vocabulary, "selective": _first_products(config)}.get(layout.recompute, 0)
-    flops = 6.0 * total + 2.0 * again
-    if tokens * vocab_size > MAX_LOGITS:
-        flops += 2.0 * vocabulary  # logits in pieces are scored again
-    return flops * tokens / layout.tensor
+    without_vocabulary = total - config.model.hidden_size * vocab_size
+    again = {"full": without_vocabulary, "selective": _first_products(config)}.get(layout.recompute, 0)
+    return (6.0 * total + 2.0 * again) * tokens / layout.tensor
 
 
 def _elementwise_bytes(config: Config, layout: Layout, vocab_size: int) -> float:
@@ -225,11 +222,9 @@ def _elementwise_bytes(config: Config, layout: Layout, vocab_size: int) -> float
     stream, activation = stream_tokens * model.hidden_size, tokens * model.ffn_hidden_size / layout.tensor
     # one of two norms, and the activation
     repeated = {"full": stream + activation, "selective": stream / 2 + activation}.get(layout.recompute, 0.0)
-    forward, both = LOGIT_TRAFFIC
-    pieces = forward if tokens * vocab_size > MAX_LOGITS else 0
     logits = tokens * vocab_size / layout.tensor
     elements = stream + activation + FORWARD_SHARE * repeated
-    return model.layers * elements * ELEMENTWISE_BYTES + logits * (both + pieces)
+    return model.layers * elements * ELEMENTWISE_BYTES + logits * LOGIT_BYTES
 
 
 def _context_seconds(layout: Layout, group: Group, sent: float, calls: float, hardware: Hardware) -> float:
@@ -367,6 +362,7 @@ def estimate_step(
     ring = hardware.overlap * context.seconds if layout.context_comm == "p2p" else 0.0
     sharding = hardware.overlap * zero.seconds if layout.zero_stage == 3 else 0.0
     updated = parameters / (layout.shards if layout.zero_stage else 1)
+    passes = "fused" if config.training.precision == "bf16" and layout.zero_stage == 1 else "separate"
     peak = shares_of_work(config, routing, max(routing.density, routing.peak_density))
     return StepEstimate(
         layout=layout,
@@ -377,7 +373,7 @@ def estimate_step(
         tensor=tensor.seconds,
         context=context.seconds - min(ring, attention),
         zero=zero.seconds - min(sharding, matmul + elementwise),
-        optimizer=updated * OPTIMIZER_BYTES / hardware.memory_bandwidth,
+        optimizer=updated * OPTIMIZER_BYTES[passes] / hardware.memory_bandwidth,
         nvlink_bytes=sum(part.sent * (1 - part.outside) for part in (tensor, context, zero)),
         infiniband_bytes=sum(part.sent * part.outside for part in (tensor, context, zero)),
         tokens=config.training.global_batch * config.data.seq_length,

@@ -47,5 +47,12 @@ def share_of_global_mean(
     is a sum over its own targets divided by the number of targets of all: documents, micro-batches and processes with
     few targets weigh no more than their tokens. Tensor-parallel ranks all have the share of the tokens they read together.
     """
-    loss_BN = token_losses(forward, batch)
-    return (loss_BN * batch.loss_mask).sum() / global_targets
+    return forward(
+        batch.tokens,
+        batch.position_ids,
+        batch.labels,
+        batch.cu_seqlens,
+        batch.context,
+        batch.max_seqlen,
+        batch.loss_mask / global_targets,
+    )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 from dash_megatron.config import Config, load_config
+from dash_megatron.planning import step_time
 from dash_megatron.planning.layout import Hardware
 from dash_megatron.planning.search import estimate_configured
 from dash_megatron.planning.step_time import Routing, StepEstimate
@@ -15,6 +17,12 @@ from dash_megatron.studies.study_file import load_study
 
 ROOT = Path(__file__).parents[2]
 DENSE = ["attention.kind=full", "attention.target_density=null"]
+# Bytes that steps moved before RoPE, SwiGLU, the loss and the update were fused. Logits were computed twice then.
+UNFUSED: dict[str, Any] = {
+    "ELEMENTWISE_BYTES": 50,
+    "LOGIT_BYTES": 11,
+    "OPTIMIZER_BYTES": dict.fromkeys(step_time.OPTIMIZER_BYTES, 65),
+}
 
 
 class MeasuredStep(NamedTuple):
@@ -28,11 +36,21 @@ class MeasuredStep(NamedTuple):
     gib: float | None
     """Peak of torch's allocations; None: not noted, or of lists that had room for documents as long as a micro-batch."""
 
+    fused: bool = False
+    """Whether it was timed since RoPE, SwiGLU, the loss and the update are fused."""
+
     @property
     def modelled(self) -> StepEstimate:
-        """What the planner says, with nothing reserved beside torch's allocations."""
+        """What the planner says, of the passes of then and with nothing reserved beside torch's allocations."""
         hardware = replace(Hardware.of(self.gpu), reserved_gib=0.0)
-        return estimate_configured(self.config, 1, self.routing, hardware)
+        if self.fused:
+            return estimate_configured(self.config, 1, self.routing, hardware)
+        with mock.patch.multiple(step_time, **UNFUSED):
+            estimate = estimate_configured(self.config, 1, self.routing, hardware)
+        vocabulary = self.config.model.hidden_size * (self.config.model.vocab_size or 0)
+        return replace(
+            estimate, matmul=estimate.matmul + 2 * vocabulary * estimate.tokens / hardware.matmul_flops
+        )
 
 
 def _of_file(name: str, *keys: str) -> Config:
@@ -53,10 +71,12 @@ def measured_steps() -> list[MeasuredStep]:
     whole, lists = Routing(), Routing(density=0.115, choices=4.54)
     rows = "8 x 16K in one micro-batch"
     return [
-        MeasuredStep("1B, full attention, 16K", "H200", _of_file("1b_16k", *large, *DENSE), whole, 0.416, 42.4),
+        MeasuredStep("1B, full attention, 16K", "H200", _of_file("1b_16k", *large, *DENSE), whole, 0.365, 42.5, fused=True),
+        MeasuredStep("the same, 64K", "H200", _of_file("1b_16k", *large, *DENSE, long), whole, 3.108, 98.7, fused=True),
+        MeasuredStep("1B before, full attention, 16K", "H200", _of_file("1b_16k", *large, *DENSE), whole, 0.416, 42.4),
         MeasuredStep("the same, full recomputation", "H200", _of_file("1b_16k", *large, *DENSE, "training.recompute=full"), whole, 0.519, None),
         MeasuredStep("the same, 64K, no recomputation", "H200", _of_file("1b_16k", *large, *DENSE, long), whole, 3.323, 103.2),
-        MeasuredStep("1B, random weights, 16K, chunks of `d11_c32_w4m16g`, 8.6% selected", "H200", _of_file("1b_16k", *large), Routing(density=0.086), 0.328, 42.7),
+        MeasuredStep("1B before, random weights, 16K, chunks of `d11_c32_w4m16g`, 8.6% selected", "H200", _of_file("1b_16k", *large), Routing(density=0.086), 0.328, 42.7),
         MeasuredStep("210M by the recipe, 4 x 16K in one micro-batch, 24% selected", "H200", _of_file("60m_16k", *medium), Routing(density=0.238), 0.414, None),
         MeasuredStep(f"62M, one query a token, {rows}, 12% selected, 52% visited", "H200", runs["dash_25"], lists, 0.192, None),
         MeasuredStep("62M, full attention, the same", "H100", runs["full"], whole, 0.260, 20.7),

@@ -117,10 +117,10 @@ def test_communication_is_waited_for_where_nothing_else_runs() -> None:
 
 
 def test_every_kernel_of_the_project_and_the_usual_ones_of_torch_have_a_class() -> None:
+    others = {"cross_entropy": "loss", "swiglu": "elementwise", "rotary": "elementwise"}
     for path in (ROOT / "dash_megatron/ops").rglob("*.py"):
-        of_loss = path.name == "cross_entropy.py"
         for name in re.findall(r"^def (\w+_kernel)\(.*?^\)", path.read_text(), re.MULTILINE | re.DOTALL):
-            assert class_of(name) == ("loss" if of_loss else "attention"), name
+            assert class_of(name) == others.get(path.stem, "attention"), name
     torchs = {
         "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "communication",
         "nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_TNN": "matmul",
@@ -131,6 +131,7 @@ def test_every_kernel_of_the_project_and_the_usual_ones_of_torch_have_a_class() 
         "void at::native::(anonymous namespace)::CatArrayBatchedCopy<at::native": "copy",
         "Memcpy DtoD (Device -> Device)": "copy",
         "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<c10::BFloat16, float, true>": "norm",
+        "triton_poi_fused_add_copy_copy__div_mul_sqrt_sub_0": "optimizer",
         "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>": "optimizer",
         "void at::native::(anonymous namespace)::compute_grad_weight<c10::BFloat16, long>": "other",
     }

@@ -1,12 +1,21 @@
 """The kernel for cross entropy against torch in float64: interpreted on CPU, compiled on a GPU."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from dash_megatron.ops import cross_entropy as in_torch
 from tests.ops.kernels_under_test import CUDA, DEVICE, import_kernels
 
 (kernels,) = import_kernels("cross_entropy")
+
+
+def cross_entropy(dtype):
+    """Float64 is for torch alone."""
+    return in_torch if dtype == torch.float64 else kernels
+
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -28,10 +37,10 @@ def by_torch(logits, labels, d_losses):
 
 
 def by_kernel(logits, labels, d_losses):
-    leaf = logits.detach().requires_grad_()
-    losses = kernels.cross_entropy(leaf, labels)
-    losses.backward(d_losses)
-    return losses.detach(), leaf.grad
+    log_sums, rights = kernels.score_labels(logits, labels)
+    gradients = logits.clone(memory_format=torch.contiguous_format)
+    kernels.replace_by_gradient(gradients, labels, log_sums, d_losses)
+    return log_sums - rights, gradients
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -59,13 +68,20 @@ def test_large_logits_and_words_that_cannot_be_make_no_nan():
     torch.testing.assert_close(gradients.double(), d_expected, rtol=1e-4, atol=1e-5)
 
 
-def test_rows_may_be_part_of_wider_ones():
-    wide, labels, _ = rows_of(6, 96, torch.float32)
-    part = wide[:, :80]
-    labels = labels.clamp(max=79)
-    torch.testing.assert_close(
-        kernels.cross_entropy(part, labels), F.cross_entropy(part, labels, reduction="none")
-    )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernel", "torch"])
+def test_processes_that_share_a_vocabulary_add_up_what_each_has(dtype):
+    logits, labels, d_losses = rows_of(6, 100, dtype)
+    borders = (0, 64, 100)
+    # rows of wider ones
+    parts = [(logits[:, i:j], labels - i) for i, j in pairwise(borders)]
+    log_sums, rights = zip(*(cross_entropy(dtype).score_labels(*part) for part in parts), strict=True)
+    log_sums = torch.stack(log_sums).logsumexp(0)
+    expected, d_expected = by_torch(logits, labels, d_losses)
+    torch.testing.assert_close((log_sums - sum(rights)).double(), expected, rtol=2e-6, atol=2e-6)
+    for (part, own_labels), d_part in zip(parts, d_expected.split([64, 36], 1), strict=True):
+        part = part.contiguous()
+        cross_entropy(dtype).replace_by_gradient(part, own_labels, log_sums, d_losses)
+        torch.testing.assert_close(part.double(), d_part, rtol=2e-6, atol=1e-7)
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU: offsets beyond 2^31 take gigabytes")
@@ -82,4 +98,5 @@ def test_offsets_beyond_int32_are_right():
 def test_what_is_no_number_stays_none():
     logits, labels, _ = rows_of(3, 70, torch.float32)
     logits[0, 3], logits[1, 4] = torch.nan, torch.inf
-    assert kernels.cross_entropy(logits, labels).isnan().tolist() == [True, True, False]
+    log_sums, _ = kernels.score_labels(logits, labels)
+    assert log_sums.isnan().tolist() == [True, True, False]

@@ -335,7 +335,7 @@ def test_recomputation_and_sharing_tokens_only_ever_save() -> None:
 
 
 def test_limits_are_those_of_the_code_they_describe() -> None:
-    from dash_megatron.layers.model import MAX_LOGITS
+    from dash_megatron.layers.vocabulary_loss import MAX_LOGITS
     from dash_megatron.ops.kernels import backward_q, configs, pair_slabs, pairs
     from dash_megatron.ops.kernels.geometry import MAX_BOUNDED_BYTES
     from dash_megatron.ops.topk.nsa import MAX_SHARED_BIAS

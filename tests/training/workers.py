@@ -76,9 +76,9 @@ def one_step(
     """Save what `_measured_steps` gives for every case: rank 0 to `<folder>/<name>.pt`, every rank's copy of weights that
     no process group shards to `<folder>/<name>_<rank>.pt`."""
     if max_logits is not None:
-        from dash_megatron.layers import model
+        from dash_megatron.layers import vocabulary_loss
 
-        model.MAX_LOGITS = max_logits
+        vocabulary_loss.MAX_LOGITS = max_logits
     module = keep_process_groups()
     for name, tree in cases:
         trainer = module.Trainer(config_from_dict(tree))

@@ -1,10 +1,8 @@
-"""Cross entropy on the GPU: logits are read once in each pass, and only their gradient is written.
+"""Cross entropy on the GPU: logits are read once in each of two passes, the second of which writes their gradient over them.
 
 As separate operations it moves some fifty bytes per logit and keeps a float32 copy, which for small models and large
 vocabularies is a seventh of a training step and most of its memory.
 """
-
-from typing import Any
 
 import torch
 import triton
@@ -17,7 +15,7 @@ NUM_WARPS = 8
 
 
 @triton.jit
-def _forward_kernel(logits, labels, losses, log_sums, stride_m, num_words, BLOCK: tl.constexpr):
+def _loss_score_kernel(logits, labels, log_sums, rights, stride_m, num_words, BLOCK: tl.constexpr):
     i_m = tl.program_id(0).to(tl.int64)
     logits += i_m * stride_m
     o_v = tl.arange(0, BLOCK)
@@ -31,58 +29,44 @@ def _forward_kernel(logits, labels, losses, log_sums, stride_m, num_words, BLOCK
         b_sum = b_sum * tl.exp(b_max - b_next) + tl.exp(b_x - b_next)
         b_max = b_next
     top = tl.max(b_max, 0)
-    log_sum = top + tl.log(tl.sum(b_sum * tl.exp(b_max - top), 0))
-    right = tl.load(logits + tl.load(labels + i_m)).to(tl.float32)
-    tl.store(losses + i_m, log_sum - right)
-    tl.store(log_sums + i_m, log_sum)
+    label = tl.load(labels + i_m)
+    right = tl.load(logits + label, mask=(label >= 0) & (label < num_words), other=0.0)
+    tl.store(log_sums + i_m, top + tl.log(tl.sum(b_sum * tl.exp(b_max - top), 0)))
+    tl.store(rights + i_m, right.to(tl.float32))
 
 
 @triton.jit
-def _backward_kernel(
-    logits, labels, log_sums, d_losses, d_logits, stride_m, num_words, BLOCK: tl.constexpr
-):  # fmt: skip
+def _loss_gradient_kernel(logits, labels, log_sums, weights, num_words, BLOCK: tl.constexpr):
     i_m = tl.program_id(0).to(tl.int64)
     o_v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_v = o_v < num_words
-    b_x = tl.load(logits + i_m * stride_m + o_v, mask=m_v, other=0.0).to(tl.float32)
-    b_p = tl.exp(b_x - tl.load(log_sums + i_m))
-    b_d = (b_p - tl.where(o_v == tl.load(labels + i_m), 1.0, 0.0)) * tl.load(d_losses + i_m)
-    tl.store(d_logits + i_m * num_words + o_v, b_d.to(d_logits.dtype.element_ty), mask=m_v)
+    p_x = logits + i_m * num_words + o_v
+    b_p = tl.exp(tl.load(p_x, mask=m_v, other=0.0).to(tl.float32) - tl.load(log_sums + i_m))
+    b_d = (b_p - tl.where(o_v == tl.load(labels + i_m), 1.0, 0.0)) * tl.load(weights + i_m)
+    tl.store(p_x, b_d.to(logits.dtype.element_ty), mask=m_v)
 
 
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        rows, words = logits.shape
-        losses, log_sums = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
-        block = min(MOST_BLOCK, triton.next_power_of_2(words))
-        _forward_kernel[(rows,)](
-            logits, labels, losses, log_sums, logits.stride(0), words, BLOCK=block, num_warps=NUM_WARPS
-        )
-        ctx.save_for_backward(logits, labels, log_sums)
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        logits, labels, log_sums = ctx.saved_tensors
-        rows, words = logits.shape
-        block = min(MOST_BLOCK, triton.next_power_of_2(words))
-        d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        _backward_kernel[(rows, triton.cdiv(words, block))](
-            logits, labels, log_sums, gradients[0].contiguous(), d_logits, logits.stride(0), words,
-            BLOCK=block, num_warps=NUM_WARPS,
-        )  # fmt: skip
-        return d_logits, None
+def _block(words: int) -> int:
+    return min(MOST_BLOCK, triton.next_power_of_2(words))
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of each row, in nats, computed in float32; every bit is the same in every run.
+def score_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """As `dash_megatron.ops.cross_entropy.score_labels`, of float16, bfloat16 or float32; every bit is the same in every run."""
+    rows, words = logits.shape
+    assert logits.stride(1) == 1
+    log_sums, rights = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
+    _loss_score_kernel[(rows,)](
+        logits, labels.contiguous(), log_sums, rights, logits.stride(0), words,
+        BLOCK=_block(words), num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return log_sums, rights
 
-    Args:
-        logits: [M, V], float16, bfloat16 or float32; any stride between rows, 1 within them.
-        labels: int64 [M], from 0 to V - 1; they are not checked.
 
-    Returns:
-        Float32 [M]. The gradient has the dtype of `logits`, which are kept for it.
-    """
-    return _CrossEntropy.apply(logits, labels.contiguous())
+def replace_by_gradient(logits: Tensor, labels: Tensor, log_sums: Tensor, weight: Tensor) -> None:
+    """As `dash_megatron.ops.cross_entropy.replace_by_gradient`, of float16, bfloat16 or float32."""
+    rows, words = logits.shape
+    assert logits.is_contiguous()
+    _loss_gradient_kernel[(rows, triton.cdiv(words, _block(words)))](
+        logits, labels.contiguous(), log_sums, weight.float().contiguous(), words,
+        BLOCK=_block(words), num_warps=NUM_WARPS,
+    )  # fmt: skip
