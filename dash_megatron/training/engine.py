@@ -19,7 +19,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
 
 import deepspeed
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.utils import all_gather_dp_groups, get_global_norm_of_tensors, is_invalid_grad_norm
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS, ZeRORuntimeException
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import nvtx
@@ -27,6 +29,7 @@ from deepspeed.utils import nvtx
 from dash_megatron.checkpoint.fragments import Fragment, adam_state, fragments, local_shapes, refresh_weights
 from dash_megatron.config import Config, ZeroConfig
 from dash_megatron.layers.core_attention import MAX_LOG_FACTOR
+from dash_megatron.ops.adamw import adamw_step
 from dash_megatron.parallel import GradientGroups, gradient_group
 
 # Empty, so that DeepSpeed does not compile its shared-memory reduction when it starts: that serves inference only, and
@@ -73,6 +76,10 @@ class Engine:
                 # without tensor parallelism the processes that hold the same weights are all there are
                 mpu=GradientGroups() if config.parallel.tensor > 1 else None,
             )
+        if type(self._optimizer) is BF16_Optimizer:
+            # DeepSpeed makes it by itself
+            self._optimizer.__class__ = _FusedBF16Optimizer
+            self._adam.update = self._optimizer.update_weights
         # ZeRO 0 in fp32 has no optimizer wrapper that would keep the gradient norm
         self._optimizer_is_plain = isinstance(self._optimizer, torch.optim.Optimizer)
         self._plain_grad_norm = 0.0
@@ -179,17 +186,100 @@ class _GuardedAdamW(torch.optim.AdamW):
 
     skip = False
     norm_of_this_update: Callable[[], float] | None = None
+    update: Callable[[], None] | None = None
+    """What updates weights in place of `torch.optim.AdamW`."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Update weights; where the update is skipped, only make the moments that a first update would make."""
         norm = self.norm_of_this_update
         if not self.skip and (norm is None or math.isfinite(norm())):
-            return super().step(closure)
+            return self.update() if self.update is not None else super().step(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 adam_state(self, parameter)
         return None
+
+
+class _FusedBF16Optimizer(BF16_Optimizer):
+    """DeepSpeed's optimizer for bf16 under ZeRO 1, which goes over gradients and weights less often.
+
+    A parameter's first gradient of a step overwrites what the float32 buffer held, so that nothing is ever zeroed; the update
+    clips, moves moments and weights, and rounds in one pass.
+    """
+
+    @torch.no_grad()
+    def update_hp_grads(self, clear_lp_grads: bool = False) -> None:
+        """Add gradients of a micro-batch to those of the step, which are float32."""
+        assert not clear_lp_grads
+        first: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for group, sums, seen in zip(
+            self.bf16_groups, self.fp32_groups_gradients, self.fp32_groups_has_gradients, strict=True
+        ):
+            for number, (parameter, total) in enumerate(zip(group, sums, strict=True)):
+                if parameter.grad is None:
+                    continue
+                gradient = parameter.grad.view(total.shape)
+                if seen[number]:
+                    total.add_(gradient)
+                else:
+                    first[0].append(total)
+                    first[1].append(gradient)
+                    seen[number], parameter._hp_grad = True, total
+        if first[0]:
+            torch._foreach_copy_(*first)
+
+    @torch.no_grad()
+    def get_grads_for_reduction(self) -> Any:
+        """As DeepSpeed's, of whole buffers: what has had no gradient in this step is zero."""
+        for sums, seen in zip(self.fp32_groups_gradients, self.fp32_groups_has_gradients, strict=True):
+            for total, has_gradient in zip(sums, seen, strict=True):
+                if not has_gradient:
+                    total.zero_()
+        return super().get_grads_for_reduction()
+
+    def clear_hp_grads(self) -> None:
+        """Let the next gradients be the first of a step."""
+        self.fp32_groups_has_gradients = [[False] * len(group) for group in self.bf16_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """As DeepSpeed's, but that the inner optimizer, which is to call `update_weights`, clips and rounds too."""
+        gradients, _ = self.get_grads_for_norm()
+        norm = get_global_norm_of_tensors(input_tensors=gradients, mpu=self.mpu, norm_type=self.norm_type)
+        self.overflow = is_invalid_grad_norm(norm)
+        self._global_grad_norm = float("inf") if self.overflow else norm
+        self.optimizer.step()
+        self._lazy_init_hp_params_optimizer_state()
+        all_gather_dp_groups(
+            groups_flat=self.bf16_groups_flat,
+            partitioned_param_groups=self.bf16_partitioned_groups,
+            dp_process_group=self.real_dp_process_group,
+            start_alignment_factor=self.nccl_start_alignment_factor,
+            allgather_bucket_size=self.allgather_bucket_size,
+        )
+        self.clear_hp_grads()
+
+    def update_weights(self) -> None:
+        """Update this process's part of weights and moments from the step's gradient and its norm."""
+        clip = min(1.0, self.clip_grad / (float(self._global_grad_norm) + 1e-6)) if self.clip_grad else 1.0
+        states = [adam_state(self.optimizer, master) for master in self.fp32_groups_flat_partition]
+        # asked for before the first update keeps the device busy
+        steps = [int(state["step"]) + 1 for state in states]
+        for i, (group, state, step) in enumerate(
+            zip(self.optimizer.param_groups, states, steps, strict=True)
+        ):
+            state["step"] += 1
+            adamw_step(
+                self.fp32_groups_flat_partition[i].detach(),
+                self.fp32_groups_gradient_flat_partition[i],
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                self.bf16_partitioned_groups[i][dist.get_rank(self.real_dp_process_group[i])],
+                clip=clip,
+                step=step,
+                **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
+            )
 
 
 # DeepSpeed knows torch's AdamW by its very class, and would warn of an untested optimizer at every start

@@ -1,0 +1,80 @@
+"""What replaces DeepSpeed's passes over gradients and weights, beside DeepSpeed and torch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+from dash_megatron.config import ParallelConfig
+from dash_megatron.ops.adamw import adamw_step
+from dash_megatron.parallel import Launch, init_process_groups
+from dash_megatron.training.engine import Engine
+from tests.layers.test_gpt_model import config_of, model_of, positions_of, tokens_of
+from tests.training.test_checkpoint import leave_groups
+
+ADAMW: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+@pytest.fixture
+def single_process() -> Iterator[None]:
+    leave_groups()
+    init_process_groups(Launch(rank=0, world_size=1, local_rank=0), ParallelConfig())
+    yield
+    leave_groups()
+
+
+def test_one_pass_makes_the_update_of_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(1000, generator=generator, dtype=torch.float64).requires_grad_()
+    adamw = torch.optim.AdamW([reference], **ADAMW)
+    master = reference.detach().float()
+    moments, weight = torch.zeros(2, 1000), torch.zeros(1000, dtype=torch.bfloat16)
+    for step in range(1, 6):
+        gradient = torch.randn(1000, generator=generator)
+        reference.grad = 0.25 * gradient.double()
+        adamw.step()
+        adamw_step(master, gradient, *moments, weight, clip=0.25, step=step, **ADAMW)
+    torch.testing.assert_close(master.double(), reference.detach(), rtol=1e-5, atol=1e-6)
+    state = adamw.state[reference]
+    torch.testing.assert_close(moments[0].double(), state["exp_avg"], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(moments[1].double(), state["exp_avg_sq"], rtol=1e-5, atol=1e-7)
+    assert torch.equal(weight, master.bfloat16())
+
+
+def train(by_deepspeed: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Gradient norms of a skipped update and another one, of two micro-batches each, and what is kept after them.
+
+    Beyond one update, weights that are rounded to their neighbours in bf16 would make gradients differ.
+    """
+    config = config_of(
+        training={"global_batch": 2, "micro_batch": 1, "precision": "bf16"},
+        attention={"kind": "full"},
+        optimizer={"lr": 1e-2, "grad_clip": 0.5},
+    )
+    engine = Engine(model_of(config), config, world_size=1)
+    if by_deepspeed:
+        engine._optimizer.__class__, engine._adam.update = BF16_Optimizer, None
+    unused = dict(engine.model.named_parameters())["decoder.layers.1.pre_mlp_layernorm.weight"]
+    norms = []
+    for step in range(2):
+        for seed in range(2):
+            inputs = tokens_of(64, seed + 2 * step), positions_of(64), tokens_of(64, seed + 100)
+            loss = engine.forward(*inputs, None, None, None, torch.full((1, 64), 1 / 128))
+            # a parameter without a gradient in one step keeps none of the last one's
+            unused.requires_grad_(step == 0)
+            engine.backward(loss)
+            engine.skip_update(step == 0)
+            engine.step()
+        norms.append(engine.grad_norm())
+    return norms, {name: tensor.clone() for name, tensor in engine.state().items()}
+
+
+@pytest.mark.usefixtures("single_process")
+def test_gradients_and_updates_are_those_of_deepspeed() -> None:
+    expected_norms, expected = train(by_deepspeed=True)
+    norms, found = train(by_deepspeed=False)
+    assert norms == pytest.approx(expected_norms, rel=1e-6)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
