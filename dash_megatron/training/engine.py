@@ -66,6 +66,8 @@ class Engine:
             eps=config.optimizer.eps,
             fused=device.type == "cuda",
         )
+        # under ZeRO 0 DeepSpeed makes a first update, of gradients of zero, which would decay weights and count as one
+        self._adam.skip = True
         # DeepSpeed prints its memory use here, whatever the log level
         with contextlib.redirect_stdout(io.StringIO()), _naming_options(config.zero):
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -76,6 +78,7 @@ class Engine:
                 # without tensor parallelism the processes that hold the same weights are all there are
                 mpu=GradientGroups() if config.parallel.tensor > 1 else None,
             )
+        self._adam.skip = False
         if type(self._optimizer) is BF16_Optimizer:
             # DeepSpeed makes it by itself
             self._optimizer.__class__ = _FusedBF16Optimizer

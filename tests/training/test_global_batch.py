@@ -79,7 +79,8 @@ def test_bf16_gradients_of_several_processes_are_summed_in_float32_and_in_no_mor
     cases = [(f"zero_{stage}", with_changes(tree, zero={"stage": stage})) for stage in (0, 1, 2, 3)]
     run_processes(4, sum_gradients, cases, addends, str(tmp_path))
     for name, _ in cases:
-        gradient, largest = torch.load(tmp_path / f"{name}.pt")
+        gradient, largest, updates = torch.load(tmp_path / f"{name}.pt")
+        assert updates == 0, name
         assert gradient.unique().tolist() == [2 * sum(addends)], name
         # DeepSpeed alone would take room for 500 million gradients under ZeRO 2 and 3
         assert largest <= 8 * gradient.numel(), name

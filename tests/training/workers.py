@@ -160,7 +160,7 @@ class _LargestTensor(TorchDispatchMode):
 def sum_gradients(cases: list[tuple[str, dict[str, Any]]], addends: list[float], folder: str) -> None:
     """Save the gradient of one weight to `<folder>/<name>.pt`, to which each rank's micro-batches add its addend.
 
-    Beside it, the bytes of the largest tensor that was made on the way.
+    Beside it, the bytes of the largest tensor that was made on the way, and how many updates Adam had made before.
     """
     from dash_megatron.parallel import init_process_groups, read_launch
     from dash_megatron.training.engine import Engine
@@ -171,13 +171,14 @@ def sum_gradients(cases: list[tuple[str, dict[str, Any]]], addends: list[float],
     for name, config in configs:
         with _LargestTensor() as largest:
             engine = Engine(_Weight(), config, size)
+            updates = engine.adam_steps()
             for micro_batch in range(config.accumulation_steps(size)):
                 if micro_batch:
                     engine.step()
                 engine.backward(engine.forward(addends[rank]))
         gradient = full_gradients(engine)["weight"]
         if rank == 0:
-            torch.save((gradient, largest.nbytes), Path(folder) / f"{name}.pt")
+            torch.save((gradient, largest.nbytes, updates), Path(folder) / f"{name}.pt")
     destroy_process_groups()
 
 
