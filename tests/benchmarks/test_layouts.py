@@ -20,7 +20,7 @@ from benchmarks.persistence import make_selected
 from dash_megatron.config import load_config
 from dash_megatron.planning.layout import Layout
 from dash_megatron.planning.search import configured_layout
-from tests.conftest import NO_GPU
+from tests.conftest import NO_GPU, run_python
 
 ROOT = Path(__file__).parents[2]
 SHAPE = ["model.layers=1", "model.heads=4", "model.head_dim=16", "attention.backend=triton"]
@@ -36,10 +36,8 @@ COMMAND = [sys.executable, "benchmarks/layouts.py", "--config", "configs/8b_64k.
 
 
 def _run(folder: Path, *arguments: str) -> tuple[list[dict[str, Any]], str]:
-    command = list(COMMAND)
-    command += ["--gpus", "2", "--steps", "1", "--output", str(folder), *arguments]
-    environment = os.environ | NO_GPU | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [*COMMAND, "--gpus", "2", "--steps", "1", "--output", str(folder), *arguments]
+    done = run_python(*command[1:], cwd=ROOT, TRITON_INTERPRET="1")
     assert not done.returncode, done.stdout + done.stderr
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     return rows, (folder / "table.txt").read_text()
@@ -97,7 +95,7 @@ def test_an_order_to_stop_ends_the_processes_of_the_case(tmp_path: Path) -> None
 @pytest.mark.parametrize("launcher", ["no-such-launcher -n {gpus}", "", "srun 'quoted"])
 def test_a_launcher_that_cannot_be_started_is_refused_before_any_case(launcher: str, tmp_path: Path) -> None:
     command = [*COMMAND, "--output", str(tmp_path / "layouts"), "--launcher", launcher]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | NO_GPU, capture_output=True, text=True)
+    done = run_python(*command[1:], cwd=ROOT)
     assert done.returncode == 2
     assert "--launcher" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "layouts").exists()

@@ -1,10 +1,7 @@
 """The benchmark of generation walks through all its cases without a GPU."""
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from dash_megatron.hf.export import export_run
 from dash_megatron.hf.fast_layer import FastLayer
 from dash_megatron.hf.modeling_dash import DashForCausalLM
 from dash_megatron.ops.decode import decode_and_count
+from tests.conftest import run_python
 from tests.data.test_chat import write_chatml
 
 CONFIG = Path(__file__).parents[2] / "configs" / "8b_128k.yaml"
@@ -119,12 +117,10 @@ def test_prompts_attend_to_choices_like_those_of_a_trained_model(tmp_path: Path)
     fixed = ["--config", str(CONFIG), "--tiny", "--prefill", "256", "--output", str(output)]
     shape = ["--choices", "d11_w2m16", "attention.chunk_size=64", "model.head_dim=16"]
     shape += ["attention.local_chunks=2", "attention.query_pool=16"]
-    subprocess.run(
-        [sys.executable, "-m", "benchmarks.generate", *fixed, *shape],
-        cwd=CONFIG.parents[1],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        check=True,
+    done = run_python(
+        "-m", "benchmarks.generate", *fixed, *shape, cwd=CONFIG.parents[1], TRITON_INTERPRET="1"
     )
+    assert not done.returncode, done.stderr
     dash, full = json.loads(output.read_text())["results"]
     assert (dash["what"], dash["kind"], full["kind"]) == ("prefill", "dash", "full")
     assert dash["prefill_tokens_per_second"] > 0
