@@ -24,11 +24,12 @@ WORKSPACE_BYTES = 2**31
 PLACES_BYTES = 2**28
 # Of the table of counts, 4 bytes each. Where tiles times chunks are more, it is made again for each few slabs, at most so many.
 MAX_COUNTS, COUNTED_SLABS = 2**26, 8
-# Elements of a block of list entries times tokens of a tile, that a program of so many warps takes at a time.
-BLOCK_ELEMENTS, BLOCK_WARPS = 2048, 8
-# Registers of a thread that writes places, with which two programs fit a multiprocessor, and such programs for each part.
-FILL_REGISTERS = 128
-FILL_PROGRAMS_PER_PART = 4
+# Elements of a block of list entries times tokens of a tile, that a program, one warp, takes at a time, and most entries of it.
+# Lanes are tokens: ranks of a token's chunks then need no other lane, and those of a chunk's tokens no other warp.
+BLOCK_ELEMENTS, MOST_BLOCK = 1024, 128
+# Registers of a thread that writes places, with which twelve programs fit a multiprocessor, and such programs for each part.
+FILL_REGISTERS = 168
+FILL_PROGRAMS_PER_PART = 8
 # Rows and columns of a block of the table of counts.
 PLACE_TILES, PLACE_CHUNKS = 64, 32
 # Elements of the partial results that a program, one warp, adds up at a time, and such programs for each part: twice as many as
@@ -109,16 +110,30 @@ class SlabPairs(NamedTuple):
 def _selected(
     i_e, count, offset, first_chunk, list_chunk, list_log_prior, m_token, T: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Of a block of a tile's entries: existence and chunk [BLOCK]; places of the log priors, these, and whether selected [BLOCK, T]."""
+    """Of a block of a tile's entries: existence and chunk [BLOCK]; places of the log priors, these, and whether selected [T, BLOCK]."""
     o_e = i_e + tl.arange(0, BLOCK)
     m_e = o_e < count
-    o_log = (offset + o_e)[:, None] * T + tl.arange(0, T)[None, :]
-    b_log = tl.load(list_log_prior + o_log, mask=m_e[:, None] & m_token[None, :], other=float("-inf"))
+    o_log, i_log = tl.arange(0, BLOCK)[None, :] * T + tl.arange(0, T)[:, None], (offset + i_e) * T
+    b_log = tl.load(list_log_prior + i_log + o_log, mask=m_e[None, :] & m_token[:, None], other=float("-inf"))
     b_c = tl.load(list_chunk + offset + o_e, mask=m_e, other=first_chunk) - first_chunk
-    return m_e, b_c, o_log, b_log, (b_log > float("-inf")).to(tl.int32)
+    return m_e, b_c, i_log + o_log, b_log, (b_log > float("-inf")).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["slab", "num_slabs", "first_chunk"])
+@triton.jit
+def _rank_of_token(b_selected):
+    """How many tokens before each one selected an entry, of zeros and ones [T, BLOCK]: summed in the bytes of a number, four entries at once."""
+    T: tl.constexpr = b_selected.shape[0]
+    BLOCK: tl.constexpr = b_selected.shape[1]
+    b_byte = 8 * tl.arange(0, 4)[None, :, None]
+    b_four = tl.sum(tl.reshape(b_selected, (T, 4, BLOCK // 4)) << b_byte, 1)
+    b_before = tl.cumsum(b_four, 0) - b_four
+    return tl.reshape((b_before[:, None, :] >> b_byte) & 255, (T, BLOCK))
+
+
+# Where log priors are aligned is not told: a thread that loads four tokens at once would have to share out what it found.
+@triton.jit(
+    do_not_specialize=["slab", "num_slabs", "first_chunk"], do_not_specialize_on_alignment=["list_log_prior"]
+)
 def _count_kernel(
     taken, counts, token_count, first_tile, slab, num_slabs, first_chunk, list_chunk, list_log_prior, list_offset, list_count,
     chunk_start, chunk_end, num_chunks, tiles_per_head, T: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
@@ -137,25 +152,25 @@ def _count_kernel(
             return
     if counts is not None:
         counts += i_row * num_chunks
-        for i_c in range(0, num_chunks, BLOCK):
-            o_c = i_c + tl.arange(0, BLOCK)
-            tl.store(counts + o_c, tl.zeros([BLOCK], tl.int32), mask=o_c < num_chunks)
+        for i_c in range(0, num_chunks, T * BLOCK):
+            o_c = i_c + tl.arange(0, T * BLOCK)
+            tl.store(counts + o_c, tl.zeros([T * BLOCK], tl.int32), mask=o_c < num_chunks)
         # other lanes may have written what this tile reads
         tl.debug_barrier()
     o_t = tl.arange(0, T)
     count, offset = tl.load(list_count + i_tile), tl.load(list_offset + i_tile)
     _, start, end = tile_place(i_tile % tiles_per_head, chunk_start, chunk_end, C // T, T)
-    b_count = tl.zeros([T], tl.int32)
+    b_count = tl.zeros([T, BLOCK], tl.int32)
     for i_e in range(0, count, BLOCK):
         m_e, b_c, _o_log, _b_log, b_selected = _selected(
             i_e, count, offset, first_chunk, list_chunk, list_log_prior, start + o_t < end, T, BLOCK
         )
         if counts is not None:
             # a tile lists a chunk once, so that no two lanes meet
-            tl.store(counts + b_c, tl.sum(b_selected, 1), mask=m_e)
-        b_count += tl.sum(b_selected, 0)
+            tl.store(counts + b_c, tl.sum(b_selected, 0), mask=m_e)
+        b_count += b_selected
     if token_count is not None:
-        tl.store(token_count + i_tile * T + o_t, b_count)
+        tl.store(token_count + i_tile * T + o_t, tl.sum(b_count, 1))
 
 
 @triton.jit
@@ -175,7 +190,10 @@ def _place_kernel(counts, row_pairs, first_tile, num_chunks, TILES: tl.constexpr
     tl.store(row_pairs + i_slab * num_chunks + o_c, b_before.to(tl.int64), mask=o_c < num_chunks)
 
 
-@triton.jit(do_not_specialize=["before", "slab", "num_slabs", "room", "first_chunk"])
+@triton.jit(
+    do_not_specialize=["before", "slab", "num_slabs", "room", "first_chunk"],
+    do_not_specialize_on_alignment=["list_log_prior"],
+)
 def _fill_kernel(
     places, row_place, first_tile, slab_of_tile, slot, before, slab, num_slabs, room, pair_out, slot_out, entry_out,
     first_chunk, list_chunk, list_log_prior, list_offset, list_count, mean_log, chunk_start, chunk_end, inv_sigma,
@@ -199,24 +217,24 @@ def _fill_kernel(
             m_e, b_c, o_log, b_log, b_selected = _selected(
                 i_e, count, offset, first_chunk, list_chunk, list_log_prior, o_n < end, T, BLOCK
             )
-            b_place = (
-                here + tl.load(p_row + b_c, mask=m_e, other=0) + tl.load(p_tile + b_c, mask=m_e, other=0)
-            )
-            o_out = b_place[:, None] + (tl.cumsum(b_selected, 1) - b_selected)
-            b_shift = (b_log - b_mean[None, :]) * inv_sigma
-            b_pair = (b_shift.to(tl.int32, bitcast=True).to(tl.int64) << 32) | o_n[None, :]
-            tl.store(pair_out + o_out, b_pair, mask=b_selected > 0)
-            b_rank = b_slot[None, :] + tl.cumsum(b_selected, 0) - b_selected
-            tl.store(slot_out + o_out, b_rank, mask=b_selected > 0)
+            # places in a slab fit 32 bits
+            b_place = tl.load(p_row + b_c, mask=m_e, other=0).to(tl.int32)
+            b_place += tl.load(p_tile + b_c, mask=m_e, other=0)
+            o_out = b_place[None, :] + _rank_of_token(b_selected)
+            b_shift = (b_log - b_mean[:, None]) * inv_sigma
+            b_pair = (b_shift.to(tl.int32, bitcast=True).to(tl.int64) << 32) | o_n[:, None]
+            tl.store(pair_out + here + o_out, b_pair, mask=b_selected > 0)
+            b_rank = b_slot[:, None] + tl.cumsum(b_selected, 1) - b_selected
+            tl.store(slot_out + here + o_out, b_rank, mask=b_selected > 0)
             if entry_out is not None:
-                tl.store(entry_out + o_out, o_log, mask=b_selected > 0)
-            b_slot += tl.sum(b_selected, 0)
+                tl.store(entry_out + here + o_out, o_log, mask=b_selected > 0)
+            b_slot += tl.sum(b_selected, 1)
 
 
 def _block_constants(sizes: Sizes) -> dict[str, int]:
     """What kernels over blocks of entries know when they are compiled."""
-    block = max(16, BLOCK_ELEMENTS // sizes.tile_tokens)
-    return {"T": sizes.tile_tokens, "C": sizes.chunk_size, "BLOCK": block, "num_warps": BLOCK_WARPS}
+    block = min(MOST_BLOCK, BLOCK_ELEMENTS // sizes.tile_tokens)
+    return {"T": sizes.tile_tokens, "C": sizes.chunk_size, "BLOCK": block, "num_warps": 1}
 
 
 def plan_slabs(
