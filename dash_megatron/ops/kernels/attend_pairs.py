@@ -136,7 +136,7 @@ def merge_pairs(
             q, k, v, partial, partial_lse, pairs.token_shift, pairs.slot, *placed.work, slab,
             slabs.key_start, slabs.key_start.stride(0), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], D**-0.5 * LOG2_E,
             slabs.key_start.shape[1], sizes.tiles_per_head,
-            **rows, ROWS=config.block, STAGES=config.num_stages, num_warps=config.num_warps,
+            **rows, ROWS=config.block, STAGES=config.num_stages, num_warps=config.num_warps, maxnreg=config.maxnreg,
         )  # fmt: skip
         _merge_slots_kernel[(slabs.sum_programs,)](
             partial, partial_lse, out, lse, slabs.slot, placed.first_tile, slab, chunks[0], chunks[1], sizes.tiles_per_head,

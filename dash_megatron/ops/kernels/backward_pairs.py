@@ -80,19 +80,20 @@ def _backward_pairs_kernel(
             p_out = partial + ((b_slot * G + o_rg) * D)[:, None] + o_d[None, :]
             m_out = m_row[:, None] & (o_d < D)[None, :]
             tl.store(p_out, b_dq.to(partial.dtype.element_ty), mask=m_out, cache_modifier=".cs")
-        m_d = (o_d < D)[:, None]
-        if (here == begin) & (stop >= end):
-            i_place, o_sum = (start.to(tl.int64) * HKV + i_h) * D, o_c[None, :] * (HKV * D) + o_d[:, None]
-            b_dk += tl.load(dk + i_place + o_sum, mask=m_d, other=0.0)
-            b_dv += tl.load(dv + i_place + o_sum, mask=m_d, other=0.0)
-            tl.store(dk + i_place + o_sum, b_dk, mask=m_d)
-            tl.store(dv + i_place + o_sum, b_dv, mask=m_d)
+        whole = (here == begin) & (stop >= end)
+        if whole:
+            i_place, stride = (start.to(tl.int64) * HKV + i_h) * D, HKV * D
+            p_dk, p_dv = dk + i_place, dv + i_place
         else:
             # Sums of a chunk that parts share wait in slots: one that began in an earlier part in the first of two.
-            i_place = (tl.program_id(0) * 2 + (here == begin).to(tl.int64)) * (C * D)
-            o_sum = o_c[None, :] * D + o_d[:, None]
-            tl.store(dk_sum + i_place + o_sum, b_dk, mask=m_d)
-            tl.store(dv_sum + i_place + o_sum, b_dv, mask=m_d)
+            i_place, stride = (tl.program_id(0) * 2 + (here == begin).to(tl.int64)) * (C * D), D
+            p_dk, p_dv = dk_sum + i_place, dv_sum + i_place
+        o_sum, m_d = o_c[None, :] * stride + o_d[:, None], (o_d < D)[:, None]
+        # one way through the sums, whose registers would otherwise be wanted twice
+        b_dk += tl.load(p_dk + o_sum, mask=m_d & whole, other=0.0)
+        b_dv += tl.load(p_dv + o_sum, mask=m_d & whole, other=0.0)
+        tl.store(p_dk + o_sum, b_dk, mask=m_d)
+        tl.store(p_dv + o_sum, b_dv, mask=m_d)
         here = end
         i_c += 1
 
@@ -194,7 +195,7 @@ def backward_pairs(
             q, k, v, d_out, lse, delta, partial, d_prior, *d_keys, *sums, *pairs, *placed.work, slab, *keys,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             D**-0.5 * LOG2_E, D**-0.5, key_start.shape[1], sizes.tiles_per_head,
-            **rows, ROWS=config.block, STAGES=config.num_stages, num_warps=config.num_warps,
+            **rows, ROWS=config.block, STAGES=config.num_stages, num_warps=config.num_warps, maxnreg=config.maxnreg,
         )  # fmt: skip
         _shared_sums_kernel[(parts, 2)](
             d_keys, d_keys.stride(0), sums, sums.stride(0), *placed.work[1:], slab, *keys, key_start.shape[1],

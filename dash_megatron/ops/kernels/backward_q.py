@@ -321,6 +321,6 @@ def backward_router(
         **sizes.constants, BLOCK_S=config.block, ALPHA_15=router.alpha == 1.5, ATOMIC=not deterministic,
         # gradients can be too small for float16
         GRADIENT=tl.float32 if q.dtype == torch.float32 else tl.bfloat16, LOCAL=router.local_chunks,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
     )  # fmt: skip
     return d_summary, mean_dp, None if d_log is None else d_log.sum(1)

@@ -41,7 +41,7 @@ class Config(NamedTuple):
     """Attend and keys: "hopper" takes the Hopper kernel where it fits, and elsewhere the plain one with the other numbers.
     For attend, "hopper-overlap" also computes the next scores during the softmax."""
     maxnreg: int | None = None
-    """Queries: most registers a thread, so that more programs share a multiprocessor; None: the compiler decides."""
+    """Most registers a thread, so that more programs share a multiprocessor; None: the compiler decides. Attend, keys and pairs: unused."""
 
 
 # The fields of `Launches` that have a `Config`.

@@ -287,7 +287,7 @@ def route(
             score_scale(router, sizes.head_dim), router.exponent, tolerance, sizes.num_chunks, summary.shape[1],
             **sizes.constants, BLOCK_S=config.block, ALPHA_15=router.alpha == 1.5,
             CENTRE=router.estimate_diagonal, LOCAL=router.local_chunks, SOLVE=SOLVE, COUNT=COUNT, EMIT=EMIT,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg,
         )  # fmt: skip
 
     def allocate(room: int, offset: Tensor) -> Lists:
