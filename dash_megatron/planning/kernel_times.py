@@ -142,8 +142,8 @@ RATES = {
     ),
     "attend_by_tile": Rate(0.089, {"rows": 0.29, "visited": 922}, head_dim=0.61, chunk=0.16, tile=0.66),
     "queries_by_tile": Rate(0.089, {"rows": 0.56, "visited": 1590}, head_dim=1.04, chunk=-0.04, tile=0.11),
-    "attend_by_pair": Rate(0.0, {"sorted": 156, "selected": 3870}),
-    "queries_by_pair": Rate(0.0, {"sorted": 367, "selected": 5380}),
+    "attend_by_pair": Rate(0.0, {"sorted": 167, "selected": 3660}),
+    "queries_by_pair": Rate(0.0, {"sorted": 341, "selected": 5570}),
     "router_backward": Rate(
         0.064, {"rows": 0.34, "listed": 3.63, "visited": 89.4}, head_dim=0.83, chunk=0.65, tile=0.34
     ),

@@ -2,7 +2,7 @@
 
     python -m docs.tools.kernel_picture --output docs/results/
 
-From the rows of `docs/results/kernel_stages.csv` that have times of whole passes, or sums of stages in their place.
+From the rows of `docs/results/kernel_stages.csv` that have times of whole passes.
 """
 
 from __future__ import annotations
@@ -34,14 +34,13 @@ def density(row: dict[str, str]) -> float:
 
 
 def label(row: dict[str, str]) -> str:
-    """Routing, shape, and whether passes were summed up from stages: what a line of the picture has in common."""
+    """Routing and shape: what a line of the picture has in common."""
     routing = {"independent": "each query for itself", "runs of 32": "runs of 32 queries"}.get(row["routing"])
     if routing is None:
         routing = "like a trained router" if row["routing"].startswith("like") else "trained routers"
     shape = f"{row['heads']}/{row['kv_heads']}, D = {row['head_dim']}, C = {row['chunk_size']}"
     rows = "" if row["batch"] == "1" else f"{row['batch']} x "
-    how = ", sum of stages" if row["whole"] == "sum" else ""
-    return f"{routing}, {rows}{int(row['tokens']) // 1024}K, {shape}{how}"
+    return f"{routing}, {rows}{int(row['tokens']) // 1024}K, {shape}"
 
 
 @ending_with_reader()
@@ -86,8 +85,11 @@ def _draw(
     x = np.array([100 * density(row) for row in rows])
     y = np.array([float(row[whole]) / float(row[dense]) for row in rows])
     axis.plot(x, y, marker, color=color)
-    routed = np.mean([sum(float(row[stage]) for stage in router) / float(row[dense]) for row in rows])
-    axis.plot(0, routed, marker, color=color, mfc="none", clip_on=False)
+    # not everywhere were the router's stages timed alone
+    alone = [row for row in rows if all(row[stage] for stage in router)]
+    routed = [sum(float(row[stage]) for stage in router) / float(row[dense]) for row in alone]
+    if routed:
+        axis.plot(0, np.mean(routed), marker, color=color, mfc="none", clip_on=False)
     if len(rows) > 1:
         slope, offset = np.polyfit(x, y, 1)
         axis.plot([0, x.max()], [offset, offset + slope * x.max()], "-", lw=1, color=color)

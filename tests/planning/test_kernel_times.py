@@ -34,7 +34,6 @@ def test_whole_passes_are_met_within_10_percent_and_those_of_few_milliseconds_wi
         cells = list(csv.DictReader(lines))
     timed = [(row, cell) for row, cell in zip(ROWS, cells, strict=True) if cell["whole"]]
     assert len(timed) >= 10
-    assert {cell["whole"] for _, cell in timed} == {"timed", "sum"}
     for row, cell in timed:
         seconds, forward = dash_seconds(row.work), float(cell["forward"])
         allowed = 0.1 if forward > 10 else 0.15
