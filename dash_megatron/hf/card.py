@@ -63,6 +63,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+# training read no token that a tokenizer adds by itself
+inputs = tokenizer("The beginning", add_special_tokens=False, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 {_CHAT if chat else ""}
 {_without_our_code(config, selects)}

@@ -151,6 +151,9 @@ def test_data_is_tokenized_with_it_and_a_run_exports_it(
         ids = exported.encode(text, add_special_tokens=False, split_special_tokens=True)
         assert ids == ours.encode(text), text
     assert exported.eos_token_id == ours.eod
+    names: dict[str, Any] = {"FOLDER": str(tmp_path / "hf")}
+    exec((tmp_path / "hf" / "README.md").read_text().split("```python\n")[1].split("```")[0], names)
+    assert names["inputs"].input_ids[0].tolist() == ours.encode("The beginning")
     drawn = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert drawn["eos_token_id"] == ours.eod
     assert drawn["suppress_tokens"] == list(range(ours.vocab_size, 320))
