@@ -20,7 +20,8 @@ class JsonLines:
 
     Args:
         path: the file. Damaged lines that it has are moved to a file beside it, whose name ends with `.damaged`.
-        resumed_step: lines of later steps, which an earlier start wrote, are dropped.
+        resumed_step: lines of later steps, which an earlier start wrote, are dropped. Where that is all of them, because the
+            run begins anew, they are added to a file beside it, whose name ends with `.earlier`.
         keys: what every line has beside `step`; one that lacks any is damaged.
 
     Raises:
@@ -37,6 +38,10 @@ class JsonLines:
             _tell(path, found, f"; moved to {aside.name}")
             retry(lambda: _append_bytes(aside, found.damaged), f"write {aside}", path=aside)
         kept = [line for line in found.objects if line["step"] <= resumed_step]
+        if found.objects and not kept:
+            earlier = path.with_name(f"{path.name}.earlier")
+            lines = [strict_json(line).encode() for line in found.objects]
+            retry(lambda: _append_bytes(earlier, lines), f"write {earlier}", path=earlier)
         text = "".join(strict_json(line) + "\n" for line in kept)
         retry(lambda: write_whole(path, text), f"write {path}", path=path)
         self._size = len(text.encode())

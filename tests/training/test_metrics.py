@@ -25,6 +25,18 @@ def test_a_resumed_run_drops_the_lines_of_steps_it_does_again(tmp_path: Path) ->
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
 
 
+def test_a_run_that_begins_anew_keeps_the_lines_it_had_beside(tmp_path: Path) -> None:
+    for steps in ((1, 2), (3,)):
+        writer = MetricsWriter(tmp_path, tensorboard=False, resumed_step=0)
+        for step in steps:
+            writer.write(line_of(step))
+        writer.close()
+    MetricsWriter(tmp_path, tensorboard=False, resumed_step=0).close()
+    assert read_metrics(tmp_path) == []
+    earlier = (tmp_path / "metrics.jsonl.earlier").read_text().splitlines()
+    assert [json.loads(line) for line in earlier] == [line_of(step) for step in (1, 2, 3)]
+
+
 def test_a_cut_last_line_is_skipped_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(line_of(1)) + "\n" + json.dumps(line_of(2))[:9])
