@@ -29,6 +29,12 @@ NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 NO_GPU |= {"LOCAL_SIZE": "1"}
 
 
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays to the end: looking through it again and again takes time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """See `make_tiny_data`."""
