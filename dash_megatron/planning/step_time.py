@@ -34,6 +34,7 @@ from dash_megatron.planning.memory import (
 from dash_megatron.planning.traffic import (
     PassBytes,
     context_exchange,
+    exchange_copies,
     query_halo,
     tensor_parallel_layer,
     zero_step,
@@ -42,6 +43,8 @@ from dash_megatron.planning.traffic import (
 OPTIMIZER_BYTES = {"fused": 31, "separate": 65}
 """Bytes read and written per parameter once a step: float32 gradients, norm, clipping, AdamW's states and weights, and the bf16
 weight; in few passes, as bf16 under ZeRO 1 does it, or one after another."""
+GRADIENT_BYTES = {"fused": 10, "separate": 18}
+"""And by every micro-batch after the first, whose gradient is added to the float32 sum; widened before that, or with it."""
 ELEMENTWISE_BYTES = 21
 """Bytes read and written per layer, token and element of hidden and feed-forward size: norms, RoPE, activation, residuals,
 forward and backward."""
@@ -102,7 +105,7 @@ class StepEstimate:
     memory: MemoryUse
     matmul: float
     elementwise: float
-    """Norms, RoPE, activations, residuals and the loss."""
+    """Norms, RoPE, activations, residuals, the loss, and copies around the context exchange."""
     attention: float
     tensor: float
     """Waiting for tensor parallelism."""
@@ -111,6 +114,7 @@ class StepEstimate:
     zero: float
     """Waiting for ZeRO, after overlap."""
     optimizer: float
+    """Adding up gradients of micro-batches, and updating weights."""
     nvlink_bytes: float
     infiniband_bytes: float
     tokens: int
@@ -223,8 +227,10 @@ def _elementwise_bytes(config: Config, layout: Layout, vocab_size: int) -> float
     # one of two norms, and the activation
     repeated = {"full": stream + activation, "selective": stream / 2 + activation}.get(layout.recompute, 0.0)
     logits = tokens * vocab_size / layout.tensor
+    copies = exchange_copies(layout.context_comm, context_shape(config, layout))
+    copied = copies.forward * (2 if layout.recompute in REPEATS_ATTENTION else 1) + copies.backward
     elements = stream + activation + FORWARD_SHARE * repeated
-    return model.layers * elements * ELEMENTWISE_BYTES + logits * LOGIT_BYTES
+    return model.layers * (elements * ELEMENTWISE_BYTES + copied) + logits * LOGIT_BYTES
 
 
 def _context_seconds(layout: Layout, group: Group, sent: float, calls: float, hardware: Hardware) -> float:
@@ -373,7 +379,8 @@ def estimate_step(
         tensor=tensor.seconds,
         context=context.seconds - min(ring, attention),
         zero=zero.seconds - min(sharding, matmul + elementwise),
-        optimizer=updated * OPTIMIZER_BYTES[passes] / hardware.memory_bandwidth,
+        optimizer=(updated * OPTIMIZER_BYTES[passes] + (batches - 1) * parameters * GRADIENT_BYTES[passes])
+        / hardware.memory_bandwidth,
         nvlink_bytes=sum(part.sent * (1 - part.outside) for part in (tensor, context, zero)),
         infiniband_bytes=sum(part.sent * part.outside for part in (tensor, context, zero)),
         tokens=config.training.global_batch * config.data.seq_length,

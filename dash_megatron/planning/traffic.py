@@ -165,6 +165,29 @@ def context_exchange(kind: ContextComm, shape: ContextShape, sent_chunks: float 
     return exchanges[kind](shape)
 
 
+def exchange_copies(kind: ContextComm, shape: ContextShape) -> PassBytes:
+    """Bytes that one rank reads and writes in its own memory around an exchange, for one layer and one micro-batch.
+
+    Keys and values are laid out for others and added up in their order. Outputs are float32 until they are rounded, which the ring
+    merges before: with `context` + 1 parts that a rank's queries see, of two a rank. Products of a merge and sums are kernels each.
+    """
+    P, kv, out = (
+        shape.context,
+        shape.kv_bytes,
+        shape.tokens * shape.heads * shape.head_dim * shape.element_bytes,
+    )
+    if P == 1:
+        return PassBytes(0.0, 0.0)
+    if kind == "a2a":
+        # by rank before they are sent, and by position when they have come
+        whole = 4 * a2a_exchange(shape).forward * P / (P - 1)
+        return PassBytes(whole, whole)
+    if kind == "p2p":
+        return PassBytes(forward=(4 + 14 * P) * out + 3 * kv, backward=6 * P * out + (12 + 18 * P) * kv)
+    fetched = 4 * P * kv if kind == "sparse" else 0.0
+    return PassBytes(forward=4 * out + 3 * kv + fetched, backward=(7 + 4 * P) * kv + 2 * fetched)
+
+
 def alignment(shape: ContextShape, tokens_sent: int, tokens_returned: int) -> PassBytes:
     """Tokens of chunks that straddle a border move, with packed documents, to the rank where their chunk begins.
 

@@ -1,4 +1,4 @@
-"""Whole steps that were timed on one GPU, and what the planner says of them."""
+"""Whole steps that were timed on one GPU and on two, and what the planner says of them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ UNFUSED: dict[str, Any] = {
     "ELEMENTWISE_BYTES": 50,
     "LOGIT_BYTES": 11,
     "OPTIMIZER_BYTES": dict.fromkeys(step_time.OPTIMIZER_BYTES, 65),
+    "GRADIENT_BYTES": dict.fromkeys(step_time.GRADIENT_BYTES, 18),
 }
 
 
 class MeasuredStep(NamedTuple):
-    """One step of one process."""
+    """One step of one process, or of two."""
 
     name: str
     gpu: str
@@ -35,7 +36,7 @@ class MeasuredStep(NamedTuple):
     seconds: float
     gib: float | None
     """Peak of torch's allocations; None: not noted, or of lists that had room for documents as long as a micro-batch."""
-
+    gpus: int = 1
     fused: bool = False
     """Whether it was timed since RoPE, SwiGLU, the loss and the update are fused."""
 
@@ -44,13 +45,12 @@ class MeasuredStep(NamedTuple):
         """What the planner says, of the passes of then and with nothing reserved beside torch's allocations."""
         hardware = replace(Hardware.of(self.gpu), reserved_gib=0.0)
         if self.fused:
-            return estimate_configured(self.config, 1, self.routing, hardware)
+            return estimate_configured(self.config, self.gpus, self.routing, hardware)
         with mock.patch.multiple(step_time, **UNFUSED):
-            estimate = estimate_configured(self.config, 1, self.routing, hardware)
+            estimate = estimate_configured(self.config, self.gpus, self.routing, hardware)
         vocabulary = self.config.model.hidden_size * (self.config.model.vocab_size or 0)
-        return replace(
-            estimate, matmul=estimate.matmul + 2 * vocabulary * estimate.tokens / hardware.matmul_flops
-        )
+        again = 2 * vocabulary * estimate.tokens / self.gpus / hardware.matmul_flops
+        return replace(estimate, matmul=estimate.matmul + again)
 
 
 def _of_file(name: str, *keys: str) -> Config:
@@ -83,4 +83,29 @@ def measured_steps() -> list[MeasuredStep]:
         MeasuredStep("62M, InfLLMv2 at 25% of the chunks, the same", "H100", runs["infllmv2_25"], lists, 0.228, 22.4),
         MeasuredStep("62M, NSA at 25%, the same", "H100", runs["nsa_25"], lists, 0.462, 28.5),
         MeasuredStep("210M, full attention by FlashAttention-2", "H200", _of_file("60m_16k", *medium, *DENSE), whole, 0.615, 39.5),
+    ]  # fmt: skip
+
+
+def measured_layouts() -> list[MeasuredStep]:
+    """Steps of the 8B shape with 6 layers at 64K, two sequences a step, on one H200 and on two over NVLink."""
+    shape = (
+        "model.layers=6", "model.vocab_size=16384", "training.recompute=selective", "training.global_batch=2",
+        "attention.query_pool=16", "attention.local_chunks=2", "attention.pool_heads=true", "attention.target_density=null",
+    )  # fmt: skip
+    context = "parallel.context=2 zero.stage=1 parallel.context_comm="
+    data = "parallel.context=1 zero.stage="
+    measured = (
+        ("one GPU", f"{data}1", 1, 0.0833, 2.806, 65.3),
+        ("context 2, `a2a`", f"{context}a2a", 2, 0.0833, 1.568, 37.7),
+        ("context 2, `all_gather`", f"{context}all_gather", 2, 0.0837, 1.567, 38.1),
+        ("context 2, `sparse`", f"{context}sparse", 2, 0.0837, 1.653, 38.1),
+        ("context 2, `p2p`", f"{context}p2p", 2, 0.0837, 1.682, 39.0),
+        ("tensor 2 with sequence", f"{data}1 parallel.tensor=2 parallel.sequence=true", 2, 0.0833, 1.607, 33.4),
+        ("data 2, ZeRO 1", f"{data}1", 2, 0.0833, 1.441, 54.8),
+        ("data 2, ZeRO 2", f"{data}2", 2, 0.0833, 1.444, 50.1),
+        ("data 2, ZeRO 3", f"{data}3", 2, 0.0833, 1.450, 54.3),
+    )  # fmt: skip
+    return [
+        MeasuredStep(name, "H200", _of_file("8b_64k", *shape, *layout.split()), Routing(density, density), seconds, gib, gpus)
+        for name, layout, gpus, density, seconds, gib in measured
     ]  # fmt: skip

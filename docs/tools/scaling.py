@@ -26,7 +26,7 @@ from dash_megatron.planning.traffic import ContextComm, ContextShape, context_ex
 from docs.tools import balance
 from docs.tools import scaling_pictures as pictures
 from docs.tools.kernel_rates import read_rows
-from docs.tools.measured_steps import measured_steps
+from docs.tools.measured_steps import MeasuredStep, measured_layouts, measured_steps
 from docs.tools.simulation import RouterInputs, simulate
 
 CONFIG = Path(__file__).parents[2] / "configs" / "8b_128k.yaml"
@@ -175,10 +175,10 @@ def _against(measured: float | None, modelled: float, digits: int = 2) -> list[s
     return [f"{measured:.{digits}f}", f"{modelled:.{digits}f}", f"{modelled / measured - 1:+.0%}"]
 
 
-def step_table(_: Extent) -> str:
-    """Whole steps on one GPU, measured and modelled."""
+def step_table(steps: Sequence[MeasuredStep]) -> str:
+    """Whole steps, measured and modelled."""
     rows = []
-    for step in measured_steps():
+    for step in steps:
         modelled = step.modelled
         rows.append([step.name, step.gpu, *_against(step.seconds, modelled.seconds, 3)])
         rows[-1] += _against(step.gib, modelled.memory.total / 2**30, 1)
@@ -299,7 +299,8 @@ TABLES: dict[str, Callable[[Extent], str]] = {
     "throughput": throughput_table,
     "routers": router_table,
     "layouts": layout_table,
-    "steps": step_table,
+    "steps": lambda _: step_table(measured_steps()),
+    "two_gpus": lambda _: step_table(measured_layouts()),
     "kernels": kernel_table,
     "exchanges": exchange_table,
     "coverage": coverage_table,

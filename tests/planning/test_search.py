@@ -17,7 +17,7 @@ from dash_megatron.planning.search import (
     search,
 )
 from dash_megatron.planning.step_time import Routing, StepEstimate, estimate_step
-from docs.tools.measured_steps import measured_steps
+from docs.tools.measured_steps import measured_layouts, measured_steps
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LAYOUT = Layout(2, 8, 4, 3, "all_gather", "full")
@@ -142,15 +142,22 @@ def test_full_attention_is_slower_at_long_lengths_and_exchanges_heads() -> None:
 
 
 def test_a_denser_rank_delays_all_and_locality_only_matters_to_sparse(config: Config) -> None:
-    def step(kind: str, **routing: float) -> float:
+    def estimated(kind: str, **routing: float) -> StepEstimate:
         layout = replace(LAYOUT, tensor=1, data=8, context_comm=kind)
-        return estimate_step(config, layout, 128256, Routing(**routing)).seconds
+        return estimate_step(config, layout, 128256, Routing(**routing))
+
+    def step(kind: str, **routing: float) -> float:
+        return estimated(kind, **routing).seconds
+
+    def sent(kind: str) -> float:
+        return estimated(kind).nvlink_bytes + estimated(kind).infiniband_bytes
 
     assert step("all_gather", imbalance=1.5) > step("all_gather")
     assert step("sparse", locality=0.99) < step("sparse")
     assert step("all_gather", locality=0.99) == step("all_gather")
-    # unstructured routing selects everything somewhere
-    assert step("sparse") == pytest.approx(step("all_gather"), rel=0.02)
+    # unstructured routing selects everything somewhere, and copying chunks by their numbers comes on top
+    assert sent("sparse") == pytest.approx(sent("all_gather"), rel=0.02)
+    assert step("all_gather") < step("sparse") < 1.05 * step("all_gather")
 
 
 def test_means_of_queries_cost_bytes_and_memory_and_local_chunks_pairs(config: Config) -> None:
@@ -187,6 +194,8 @@ def test_the_compute_of_a_step_is_its_operations_over_their_rate(config: Config)
     assert estimate.matmul == pytest.approx(flops / 740e12)
     # 32 layers of 4096 wide streams, whole on both tensor ranks, and of half of 14336 feed-forward channels; each logit
     moved = tokens * (21 * 32 * (4096 + 14336 / 2) + 6 * 128256 / 2)
+    # bytes of 16 heads of the output, and of 2 times 4 of keys and values of this rank, with its copies for and of 8 ranks
+    moved += tokens * 32 * 128 * 2 * (4 * 16 + (3 + 7 + 4 * 8) * 2 * 4)
     assert estimate.elementwise == pytest.approx(moved / 3e12)
 
 
@@ -201,6 +210,21 @@ def test_measured_steps_are_met_within_11_percent_but_for_those_that_the_page_na
     # more kernels than are counted, and another of full attention than cuDNN's
     assert [name.split(",")[0] for name in off] == ["62M", "210M"]
     assert all(error < 0 for error in off.values())
+
+
+def test_measured_layouts_are_met_within_17_percent_and_their_memory_within_6() -> None:
+    steps = measured_layouts()
+    for step in steps:
+        modelled = step.modelled
+        assert modelled.memory.total / 2**30 == pytest.approx(step.gib, rel=0.06), step.name
+        # the model is too fast for all, most of all for exchanges
+        assert 0.85 < modelled.seconds / step.seconds < 1, step.name
+    one, *_, stage_1, _, stage_3 = [step.modelled for step in steps]
+    # 2 sums of 1.44e9 gradients in float32 and one gather of as many weights, half of each sent
+    assert stage_1.zero == pytest.approx(1.4437e9 * 5 / (0.73 * 450e9), rel=0.01)
+    assert stage_3.zero < 0.3 * stage_1.zero
+    # of the second micro-batch
+    assert one.optimizer == pytest.approx(1.4437e9 * (65 + 18) / 3e12, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["8b_64k", "8b_128k", "8b_512k"])

@@ -1,5 +1,7 @@
 """Bytes of every exchange against numbers worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from dash_megatron.planning.traffic import (
@@ -9,6 +11,7 @@ from dash_megatron.planning.traffic import (
     ZeroBytes,
     alignment,
     context_exchange,
+    exchange_copies,
     query_halo,
     ring_all_gather,
     ring_all_reduce,
@@ -34,6 +37,23 @@ SHAPE = ContextShape(context=4, tokens=10, heads=6, kv_heads=2, head_dim=8, chun
 )
 def test_exchanges_send_what_a_hand_count_says(kind: ContextComm, forward: int, backward: int) -> None:
     assert context_exchange(kind, SHAPE, sent_chunks=5) == PassBytes(forward, backward)
+
+
+@pytest.mark.parametrize(
+    ("kind", "forward", "backward"),
+    [
+        # an output of 10 * 6 * 8 * 2 = 960 bytes, keys and values of 640, of 4 ranks
+        ("all_gather", 4 * 960 + 3 * 640, (7 + 16) * 640),
+        # and all of them gathered, in the backward twice
+        ("sparse", 4 * 960 + 3 * 640 + 16 * 640, (7 + 16 + 32) * 640),
+        ("p2p", (4 + 56) * 960 + 3 * 640, 24 * 960 + (12 + 72) * 640),
+        # 10 tokens * 8 * 2 bytes * 16 heads, read and written before and after
+        ("a2a", 4 * 2560, 4 * 2560),
+    ],
+)
+def test_exchanges_copy_what_a_hand_count_says(kind: ContextComm, forward: int, backward: int) -> None:
+    assert exchange_copies(kind, SHAPE) == PassBytes(forward, backward)
+    assert exchange_copies(kind, replace(SHAPE, context=1)) == PassBytes(0, 0)
 
 
 def test_float32_doubles_bytes() -> None:
@@ -77,8 +97,9 @@ def test_aligned_tokens_travel_there_and_their_outputs_back() -> None:
 
 
 def test_queries_before_a_border_go_there_and_their_gradients_back() -> None:
-    # 6 heads of 16 bytes
+    # 6 heads of 16 bytes, or means over those of each of 2 groups
     assert query_halo(SHAPE, queries_sent=3, queries_returned=2) == PassBytes(3 * 96, 2 * 96)
+    assert query_halo(replace(SHAPE, pool_heads=True), 3, 2) == PassBytes(3 * 32, 2 * 32)
 
 
 def test_rings_and_tensor_parallelism() -> None:
