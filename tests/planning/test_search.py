@@ -212,11 +212,12 @@ def test_measured_steps_are_met_within_11_percent_but_for_those_that_the_page_na
     assert all(error < 0 for error in off.values())
 
 
-def test_measured_layouts_are_met_within_17_percent_and_their_memory_within_6() -> None:
+def test_measured_layouts_are_met_within_15_percent_and_hold_no_less_than_is_modelled() -> None:
     steps = measured_layouts()
     for step in steps:
         modelled = step.modelled
-        assert modelled.memory.total / 2**30 == pytest.approx(step.gib, rel=0.06), step.name
+        # of today's passes, which keep less than those that were measured
+        assert 0.88 < modelled.memory.total / 2**30 / step.gib < 1, step.name
         # the model is too fast for all, most of all for exchanges
         assert 0.85 < modelled.seconds / step.seconds < 1, step.name
     one, *_, stage_1, _, stage_3 = [step.modelled for step in steps]
