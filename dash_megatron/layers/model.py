@@ -59,6 +59,9 @@ class DashGPTModel(GPTModel):
         super().__init__(*args, position_embedding_type="none", **kwargs)
         # a spec has no place for it
         self.output_layer.__class__ = OutputLayer
+        for layer in self.decoder.layers:
+            # in a spec Megatron would warn of it in every layer, and not hand it its process group
+            layer.mlp.__class__ = FeedForward
         self.rotary = rotary
 
     def _preprocess(self, *args: Any, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
@@ -189,7 +192,6 @@ def _block_spec(config: Config) -> TransformerBlockSubmodules:
         if config.model.qk_norm:
             attention.q_layernorm = attention.k_layernorm = head_norm
         spec.submodules.self_attention.module = SelfAttention
-        spec.submodules.mlp.module = FeedForward
         if config.attention.has_router_projections(index):
             spec.submodules.self_attention.module = RoutedSelfAttention
             attention.linear_qkv = qkv_and_routing

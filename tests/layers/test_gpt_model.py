@@ -86,6 +86,11 @@ def test_changing_future_tokens_leaves_past_logits_alone(kind: str) -> None:
     assert not torch.equal(first[:, 61:], second[:, 61:])
 
 
+def test_megatron_warns_of_nothing_when_a_model_is_built(caplog: pytest.LogCaptureFixture) -> None:
+    model_of(config_of())
+    assert not caplog.records
+
+
 def test_full_layers_choose_the_core_attention_of_each_layer() -> None:
     model = build_model(config_of(model={"layers": 4}, attention={"full_layers": [0, 2]}), VOCABULARY)
     kinds = [type(layer.self_attention.core_attention) for layer in model.decoder.layers]
