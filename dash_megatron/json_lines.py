@@ -20,8 +20,8 @@ class JsonLines:
 
     Args:
         path: the file. Damaged lines that it has are moved to a file beside it, whose name ends with `.damaged`.
-        resumed_step: lines of later steps, which an earlier start wrote, are dropped. Where that is all of them, because the
-            run begins anew, they are added to a file beside it, whose name ends with `.earlier`.
+        resumed_step: lines of later steps, which an earlier start wrote, are dropped. Where that is all of them, as in a run
+            that begins anew, they are added to a file beside it, whose name ends with `.earlier`.
         keys: what every line has beside `step`; one that lacks any is damaged.
 
     Raises:

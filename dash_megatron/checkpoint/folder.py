@@ -9,7 +9,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -71,10 +71,20 @@ def agreed_steps(run_dir: str | Path) -> list[int]:
 
 
 def _agreed(function: Callable[[], list[T]]) -> list[T]:
-    found = [function()]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    return found[0]
+    """What rank 0 finds in a folder, or the error that it meets there, on all processes; collective."""
+    if not dist.is_initialized():
+        return function()
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [function()]
+        except OSError as error:
+            found = [error]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], OSError):
+        raise found[0]
+    result: list[T] = found[0]
+    return result
 
 
 def on_main(function: Callable[[], object]) -> str | None:

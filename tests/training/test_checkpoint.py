@@ -16,7 +16,13 @@ from sentencepiece import sentencepiece_model_pb2
 
 from dash_megatron.__main__ import main
 from dash_megatron.checkpoint import files
-from dash_megatron.checkpoint.folder import CheckpointError, checkpoint_folder, finished_steps, tag_of
+from dash_megatron.checkpoint.folder import (
+    CheckpointError,
+    agreed_steps,
+    checkpoint_folder,
+    finished_steps,
+    tag_of,
+)
 from dash_megatron.checkpoint.weights import open_weights
 from dash_megatron.config import config_from_dict
 from dash_megatron.parallel import destroy_process_groups
@@ -207,6 +213,24 @@ def test_checkpoints_on_a_disk_that_is_away_do_not_let_a_run_begin_anew(tiny_con
     folder_of(tiny_config).touch()
     with pytest.raises(FileNotFoundError, match="checkpoints is a file"):
         train(tiny_config)
+
+
+def test_other_ranks_take_what_rank_0_finds_in_the_folder_and_its_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checkpoints").symlink_to("unmounted")
+    sent: list[Any] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "broadcast_object_list", sent.extend)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    with pytest.raises(FileNotFoundError, match="is a link to unmounted"):
+        agreed_steps(tmp_path)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda found: found.__setitem__(0, sent[0]))
+    with pytest.raises(FileNotFoundError, match="is a link to unmounted"):
+        agreed_steps(tmp_path)
+    sent = [[3, 4]]
+    assert agreed_steps(tmp_path) == [3, 4]
 
 
 def test_data_that_was_replaced_since_the_checkpoint_is_told(
