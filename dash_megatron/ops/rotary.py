@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def split_and_rotate(
@@ -49,6 +50,7 @@ class _Rotated(torch.autograd.Function):
         return parts
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *d_parts: Tensor) -> tuple[Tensor | None, ...]:
         (turns,) = ctx.saved_tensors
         tokens, batch, queries, head_dim = d_parts[0].shape

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def swiglu(halves: Tensor) -> Tensor:
@@ -33,6 +34,7 @@ class _SwiGLU(torch.autograd.Function):
         return swiglu_forward(halves)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> Tensor:  # type: ignore[override]
         from dash_megatron.ops.kernels.swiglu import swiglu_backward
 
