@@ -327,12 +327,11 @@ def memory_use(
         key_sums = 0
     backward_pairs = max(by_pair["queries"], by_pair["keys"] + key_sums)
     attention_phase = max(attention_phase + backward_pairs, by_pair["attend"])
-    if layout.sequence:
-        # a product's input is gathered again, and its whole gradient is there until it is dealt out
-        attention_phase += 2 * shape.tokens * config.model.hidden_size * shape.element_bytes
     feed_forward_phase = parts["feed_forward"] / 2 + feed_forward * (layout.recompute == "selective")
-    feed_forward_phase += 2 * shape.tokens * config.model.hidden_size * shape.element_bytes * layout.sequence
     layer_phase = max(attention_phase, feed_forward_phase)
+    if layout.sequence:
+        # in either half a product's input is gathered again, and its whole gradient is there until it is dealt out
+        layer_phase += 2 * shape.tokens * config.model.hidden_size * shape.element_bytes
     layer_phase += {"attention": kept_attention, "full": layer + kept_attention}.get(layout.recompute, 0.0)
     return MemoryUse(
         **_state_bytes(config, layout, rank_parameters(config, layout, vocab_size)),
