@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,9 +34,7 @@ def token_losses(forward: Callable[..., Tensor], batch: PackedBatch) -> Tensor:
 
     Within `dash_megatron.layers.scoring` it is float32 [1, T, 2], as `DashGPTModel.forward` returns it.
     """
-    return forward(
-        batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens, batch.context, batch.max_seqlen
-    )
+    return forward(*_inputs(batch))
 
 
 def share_of_global_mean(
@@ -47,12 +46,9 @@ def share_of_global_mean(
     is a sum over its own targets divided by the number of targets of all: documents, micro-batches and processes with
     few targets weigh no more than their tokens. Tensor-parallel ranks all have the share of the tokens they read together.
     """
-    return forward(
-        batch.tokens,
-        batch.position_ids,
-        batch.labels,
-        batch.cu_seqlens,
-        batch.context,
-        batch.max_seqlen,
-        batch.loss_mask / global_targets,
-    )
+    return forward(*_inputs(batch), batch.loss_mask / global_targets)
+
+
+def _inputs(batch: PackedBatch) -> tuple[Any, ...]:
+    """What `DashGPTModel.forward` takes of a batch, but for weights of losses."""
+    return batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens, batch.context, batch.max_seqlen
