@@ -12,7 +12,7 @@ import os
 import shutil
 import socket
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -265,7 +265,7 @@ def _one_pass(
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     try:
         if not distributed or torch.distributed.get_rank() == 0:
-            _make_index(build, folder, prefix)
+            return _open_or_make_index(build, folder, prefix)
     finally:
         if distributed:
             # in `finally`, so that an error on rank 0 does not leave the others waiting
@@ -280,24 +280,24 @@ def _one_pass(
     return build(str(folder))
 
 
-def _make_index(build: Any, folder: Path, prefix: str) -> None:
-    """See that a folder has the index of a prefix, whole.
+def _open_or_make_index(build: Callable[[str], GPTDataset], folder: Path, prefix: str) -> GPTDataset:
+    """One pass over a prefix by the index in a folder, which is made where it is not there, or not whole.
 
     Raises:
         OSError: the disk has been full, or away, for minutes.
     """
     if folder.is_dir():
         try:
-            build(str(folder))
-            return
+            return build(str(folder))
         except (ValueError, EOFError) as error:
             logger.warning("%s, the order of the rows of %s, is damaged (%s)", folder, prefix, error)
             shutil.rmtree(folder)
     logger.info("ordering the rows of %s, once: later starts read the order from %s", prefix, folder)
     retry(lambda: _build_in_temporary_folder(build, folder), f"write {folder}", path=folder.parent)
+    return build(str(folder))
 
 
-def _build_in_temporary_folder(build: Any, folder: Path) -> None:
+def _build_in_temporary_folder(build: Callable[[str], GPTDataset], folder: Path) -> None:
     temporary = folder.parent / f".building-{folder.name}-{socket.gethostname()}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
