@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,8 @@ def read_lines(path: str) -> Iterator[bytes]:
 
 def _blocks(path: str) -> Iterator[bytes]:
     kind = kind_of(path)
+    if kind is not None and kind.compression and not os.path.getsize(path):
+        raise EOFError("it is empty, which no compressed file is")
     if kind is not None and kind.compression == ".zst":
         yield from _zstd_blocks(path)
         return

@@ -11,6 +11,7 @@ import ast
 import hashlib
 import json
 import math
+import os
 import sys
 import sysconfig
 import warnings
@@ -163,14 +164,14 @@ def make_corpus(
         )
     bad_lines = BadLineCounter(max_bad_lines)
     # before anything is written, so that a wrong input leaves an earlier corpus alone
-    _check_inputs(output, inputs, text_key)
+    files = _find_files(output, inputs, text_key)
     sources: list[tuple[str, Iterator[Document]]] = [("stdlib", stdlib_documents())] if stdlib else []
     read = read_folders if join_folders else read_inputs
     for entry in dict.fromkeys(inputs):
         if entry.startswith(PREFIX):
             sources.append((entry, hub_documents(entry, text_key, bad_lines)))
         else:
-            sources.append((entry, read([entry], text_key, bad_lines)))
+            sources.append((entry, read(files[entry], text_key, bad_lines)))
     with sole_writer(output):
         (output / UNFINISHED).touch()
         (output / MANIFEST).unlink(missing_ok=True)
@@ -183,15 +184,23 @@ def make_corpus(
         return _finish(output, writer.shards, counts, bad_lines.count)
 
 
-def _check_inputs(output: Path, inputs: Sequence[str], text_key: str) -> None:
-    files = [entry for entry in inputs if not entry.startswith(PREFIX)]
-    for entry in set(inputs) - set(files):
-        parse_name(entry)
-    if any(Path(path).resolve().parent == output.resolve() for path in find_inputs(files, text_key)):
+def _find_files(output: Path, inputs: Sequence[str], text_key: str) -> dict[str, list[str]]:
+    """The files of each input that is none of the hub, without those of the inputs before it."""
+    files: dict[str, list[str]] = {}
+    seen: set[str] = set()
+    for entry in inputs:
+        if entry.startswith(PREFIX):
+            parse_name(entry)
+            continue
+        found = find_inputs([entry], text_key)
+        files.setdefault(entry, [path for path in found if os.path.abspath(path) not in seen])
+        seen.update(map(os.path.abspath, found))
+    if any(Path(path).resolve().parent == output.resolve() for path in seen):
         raise ValueError(
             f"--output={output} must not hold the inputs, which it would overwrite; give another folder"
         )
-    warn_of_unread_files(files, text_key)
+    warn_of_unread_files(list(files), text_key)
+    return files
 
 
 def _write_documents(

@@ -81,7 +81,7 @@ def find_inputs(inputs: Sequence[str | os.PathLike[str]], text_key: str | None =
         else:
             found.append(str(path))
     # the same file named twice would put its documents in twice
-    return list(dict.fromkeys(found))
+    return list({os.path.abspath(path): path for path in found}.values())
 
 
 def warn_of_unread_files(inputs: Sequence[str | os.PathLike[str]], text_key: str | None = "text") -> None:

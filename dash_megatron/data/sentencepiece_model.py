@@ -34,8 +34,9 @@ class SentencePieceModel:
     def __init__(self, path: Path) -> None:
         self.path = path
         model = path.read_bytes()
+        self._processor = sentencepiece.SentencePieceProcessor()
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._processor.LoadFromSerializedProto(model)
         except RuntimeError as error:
             raise ValueError(
                 f"data.tokenizer={self.path} must be a sentencepiece model file ({error}) or a tokenizer.json; "

@@ -136,9 +136,10 @@ def test_a_missing_or_damaged_model_is_named(tmp_path):
     path = tmp_path / "tokenizer.model"
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.model does not exist; train one"):
         Tokenizer(path)
-    path.write_bytes(b"not a model")
-    with pytest.raises(ValueError, match="must be a sentencepiece model"):
-        Tokenizer(path)
+    for content in (b"not a model", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"tokenizer\.model must be a sentencepiece model"):
+            Tokenizer(path)
 
 
 def test_a_folder_in_place_of_a_tokenizer_is_told_which_file_to_name(tmp_path):

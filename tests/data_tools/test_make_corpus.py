@@ -124,6 +124,18 @@ def test_an_input_inside_the_output_folder_is_refused(tmp_path, write_input, tex
     assert [line["text"] for line in read_corpus(tmp_path / "out")] == texts
 
 
+def test_no_document_comes_twice_where_inputs_overlap_or_have_the_output_below_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("in/a/one.txt", "in/b/two.txt"):
+        Path(name).parent.mkdir(parents=True)
+        Path(name).write_text(name)
+    # a shard is finished after each document, before the next input is read
+    inputs = ["in/a", "in", "./in/b", str(tmp_path / "in/a/one.txt")]
+    manifest = make_corpus(Path("in/out"), inputs=inputs, shard_mb=1e-6)
+    assert [line["text"] for line in read_corpus(Path("in/out"))] == ["in/a/one.txt", "in/b/two.txt"]
+    assert {name: count["documents"] for name, count in manifest["sources"].items()} == {"in/a": 1, "in": 1}
+
+
 @pytest.mark.parametrize("join_folders", [False, True])
 def test_names_of_files_need_not_be_utf8(tmp_path, join_folders):
     folder = tmp_path / "in" / os.fsdecode(b"caf\xe9")

@@ -212,7 +212,7 @@ def test_bad_lines_past_the_limit_are_an_error(capsys):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.json.gz", "a.parquet", "a.feather"])
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.99])
+@pytest.mark.parametrize("share", [0, 0.3, 0.6, 0.99])
 def test_a_file_that_was_cut_short_is_an_error_and_not_a_shorter_file(
     tmp_path, write_input, texts, name, share
 ):
