@@ -1,8 +1,10 @@
 """What tests of several folders share: a tiny corpus ready to train on, run configs, and processes to run them in."""
 
 import gc
+import importlib
 import multiprocessing
 import os
+import pkgutil
 import runpy
 import signal
 import subprocess
@@ -27,6 +29,18 @@ from tests.tiny import make_tiny_chats, make_tiny_data, tiny_tree
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 # of devices, which DeepSpeed else asks a program for, at every reduction under ZeRO 3
 NO_GPU |= {"LOCAL_SIZE": "1"}
+
+
+def pytest_sessionstart() -> None:
+    """Import Triton and all kernels: whether they are interpreted is settled by the environment of that moment, for good."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setenv("TRITON_INTERPRET", "1")
+        package = importlib.import_module("dash_megatron.ops.kernels")
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
 
 
 def pytest_collection_finish() -> None:

@@ -1,15 +1,10 @@
 """A sweep over launch configurations ends at the first illegal access, and says which configuration made it."""
 
-import importlib
-
 import pytest
 import torch
 
-from tests.ops.kernels_under_test import import_kernels
-
-(configs,) = import_kernels("configs")
-# after the kernels, so that these are interpreted where there is no GPU
-tune_kernels = importlib.import_module("benchmarks.tune_kernels")
+from benchmarks import tune_kernels
+from dash_megatron.ops.kernels import configs
 
 
 class Broken:

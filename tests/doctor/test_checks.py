@@ -26,7 +26,6 @@ from dash_megatron.doctor.session import Session
 from dash_megatron.doctor.small import tiny_config
 from dash_megatron.layers import DashCoreAttention, FullCoreAttention
 from dash_megatron.parallel import destroy_process_groups
-from tests.ops.kernels_under_test import import_kernels
 from tests.ops.quick_interpreter import quicken
 
 QUICK = ("versions", "data", "disk", "kernels", "leak", "bandwidth", "parity")
@@ -215,7 +214,6 @@ def test_kernels_that_run_nowhere_are_skipped_with_the_reason(
 def test_kernels_that_err_in_an_output_a_gradient_or_a_choice_fail(
     broken: str | None, message: str, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import_kernels("dash")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     quicken(monkeypatch)
     attention = {"scaling_factor": [0.5, 1.0]}

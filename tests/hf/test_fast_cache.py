@@ -11,10 +11,8 @@ from transformers import DynamicCache, LlamaConfig, StaticCache
 from dash_megatron.hf import fast_cache, fast_layer
 from dash_megatron.hf.fast_layer import FastLayer
 from dash_megatron.hf.modeling_dash import DashForCausalLM
-from tests.ops.kernels_under_test import CUDA, DEVICE, import_kernels
+from tests.ops.kernels_under_test import CUDA, DEVICE
 from tests.ops.quick_interpreter import quicken
-
-import_kernels("dash", "decode", "decode_cache")
 
 # float64, sums in another order
 TOLERANCE = 1e-9

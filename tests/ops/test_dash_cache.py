@@ -9,9 +9,7 @@ import torch
 from dash_megatron.ops import DashCache, dash_decode
 from dash_megatron.ops.pooling import pool_queries
 from tests.ops.decode_sequences import C, Sequences
-from tests.ops.kernels_under_test import CUDA, DEVICE, import_kernels
-
-import_kernels("decode", "decode_cache", "decode_pool")
+from tests.ops.kernels_under_test import CUDA, DEVICE
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -7,11 +7,10 @@ from benchmarks import decode as benchmark
 from dash_megatron.ops import DashCache, dash_attention, dash_decode
 from dash_megatron.ops.decode import decode_and_count
 from dash_megatron.ops.decode_reference import decode_reference
+from dash_megatron.ops.kernels import decode, decode_cache, decode_pool
 from dash_megatron.ops.types import Router
 from tests.ops.decode_sequences import BORDERS, ROUTER, C, Sequences, relative_error
-from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels
-
-decode, decode_cache, decode_pool = import_kernels("decode", "decode_cache", "decode_pool")
+from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

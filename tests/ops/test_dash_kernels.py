@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dash_megatron.ops.kernels import configs, dash, geometry
 from dash_megatron.ops.sequence_reference import dash_attention_reference
-from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels, with_router
-
-dash, geometry, configs = import_kernels("dash", "geometry", "configs")
+from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, with_router
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

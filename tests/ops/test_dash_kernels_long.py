@@ -5,10 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from dash_megatron.ops.entmax import entmax
+from dash_megatron.ops.kernels import dash
 from dash_megatron.ops.types import Router
-from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels
-
-(dash,) = import_kernels("dash")
+from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE
 
 SIGMA = 2.0
 

@@ -6,15 +6,12 @@ Two ranks of a packed sequence are played one after the other in one process.
 import pytest
 import torch
 
+from dash_megatron.ops.kernels import attend, backward_q, geometry, pair_slabs, sharded
 from dash_megatron.ops.pooling import pool_queries
 from dash_megatron.ops.sequence_reference import dash_attention_reference
 from dash_megatron.ops.shards import Attended, KeyBuffer, OutputGradient, QueryChunks, RoutedQueries
 from dash_megatron.ops.types import Router
-from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels
-
-sharded, geometry, attend, backward_q, pair_slabs, _ = import_kernels(
-    "sharded", "geometry", "attend", "backward_q", "pair_slabs", "pool"
-)
+from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

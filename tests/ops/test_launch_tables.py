@@ -6,9 +6,8 @@ import math
 import pytest
 import torch
 
-from tests.ops.kernels_under_test import import_kernels
+from dash_megatron.ops.kernels import configs
 
-(configs,) = import_kernels("configs")
 HOPPER, HOPPER_OVERLAP, PLAIN = configs.HOPPER, configs.HOPPER_OVERLAP, configs.PLAIN
 STAGES, Config = configs.STAGES, configs.Config
 SHAPE = torch.bfloat16, 128, 64, 4

@@ -6,11 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels, with_router
+from dash_megatron.ops.kernels import backward_kv, backward_q, configs, dash, geometry, pair_slabs, pairs
+from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, with_router
 
-dash, configs, pairs, geometry, backward_kv, pair_slabs, backward_q = import_kernels(
-    "dash", "configs", "pairs", "geometry", "backward_kv", "pair_slabs", "backward_q"
-)
 find_launches = configs.find_launches
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

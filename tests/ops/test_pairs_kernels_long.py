@@ -9,12 +9,9 @@ import mmap
 import pytest
 import torch
 
+from dash_megatron.ops.kernels import attend_pairs, backward_pairs, configs, geometry, pair_slabs
 from tests.ops.checked_addresses import check_addresses
-from tests.ops.kernels_under_test import CUDA, import_kernels
-
-pair_slabs, geometry, configs, attend_pairs, backward_pairs = import_kernels(
-    "pair_slabs", "geometry", "configs", "attend_pairs", "backward_pairs"
-)
+from tests.ops.kernels_under_test import CUDA
 
 N, H, D, C = 2**20, 32, 128, 64
 CHUNKS = N // C

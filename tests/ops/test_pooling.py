@@ -4,10 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dash_megatron.ops.kernels import pool
 from dash_megatron.ops.pooling import pool_queries
-from tests.ops.kernels_under_test import CUDA, DEVICE, import_kernels
-
-(pool,) = import_kernels("pool")
+from tests.ops.kernels_under_test import CUDA, DEVICE
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -6,10 +6,9 @@ import triton.language as tl
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpretedFunction
 
-from tests.ops.kernels_under_test import import_kernels, with_router
+from dash_megatron.ops.kernels import dash
+from tests.ops.kernels_under_test import with_router
 from tests.ops.quick_interpreter import quicken
-
-(dash,) = import_kernels("dash")
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is interpreted")
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from dash_megatron.ops import rotary
-from tests.ops.kernels_under_test import CUDA, DEVICE, import_kernels
-
-(kernels,) = import_kernels("rotary")
+from dash_megatron.ops.kernels import rotary as kernels
+from tests.ops.kernels_under_test import CUDA, DEVICE
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

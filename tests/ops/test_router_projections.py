@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from dash_megatron.ops import dash_attention
+from dash_megatron.ops.kernels import dash
 from dash_megatron.ops.sequence_reference import dash_attention_reference
 from tests.ops.dash_by_hand import oracle
-from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels, with_router
+from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, with_router
 from tests.ops.reference_runs import assert_close, bounds_of, make_inputs, with_defaults
-
-(dash,) = import_kernels("dash")
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

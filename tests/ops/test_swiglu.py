@@ -4,10 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dash_megatron.ops.kernels import swiglu as kernels
 from dash_megatron.ops.swiglu import swiglu
-from tests.ops.kernels_under_test import CUDA, DEVICE, import_kernels
-
-(kernels,) = import_kernels("swiglu")
+from tests.ops.kernels_under_test import CUDA, DEVICE
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

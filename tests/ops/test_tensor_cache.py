@@ -1,18 +1,15 @@
 import gc
-import sys
 
 import pytest
 import torch
 
 from dash_megatron.ops import dash_attention
+from dash_megatron.ops.kernels import geometry
 from dash_megatron.ops.tensor_cache import cached
 from dash_megatron.ops.topk import grid
 from dash_megatron.ops.topk.infllmv2 import infllmv2_attention
 from dash_megatron.topk_selection import Selection
-from tests.ops.kernels_under_test import DEVICE, import_kernels
-
-kernels = import_kernels("geometry", "dash", "topk.triton")
-geometry = kernels[0]
+from tests.ops.kernels_under_test import DEVICE
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -72,8 +69,6 @@ def test_without_a_tensor_or_its_version_nothing_is_remembered():
     ids=["dash", "infllmv2"],
 )  # fmt: skip
 def test_layers_with_the_same_documents_lay_them_out_once(module, name, attend, monkeypatch):
-    for kernel in kernels:
-        monkeypatch.setitem(sys.modules, kernel.__name__, kernel)
     calls, made = [], getattr(module, name)
     monkeypatch.setattr(module, name, lambda *args: calls.append(name) or made(*args))
     x = [torch.randn(1, 64, 2, 16, device=DEVICE).requires_grad_() for _ in range(3)]

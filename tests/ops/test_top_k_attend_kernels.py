@@ -1,17 +1,14 @@
 """Attention to selected chunks by the list-driven kernels against the reference: interpreted on CPU, compiled on a GPU."""
 
-import sys
-
 import pytest
 import torch
 
 from dash_megatron.ops.topk import grid as grids
+from dash_megatron.ops.topk import triton as topk_triton
 from dash_megatron.ops.topk.infllmv2 import infllmv2_attention
 from dash_megatron.ops.topk.nsa import Compression, nsa_attention
 from dash_megatron.topk_selection import Selection
-from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels
-
-(topk_triton,) = import_kernels("topk.triton")
+from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -19,9 +16,7 @@ SELECTION = Selection(kernel_size=8, kernel_stride=4, top_k=1, initial_blocks=1,
 
 
 @pytest.fixture(autouse=True)
-def kernels_imported_here(monkeypatch):
-    """Those whose interpretation is settled, and lists made in several blocks."""
-    monkeypatch.setitem(sys.modules, topk_triton.__name__, topk_triton)
+def lists_in_several_blocks(monkeypatch):
     monkeypatch.setattr(grids, "MAX_BLOCK_SCORES", {"cpu": 16 * 16 * 12, "cuda": 2**20})
 
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from dash_megatron.ops.kernels import chunk_scores
 from dash_megatron.ops.topk import grid as grids
 from dash_megatron.ops.topk import reference
+from dash_megatron.ops.topk import triton as topk_triton
 from dash_megatron.topk_selection import Selection
-from tests.ops.kernels_under_test import CUDA, DEVICE, import_kernels
-
-chunk_scores, topk_triton = import_kernels("chunk_scores", "topk.triton")
+from tests.ops.kernels_under_test import CUDA, DEVICE
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

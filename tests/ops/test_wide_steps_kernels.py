@@ -1,25 +1,18 @@
 """Steps over several small chunks at a time give what steps over one give, which other tests hold to the reference."""
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 
+from dash_megatron.ops.kernels import backward_q, configs, dash
+from dash_megatron.ops.topk import triton as topk_triton
 from dash_megatron.ops.topk.infllmv2 import infllmv2_attention
 from dash_megatron.topk_selection import Selection
-from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, import_kernels, with_router
+from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, with_router
 
-dash, configs, backward_q, topk_triton = import_kernels("dash", "configs", "backward_q", "topk.triton")
 find_launches = configs.find_launches
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-
-@pytest.fixture(autouse=True)
-def kernels_imported_here(monkeypatch):
-    """Those whose interpretation is settled."""
-    monkeypatch.setitem(sys.modules, topk_triton.__name__, topk_triton)
 
 
 def _in_steps_of(keys, monkeypatch, kernel=configs.PLAIN, **of_queries):
