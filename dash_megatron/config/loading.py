@@ -20,6 +20,51 @@ class ConfigError(ValueError):
     """A config that cannot be run; the message names the field, the value, the rule and the fix."""
 
 
+_INTEGER = "tag:yaml.org,2002:int"
+_DATE = "tag:yaml.org,2002:timestamp"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key stands twice in one mapping, and 010, 1:30 and 2024-01-31 are text, not 8, 90 and a date."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - replaced here, lest PyYAML's own are changed
+        first: [pair for pair in pairs if pair[0] not in (_INTEGER, _DATE)]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_mapping_node(self, anchor: dict[Any, Any]) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                continue
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} stands twice, and the first would be lost; make it one",
+                    problem_mark=key.start_mark,
+                )
+            seen.add(key.value)
+        return node
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    _INTEGER, re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """The value that a text of YAML holds.
+
+    Raises:
+        ConfigError: it is not valid YAML; the message begins with `name`.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    # ValueError of a number with thousands of digits, RecursionError of as many brackets
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{name} is not valid YAML: {error}") from error
+
+
 def read_yaml(path: str | Path, name: str, keys: str) -> dict[str, Any]:
     """Read a YAML file of `key: value` lines; an empty file has none.
 
@@ -32,11 +77,12 @@ def read_yaml(path: str | Path, name: str, keys: str) -> dict[str, Any]:
         ConfigError: the file cannot be read, is not valid YAML, or holds something else.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{name} cannot be read: {error.strerror}; give a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{name} is not valid YAML: {error}") from error
+    tree = parse_yaml(text, name)
     if tree is not None and not isinstance(tree, dict):
         raise ConfigError(f"{name} must hold {keys}, not {type(tree).__name__}")
     return tree or {}
@@ -89,7 +135,7 @@ def read_rope_scaling(text: str) -> RopeScaling:
     """
     name = f"--rope-scaling {text!r}"
     try:
-        return RopeScaling.model_validate(_parse(text, name))
+        return RopeScaling.model_validate(parse_yaml(text, name))
     except ValidationError as error:
         raise ConfigError(
             "\n".join(f"{name}: {line}" for line in explain_validation(error, RopeScaling))
@@ -162,6 +208,10 @@ def _explain(problem: dict[str, Any], root: type[BaseModel]) -> str:
         return f"{key}={value!r} must be text: write '{value}'{shell}"
     if kind == "string_type":
         return f"{key}={value!r} must be text"
+    if kind == "int_parsing":
+        return f"{key}={value!r} must be a whole number, written in digits{such_as}"
+    if kind == "invalid_key":
+        return f"{'.'.join(names[:-1]) or 'the top level'} has the key {value!r}, which is not text and not a known key"
     return f"{key}{'' if path != list(place) else f'={value!r}'}: {problem['msg']}{such_as}"
 
 
@@ -188,7 +238,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r} must read section.key=value, such as optimizer.lr=3e-4")
-    set_key(tree, key, _parse(text, f"override {override!r}: the value"), f"override {override!r}")
+    set_key(tree, key, parse_yaml(text, f"override {override!r}: the value"), f"override {override!r}")
 
 
 def set_key(tree: dict[str, Any], key: str, value: Any, name: str) -> None:
@@ -206,13 +256,6 @@ def set_key(tree: dict[str, Any], key: str, value: Any, name: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"{name}: {section} is a value, not a section; see docs/configuration.md")
     node[leaf] = value
-
-
-def _parse(text: str, name: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name} is not valid YAML: {error}") from error
 
 
 def _suggestion(path: list[str]) -> str:

@@ -19,7 +19,7 @@ from dash_megatron.config.training import OptimizerConfig, ScheduleConfig, Train
 class Config(Section):
     """One run."""
 
-    run_dir: str
+    run_dir: str = Field(min_length=1)
     """Folder of everything the run writes."""
     model: ModelConfig
     attention: AttentionConfig = Field(default_factory=AttentionConfig)

@@ -4,13 +4,23 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
     """Base of every section: immutable, typed, and closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth(cls, value: Any, field: ValidationInfo) -> Any:
+        """Where a whole number belongs, true and false are a slip, though Python takes them for 1 and 0."""
+        kind = cls.model_fields[field.field_name or ""].annotation
+        if isinstance(value, bool) and int in (kind, *typing.get_args(kind)):
+            raise PydanticCustomError("bool_for_number", "Input should be a whole number")
+        return value
 
 
 def section_of(field: Any) -> type[BaseModel] | None:

@@ -60,9 +60,9 @@ class ScheduleConfig(Section):
 class TrainingConfig(Section):
     """How long, how much at once, and in which arithmetic."""
 
-    steps: int = Field(gt=0)
+    steps: int = Field(gt=0, lt=2**31)
     """Optimizer steps."""
-    global_batch: int = Field(gt=0)
+    global_batch: int = Field(gt=0, lt=2**31)
     """Sequences per optimizer step, over all processes and micro-batches."""
     micro_batch: int = Field(default=1, gt=0)
     """Sequences per forward pass of one process."""

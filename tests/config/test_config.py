@@ -48,6 +48,29 @@ def test_a_section_that_is_null_is_filled_by_overrides(path: Path) -> None:
         load_config(path)
 
 
+def test_a_file_may_merge_sections_but_not_name_one_twice(path: Path) -> None:
+    text = path.read_text()
+    path.write_text(f"{text}optimizer: &o {{<<: {{lr: 1.0, grad_clip: 2.0}}, lr: 3.0}}\n")
+    optimizer = load_config(path).optimizer
+    assert (optimizer.lr, optimizer.grad_clip) == (3.0, 2.0)
+    path.write_text(f"{text}training: {{steps: 5, global_batch: 2}}\n")
+    with pytest.raises(
+        ConfigError, match=r"(?s)--config .*the key 'training' stands twice.*line \d+, column 1"
+    ):
+        load_config(path)
+
+
+def test_what_yaml_takes_for_a_date_or_a_number_of_base_8_is_what_it_says(path: Path) -> None:
+    config = load_config(path, ["run_dir=2024-01-31", "training.steps=0100", "model.vocab_size=0x200"])
+    assert (config.run_dir, config.training.steps, config.model.vocab_size) == ("2024-01-31", 100, 512)
+
+
+def test_what_python_cannot_read_of_valid_yaml_is_an_error_of_the_config(path: Path) -> None:
+    for value in ("1" * 5000, "[" * 3000):
+        with pytest.raises(ConfigError, match="the value is not valid YAML"):
+            load_config(path, [f"training.steps={value}"])
+
+
 def test_configs_cannot_be_changed(path: Path) -> None:
     config = load_config(path)
     with pytest.raises(pydantic.ValidationError):
@@ -58,6 +81,7 @@ def test_configs_cannot_be_changed(path: Path) -> None:
     ("override", "message"),
     [
         ("model.layerss=3", "model.layerss=3 is not a known key; did you mean model.layers?"),
+        ("model={on: 3}", "model has the key True, which is not text and not a known key"),
         ("training.lr=3", "did you mean optimizer.lr?"),
         ("modle.layers=3", "did you mean model?"),
         ("model.layers=three", "model.layers='three'"),
@@ -143,7 +167,7 @@ def test_configs_cannot_be_changed(path: Path) -> None:
         ("zero.options=[1]", "zero.options=[1] must be a mapping; write zero.options={overlap_comm: true}"),
         (
             "data.seq_length_curriculum={0: x}",
-            "data.seq_length_curriculum[0]='x': Input should be a valid integer, unable to parse string as an integer; write "
+            "data.seq_length_curriculum[0]='x' must be a whole number, written in digits; write "
             "data.seq_length_curriculum={0: 2048, 1000: 8192}",
         ),
         ("optimizer.betas=0.9", "optimizer.betas=0.9 must be a list; write optimizer.betas=[0.9, 0.95]"),
@@ -152,6 +176,13 @@ def test_configs_cannot_be_changed(path: Path) -> None:
             "run_dir=2024",
             "run_dir=2024 must be text: write '2024', and on the command line \"'2024'\"",
         ),
+        ("run_dir=''", "run_dir='': String should have at least 1 character"),
+        ("model.layers=true", "model.layers=True: Input should be a whole number"),
+        ("model.vocab_size=yes", "model.vocab_size=True: Input should be a whole number"),
+        ("training.steps=1:30", "training.steps='1:30' must be a whole number, written in digits"),
+        ("training.steps=16K", "training.steps='16K' must be a whole number, written in digits"),
+        ("training.steps=9999999999", "training.steps=9999999999: Input should be less than 2147483648"),
+        ("model={layers: 2, layers: 3}", "the key 'layers' stands twice, and the first would be lost"),
         ("data.train=[[a]]", "data.train[0]=['a'] must be text"),
     ],
 )
