@@ -83,7 +83,7 @@ def launch(command: Sequence[str], processes: int) -> int:
         with _passing_orders_on(children):
             for rank in range(processes):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                process = subprocess.Popen(command, env=common | own, preexec_fn=_end_with_parent)
+                process = subprocess.Popen(command, env=common | own, preexec_fn=end_with_parent)
                 children.append(process)
             return _wait(children)
     finally:
@@ -96,7 +96,8 @@ _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Called in a process that was just started: it gets SIGTERM when the thread that started it ends, killed or not."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dash_megatron.exit_codes import ExitCode
 from dash_megatron.files import write_whole
+from dash_megatron.launcher import end_with_parent
 from dash_megatron.studies.jobs import ARGUMENTS, Job, JobQueue, is_finished
 from dash_megatron.studies.runs import evaluations
 from dash_megatron.studies.study_file import StudyError
@@ -45,10 +47,19 @@ def train_command(processes: int) -> list[str]:
 
 
 class LocalRuns:
-    """Runs on this machine, `at_once` at a time; what each prints goes to `<run_dir>/study.log`."""
+    """Runs on this machine, one in each environment at a time; what each prints goes to `<run_dir>/study.log`.
 
-    def __init__(self, command: list[str], restarts: int, environments: list[dict[str, str]]) -> None:
-        self.command, self.restarts = command, restarts
+    They are asked to stop when this process is killed, and hold `locks`, open files, for as long as that takes them.
+    """
+
+    def __init__(
+        self,
+        command: list[str],
+        restarts: int,
+        environments: list[dict[str, str]],
+        locks: Sequence[int] = (),
+    ) -> None:
+        self.command, self.restarts, self.locks = command, restarts, locks
         self._environments = environments
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._stop: int | None = None
@@ -146,6 +157,8 @@ class LocalRuns:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                preexec_fn=end_with_parent,
+                pass_fds=self.locks,
                 env={**os.environ, **environment},
             )
             self._processes.add(process)

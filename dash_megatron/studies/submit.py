@@ -68,16 +68,15 @@ def submit_studies(
     print(f"{', '.join(map(str, paths))}: {finished} of {len(jobs)} runs are finished", flush=True)
     if not waiting:
         return 0
-    with contextlib.ExitStack() as locks:
-        for study in studies.values():
-            locks.enter_context(_only_one(study))
+    with contextlib.ExitStack() as stack:
+        locks = [stack.enter_context(_only_one(study)) for study in studies.values()]
         for job in waiting:
             text = yaml.safe_dump(job.run.config.model_dump(mode="json"), sort_keys=False)
             write_whole(job.config, text, make_folder=True)
         if slurm is not None:
             return _submit_arrays(waiting, slurm)
-        local = LocalRuns(list(train or train_command(processes)), restarts, environments(at_once, processes))
-        return local.run_all(waiting)
+        command = list(train or train_command(processes))
+        return LocalRuns(command, restarts, environments(at_once, processes), locks).run_all(waiting)
 
 
 def _check_numbers(processes: int, restarts: int, at_once: int | None, in_array: bool) -> None:
@@ -151,7 +150,8 @@ def check_same(run: StudyRun) -> None:
 
 
 @contextlib.contextmanager
-def _only_one(study: Study) -> Iterator[None]:
+def _only_one(study: Study) -> Iterator[int]:
+    """Holds a study's folder against other submissions; gives the open file that a run may hold too."""
     folder = Path(study.output)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "submit.lock", "w", encoding="utf-8") as file:
@@ -159,9 +159,10 @@ def _only_one(study: Study) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise StudyError(
-                f"another `study submit` is at work on output={study.output}; wait for it"
+                f"another `study submit` is at work on output={study.output}, or was killed and its runs are still "
+                "saving; wait for it"
             ) from error
-        yield
+        yield file.fileno()
 
 
 def _submit_arrays(jobs: list[Job], arguments: Sequence[str]) -> int:

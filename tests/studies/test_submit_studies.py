@@ -18,7 +18,7 @@ from dash_megatron.studies import scores
 from dash_megatron.studies import submit as submit_module
 from dash_megatron.studies.collect import collect
 from dash_megatron.studies.local import environments
-from dash_megatron.studies.study_file import load_study
+from dash_megatron.studies.study_file import StudyError, load_study
 from tests.studies.study_runs import SIZES, Write, finish, runs_of
 
 TRAINER = """
@@ -276,6 +276,45 @@ sys.exit(submit_studies([{str(path)!r}], train=[sys.executable, {str(script)!r}]
         process.terminate()
         assert process.wait(timeout=50) == 75
     assert sum((run.folder / "gpu").exists() for run in runs_of(path)) == 2
+
+
+def test_runs_of_a_killed_submission_are_asked_to_stop_and_keep_others_out_until_they_have(
+    write_study: Write, tmp_path: Path
+) -> None:
+    path = write_study()
+    script = tmp_path / "fake_train.py"
+    script.write_text(
+        "import pathlib, signal, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (folder / 'asked').touch())\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "(folder / 'started').touch()\n"
+        "for _ in range(3000):\n"
+        "    time.sleep(0.01)\n"
+        "    if (folder / 'asked').exists() and (folder / 'saved').exists():\n        break\n"
+    )
+    code = f"from dash_megatron.studies.submit import submit_studies\nsubmit_studies([{str(path)!r}], train=[{sys.executable!r}, {str(script)!r}])"
+
+    def wait_for(name: str) -> None:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / name).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL) as process:
+        wait_for("started")
+        process.kill()
+    wait_for("asked")
+    command = trainer(tmp_path, {})
+    with pytest.raises(StudyError, match="or was killed and its runs are still saving"):
+        submit_module.submit_studies([path], train=command)
+    (tmp_path / "saved").touch()
+    for _ in range(1000):
+        try:
+            assert submit_module.submit_studies([path], train=command) == 0
+            return
+        except StudyError:
+            time.sleep(0.01)
+    pytest.fail("the lock is held for ever")
 
 
 @pytest.mark.parametrize(
