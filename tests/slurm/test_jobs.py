@@ -25,11 +25,11 @@ def exact(study: Study, name: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def limited(study: Study) -> str:
-    """A job that has begun to train, and needs longer than its time limit: others are tested while it runs into that."""
-    job = study.submit(
-        study.write_site("limited", step_seconds=3), "--config", study.write_config("limited"), time="2"
-    )
+    """A job that has begun to train, and needs 2 minutes of the 2 it is then given: SLURM warns it before half of them are over."""
+    site = study.write_site("limited", step_seconds=3)
+    job = study.submit(site, "--config", study.write_config("limited"))
     study.wait_for_step("limited", 1)
+    study.cluster.run("scontrol", "update", f"JobId={job}", "EndTime=now+2minutes")
     return job
 
 
@@ -125,7 +125,7 @@ def test_a_study_is_an_array_whose_tasks_are_requeued_and_cancelled_one_by_one(
         "points": [{"name": point, "optimizer.lr": rate} for point, rate in rates.items()],
     }
     (study.folder / "study.yaml").write_text(yaml.safe_dump(tree))
-    machines = f"--site {study.write_site('array', step_seconds=1)} --nodes 1 --gpus-per-node 0 --time 10"
+    machines = f"--site {study.write_site('array', step_seconds=1)} --nodes 1 --gpus-per-node 0 --time 60"
     submit = ["study", "submit", str(study.folder / "study.yaml"), f"--slurm={machines}"]
     monkeypatch.chdir(study.folder)
     for name, value in study.cluster.environment.items():
