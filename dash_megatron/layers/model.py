@@ -82,6 +82,10 @@ class DashGPTModel(GPTModel):
                 super()._postprocess(hidden_states, *args, labels=None, **kwargs)
             )
         vocab_size = self.scored_vocab_size
+        if loss_mask is not None and vocab_size is not None:
+            raise ValueError(
+                "loss_weight must not be given within `scoring`, which is of every label: leave one out"
+            )
         if loss_mask is None and vocab_size is None and torch.is_grad_enabled():
             return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
         weight = (

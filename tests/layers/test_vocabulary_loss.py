@@ -61,6 +61,8 @@ def test_losses_of_labels_and_argmaxes_are_those_of_all_logits_at_once(
         assert torch.allclose(model(*inputs).to(expected.dtype), expected, rtol=1e-6)
         with scoring(model, VOCABULARY - 9):
             losses, right = model(*inputs[:2], labels).unbind(-1)
+            with pytest.raises(ValueError, match="loss_weight must not be given within `scoring`"):
+                model(*inputs, loss_weight=weight_of_labels())
         assert torch.equal(losses, model(*inputs[:2], labels))
         assert torch.equal(right.bool(), labels == best)
 
