@@ -25,10 +25,10 @@ from dash_megatron.data.bin_reader import BinReader
 from dash_megatron.data.blend import Part, parse_blend
 from dash_megatron.data.conversations import ConversationRows
 from dash_megatron.data.index_file import edges_digest
-from dash_megatron.data.open_files import allow_open_files
 from dash_megatron.data.sidecar import Sidecar, check_data
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.files import sync
+from dash_megatron.open_files import allow_open_files
 from dash_megatron.retry import retry
 
 with warnings.catch_warnings():
@@ -126,7 +126,11 @@ def build_dataset(
     weights = [part.weight for part in parts if part.weight is not None]
     sidecars = [check_data(prefix, tokenizer, seq_length) for prefix in prefixes]
     _warn_of_copies(prefixes, sidecars, field)
-    allow_open_files(_FILES_PER_PREFIX * len(prefixes), f"{field} names {len(prefixes)} data sets")
+    allow_open_files(
+        _FILES_PER_PREFIX * len(prefixes),
+        f"{field} names {len(prefixes)} data sets",
+        "ask for a higher limit, or tokenize several data sets into one",
+    )
 
     passes = [
         _conversations(prefix, seq_length, seed, tokenizer)

@@ -12,7 +12,12 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from dash_megatron.config import ParallelConfig
+from dash_megatron.open_files import allow_open_files
 from dash_megatron.ranks import Launch
+
+_SOCKETS_PER_PROCESS = 12
+"""Connections to each other process, at most: one for each group that both are in, and on rank 0 one of the rendezvous. Of the
+groups, each of which gloo connects whole, 8 can be of all processes; the rest is room for NCCL's."""
 
 
 def init_process_groups(
@@ -24,7 +29,8 @@ def init_process_groups(
         The device this process computes on.
 
     Raises:
-        ValueError: there are GPUs, but fewer on this machine than processes; on all processes, where two share one.
+        ValueError: there are GPUs, but fewer on this machine than processes; on all processes, where two share one; or the
+            system does not allow as many open files as so many processes need.
     """
     device = join_processes(launch, timeout_minutes)
     make_model_groups(parallel, timeout_minutes)
@@ -42,6 +48,12 @@ def join_processes(launch: Launch, timeout_minutes: float = 30) -> torch.device:
     if launch.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
+        # what is above a limit ends in an error of the rendezvous, which does not say so
+        allow_open_files(
+            _SOCKETS_PER_PROCESS * launch.world_size,
+            f"{launch.world_size} processes",
+            "ask for a higher limit",
+        )
         # torch and DeepSpeed read what torchrun sets; srun sets other names
         os.environ.update(
             RANK=str(launch.rank),
@@ -109,6 +121,8 @@ def make_model_groups(parallel: ParallelConfig, timeout_minutes: float = 30) -> 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         context_parallel_size=parallel.context,
+        # copies of groups for an optimizer of Megatron's, each of which would connect all processes once more
+        create_gloo_process_groups=False,
         distributed_timeout_minutes=timeout_minutes,  # type: ignore[arg-type]
     )
     # sequence parallel regions fork a random state for dropout, of which there is none: this kind forks nothing

@@ -1,5 +1,6 @@
 """How a process finds out who started it."""
 
+import resource
 import subprocess
 
 import pytest
@@ -122,3 +123,22 @@ def test_a_job_with_gpus_does_not_train_on_cpus_because_torch_sees_none(
         groups.pick_device(read_launch(SRUN))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert groups.pick_device(read_launch(SRUN)) == torch.device("cpu")
+
+
+def test_as_many_files_may_be_open_as_connections_to_hundreds_of_processes_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits = [1024, 1_000_000]
+    allowed: list[int] = []
+    monkeypatch.setattr(groups.os, "environ", {})
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.__setitem__(0, new[0]))
+    monkeypatch.setattr(groups.dist, "init_process_group", lambda *_, **__: allowed.append(limits[0]))
+    monkeypatch.setattr(groups, "pick_device", lambda _: torch.device("cpu"))
+    launch = read_launch({**SRUN, "SLURM_STEP_NUM_TASKS": "512"})
+    groups.join_processes(launch)
+    # a connection to each other process in each of 8 groups, and to the rendezvous
+    assert allowed[0] > 9 * 512
+    limits[:] = [1024, 4096]
+    with pytest.raises(ValueError, match=r"512 processes: .* and may have 4096 .*; ask for a higher limit"):
+        groups.join_processes(launch)

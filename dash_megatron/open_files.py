@@ -1,4 +1,4 @@
-"""The number of files that this process may have open, of which a blend of many data sets needs many."""
+"""The number of files that this process may have open: a blend of many data sets needs many, and so do many processes."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import os
 import resource
 
 _OTHER_FILES = 256
-"""Room for what a process opens beside its data: sockets, checkpoints, logs, libraries."""
+"""Room for what a process opens beside: checkpoints, logs, libraries."""
 
 
-def allow_open_files(count: int, what: str) -> None:
+def allow_open_files(count: int, what: str, remedy: str) -> None:
     """Raise this process's limit of open files, if it must be, to leave room for some more.
 
     Args:
         count: files to be opened, beside those that are open.
         what: names what they are for, in the error.
+        remedy: what to do where the system does not allow as many.
 
     Raises:
         ValueError: the system does not allow as many.
@@ -25,7 +26,6 @@ def allow_open_files(count: int, what: str) -> None:
         return
     if hard != resource.RLIM_INFINITY and needed > hard:
         raise ValueError(
-            f"{what}: this process needs {needed} open files and may have {hard} (`ulimit -Hn`); ask for a higher limit, "
-            "or tokenize several data sets into one"
+            f"{what}: this process needs {needed} open files and may have {hard} (`ulimit -Hn`); {remedy}"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
