@@ -126,14 +126,6 @@ def _flash2(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -
     return out
 
 
-def _cudnn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-    """cuDNN with ragged offsets."""
-    out: Tensor = torch.ops.aten._cudnn_attention_forward(
-        q, k, v, None, cu_seqlens, cu_seqlens, longest, longest, True, 0.0, True, False
-    )[0]
-    return out
-
-
 def _flash_module(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     """FlashAttention-3 or 4 from a package of its own."""
     attend = _flash_function(name)
@@ -149,9 +141,9 @@ def _flash_module(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor
 IMPLEMENTATIONS: dict[str, PackedAttention] = {
     "flash4": functools.partial(_flash_module, "flash4"),
     "flash3": functools.partial(_flash_module, "flash3"),
-    "cudnn": _cudnn,
     "flash2": _flash2,
     "varlen": _varlen,
     "each": _each,
 }
-"""Ways to compute `packed_attention`, by name; `benchmarks/full_attention.py` compares them."""
+"""Ways to compute `packed_attention`, by name; `benchmarks/full_attention.py` compares them. cuDNN's is none: its backward in
+torch 2.11 takes the head dim for the longest document (pytorch pull request 186142), and gradients are wrong."""

@@ -66,7 +66,7 @@ def test_every_implementation_that_a_gpu_has_gives_the_same(name: str, head_dim:
 
 def test_what_cannot_run_is_named_with_the_reason_and_the_remedy() -> None:
     qkv, starts = inputs_of(8, torch.bfloat16)
-    with pytest.raises(ValueError, match=r"implementation='flash' must be one of .*'cudnn'.*; try 'auto'"):
+    with pytest.raises(ValueError, match=r"implementation='flash' must be one of .*'varlen'.*; try 'auto'"):
         packed_attention(*qkv, starts, max(LENGTHS), "flash")
     for name in IMPLEMENTATIONS.keys() - {"each"}:
         with pytest.raises(
