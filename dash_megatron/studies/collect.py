@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -15,6 +16,7 @@ from dash_megatron.config.flops import training_flops_per_token
 from dash_megatron.data.vocabulary import vocabulary_rows
 from dash_megatron.files import write_whole
 from dash_megatron.json_lines import strict_json
+from dash_megatron.studies.jobs import check_same
 from dash_megatron.studies.plan import as_row
 from dash_megatron.studies.runs import StudyRun, expand
 from dash_megatron.studies.study_file import Study, StudyError
@@ -25,7 +27,7 @@ def collect(study: Study) -> list[dict[str, Any]]:
     """A row for every run that has logged a step: what the plan knows, and what was measured (`results_of`).
 
     `flops` are those of the tokens read, attention counted at the density of each logged step; `dense_flops` those of the
-    same tokens with full attention.
+    same tokens with full attention. What a run was trained with other than the study says is told on standard error.
 
     Raises:
         ValueError: a wrong study, or no run that has logged a step.
@@ -36,8 +38,13 @@ def collect(study: Study) -> list[dict[str, Any]]:
             metrics = read_metrics(run.folder)
         except FileNotFoundError:
             continue
-        if metrics:
-            rows.append(_row(run, metrics))
+        if not metrics:
+            continue
+        try:
+            check_same(run)
+        except StudyError as error:
+            print(f"warning: {error}", file=sys.stderr)
+        rows.append(_row(run, metrics))
     if not rows:
         raise StudyError(
             f"no run of the study has logged a step in {study.output}/runs; `study submit` it first"

@@ -10,17 +10,50 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
+from dash_megatron.config import config_of_stored_run, differences
 from dash_megatron.studies.runs import StudyRun, evaluations, expand
 from dash_megatron.studies.study_file import Study, StudyError
 
 # beside the results of an evaluation, what it was asked for
 ARGUMENTS = "arguments.txt"
 EVALUATE = (sys.executable, "-m", "dash_megatron", "evaluate")
+_RESULT_SECTIONS = ("model.", "attention.", "data.", "optimizer.", "schedule.", "training.")
+_FREE = (
+    "data.num_workers",
+    "data.cache_dir",
+    "training.micro_batch",
+    "training.recompute",
+    "attention.backend",
+)
+"""What a run may change in these when it is started again."""
 
 
 def is_finished(run: StudyRun) -> bool:
     """Whether a run's last checkpoint is published: a run saves after its last step, whatever the config says."""
     return (run.folder / "checkpoints" / f"step_{run.config.training.steps:08d}").is_dir()
+
+
+def check_same(run: StudyRun) -> None:
+    """Refuse a folder in which another config was trained.
+
+    Raises:
+        ValueError: `config.yaml` there differs in what decides the result.
+    """
+    path = run.folder / "config.yaml"
+    if not path.is_file():
+        return
+    try:
+        old = config_of_stored_run(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise StudyError(f"{path} cannot be read ({error}); move {run.folder} away") from error
+    for key, trained, wanted in differences(old, run.config):
+        if key.startswith(_RESULT_SECTIONS) and key not in _FREE:
+            raise StudyError(
+                f"{run.folder} was trained with {key}={trained}, and the study now says {wanted}; restore the study, "
+                "choose another `output`, or move that folder away"
+            )
 
 
 @dataclass(frozen=True)

@@ -13,23 +13,20 @@ from pathlib import Path
 
 import yaml
 
-from dash_megatron.config import config_of_stored_run, differences
 from dash_megatron.evaluation.cli import check_arguments
 from dash_megatron.files import write_whole
-from dash_megatron.studies.jobs import Job, in_waves, is_finished, jobs_of, select_jobs, with_bases
-from dash_megatron.studies.local import LocalRuns, environments, repository_script, train_command
-from dash_megatron.studies.runs import StudyRun, evaluations
-from dash_megatron.studies.study_file import Study, StudyError, load_study
-
-_RESULT_SECTIONS = ("model.", "attention.", "data.", "optimizer.", "schedule.", "training.")
-_FREE = (
-    "data.num_workers",
-    "data.cache_dir",
-    "training.micro_batch",
-    "training.recompute",
-    "attention.backend",
+from dash_megatron.studies.jobs import (
+    Job,
+    check_same,
+    in_waves,
+    is_finished,
+    jobs_of,
+    select_jobs,
+    with_bases,
 )
-"""What a run may change in these when it is started again."""
+from dash_megatron.studies.local import LocalRuns, environments, repository_script, train_command
+from dash_megatron.studies.runs import evaluations
+from dash_megatron.studies.study_file import Study, StudyError, load_study
 
 
 def submit_studies(
@@ -126,27 +123,6 @@ def _check_evaluations(study: Study) -> None:
             check_arguments(shlex.split(arguments))
         except ValueError as error:
             raise StudyError(f"{place}={arguments!r}: {error}") from error
-
-
-def check_same(run: StudyRun) -> None:
-    """Refuse a folder in which another config was trained.
-
-    Raises:
-        ValueError: `config.yaml` there differs in what decides the result.
-    """
-    path = run.folder / "config.yaml"
-    if not path.is_file():
-        return
-    try:
-        old = config_of_stored_run(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise StudyError(f"{path} cannot be read ({error}); move {run.folder} away") from error
-    for key, trained, wanted in differences(old, run.config):
-        if key.startswith(_RESULT_SECTIONS) and key not in _FREE:
-            raise StudyError(
-                f"{run.folder} was trained with {key}={trained}, and the study now says {wanted}; restore the study, "
-                "choose another `output`, or move that folder away"
-            )
 
 
 @contextlib.contextmanager

@@ -331,15 +331,24 @@ def test_a_wrong_number_at_once_is_refused(
     assert message in capsys.readouterr().err
 
 
-def test_a_folder_of_another_config_is_refused(write_study: Write, tmp_path: Path) -> None:
-    path = write_study()
-    run = runs_of(path)[0]
-    run.folder.mkdir(parents=True)
+def test_a_folder_of_another_config_is_refused_and_its_results_are_told_to_be_of_it(
+    write_study: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(points=SIZES)
+    run, other, *_ = runs_of(path)
+    finish(run, 3.0, 0.5)
+    finish(other, 3.0, 0.5)
     tree = run.config.model_dump(mode="json")
     tree["optimizer"]["lr"] = 0.5
     (run.folder / "config.yaml").write_text(yaml.safe_dump(tree))
     with pytest.raises(ValueError, match=r"was trained with optimizer\.lr=0\.5"):
         submit_module.submit_studies([path], train=trainer(tmp_path, {}))
+    assert len(collect(load_study(path))) == 2
+    warning = capsys.readouterr().err
+    assert warning.startswith(
+        f"warning: {run.folder} was trained with optimizer.lr=0.5, and the study now says"
+    )
+    assert warning.count("\n") == 1
 
 
 def test_a_folder_trained_in_a_layout_that_is_refused_today_is_the_same_run(write_study: Write) -> None:
