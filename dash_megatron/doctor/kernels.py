@@ -95,9 +95,9 @@ def _compare(config: Config, dtype: torch.dtype, device: torch.device) -> tuple[
     expected, expected_gradients, expected_selected = _run(config, exact, "reference")
     # what is zero by its nature is rounding here, so errors are relative to something at least
     floor = 1e-3 * exact.d_out.norm().item()
-    errors = {"out": _error(out, expected)}
+    errors = {"out": relative_error(out, expected)}
     for name, found, wanted in zip("qkvw", gradients, expected_gradients, strict=True):
-        errors[f"d{name}"] = _error(found, wanted, floor)
+        errors[f"d{name}"] = relative_error(found, wanted, floor)
     return errors, (selected == expected_selected).double().mean().item()
 
 
@@ -140,6 +140,7 @@ def _run(config: Config, inputs: Inputs, backend: str) -> tuple[Tensor, tuple[Te
     return out.detach(), gradients, routing.chunks_selected
 
 
-def _error(found: Tensor, expected: Tensor, floor: float = 0.0) -> float:
+def relative_error(found: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
+    """Norm of the difference over the norm of what is expected, or over `floor` where that is more."""
     expected = expected.double()
     return ((found.double() - expected).norm() / expected.norm().clamp_min(floor)).item()

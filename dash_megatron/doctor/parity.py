@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dash_megatron.config import Config, ParallelConfig
 from dash_megatron.data.batches import num_target_tokens
-from dash_megatron.doctor.kernels import TOLERANCE, uses_kernels
+from dash_megatron.doctor.kernels import TOLERANCE, relative_error, uses_kernels
 from dash_megatron.doctor.runner import Figure, Finding
 from dash_megatron.doctor.session import Session
 from dash_megatron.doctor.small import build, documents_batch, tiny_config
@@ -110,9 +110,3 @@ def _whole_gradient(parameter: Tensor) -> Tensor:
         dist.all_gather(shards, gradient.contiguous(), group=tensor_group())
         gradient = join(shards, split)
     return gradient.cpu()
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected."""
-    difference = (found.double() - expected.double()).norm()
-    return (difference / expected.double().norm().clamp_min(1e-30)).item()

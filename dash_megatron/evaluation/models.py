@@ -41,8 +41,6 @@ class LanguageModel(ABC):
     tokenizer: Tokenizer
     trained_length: int
     """Longest sequence of training, in tokens."""
-    data: list[str]
-    """Prefixes of validation data; empty where the model has none."""
     rope_scaling: RopeScaling | None = None
     """The RoPE scaling of this evaluation, in place of that of training; None: as trained."""
     device: torch.device
@@ -109,7 +107,6 @@ class RunModel(LanguageModel):
         self.name, self.fingerprint, self.device = name, fingerprint, device
         self.tokenizer = Tokenizer(str(config.data.tokenizer))
         self.trained_length = config.data.seq_length
-        self.data = blend_prefixes(config.data.valid)
         self._model = model
         # the model gives hidden states, of which only those that are asked for become logits
         self._model.post_process = False
@@ -165,7 +162,6 @@ class ExportedModel(LanguageModel):
             self._model.float()  # as a run: half precision is for GPUs
         self._model.to(self.device)
         self.trained_length = int(model.config.max_position_embeddings)
-        self.data = []
 
     @torch.no_grad()
     def hidden(self, tokens_BN: Tensor) -> Tensor:
@@ -207,8 +203,9 @@ class ModelSource:
     """Of a run."""
     tokenizer: Tokenizer
     trained_length: int
-    """See `LanguageModel`, as for `data`."""
+    """See `LanguageModel`."""
     data: list[str]
+    """Prefixes of validation data; empty where the model has none."""
 
 
 def describe_source(

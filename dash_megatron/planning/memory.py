@@ -300,7 +300,8 @@ def memory_use(
     forward_exchange, backward_exchange = _exchange_bytes(shape, layout)
 
     kept_attention = parts["row_state"] + parts["laid_out"] + parts["branches"] + lists
-    if layout.context > 1 and layout.context_comm != "a2a":
+    sharded = layout.context > 1 and layout.context_comm != "a2a"
+    if sharded:
         # where queries of other ranks are in them, they are not computed again
         kept_attention += parts["pooled"]
     layer = 4 * parts["stream"] + parts["attention"] + parts["feed_forward"]
@@ -320,11 +321,8 @@ def memory_use(
         by_pair = pair_bytes(config, layout, listed, hardware.gpu)
         by_pair["keys"] = key_bytes(config, layout, listed)
     attention_phase = gradient_rows + backward_lists + max(forward_exchange, backward_exchange)
-    # sums of keys and values that queries leave stay until these are done
-    key_sums = 8 * shape.tokens * shape.kv_heads * shape.head_dim * (by_pair["queries"] > 0)
-    if layout.context > 1 and layout.context_comm != "a2a":
-        # queries add theirs to the gradients of the buffer
-        key_sums = 0
+    # sums of keys and values that queries leave stay until these are done; of sharded keys they are the gradients of the buffer
+    key_sums = 8 * shape.tokens * shape.kv_heads * shape.head_dim * (by_pair["queries"] > 0 and not sharded)
     backward_pairs = max(by_pair["queries"], by_pair["keys"] + key_sums)
     attention_phase = max(attention_phase + backward_pairs, by_pair["attend"])
     feed_forward_phase = parts["feed_forward"] / 2 + feed_forward * (layout.recompute == "selective")

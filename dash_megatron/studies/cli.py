@@ -169,29 +169,28 @@ def _fit(options: argparse.Namespace) -> None:
     from dash_megatron.studies.fit import render_fits
     from dash_megatron.studies.study_file import load_study
 
-    if load_study(options.study).branches:
+    study = load_study(options.study)
+    if study.branches:
         raise ValueError(
             "branches of a base follow no scaling law, so there is nothing to fit; `study report` compares them"
         )
-    _, _, fits, path = _fitted(options.study)
+    _, fits, path = _fitted(study)
     print("\n".join([*render_fits(fits), str(path)]))
     if not any("values" in fit for fits_of in fits["variants"].values() for fit in fits_of.values()):
         raise ValueError("no variant has the runs that a fit needs; the lines above say what is missing")
 
 
-def _fitted(path: str) -> tuple[Any, list[dict[str, Any]], dict[str, Any], Path]:
+def _fitted(study: Any) -> tuple[list[dict[str, Any]], dict[str, Any], Path]:
     from dash_megatron.files import write_whole
     from dash_megatron.studies.collect import collect, write_table
     from dash_megatron.studies.fit import fit_study
-    from dash_megatron.studies.study_file import load_study
 
-    study = load_study(path)
     rows = collect(study)
     write_table(study, rows)
     fits = fit_study(rows)
     output = Path(study.output) / "fits.json"
     write_whole(output, json.dumps(fits, indent=2) + "\n", make_folder=True)
-    return study, rows, fits, output
+    return rows, fits, output
 
 
 def _plot(options: argparse.Namespace) -> None:
@@ -208,7 +207,7 @@ def _drawn(options: argparse.Namespace) -> tuple[Path, dict[Path, str], dict[str
     study, folder = _opened(options)
     if study.branches:
         return _drawn_branches(study, folder, options.study)
-    _, rows, fits, _ = _fitted(options.study)
+    rows, fits, _ = _fitted(study)
     drawn = draw_study(study, rows, fits, folder / "plots")
     pictures = {folder / "plots" / name: text for name, text in drawn.items()}
     return folder, pictures, {".html": render_page(study, options.study, rows, fits, pictures)}

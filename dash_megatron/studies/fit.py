@@ -34,12 +34,12 @@ class Fit:
     """Root mean square of log(predicted / observed)."""
 
 
-def fit_parametric(parameters: Array, tokens: Array, loss: Array, draws: int = 200, seed: int = 0) -> Fit:
+def fit_parametric(parameters: Array, tokens: Array, loss: Array, draws: int = 200) -> Fit:
     """Fit loss = E + A N^-a + B D^-b.
 
     Args:
         parameters, tokens, loss: float [runs], each above 0; loss in nats.
-        draws: bootstrap fits; seed: of their draws.
+        draws: bootstrap fits.
 
     Returns:
         E, A, a, B, b, and `optimal`, the exponent of compute-optimal parameters in compute, b / (a + b).
@@ -55,15 +55,15 @@ def fit_parametric(parameters: Array, tokens: Array, loss: Array, draws: int = 2
     if problem := _not_separable(*columns):
         raise ValueError(problem)
     names = ("E", "A", "a", "B", "b")
-    return _fit(columns, np.asarray(loss, float), names, draws, seed, _not_separable)
+    return _fit(columns, np.asarray(loss, float), names, draws, _not_separable)
 
 
-def fit_compute(flops: Array, loss: Array, draws: int = 200, seed: int = 0) -> Fit:
+def fit_compute(flops: Array, loss: Array, draws: int = 200) -> Fit:
     """Fit loss = E + K C^-c to the runs that no other run beats with less compute.
 
     Args:
         flops, loss: float [runs], each above 0.
-        draws, seed: as in `fit_parametric`.
+        draws: as in `fit_parametric`.
 
     Raises:
         ValueError: fewer than four such runs.
@@ -76,7 +76,7 @@ def fit_compute(flops: Array, loss: Array, draws: int = 200, seed: int = 0) -> F
             f"{MIN_POINTS}; train more sizes or budgets"
         )
     few = lambda x: "few" if len(np.unique(x)) < 3 else None  # noqa: E731
-    return _fit((flops[best],), loss[best], ("E", "K", "c"), draws, seed, few)
+    return _fit((flops[best],), loss[best], ("E", "K", "c"), draws, few)
 
 
 def frontier(flops: Array, loss: Array) -> list[int]:
@@ -106,14 +106,13 @@ def _fit(
     loss: Array,
     names: tuple[str, ...],
     draws: int,
-    seed: int,
     not_enough: Callable[..., str | None],
 ) -> Fit:
     # in units of the geometric mean, so that all unknowns are near 1
     scales = [float(np.exp(np.log(column).mean())) for column in columns]
     logs = np.stack([np.log(column / scale) for column, scale in zip(columns, scales, strict=True)])
     best = min((_refine(logs, loss, start) for start in _starts(logs, loss)), key=lambda result: result[1])[0]
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     samples: list[dict[str, float]] = []
     for _ in range(10 * draws):
         if len(samples) == draws:
@@ -153,8 +152,8 @@ def _refine(logs: Array, loss: Array, start: Array) -> tuple[Array, float]:
     return found.x, float(found.cost)
 
 
-def _starts(logs: Array, loss: Array, keep: int = 4) -> list[Array]:
-    """The exponents of a grid with which non-negative E and factors fit best."""
+def _starts(logs: Array, loss: Array) -> list[Array]:
+    """The four exponents of a grid with which non-negative E and factors fit best."""
     tried = []
     for exponents in np.stack(np.meshgrid(*[_EXPONENTS] * len(logs)), -1).reshape(-1, len(logs)):
         design = np.stack([np.ones_like(loss), *np.exp(-exponents[:, None] * logs)], 1) / loss[:, None]
@@ -166,7 +165,7 @@ def _starts(logs: Array, loss: Array, keep: int = 4) -> list[Array]:
             exponents,
         )
         tried.append((rest, theta))
-    return [theta for _, theta in sorted(tried, key=lambda pair: pair[0])[:keep]]
+    return [theta for _, theta in sorted(tried, key=lambda pair: pair[0])[:4]]
 
 
 def _named(theta: Array, scales: list[float], names: tuple[str, ...]) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -76,26 +75,13 @@ class OpenedRun:
         """
         cores = dash_layers(self.model)
         for layer, core in cores.items():
-            core.observer = functools.partial(_without_documents, observe, layer, core)
+            core.observer = lambda q, k, w, _, own, at=layer, core=core: observe(at, core, q, k, w, own)
         tokens = torch.from_numpy(self.document)[None].to(self.device)
         try:
             self.model(tokens, torch.arange(tokens.shape[1], device=self.device)[None])
         finally:
             for core in cores.values():
                 core.observer = None
-
-
-def _without_documents(
-    observe: Observe,
-    layer: int,
-    core: DashCoreAttention,
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    _: Tensor | None,
-    own: Own,
-) -> None:
-    observe(layer, core, q, k, w, own)
 
 
 @contextmanager
