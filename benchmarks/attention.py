@@ -72,7 +72,7 @@ def relative_error(x: Tensor, expected: Tensor) -> float:
 def check(case: Case) -> dict[str, float]:
     """Relative errors against float64 on the case's inputs, cut to a length where that fits; raises if too large."""
     case = replace(case, tokens=min(case.tokens, CHECK_TOKENS), batch=1)
-    leaves, upstream = make_inputs(case, case.tokens, DEVICE)
+    leaves, upstream = make_inputs(case, DEVICE)
     doubles = [x.detach().double().requires_grad_() for x in leaves]
     if case.model:
         # a router that decides nothing has no gradient for summary_query
@@ -122,7 +122,7 @@ def whole_calls(
             return stages.out, stages.dq, stages.dk, stages.dv, stages.dw
 
         return forward_stages, all_stages
-    leaves, upstream = make_inputs(case, case.tokens, DEVICE)
+    leaves, upstream = make_inputs(case, DEVICE)
 
     def forward_without_grad() -> Tensor:
         with torch.no_grad():
@@ -137,7 +137,7 @@ def whole_calls(
 
 def time_dense(case: Case, backend: SDPBackend) -> tuple[float, float]:
     """Forward, and forward with backward, of dense causal attention."""
-    leaves, upstream = make_inputs(case, case.tokens, DEVICE)
+    leaves, upstream = make_inputs(case, DEVICE)
     q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in leaves[:3])
     upstream = upstream.transpose(1, 2)
 
@@ -234,7 +234,7 @@ def time_case(case: Case, dense: dict[str, tuple[float, float]], repeatable: boo
 
 
 def time_reference(case: Case) -> tuple[float, float]:
-    leaves, upstream = make_inputs(case, case.tokens, DEVICE)
+    leaves, upstream = make_inputs(case, DEVICE)
 
     def both() -> tuple[Tensor, ...]:
         return torch.autograd.grad(attend(case, leaves, "reference"), leaves, upstream)

@@ -33,7 +33,6 @@ ALLOWED_ERROR = 1e-2
 # What is selected in all layers together has about this many bytes: twice the second-level cache of an H200.
 SELECTED_BYTES, USUAL_DENSITY = 100e6, 0.06
 MIN_LAYERS, MAX_LAYERS = 2, 128
-REPLAYS = 30
 SWEPT_SPLITS = (3, 7, 15, 23, 31, 47, 63, 127)
 DEVICE = default_device()
 BACKEND = "triton" if kernels_run(DEVICE) else "reference"

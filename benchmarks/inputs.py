@@ -16,6 +16,8 @@ TINY_MODEL = [
     "model.layers=2", "model.hidden_size=64", "model.heads=8", "model.kv_heads=2", "model.ffn_hidden_size=96",
     "model.vocab_size=320", "attention.chunk_size=16", "training.precision=fp32",
 ]  # fmt: skip
+# And of a step, of a row of 256 tokens.
+TINY_STEP = [*TINY_MODEL, "data.seq_length=256", "training.micro_batch=1"]
 
 
 def default_device() -> torch.device:

@@ -157,10 +157,9 @@ def _arguments() -> argparse.Namespace:
 
 def _overrides(kind: str, options: argparse.Namespace) -> list[str]:
     """Of all layouts of a kind of attention."""
-    from benchmarks.inputs import TINY_MODEL
+    from benchmarks.inputs import TINY_STEP
 
-    tiny = [*TINY_MODEL, "data.seq_length=256", "training.micro_batch=1"] if options.tiny else []
-    return [*ROUTER, *tiny, *options.overrides, f"attention.kind={kind}"]
+    return [*ROUTER, *(TINY_STEP if options.tiny else []), *options.overrides, f"attention.kind={kind}"]
 
 
 def _layouts(config: str, kind: str, options: argparse.Namespace) -> list[tuple[int, str]]:

@@ -46,17 +46,16 @@ class Case:
     """Rows of so many tokens; those of a trained model all select alike."""
 
 
-def make_inputs(case: Case, tokens: int, device: torch.device, seed: int = 0) -> tuple[list[Tensor], Tensor]:
+def make_inputs(case: Case, device: torch.device) -> tuple[list[Tensor], Tensor]:
     """Leaves q, k, v, summary_query in bfloat16 and an upstream gradient; topics are the dial on density."""
-    Hkv, D = case.kv_heads, case.head_dim
-    inputs = Inputs(case.topics, Hkv, D, device, seed=seed)
-    B = case.batch
-    q, k = inputs.noise(B, tokens, case.heads, D), inputs.noise(B, tokens, Hkv, D)
+    B, N, Hkv, D = case.batch, case.tokens, case.kv_heads, case.head_dim
+    inputs = Inputs(case.topics, Hkv, D, device)
+    q, k = inputs.noise(B, N, case.heads, D), inputs.noise(B, N, Hkv, D)
     if case.structured:
         k = inputs.gather_keys(k, case.chunk_size)
         q = inputs.gather_queries(q, case.run)
-    leaves = [q, k, inputs.noise(B, tokens, Hkv, D), 0.1 * inputs.noise(Hkv, D)]
-    return [x.requires_grad_() for x in leaves], inputs.noise(B, tokens, case.heads, D)
+    leaves = [q, k, inputs.noise(B, N, Hkv, D), 0.1 * inputs.noise(Hkv, D)]
+    return [x.requires_grad_() for x in leaves], inputs.noise(B, N, case.heads, D)
 
 
 def given_chunks(case: Case, device: torch.device | str = "cpu") -> Tensor:
@@ -115,7 +114,7 @@ class Stages:
         launches: configs.Launches | None = None,
         deterministic: bool = False,
     ) -> None:
-        leaves, upstream = make_inputs(case, case.tokens, device)
+        leaves, upstream = make_inputs(case, device)
         self.q, self.k, self.v = (x.detach().flatten(0, 1) for x in leaves[:3])
         self.w, self.d_out, self.batch = leaves[3].detach(), upstream.flatten(0, 1), case.batch
         self.launches = launches or configs.find_launches(

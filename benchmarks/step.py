@@ -30,7 +30,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.given import Given, models_like
-from benchmarks.inputs import TINY_MODEL, default_device, device_name
+from benchmarks.inputs import TINY_STEP, default_device, device_name
 from benchmarks.timing import seconds_of
 from dash_megatron.command_line import ending_with_reader, parse_with_overrides
 from dash_megatron.config import Config, config_from_dict, load_config
@@ -52,7 +52,6 @@ from dash_megatron.training.loss import share_of_global_mean
 NO_TOKEN = -1
 # densities are dialled
 NO_TARGET = "attention.target_density=null"
-TINY_STEP = [*TINY_MODEL, "data.seq_length=256", "training.micro_batch=1"]
 
 
 @ending_with_reader()
@@ -159,12 +158,12 @@ def _random_batch(config: Config, vocab_size: int) -> PackedBatch:
 
 
 @torch.no_grad()
-def _dial(engine: Engine, batch: PackedBatch, density: float, rounds: int = 16) -> None:
+def _dial(engine: Engine, batch: PackedBatch, density: float) -> None:
     """Search every layer's scaling factor by bisection of its logarithm; more scaling selects less."""
     layers = dash_layers(engine.model)
     low = {index: module.scaling_factor * 2.0**-4 for index, module in layers.items()}
     high = {index: module.scaling_factor * 2.0**24 for index, module in layers.items()}
-    for _ in range(rounds):
+    for _ in range(16):
         for index, module in layers.items():
             module.scaling_factor = (low[index] * high[index]) ** 0.5
         engine.forward(batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens)

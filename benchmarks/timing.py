@@ -47,17 +47,18 @@ def milliseconds(function: Callable[[], object], device: torch.device, budget_ms
     if device.type != "cuda":
         return 1e3 * seconds_of(function, device)
     function()
+    repeats = max(3, min(20, int(budget_ms / max(_by_events(function), 1e-3))))
+    return statistics.median(_by_events(function) for _ in range(repeats))
 
-    def once() -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
 
-    repeats = max(3, min(20, int(budget_ms / max(once(), 1e-3))))
-    return statistics.median(once() for _ in range(repeats))
+def _by_events(function: Callable[[], object]) -> float:
+    """Milliseconds of one call on the GPU."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def graph_microseconds(
@@ -86,12 +87,7 @@ def graph_microseconds(
     times = []
     for _ in range(REPLAYS + 3):
         before()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
+        times.append(_by_events(graph.replay))
     return 1e3 * statistics.median(times[3:]) / len(calls)
 
 

@@ -10,15 +10,15 @@ import time
 NO_ANSWER = re.compile(
     r"timed out|Unable to contact|Zero Bytes|temporarily unavailable|connect failure", re.IGNORECASE
 )
-PAUSE_SECONDS = 5.0
+ATTEMPTS, PAUSE_SECONDS = 4, 5.0
 
 
-def query_slurm(*command: str, attempts: int = 4) -> str | None:
+def query_slurm(*command: str) -> str | None:
     """Standard output of a command that changes nothing, so that asking again does no harm.
 
     None where there is no such command, it refuses, or nobody answers.
     """
-    for attempt in range(attempts):
+    for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(PAUSE_SECONDS)
         try:

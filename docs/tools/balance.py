@@ -40,11 +40,11 @@ def packed(lengths: Tensor) -> Tensor:
     return (index - start + 0.5).double()
 
 
-def draw_documents(chunks: int, mean: float, generator: torch.Generator, spread: float = 1.0) -> Tensor:
-    """int64 lengths in chunks of log-normal documents that fill `chunks` exactly, the last one cut."""
+def draw_documents(chunks: int, mean: float, generator: torch.Generator) -> Tensor:
+    """int64 lengths in chunks of log-normal documents (σ = 1) that fill `chunks` exactly, the last one cut."""
     lengths: list[int] = []
-    location = torch.tensor(mean).log() - spread**2 / 2
+    location = torch.tensor(mean).log() - 0.5
     while (left := chunks - sum(lengths)) > 0:
-        length = (torch.randn((), generator=generator) * spread + location).exp()
+        length = (torch.randn((), generator=generator) + location).exp()
         lengths.append(min(left, max(1, round(length.item()))))
     return torch.tensor(lengths)

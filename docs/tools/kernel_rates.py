@@ -32,10 +32,10 @@ class Row(NamedTuple):
     """Of those of `RATES` that were timed."""
 
 
-def read_rows(table: Path = TABLE) -> list[Row]:
+def read_rows() -> list[Row]:
     """The cases of the table."""
     rows = []
-    with table.open(encoding="utf-8") as lines:
+    with TABLE.open(encoding="utf-8") as lines:
         for cells in csv.DictReader(lines):
             batch, tokens, heads, kv_heads, head_dim, chunk_size = (
                 int(cells[name])

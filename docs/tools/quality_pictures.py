@@ -64,10 +64,10 @@ class Fit:
     """Share of the variance of the end losses, R²."""
 
 
-def read_runs(summary: Path = SUMMARY) -> list[Run]:
-    """The finished runs of a summary made by `docs.tools.study_summary`."""
+def read_runs() -> list[Run]:
+    """The finished runs of the summary, which `docs.tools.study_summary` made."""
     found = []
-    for name, run in json.loads(summary.read_text())["runs"].items():
+    for name, run in json.loads(SUMMARY.read_text())["runs"].items():
         kind, _, rest = name.partition("-")
         steps, losses = zip(*((point["step"], point["loss"]) for point in run["validations"]), strict=True)
         if steps[-1] == LAST_STEP:

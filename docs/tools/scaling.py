@@ -42,6 +42,8 @@ ROUTERS: dict[str, tuple[tuple[str, ...], Choices]] = {
 }
 """Routers and how alike neighbours select: config keys, and choices. The page's tables have the second, and the first beside it."""
 BEST_CASE, TRAINED = "runs of 32", "means of 16 queries"
+SHAPE = ContextShape(context=8, tokens=16384, heads=32, kv_heads=8, head_dim=128, chunk_size=64)
+"""8B at 128K over 8 context ranks."""
 
 
 @dataclass(frozen=True)
@@ -187,12 +189,11 @@ def step_table(steps: Sequence[MeasuredStep]) -> str:
 
 
 def exchange_table(_: Extent) -> str:
-    """MB one rank sends per layer for 8B at 128K over 8 context ranks."""
-    shape = ContextShape(context=8, tokens=16384, heads=32, kv_heads=8, head_dim=128, chunk_size=64)
+    """MB one rank sends per layer for `SHAPE`."""
     rows = []
     for kind, coverage in [*((kind, 1.0) for kind in EXCHANGES), ("sparse", 0.5), ("sparse", 0.1)]:
-        sent = coverage * shape.peers * shape.num_chunks * shape.kv_heads
-        one = context_exchange(kind, shape, sent_chunks=sent)
+        sent = coverage * SHAPE.peers * SHAPE.num_chunks * SHAPE.kv_heads
+        one = context_exchange(kind, SHAPE, sent_chunks=sent)
         name = f"{kind}, {coverage:.0%} of chunks" if kind == "sparse" else kind
         rows.append([name, f"{one.forward / 1e6:.1f}", f"{one.backward / 1e6:.1f}"])
     return markdown(["exchange", "forward MB", "backward MB"], rows)
@@ -282,14 +283,13 @@ def balance_table(_: Extent) -> str:
     return markdown(["work of a query", *(f"{ranks} ranks" for ranks in pictures.RANKS)], rows)
 
 
-def sparse_ratio(density: float, locality: float, context: int = 8, tokens: int = 131072) -> float:
-    """Bytes of `sparse` over those of `all_gather`, forward and backward, for 8B."""
-    shape = ContextShape(context, tokens // context, heads=32, kv_heads=8, head_dim=128, chunk_size=64)
-    coverage = coverage_of_topics(density, locality, tokens / context / 32)
-    sent = coverage * shape.peers * shape.num_chunks * shape.kv_heads
+def sparse_ratio(density: float, locality: float) -> float:
+    """Bytes of `sparse` over those of `all_gather`, forward and backward, for `SHAPE`."""
+    coverage = coverage_of_topics(density, locality, SHAPE.tokens / 32)
+    sent = coverage * SHAPE.peers * SHAPE.num_chunks * SHAPE.kv_heads
 
     def total(kind: ContextComm) -> float:
-        one = context_exchange(kind, shape, sent_chunks=sent)
+        one = context_exchange(kind, SHAPE, sent_chunks=sent)
         return one.forward + one.backward
 
     return total("sparse") / total("all_gather")
