@@ -104,7 +104,7 @@ def attend_to_given(case: Case, qkv: list[Tensor]) -> Tensor:
 
 
 def whole_calls(
-    case: Case, reproducible: bool = False
+    case: Case, reproducible: bool = False, backend: str = "triton"
 ) -> tuple[Callable[[], Tensor], Callable[[], Sequence[Tensor]]]:
     """The forward, and the forward with its backward, which gives the output and the gradients of q, k, v, summary_query.
 
@@ -126,10 +126,10 @@ def whole_calls(
 
     def forward_without_grad() -> Tensor:
         with torch.no_grad():
-            return attend(case, leaves)
+            return attend(case, leaves, backend)
 
     def both() -> Sequence[Tensor]:
-        out = attend(case, leaves)
+        out = attend(case, leaves, backend)
         return out, *torch.autograd.grad(out, leaves, upstream)
 
     return forward_without_grad, both
@@ -233,19 +233,6 @@ def time_case(case: Case, dense: dict[str, tuple[float, float]], repeatable: boo
     return result
 
 
-def time_reference(case: Case) -> tuple[float, float]:
-    leaves, upstream = make_inputs(case, DEVICE)
-
-    def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(attend(case, leaves, "reference"), leaves, upstream)
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return attend(case, leaves, "reference")
-
-    return milliseconds(forward, DEVICE), milliseconds(both, DEVICE)
-
-
 def print_table(result: dict[str, Any]) -> None:
     case, total = result["case"], result["milliseconds"]
     print(
@@ -297,7 +284,8 @@ class Suite:
             self.dense_of[key] = {name: time_dense(case, backend) for name, backend in self.dense.items()}
         dense = dict(self.dense_of[key])
         if case.tokens <= REFERENCE_TOKENS and not case.model:
-            dense["reference"] = time_reference(case)
+            forward, both = whole_calls(case, backend="reference")
+            dense["reference"] = milliseconds(forward, DEVICE), milliseconds(both, DEVICE)
         result = {**time_case(case, dense, self.repeatable), "errors": errors}
         print_table(result)
         return result

@@ -96,13 +96,8 @@ class PerplexityJob(Job):
         """See `Job.compute`."""
         documents, windows = zip(*(self._windows[index] for index, _ in items), strict=True)
         losses = self.model.losses(torch.from_numpy(np.stack(windows))).double()
-        ends = buckets(self.length)
-        starts = [0, *ends[:-1]]
         return [
-            {
-                "document": document,
-                "nll_sums": [float(row[a:b].sum()) for a, b in zip(starts, ends, strict=True)],
-            }
+            {"document": document, "nll_sums": [float(row[a:b].sum()) for a, b in buckets(self.length)]}
             for document, row in zip(documents, losses, strict=True)
         ]
 
@@ -148,13 +143,12 @@ class DocumentsJob(Job):
             for (number, _), count in zip(items, counts, strict=True)
         ]
         losses = self.model.losses(pad_right(rows)).double()
-        ends = buckets(self.length)
         return [
             {
                 "tokens": count,
                 "nll_sums": [
                     float(row[start : min(end, count)].sum())
-                    for start, end in zip([0, *ends[:-1]], ends, strict=True)
+                    for start, end in buckets(self.length)
                     if start < count
                 ],
             }

@@ -62,7 +62,7 @@ class LanguageModel(ABC):
         """Cross entropy in nats of every token but a row's first, float32 [B, N - 1], on CPU."""
         hidden = self.hidden(tokens_BN[:, :-1]).flatten(0, 1)
         labels = tokens_BN[:, 1:].to(self.device).flatten()
-        rows = max(1, MAX_LOGITS // self._table_rows(hidden))
+        rows = max(1, MAX_LOGITS // self.logits(hidden[:1]).shape[-1])
         pieces = zip(hidden.split(rows), labels.split(rows), strict=True)
         parts = [torch.nn.functional.cross_entropy(self.logits(x), y, reduction="none") for x, y in pieces]
         return torch.cat(parts).view(len(tokens_BN), -1).cpu()
@@ -87,9 +87,6 @@ class LanguageModel(ABC):
     def argmax(self, logits: Tensor) -> Tensor:
         """The top-1 token of logits [..., rows of the table], int64 [...]; never a row that only pads the table."""
         return logits[..., : self.tokenizer.vocab_size].argmax(-1)
-
-    def _table_rows(self, hidden: Tensor) -> int:
-        return self.logits(hidden[:1]).shape[-1]
 
 
 def pad_right(rows: list[list[int]]) -> Tensor:

@@ -152,9 +152,8 @@ def _with_nan(line: dict[str, Any]) -> dict[str, Any]:
 def _sum_up_losses(job: Job, lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over all tokens, and by bucket of positions, without the buckets that no text reaches."""
     tokens = [line.get("tokens", job.length) for line in lines]
-    ends = buckets(job.length)
     found = []
-    for number, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+    for number, (start, end) in enumerate(buckets(job.length)):
         count = sum(max(0, min(end, each) - start) for each in tokens)
         if count:
             total = sum(line["nll_sums"][number] for line in lines if number < len(line["nll_sums"]))

@@ -227,17 +227,14 @@ def _copy(generator: random.Random, length: int, text: LocalText) -> Sample:
     return Sample(ids, first, spans, [], begin / max(1, room - CUE_TOKENS - COPIED_TOKENS))
 
 
-_needle_kinds = {
-    "niah_single": functools.partial(_needles),
-    "niah_multikey": functools.partial(_needles, keys=4),
-    "niah_multivalue": functools.partial(_needles, values=4),
-    "niah_multiquery": functools.partial(_needles, keys=8, asked=4),
-}
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("needle", functools.partial(_needles), by_depth=True),
-        *(Task(name, build) for name, build in _needle_kinds.items()),
+        Task("needle", _needles, by_depth=True),
+        Task("niah_single", _needles),
+        Task("niah_multikey", functools.partial(_needles, keys=4)),
+        Task("niah_multivalue", functools.partial(_needles, values=4)),
+        Task("niah_multiquery", functools.partial(_needles, keys=8, asked=4)),
         Task("variable_tracking", _variables),
         Task("common_words", _common, smallest=4, uses_text=False),
         Task("frequent_words", _frequent, smallest=40, uses_text=False),
@@ -245,4 +242,4 @@ TASKS: dict[str, Task] = {
         Task("copy", None, uses_text=False),
     )
 }
-"""By name; `perplexity`, the other task of the command, has no samples."""
+"""By name; `perplexity` and `documents`, the other tasks of the command, have no samples."""

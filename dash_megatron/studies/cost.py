@@ -98,12 +98,10 @@ def curriculum_context(data: DataConfig, steps: int, longest: float) -> float:
     return total / steps
 
 
-def flops_per_token(
-    config: Config, vocab_size: int, context: float, density: float | None
-) -> tuple[float, float]:
-    """Training FLOPs of a token at a density and as if dense; None: every layer is full attention."""
+def flops_per_token(config: Config, vocab_size: int, context: float, density: float) -> tuple[float, float]:
+    """Training FLOPs of a token at a density and as if dense."""
     dense = training_flops_per_token(config, vocab_size, context)
-    if density is None or config.attention.kind == "full":
+    if config.attention.kind == "full":
         return dense, dense
     # a token's chunks lie in [1, available]: its own one is always selected
     available = (context - 0.5) / config.attention.chunk_size + 0.5

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from dash_megatron.drawing import GRID, layer_colors, line_style, line_widths, plt, save
+from dash_megatron.drawing import GRID, line_style, line_widths, plt, save
 from dash_megatron.studies.collect import dense_twins, rows_with_quality
 from dash_megatron.studies.fit import frontier
 from dash_megatron.studies.plan import human
+from dash_megatron.studies.plot_run import draw_densities
 from dash_megatron.studies.runs import expand
 from dash_megatron.studies.scores import draw_scores, means_over_runs, read_scores
 from dash_megatron.studies.study_file import Study
@@ -41,21 +42,17 @@ def draw_study(
     folder.mkdir(parents=True, exist_ok=True)
     finished, quality = rows_with_quality(rows)
     folders = {run.name: run.folder for run in expand(study)}
-    shown = {"loss_compute.png": _loss_compute(finished, quality, fits, folder / "loss_compute.png")}
-    shown["curves.png"] = _loss_over_tokens(folders, finished, quality, folder / "curves.png")
-    text = _loss_by_position(folders, finished, folder / "position.png")
-    if text:
-        shown["position.png"] = text
-    text = _task_scores(folders, finished, folder / "scores.png")
-    if text:
-        shown["scores.png"] = text
+    shown = {
+        "loss_compute.png": _loss_compute(finished, quality, fits, folder / "loss_compute.png"),
+        "curves.png": _loss_over_tokens(folders, finished, quality, folder / "curves.png"),
+        "position.png": _loss_by_position(folders, finished, folder / "position.png"),
+        "scores.png": _task_scores(folders, finished, folder / "scores.png"),
+    }
     if any(row["density"] is not None for row in finished):
         shown["pareto.png"] = _pareto(finished, quality, folder / "pareto.png")
-        text = _density_by_layer(folders, rows, folder / "density.png")
-        if text:
-            shown["density.png"] = text
+        shown["density.png"] = _density_by_layer(folders, rows, folder / "density.png")
     shown["throughput.png"] = _throughput(finished, folder / "throughput.png")
-    return shown
+    return {name: text for name, text in shown.items() if text}
 
 
 def _styles(rows: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
@@ -265,18 +262,9 @@ def _density_by_layer(folders: dict[str, Path], rows: list[dict[str, Any]], path
         axis.set_visible(False)
     for axis, run in zip(axes.flat, runs, strict=False):
         metrics = read_metrics(folders[run])
-        layers = len(metrics[0]["density_per_layer"])
-        widths = line_widths(layers)
-        for layer, color in layer_colors(range(layers)).items():
-            points = [(line["step"], line["density_per_layer"][layer]) for line in metrics]
-            known = [(step, 100 * value) for step, value in points if value is not None]
-            if known:
-                label = f"layer {layer}" if layer in (0, layers - 1) else None
-                axis.plot(*zip(*known, strict=True), color=color, lw=widths[layer], label=label)
+        draw_densities(axis, metrics, all_labels=False)
         axis.set_title(run, fontsize=8, wrap=True)
-        axis.set_ylim(0, 105)
         axis.set_xlabel("optimizer step")
-        axis.grid(alpha=GRID)
         axis.legend(fontsize=7)
     axes[0][0].set_ylabel("density (%)")
     _save(figure, path, "Density of every layer over training")

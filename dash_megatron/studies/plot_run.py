@@ -35,7 +35,9 @@ def plot_run(run_dir: str | Path, output: str | Path | None = None) -> Path:
     )
     _plot_losses(axes[0][0], metrics, _corpus_entropy(run_dir))
     if routed:
-        _plot_density(axes[1][0], metrics)
+        draw_densities(axes[1][0], metrics, all_labels=len(metrics[0]["density_per_layer"]) <= 16)
+        axes[1][0].set_ylabel("density (% of available chunks selected)")
+        axes[1][0].legend(ncols=2)
     axes[-1][0].set_xlabel("optimizer step")
     figure.suptitle(Path(run_dir).name)
     figure.tight_layout()
@@ -84,7 +86,8 @@ def _plot_losses(axis: Any, metrics: Sequence[StepMetrics], entropy: float | Non
     axis.legend()
 
 
-def _plot_density(axis: Any, metrics: Sequence[StepMetrics]) -> None:
+def draw_densities(axis: Any, metrics: Sequence[StepMetrics], all_labels: bool) -> None:
+    """Draw the density of every layer over steps, in percent; the first and the last layer are labelled, or all are."""
     num_layers = len(metrics[0]["density_per_layer"])
     widths = line_widths(num_layers)
     for layer, color in layer_colors(range(num_layers)).items():
@@ -92,9 +95,7 @@ def _plot_density(axis: Any, metrics: Sequence[StepMetrics]) -> None:
         points = [(step, density) for step, density in points if density is not None]
         if points:
             steps, density = zip(*points, strict=True)
-            label = f"layer {layer}" if num_layers <= 16 or layer in (0, num_layers - 1) else None
+            label = f"layer {layer}" if all_labels or layer in (0, num_layers - 1) else None
             axis.plot(steps, [100 * value for value in density], color=color, lw=widths[layer], label=label)
     axis.set_ylim(0, 105)
-    axis.set_ylabel("density (% of available chunks selected)")
     axis.grid(alpha=GRID)
-    axis.legend(ncols=2)

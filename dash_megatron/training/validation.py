@@ -100,11 +100,11 @@ def validate(
         device: what this process computes on.
         beat: called before every batch.
     """
-    ends = buckets(seq_length)
-    ends_K = torch.tensor(ends, device=device)
-    numbers_K1 = torch.arange(len(ends), device=device)[:, None]
+    spans = buckets(seq_length)
+    ends_K = torch.tensor([end for _, end in spans], device=device)
+    numbers_K1 = torch.arange(len(spans), device=device)[:, None]
     # losses and targets of each bucket
-    sums_2K = torch.zeros(2, len(ends), dtype=torch.float64, device=device)
+    sums_2K = torch.zeros(2, len(spans), dtype=torch.float64, device=device)
     source.load_state_dict({"consumed_samples": 0})
     for batch in source:
         beat()
@@ -117,12 +117,11 @@ def validate(
     # of tokens that several processes have copies of, losses and targets are in the sums as often, and that cancels
     dist.all_reduce(sums_2K)
     losses, targets = sums_2K.tolist()
-    starts = [0, *ends[:-1]]
     return Validation(
         sum(losses) / max(1.0, sum(targets)),
         [
             {"from": start, "to": end, "loss": loss / count}
-            for start, end, loss, count in zip(starts, ends, losses, targets, strict=True)
+            for (start, end), loss, count in zip(spans, losses, targets, strict=True)
             if count
         ],
     )
