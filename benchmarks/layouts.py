@@ -36,7 +36,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dash_megatron.command_line import ending_with_reader, parse_with_overrides
 from dash_megatron.config import Config, load_config
-from dash_megatron.launcher import launch
 from dash_megatron.planning.layout import Hardware, Layout
 from dash_megatron.planning.search import configured_layout, estimate_configured, search
 from dash_megatron.planning.step_time import Routing
@@ -79,14 +78,6 @@ class Case:
 def main() -> None:
     """Run from the command line."""
     options = _arguments()
-    if options.start:
-        command = [sys.executable, __file__, "--case", str(options.case)]
-        raise SystemExit(launch(command, options.start))
-    if options.case:
-        from benchmarks.layout_case import run_case
-
-        run_case(options.case)
-        return
     # an order to stop, as from `timeout`, must reach the processes of a case
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options.output.mkdir(parents=True, exist_ok=True)
@@ -144,8 +135,6 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--trace", action="store_true", help="keep a Chrome trace of one step of each case")
     parser.add_argument("--tiny", action="store_true", help="two narrow layers, 256 tokens, any device")
-    parser.add_argument("--case", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--start", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parse_with_overrides(parser)
     if options.launcher is not None and shutil.which(next(iter(options.launcher), "")) is None:
@@ -238,9 +227,9 @@ def _in_processes(case: Case, file: Path, launcher: list[str] | None) -> dict[st
     file.write_text(json.dumps(dataclasses.asdict(case)))
     result, log = file.with_suffix(".result"), file.with_suffix(".log")
     result.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--case", str(file)]
+    command = [sys.executable, str(Path(__file__).with_name("layout_case.py")), str(file)]
     if launcher is None:
-        command += ["--start", str(case.gpus)]
+        command.append("--start")
     else:
         command = [*(word.replace("{gpus}", str(case.gpus)) for word in launcher), *command]
     with log.open("w") as output:
