@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -39,16 +40,39 @@ def new_folder(output: Path) -> Iterator[Path]:
 
     Args:
         output: the folder to make; may not exist, see `check_new`.
+
+    Raises:
+        ValueError: another process makes it.
     """
     partial = output.parent / f".{output.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    with _only_here(partial, output):
+        for left in partial.iterdir():  # by one that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            yield partial
+            os.rename(partial, output)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _only_here(folder: Path, output: Path) -> Iterator[None]:
+    """Hold a folder against other processes, whose files would mix with those of this one."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        yield partial
-        os.rename(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{output} is being made by another process; wait for that one, or choose another folder"
+            ) from None
+        except OSError:  # a file system without locks holds nothing
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_pieces(
@@ -104,7 +128,7 @@ def read_tensors(
         dtype: to round to, one tensor after the other; None keeps each tensor's.
 
     Raises:
-        ValueError: one is missing or of another shape; the message names it.
+        ValueError: one is missing, of another shape, or of whole numbers; the message names it.
     """
     tensors = {}
     for name, shape in shapes.items():
@@ -115,6 +139,10 @@ def read_tensors(
             raise ValueError(
                 f"{source}: tensor {name} has shape {list(tensor.shape)} and must have {list(shape)}"
             )
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{source}: tensor {name} is of {tensor.dtype}; give weights that are not quantized"
+            )
         tensors[name] = tensor.to(dtype or tensor.dtype)
     return tensors
 
@@ -124,13 +152,13 @@ class FolderWeights(Mapping[str, Tensor]):
 
     Raises:
         FileNotFoundError: there are no safetensors.
-        ValueError: a file is damaged, or the index names a tensor that its file has not.
+        ValueError: a file or the index is damaged, or the index names a tensor that its file has not.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if (self.folder / INDEX).is_file():
-            self.files: dict[str, str] = json.loads((self.folder / INDEX).read_text())["weight_map"]
+            self.files = self._read_index()
         elif (self.folder / _SINGLE_FILE).is_file():
             self.files = dict.fromkeys(self._names(_SINGLE_FILE), _SINGLE_FILE)
         else:
@@ -145,6 +173,17 @@ class FolderWeights(Mapping[str, Tensor]):
                 raise ValueError(
                     f"{self.folder / file} and {INDEX} disagree about tensor {wrong}; download both again"
                 )
+
+    def _read_index(self) -> dict[str, str]:
+        try:
+            files = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            if not all(isinstance(file, str) for file in files.values()):
+                raise TypeError("a tensor's file is no name")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{self.folder / INDEX} is damaged ({type(error).__name__}: {error}); download it again"
+            ) from error
+        return dict(files)
 
     def _names(self, file: str) -> list[str]:
         if not (self.folder / file).is_file():

@@ -47,7 +47,7 @@ def import_folder(source: str | Path, output: str | Path) -> Imported:
     Raises:
         FileNotFoundError: `source` lacks a file.
         ValueError: the model is not of a shape that can be trained here, a file is damaged, or a tensor is missing,
-            unknown or of another shape. `output` does not exist then.
+            unknown, of another shape or not finite. `output` does not exist then.
     """
     source, output = Path(source), Path(output)
     check_new(output)
@@ -124,6 +124,8 @@ def _convert(
         untied = name == "lm_head.weight" and name not in weights and factors != (1.0, 1.0, 1.0)
         stored = "model.embed_tokens.weight" if untied else name
         tensor = read_tensors(weights, {stored: shape}, str(source))[stored]
+        if not tensor.float().isfinite().all():
+            raise ValueError(f"{source}: tensor {stored} has values that are not finite; download it again")
         factor = {"model.embed_tokens.weight": embedding, "lm_head.weight": logits}.get(name, 1.0)
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             factor = residual

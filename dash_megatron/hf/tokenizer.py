@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import random
 import shutil
 from pathlib import Path
@@ -16,6 +16,8 @@ from dash_megatron.data.chat import TEMPLATE_FILE, ChatTemplate, template_beside
 from dash_megatron.data.sentencepiece_model import SPACE_SYMBOL
 from dash_megatron.data.tokenizer import Tokenizer as OurTokenizer
 from dash_megatron.files import telling_errors_of_the_disk
+
+logger = logging.getLogger(__name__)
 
 # generated code, whose names no type checker sees
 _format: Any = sentencepiece_model_pb2
@@ -77,12 +79,15 @@ def _load(folder: Path, source: Path) -> PreTrainedTokenizerBase:
 def import_tokenizer(source: Path, folder: Path) -> str | None:
     """Copy what data can be tokenized with, chat template included, and give the name of the file for `data.tokenizer`.
 
-    None where the source has no tokenizer, or one that training refuses.
+    None where the source has no tokenizer, or one that training refuses, for a reason that is logged.
     """
     found: dict[str, OurTokenizer] = {}
     for name in ("tokenizer.model", "tokenizer.json"):
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            found[name] = OurTokenizer(source / name)
+        if (source / name).is_file():
+            try:
+                found[name] = OurTokenizer(source / name)
+            except ValueError as error:
+                logger.warning("%s is left out: %s", source / name, error)
     if not found:
         return None
     template = template_beside(source / "tokenizer")

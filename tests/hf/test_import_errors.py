@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from dash_megatron.__main__ import main
 from dash_megatron.hf.architectures import check_architecture
 from dash_megatron.hf.export import export_run
-from dash_megatron.hf.folder import INDEX
+from dash_megatron.hf.folder import INDEX, new_folder
 from dash_megatron.hf.importing import import_folder
 from dash_megatron.training.initial import load_initial_weights
 from tests.hf.llamas import MINICPM, first_logits, run_config, save_llama
@@ -36,6 +37,14 @@ CORRUPTED: dict[str, tuple[Any, str]] = {
     "shape": (
         lambda x: x.update({K_PROJ: torch.ones(3, 64)}),
         r"has shape \[3, 64\] and must have \[32, 64\]",
+    ),
+    "quantized": (
+        lambda x: x.update({K_PROJ: x[K_PROJ].char()}),
+        f"tensor {K_PROJ} is of torch.int8; give weights that are not quantized",
+    ),
+    "not finite": (
+        lambda x: x[K_PROJ][3].fill_(torch.nan),
+        f"tensor {K_PROJ} has values that are not finite",
     ),
 }
 
@@ -68,6 +77,33 @@ def test_a_damaged_file_and_a_wrong_index_are_errors(
     (folder / file).unlink()
     with pytest.raises(FileNotFoundError, match="is missing"):
         import_folder(folder, tmp_path / "start")
+    for text in ("{", "[]", "{}", '{"weight_map": null}', '{"weight_map": {"a": 1}}'):
+        (folder / INDEX).write_text(text)
+        with pytest.raises(ValueError, match=rf"{INDEX} is damaged .*; download it again"):
+            import_folder(folder, tmp_path / "start")
+
+
+def test_a_damaged_tokenizer_is_left_out_with_the_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_llama(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text("{")
+    assert import_folder(tmp_path / "hf", tmp_path / "start").tokenizer is None
+    (line,) = caplog.messages
+    assert line.startswith(f"{tmp_path}/hf/tokenizer.json is left out: data.tokenizer=")
+
+
+def test_two_processes_do_not_make_one_folder_and_what_a_killed_one_left_goes(tmp_path: Path) -> None:
+    save_llama(tmp_path / "hf")
+    with new_folder(tmp_path / "start") as folder:
+        (folder / "left").touch()
+        with pytest.raises(ValueError, match="start is being made by another process; wait for that one"):
+            import_folder(tmp_path / "hf", tmp_path / "start")
+        assert [path.name for path in folder.iterdir()] == ["left"]
+        shutil.copytree(folder, tmp_path / "of_killed")
+    (tmp_path / "of_killed").rename(tmp_path / ".other.partial")
+    import_folder(tmp_path / "hf", tmp_path / "other")
+    assert sorted(path.name for path in (tmp_path / "other").iterdir()) == ["model.safetensors", "model.yaml"]
 
 
 def test_a_disk_that_cannot_take_the_weights_ends_in_a_sentence(
