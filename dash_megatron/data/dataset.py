@@ -131,11 +131,8 @@ def build_dataset(
         f"{field} names {len(prefixes)} data sets",
         "ask for a higher limit, or tokenize several data sets into one",
     )
-
     passes = [
-        _conversations(prefix, seq_length, seed, tokenizer)
-        if sidecar.answer_tokens is not None
-        else _documents(prefix, seq_length, seed, tokenizer, Path(cache_dir), split_name)
+        _open_pass(prefix, sidecar, seq_length, seed, tokenizer, Path(cache_dir), split_name)
         for prefix, sidecar in zip(prefixes, sidecars, strict=True)
     ]
     lengths = [len(one_pass) for one_pass in passes]
@@ -145,12 +142,9 @@ def build_dataset(
     if at_most_one_pass:
         num_samples = min(num_samples or sum(lengths), sum(lengths))
     assert num_samples is not None
-    if len(passes) == 1:
-        dataset: Any = _ShuffledPasses(passes[0], num_samples, seed)
-    else:
-        # a blend is quick to make, and Megatron's cache for it needs a process group
-        config = _config(seq_length, seed, tokenizer, None)
-        dataset = _blended(passes, None if at_most_one_pass else weights or lengths, num_samples, config)
+    # a blend is quick to make, and Megatron's cache for it needs a process group
+    config = _config(seq_length, seed, tokenizer, None)
+    dataset = _blended(passes, None if at_most_one_pass else weights or lengths, num_samples, config)
     return TokenRows(dataset, num_samples, tokenizer.vocab_size, ", ".join(prefixes))
 
 
@@ -230,19 +224,17 @@ def _config(seq_length: int, seed: int, tokenizer: Tokenizer, cache_dir: str | N
     )
 
 
-def _conversations(prefix: str, seq_length: int, seed: int, tokenizer: Tokenizer) -> ConversationRows:
-    rows = ConversationRows(prefix, seq_length, seed, tokenizer.eod)
-    rows.open()  # as in `_documents`
-    return rows
-
-
-def _documents(
-    prefix: str, seq_length: int, seed: int, tokenizer: Tokenizer, cache_dir: Path, split_name: str
-) -> GPTDataset:
-    rows = _one_pass(prefix, seq_length, seed, tokenizer, cache_dir, split_name)
-    # now, as the index files are, so that the next blend's count of open files is right
-    rows.dataset.bin_reader.open()  # type: ignore[attr-defined]
-    return rows
+def _open_pass(
+    prefix: str, sidecar: Sidecar, seq_length: int, seed: int, tokenizer: Tokenizer, cache_dir: Path, split_name: str
+) -> _OnePass:  # fmt: skip
+    """One pass over a prefix, whose files are opened now, as its index is: the next blend's count of open files is then right."""
+    if sidecar.answer_tokens is not None:
+        conversations = ConversationRows(prefix, seq_length, seed, tokenizer.eod)
+        conversations.open()
+        return conversations
+    documents = _one_pass(prefix, seq_length, seed, tokenizer, cache_dir, split_name)
+    documents.dataset.bin_reader.open()  # type: ignore[attr-defined]
+    return documents
 
 
 def _one_pass(
@@ -351,8 +343,10 @@ class _ShuffledPasses(torch.utils.data.Dataset[Any]):
 
 def _blended(
     passes: list[_OnePass], weights: Sequence[float] | None, num_samples: int, config: GPTDatasetConfig
-) -> BlendedDataset:
+) -> Any:
     """Draw from the passes by weight, repeating each as often as needed; without weights draw every row once."""
+    if len(passes) == 1:
+        return _ShuffledPasses(passes[0], num_samples, config.random_seed)
     if weights is None:
         parts = [_ShuffledPasses(one_pass, len(one_pass), config.random_seed) for one_pass in passes]
         # no size: Megatron then takes each part's length for its weight

@@ -298,7 +298,6 @@ def memory_use(
     routed = config.attention.kind != "full"
     lists, backward_lists = list_bytes(config, layout, listed) if routed else (0.0, 0.0)
     forward_exchange, backward_exchange = _exchange_bytes(shape, layout)
-
     kept_attention = parts["row_state"] + parts["laid_out"] + parts["branches"] + lists
     sharded = layout.context > 1 and layout.context_comm != "a2a"
     if sharded:
@@ -316,9 +315,9 @@ def memory_use(
     # while one layer's backward runs: what was not kept, and gradients of either half of the layer
     heads = 2 * (shape.heads + shape.kv_heads + shape.routing_heads)
     gradient_rows = shape.tokens * heads * shape.head_dim * shape.element_bytes + 2 * parts["pooled"]
-    by_pair = {"keys": 0.0, **dict.fromkeys(PAIRS_ABOVE, 0.0)}
+    by_pair = dict.fromkeys(("keys", *PAIRS_ABOVE), 0.0)
     if routed:
-        by_pair = pair_bytes(config, layout, listed, hardware.gpu)
+        by_pair |= pair_bytes(config, layout, listed, hardware.gpu)
         by_pair["keys"] = key_bytes(config, layout, listed)
     attention_phase = gradient_rows + backward_lists + max(forward_exchange, backward_exchange)
     # sums of keys and values that queries leave stay until these are done; of sharded keys they are the gradients of the buffer
