@@ -149,6 +149,8 @@ class StepResult:
     lr: float
     grad_norm: float
     """Global gradient norm before clipping; non-finite where the update was skipped for it."""
+    samples: int
+    """Samples read since the start of the run."""
     skipped: int
     """Updates skipped since the start of the run."""
     scaling_factors: list[float | None]
@@ -230,7 +232,7 @@ class Meter:
             tasks=valid.tasks,
             lr=result.lr,
             grad_norm=result.grad_norm,
-            tokens=result.step * self.tokens_per_step,
+            tokens=result.samples * self.config.data.seq_length,
             target_tokens=totals.target_tokens,
             context_length=self.config.data.context_length_at(result.step - 1),
             tokens_per_second=rate,

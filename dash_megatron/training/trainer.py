@@ -33,7 +33,7 @@ from dash_megatron.training.owner import own_run_folder
 from dash_megatron.training.probe import check_probe, probe_loss
 from dash_megatron.training.report import Reporter
 from dash_megatron.training.schedule import learning_rate
-from dash_megatron.training.sources import training_source
+from dash_megatron.training.sources import open_rows, training_source
 from dash_megatron.training.stop import Halted, StopSignals, agree_to_stop
 from dash_megatron.training.trace import StepTracer
 from dash_megatron.training.trackers import check_tensorboard, check_wandb
@@ -156,9 +156,9 @@ class Trainer:
         norm = self.engine.grad_norm()
         fault = fault or self.guard.check_gradient(self.step, first_sample, totals.loss, norm)
         self.density.update(self.step, totals.densities)
-        skipped = self.guard.num_skipped(self.train_source.consumed_samples)
+        samples = self.train_source.consumed_samples
         factors = self.density.factors(self.config.model.layers)
-        result = StepResult(self.step, totals, lr, norm, skipped, factors)
+        result = StepResult(self.step, totals, lr, norm, samples, self.guard.num_skipped(samples), factors)
         self.reporter.count_step(result)
         self.stopping = agree_to_stop(self.signals.requested, fault is not None)
         self.rolled_back = fault is not None and self.handle(replace(fault, grad_norm=norm), batches)
@@ -256,6 +256,13 @@ class Trainer:
             loss = probe_loss(self.engine, self.train_source, stored.probe(), self.device)
             check_probe(loss, stored.facts["probe_loss"], self.config.training.precision, str(stored.folder))
 
+    def open_rows_left(self) -> None:
+        """Open as many rows as are left to read, where earlier steps had larger batches than this start counted with; collective."""
+        source, training = self.train_source, self.config.training
+        num_samples = source.consumed_samples + (training.steps - self.step) * training.global_batch
+        if num_samples > len(source.dataset):
+            source.dataset = open_rows(self.config, "train", num_samples, self.tokenizer)
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds beside weights, optimizer and random state; the same on every process."""
         return {
@@ -269,5 +276,6 @@ class Trainer:
         """Take up the place in the run that `state_dict` described."""
         self.step = state["step"]
         self.train_source.load_state_dict({"steps": self.step, **state["data"]})
+        self.open_rows_left()
         self.guard.load_state_dict(state["faults"])
         self.density.load_state_dict(state.get("density", {}))

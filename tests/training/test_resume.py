@@ -88,15 +88,25 @@ def test_an_interrupted_run_ends_bit_identical_to_one_that_was_not(
         assert (resumed[name] - weight).norm() <= rel * weight.norm(), name
 
 
-def test_no_sample_is_read_twice_and_none_is_skipped(
+def test_no_sample_is_read_twice_and_none_is_skipped_after_a_change_to_smaller_batches(
     tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
-    tree = run_of(tiny_config, tmp_path / "run", checkpoint={"every": 2}, training={"steps": 4})
-    run_processes(2, train_all, [(tree, 2), (tree, None)])
+    large, small = (
+        run_of(
+            tiny_config,
+            tmp_path / "run",
+            checkpoint={"every": 2, "asynchronous": False},
+            training={"steps": 4, "global_batch": batch},
+        )
+        for batch in (8, 2)
+    )
+    run_processes(2, train_all, [(large, 2), (small, None)])
     read = [
         index for rank in (0, 1) for step in samples_of(tmp_path / "run", rank).values() for index in step
     ]
-    assert sorted(read) == list(range(4 * tree["training"]["global_batch"]))
+    assert sorted(read) == list(range(2 * 8 + 2 * 2))
+    tokens = [line["tokens"] for line in read_metrics(tmp_path / "run")]
+    assert tokens == [samples * tiny_config["data"]["seq_length"] for samples in (8, 16, 18, 20)]
 
 
 def test_only_the_newest_checkpoints_stay_and_half_ones_never_count(
