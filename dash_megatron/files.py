@@ -56,7 +56,7 @@ def telling_errors_of_the_disk(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def write_whole(path: Path, text: str, make_folder: bool = False) -> None:
-    """Write UTF-8 text, newlines as they are, so that the file is replaced as a whole or stays as it was.
+    """Write UTF-8 text, newlines as they are, so that the file is replaced as a whole or stays as it was, even if the machine dies.
 
     Without `make_folder` a missing folder is an error: the file system of a run's folder may be unmounted, and what is
     written under its mount point would be lost.
@@ -65,6 +65,7 @@ def write_whole(path: Path, text: str, make_folder: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8", newline="")
+    sync(temporary)  # a name may reach the disk before what it names
     os.replace(temporary, path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,19 +32,27 @@ class JsonLines:
         self.path, self._size = path, 0
         if not path.exists():
             return
-        found = _parse(path.read_bytes(), keys)
-        if found.damaged:
+        before = path.read_bytes()
+        kept: list[bytes] = []
+        later: list[bytes] = []
+        damaged: list[_Line] = []
+        for line in _lines(before, keys):
+            if line.value is None:
+                damaged.append(line)
+            else:
+                # as it is: after weeks of steps, all lines take minutes to be made anew, for which every process waits
+                (kept if line.value["step"] <= resumed_step else later).append(_strict(line))
+        if damaged:
             aside = path.with_name(f"{path.name}.damaged")
-            _tell(path, found, f"; moved to {aside.name}")
-            retry(lambda: _append_bytes(aside, found.damaged), f"write {aside}", path=aside)
-        kept = [line for line in found.objects if line["step"] <= resumed_step]
-        if found.objects and not kept:
+            _tell(path, damaged, f"; moved to {aside.name}")
+            retry(lambda: _append_bytes(aside, [line.text for line in damaged]), f"write {aside}", path=aside)
+        if later and not kept:
             earlier = path.with_name(f"{path.name}.earlier")
-            lines = [strict_json(line).encode() for line in found.objects]
-            retry(lambda: _append_bytes(earlier, lines), f"write {earlier}", path=earlier)
-        text = "".join(strict_json(line) + "\n" for line in kept)
-        retry(lambda: write_whole(path, text), f"write {path}", path=path)
-        self._size = len(text.encode())
+            retry(lambda: _append_bytes(earlier, later), f"write {earlier}", path=earlier)
+        after = b"".join(line + b"\n" for line in kept)
+        if after != before:
+            retry(lambda: write_whole(path, after.decode()), f"write {path}", path=path)
+        self._size = len(after)
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add one object, which has a `step`; for numbers that are not finite it holds null.
@@ -83,33 +91,36 @@ def read_json_lines(path: Path, keys: Collection[str] = ()) -> list[Any]:
         path: the file.
         keys: as in `JsonLines`.
     """
-    found = _parse(path.read_bytes(), keys)
-    if found.damaged:
-        _tell(path, found, "")
-    return found.objects
+    lines = list(_lines(path.read_bytes(), keys))
+    damaged = [line for line in lines if line.value is None]
+    if damaged:
+        _tell(path, damaged, "")
+    return [line.value for line in lines if line.value is not None]
 
 
-class _Lines(NamedTuple):
-    objects: list[Any]
-    numbers: list[int]
-    """Of the damaged lines, counted from 1."""
-    damaged: list[bytes]
+class _Line(NamedTuple):
+    number: int
+    """In the file, counted from 1."""
+    text: bytes
+    value: Any
+    """The object; None of a damaged line."""
 
 
-def _parse(data: bytes, keys: Collection[str]) -> _Lines:
-    found = _Lines([], [], [])
-    *lines, rest = data.split(b"\n")
-    for number, line in enumerate(lines, 1):
-        value = _object(line, keys)
-        if value is not None:
-            found.objects.append(value)
-        elif line:
-            found.numbers.append(number)
-            found.damaged.append(line)
+def _lines(data: bytes, keys: Collection[str]) -> Iterator[_Line]:
+    """The lines that are not empty, but for a last one cut short."""
+    *whole, rest = data.split(b"\n")
+    for number, text in enumerate(whole, 1):
+        if text:
+            yield _Line(number, text, _object(text, keys))
     # without its newline a last line was cut short, unless only that is missing
     if (value := _object(rest, keys)) is not None:
-        found.objects.append(value)
-    return found
+        yield _Line(len(whole) + 1, rest, value)
+
+
+def _strict(line: _Line) -> bytes:
+    """The line's text, in which earlier releases may have written numbers that JSON does not have."""
+    strict = b"NaN" not in line.text and b"Infinity" not in line.text
+    return line.text if strict else strict_json(line.value).encode()
 
 
 def _object(line: bytes, keys: Collection[str]) -> Any:
@@ -126,11 +137,11 @@ def _append_bytes(path: Path, lines: list[bytes]) -> None:
         file.write(b"".join(line + b"\n" for line in lines))
 
 
-def _tell(path: Path, found: _Lines, then: str) -> None:
+def _tell(path: Path, damaged: list[_Line], then: str) -> None:
     logger.warning(
         "%s: %d damaged line(s) skipped, the first of them line %d%s",
         path,
-        len(found.numbers),
-        found.numbers[0],
+        len(damaged),
+        damaged[0].number,
         then,
     )

@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dash_megatron import json_lines
 from dash_megatron.training.metrics import MetricsWriter, read_metrics
 
 
@@ -23,6 +25,24 @@ def test_a_resumed_run_drops_the_lines_of_steps_it_does_again(tmp_path: Path) ->
     writer.write(line_of(3))
     writer.close()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_lines_that_are_kept_are_not_made_anew_and_reach_the_disk_before_the_file_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line_of(step)) + "\n" for step in (1, 2, 3)))
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(json_lines, "strict_json", lambda _: pytest.fail("a line is made anew"))
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file))
+    )
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append(str(new)), replace(old, new)))
+    MetricsWriter(tmp_path, tensorboard=False, resumed_step=3).close()
+    assert done == []  # nothing is dropped, and nothing written
+    MetricsWriter(tmp_path, tensorboard=False, resumed_step=2).close()
+    assert done == [f"{path}.tmp", str(path)]
 
 
 def test_a_run_that_begins_anew_keeps_the_lines_it_had_beside(tmp_path: Path) -> None:
