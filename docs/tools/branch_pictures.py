@@ -30,7 +30,11 @@ COLLECTED = {
     "the recipe, 25%": ("branches_projections", "own"),
     "the recipe, 25%, second base": ("branches_second_base", "own"),
     "the recipe, 11%, second base": ("branches_second_base", "own11"),
+    "the recipe, 25%, 2,400 steps": ("branches_longer/long", "own"),
+    "the recipe, 25%, 210M, 400 steps": ("branches_longer/210m", "own"),
     "without router projections, 25%, 210M, 400 steps": ("branches_210m", "dash_25"),
+    "InfLLMv2, 25%, the recipe's text": ("branches_longer/others", "infllmv2"),
+    "NSA, 25%, the recipe's text": ("branches_longer/others", "nsa"),
 }
 # by label: how an arm is called in the first and in the second study; "" where it was not run
 BARS = {
@@ -45,8 +49,9 @@ BARS = {
     "InfLLMv2, 11%": ("inf11", "inf11"),
     "NSA, 11%, 400 steps": ("", "h.nsa11"),
 }
+OTHERS = ("InfLLMv2", "NSA")
 LINES = (
-    "the recipe, 25%", "the recipe, 25%, second base", "the recipe, 11%, second base",
+    "the recipe, 25%", "the recipe, 25%, 2,400 steps", "the recipe, 25%, 210M, 400 steps", "the recipe, 11%, second base",
     "without router projections, 25%", "without router projections, 11%", "InfLLMv2, 25%",
 )  # fmt: skip
 
@@ -192,7 +197,8 @@ class Collected:
         return [
             (
                 100 * float(row["relative"]),
-                100 * hypot(float(row["relative_error_items"]), float(row["relative_error_orders"])),
+                # there is none over one order
+                100 * hypot(float(row["relative_error_items"]), float(row["relative_error_orders"] or 0)),
             )
             for row in self.rows
         ]
@@ -211,8 +217,10 @@ def draw_losses(studies: Sequence[Study], output: Path) -> Path:
         )
         error = hypot(difference.documents, difference.orders or 0)
         found.append((label, difference.mean, error, len(difference.by_order), difference.by_order))
+    # kinds of others below DashAttention
+    found.sort(key=lambda row: row[0].startswith(OTHERS))
     for place, (label, mean, error, branches, by_order) in enumerate(reversed(found)):
-        color = COLORS[1] if label.startswith(("InfLLMv2", "NSA")) else COLORS[0]
+        color = COLORS[1] if label.startswith(OTHERS) else COLORS[0]
         axis.errorbar(mean, place, xerr=2 * error, fmt="s", color=color, capsize=4)
         axis.plot(by_order, [place + 0.25] * len(by_order), ".", color=color, alpha=0.6)
         axis.annotate(
