@@ -37,10 +37,6 @@ class RouterInputs:
     group: int = 4
     """Query heads that share a choice."""
     head_dim: int = 128
-    soft_chunks: tuple[int, int] = (0, 0)
-    """First and one past the last chunk whose queries score softly, so that they select more chunks."""
-    soft_scale: float = 1.0
-    """What their scores are multiplied by."""
     queries_per_run: int = 2
     """Queries of each run that are simulated; the others want the same."""
     seed: int = 0
@@ -100,10 +96,6 @@ def simulate(inputs: RouterInputs) -> Selection:
     noise_cD = torch.randn(chunks, D, generator=generator) / math.sqrt(inputs.chunk_size)
     summary_cD = topics_KD[chunk_topic] + noise_cD
 
-    first_soft, end_soft = inputs.soft_chunks
-    soft_R = (own_chunk_R >= first_soft) & (own_chunk_R < end_soft)
-    scale_R = torch.where(soft_R, inputs.soft_scale, 1.0) / math.sqrt(D)
-
     owner_c = zigzag_owner(chunks, inputs.context)
     needed = torch.zeros(inputs.context, chunks, dtype=torch.bool)
     counts, available, num_queries = torch.zeros(3, inputs.context)
@@ -113,7 +105,7 @@ def simulate(inputs: RouterInputs) -> Selection:
         q_RQGD = topics_KD[topic_R[rows]][:, None, None] + 0.35 * torch.randn(
             R, inputs.queries_per_run, G, D, generator=generator
         )
-        scores = q_RQGD @ summary_cD.T * scale_R[rows, None, None, None]
+        scores = q_RQGD @ summary_cD.T / math.sqrt(D)
         past_Rc = torch.arange(chunks) < own_chunk_R[rows, None]
         p = entmax(scores.masked_fill(~past_Rc[:, None, None], -math.inf)).mean(2)
         selected_RQc = p > 0
