@@ -58,7 +58,7 @@ def make_inputs(case: Case, device: torch.device) -> tuple[list[Tensor], Tensor]
     return [x.requires_grad_() for x in leaves], inputs.noise(B, N, case.heads, D)
 
 
-def given_chunks(case: Case, device: torch.device | str = "cpu") -> Tensor:
+def given_chunks(case: Case, device: torch.device) -> Tensor:
     """Past chunks that the trained model of a case selected, bool [key/value heads, tokens, chunks] on the device.
 
     Where the case has more tokens or other heads than the model's file, made ones that persist alike (`make_selected`).

@@ -6,8 +6,9 @@
 Weights are random, so that nothing is known of the routing a trained model would have: every layer's scaling factor is
 searched until the layer selects the density asked for; the density reported is the one measured. With `--routing trained`
 the chunks that trained routers selected (`benchmarks/choices`) take the place of those of every layer's router, which runs all
-the same; layers, heads and tokens beyond a file's get made choices that persist alike. The share of attention is what a step saves when core attention hands its values through instead. `--tiny` makes the config's model so
-small, and its sequences so short, that any device runs it in seconds.
+the same; layers, heads and tokens beyond a file's get made choices that persist alike. The share of attention is what a step
+saves when core attention hands its values through instead. `--tiny` makes the config's model so small, and its sequences so
+short, that any device runs it in seconds.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def check_resume(session: Session) -> Finding:
             start = functools.partial(start_training, session.launch, config, folder, number, port)
             began.append(session.run_on_all(start, wait_seconds=START_SECONDS))
             read = functools.partial(_read_losses, config.run_dir, forget_last_checkpoint=number == 0)
-            losses.append(session.run_on_all(lambda read=read: read() if is_main else {}))  # type: ignore[misc]
+            losses.append(session.run_on_all(read if is_main else dict))
     finally:
         if is_main:
             shutil.rmtree(folder, ignore_errors=True)
