@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -29,7 +30,9 @@ from dash_megatron.config import Config
 from dash_megatron.files import sync
 from dash_megatron.layers.sharding import splits
 from dash_megatron.parallel import tensor_group
-from dash_megatron.retry import retry
+from dash_megatron.retry import explain_os_error, retry
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpointer:
@@ -179,10 +182,18 @@ class Checkpointer:
             os.replace(latest, self.folder / "latest")
 
         retry(publish, f"publish {tag}", self.config.checkpoint.retry_seconds, self.folder)
+        self._remove_old()
+
+    def _remove_old(self) -> None:
+        """Remove what is no longer kept; what cannot be removed is told, and the next save tries again."""
         keep, every = self.config.checkpoint.keep, self.config.checkpoint.keep_every
         for old in finished_steps(self.config.run_dir)[:-keep] if keep else []:
-            if not every or old % every:
+            if every and old % every == 0:
+                continue
+            try:
                 remove(self.folder / tag_of(old))
+            except OSError as error:
+                logger.warning("cannot remove %s: %s", tag_of(old), explain_os_error(error))
 
 
 class _WriterThread:

@@ -42,11 +42,12 @@ class StoredState:
         self.splits = {name: Split(*values) for name, values in self.facts["splits"].items()}
         self.tensor_size: int = self.facts["layout"]["tensor"]
         self._files: dict[str, Any] = {}
-        # for each parameter of each tensor-parallel rank: where its fragments start, and in which files they are
+        # for each parameter of each tensor-parallel rank: where its fragments start, in order, and in which files they are
         self._places: dict[tuple[str, int], dict[int, str]] = {}
         for file, held in self.facts["fragments"].items():
             for name, start in held["starts"].items():
                 self._places.setdefault((name, held["tensor_rank"]), {})[start] = file
+        self._places = {whose: dict(sorted(places.items())) for whose, places in self._places.items()}
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Compare a tokenizer with that of the run that saved; older checkpoints do not say which it was.
@@ -75,7 +76,11 @@ class StoredState:
         """
         result = torch.empty(numel)
         missing, stop = numel, start + numel
-        for first, file in self._places.get((name, tensor_rank), {}).items():
+        places = self._places.get((name, tensor_rank), {})
+        for (first, file), following in zip(places.items(), [*list(places)[1:], stop], strict=False):
+            # a fragment ends where the next one begins; of hundreds of files a process needs few, and opens no others
+            if first >= stop or following <= start:
+                continue
             stored = self._open(file).get_slice(f"{kind}/{name}")
             begin, end = max(start, first), min(stop, first + stored.get_shape()[0])
             if begin < end:

@@ -11,6 +11,7 @@ from typing import Any
 
 import deepspeed
 import pytest
+import torch
 import torch.distributed as dist
 from sentencepiece import sentencepiece_model_pb2
 
@@ -23,6 +24,7 @@ from dash_megatron.checkpoint.folder import (
     finished_steps,
     tag_of,
 )
+from dash_megatron.checkpoint.stored import StoredState
 from dash_megatron.checkpoint.weights import open_weights
 from dash_megatron.config import config_from_dict
 from dash_megatron.parallel import destroy_process_groups
@@ -246,10 +248,55 @@ def test_data_that_was_replaced_since_the_checkpoint_is_told(
     assert told == [False, False, True]
 
 
-def test_old_checkpoints_go_but_for_the_newest_and_milestones(tiny_config: dict[str, Any]) -> None:
+def test_old_checkpoints_go_but_for_the_newest_and_milestones_at_the_latest_after_the_next_save(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = [tag_of(2), tag_of(5)]
+    rename = os.rename
+
+    def refuse_once(old: Path, new: Path) -> None:
+        if new.suffix == ".removed" and old.name in refused:
+            refused.remove(old.name)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(old))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", refuse_once)
     settings = {"every": 1, "keep": 2, "keep_every": 3}
     train(tiny_config, training={"steps": 8}, checkpoint=settings)
+    assert refused == []
     assert finished_steps(tiny_config["run_dir"]) == [3, 6, 7, 8]
+    told = capsys.readouterr().err
+    assert "cannot remove step_00000002: Input/output error" in told
+
+
+def test_a_process_opens_only_the_files_of_a_checkpoint_that_hold_what_it_reads(tmp_path: Path) -> None:
+    starts = {f"state_{rank:05d}.safetensors": 4 * rank for rank in (2, 0, 1, 3)}
+    facts = {
+        "format": files.FORMAT,
+        "shapes": {"w": [16]},
+        "splits": {},
+        "layout": {"tensor": 1},
+        "fragments": {name: {"tensor_rank": 0, "starts": {"w": start}} for name, start in starts.items()},
+    }
+    written = {files.DESCRIPTION: files.write_json(tmp_path / files.DESCRIPTION, facts)}
+    for name, start in starts.items():
+        part = torch.arange(start, start + 4, dtype=torch.float32)
+        written[name] = files.write_tensors(tmp_path / name, {"weight/w": part})
+    files.write_json(tmp_path / files.MANIFEST, {"files": written})
+    for rank in (0, 3):
+        (tmp_path / files.state_file(rank)).unlink()
+    stored = StoredState(tmp_path)
+    for start, numel in ((4, 4), (4, 8), (6, 4), (8, 1)):
+        assert stored.read("weight", "w", 0, start, numel).tolist() == list(range(start, start + numel))
+    # nor does it look at other files than its share of all
+    found = [files.damage(tmp_path, share, 5) for share in range(5)]
+    assert found == [
+        None,
+        None,
+        "state_00000.safetensors is missing",
+        None,
+        "state_00003.safetensors is missing",
+    ]
 
 
 def test_a_run_killed_while_it_saves_goes_on_from_the_one_before(run: dict[str, Any]) -> None:
