@@ -9,7 +9,7 @@ import numpy as np
 
 from dash_megatron.data.index_file import check_bin_size, edges_digest, read_index
 from dash_megatron.data.tokenizer import Tokenizer
-from dash_megatron.files import path_for_message
+from dash_megatron.files import path_for_message, write_whole
 
 _TOKENS_PER_READ = 1 << 20
 
@@ -44,14 +44,7 @@ class Sidecar:
 
     def write(self, prefix: str | os.PathLike[str]) -> None:
         """Write PREFIX.idx.json, whole or not at all."""
-        path = sidecar_path(prefix)
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_whole(sidecar_path(prefix), json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, prefix: str | os.PathLike[str]) -> "Sidecar":
