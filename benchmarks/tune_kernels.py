@@ -60,46 +60,11 @@ ABOVE = {stage: f"{pairs}_above" for tiles, pairs in BY_PAIR.items() for stage i
 def candidates(stage: str, chunk_size: int) -> list[Config]:
     """Configurations to try, as warps, pipeline stages, and what else the stage has."""
     summaries = {
-        "route": [
-            (8, 3, 32),
-            (8, 2, 32),
-            (8, 1, 32),
-            (4, 3, 32),
-            (4, 2, 32),
-            (4, 1, 32),
-            (8, 2, 64),
-            (4, 2, 64),
-        ],
+        "route": [(8, 3, 32), (8, 2, 32), (8, 1, 32), (4, 3, 32), (4, 2, 32), (4, 1, 32), (8, 2, 64), (4, 2, 64)],
         "router": [(4, 1, 32), (4, 1, 64), (8, 1, 32), (8, 2, 64)],
-    }
+    }  # fmt: skip
     if stage in summaries:
         return [Config(*values) for values in summaries[stage]]
-    tries = {
-        "attend": [
-            (4, 5, 0, HOPPER_OVERLAP),
-            (4, 5, 0, HOPPER),
-            (4, 4, 0, HOPPER_OVERLAP),
-            (8, 3, 0, PLAIN),
-            (8, 2, 0, PLAIN),
-            (4, 4, 0, PLAIN),
-            (4, 3, 0, PLAIN),
-        ],
-        "queries": [(8, 3, 0, PLAIN), (8, 2, 0, PLAIN), (4, 3, 0, PLAIN), (4, 2, 0, PLAIN)],
-        "keys": [
-            (4, 2, 64, HOPPER),
-            (4, 2, 64, PLAIN),
-            (4, 2, 32, PLAIN),
-            (4, 3, 32, PLAIN),
-            (8, 2, 64, PLAIN),
-            (8, 2, 128, PLAIN),
-        ],
-        "pairs": [
-            (4, 2, 64, PLAIN),
-            (4, 3, 64, PLAIN),
-            (4, 3, 32, PLAIN),
-            (4, 2, 128, PLAIN),
-        ],
-    }
     over_slabs = [
         (4, 2, 64, PLAIN),
         (4, 3, 64, PLAIN),
@@ -107,7 +72,19 @@ def candidates(stage: str, chunk_size: int) -> list[Config]:
         (8, 2, 128, PLAIN),
         (4, 2, 32, PLAIN),
     ]
-    tries |= {"attend_pairs": over_slabs, "backward_pairs": over_slabs}
+    tries = {
+        "attend": [
+            (4, 5, 0, HOPPER_OVERLAP), (4, 5, 0, HOPPER), (4, 4, 0, HOPPER_OVERLAP), (8, 3, 0, PLAIN), (8, 2, 0, PLAIN),
+            (4, 4, 0, PLAIN), (4, 3, 0, PLAIN),
+        ],
+        "queries": [(8, 3, 0, PLAIN), (8, 2, 0, PLAIN), (4, 3, 0, PLAIN), (4, 2, 0, PLAIN)],
+        "keys": [
+            (4, 2, 64, HOPPER), (4, 2, 64, PLAIN), (4, 2, 32, PLAIN), (4, 3, 32, PLAIN), (8, 2, 64, PLAIN), (8, 2, 128, PLAIN),
+        ],
+        "pairs": [(4, 2, 64, PLAIN), (4, 3, 64, PLAIN), (4, 3, 32, PLAIN), (4, 2, 128, PLAIN)],
+        "attend_pairs": over_slabs,
+        "backward_pairs": over_slabs,
+    }  # fmt: skip
     # smaller chunks are taken side by side: in attend and queries several of a list, over pairs neighbours
     several = stage in ("attend", "queries") and chunk_size < 64
     steps = [x for x in (32, 64) if x > chunk_size] if several else [64 if stage == "pairs" else chunk_size]

@@ -17,20 +17,9 @@ from dash_megatron.planning.search import estimate_configured, search
 from dash_megatron.planning.step_time import Routing, StepEstimate, effective_routing, shares_of_work
 
 COLUMNS = (
-    "tensor",
-    "context",
-    "data",
-    "ZeRO",
-    "exchange",
-    "recompute",
-    "sequence",
-    "GiB/GPU",
-    "NVLink GB",
-    "IB GB",
-    "s/step",
-    "tokens/s/GPU",
-    "bound by",
-)
+    "tensor", "context", "data", "ZeRO", "exchange", "recompute", "sequence", "GiB/GPU", "NVLink GB", "IB GB", "s/step",
+    "tokens/s/GPU", "bound by",
+)  # fmt: skip
 RUN_COLUMNS = (*COLUMNS, "days", "cost")
 
 
