@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from dash_megatron.config import Config
+from dash_megatron.config import AttentionConfig, Config
 from dash_megatron.data.blend import chat_template
 from dash_megatron.data.chat import TEMPLATE_FILE
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.files import write_whole
+from dash_megatron.ops.backend import pick_backend
 from dash_megatron.ops.fingerprint import implementation_fingerprint
 
 
@@ -38,6 +39,22 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def check_backend(attention: AttentionConfig, device: torch.device) -> None:
+    """Refuse `attention.backend: triton` on a device that runs no kernels, before a step would.
+
+    Raises:
+        ValueError: `device` is no GPU and nothing interprets kernels, or Triton cannot be imported.
+    """
+    if attention.kind == "full" or attention.backend != "triton":
+        return
+    try:
+        pick_backend("triton", torch.empty(0, device=device))
+    except ValueError as error:
+        raise ValueError(
+            f"attention.backend=triton cannot run here; attention.backend=auto takes what can ({error})"
+        ) from error
 
 
 def check_same_implementation(fingerprint: str) -> None:

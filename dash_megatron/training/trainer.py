@@ -19,6 +19,7 @@ from dash_megatron.data.blend import data_fingerprint
 from dash_megatron.exit_codes import ExitCode
 from dash_megatron.layers import build_model, dash_layers, init_weights
 from dash_megatron.parallel import init_process_groups, read_launch
+from dash_megatron.parallel.groups import pick_device
 from dash_megatron.retry import make_writable_folder
 from dash_megatron.training import setup
 from dash_megatron.training.changes import describe_changes
@@ -65,6 +66,7 @@ class Trainer:
         launch = read_launch(environment)
         self.accumulation_steps = config.accumulation_steps(launch.world_size)
         check_wandb(config)
+        setup.check_backend(config.attention, pick_device(launch))
         self.tokenizer = setup.load_tokenizer(config)
         self.vocab_size = config.padded_vocabulary(self.tokenizer.vocab_size)
         make_writable_folder(config.run_dir, "run_dir")

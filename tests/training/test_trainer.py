@@ -51,6 +51,16 @@ def test_a_tensorboard_folder_that_cannot_be_written_is_refused_before_anything_
         Trainer(config_from_dict(tree), {})
 
 
+def test_kernels_are_refused_without_a_gpu_before_anything_is_computed(
+    tiny_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    tree = tiny_config | {"attention": tiny_config["attention"] | {"backend": "triton"}}
+    with pytest.raises(ValueError, match="attention.backend=triton cannot run here; attention.backend=auto"):
+        Trainer(config_from_dict(tree), {})
+
+
 def test_train_alone_leaves_config_metrics_tensorboard_checkpoint(
     config_file: str, tiny_config: dict[str, Any]
 ) -> None:
