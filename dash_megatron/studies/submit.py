@@ -148,11 +148,17 @@ def _submit_arrays(jobs: list[Job], arguments: Sequence[str]) -> int:
     """
     if any(evaluations(job.study, job.run) for job in jobs):
         print("an array does not evaluate: `study submit` here does, once its runs are trained", flush=True)
+    script = [sys.executable, repository_script("slurm/submit.py"), *arguments]
+    waves = [["--array", *(str(job.config) for job in wave)] for wave in in_waves(jobs)]
+    # what is wrong with a later array is told before the first one is in the queue
+    for array in waves[1:]:
+        command = [*script, "--dry-run", "--dependency", "afterok:JOB", *array]
+        checked = subprocess.run(command, timeout=900, stdout=subprocess.DEVNULL)
+        if checked.returncode:
+            return checked.returncode
     after: list[str] = []
-    for wave in in_waves(jobs):
-        command = [sys.executable, repository_script("slurm/submit.py"), *arguments, *after]
-        command += ["--array", *(str(job.config) for job in wave)]
-        done = subprocess.run(command, timeout=900, stdout=subprocess.PIPE, text=True)
+    for array in waves:
+        done = subprocess.run([*script, *after, *array], timeout=900, stdout=subprocess.PIPE, text=True)
         print(done.stdout, end="", flush=True)
         if done.returncode:
             return done.returncode

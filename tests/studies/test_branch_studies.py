@@ -212,6 +212,18 @@ def test_slurm_gets_bases_first_and_branches_that_depend_on_their_job(
     assert "--dependency=afterok:JOB" in branches
 
 
+def test_slurm_gets_no_base_where_its_branches_do_not_fit_the_processes(
+    write_study: Write, capfd: pytest.CaptureFixture[str]
+) -> None:
+    odd = BRANCHES | {"overrides": BRANCHES["overrides"] | {"training.global_batch": 3}}
+    path = write_study(points=SIZES[:1], overrides=BASE_IS_FULL, branches=odd)
+    words = "--nodes 1 --gpus-per-node 2 --time 1:00:00 --dry-run"
+    assert main(["study", "submit", str(path), f"--slurm={words}"]) == 2
+    told = capfd.readouterr()
+    assert "#!/usr/bin/env bash" not in told.out
+    assert "training.global_batch=3 must be a multiple of 2" in told.err
+
+
 def test_as_many_runs_as_gpus_are_trained_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from dash_megatron.studies.local import environments
 
