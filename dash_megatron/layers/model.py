@@ -193,8 +193,8 @@ def _block_spec(config: Config) -> TransformerBlockSubmodules:
         spec = get_gpt_layer_local_spec(qk_layernorm=config.model.qk_norm, normalization="RMSNorm")
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = layer_norm
         attention = spec.submodules.self_attention.submodules
-        if config.model.qk_norm:
-            attention.q_layernorm = attention.k_layernorm = head_norm
+        # None, where Megatron's own spec has a module that does nothing: self-attention splits and rotates in one pass then
+        attention.q_layernorm = attention.k_layernorm = head_norm if config.model.qk_norm else None
         spec.submodules.self_attention.module = SelfAttention
         if config.attention.has_router_projections(index):
             spec.submodules.self_attention.module = RoutedSelfAttention

@@ -15,10 +15,12 @@ from dash_megatron.layers import (
     build_model,
     init_weights,
     routing_means,
+    self_attention,
 )
 from dash_megatron.layers import model as model_module
 from dash_megatron.layers.core_attention import MAX_LOG_FACTOR
 from dash_megatron.ops import dash_attention
+from dash_megatron.ops.rotary import split_and_rotate
 from dash_megatron.training.engine import parameter_groups
 from dash_megatron.training.loss import token_losses
 
@@ -221,6 +223,25 @@ def test_wide_heads_with_qk_norm_and_biases_build_and_run() -> None:
     biases = [value for name, value in model.named_parameters() if name.endswith("bias")]
     assert len(biases) == config.model.layers
     assert not any(bias.any() for bias in biases)
+
+
+@pytest.mark.parametrize("projections", [False, True])
+def test_heads_are_split_and_rotated_in_one_pass_unless_they_are_normed(
+    projections: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(attention={"router_projections": projections, "pool_heads": True})
+    model, tokens, positions = model_of(config), tokens_of(40), positions_of(40)
+    in_one_pass = []
+    monkeypatch.setattr(
+        self_attention, "split_and_rotate", lambda *args: in_one_pass.append(1) or split_and_rotate(*args)
+    )
+    logits = model(tokens, positions)
+    assert len(in_one_pass) == config.model.layers
+    for module in model.modules():
+        if isinstance(module, self_attention.SelfAttention):
+            module.q_layernorm = module.k_layernorm = torch.nn.Identity()
+    torch.testing.assert_close(model(tokens, positions), logits)
+    assert len(in_one_pass) == config.model.layers
 
 
 # Llama 3.2 1B and 3B and Llama 3.1 8B by their published counts, plus layers x kv heads x head dim of summary queries,
