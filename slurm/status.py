@@ -97,11 +97,13 @@ def last_metrics(run: Path) -> dict[str, Any]:
     return {}
 
 
-def total_steps(run: Path) -> int | None:
-    """`training.steps` of the resolved config, or of the newest submitted one before a run has started."""
+def planned(run: Path) -> tuple[int, int] | None:
+    """`training.steps`, and the tokens of a step, of the resolved config, or of the newest submitted one before a run has started."""
     for path in [run / "config.yaml", *sorted((run / "slurm").glob("*.yaml"), reverse=True)]:
         try:
-            return int(yaml.safe_load(path.read_text())["training"]["steps"])
+            tree = yaml.safe_load(path.read_text())
+            training = tree["training"]
+            return int(training["steps"]), int(training["global_batch"]) * int(tree["data"]["seq_length"])
         except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
             continue
     return None
@@ -121,12 +123,13 @@ def newest_checkpoint(run: Path) -> tuple[int, float] | None:
     return max(found, default=None)
 
 
-def seconds_left(metrics: dict[str, Any], total: int | None) -> float | None:
-    """Time to the last step at the speed of the last logged one."""
-    step, tokens, speed = metrics.get("step"), metrics.get("tokens"), metrics.get("tokens_per_second")
-    if not (step and tokens and speed and total):
+def seconds_left(metrics: dict[str, Any], plan: tuple[int, int] | None) -> float | None:
+    """Time to the last step at the speed of the last logged one; steps before a resume may have had other batches."""
+    step, speed = metrics.get("step"), metrics.get("tokens_per_second")
+    if not (step and speed and plan):
         return None
-    return float(max(0, total - step) * (tokens / step) / speed)
+    steps, tokens_per_step = plan
+    return float(max(0, steps - step) * tokens_per_step / speed)
 
 
 def describe_state(events: list[Event], queue: dict[str, tuple[str, str]]) -> tuple[str, str, str]:
@@ -147,10 +150,10 @@ def describe_state(events: list[Event], queue: dict[str, tuple[str, str]]) -> tu
 
 def row_of(run: Path, queue: dict[str, tuple[str, str]]) -> tuple[list[str], str]:
     """One run's cells, in the order of HEADER, and why it waits or stopped."""
-    events, metrics, total, saved = (
+    events, metrics, plan, saved = (
         read_events(run),
         last_metrics(run),
-        total_steps(run),
+        planned(run),
         newest_checkpoint(run),
     )
     job, state, reason = describe_state(events, queue)
@@ -160,10 +163,10 @@ def row_of(run: Path, queue: dict[str, tuple[str, str]]) -> tuple[list[str], str
         str(run),
         job,
         state,
-        f"{step}/{total if total is not None else '?'}",
+        f"{step}/{plan[0] if plan else '?'}",
         f"{metrics['loss']:.4f}" if metrics.get("loss") is not None else "-",
         f"{metrics['tokens_per_second']:,.0f}" if metrics.get("tokens_per_second") else "-",
-        _duration(seconds_left(metrics, total)),
+        _duration(seconds_left(metrics, plan)),
         f"{saved[0]}, {_duration(time.time() - saved[1])} ago" if saved else "-",
         str(max(0, starts - 1)) if events else "-",
     ]

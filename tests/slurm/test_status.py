@@ -7,22 +7,21 @@ from pathlib import Path
 
 import pytest
 import status  # of slurm/, see conftest.py
-import yaml
 
 EVENTS = [("submitted", "0", "x.sbatch"), ("started", "0", "on a"), ("requeued", "0", "saved"), ("started", "1", "on a")]  # fmt: skip
 
 
 def make_run(folder: Path, events: list[tuple[str, str, str]] = EVENTS, job: str = "7") -> Path:
-    """A run of 100 steps that has done 20, with 1000 tokens each, at 500 tokens/s."""
+    """A run of 100 steps of 1000 tokens at 500 tokens/s, that has done 20, the first of them with smaller batches."""
     for name in ("slurm", "checkpoints/step_00000015", "checkpoints/step_00000025.partial"):
         (folder / name).mkdir(parents=True)
     lines = [
         f"2026-01-01T00:00:00Z\t{job}\t{restart}\t{name}\t{detail}\n" for name, restart, detail in events
     ]
     (folder / "slurm/events.tsv").write_text("".join(lines))
-    (folder / "config.yaml").write_text(yaml.safe_dump({"training": {"steps": 100}}))
+    (folder / "config.yaml").write_text("training: {steps: 100, global_batch: 10}\ndata: {seq_length: 100}\n")
     metrics = [
-        {"step": step, "loss": 40.0 / step, "tokens": 1000 * step, "tokens_per_second": 500.0}
+        {"step": step, "loss": 40.0 / step, "tokens": 400 * step, "tokens_per_second": 500.0}
         for step in (19, 20)
     ]
     text = "".join(f"{json.dumps(line)}\n" for line in metrics)
@@ -100,7 +99,9 @@ def test_a_run_that_was_only_submitted_has_a_line(
     queue_of(monkeypatch, job7=("PENDING", "Priority"))
     (tmp_path / "run/slurm").mkdir(parents=True)
     (tmp_path / "run/slurm/events.tsv").write_text("2026-01-01T00:00:00Z\t7\t0\tsubmitted\tx\n")
-    (tmp_path / "run/slurm/1.yaml").write_text("training: {steps: 9}\n")
+    (tmp_path / "run/slurm/1.yaml").write_text(
+        "training: {steps: 9, global_batch: 1}\ndata: {seq_length: 8}\n"
+    )
     _, line = rows(capsys, str(tmp_path))
     assert line[1:] == ["7", "PENDING", "0/9", "-", "-", "-", "-", "0", "Priority"]
 

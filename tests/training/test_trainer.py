@@ -57,7 +57,7 @@ def test_kernels_are_refused_without_a_gpu_before_anything_is_computed(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     tree = tiny_config | {"attention": tiny_config["attention"] | {"backend": "triton"}}
-    with pytest.raises(ValueError, match="attention.backend=triton cannot run here; attention.backend=auto"):
+    with pytest.raises(ValueError, match=r"attention\.backend=triton cannot run here"):
         Trainer(config_from_dict(tree), {})
 
 
