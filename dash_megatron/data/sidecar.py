@@ -12,6 +12,8 @@ from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.files import path_for_message, write_whole
 
 _TOKENS_PER_READ = 1 << 20
+_MAX_DOCUMENTS = (1 << 31) - 1
+"""Megatron numbers them in int32, and what is above would silently be others."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,10 @@ def check_data(prefix: str, tokenizer: Tokenizer, seq_length: int) -> Sidecar:
             f"{prefix}.idx.json must describe the files beside it, but {prefix}.bin or .idx was replaced "
             f"since; make it anew with `python -m data_tools.write_sidecar --prefix {prefix} --tokenizer "
             f"{tokenizer.path}`"
+        )
+    if index.documents > _MAX_DOCUMENTS:
+        raise ValueError(
+            f"{prefix} has {index.documents} documents and must have at most {_MAX_DOCUMENTS}; tokenize it as several data sets"
         )
     if index.tokens == 0:
         raise ValueError(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from dash_megatron.data import sidecar
 from dash_megatron.data.blend import unigram_entropy
 from dash_megatron.data.dataset import build_dataset
 from dash_megatron.data.sidecar import Sidecar, sidecar_path
@@ -266,6 +267,16 @@ def test_a_sidecar_of_other_data_is_refused(write_data, build, tmp_path):
     prefix = write_data(tmp_path / "a", numbered(0, 40))
     write_data(tmp_path / "a", numbered(1, 40), sidecar=False)
     with pytest.raises(ValueError, match="was replaced since"):
+        build([prefix])
+
+
+def test_more_documents_than_int32_can_number_are_refused(write_data, build, tmp_path, monkeypatch):
+    prefix = write_data(tmp_path / "a", numbered(0, 20))
+    many = replace(sidecar.read_index(prefix), documents=1 << 31)
+    monkeypatch.setattr(sidecar, "read_index", lambda _: many)
+    with pytest.raises(
+        ValueError, match="has 2147483648 documents and must have at most 2147483647; tokenize it as"
+    ):
         build([prefix])
 
 
