@@ -36,8 +36,14 @@ def limited(study: Study) -> str:
 @pytest.fixture(scope="session")
 def jobs(study: Study, limited: str) -> dict[str, str]:
     """Ids of jobs that need nothing from the tests: most of their time they wait for SLURM to act."""
-    # does not hear the warning; only its second start trains
-    deaf = 'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then trap "" USR1; sleep 1000; else exec "$@"; fi'
+    # does not hear the warning, and then finds no GPU; only its third start trains
+    deaf = """
+        case ${SLURM_RESTART_COUNT:-0} in
+            0) trap "" USR1; sleep 1000 ;;
+            1) printf '2\\tno GPU\\n' >> "$DASH_EXIT_FILE"; exit 2 ;;
+            *) exec "$@" ;;
+        esac
+    """
     overrun = study.write_site("overrun", container=["sh", "-c", deaf, "deaf"], warning_seconds=1)
     failing = study.write_site("failing", container=["sh", "-c", "exit 9", "#"], restarts=1)
     # that the tokenizer has more is known on reading it
@@ -206,9 +212,11 @@ def test_jobs_survive_the_death_of_a_node_and_go_on_bit_for_bit(
     assert exact(study, "crash") == whole
 
 
-def test_a_job_that_missed_the_warning_is_queued_again_at_its_time_limit(
+def test_a_job_that_missed_the_warning_is_queued_again_at_its_time_limit_and_after_a_machine_that_lacks_something(
     study: Study, jobs: dict[str, str]
 ) -> None:
     study.wait_for_end("overrun")
-    assert study.names("overrun") == ["submitted", "started", "requeued", "started", "done"]
+    again = ["requeued", "started"]
+    assert study.names("overrun") == ["submitted", "started", *again, *again, "done"]
+    assert study.events("overrun")[4][1] == "no GPU"
     assert "the time limit came before the run had saved" in study.events("overrun")[2][1]
