@@ -256,7 +256,10 @@ def _one_pass(
         indexed = GPTDataset.build_low_level_dataset(prefix, config)
         indexed.bin_reader = BinReader(f"{prefix}.bin")
         documents = np.arange(len(indexed), dtype=np.int32)
-        return GPTDataset(indexed, "data", documents, None, Split[split_name], config)
+        rows = GPTDataset(indexed, "data", documents, None, Split[split_name], config)
+        # used while an index is made: a billion documents are 4 GB in every process
+        rows.indices = np.empty(0, dtype=np.int32)
+        return rows
 
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     try:

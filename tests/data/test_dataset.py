@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import resource
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -268,6 +269,18 @@ def test_a_sidecar_of_other_data_is_refused(write_data, build, tmp_path):
     write_data(tmp_path / "a", numbered(1, 40), sidecar=False)
     with pytest.raises(ValueError, match="was replaced since"):
         build([prefix])
+
+
+def test_rows_take_no_memory_for_each_document(write_data, build, tmp_path):
+    kept = []
+    for count in (1_000, 21_000):
+        prefix = write_data(tmp_path / f"of{count}", [[5]] * count)
+        tracemalloc.start()
+        dataset = build([prefix])
+        assert len(dataset) == 10
+        kept.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+    assert kept[1] - kept[0] < 20_000
 
 
 def test_more_documents_than_int32_can_number_are_refused(write_data, build, tmp_path, monkeypatch):
