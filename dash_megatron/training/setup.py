@@ -77,9 +77,12 @@ def check_same_implementation(fingerprint: str) -> None:
 
 
 def about_this_code(device: torch.device) -> dict[str, str]:
-    """What checkpoints keep about the code: its commit, the implementation fingerprint, and the kind of device."""
+    """What checkpoints keep about the code: its commit, the implementation fingerprint, and the kind of device.
+
+    Only rank 0, which writes it down, finds out the commit: git looks at every file of the checkout, which all may share.
+    """
     return {
-        "commit": code_commit(),
+        "commit": code_commit() if dist.get_rank() == 0 else "unknown",
         "implementation": implementation_fingerprint(),
         "device": device_name(device),
     }

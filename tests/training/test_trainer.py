@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from dash_megatron.config import config_from_dict, load_config
+from dash_megatron.training import setup
 from dash_megatron.training.metrics import StepMetrics, read_metrics
 from dash_megatron.training.trainer import Trainer
 from tests.conftest import Started, train_command
@@ -270,3 +271,12 @@ def test_a_non_finite_loss_names_its_samples_and_saves_nothing(
     )
     assert [line["step"] for line in read_metrics(run)] == [1]
     assert not (run / "checkpoints").exists()
+
+
+def test_one_process_of_a_run_asks_git_for_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    for rank in range(3):
+        monkeypatch.setattr(setup.dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(setup, "code_commit", lambda rank=rank: asked.append(rank) or "abc")
+        setup.about_this_code(torch.device("cpu"))
+    assert asked == [0]
