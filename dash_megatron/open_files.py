@@ -10,7 +10,7 @@ _OTHER_FILES = 256
 
 
 def allow_open_files(count: int, what: str, remedy: str) -> None:
-    """Raise this process's limit of open files, if it must be, to leave room for some more.
+    """Raise this process's limit of open files, if it must be, to twice what is needed or as far as the system lets it.
 
     Args:
         count: files to be opened, beside those that are open.
@@ -24,8 +24,10 @@ def allow_open_files(count: int, what: str, remedy: str) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or needed <= soft:
         return
-    if hard != resource.RLIM_INFINITY and needed > hard:
+    most = 2 * needed if hard == resource.RLIM_INFINITY else min(2 * needed, hard)
+    if needed > most:
         raise ValueError(
             f"{what}: this process needs {needed} open files and may have {hard} (`ulimit -Hn`); {remedy}"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    # NCCL, for one, opens more than can be told beforehand
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -15,9 +15,9 @@ from dash_megatron.config import ParallelConfig
 from dash_megatron.open_files import allow_open_files
 from dash_megatron.ranks import Launch
 
-_SOCKETS_PER_PROCESS = 12
-"""Connections to each other process, at most: one for each group that both are in, and on rank 0 one of the rendezvous. Of the
-groups, each of which gloo connects whole, 8 can be of all processes; the rest is room for NCCL's."""
+_SOCKETS_PER_PROCESS = 9
+"""Connections to each other process, at most: one for each group that both are in, each of which gloo connects whole, and on rank
+0 one of the rendezvous. Of the groups 8 can be of all processes."""
 
 
 def init_process_groups(
