@@ -35,7 +35,8 @@ def text_of(record: Any, text_key: str | None) -> tuple[str, str]:
     if text_key is None:
         return _conversation_of(record)
     if text_key not in record:
-        return "", f"no key {text_key!r} (it has {', '.join(map(repr, list(record)[:5])) or 'none'})"
+        keys = ", ".join(map(repr, list(record)[:5])) or "none"
+        return "", f"no key {text_key!r} (it has {keys}; --text-key names another)"
     text = record[text_key]
     if not isinstance(text, str):
         return "", f"{text_key!r} is not a string but {type(text).__name__}"

@@ -79,7 +79,7 @@ def test_any_two_byte_ranges_of_a_jsonl_file_meet_without_gap_or_overlap(tmp_pat
         (b"plain text", "not JSON"),
         (b'{"text": "\xff"}', "not UTF-8"),
         (b'["text"]', "not a JSON object but list"),
-        (b'{"body": "a"}', "no key 'text'"),
+        (b'{"body": "a"}', "no key 'text' (it has 'body'; --text-key names another)"),
         (b'{"text": null}', "'text' is not a string but NoneType"),
         (b'{"text": 5}', "'text' is not a string but int"),
         (b'{"text": "\\ud800"}', "lone surrogate"),
