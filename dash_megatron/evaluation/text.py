@@ -52,12 +52,17 @@ class LocalText:
 
     @classmethod
     def from_file(cls, path: str | Path, tokenizer: Tokenizer, num_tokens: int) -> LocalText:
-        """Read a text file as one document.
+        """Read a file of plain text as one document.
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is empty, or not UTF-8.
+            ValueError: it is empty, not UTF-8, or JSONL.
         """
+        if Path(path).suffix == ".jsonl":
+            raise ValueError(
+                f"--text {path} must be plain text, read as one document, and not JSONL; make .bin and .idx of its "
+                "documents with `python -m data_tools.tokenize_corpus`, and give them as --data"
+            )
         try:
             data = Path(path).read_bytes()
         except FileNotFoundError:

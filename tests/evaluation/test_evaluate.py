@@ -301,6 +301,7 @@ def test_a_path_to_the_wrong_kind_of_thing_is_told(
     monkeypatch.setattr(models, "load_weights", None)
     arguments = ["evaluate", config.run_dir, "--tasks", "copy", "--lengths", "100", "--samples", "1"]
     (tmp_path / "a_file").touch()
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "text.gz").write_bytes(gzip.compress(b"text"))
     for more, message in (
         (["--text", str(tmp_path)], f"Is a directory: {tmp_path}"),
@@ -313,6 +314,7 @@ def test_a_path_to_the_wrong_kind_of_thing_is_told(
             ["--text", str(tmp_path / "text.gz")],
             "text.gz must be UTF-8 text, which its byte 1 is not; decompress it",
         ),
+        (["--text", str(tmp_path / "a.jsonl")], "a.jsonl must be plain text, read as one document, and not JSONL"),
         (["--data", str(tmp_path / "none")], f"{tmp_path}/none.idx does not exist"),
     ):
         assert main([*arguments, *more]) == 2
