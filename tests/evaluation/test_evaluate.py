@@ -314,7 +314,10 @@ def test_a_path_to_the_wrong_kind_of_thing_is_told(
             ["--text", str(tmp_path / "text.gz")],
             "text.gz must be UTF-8 text, which its byte 1 is not; decompress it",
         ),
-        (["--text", str(tmp_path / "a.jsonl")], "a.jsonl must be plain text, read as one document, and not JSONL"),
+        (
+            ["--text", str(tmp_path / "a.jsonl")],
+            "a.jsonl must be plain text, read as one document, and not JSONL",
+        ),
         (["--data", str(tmp_path / "none")], f"{tmp_path}/none.idx does not exist"),
     ):
         assert main([*arguments, *more]) == 2
