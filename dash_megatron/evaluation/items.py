@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.evaluation.samples import Sample
 from dash_megatron.evaluation.tasks import TASKS
@@ -31,5 +33,33 @@ def make_sample(
     Raises:
         ValueError: no sample has that length.
     """
+    return TASKS[task].sample(_seed(task, length, item, seed), length, item[1], text, tokenizer)
+
+
+def check_items(
+    task: str,
+    length: int,
+    items: Sequence[Item],
+    text: LocalText,
+    tokenizer: Tokenizer,
+    seed: int = DEFAULT_SEED,
+) -> None:
+    """Check that the samples of all items can be made, of which only the first is.
+
+    Raises:
+        ValueError: no sample of one of them has that length.
+    """
+    least = max(
+        TASKS[task].shortest(_seed(task, length, item, seed), item[1], text, tokenizer) for item in items
+    )
+    if least > length:
+        raise ValueError(
+            f"task {task}: --lengths {length} must be at least {least}, for one of its samples is no shorter with this "
+            f"tokenizer and text; each length has samples of its own, so take more, such as {1 << least.bit_length()}"
+        )
+    make_sample(task, length, items[0], text, tokenizer, seed)
+
+
+def _seed(task: str, length: int, item: Item, seed: int) -> str:
     index, depth = item
-    return TASKS[task].sample(f"{seed}:{task}:{length}:{depth}:{index}", length, depth, text, tokenizer)
+    return f"{seed}:{task}:{length}:{depth}:{index}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dash_megatron.evaluation.buckets import buckets
-from dash_megatron.evaluation.items import Item, make_sample, task_items
+from dash_megatron.evaluation.items import Item, check_items, make_sample, task_items
 from dash_megatron.evaluation.models import LanguageModel, pad_right
 from dash_megatron.evaluation.samples import Sample
 from dash_megatron.evaluation.settings import DOCUMENTS, PERPLEXITY, Settings
@@ -173,7 +173,8 @@ class TaskJob(Job):
 
     def prepare(self) -> None:
         """See `Job.prepare`."""
-        self.sample(self.items()[0])
+        arguments = (self.text, self.model.tokenizer, self.settings.seed)
+        check_items(self.task, self.length, self.items(), *arguments)
 
     def compute(self, items: list[Item]) -> list[dict[str, Any]]:
         """See `Job.compute`."""

@@ -69,6 +69,11 @@ def _common_prefix_length(ids: list[int], prefix: list[int]) -> int:
     )
 
 
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a prompt and its answers, as one text."""
+    return tokenizer.encode("".join(_pieces(prompt)))
+
+
 def fit_to_length(
     build: Callable[[int], Prompt], sizes: tuple[int, int], length: int, tokenizer: Tokenizer
 ) -> Sample:
@@ -86,7 +91,7 @@ def fit_to_length(
 
     def encode(size: int) -> tuple[Prompt, list[int]]:
         prompt = build(size)
-        return prompt, tokenizer.encode("".join(_pieces(prompt)))
+        return prompt, encode_prompt(prompt, tokenizer)
 
     best, ids = encode(low)
     if len(ids) > length:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dash_megatron.data.tokenizer import Tokenizer
-from dash_megatron.evaluation.samples import Prompt, Sample, fit_to_length
+from dash_megatron.evaluation.samples import Prompt, Sample, encode_prompt, fit_to_length
 from dash_megatron.evaluation.text import LocalText
 
 _SYLLABLES = [consonant + vowel for consonant in "bdfgjklmnprstvz" for vowel in "aeiou"]
@@ -50,7 +50,24 @@ class Task:
         """
         if self.build is None:
             return _copy(random.Random(seed), length, text)
+        build, largest = self._prompts(seed, depth, text)
+        try:
+            return fit_to_length(build, (self.smallest, largest), length, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"task {self.name}: {error}") from error
+
+    def shortest(self, seed: str, depth: float | None, text: LocalText, tokenizer: Tokenizer) -> int:
+        """Tokens of the shortest sample of a seed; 0 for `copy`, all of whose samples are of the length asked for."""
+        if self.build is None:
+            return 0
+        return len(encode_prompt(self._prompts(seed, depth, text)[0](self.smallest), tokenizer))
+
+    def _prompts(
+        self, seed: str, depth: float | None, text: LocalText
+    ) -> tuple[Callable[[int], Prompt], int]:
+        """What makes the prompt of a size, and the largest size."""
         build = self.build
+        assert build is not None
         generator = random.Random(seed)
         lines: Sequence[str] = text.lines
         if self.uses_text and lines:
@@ -58,15 +75,7 @@ class Task:
             begin = generator.randrange(len(lines))
             lines = [*lines[begin:], *lines[:begin]]
         largest = len(lines) if self.uses_text else 1 << 24
-        try:
-            return fit_to_length(
-                lambda size: build(random.Random(f"{seed}:prompt"), size, lines[:size], depth),
-                (self.smallest, largest),
-                length,
-                tokenizer,
-            )
-        except ValueError as error:
-            raise ValueError(f"task {self.name}: {error}") from error
+        return lambda size: build(random.Random(f"{seed}:prompt"), size, lines[:size], depth), largest
 
 
 def draw_words(generator: random.Random, count: int) -> list[str]:

@@ -16,7 +16,7 @@ from dash_megatron.config import Config
 from dash_megatron.data.batches import PackedBatch
 from dash_megatron.data.blend import blend_prefixes
 from dash_megatron.data.tokenizer import Tokenizer
-from dash_megatron.evaluation.items import Item, make_sample, task_items
+from dash_megatron.evaluation.items import Item, check_items, make_sample, task_items
 from dash_megatron.evaluation.text import LocalText, tokens_for_lines
 from dash_megatron.layers import scoring
 from dash_megatron.parallel import context_parallel_group
@@ -55,9 +55,9 @@ class TaskRows:
         # a file that is lost under a memory map kills the process: after this, nothing is read any more
         _ = self.text.lines, self.text.vocabulary
         self._rows: dict[int, tuple[dict[str, Tensor], list[tuple[int, int]]]] = {}
-        for number in range(len(self.kinds)):
+        for task, length in self.kinds:
             try:
-                self._row(next(index for index, (kind, _) in enumerate(self.items) if kind == number))
+                check_items(task, length, task_items(task, evaluation.task_samples), self.text, tokenizer)
             except ValueError as error:
                 text = str(error).replace("--lengths", "length")
                 raise ValueError(f"evaluation.task_lengths={list(lengths)}: {text}") from error

@@ -7,7 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from dash_megatron.checkpoint.weights import whole_model
 from dash_megatron.config import RopeScaling
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.evaluation import models
+from dash_megatron.evaluation.items import check_items, make_sample, task_items
 from dash_megatron.evaluation.models import RunModel, open_model
 from dash_megatron.evaluation.samples import Sample
 from dash_megatron.evaluation.tasks import COMMON_WORDS, CUE_TOKENS, FREQUENT_WORDS, TASKS
@@ -89,6 +91,25 @@ def test_a_copy_repeats_what_followed_its_cue(text: LocalText, tokenizer: Tokeni
     begin = places[0] + CUE_TOKENS
     assert ids[begin : begin + 300 - first] == ids[first:]
     assert sample == TASKS["copy"].sample("3", 300, None, text, tokenizer)
+
+
+def test_a_sample_that_cannot_be_made_is_told_before_any_is_computed(tokenizer: Tokenizer) -> None:
+    # a tenth of the samples begins with the long line
+    text = cast(LocalText, SimpleNamespace(lines=["a line"] * 9 + ["long " * 60]))
+    items = task_items("niah_single", 40)
+    lengths = []
+    for item in items:
+        try:
+            lengths.append(len(make_sample("niah_single", 180, item, text, tokenizer).ids))
+        except ValueError:
+            lengths.append(0)
+    assert lengths[0] > 0
+    assert 0 in lengths
+    with pytest.raises(
+        ValueError, match=r"task niah_single: --lengths 180 must be at least \d+.* such as 512$"
+    ):
+        check_items("niah_single", 180, items, text, tokenizer)
+    check_items("niah_single", 180, items[: lengths.index(0)], text, tokenizer)
 
 
 @pytest.mark.parametrize("depth", [0.0, 1.0])
