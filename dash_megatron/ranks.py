@@ -51,9 +51,10 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
     elif _number(environment, "SLURM_STEP_NUM_TASKS", "1") > 1:
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         address = environment.get("MASTER_ADDR") or _first_host(environment.get("SLURM_STEP_NODELIST", ""))
-        # steps of one job may run side by side on the same host
+        # steps of one job may run side by side on the same host; from 32768 on Linux gives ports to connections, which processes of
+        # an earlier start had by the thousand, and keeps each for a minute after they ended
         job, step = (_number(environment, name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-        port = environment.get("MASTER_PORT") or str(20_000 + (job * 31 + step) % 20_000)
+        port = environment.get("MASTER_PORT") or str(20_000 + (job * 31 + step) % 12_000)
     else:
         return Launch(rank=0, world_size=1, local_rank=0)
     rank, world_size, local_rank = (_number(environment, name) for name in names)
