@@ -80,7 +80,10 @@ def expand(study: Study) -> list[StudyRun]:
                 _add(runs, branch)
         for twin in study.twins:
             made = _twin(study, recipe, run, twin)
-            _add(runs, _make(study, tree, made), twin_of=run.name)
+            try:
+                _add(runs, _make(study, tree, made), twin_of=run.name)
+            except ValueError as error:
+                raise StudyError(f"twin {json.dumps(twin)} of {run.name}: {error}") from error
     return runs
 
 

@@ -216,6 +216,7 @@ def test_baselines_have_the_density_and_flops_of_their_lists(write_study: Write)
             {"points": ["a"]},
             "points[0]='a' must be a mapping; write points: [{name: 30m, model.layers: 8}, ...]",
         ),
+        ({"overrides": {"attention.target_density": 0.5}, "twins": ["nsa"]}, 'error: twin "nsa" of dash: '),
         ({"seeds": 3}, "seeds=3 must be a list: write seeds: [3]; see"),
         ({"evaluate": {"a": 3}}, "evaluate.a=3 must be text: write '3'; see"),
         ({"twins": [3]}, "twins[0]=3 is of a wrong type; write twins: [full, {attention.alpha: 1.2}]"),
