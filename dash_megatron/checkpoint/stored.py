@@ -15,6 +15,8 @@ from dash_megatron.checkpoint.files import DESCRIPTION, FORMAT, PROBE, state_fil
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.layers.sharding import Split, join, whole_shape
 
+_NEEDED = ("config", "layout", "shapes", "splits", "fragments")
+
 
 class StoredState:
     """Reads a checkpoint's weights and moments by parameter and range of elements, on the CPU and without process groups.
@@ -24,7 +26,7 @@ class StoredState:
 
     Raises:
         FileNotFoundError: the folder has no description.
-        ValueError: the description is not JSON, or of an unknown format.
+        ValueError: the description is not JSON, of an unknown format, or lacks something.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,6 +40,9 @@ class StoredState:
             raise ValueError(
                 f"{path}: format={self.facts.get('format')} must be {FORMAT}; read it with the code that wrote it"
             )
+        missing = [key for key in _NEEDED if key not in self.facts]
+        if missing:
+            raise ValueError(f"{path} is damaged: it has no {missing[0]}; restore the checkpoint from a copy")
         self.shapes: dict[str, list[int]] = self.facts["shapes"]
         self.splits = {name: Split(*values) for name, values in self.facts["splits"].items()}
         self.tensor_size: int = self.facts["layout"]["tensor"]

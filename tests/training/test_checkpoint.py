@@ -25,7 +25,7 @@ from dash_megatron.checkpoint.folder import (
     tag_of,
 )
 from dash_megatron.checkpoint.stored import StoredState
-from dash_megatron.checkpoint.weights import open_weights
+from dash_megatron.checkpoint.weights import open_weights, stored_config
 from dash_megatron.config import config_from_dict
 from dash_megatron.parallel import destroy_process_groups
 from dash_megatron.training.metrics import read_metrics
@@ -186,6 +186,15 @@ def test_a_damaged_checkpoint_is_named_kept_aside_and_skipped(
     assert (folder_of(run) / "step_00000004.damaged").is_dir()
     assert finished_steps(run["run_dir"]) == [1, 2, 3, 4]
     assert [line["loss"] for line in read_metrics(run["run_dir"])] == [line["loss"] for line in expected]
+
+
+def test_a_description_that_lacks_something_is_named(run: dict[str, Any]) -> None:
+    path = folder_of(run) / "step_00000004" / "checkpoint.json"
+    facts = json.loads(path.read_text())
+    for key in ("config", "shapes"):
+        path.write_text(json.dumps({name: fact for name, fact in facts.items() if name != key}))
+        with pytest.raises(ValueError, match=rf"checkpoint.json is damaged: it has no {key}"):
+            stored_config(run["run_dir"])
 
 
 def test_with_damaged_checkpoints_alone_a_run_does_not_begin_anew(run: dict[str, Any]) -> None:
