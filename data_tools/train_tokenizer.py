@@ -101,12 +101,18 @@ def train(
 
     Raises:
         FileNotFoundError: an input does not exist.
-        ValueError: the corpus is empty or too small for the vocabulary, or holds too many bad lines.
+        ValueError: the output is a folder or would be JSON; or the corpus is empty, too small for the vocabulary, or holds
+            too many bad lines.
     """
     if vocab_size < MIN_VOCABULARY:
         raise ValueError(
             f"--vocab-size={vocab_size} must be at least {MIN_VOCABULARY}: 256 bytes, unk, bos, eos and "
             "a piece"
+        )
+    if output.is_dir() or output.suffix == ".json":
+        raise ValueError(
+            f"--output={output} must be a model file, not {'a folder' if output.is_dir() else 'JSON'}, such as "
+            f"{(output if output.is_dir() else output.parent) / 'tokenizer.model'}"
         )
     if max_mb <= 0:
         raise ValueError(f"--max-mb={max_mb} must be above 0; leave it out for 100")

@@ -65,6 +65,13 @@ def test_an_empty_corpus_is_an_error_and_leaves_no_file(tmp_path, capsys):
     assert not output.exists()
 
 
+def test_an_output_that_is_no_model_file_is_told_before_anything_is_read(tmp_path, capsys):
+    for output, kind in ((tmp_path, "a folder"), (tmp_path / "tokenizer.json", "JSON")):
+        assert main(["--input", str(tmp_path / "no"), "--output", str(output), "--vocab-size", "300"]) == 1
+        expected = f"{output} must be a model file, not {kind}, such as {tmp_path / 'tokenizer.model'}"
+        assert expected in capsys.readouterr().err
+
+
 def test_a_single_document_is_trained_on(tmp_path):
     (tmp_path / "a.txt").write_text("some words " * 100)
     for number in range(60):
