@@ -143,7 +143,7 @@ class Study(Section):
 
     base: str
     """YAML config of a run, from the folder that commands run in."""
-    output: str
+    output: str = Field(min_length=1)
     """Folder of everything the study writes; runs get folders in it."""
     overrides: dict[str, Any] = Field(default_factory=dict, examples=["{optimizer.lr: 3e-4}"])
     """`section.key: value` for every run."""

@@ -228,6 +228,7 @@ def test_baselines_have_the_density_and_flops_of_their_lists(write_study: Write)
         ({"budgets": {"tokens": [-1]}}, "must be above 0"),
         ({"overrides": {"run_dir": "x"}}, "overrides sets run_dir, which a study sets by `output`"),
         ({"seeds": [1, 1]}, "has one twice"),
+        ({"output": ""}, "output='': String should have at least 1 character"),
         ({"evaluate": {"a/b": "--tasks copy"}}, "evaluate has 'a/b'; a name becomes a folder"),
         ({"evaluate": {"a": "--output x"}}, "evaluate.a sets --output"),
         ({"points": [{"name": 30, "model.layers": 1}]}, "points[0] has name 30, which becomes a folder"),
