@@ -12,6 +12,8 @@ _OTHER_ORDER = "goes on at its sample number in another order: some samples are 
 _ROUNDING = "none but rounding"
 _FROM_NEXT_STEP = "holds from the next step on"
 _TRAINED_WITH = "weights were trained with the former; checkpoint.check_loss=false says that it is meant"
+_FACTOR = "attention.scaling_factor"
+_MOVED = "not read: the run goes on from the factors that attention.target_density has moved"
 # of a key, or of all others of a section
 _EFFECTS = {
     "run_dir": "the folder was moved or copied",
@@ -63,7 +65,12 @@ def changes_since(stored: Mapping[str, Any], config: Config) -> list[Change]:
     # a layout that is refused today is compared as it was written
     layout = {"parallel": config.parallel.model_dump(mode="json") | stored.get("parallel", {})}
     saved = config_of_stored_run(dict(stored)).model_dump(mode="json") | layout
-    return [Change(key, _text(old), _text(new), _effect(key)) for key, old, new in differences(saved, config)]
+    found = [
+        Change(key, _text(old), _text(new), _effect(key)) for key, old, new in differences(saved, config)
+    ]
+    if saved["attention"]["target_density"] is None:
+        return found
+    return [change._replace(effect=_MOVED) if change.key.startswith(_FACTOR) else change for change in found]
 
 
 def describe_changes(stored: Mapping[str, Any], config: Config, step: int) -> str | None:

@@ -114,10 +114,11 @@ class DensityController:
         return [self._cores[i].scaling_factor if i in self._cores else None for i in range(layers)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Factors and running means, as JSON holds them in a checkpoint; empty without a target."""
-        if self._attention.target_density is None:
-            return {}
+        """Factors and running means, as JSON holds them in a checkpoint; empty where no target has ever moved a factor."""
         factors = {str(layer): core.scaling_factor for layer, core in self._cores.items()}
+        own = {str(layer): self._attention.layer_scaling_factor(layer) for layer in self._cores}
+        if self._attention.target_density is None and factors == own:
+            return {}
         return {"factors": factors, "means": dict(self._means)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

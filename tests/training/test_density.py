@@ -57,6 +57,19 @@ def test_layers_share_the_budget_of_the_model() -> None:
     assert other.state_dict() == controller.state_dict()
 
 
+def test_factors_that_a_target_moved_outlive_it() -> None:
+    _, controller, _ = simulate(0.3, 10)
+    factors = controller.state_dict()["factors"]
+    state = controller.state_dict()
+    for _ in range(2):  # a start without the target, and one after that
+        layers: Any = {i: SimpleNamespace(scaling_factor=1.0) for i in range(2)}
+        later = DensityController(AttentionConfig(), layers)
+        assert later.state_dict() == {}
+        later.load_state_dict(state)
+        state = later.state_dict()
+        assert state["factors"] == factors == {str(i): layers[i].scaling_factor for i in range(2)}
+
+
 def test_a_state_of_earlier_releases_is_taken_up() -> None:
     _, controller, _ = simulate(0.3, 10)
     state = controller.state_dict()

@@ -184,6 +184,12 @@ def test_settings_that_differ_are_told_with_what_that_does_and_a_decay_that_is_u
     ):
         other = config_from_dict(run_of(tree, Path("unused"), **{section: value}))
         assert str(describe_changes(tree, other, step=1)).endswith(effect)
+    held = run_of(tree, Path("unused"), attention={"target_density": 0.5})
+    other = config_from_dict(
+        run_of(held, Path("unused"), attention={"target_density": 0.5, "scaling_factor": 9})
+    )
+    told = str(describe_changes(held, other, step=1))
+    assert told.endswith("not read: the run goes on from the factors that attention.target_density has moved")
     scaled = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
     told = str(describe_changes(tree, config_from_dict(run_of(tree, Path("unused"), model=scaled)), step=1))
     assert [line.split()[:3] for line in told.splitlines()[2:]] == [
