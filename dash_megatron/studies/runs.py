@@ -128,6 +128,12 @@ def _branches(
         for arm in _recipes(of_order):
             run = _make(of_order, {**tree, "attention": {}}, arm)
             name = f"{arm.point}_order{order}_from_{base.name}"
+            before, kind = base.config.attention.kind, run.config.attention.kind
+            if before not in ("full", kind):
+                raise StudyError(
+                    f"branch {name}: attention.kind={kind} has no place for what attention.kind={before} of its base learned; "
+                    f"a base of kind full can start every arm, this one those of kind {before}"
+                )
             config = run.config.model_copy(update={"run_dir": str(base.folder.with_name(name))})
             variant = str(arm.point)
             yield replace(run, name=name, config=config, variant=variant, size=base.size, base=base.name)

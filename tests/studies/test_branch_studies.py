@@ -87,11 +87,14 @@ def test_every_arm_is_trained_from_every_base_in_every_order(write_study: Write)
 
 
 def test_of_its_bases_attention_a_branch_takes_nothing(write_study: Write) -> None:
-    path = write_study(overrides={"attention.chunk_size": 64, "attention.sigma": 3.0}, branches=BRANCHES)
-    base, full, dash, *_ = runs_of(path)
-    assert (base.config.attention.chunk_size, base.config.attention.sigma) == (64, 3.0)
-    assert (dash.config.attention.chunk_size, dash.config.attention.sigma) == (32, 2.0)
-    assert full.config.attention.kind == "full"
+    both = arms({"name": "plain"}, {"name": "small", "attention.chunk_size": 32})
+    path = write_study(
+        overrides={"attention.chunk_size": 128, "attention.sigma": 3.0}, branches=BRANCHES | both
+    )
+    base, plain, small, *_ = runs_of(path)
+    assert (base.config.attention.chunk_size, base.config.attention.sigma) == (128, 3.0)
+    assert (plain.config.attention.chunk_size, plain.config.attention.sigma) == (64, 2.0)
+    assert (small.config.attention.chunk_size, small.config.attention.sigma) == (32, 2.0)
 
 
 def arms(*named: dict[str, Any]) -> dict[str, Any]:
@@ -123,6 +126,7 @@ def arms(*named: dict[str, Any]) -> dict[str, Any]:
         ({"overrides": {"training.init_from": "x"}}, "training.init_from, which a study sets by `base`"),
         ({"overrides": {"steps": 3}}, "branches.overrides has 'steps'; settings read section.key"),
         ({"overrides": {"training.stepz": 3}}, "training.stepz=3 is not a known key"),
+        ({}, "^branch full_order1_from_dash: attention.kind=full has no place for what attention.kind=dash"),
         ({"order": [1]}, "branches.order is not a known key; the keys are arms, reference"),
         (
             arms({"name": "a"}, {"name": "b", "attention.chunk": 3}),
