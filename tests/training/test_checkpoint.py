@@ -285,6 +285,7 @@ def test_a_process_opens_only_the_files_of_a_checkpoint_that_hold_what_it_reads(
         "shapes": {"w": [16]},
         "splits": {},
         "layout": {"tensor": 1},
+        "config": {},
         "fragments": {name: {"tensor_rank": 0, "starts": {"w": start}} for name, start in starts.items()},
     }
     written = {files.DESCRIPTION: files.write_json(tmp_path / files.DESCRIPTION, facts)}
