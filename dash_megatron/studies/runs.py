@@ -129,10 +129,11 @@ def _branches(
             run = _make(of_order, {**tree, "attention": {}}, arm)
             name = f"{arm.point}_order{order}_from_{base.name}"
             before, kind = base.config.attention.kind, run.config.attention.kind
-            if before not in ("full", kind):
+            # of the others attention itself learns nothing
+            if before in ("dash", "nsa") and before != kind:
                 raise StudyError(
                     f"branch {name}: attention.kind={kind} has no place for what attention.kind={before} of its base learned; "
-                    f"a base of kind full can start every arm, this one those of kind {before}"
+                    f"a base of kind full or infllmv2 can start every arm, this one those of kind {before}"
                 )
             config = run.config.model_copy(update={"run_dir": str(base.folder.with_name(name))})
             variant = str(arm.point)

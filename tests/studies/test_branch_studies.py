@@ -97,6 +97,12 @@ def test_of_its_bases_attention_a_branch_takes_nothing(write_study: Write) -> No
     assert (small.config.attention.chunk_size, small.config.attention.sigma) == (32, 2.0)
 
 
+def test_a_base_whose_attention_learns_nothing_starts_every_arm(write_study: Write) -> None:
+    top_k = {"attention.kind": "infllmv2", "attention.infllmv2.kernel_size": 16}
+    kinds = [run.config.attention.kind for run in runs_of(write_study(overrides=top_k, branches=BRANCHES))]
+    assert kinds == ["infllmv2", "full", "dash", "full", "dash"]
+
+
 def arms(*named: dict[str, Any]) -> dict[str, Any]:
     return {"arms": list(named), "reference": named[0]["name"]}
 
