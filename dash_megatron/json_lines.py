@@ -125,7 +125,7 @@ def _strict(line: _Line) -> bytes:
 
 def _object(line: bytes, keys: Collection[str]) -> Any:
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode())  # json itself takes bytes that are no UTF-8
     except (ValueError, RecursionError):
         return None
     whole = isinstance(value, dict) and type(value.get("step")) is int and value.keys() >= set(keys)

@@ -75,6 +75,7 @@ def test_a_cut_last_line_is_skipped_without_a_word(tmp_path: Path, caplog: pytes
         b'{"step": 1}{"step": 2}',
         b"12",
         b"\xff\xfe",
+        b'{"step": 2, "loss": 1, "valid_loss": null, "\xed\xa0\x80": 0}',
         b"\0\0\0",
         b"[" * 9999,
     ],
