@@ -55,12 +55,13 @@ class Change(NamedTuple):
     effect: str
 
 
-def changes_since(stored: Mapping[str, Any], config: Config) -> list[Change]:
+def changes_since(stored: Mapping[str, Any], config: Config, moved: bool = False) -> list[Change]:
     """The settings that differ from a stored config, in the order of the configuration page.
 
     Args:
         stored: what a checkpoint keeps of its run's config; keys that came since have their default.
         config: of the run that resumes.
+        moved: the checkpoint has scaling factors that a target density, now or earlier, has moved.
     """
     # a layout that is refused today is compared as it was written
     layout = {"parallel": config.parallel.model_dump(mode="json") | stored.get("parallel", {})}
@@ -68,19 +69,19 @@ def changes_since(stored: Mapping[str, Any], config: Config) -> list[Change]:
     found = [
         Change(key, _text(old), _text(new), _effect(key)) for key, old, new in differences(saved, config)
     ]
-    if saved["attention"]["target_density"] is None:
+    if not moved:
         return found
     return [change._replace(effect=_MOVED) if change.key.startswith(_FACTOR) else change for change in found]
 
 
-def describe_changes(stored: Mapping[str, Any], config: Config, step: int) -> str | None:
+def describe_changes(stored: Mapping[str, Any], config: Config, step: int, moved: bool = False) -> str | None:
     """The table of settings that differ, with a line on the learning rate where they move it; None where nothing differs.
 
     Args:
-        stored, config: as in `changes_since`.
+        stored, config, moved: as in `changes_since`.
         step: finished steps.
     """
-    changes = changes_since(stored, config)
+    changes = changes_since(stored, config, moved)
     if not changes:
         return None
     rows = [Change("setting", "stored", "now", "effect"), *changes]

@@ -245,7 +245,8 @@ class Trainer:
             return
         stored.check_tokenizer(self.tokenizer)
         self.load_state_dict(stored.facts["trainer"])
-        if told := describe_changes(stored.facts["config"], self.config, self.step):
+        moved = bool(stored.facts["trainer"].get("density"))
+        if told := describe_changes(stored.facts["config"], self.config, self.step, moved):
             logger.warning("%s", told)
         if stored.facts.get("about", {}).get("data", self.about["data"]) != self.about["data"]:
             logger.warning(

@@ -14,6 +14,7 @@ from dash_megatron.training.metrics import read_metrics
 from tests.gpus import in_float32_on, on_two_gpus
 from tests.training.workers import train_all
 
+MOVED = "not read: the run goes on from the factors that attention.target_density has moved"
 TRAINED_WITH = "weights were trained with the former; checkpoint.check_loss=false says that it is meant"
 # what a line of metrics.jsonl says of training rather than of the clock
 EXACT = (
@@ -131,12 +132,13 @@ def test_every_setting_that_differs_on_a_resume_is_in_one_table(
     tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
     wsd = {"kind": "wsd", "decay_steps": 1}
-    first = run_of(tiny_config, tmp_path / "run", training={"steps": 2}, schedule=wsd)
+    held = {"target_density": 0.5}
+    first = run_of(tiny_config, tmp_path / "run", training={"steps": 2}, schedule=wsd, attention=held)
     second = run_of(
         tiny_config,
         tmp_path / "run",
         training={"steps": 3, "seed": 5, "init_from": "elsewhere"},
-        attention={"chunk_size": 32},
+        attention={**held, "chunk_size": 32, "scaling_factor": 9.0},
         zero={"stage": 2},
         schedule=wsd,
     )
@@ -145,8 +147,9 @@ def test_every_setting_that_differs_on_a_resume_is_in_one_table(
     table = log.partition("settings differ from those of the checkpoint:\n")[2].splitlines()
     rows = [line.split(None, 3) for line in table]
     assert rows[0] == ["setting", "stored", "now", "effect"]
-    assert [row[:3] for row in rows[1:6]] == [
+    assert [row[:3] for row in rows[1:7]] == [
         ["attention.chunk_size", "16", "32"],
+        ["attention.scaling_factor", "1.0", "9.0"],
         ["zero.stage", "1", "2"],
         ["training.steps", "2", "3"],
         ["training.seed", "1234", "5"],
@@ -156,8 +159,9 @@ def test_every_setting_that_differs_on_a_resume_is_in_one_table(
         rows[1][3]
         == "weights were trained with the former; checkpoint.check_loss=false says that it is meant"
     )
-    assert rows[5][3] == "not read: the run goes on from its own checkpoint"
-    assert table[6].startswith("learning rate: 0.001 in step 2, 0.001 in step 3")
+    assert rows[2][3] == MOVED
+    assert rows[6][3] == "not read: the run goes on from its own checkpoint"
+    assert table[7].startswith("learning rate: 0.001 in step 2, 0.001 in step 3")
     assert log.count("settings differ") == 1
 
 
@@ -184,12 +188,10 @@ def test_settings_that_differ_are_told_with_what_that_does_and_a_decay_that_is_u
     ):
         other = config_from_dict(run_of(tree, Path("unused"), **{section: value}))
         assert str(describe_changes(tree, other, step=1)).endswith(effect)
-    held = run_of(tree, Path("unused"), attention={"target_density": 0.5})
-    other = config_from_dict(
-        run_of(held, Path("unused"), attention={"target_density": 0.5, "scaling_factor": 9})
-    )
-    told = str(describe_changes(held, other, step=1))
-    assert told.endswith("not read: the run goes on from the factors that attention.target_density has moved")
+    # of a run that had a target, has dropped it, and starts once more
+    other = config_from_dict(run_of(tree, Path("unused"), attention={"scaling_factor": 9}))
+    assert str(describe_changes(tree, other, step=1, moved=True)).endswith(MOVED)
+    assert str(describe_changes(tree, other, step=1)).endswith(TRAINED_WITH)
     scaled = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
     told = str(describe_changes(tree, config_from_dict(run_of(tree, Path("unused"), model=scaled)), step=1))
     assert [line.split()[:3] for line in told.splitlines()[2:]] == [
