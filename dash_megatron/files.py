@@ -1,6 +1,7 @@
 """Text files that appear whole or not at all, and paths in messages."""
 
 import errno
+import fcntl
 import os
 import re
 from collections.abc import Iterator
@@ -67,6 +68,22 @@ def write_whole(path: Path, text: str, make_folder: bool = False) -> None:
     temporary.write_text(text, encoding="utf-8", newline="")
     sync(temporary)  # a name may reach the disk before what it names
     os.replace(temporary, path)
+
+
+def lock(descriptor: int, held: ValueError) -> None:
+    """Hold an open file, or a folder, against other processes until it is closed here and in the processes that inherited it.
+
+    File systems without locks hold nothing, of which there are few: Lustre mounted without `flock` is one.
+
+    Raises:
+        ValueError: `held`, where another process holds it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise held from None
+    except OSError:
+        pass
 
 
 def sync(path: Path) -> None:

@@ -1,11 +1,12 @@
 """Files that appear whole or not at all, in folders into which one process writes."""
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from dash_megatron.files import lock
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -42,7 +43,7 @@ def sync_and_rename(temporary: Path, path: Path) -> None:
 def sole_writer(folder: Path) -> Iterator[None]:
     """Make a folder, and hold it against other processes that would write into it too, whose files would mix.
 
-    File systems without locks, of which there are few, hold nothing. A killed process holds nothing either.
+    File systems without locks hold nothing, see `lock`. A killed process holds nothing either.
 
     Raises:
         ValueError: another process writes into the folder.
@@ -50,15 +51,11 @@ def sole_writer(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".writing"
     with open(path, "a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"--output={folder} must be written by one process at a time, and another is writing it; wait for that "
-                "one, stop it, or give another folder"
-            ) from None
-        except OSError:
-            pass
+        held = ValueError(
+            f"--output={folder} must be written by one process at a time, and another is writing it; wait for that one, stop it, "
+            "or give another folder"
+        )
+        lock(file.fileno(), held)
         try:
             yield
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dash_megatron.checkpoint.files import save_tensors
+from dash_megatron.files import lock
 from dash_megatron.hf.names import Piece
 
 MODEL_SECTIONS = "model.yaml"
@@ -46,7 +46,10 @@ def new_folder(output: Path) -> Iterator[Path]:
     """
     partial = output.parent / f".{output.name}.partial"
     partial.mkdir(parents=True, exist_ok=True)
-    with _only_here(partial, output):
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        held = f"{output} is being made by another process; wait for that one, or choose another folder"
+        lock(descriptor, ValueError(held))
         for left in partial.iterdir():  # by one that was killed
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         try:
@@ -55,22 +58,6 @@ def new_folder(output: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-
-
-@contextmanager
-def _only_here(folder: Path, output: Path) -> Iterator[None]:
-    """Hold a folder against other processes, whose files would mix with those of this one."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{output} is being made by another process; wait for that one, or choose another folder"
-            ) from None
-        except OSError:  # a file system without locks holds nothing
-            pass
-        yield
     finally:
         os.close(descriptor)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import re
 import shlex
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from dash_megatron.evaluation.cli import check_arguments
-from dash_megatron.files import write_whole
+from dash_megatron.files import lock, write_whole
 from dash_megatron.studies.jobs import (
     Job,
     check_same,
@@ -131,13 +130,10 @@ def _only_one(study: Study) -> Iterator[int]:
     folder = Path(study.output)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "submit.lock", "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StudyError(
-                f"another `study submit` is at work on output={study.output}, or was killed and its runs are still "
-                "saving; wait for it"
-            ) from error
+        held = StudyError(
+            f"another `study submit` is at work on output={study.output}, or was killed and its runs are still saving; wait for it"
+        )
+        lock(file.fileno(), held)
         yield file.fileno()
 
 

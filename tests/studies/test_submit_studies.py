@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import shutil
 import subprocess
 import sys
@@ -315,6 +318,16 @@ def test_runs_of_a_killed_submission_are_asked_to_stop_and_keep_others_out_until
         except StudyError:
             time.sleep(0.01)
     pytest.fail("the lock is held for ever")
+
+
+def test_a_study_needs_no_locks_of_the_file_system(
+    write_study: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert submit_module.submit_studies([write_study()], train=trainer(tmp_path, {})) == 0
 
 
 @pytest.mark.parametrize(
