@@ -118,6 +118,23 @@ def test_the_site_file_reaches_the_script(capsys: pytest.CaptureFixture[str], tm
         assert line in script.splitlines()
 
 
+def test_a_site_that_cannot_be_prepared_is_given_up_at_the_first_start_and_queued_again_at_later_ones(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    site = site_file(tmp_path, setup="return 1")
+    script = dry_run(capsys, *CONFIG, *SIZE, *TIME, *site, f"run_dir={tmp_path / 'run'}")
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\n")
+    scontrol.chmod(0o755)
+    paths = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    for restart in ("0", "1"):
+        variables = paths | {"SLURM_RESTART_COUNT": restart}
+        subprocess.run(["bash"], input=script, text=True, env=variables, timeout=30)
+    events = [line.split("\t")[2:4] for line in (tmp_path / "run/slurm/events.tsv").read_text().splitlines()]
+    assert events == [["0", "stopped"], ["1", "requeued"]]
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+
+
 def test_the_hand_editable_script_ends_like_the_submitted_one(capsys: pytest.CaptureFixture[str]) -> None:
     by_hand = (ROOT / "slurm/pretrain.sbatch").read_text()
     subprocess.run(["bash", "-n"], input=by_hand, text=True, check=True, timeout=30)
