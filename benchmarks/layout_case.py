@@ -1,4 +1,4 @@
-"""One process of a case of `benchmarks/layouts.py`, which starts it: time its steps, and profile one."""
+"""One process of a case of `benchmarks/layouts.py`, which starts it with the file of the case: time its steps, and profile one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from dash_megatron.config import Config
 from dash_megatron.config.flops import peak_flops, training_flops_per_token
 from dash_megatron.data.batches import PackedBatch, pack_samples
 from dash_megatron.data.vocabulary import vocabulary_rows
-from dash_megatron.launcher import launch
 from dash_megatron.layers import build_model, init_weights, routing_means, take_context_bytes
 from dash_megatron.parallel import (
     context_rank,
@@ -43,15 +42,6 @@ from dash_megatron.training.loss import global_target_tokens, share_of_global_me
 WARM_UP = 2
 # a process that hangs says where before it is killed; so long before, no further step begins
 LAST_WORDS_SECONDS = 15
-
-
-def main() -> None:
-    """Be one process of the case that a file describes or, with --start after it, start all of them on this machine."""
-    file, *start = sys.argv[1:]
-    if start:
-        case = Case(**json.loads(Path(file).read_text()))
-        raise SystemExit(launch([sys.executable, __file__, file], case.gpus))
-    run_case(Path(file))
 
 
 def run_case(file: Path) -> None:
@@ -190,4 +180,4 @@ def _profile(step: Callable[[], None], trace: str | None, device: torch.device) 
 
 
 if __name__ == "__main__":
-    main()
+    run_case(Path(sys.argv[1]))

@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dash_megatron.command_line import ending_with_reader, parse_with_overrides
 from dash_megatron.config import Config, load_config
+from dash_megatron.launcher import launch
 from dash_megatron.planning.layout import Hardware, Layout
 from dash_megatron.planning.search import configured_layout, estimate_configured, search
 from dash_megatron.planning.step_time import Routing
@@ -78,6 +79,9 @@ class Case:
 def main() -> None:
     """Run from the command line."""
     options = _arguments()
+    if options.start:
+        case = Case(**json.loads(options.start.read_text()))
+        raise SystemExit(launch(_one_process(options.start), case.gpus))
     # an order to stop, as from `timeout`, must reach the processes of a case
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options.output.mkdir(parents=True, exist_ok=True)
@@ -135,6 +139,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--trace", action="store_true", help="keep a Chrome trace of one step of each case")
     parser.add_argument("--tiny", action="store_true", help="two narrow layers, 256 tokens, any device")
+    parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parse_with_overrides(parser)
     if options.launcher is not None and shutil.which(next(iter(options.launcher), "")) is None:
@@ -227,11 +232,10 @@ def _in_processes(case: Case, file: Path, launcher: list[str] | None) -> dict[st
     file.write_text(json.dumps(dataclasses.asdict(case)))
     result, log = file.with_suffix(".result"), file.with_suffix(".log")
     result.unlink(missing_ok=True)
-    command = [sys.executable, str(Path(__file__).with_name("layout_case.py")), str(file)]
     if launcher is None:
-        command.append("--start")
+        command = [sys.executable, __file__, "--start", str(file)]
     else:
-        command = [*(word.replace("{gpus}", str(case.gpus)) for word in launcher), *command]
+        command = [*(word.replace("{gpus}", str(case.gpus)) for word in launcher), *_one_process(file)]
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -248,6 +252,11 @@ def _in_processes(case: Case, file: Path, launcher: list[str] | None) -> dict[st
         found: dict[str, Any] = json.loads(result.read_text())
         return found
     return {"error": f"{first_error(log.read_text(errors='replace'))} ({ended}, {log})"}
+
+
+def _one_process(file: Path) -> list[str]:
+    """Of a case, whose libraries take seconds to import: only its processes do."""
+    return [sys.executable, str(Path(__file__).with_name("layout_case.py")), str(file)]
 
 
 def first_error(log: str) -> str:
