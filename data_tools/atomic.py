@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from dash_megatron.files import lock
+from dash_megatron.files import lock, sync
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -34,8 +34,7 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 def sync_and_rename(temporary: Path, path: Path) -> None:
     """Give a finished file its name, once its bytes are on the disk."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
+    sync(temporary)
     os.replace(temporary, path)
 
 

@@ -70,8 +70,8 @@ def agreed_steps(run_dir: str | Path) -> list[int]:
     return _agreed(lambda: finished_steps(run_dir))
 
 
-def _agreed(function: Callable[[], list[T]]) -> list[T]:
-    """What rank 0 finds in a folder, or the error that it meets there, on all processes; collective."""
+def _agreed(function: Callable[[], T]) -> T:
+    """What a function gives on rank 0, or the OSError that it meets there, on all processes; collective."""
     if not dist.is_initialized():
         return function()
     found: list[Any] = [None]
@@ -83,20 +83,17 @@ def _agreed(function: Callable[[], list[T]]) -> list[T]:
     dist.broadcast_object_list(found)
     if isinstance(found[0], OSError):
         raise found[0]
-    result: list[T] = found[0]
+    result: T = found[0]
     return result
 
 
-def on_main(function: Callable[[], object]) -> str | None:
+def on_main(function: Callable[[], None]) -> str | None:
     """Call a function on rank 0 and give the text of its OSError, or None, to all processes; collective."""
-    message: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            function()
-        except OSError as error:
-            message = [error.strerror or str(error)]
-    dist.broadcast_object_list(message)
-    return message[0]
+    try:
+        _agreed(function)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def make_empty(folder: Path, seconds: float) -> None:

@@ -27,7 +27,7 @@ from dash_megatron.checkpoint.folder import (
 from dash_megatron.checkpoint.state import TrainingState, random_state
 from dash_megatron.checkpoint.stored import describe_fragments
 from dash_megatron.config import Config
-from dash_megatron.files import sync
+from dash_megatron.files import sync, write_whole
 from dash_megatron.layers.sharding import splits
 from dash_megatron.parallel import tensor_group
 from dash_megatron.retry import explain_os_error, retry
@@ -177,9 +177,7 @@ class Checkpointer:
                 remove(self.folder / tag)  # this step's, of before the run went back to an earlier one
                 os.rename(partial, self.folder / tag)
             sync(self.folder)
-            latest = self.folder / "latest.partial"
-            latest.write_text(tag + "\n")
-            os.replace(latest, self.folder / "latest")
+            write_whole(self.folder / "latest", tag + "\n")
 
         retry(publish, f"publish {tag}", self.config.checkpoint.retry_seconds, self.folder)
         self._remove_old()
