@@ -96,8 +96,9 @@ class PerplexityJob(Job):
         """See `Job.compute`."""
         documents, windows = zip(*(self._windows[index] for index, _ in items), strict=True)
         losses = self.model.losses(torch.from_numpy(np.stack(windows))).double()
+        spans = buckets(self.length)
         return [
-            {"document": document, "nll_sums": [float(row[a:b].sum()) for a, b in buckets(self.length)]}
+            {"document": document, "nll_sums": [float(row[a:b].sum()) for a, b in spans]}
             for document, row in zip(documents, losses, strict=True)
         ]
 
@@ -143,13 +144,12 @@ class DocumentsJob(Job):
             for (number, _), count in zip(items, counts, strict=True)
         ]
         losses = self.model.losses(pad_right(rows)).double()
+        spans = buckets(self.length)
         return [
             {
                 "tokens": count,
                 "nll_sums": [
-                    float(row[start : min(end, count)].sum())
-                    for start, end in buckets(self.length)
-                    if start < count
+                    float(row[start : min(end, count)].sum()) for start, end in spans if start < count
                 ],
             }
             for row, count in zip(losses, counts, strict=True)

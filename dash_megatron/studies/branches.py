@@ -151,12 +151,13 @@ def _of_lines(measure: Measure, lines: list[dict[str, Any]]) -> Mapping[Measure,
     if not measure.is_loss:
         return {measure: {item: (line["score"], 1.0) for item, line in items.items()}}
     found: dict[Measure, dict[Item, tuple[float, float]]] = {}
+    spans = buckets(measure.length)
     for item, line in items.items():
         # `documents` has a line a document; of windows, older files do not say where they are from
         document = (line["document"],) if "document" in line else item
         tokens, sums = line.get("tokens", measure.length), line["nll_sums"]
         there = {measure: (sum(sums), tokens)}
-        for (begin, end), nll in zip(buckets(measure.length), sums, strict=False):
+        for (begin, end), nll in zip(spans, sums, strict=False):
             there[measure._replace(begin=begin, end=end)] = nll, min(end, tokens) - begin
         for part, (nll, size) in there.items():
             of_part = found.setdefault(part, {})
