@@ -22,6 +22,7 @@ from query import NO_ANSWER, query_slurm
 # the rules that are checked here are those of the train.py that will run, not of another installed version
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from inputs import check_inputs
 from site_file import Site, load_site
 
 from dash_megatron.command_line import ending_with_reader, parse_with_overrides
@@ -254,6 +255,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if not options.dependency:
             check_nobody_else_runs(runs)
+        if not options.dependency and not options.inputs_later:
+            for run in runs:
+                check_inputs(run.config)
         number = submit(script, runs, stamp, command.replace("\n", " "))
     except (ValueError, OSError) as error:
         print(f"error: {error_text(error)}", file=sys.stderr)
@@ -323,6 +327,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--job-name", help="default: the name of run_dir, or of the folder of --array's configs"
     )
     parser.add_argument("--dependency", help="as sbatch takes it, such as afterok:123")
+    parser.add_argument(
+        "--inputs-later",
+        action="store_true",
+        help="submit though the data or training.init_from are not here, as with --dependency: the nodes will see them",
+    )
     parser.add_argument("--at-once", type=int, metavar="K", help="tasks of --array that run at the same time")
     parser.add_argument(
         "--site", default=str(FOLDER / "site.yaml"), metavar="FILE", help="default: slurm/site.yaml"

@@ -1,11 +1,17 @@
 """The tokenizer of a run: a sentencepiece model, or a Hugging Face tokenizer.json."""
 
+from __future__ import annotations
+
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dash_megatron.data.json_tokenizer import JsonTokenizer
 from dash_megatron.data.sentencepiece_model import SentencePieceModel
 from dash_megatron.files import path_for_message
+
+if TYPE_CHECKING:  # the tools that tokenize read no config
+    from dash_megatron.config.data import DataConfig
 
 
 class Tokenizer:
@@ -90,3 +96,15 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of the ids, with U+FFFD for bytes that are not UTF-8."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+def load_tokenizer(data: DataConfig) -> Tokenizer:
+    """Open the tokenizer of a run.
+
+    Raises:
+        FileNotFoundError, ValueError: as `Tokenizer`; or `data.tokenizer` or `data.train` is empty.
+    """
+    for name, value in (("tokenizer", data.tokenizer), ("train", data.train)):
+        if not value:
+            raise ValueError(f"data.{name} is empty; set it in the YAML or as data.{name}=...")
+    return Tokenizer(str(data.tokenizer))

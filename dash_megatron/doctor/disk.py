@@ -12,9 +12,9 @@ from pathlib import Path
 from dash_megatron.checkpoint.folder import checkpoint_folder
 from dash_megatron.config import Config
 from dash_megatron.config.flops import parameter_count
+from dash_megatron.data.tokenizer import load_tokenizer
 from dash_megatron.doctor.runner import Finding
 from dash_megatron.doctor.session import Session
-from dash_megatron.training.setup import load_tokenizer
 
 _BLOCK_BYTES = 8 << 20
 # per process, all at once, as checkpoints are written; never more than a checkpoint, or what surely is free
@@ -28,7 +28,7 @@ def check_disk(session: Session) -> Finding:
     """Compare free space with the checkpoints to come; write, flush to disk and read a nameless file in `run_dir`."""
     run_dir = Path(session.config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(session.config)
+    tokenizer = load_tokenizer(session.config.data)
     parameters = parameter_count(session.config, session.config.padded_vocabulary(tokenizer.vocab_size))
     size = BYTES_PER_PARAMETER * parameters
     count = checkpoints_kept(session.config)

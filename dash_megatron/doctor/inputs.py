@@ -11,10 +11,11 @@ from dash_megatron import __version__
 from dash_megatron.config import Config
 from dash_megatron.data.blend import blend_prefixes
 from dash_megatron.data.sidecar import check_data
+from dash_megatron.data.tokenizer import load_tokenizer
 from dash_megatron.doctor.runner import Figure, Finding
 from dash_megatron.doctor.session import Session, describe_error
 from dash_megatron.ops.fingerprint import implementation_fingerprint
-from dash_megatron.training.setup import code_commit, device_name, load_tokenizer
+from dash_megatron.training.setup import code_commit, device_name
 
 _PACKAGES = ("deepspeed", "megatron-core")
 _DRIVER_FILE = Path("/sys/module/nvidia/version")
@@ -36,7 +37,7 @@ def check_versions(session: Session) -> Finding:
 def check_data_files(session: Session) -> Finding:
     """Compare size, digests and tokenizer of every .bin/.idx with its sidecar, and with the run's tokenizer."""
     data = session.config.data
-    tokenizer = load_tokenizer(session.config)
+    tokenizer = load_tokenizer(session.config.data)
     figures: dict[str, Figure] = {"tokenizer": tokenizer.fingerprint[:12]}
     problems = []
     for split, entries in (("train", data.train), ("valid", data.valid)):

@@ -15,7 +15,6 @@ import yaml
 from dash_megatron.config import AttentionConfig, Config
 from dash_megatron.data.blend import chat_template
 from dash_megatron.data.chat import TEMPLATE_FILE
-from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.files import write_whole
 from dash_megatron.ops.backend import pick_backend
 from dash_megatron.ops.fingerprint import implementation_fingerprint
@@ -109,18 +108,6 @@ def code_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-
-
-def load_tokenizer(config: Config) -> Tokenizer:
-    """Open the tokenizer of a config.
-
-    Raises:
-        ValueError: `data.tokenizer` or `data.train` is empty.
-    """
-    for name, value in (("tokenizer", config.data.tokenizer), ("train", config.data.train)):
-        if not value:
-            raise ValueError(f"data.{name} is empty; set it in the YAML or as data.{name}=...")
-    return Tokenizer(str(config.data.tokenizer))
 
 
 def write_chat_template(config: Config) -> None:

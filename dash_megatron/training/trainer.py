@@ -16,6 +16,7 @@ from dash_megatron.checkpoint.saving import Checkpointer
 from dash_megatron.config import Config
 from dash_megatron.data.batches import PackedBatch
 from dash_megatron.data.blend import data_fingerprint
+from dash_megatron.data.tokenizer import load_tokenizer
 from dash_megatron.exit_codes import ExitCode
 from dash_megatron.layers import build_model, dash_layers, init_weights
 from dash_megatron.parallel import init_process_groups, read_launch
@@ -67,7 +68,7 @@ class Trainer:
         self.accumulation_steps = config.accumulation_steps(launch.world_size)
         check_wandb(config)
         setup.check_backend(config.attention, pick_device(launch))
-        self.tokenizer = setup.load_tokenizer(config)
+        self.tokenizer = load_tokenizer(config.data)
         self.vocab_size = config.padded_vocabulary(self.tokenizer.vocab_size)
         make_writable_folder(config.run_dir, "run_dir")
         check_tensorboard(config)

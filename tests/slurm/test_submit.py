@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +239,7 @@ def test_without_sbatch_the_script_is_kept_and_said_to_be(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     run = tmp_path / "run"
-    assert submit.main([*CONFIG, *SIZE, *TIME, f"run_dir={run}"]) == 2
+    assert submit.main([*CONFIG, *SIZE, *TIME, "--inputs-later", f"run_dir={run}"]) == 2
     (script,) = (run / "slurm").glob("*.sbatch")
     assert f"there is no sbatch on this machine; {script} is written" in capsys.readouterr().err
     (config,) = (run / "slurm").glob("*.yaml")
@@ -289,11 +290,73 @@ def test_an_sbatch_that_gets_no_answer_is_not_called_again_because_the_job_may_b
     program(tmp_path / "bin", "squeue", "")
     program(tmp_path / "bin", "sbatch", BUSY)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    assert submit.main([*CONFIG, *SIZE, *TIME, f"run_dir={tmp_path / 'run'}"]) == 2
+    words = ["--inputs-later", f"run_dir={tmp_path / 'run'}"]
+    assert submit.main([*CONFIG, *SIZE, *TIME, *words]) == 2
     error = capsys.readouterr().err
     assert "got no answer" in error
     assert "look with squeue before trying again" in error
     assert calls(tmp_path / "bin", "sbatch") == 1
+
+
+@pytest.fixture
+def submit_run(
+    tiny_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., int]:
+    """`submit_run(*words)` submits a run whose data is there to a stand-in for SLURM; the exit code."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tiny_config))
+    program(tmp_path / "bin", "squeue", "")
+    program(tmp_path / "bin", "sbatch", "echo 7")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    size = ["--nodes", "1", "--gpus-per-node", "0", *TIME]
+    return lambda *words: submit.main(["--config", str(config), *size, *words])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.tokenizer=no.model", "data.tokenizer=no.model (relative to "),
+        ("data.train=[]", "data.train is empty; set it in the YAML"),
+        ("data.train=[0.7 no/train]", "data.train=['0.7 no/train']: no/train.idx (relative to "),
+        ("data.valid=[/no/valid]", "data.valid=['/no/valid']: /no/valid.idx does not exist; make it with"),
+        ("data.seq_length=1048576", "must have at least data.seq_length + 1 = 1048577 for one row"),
+        (
+            "training.init_from=/no/run",
+            "training.init_from=/no/run must be the folder of a run that has saved",
+        ),
+    ],
+)
+def test_a_run_whose_inputs_are_not_there_is_not_queued_unless_they_are_to_come(
+    setting: str,
+    message: str,
+    submit_run: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    assert submit_run(setting) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "--inputs-later" in error
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "bin/sbatch.calls").exists()
+    for words in (["--dependency", "afterok:6"], ["--inputs-later"]):
+        assert submit_run(setting, *words) == 0
+    assert calls(tmp_path / "bin", "sbatch") == 2
+
+
+def test_initial_weights_are_a_run_with_a_checkpoint_or_an_import_and_a_run_that_resumes_needs_none(
+    submit_run: Callable[..., int], tmp_path: Path
+) -> None:
+    setting = f"training.init_from={tmp_path / 'start'}"
+    (tmp_path / "start/checkpoints/step_00000004.partial").mkdir(parents=True)
+    assert submit_run(setting) == 2
+    (tmp_path / "run/checkpoints/step_00000008").mkdir(parents=True)
+    assert submit_run(setting) == 0
+    (tmp_path / "start/checkpoints/step_00000004").mkdir()
+    assert submit_run(setting, f"run_dir={tmp_path / 'other'}") == 0
+    (tmp_path / "start/checkpoints").rename(tmp_path / "away")
+    (tmp_path / "start/model.yaml").touch()
+    assert submit_run(setting, f"run_dir={tmp_path / 'another'}") == 0
 
 
 @pytest.fixture
