@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from dash_megatron.evaluation.pictures import draw
 from dash_megatron.evaluation.runner import RESULTS, check_samples, evaluate
 from dash_megatron.evaluation.settings import Settings
 from dash_megatron.evaluation.text import LocalText, tokens_for_lines
+from dash_megatron.files import lock
 
 
 def evaluate_source(
@@ -41,7 +44,8 @@ def evaluate_source(
 
     Raises:
         FileNotFoundError: a model or a file is missing.
-        ValueError: an argument breaks a rule; see `Settings`, `open_model`, `LocalText` and `evaluate`.
+        ValueError: an argument breaks a rule, see `Settings`, `open_model`, `LocalText` and `evaluate`; or another process
+            evaluates into the folder.
     """
     if text is not None and data:
         raise ValueError("--text and --data exclude each other; give one")
@@ -54,11 +58,26 @@ def evaluate_source(
     _check_output(folder)
     found = _open_text(known, max(settings.lengths), text, data)
     check_samples(settings, known, found)
-    with open_model(source, step, rope_scaling) as model:
+    with _only_one(folder), open_model(source, step, rope_scaling) as model:
         results = evaluate(model, found, settings, folder, lambda line: print(line, flush=True))
     for path in draw(results, folder):
         print(path)
     return folder / RESULTS
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Hold a folder of results, which is made where it is missing, against other evaluations."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "evaluate.lock", "a+", encoding="utf-8") as file:
+        file.seek(0)
+        owner = file.read() or "another process"
+        held = f"{owner} evaluates into {folder}; wait for it, or choose another folder with --output"
+        lock(file.fileno(), ValueError(held))
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def _check_output(folder: Path) -> None:

@@ -3,7 +3,9 @@
 import gzip
 import json
 import math
+import os
 import re
+import socket
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -232,6 +234,29 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     path.write_text("".join(lines))
     evaluate(Path(config.run_dir), tmp_path / "out", *arguments, "--seed", "1")
     assert len(path.read_text().splitlines()) == 6  # of other settings, beside the old ones
+
+
+def test_a_second_evaluation_into_a_folder_is_refused_while_the_first_is_at_work(
+    write_run: Callable[..., Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, _ = write_run("dash")
+    arguments = ["--tasks", "perplexity", "--lengths", "100", "--samples", "3"]
+    load, codes = models.load_weights, []
+
+    def load_after_another_began(*places: Any) -> Any:
+        codes.append(main(["evaluate", config.run_dir, "--output", str(tmp_path / "out"), *arguments]))
+        return load(*places)
+
+    monkeypatch.setattr(models, "load_weights", load_after_another_began)
+    whole = evaluate(Path(config.run_dir), tmp_path / "out", *arguments)
+    assert codes == [2]
+    told = f"error: process {os.getpid()} on {socket.gethostname()} evaluates into {tmp_path / 'out'}; wait for it"
+    assert told in capsys.readouterr().err
+    monkeypatch.undo()
+    assert evaluate(Path(config.run_dir), tmp_path / "out", *arguments) == whole
 
 
 def test_results_of_a_diverged_model_are_strict_json_and_are_read_again(
