@@ -128,16 +128,22 @@ def _branches(
         for arm in _recipes(of_order):
             run = _make(of_order, {**tree, "attention": {}}, arm)
             name = f"{arm.point}_order{order}_from_{base.name}"
-            before, kind = base.config.attention.kind, run.config.attention.kind
-            # of the others attention itself learns nothing
-            if before in ("dash", "nsa") and before != kind:
-                raise StudyError(
-                    f"branch {name}: attention.kind={kind} has no place for what attention.kind={before} of its base learned; "
-                    f"a base of kind full or infllmv2 can start every arm, this one those of kind {before}"
-                )
+            _check_start(name, base, run)
             config = run.config.model_copy(update={"run_dir": str(base.folder.with_name(name))})
             variant = str(arm.point)
             yield replace(run, name=name, config=config, variant=variant, size=base.size, base=base.name)
+
+
+def _check_start(name: str, base: StudyRun, branch: StudyRun) -> None:
+    """Refuse a branch that has no place for what attention of its base learns, before the base is trained."""
+    for layer in range(base.config.model.layers):
+        kept = branch.config.attention.learned(layer)
+        lost = [setting for setting in base.config.attention.learned(layer) if setting not in kept]
+        if lost:
+            raise StudyError(
+                f"branch {name}: layer {layer} has no place for what its base learned with {', '.join(lost)}; set that in the "
+                "arm too, with attention.full_layers as in the base; a base of kind full or infllmv2 can start every arm"
+            )
 
 
 def _recipes(study: Study) -> Iterator[_Recipe]:

@@ -132,7 +132,6 @@ def arms(*named: dict[str, Any]) -> dict[str, Any]:
         ({"overrides": {"training.init_from": "x"}}, "training.init_from, which a study sets by `base`"),
         ({"overrides": {"steps": 3}}, "branches.overrides has 'steps'; settings read section.key"),
         ({"overrides": {"training.stepz": 3}}, "training.stepz=3 is not a known key"),
-        ({}, "^branch full_order1_from_dash: attention.kind=full has no place for what attention.kind=dash"),
         ({"order": [1]}, "branches.order is not a known key; the keys are arms, reference"),
         (
             arms({"name": "a"}, {"name": "b", "attention.chunk": 3}),
@@ -144,6 +143,39 @@ def test_a_wrong_section_is_refused(changes: dict[str, Any], message: str, write
     path = write_study(branches={**BRANCHES, **changes})
     with pytest.raises(ValueError, match=message):
         runs_of(path)
+
+
+ROUTER = {"attention.pool_heads": True, "attention.router_projections": True}
+NSA = {"attention.kind": "nsa", "attention.chunk_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("base", "arm", "refused"),
+    [
+        ({}, {"attention.kind": "full"}, "layer 0 .* attention.kind=dash; set"),
+        ({}, {"attention.full_layers": [1]}, "layer 1 .* attention.kind=dash; set"),
+        ({"attention.full_layers": [1]}, {}, None),
+        ({"attention.learned_scaling": 20.0}, {}, "layer 0 .* attention.learned_scaling above 0; set"),
+        ({"attention.learned_scaling": 20.0}, {"attention.learned_scaling": 2.0}, None),
+        (ROUTER, {}, "layer 0 .* attention.router_projections=true; set"),
+        (ROUTER, ROUTER, None),
+        ({}, ROUTER, None),
+        (NSA, NSA, None),
+        (NSA, {}, "layer 0 .* attention.kind=nsa, attention.nsa.kernel_size=32; set"),
+        (NSA, NSA | {"attention.nsa.kernel_size": 16}, "layer 0 .* attention.nsa.kernel_size=32; set"),
+    ],
+)
+def test_an_arm_has_a_place_for_all_that_attention_of_its_base_learns(
+    base: dict[str, Any], arm: dict[str, Any], refused: str | None, write_study: Write
+) -> None:
+    one = {"name": "other", **arm}
+    branches = BRANCHES | arms(one, one | {"name": "faster", "optimizer.lr": 0.5})
+    path = write_study(overrides=base, branches=branches)
+    if refused is None:
+        assert len(runs_of(path)) == 5
+    else:
+        with pytest.raises(ValueError, match=f"^branch other_order1_from_.*: {refused} that in the arm"):
+            runs_of(path)
 
 
 def test_branches_and_twins_exclude_each_other(write_study: Write) -> None:
