@@ -134,16 +134,19 @@ class AttentionConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _accept_what_was_off(cls, tree: Any) -> Any:
-        """Runs of earlier releases have a key that was taken out; what they computed without it is what is computed now."""
-        if not isinstance(tree, dict) or "length_scaling" not in tree:
+    def _accept_earlier_releases(cls, tree: Any) -> Any:
+        """Runs of earlier releases have a key that was taken out, which is accepted where it was off, and true for 1 in another."""
+        if not isinstance(tree, dict):
             return tree
-        if tree["length_scaling"]:
+        if tree.get("length_scaling"):
             raise ValueError(
                 f"attention.length_scaling={tree['length_scaling']} was taken out, as it gained nothing "
                 "(docs/results/quality.md); leave it out, or go on with a run that has it in the code whose commit its config.yaml names"
             )
-        return {key: value for key, value in tree.items() if key != "length_scaling"}
+        kept = {key: value for key, value in tree.items() if key != "length_scaling"}
+        if isinstance(tree.get("learned_scaling"), bool):
+            kept["learned_scaling"] = float(tree["learned_scaling"])
+        return kept
 
     @model_validator(mode="after")
     def _check(self) -> AttentionConfig:

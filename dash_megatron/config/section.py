@@ -16,11 +16,35 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_truth(cls, value: Any, field: ValidationInfo) -> Any:
-        """Where a whole number belongs, true and false are a slip, though Python takes them for 1 and 0."""
-        kind = cls.model_fields[field.field_name or ""].annotation
-        if isinstance(value, bool) and int in (kind, *typing.get_args(kind)):
-            raise PydanticCustomError("bool_for_number", "Input should be a whole number")
+        """Where numbers belong, true and false are a slip, though Python takes them for 1 and 0."""
+        kinds = set(_kinds(cls.model_fields[field.field_name or ""].annotation))
+        truth = None if bool in kinds or not kinds & {int, float} else _truth_in(value)
+        if truth is not None:
+            number = "a number" if float in kinds else "a whole number"
+            raise PydanticCustomError(
+                "bool_for_number", f"Input should be {number}, not {str(truth).lower()}"
+            )
         return value
+
+
+def _kinds(annotation: Any) -> Iterator[type]:
+    """The types of the plain values that a value of an annotated type is, or holds."""
+    if typing.get_origin(annotation) is typing.Literal:
+        yield from map(type, typing.get_args(annotation))
+    elif inner := typing.get_args(annotation):
+        for each in inner:
+            yield from _kinds(each)
+    else:
+        yield annotation
+
+
+def _truth_in(value: Any) -> bool | None:
+    """The first true or false that a value is, or holds as an entry or a key."""
+    if isinstance(value, bool):
+        return value
+    entries = [*value, *value.values()] if isinstance(value, dict) else value
+    found = map(_truth_in, entries if isinstance(entries, list | tuple) else ())
+    return next((truth for truth in found if truth is not None), None)
 
 
 def section_of(field: Any) -> type[BaseModel] | None:
