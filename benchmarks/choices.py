@@ -5,8 +5,10 @@ Each file is one model on one document; the README beside them says which.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +36,22 @@ def chunk_size_of(model: str) -> int:
     with np.load(FOLDER / f"{model}.npz") as arrays:
         _, chunks, token_bytes = arrays[arrays.files[0]].shape
     return int(8 * token_bytes // chunks)
+
+
+class RouterKind(NamedTuple):
+    """What the name of a model says of its routers; fields are those of `Router`, but for the last."""
+
+    local_chunks: int = 0
+    query_pool: int = 1
+    pool_heads: bool = False
+    projections: bool = False
+    """Whether they have projections of their own."""
+
+
+def router_of(model: str) -> RouterKind:
+    """The routers of a model, by its name: `_w4m16gp` are 4 local chunks, means of 16 queries and of a group, and projections."""
+    found = re.search(r"_w(\d+)m(\d+)(g?)(p?)$", model)
+    return RouterKind(int(found[1]), int(found[2]), bool(found[3]), bool(found[4])) if found else RouterKind()
 
 
 def load_selected(model: str, layer: int) -> Tensor:

@@ -10,8 +10,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.choices import chunk_size_of, layers_of, model_names
-from benchmarks.persistence import local_chunks_of, make_selected
+from benchmarks.choices import chunk_size_of, layers_of, model_names, router_of
+from benchmarks.persistence import make_selected
 
 Attend = Callable[..., Any]
 
@@ -25,10 +25,10 @@ def models_like(chunk_size: int, local_chunks: int) -> list[str]:
     found = [
         name
         for name in model_names()
-        if local_chunks_of(name) == local_chunks and chunk_size_of(name) == chunk_size
+        if router_of(name).local_chunks == local_chunks and chunk_size_of(name) == chunk_size
     ]
     if not found:
-        sizes = sorted({(chunk_size_of(name), local_chunks_of(name)) for name in model_names()})
+        sizes = sorted({(chunk_size_of(name), router_of(name).local_chunks) for name in model_names()})
         raise ValueError(
             f"attention.chunk_size={chunk_size}, attention.local_chunks={local_chunks} must be one of the pairs {sizes} of "
             "benchmarks/choices, for choices like a trained model's; set both as one of them"

@@ -7,14 +7,13 @@ Neighbouring chunks are selected together: some are selected by just those token
 
 from __future__ import annotations
 
-import re
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.choices import TILES, load_selected, visited_over_selected
+from benchmarks.choices import TILES, load_selected, router_of, visited_over_selected
 
 # Chunks made at a time: each of their random numbers is eight bytes for every token.
 BLOCK = 64
@@ -59,12 +58,6 @@ class Persistence(NamedTuple):
         return curve
 
 
-def local_chunks_of(model: str) -> int:
-    """Chunks before the own one that a model always selects, by its name in `benchmarks/choices`."""
-    found = re.search(r"_w(\d+)", model)
-    return int(found[1]) if found else 0
-
-
 def routed_available(
     tokens: int, chunks: int, local_chunks: int, device: torch.device | str = "cpu"
 ) -> Tensor:
@@ -90,7 +83,7 @@ def fit_persistence(model: str, layer: int) -> Persistence:
     """
     selected_HNc = load_selected(model, layer)
     heads, tokens, chunks = selected_HNc.shape
-    available_Nc = routed_available(tokens, chunks, local_chunks_of(model))
+    available_Nc = routed_available(tokens, chunks, router_of(model).local_chunks)
     routed_HNc = selected_HNc & available_Nc
     steady, redrawn, flicker = torch.meshgrid(
         torch.linspace(0, 0.99, 34), torch.logspace(-3, -1, 41), torch.linspace(0.04, 1, 25), indexing="ij"
@@ -128,7 +121,11 @@ def make_selected(
     Returns:
         Bool [heads, tokens, chunks], as `load_selected` does.
     """
-    like, local_chunks, chunks = fit_persistence(model, layer), local_chunks_of(model), tokens // chunk_size
+    like, local_chunks, chunks = (
+        fit_persistence(model, layer),
+        router_of(model).local_chunks,
+        tokens // chunk_size,
+    )
     generator = torch.Generator(device).manual_seed(seed)
     token_N = torch.arange(tokens, device=device)
 

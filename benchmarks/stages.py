@@ -7,16 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.choices import load_selected
+from benchmarks.choices import RouterKind, load_selected, router_of
 from benchmarks.inputs import Inputs
 from benchmarks.persistence import make_selected
 from dash_megatron.ops.kernels import configs, geometry
 from dash_megatron.ops.kernels.attend import attend_forward
-from dash_megatron.ops.kernels.backward_kv import backward_kv
+from dash_megatron.ops.kernels.backward_kv import backward_kv, backward_kv_lists
 from dash_megatron.ops.kernels.backward_pairs import backward_pairs
 from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
+from dash_megatron.ops.kernels.backward_summary import sum_d_summary
+from dash_megatron.ops.kernels.dash import add_router_gradient, pooled_queries
+from dash_megatron.ops.kernels.pool import pool_rows
 from dash_megatron.ops.kernels.route import route
-from dash_megatron.ops.kernels.summarize import summarize
+from dash_megatron.ops.kernels.summarize import summarize, summarize_backward
+from dash_megatron.ops.kernels.transpose import transpose
 from dash_megatron.ops.types import Router
 
 
@@ -113,33 +117,54 @@ class Stages:
         device: torch.device,
         launches: configs.Launches | None = None,
         deterministic: bool = False,
+        kind: RouterKind | None = None,
     ) -> None:
+        """Of a case, with the routers of its model, if it has one, or of `kind`."""
         leaves, upstream = make_inputs(case, device)
         self.q, self.k, self.v = (x.detach().flatten(0, 1) for x in leaves[:3])
         self.w, self.d_out, self.batch = leaves[3].detach(), upstream.flatten(0, 1), case.batch
         self.launches = launches or configs.find_launches(
             self.q.device, self.q.dtype, case.head_dim, case.chunk_size, case.heads // case.kv_heads
         )
-        self.router = Router(case.chunk_size, case.scaling_factor, sigma=1.0)
+        kind = kind or router_of(case.model)
+        self.router = Router(
+            case.chunk_size, case.scaling_factor, sigma=1.0, local_chunks=kind.local_chunks, query_pool=kind.query_pool,
+            pool_heads=kind.pool_heads,
+        )  # fmt: skip
+        self.own_q: Tensor | None = None
+        self.own_k: Tensor | None = None
+        if kind.projections:
+            self.own_q, self.own_k = torch.randn(2, *self.k.shape, dtype=self.k.dtype, device=device)
         self.sizes = geometry.measure(leaves[0], leaves[1], case.chunk_size, None, self.launches.tile_rows)
+        self.router_sizes = self.sizes.of_router(self.router.pool_heads)
         self.deterministic = deterministic
         self.given = None
         if case.model:
-            self.given = as_routing(given_chunks(case, device), self.sizes, case.batch)
+            self.given = as_routing(given_chunks(case, device), self.router_sizes, case.batch)
 
     def layout(self) -> None:
         self.chunks, self.offsets = geometry.chunk_layout(self.sizes, self.batch, None, self.q.device)
 
     def summarize(self) -> None:
-        self.summary = summarize(self.k, self.w, self.chunks, self.sizes)
+        self.summary = summarize(
+            self.k if self.own_k is None else self.own_k, self.w, self.chunks, self.sizes
+        )
+
+    def pool_queries(self) -> None:
+        """What the router sees, in the forward and again in the backward."""
+        own_q = self.q if self.own_q is None else self.own_q
+        self.routing_q, self.position = pooled_queries(
+            own_q, self.batch, self.sizes.num_kv_heads, self.router, None
+        )
 
     def route(self) -> None:
+        self.pool_queries()
         self.lists, self.tau, self.mean_log, self.selected = route(
-            self.q,
+            self.routing_q,
             self.summary,
             self.chunks,
             self.offsets,
-            self.sizes,
+            self.router_sizes,
             self.router,
             self.launches.route,
         )
@@ -167,17 +192,39 @@ class Stages:
         )  # fmt: skip
 
     def backward_router(self) -> None:
+        self.pool_queries()
+        shared, pool = self.routing_q is self.q, self.router.query_pool
+        router_dq = self.dq if shared else torch.zeros_like(self.routing_q)
         self.d_summary, self.mean_dp, _ = backward_router(
-            self.q, self.summary, self.tau, self.dq, self.d_prior, self.lists, self.chunks, self.sizes,
+            self.routing_q, self.summary, self.tau, router_dq, self.d_prior, self.lists, self.chunks, self.router_sizes,
             self.router, self.launches.router, self.deterministic,
         )  # fmt: skip
+        # the pass to keys and values knows one kind of queries only, and not which chunks are local
+        apart = not shared or self.router.local_chunks > 0 or self.key_sums is not None
+        self.sum_summaries = self.deterministic and not apart
+        if self.deterministic and apart:
+            self.d_summary = sum_d_summary(
+                self.routing_q, self.tau, self.mean_dp, self.summary, self.lists.log_prior, self.d_prior,
+                transpose(self.lists, self.chunks, self.sizes), self.chunks[0], None, self.router_sizes, self.router, None,
+            )  # fmt: skip
+        if self.own_q is not None and self.position is not None:
+            pool_rows(router_dq, self.position, pool, transposed=True)
+        elif self.own_q is None and not shared:
+            self.dq = add_router_gradient(self.dq, router_dq, self.position, self.router)
 
     def backward_keys(self) -> None:
-        self.dk, self.dv, self.dw = backward_kv(
-            self.q, self.k, self.v, self.w, self.d_out, self.centred_lse, self.delta, self.tau, self.mean_log, self.mean_dp,
-            self.summary, self.d_summary, self.d_prior, self.left, self.chunks, self.sizes, self.router, self.launches,
-            self.deterministic, key_sums=self.key_sums,
-        )  # fmt: skip
+        if self.own_k is None:
+            self.dk, self.dv, self.dw = backward_kv(
+                self.q, self.k, self.v, self.w, self.d_out, self.centred_lse, self.delta, self.tau, self.mean_log, self.mean_dp,
+                self.summary, self.d_summary, self.d_prior, self.left, self.chunks, self.sizes, self.router, self.launches,
+                self.sum_summaries, key_sums=self.key_sums,
+            )  # fmt: skip
+        else:
+            self.dk, self.dv = backward_kv_lists(
+                self.q, self.k, self.v, self.d_out, self.centred_lse, self.delta, self.mean_log, self.left, self.chunks,
+                self.sizes, self.router.inv_sigma, self.launches, self.key_sums,
+            )  # fmt: skip
+            _, self.dw = summarize_backward(self.d_summary, self.own_k, self.w, self.chunks, self.sizes)
 
     def backward_attention(self) -> None:
         """Of queries, keys and values; what `backward_router` gave stays as it was."""

@@ -12,7 +12,6 @@ from benchmarks import choices
 from benchmarks.persistence import (
     Persistence,
     fit_persistence,
-    local_chunks_of,
     make_selected,
     routed_available,
     selected_side_by_side,
@@ -110,7 +109,7 @@ def test_made_choices_have_the_density_and_the_union_curve_of_those_they_are_lik
 def test_neighbouring_chunks_are_selected_together_as_often_as_in_those_they_are_like(model: str) -> None:
     """What keys and values by pair cost with chunks below 64 follows this."""
     found_HNc, made_HNc = choices.load_selected(model, 3), make_selected(model, 3, 2, 16384, 32, "cpu")
-    routed_Nc = routed_available(16384, 512, local_chunks_of(model))
+    routed_Nc = routed_available(16384, 512, choices.router_of(model).local_chunks)
     for width, allowed in ((2, 0.04), (4, 0.1)):
         found, made = (selected_side_by_side(x & routed_Nc, width) for x in (found_HNc, made_HNc))
         assert made == pytest.approx(found, rel=allowed), width

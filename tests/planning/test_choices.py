@@ -2,9 +2,9 @@
 
 import pytest
 
-from benchmarks.choices import TILES, layers_of, load_selected
+from benchmarks.choices import TILES, layers_of, load_selected, router_of
 from benchmarks.choices import visited_over_selected as measure
-from benchmarks.persistence import local_chunks_of, routed_available
+from benchmarks.persistence import routed_available
 from dash_megatron.config import AttentionConfig
 from dash_megatron.planning.choices import (
     POOLS,
@@ -22,7 +22,7 @@ def test_the_curves_are_those_of_the_files_of_trained_choices(model: str) -> Non
     for layer in layers_of(model):
         selected_HNc = load_selected(model, layer)
         heads, tokens, chunks = selected_HNc.shape
-        available_Nc = routed_available(tokens, chunks, local_chunks_of(model))
+        available_Nc = routed_available(tokens, chunks, router_of(model).local_chunks)
         pairs = (selected_HNc & available_Nc).sum().item()
         available += heads * available_Nc.sum().item()
         selected += pairs

@@ -65,7 +65,7 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x.flatten(0, 1).contiguous()
 
 
-def _pooled(
+def pooled_queries(
     rows_q: Tensor, batch: int, Hkv: int, router: Router, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The router's queries, of key/value heads with `pool_heads`, and the positions of means over tokens; None where of one."""
@@ -77,8 +77,8 @@ def _pooled(
     return rows_q, position
 
 
-def _add_router_gradient(dq: Tensor, router_dq: Tensor, position: Tensor | None, router: Router) -> Tensor:
-    """Of the queries [rows, Hq, D], from those of attention and of what `_pooled` made for the router."""
+def add_router_gradient(dq: Tensor, router_dq: Tensor, position: Tensor | None, router: Router) -> Tensor:
+    """Of the queries [rows, Hq, D], from those of attention and of what `pooled_queries` made for the router."""
     if position is not None:
         base = None if router.pool_heads else dq
         router_dq = pool_rows(router_dq, position, router.query_pool, transposed=True, base=base)
@@ -118,7 +118,7 @@ def _forward(
     rows_q, rows_k, rows_v, w = _one_row(q), _dense_rows(k), _dense_rows(v), w.contiguous()
     summary = summarize(rows_k if own_k is None else _dense_rows(own_k), w, chunks, sizes)
     router_rows = rows_q if own_q is None else _one_row(own_q)
-    routing_q, _ = _pooled(router_rows, q.shape[0], k.shape[2], router, cu_seqlens)
+    routing_q, _ = pooled_queries(router_rows, q.shape[0], k.shape[2], router, cu_seqlens)
     lists, tau, mean_log, selected = route(
         routing_q,
         summary,
@@ -221,7 +221,7 @@ def _backward(
     )  # fmt: skip
     # recomputed rather than kept
     router_rows = rows_q if own_q is None else _one_row(own_q)
-    routing_q, position = _pooled(router_rows, q.shape[0], k.shape[2], router, cu_seqlens)
+    routing_q, position = pooled_queries(router_rows, q.shape[0], k.shape[2], router, cu_seqlens)
     # the router adds to the gradient of attention where both saw the same queries
     router_dq = dq if routing_q is rows_q else dq.new_zeros(routing_q.shape)
     router_sizes = sizes.of_router(pool_heads)
@@ -232,7 +232,7 @@ def _backward(
     if own_q is not None and position is not None:
         router_dq = pool_rows(router_dq, position, router.query_pool, transposed=True)
     elif own_q is None and routing_q is not rows_q:
-        dq = _add_router_gradient(dq, router_dq, position, router)
+        dq = add_router_gradient(dq, router_dq, position, router)
     # the pass to keys and values knows one kind of queries only, and not which chunks are local
     apart = routing_q is not rows_q or router.local_chunks > 0 or key_sums is not None
     if deterministic and apart:
