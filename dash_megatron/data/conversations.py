@@ -53,8 +53,6 @@ class ConversationRows(torch.utils.data.Dataset[Mapping[str, Tensor]]):
         by_row = np.argsort(rows, kind="stable")
         self._documents = documents[by_row]
         self._first = np.searchsorted(rows[by_row], np.arange(rows.max() + 2))
-        # what Megatron's blend asks of its parts
-        self.unique_identifiers = {"class": type(self).__name__, "prefix": prefix}
 
     def __len__(self) -> int:
         return len(self._first) - 1

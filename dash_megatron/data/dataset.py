@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import json
 import logging
 import math
 import os
-import shutil
-import socket
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,27 +21,25 @@ from torch import Tensor
 from dash_megatron.data.bin_reader import BinReader
 from dash_megatron.data.blend import Part, parse_blend
 from dash_megatron.data.conversations import ConversationRows
+from dash_megatron.data.index_cache import cached_index
 from dash_megatron.data.index_file import edges_digest
 from dash_megatron.data.sidecar import Sidecar, check_data
 from dash_megatron.data.tokenizer import Tokenizer
-from dash_megatron.files import sync
 from dash_megatron.open_files import allow_open_files
-from dash_megatron.retry import retry
 
 with warnings.catch_warnings():
     # Apex and Transformer Engine speed up GPU training; no dataset needs them
     warnings.filterwarnings("ignore", message=".*Transformer Engine.*", category=UserWarning)
-    from megatron.core.datasets.blended_dataset import BlendedDataset
+    from megatron.core.datasets import helpers
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.utils import Split
+    from megatron.core.datasets.utils import Split, normalize
 
 logger = logging.getLogger(__name__)
-# it warns of a blend that is not cached, which is on purpose: see `build_dataset`
-logging.getLogger("megatron.core.datasets.blended_dataset").setLevel(logging.ERROR)
 
 # .idx, .bin, and Megatron's orders of documents, rows and their shuffle, all but .bin mapped into memory, or answers in their
 # place
 _FILES_PER_PREFIX = 5
+_FILES_PER_BLEND = 2
 
 _OnePass: TypeAlias = "GPTDataset | ConversationRows"
 
@@ -127,7 +122,7 @@ def build_dataset(
     sidecars = [check_data(prefix, tokenizer, seq_length) for prefix in prefixes]
     _warn_of_copies(prefixes, sidecars, field)
     allow_open_files(
-        _FILES_PER_PREFIX * len(prefixes),
+        _FILES_PER_PREFIX * len(prefixes) + _FILES_PER_BLEND,
         f"{field} names {len(prefixes)} data sets",
         "ask for a higher limit, or tokenize several data sets into one",
     )
@@ -142,9 +137,8 @@ def build_dataset(
     if at_most_one_pass:
         num_samples = min(num_samples or sum(lengths), sum(lengths))
     assert num_samples is not None
-    # a blend is quick to make, and Megatron's cache for it needs a process group
-    config = _config(seq_length, seed, tokenizer, None)
-    dataset = _blended(passes, None if at_most_one_pass else weights or lengths, num_samples, config)
+    mixed_by = None if at_most_one_pass else weights or lengths
+    dataset = _blended(passes, mixed_by, num_samples, seed, Path(cache_dir), field)
     return TokenRows(dataset, num_samples, tokenizer.vocab_size, ", ".join(prefixes))
 
 
@@ -242,13 +236,11 @@ def _one_pass(
 ) -> GPTDataset:
     """One pass over a prefix, in random order; its index is built once and read from `cache_dir` afterwards.
 
-    Megatron writes its index files in place, and tells them apart by path and settings only. They are therefore
-    built in a temporary folder, which is renamed to a digest of the data when they are complete: no process sees
-    half an index, a killed process leaves none, and replaced data does not meet the index of its predecessor. One that lost
-    its end with the machine that wrote it is made anew.
+    Megatron writes its index files in place, and tells them apart by path and settings only. The folder they are in is therefore
+    named after a digest of the data: replaced data does not meet the index of its predecessor.
     """
     key = [edges_digest(f"{prefix}.idx"), seq_length, seed, split_name, tokenizer.fingerprint]
-    folder = cache_dir / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    folder = cache_dir / _digest(key)
 
     def build(index_folder: str) -> GPTDataset:
         config = _config(seq_length, seed, tokenizer, index_folder)
@@ -261,59 +253,12 @@ def _one_pass(
         rows.indices = np.empty(0, dtype=np.int32)
         return rows
 
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    try:
-        if not distributed or torch.distributed.get_rank() == 0:
-            return _open_or_make_index(build, folder, prefix)
-    finally:
-        if distributed:
-            # in `finally`, so that an error on rank 0 does not leave the others waiting
-            torch.distributed.barrier()
-    if not folder.is_dir():
-        # another node with a disk of its own: an empty folder name makes Megatron build in memory, with equal
-        # result
-        logger.warning(
-            "data cache %s is not shared with rank 0: building the index of %s in memory", folder, prefix
-        )
-        return build("")
-    return build(str(folder))
+    made: GPTDataset = cached_index(build, folder, prefix)
+    return made
 
 
-def _open_or_make_index(build: Callable[[str], GPTDataset], folder: Path, prefix: str) -> GPTDataset:
-    """One pass over a prefix by the index in a folder, which is made where it is not there, or not whole.
-
-    Raises:
-        OSError: the disk has been full, or away, for minutes.
-    """
-    if folder.is_dir():
-        try:
-            return build(str(folder))
-        except (ValueError, EOFError) as error:
-            logger.warning("%s, the order of the rows of %s, is damaged (%s)", folder, prefix, error)
-            shutil.rmtree(folder)
-    logger.info("ordering the rows of %s, once: later starts read the order from %s", prefix, folder)
-    retry(lambda: _build_in_temporary_folder(build, folder), f"write {folder}", path=folder.parent)
-    return build(str(folder))
-
-
-def _build_in_temporary_folder(build: Callable[[str], GPTDataset], folder: Path) -> None:
-    temporary = folder.parent / f".building-{folder.name}-{socket.gethostname()}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        build(str(temporary))
-        for file in temporary.iterdir():
-            sync(file)
-        os.rename(temporary, folder)
-    except OSError as error:
-        # another process was first: its index is the same
-        if folder.is_dir():
-            return
-        if error.errno is None:  # numpy tells in words only that a disk is full
-            raise OSError(errno.ENOSPC, str(error)) from error
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _digest(key: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
 
 
 class _ShuffledPasses(torch.utils.data.Dataset[Any]):
@@ -323,17 +268,10 @@ class _ShuffledPasses(torch.utils.data.Dataset[Any]):
     samples; a run that is resumed with more steps would see some rows again and miss others.
     """
 
-    def __init__(self, one_pass: _OnePass, num_samples: int, seed: int) -> None:
+    def __init__(self, one_pass: _OnePass, seed: int) -> None:
         self.one_pass = one_pass
-        self.num_samples = num_samples
         self.seed = seed
-        # what BlendedDataset reads
-        self.index_split = Split.train
-        self.unique_identifiers = one_pass.unique_identifiers
         self._order = functools.lru_cache(maxsize=2)(self._make_order)
-
-    def __len__(self) -> int:
-        return self.num_samples
 
     def __getitem__(self, index: int) -> Any:
         number, position = divmod(int(index), len(self.one_pass))
@@ -344,21 +282,48 @@ class _ShuffledPasses(torch.utils.data.Dataset[Any]):
         return np.random.default_rng([self.seed, number]).permutation(len(self.one_pass))
 
 
-def _blended(
-    passes: list[_OnePass], weights: Sequence[float] | None, num_samples: int, config: GPTDatasetConfig
-) -> Any:
-    """Draw from the passes by weight, repeating each as often as needed; without weights draw every row once."""
-    if len(passes) == 1:
-        return _ShuffledPasses(passes[0], num_samples, config.random_seed)
+class _Blend(torch.utils.data.Dataset[Any]):
+    """Rows of several data sets: row i is row `rows[i]` of part `parts[i]`."""
+
+    def __init__(self, data_sets: list[_ShuffledPasses], parts: np.ndarray, rows: np.ndarray) -> None:
+        self.data_sets = data_sets
+        self.parts = parts
+        self.rows = rows
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data_sets[self.parts[index]][self.rows[index]]
+
+
+def _blend_index(lengths: list[int], weights: Sequence[float] | None, num_samples: int, folder: str) -> list[np.ndarray]:  # fmt: skip
+    """The part of each row of a blend, int16, and its row there, int64; see `_blended` and, for `folder`, `cached_index`."""
+    files = [Path(folder) / "parts.npy", Path(folder) / "rows.npy"]
+    if folder and all(file.is_file() for file in files):
+        return [np.load(file, mmap_mode="r") for file in files]
+    parts, rows = np.zeros(num_samples, dtype=np.int16), np.zeros(num_samples, dtype=np.int64)
     if weights is None:
-        parts = [_ShuffledPasses(one_pass, len(one_pass), config.random_seed) for one_pass in passes]
-        # no size: Megatron then takes each part's length for its weight
-        return BlendedDataset(parts, [len(one_pass) for one_pass in passes], None, config)
-    shares = [weight / sum(weights) for weight in weights]
-    # Megatron's blend keeps each part within one row of its share at every point, hence the margin
-    sizes = [math.ceil(num_samples * share) + len(passes) for share in shares]
-    parts = [
-        _ShuffledPasses(one_pass, size, config.random_seed)
-        for one_pass, size in zip(passes, sizes, strict=True)
-    ]
-    return BlendedDataset(parts, shares, num_samples, config)
+        helpers.build_exhaustive_blending_indices(parts, rows, lengths, len(lengths))
+    else:
+        shares = normalize([weight / sum(weights) for weight in weights])
+        helpers.build_blending_indices(parts, rows, shares, len(lengths), num_samples, False)
+    if folder:
+        np.save(files[0], parts)
+        np.save(files[1], rows)
+    return [parts, rows]
+
+
+def _blended(
+    passes: list[_OnePass], weights: Sequence[float] | None, num_samples: int, seed: int, cache_dir: Path, field: str
+) -> _ShuffledPasses | _Blend:  # fmt: skip
+    """Draw from the passes by weight, repeating each as often as needed; without weights draw every row once."""
+    data_sets = [_ShuffledPasses(one_pass, seed) for one_pass in passes]
+    if len(passes) == 1:
+        return data_sets[0]
+    lengths = [len(one_pass) for one_pass in passes]
+    if weights is None:
+        num_samples = sum(lengths)
+    # half a second for a million samples, and 10 bytes each
+    folder = cache_dir / _digest(["blend", lengths, weights, num_samples])
+    parts, rows = cached_index(
+        lambda index_folder: _blend_index(lengths, weights, num_samples, index_folder), folder, field
+    )
+    return _Blend(data_sets, parts, rows)

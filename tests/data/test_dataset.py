@@ -150,20 +150,28 @@ def test_a_build_that_was_killed_leaves_no_half_index(write_data, build, tmp_pat
     assert len(build([prefix])) == 10
 
 
-def test_an_index_is_built_once_and_read_afterwards(write_data, build, tmp_path, monkeypatch):
-    prefix = write_data(tmp_path / "a", numbered(0, 40))
-    first = rows_of(build([prefix]))
+@pytest.mark.parametrize("blend", [["a"], ["0.7 a", "0.3 b"], ["a", "b"]], ids=str)
+def test_an_index_is_built_once_and_mapped_into_memory_afterwards(
+    blend, write_data, build, tmp_path, monkeypatch
+):
+    write_data(tmp_path / "a", numbered(0, 40))
+    write_data(tmp_path / "b", numbered(1, 10))
+    monkeypatch.chdir(tmp_path)
+    first = rows_of(build(blend))
+    one_pass = build(blend, num_samples=None)
     monkeypatch.setattr(np, "save", lambda *arguments, **settings: pytest.fail("built again"))
-    assert rows_of(build([prefix])) == first
+    monkeypatch.setattr(np, "zeros", lambda *arguments, **settings: pytest.fail("built in memory"))
+    assert rows_of(build(blend)) == first
+    assert len(build(blend, num_samples=None)) == len(one_pass)
 
 
 def test_an_index_that_lost_its_end_is_made_anew(write_data, build, tmp_path, caplog):
-    prefix = write_data(tmp_path / "a", numbered(0, 40))
-    first = rows_of(build([prefix]))
+    blend = [write_data(tmp_path / "a", numbered(0, 40)), write_data(tmp_path / "b", numbered(1, 10))]
+    first = rows_of(build(blend))
     for path in sorted((tmp_path / "cache").glob("*/*.npy")):
         for size in (path.stat().st_size // 2, 0):
             os.truncate(path, size)
-            assert rows_of(build([prefix])) == first
+            assert rows_of(build(blend)) == first
     assert "the order of the rows of" in caplog.text
 
 
@@ -196,7 +204,7 @@ def _build_on_rank(rank, folder, prefix, tokenizer, results):
         cache_dir=Path(folder) / "shared",
     )
     alone = build_dataset(
-        [prefix],
+        [f"2 {prefix}", f"1 {prefix}"],
         seq_length=SEQ_LENGTH,
         num_samples=30,
         seed=2,
@@ -379,6 +387,6 @@ def test_a_blend_of_more_files_than_may_be_open_is_refused(write_data, build, tm
     prefixes = [write_data(tmp_path / f"part{number}", numbered(number, 2)) for number in range(3)]
     before = len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(resource, "getrlimit", lambda _: (before + 260, before + 265))
-    needed = rf"data.train names 3 data sets: this process needs {before + 271} open files and may have {before + 265}"
+    needed = rf"data.train names 3 data sets: this process needs {before + 273} open files and may have {before + 265}"
     with pytest.raises(ValueError, match=needed):
         build(prefixes)
