@@ -14,7 +14,7 @@ from dash_megatron.planning.choices import tile_tokens
 RECOUNTED = 1.4
 """Time of scoring where lists are counted before they are written, over that where they have room for all: the last of the
 passes over the scores, 381 of about 1000 instructions, is made twice."""
-PAIRS_ABOVE = {"attend": {1: 4.4, 4: 5.0, 16: 5.3}, "queries": {1: 3.2, 4: 2.4, 16: 2.4}}
+PAIRS_ABOVE = {"attend": {1: 4.4, 4: 4.4, 16: 5.3}, "queries": {1: 2.5, 4: 2.8, 16: 2.4}}
 """By stage and query heads of a group: pairs are taken where tiles visit more than so many times what was selected. Queries then
 have keys and values with them.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from dash_megatron.ops.kernels.geometry import Lists, Sizes
 from dash_megatron.ops.kernels.tiles import tile_place
 
-# A run of tiles has at least this many, and more where the table of counts would pass the bound on its entries.
+# Tiles of a run, of which there are more where the table of counts would pass the bound on its entries.
 MIN_RUN_TILES = 32
 MAX_COUNTS = 2**24
 BLOCK_ENTRIES = 128
@@ -75,9 +75,8 @@ def _scatter_run_kernel(
             tl.debug_barrier()
 
 
-def run_tiles(sizes: Sizes, num_chunks: int) -> int:
-    """Tiles of a run, so that the table of counts keeps to its bound."""
-    run = MIN_RUN_TILES
+def run_tiles(sizes: Sizes, num_chunks: int, run: int) -> int:
+    """Tiles of a run: `run`, or so many more that the table of counts keeps to its bound."""
     while (
         triton.cdiv(sizes.tiles_per_head, run) * sizes.num_kv_heads * num_chunks > MAX_COUNTS
         and run < sizes.tiles_per_head
@@ -92,7 +91,7 @@ def transpose(
     """Transpose lists whose chunks all lie in the `window` first <= c < last, or are those of the queries if None."""
     first, last = (0, sizes.num_chunks) if window is None else window
     device, Hkv, nc = lists.chunk.device, sizes.num_kv_heads, last - first
-    run = run_tiles(sizes, nc)
+    run = run_tiles(sizes, nc, MIN_RUN_TILES)
     runs = triton.cdiv(sizes.tiles_per_head, run)
     place, entry = torch.empty(2, *lists.chunk.shape, dtype=torch.int64, device=device)
 
