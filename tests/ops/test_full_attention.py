@@ -79,7 +79,7 @@ def test_what_cannot_run_is_named_with_the_reason_and_the_remedy() -> None:
 
 @pytest.mark.parametrize(
     ("installed", "capability", "picked"),
-    [(False, 9, "varlen"), (True, 9, "flash3"), (True, 8, "varlen")],
+    [(False, 9, "flash2"), (True, 9, "flash3"), (True, 8, "flash2")],
     ids=["torch alone", "Hopper", "Ampere"],
 )
 def test_a_gpu_takes_flash_attention_3_where_it_is_installed(
