@@ -236,6 +236,16 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     assert len(path.read_text().splitlines()) == 6  # of other settings, beside the old ones
 
 
+def test_of_the_usual_lengths_those_without_room_for_a_task_are_left_out(
+    write_run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, _ = write_run("dash", data={"seq_length": 256})
+    results = evaluate(Path(config.run_dir), tmp_path / "out", "--tasks", "copy", "--samples", "1")
+    assert list(results["tasks"]["copy"]) == ["128", "256"]
+    told = "64 tokens are left out: task copy: --lengths 64 must be at least 80\n"
+    assert told in capsys.readouterr().out
+
+
 def test_a_second_evaluation_into_a_folder_is_refused_while_the_first_is_at_work(
     write_run: Callable[..., Any],
     tmp_path: Path,
