@@ -244,8 +244,8 @@ def _check_splits(totals: dict[str, Any], valid_fraction: float) -> None:
     if valid_fraction > 0 and totals["valid_documents"] == 0:
         raise ValueError(
             f"--valid-fraction={valid_fraction} must give a document to validation, but none of {documents} "
-            "fell to it; raise it, give more documents, try another --seed, or set it to 0 for no "
-            "validation data"
+            "fell to it; raise it, give more documents, try another --seed, or set it to 0 and train with "
+            "data.valid=[] evaluation.every=0"
         )
 
 

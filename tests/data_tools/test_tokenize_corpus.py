@@ -207,7 +207,11 @@ def test_shards_of_other_input_or_options_are_not_used(tmp_path, write_input, ru
     ("arguments", "message"),
     [
         (["--valid-fraction", "1"], "--valid-fraction=1.0 must be at least 0 and below 1"),
-        (["--valid-fraction", "0.000001"], "must give a document to validation, but none of 30 fell to it"),
+        (
+            ["--valid-fraction", "0.000001"],
+            "must give a document to validation, but none of 30 fell to it; raise it, give more documents, try another --seed, "
+            "or set it to 0 and train with data.valid=[] evaluation.every=0",
+        ),
         (["--valid-fraction", "0.999999"], "must leave documents to train on, but all 30 fell"),
         (["--workers", "0"], "--workers=0 must be at least 1"),
         (["--seed", "-1"], "--seed=-1 must lie in"),
