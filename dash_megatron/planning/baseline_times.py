@@ -20,7 +20,7 @@ MAX_SHARED_BIAS = 2**28
 
 NOTE = (
     "attention of infllmv2 and nsa: kernels by the length of their lists, the rest by operations and bytes counted; beside the "
-    "one measured step of each, 5% too little time for infllmv2 and half of it for nsa"
+    "one measured step of each, 7% too little time for infllmv2 and 62% for nsa"
 )
 SCORE_FLOPS = 200e12
 """Operations per second of half-precision products on an H200, slowed down by the exponentials among them: assumed."""

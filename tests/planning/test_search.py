@@ -199,16 +199,16 @@ def test_the_compute_of_a_step_is_its_operations_over_their_rate(config: Config)
     assert estimate.elementwise == pytest.approx(moved / 3e12)
 
 
-def test_measured_steps_are_met_within_11_percent_but_for_those_that_the_page_names() -> None:
+def test_measured_steps_are_met_within_9_percent_but_for_those_that_the_page_names() -> None:
     off = {}
     for step in measured_steps():
         modelled = step.modelled
-        if abs(modelled.seconds / step.seconds - 1) > 0.11:
+        if abs(modelled.seconds / step.seconds - 1) > 0.09:
             off[step.name] = modelled.seconds / step.seconds - 1
         if step.gib is not None:
             assert modelled.memory.total / 2**30 == pytest.approx(step.gib, rel=0.1)
     # more kernels than are counted, and another of full attention than cuDNN's
-    assert [name.split(",")[0] for name in off] == ["62M", "210M"]
+    assert [name.split(",")[0] for name in off] == ["62M", "210M", "62M"]
     assert all(error < 0 for error in off.values())
 
 
