@@ -7,8 +7,7 @@ from pathlib import Path
 from status import newest_checkpoint
 
 from dash_megatron.config import Config
-from dash_megatron.data.blend import blend_prefixes
-from dash_megatron.data.sidecar import check_data
+from dash_megatron.data.blend import check_blend
 from dash_megatron.data.tokenizer import load_tokenizer
 from dash_megatron.files import error_text, path_for_message
 
@@ -23,16 +22,13 @@ def check_inputs(config: Config) -> None:
     Raises:
         ValueError: something is missing, or is not what the config says.
     """
+    data = config.data
     try:
-        tokenizer = load_tokenizer(config.data)
+        tokenizer = load_tokenizer(data)
+        check_blend("data.train", data.train, tokenizer, data.seq_length)
+        check_blend("data.valid", data.valid, tokenizer, data.seq_length)
     except (OSError, ValueError) as error:
         raise ValueError(error_text(error) + LATER) from error
-    for field, blend in (("data.train", config.data.train), ("data.valid", config.data.valid)):
-        for prefix in blend_prefixes(blend):
-            try:
-                check_data(prefix, tokenizer, config.data.seq_length)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{field}={list(blend)}: {error_text(error)}{LATER}") from error
     start = config.training.init_from
     # a run that resumes does not read it
     if start is None or newest_checkpoint(Path(config.run_dir)) or newest_checkpoint(Path(start)):

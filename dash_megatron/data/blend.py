@@ -7,7 +7,9 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dash_megatron.data.sidecar import Sidecar
+from dash_megatron.data.sidecar import Sidecar, check_data
+from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.files import error_text
 
 
 class Part(NamedTuple):
@@ -33,6 +35,23 @@ def parse_blend(entries: Sequence[str]) -> list[Part]:
 def blend_prefixes(entries: Sequence[str]) -> list[str]:
     """The prefixes of a blend, without their weights."""
     return [part.prefix for part in parse_blend(entries)]
+
+
+def check_blend(field: str, entries: Sequence[str], tokenizer: Tokenizer, seq_length: int) -> list[Sidecar]:
+    """Check each data set of a blend, and read its sidecar; see `check_data`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `check_data`; the message begins with the field.
+    """
+    found = []
+    for prefix in blend_prefixes(entries):
+        try:
+            found.append(check_data(prefix, tokenizer, seq_length))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{field}: {error_text(error)}") from error
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from error
+    return found
 
 
 def chat_template(entries: Sequence[str]) -> str | None:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from dash_megatron.data.bin_reader import BinReader
-from dash_megatron.data.blend import Part, parse_blend
+from dash_megatron.data.blend import Part, check_blend, parse_blend
 from dash_megatron.data.conversations import ConversationRows
 from dash_megatron.data.index_cache import cached_index
 from dash_megatron.data.index_file import edges_digest
-from dash_megatron.data.sidecar import Sidecar, check_data
+from dash_megatron.data.sidecar import Sidecar
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.open_files import allow_open_files
 
@@ -119,7 +119,7 @@ def build_dataset(
     _check_weights(parts, field)
     prefixes = [part.prefix for part in parts]
     weights = [part.weight for part in parts if part.weight is not None]
-    sidecars = [check_data(prefix, tokenizer, seq_length) for prefix in prefixes]
+    sidecars = check_blend(field, blend, tokenizer, seq_length)
     _warn_of_copies(prefixes, sidecars, field)
     allow_open_files(
         _FILES_PER_PREFIX * len(prefixes) + _FILES_PER_BLEND,

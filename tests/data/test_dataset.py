@@ -236,7 +236,7 @@ def test_two_ranks_that_build_at_once_see_the_same_rows(write_data, tokenizer, t
 
 
 def test_a_missing_file_is_named(write_data, build, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing\.idx does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"^data\.train: .*nothing\.idx does not exist"):
         build([str(tmp_path / "nothing")])
     prefix = write_data(tmp_path / "a", numbered(0, 40))
     os.unlink(f"{prefix}.bin")

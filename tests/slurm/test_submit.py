@@ -317,8 +317,8 @@ def submit_run(
     [
         ("data.tokenizer=no.model", "data.tokenizer=no.model (relative to "),
         ("data.train=[]", "data.train is empty; set it in the YAML"),
-        ("data.train=[0.7 no/train]", "data.train=['0.7 no/train']: no/train.idx (relative to "),
-        ("data.valid=[/no/valid]", "data.valid=['/no/valid']: /no/valid.idx does not exist; make it with"),
+        ("data.train=[0.7 no/train]", "data.train: no/train.idx (relative to "),
+        ("data.valid=[/no/valid]", "data.valid: /no/valid.idx does not exist; make it with"),
         ("data.seq_length=1048576", "must have at least data.seq_length + 1 = 1048577 for one row"),
         (
             "training.init_from=/no/run",
