@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from dash_megatron.command_line import ending_with_reader
 
 FOLDER = Path(__file__).parent / "choices"
 TILES = (1, 2, 4, 8, 16, 32)
+POSITIONS = (512, 1024, 2048, 4096, 8192, 16384)
 
 
 def model_names() -> list[str]:
@@ -92,9 +94,22 @@ def visited_over_selected(selected_HNc: Tensor, tiles: Sequence[int] = TILES) ->
     }
 
 
+def density_by_position(model: str, edges: Sequence[int] = POSITIONS) -> list[float]:
+    """Selected past chunks over available ones, of all layers and heads, for tokens from one edge up to the next."""
+    selected, available = torch.zeros(len(edges) - 1), torch.zeros(len(edges) - 1)
+    for layer in layers_of(model):
+        selected_HNc = load_selected(model, layer)
+        heads, tokens, chunks = selected_HNc.shape
+        own_N = torch.arange(tokens) // (tokens // chunks)
+        for i, (first, last) in enumerate(pairwise(edges)):
+            selected[i] += selected_HNc[:, first:last].sum()
+            available[i] += heads * own_N[first:last].sum()
+    return (selected / available).tolist()
+
+
 @ending_with_reader()
 def main() -> None:
-    """Print one line for each layer of each model."""
+    """Print one line for each layer of each model, then past densities by position."""
     print("model          layer  chunk  past density  visited/selected at", *(f"{tile:5d}" for tile in TILES))
     for model in model_names():
         for layer in layers_of(model):
@@ -103,6 +118,9 @@ def main() -> None:
             visited = visited_over_selected(selected_HNc)
             figures = " ".join(f"{visited[tile]:5.2f}" for tile in TILES)
             print(f"{model:14s} {layer:5d} {size:6d} {past_density(selected_HNc):13.3f} {'':19s} {figures}")
+    print("\nmodel          past density from", *(f"{first}-{last}" for first, last in pairwise(POSITIONS)))
+    for model in model_names():
+        print(f"{model:31s}", *(f"{x:9.3f}" for x in density_by_position(model)))
 
 
 if __name__ == "__main__":

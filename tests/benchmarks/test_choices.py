@@ -18,6 +18,7 @@ from benchmarks.persistence import (
 )
 
 LIMIT = 2_000_000
+ROUTING = (choices.FOLDER.parents[1] / "docs/results/quality/routing.md").read_text()
 TABLE = (choices.FOLDER / "README.md").read_text()
 
 
@@ -61,6 +62,18 @@ def test_tiles_visit_the_union_of_what_their_tokens_selected(packed: Tensor) -> 
     assert choices.past_density(packed) == packed.sum().item() / (2 * 4 * (1 + 2 + 3))
     with pytest.raises(ValueError, match="whole number of tiles of \\[3\\]"):
         choices.visited_over_selected(packed, (3,))
+
+
+def test_densities_by_position_are_of_the_chunks_available_there(packed: Tensor) -> None:
+    by_hand = [packed[:, a:b].sum().item() / (2 * 4 * own) for a, b, own in ((4, 8, 1), (8, 16, 2 + 3))]
+    assert choices.density_by_position("made", (4, 8, 16)) == pytest.approx(by_hand)
+
+
+def test_the_page_on_routing_has_the_densities_by_position() -> None:
+    rows = re.findall(r"^\| `(d\d+_c32_w4m16gp?)`[^|]* ((?:\| 0\.\d{3} ){5})\|$", ROUTING, re.MULTILINE)
+    assert len(rows) == 3
+    for model, cells in rows:
+        assert [f"{x:.3f}" for x in choices.density_by_position(model)] == re.findall(r"0\.\d{3}", cells)
 
 
 def test_files_are_small_and_all_described() -> None:
