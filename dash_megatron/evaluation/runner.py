@@ -44,7 +44,7 @@ def evaluate(
     Raises:
         ValueError: a sample cannot be made, in which case nothing was computed.
     """
-    jobs = _prepared_jobs(settings, model, text)
+    jobs, left_out = _prepared_jobs(settings, model, text)
     output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
         "model": {
@@ -57,8 +57,10 @@ def evaluate(
         "text": text.name,
         "score": settings.score,
         "seed": settings.seed,
-        "tasks": {task: {} for task in settings.tasks},
+        "tasks": {job.task: {} for job in jobs},
     }
+    for why in left_out:
+        report(f"left out: {why}")
     for job in jobs:
         begin = time.perf_counter()
         lines, computed = run_job(job, output / f"{job.task}.jsonl")
@@ -82,15 +84,25 @@ def check_samples(settings: Settings, source: ModelSource, text: LocalText) -> N
     _prepared_jobs(settings, source, text)
 
 
-def _prepared_jobs(settings: Settings, model: LanguageModel | ModelSource, text: LocalText) -> list[Job]:
-    jobs = [
+def _prepared_jobs(
+    settings: Settings, model: LanguageModel | ModelSource, text: LocalText
+) -> tuple[list[Job], list[ValueError]]:
+    """The jobs, and why others are left out."""
+    jobs, left_out = [], []
+    for job in [
         JOBS.get(task, TaskJob)(task, length, settings, cast(LanguageModel, model), text)
         for task in settings.tasks
         for length in settings.lengths
-    ]
-    for job in jobs:
-        job.prepare()
-    return jobs
+    ]:
+        try:
+            job.prepare()
+        except ValueError as error:
+            left_out.append(error)
+        else:
+            jobs.append(job)
+    if left_out and not (settings.only_fitting and jobs):
+        raise left_out[0]
+    return jobs, left_out
 
 
 def run_job(job: Job, path: Path) -> tuple[list[dict[str, Any]], int]:

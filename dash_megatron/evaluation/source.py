@@ -33,7 +33,8 @@ def evaluate_source(
 
     Args:
         source, step, rope_scaling: see `open_model`.
-        settings: without lengths: a quarter, half and all of the length of training, but for those too short for a task.
+        settings: without lengths: a quarter, half and all of the length of training, of which a task leaves out those that it
+            cannot have.
         text: file with text; None: `data`.
         data: prefixes of `.bin/.idx` pairs; none: the run's validation data.
         output: folder for results; None: `RUN/evaluation/step_...`, with the type of `rope_scaling` behind it, or
@@ -51,11 +52,12 @@ def evaluate_source(
         raise ValueError("--text and --data exclude each other; give one")
     # all that can be wrong with the arguments is told before weights are read, which may take minutes
     known = describe_source(source, step, rope_scaling)
+    if not settings.lengths:
+        whole = known.trained_length
+        settings = replace(settings, lengths=(whole // 4, whole // 2, whole), only_fitting=True)
     folder = Path(output) if output else _default_output(known, rope_scaling)
     _check_output(folder)
-    found = _open_text(known, max(settings.lengths, default=known.trained_length), text, data)
-    if not settings.lengths:
-        settings = _with_usual_lengths(settings, known, found)
+    found = _open_text(known, max(settings.lengths), text, data)
     check_samples(settings, known, found)
     with _only_one(folder), open_model(source, step, rope_scaling) as model:
         results = evaluate(model, found, settings, folder, lambda line: print(line, flush=True))
@@ -87,20 +89,6 @@ def _check_output(folder: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, "Not a directory", str(place))
     if not os.access(place, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "Permission denied", str(place))
-
-
-def _with_usual_lengths(settings: Settings, known: ModelSource, text: LocalText) -> Settings:
-    """The settings with a quarter, half and all of the length of training, but for parts in which a task finds no room."""
-    whole = known.trained_length
-    lengths = [whole]
-    for length in (whole // 2, whole // 4):
-        try:
-            check_samples(replace(settings, lengths=(length,)), known, text)
-        except ValueError as error:
-            print(f"{length} tokens are left out: {error}", flush=True)
-        else:
-            lengths.insert(0, length)
-    return replace(settings, lengths=tuple(lengths))
 
 
 def _open_text(known: ModelSource, longest: int, text: str | None, data: Sequence[str]) -> LocalText:

@@ -236,14 +236,27 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     assert len(path.read_text().splitlines()) == 6  # of other settings, beside the old ones
 
 
-def test_of_the_usual_lengths_those_without_room_for_a_task_are_left_out(
+def test_of_the_usual_lengths_each_task_leaves_out_those_that_it_cannot_have(
     write_run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config, _ = write_run("dash", data={"seq_length": 256})
-    results = evaluate(Path(config.run_dir), tmp_path / "out", "--tasks", "copy", "--samples", "1")
-    assert list(results["tasks"]["copy"]) == ["128", "256"]
-    told = "64 tokens are left out: task copy: --lengths 64 must be at least 80\n"
-    assert told in capsys.readouterr().out
+    config, _ = write_run("dash", data={"seq_length": 128})
+    words = tmp_path / "words.txt"
+    words.write_text("a few words, fewer than a row has\n" * 3)
+    arguments = ["--samples", "1", "--text", str(words)]
+    tasks = "copy,perplexity,needle"
+    results = evaluate(Path(config.run_dir), tmp_path / "out", "--tasks", tasks, *arguments)
+    assert {task: list(found) for task, found in results["tasks"].items()} == {
+        "copy": ["128"],
+        "perplexity": ["32", "64"],
+    }
+    told = capsys.readouterr().out
+    assert "left out: task copy: --lengths 64 must be at least 80\n" in told
+    assert "left out: task perplexity: --lengths 128 needs documents of 129 tokens" in told
+    assert "left out: task needle: --lengths 128 must be at least" in told
+    # a task alone that fits nowhere is an error, as before
+    nowhere = ["evaluate", config.run_dir, "--output", str(tmp_path / "none"), "--tasks", "needle"]
+    assert main([*nowhere, *arguments]) == 2
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_second_evaluation_into_a_folder_is_refused_while_the_first_is_at_work(
