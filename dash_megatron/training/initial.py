@@ -136,14 +136,25 @@ def _tell_lacking(folder: Path, fresh: dict[str, int], copied: int) -> None:
 
 def _open(folder: Path) -> tuple[ModelConfig, AttentionConfig | None, Mapping[str, Tensor]]:
     """The model section, the attention section but of a dense model's folder, and the weights, read when asked for."""
+    check_initial_folder(folder)
     if agreed_steps(folder):
         config, _, weights = open_weights(folder)
         return config.model, config.attention, weights
-    if (folder / MODEL_SECTIONS).is_file():
-        sections = yaml.safe_load((folder / MODEL_SECTIONS).read_text())
-        given = sections.get("attention")
-        attention = None if given is None else AttentionConfig.model_validate(given)
-        return ModelConfig.model_validate(sections["model"]), attention, FolderWeights(folder)
+    sections = yaml.safe_load((folder / MODEL_SECTIONS).read_text())
+    given = sections.get("attention")
+    attention = None if given is None else AttentionConfig.model_validate(given)
+    return ModelConfig.model_validate(sections["model"]), attention, FolderWeights(folder)
+
+
+def check_initial_folder(folder: str | Path) -> None:
+    """Check that a folder is one that weights can come from, before anything slow; collective.
+
+    Raises:
+        FileNotFoundError: it is not there, or has neither checkpoints nor an imported model.
+    """
+    folder = Path(folder)
+    if agreed_steps(folder) or (folder / MODEL_SECTIONS).is_file():
+        return
     if not folder.is_dir():
         raise FileNotFoundError(f"training.init_from={path_for_message(folder)} does not exist")
     raise FileNotFoundError(

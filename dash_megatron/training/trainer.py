@@ -28,7 +28,7 @@ from dash_megatron.training.density import DensityController
 from dash_megatron.training.engine import Engine
 from dash_megatron.training.faults import Fault, Guard, fault_folder, keep_fault
 from dash_megatron.training.health import Watchdog
-from dash_megatron.training.initial import load_initial_weights
+from dash_megatron.training.initial import check_initial_folder, load_initial_weights
 from dash_megatron.training.loss import global_target_tokens, share_of_global_mean
 from dash_megatron.training.meter import StepResult, StepTotals
 from dash_megatron.training.owner import own_run_folder
@@ -81,14 +81,18 @@ class Trainer:
         self.owner = own_run_folder(config.run_dir)
         about = setup.about_this_code(self.device) | {"tokenizer": self.tokenizer.fingerprint}
         setup.check_same_implementation(about["implementation"])
+        initial = None if agreed_steps(config.run_dir) else config.training.init_from
+        if initial:
+            # a wrong name is told before the rows of the data are ordered, which may take minutes
+            check_initial_folder(initial)
         self.train_source = training_source(config, self.tokenizer, self.device)
         self.validator = Validator(config, self.tokenizer, self.device)
         model = build_model(config, self.vocab_size, self.device)
         init_weights(model, config.training.seed, config.model.init_std)
         routers = dash_layers(model)
         self.density = DensityController(config.attention, routers)
-        if config.training.init_from and not agreed_steps(config.run_dir):
-            earlier = load_initial_weights(model, config.training.init_from, config.model, self.tokenizer)
+        if initial:
+            earlier = load_initial_weights(model, initial, config.model, self.tokenizer)
             if earlier is not None:
                 self.density.begin_as(earlier)
         self.engine = Engine(

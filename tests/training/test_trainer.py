@@ -62,6 +62,15 @@ def test_kernels_are_refused_without_a_gpu_before_anything_is_computed(
         Trainer(config_from_dict(tree), {})
 
 
+def test_a_wrong_init_from_is_told_before_the_rows_are_ordered(
+    config_file: str, tiny_config: dict[str, Any]
+) -> None:
+    result = start(["--config", config_file, "training.init_from=nowhere"])
+    assert result.returncode == 2
+    assert "error: training.init_from=nowhere" in result.stderr
+    assert not Path(tiny_config["run_dir"], "index_cache").exists()
+
+
 def test_train_alone_leaves_config_metrics_tensorboard_checkpoint(
     config_file: str, tiny_config: dict[str, Any]
 ) -> None:
