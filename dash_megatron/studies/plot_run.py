@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from dash_megatron.config import load_config
+from dash_megatron.config import Config, load_config
 from dash_megatron.data.blend import unigram_entropy
 from dash_megatron.drawing import GRID, layer_colors, line_widths, plt, save
 from dash_megatron.training.metrics import StepMetrics, read_metrics
 
 
 def plot_run(run_dir: str | Path, output: str | Path | None = None) -> Path:
-    """Draw `metrics.jsonl` of a run; a line marks the unigram entropy of its corpus where that is still there.
+    """Draw `metrics.jsonl` of a run; lines mark the target density, and the unigram entropy of its corpus where that is still there.
 
     Args:
         run_dir: the run's folder.
@@ -33,9 +34,12 @@ def plot_run(run_dir: str | Path, output: str | Path | None = None) -> Path:
     figure, axes = plt.subplots(
         2 if routed else 1, 1, figsize=(8, 8 if routed else 4.5), sharex=True, squeeze=False
     )
-    _plot_losses(axes[0][0], metrics, _corpus_entropy(run_dir))
+    config = _config_of(run_dir)
+    _plot_losses(axes[0][0], metrics, None if config is None else _corpus_entropy(config))
     if routed:
         draw_densities(axes[1][0], metrics, all_labels=len(metrics[0]["density_per_layer"]) <= 16)
+        if config is not None:
+            _draw_target(axes[1][0], metrics, config)
         axes[1][0].set_ylabel("density (% of available chunks selected)")
         axes[1][0].legend(ncols=2)
     axes[-1][0].set_xlabel("optimizer step")
@@ -45,10 +49,16 @@ def plot_run(run_dir: str | Path, output: str | Path | None = None) -> Path:
     return save(figure, path, dpi=150)
 
 
-def _corpus_entropy(run_dir: str | Path) -> float | None:
+def _config_of(run_dir: str | Path) -> Config | None:
     try:
         # the data matters, not the layout, which may be one that is refused today
-        config = load_config(Path(run_dir) / "config.yaml", ["parallel={}"])
+        return load_config(Path(run_dir) / "config.yaml", ["parallel={}"])
+    except (ValueError, FileNotFoundError):
+        return None
+
+
+def _corpus_entropy(config: Config) -> float | None:
+    try:
         return unigram_entropy(config.data.train)
     except (ValueError, FileNotFoundError):
         return None  # metrics can be drawn far from the data
@@ -84,6 +94,20 @@ def _plot_losses(axis: Any, metrics: Sequence[StepMetrics], entropy: float | Non
     axis.set_ylabel("loss (nats per token)")
     axis.grid(alpha=GRID)
     axis.legend()
+
+
+def _draw_target(axis: Any, metrics: Sequence[StepMetrics], config: Config) -> None:
+    """Draw the density asked for, where there is one: the mean over layers that route."""
+    points, attention = [], config.attention
+    routing = [layer for layer in range(config.model.layers) if layer not in attention.full_layers]
+    for step in (m["step"] for m in metrics):
+        asked = [attention.target_density_at(step, layer) for layer in routing]
+        if asked := [x for x in asked if x is not None]:
+            points.append((step, 100 * fmean(asked)))
+    if points:
+        axis.plot(
+            *zip(*points, strict=True), color="gray", ls="--", lw=1, label=f"target, {points[-1][1]:.3g}%"
+        )
 
 
 def draw_densities(axis: Any, metrics: Sequence[StepMetrics], all_labels: bool) -> None:

@@ -50,6 +50,21 @@ def test_losses_and_density_of_layers_that_route_are_drawn(
         assert image.width >= 1000
 
 
+def test_the_density_asked_for_is_drawn_beside_that_of_the_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr(module, "save", lambda figure, path, dpi: drawn.append(figure) or path)
+    tree = tiny_tree(tmp_path, tmp_path)
+    tree["attention"]["target_density"] = {1: 0.9, 5: 0.5}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    write_metrics(tmp_path, [0.4, 0.6])
+    module.plot_run(tmp_path)
+    target = drawn[0].axes[1].lines[-1]
+    assert list(target.get_ydata()) == pytest.approx([90, 80, 70, 60, 50])
+    assert target.get_label() == "target, 50%"
+
+
 def test_the_entropy_of_the_data_is_drawn_for_a_layout_that_is_refused_today(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
