@@ -288,6 +288,12 @@ class FullCoreAttention(CoreAttention):
     """Causal softmax attention, by the fastest implementation that is here."""
 
     def _attend_here(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
-        if packed is None or len(packed.cu_seqlens_q) == 2:
+        if packed is None:
             return causal_attention(q, k, v)
-        return packed_attention(q[0], k[0], v[0], packed.cu_seqlens_q, packed.max_seqlen_q)[None]
+        documents, longest = len(packed.cu_seqlens_q) - 1, packed.max_seqlen_q
+        if documents == 1 or documents * longest == q.shape[1]:
+            # as none is longer, all are as long: whole rows
+            return causal_attention(*(x[0].unflatten(0, (documents, -1)) for x in (q, k, v))).flatten(0, 1)[
+                None
+            ]
+        return packed_attention(q[0], k[0], v[0], packed.cu_seqlens_q, longest)[None]

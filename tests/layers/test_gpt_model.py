@@ -20,6 +20,7 @@ from dash_megatron.layers import (
 from dash_megatron.layers import model as model_module
 from dash_megatron.layers.core_attention import MAX_LOG_FACTOR
 from dash_megatron.ops import dash_attention
+from dash_megatron.ops.full import causal_attention
 from dash_megatron.ops.rotary import split_and_rotate
 from dash_megatron.training.engine import parameter_groups
 from dash_megatron.training.loss import token_losses
@@ -300,6 +301,30 @@ def test_attention_gets_the_longest_document_of_the_batch(
         else:
             model(batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens)
     assert bounds == [(64, 64) if told else (128, 128)] * 4
+
+
+@pytest.mark.parametrize(("ends_at", "packed"), [(None, False), (40, True)], ids=["whole", "cut"])
+def test_full_attention_takes_rows_that_are_whole_documents_as_a_batch_of_rows(
+    ends_at: int | None, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = []
+
+    def spy(q: torch.Tensor, *others: Any) -> torch.Tensor:
+        shapes.append(q.shape[:2])
+        return causal_attention(q, *others)
+
+    monkeypatch.setattr("dash_megatron.layers.core_attention.causal_attention", spy)
+    model = model_of(config_of(attention={"kind": "full"}))
+    eod = VOCABULARY - 1
+    rows = [tokens_of(65, seed).clamp_max(eod - 1)[0] for seed in range(2)]
+    if ends_at is not None:
+        rows[0][ends_at] = eod
+    batch = pack_samples([{"tokens": row[:-1], "labels": row[1:]} for row in rows], eod)
+    losses = token_losses(model, batch.to("cpu"))
+    # where only a bound is known, all documents go through the packed implementation
+    by_document = model(batch.tokens, batch.position_ids, batch.labels, batch.cu_seqlens)
+    torch.testing.assert_close(losses, by_document)
+    assert shapes == ([] if packed else [(2, 64)] * len(model.decoder.layers))
 
 
 @NEEDS_CUDA
