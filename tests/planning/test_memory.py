@@ -114,7 +114,7 @@ def test_tensor_parallel_ranks_share_all_but_norms() -> None:
 def test_the_measured_peaks_of_1b_steps_are_met_within_10_percent(
     kind: str, tokens: int, peak_gib: float
 ) -> None:
-    # docs/results/training.md, "One GPU: older steps": torch's own allocations, hence nothing reserved
+    # docs/results/training.md, "One GPU: the 1B model": torch's own allocations, hence nothing reserved
     config = load_config(
         ROOT / "configs" / "1b_16k.yaml",
         [*MEASURED_ATTENTION, f"data.seq_length={tokens}", f"attention.kind={kind}"],
