@@ -15,8 +15,11 @@ from dash_megatron.ops.kernels.slab_parts import (
     chunk_of_slab,
     lane_place,
     load_gathered,
+    load_pairs,
+    load_shifts,
+    load_slots,
     part_of_slab,
-    split_pair,
+    store_rows,
 )
 from dash_megatron.ops.kernels.tiles import LOG2_E, load_keys
 
@@ -51,24 +54,24 @@ def _attend_pairs_kernel(
         b_v = load_keys(v, start, stride_vn, D, BLOCK_D, C, C)
         first_step, last_step = (here - begin).to(tl.int32), (tl.minimum(stop, end) - begin).to(tl.int32)
         # rows without a token repeat the last one
-        b_pair = tl.load(token_shift + p_pair + tl.minimum(first_step * TOKENS + o_rn, last))
+        b_pair = load_pairs(token_shift + p_pair, tl.minimum(first_step * TOKENS + o_rn, last))
         for i_step in tl.range(first_step, last_step, num_stages=STAGES):
             o_e = i_step * TOKENS + o_rn
-            o_n, b_shift = split_pair(b_pair)
+            b_token, _ = tl.split(b_pair)
+            b_shift = load_shifts(token_shift + p_pair, tl.minimum(o_e, last))
             # loaded one step early, because addresses depend on it
-            b_pair = tl.load(token_shift + p_pair + tl.minimum(o_e + TOKENS, last))
-            b_q = load_gathered(q, o_n, o_g, o_d, stride_qn, stride_qh, D, BLOCK_D)
+            b_pair = load_pairs(token_shift + p_pair, tl.minimum(o_e + TOKENS, last))
+            b_q = load_gathered(q, b_token.to(tl.int64), o_g, o_d, stride_qn, stride_qh, D, BLOCK_D)
             m_row = (o_e <= last) & (o_rg < G)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
             b_max = tl.max(b_s, 1) * scale
             b_p = tl.exp2(b_s * scale - b_max[:, None])
             b_sum = tl.sum(b_p, 1)
             b_out = tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee") * (1.0 / b_sum)[:, None]
-            o_slot = tl.load(pair_slot + p_pair + tl.minimum(o_e, last)).to(tl.int64) * G + o_rg
-            tl.store(partial_lse + o_slot, b_max + b_shift + tl.log2(b_sum), mask=m_row)
-            p_out = partial + (o_slot * D)[:, None] + o_d[None, :]
-            m_out = m_row[:, None] & (o_d < D)[None, :]
-            tl.store(p_out, b_out.to(partial.dtype.element_ty), mask=m_out, cache_modifier=".cs")
+            b_lse = b_max + b_shift + tl.log2(b_sum)
+            o_slot = load_slots(pair_slot + p_pair, tl.minimum(o_e, last)).to(tl.int64) * G + o_rg
+            tl.store(partial_lse + o_slot, b_lse, mask=m_row)
+            store_rows(partial, b_out.to(partial.dtype.element_ty), o_slot, m_row, o_d, D)
         here = end
         i_c += 1
 

@@ -13,7 +13,7 @@ from dash_megatron.ops.kernels.backward_summary import Summaries, routing_scales
 from dash_megatron.ops.kernels.configs import Config
 from dash_megatron.ops.kernels.geometry import Lists, Sizes
 from dash_megatron.ops.kernels.pairs import PairPlan, fill_pairs
-from dash_megatron.ops.kernels.slab_parts import load_gathered
+from dash_megatron.ops.kernels.slab_parts import load_gathered, load_numbers
 from dash_megatron.ops.kernels.tiles import (
     KEYS_AS_ROWS,
     LOG2_E,
@@ -25,17 +25,8 @@ from dash_megatron.ops.kernels.tiles import (
 
 
 @triton.jit
-def _load_numbers(p_x, NUMBERS: tl.constexpr, COPIES: tl.constexpr):
-    """The numbers at each of the pointers [ROWS], and again if COPIES is 2: [ROWS, COPIES * NUMBERS].
-
-    Triton lets every thread that needs a number load it where there are fewer numbers than threads; copies make up for that.
-    """
-    return tl.load(p_x[:, None] + tl.arange(0, COPIES * NUMBERS)[None, :] % NUMBERS)
-
-
-@triton.jit
 def _split_pairs(b_x, COPIES: tl.constexpr):
-    """First and second of every two numbers, [ROWS, NUMBERS / 2], of what `_load_numbers` gives."""
+    """First and second of every two numbers, [ROWS, NUMBERS / 2], of what `load_numbers` gives."""
     ROWS: tl.constexpr = b_x.shape[0]
     NUMBERS: tl.constexpr = b_x.shape[1] // COPIES
     if COPIES == 2:
@@ -122,7 +113,7 @@ def _dkv_pairs_kernel(
         # Rows without a token repeat the last one, without weight: loads need no mask.
         last_here = tl.minimum(last, last_step * TOKENS - 1)
         first_entry = tl.minimum(first_step * TOKENS + o_rn, last_here)
-        b_pair = _load_numbers(p_pair + first_entry * (2 * WIDTH), 2 * WIDTH, COPIES)
+        b_pair = load_numbers(p_pair + first_entry * (2 * WIDTH), 2 * WIDTH, COPIES)
         for i_step in tl.range(first_step, last_step, num_stages=STAGES):
             o_e = i_step * TOKENS + o_rn
             m_n = (o_rn < TOKENS) & (o_e <= last)
@@ -130,11 +121,11 @@ def _dkv_pairs_kernel(
             o_n, b_log = _column(b_token, 0).to(tl.int64), b_log.to(tl.float32, bitcast=True)
             # loaded one step early, because addresses depend on it
             next_entry = tl.minimum(o_e + TOKENS, last_here)
-            b_pair = _load_numbers(p_pair + next_entry * (2 * WIDTH), 2 * WIDTH, COPIES)
+            b_pair = load_numbers(p_pair + next_entry * (2 * WIDTH), 2 * WIDTH, COPIES)
             o_head = o_n * (HKV * G) + i_h * G + o_rg
             b_q = load_gathered(q, o_n, i_h * G + o_rg, o_d, stride_qn, stride_qh, D, BLOCK_D)
             b_do = load_gathered(d_out, o_n, i_h * G + o_rg, o_d, HKV * G * D, D, D, BLOCK_D)
-            b_lse, b_delta = _split_pairs(_load_numbers(lse_delta + o_head * 2, 2, COPIES), COPIES)
+            b_lse, b_delta = _split_pairs(load_numbers(lse_delta + o_head * 2, 2, COPIES), COPIES)
             b_shift = tl.where(m_n[:, None], b_log * inv_sigma - b_lse, float("-inf"))
             b_dk, b_dv = step_products(
                 b_k, b_v, b_q, b_do, b_dk, b_dv, _by_key(b_shift, C, KEYS_AS_ROWS), _column(b_delta, 0), o_c,
