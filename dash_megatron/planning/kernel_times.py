@@ -138,19 +138,19 @@ class Rate:
 
 RATES = {
     "route": Rate(
-        0.071, {"rows": 0.308, "scored": 3.52, "listed": 4.55}, head_dim=0.45, chunk=0.19, tile=0.58
+        0.07, {"rows": 0.321, "scored": 3.52, "listed": 3.31}, head_dim=0.44, chunk=0.24, tile=0.58
     ),
-    "attend_by_tile": Rate(0.089, {"rows": 0.29, "visited": 922}, head_dim=0.61, chunk=0.16, tile=0.66),
-    "queries_by_tile": Rate(0.089, {"rows": 0.56, "visited": 1590}, head_dim=1.04, chunk=-0.04, tile=0.11),
-    "attend_by_pair": Rate(0.0, {"sorted": 167, "selected": 3660}),
-    "queries_by_pair": Rate(0.0, {"sorted": 341, "selected": 5570}),
+    "attend_by_tile": Rate(0.088, {"rows": 0.222, "visited": 937}, head_dim=0.59, chunk=0.14, tile=0.65),
+    "queries_by_tile": Rate(0.087, {"rows": 0.508, "visited": 1590}, head_dim=1.02, chunk=-0.03, tile=0.11),
+    "attend_by_pair": Rate(0.0, {"rows": 3.51, "sorted": 108, "selected": 2350}),
+    "queries_by_pair": Rate(0.0, {"rows": 4.68, "sorted": 248, "selected": 3930}),
     "router_backward": Rate(
-        0.064, {"rows": 0.34, "listed": 3.63, "visited": 89.4}, head_dim=0.83, chunk=0.65, tile=0.34
+        0.064, {"rows": 0.359, "listed": 2.63, "visited": 87.9}, head_dim=0.85, chunk=0.68, tile=0.36
     ),
     "keys_by_tile": Rate(0.78, {"rows": 0.167, "visited": 2800}, head_dim=1.02, chunk=1.18, tile=1.36),
-    "keys_by_pair": Rate(0.82, {"sorted": 161, "selected": 2540}, head_dim=0.61, chunk=-0.07),
-    "dense_forward": Rate(0.08, {"pairs": 848}, head_dim=0.61),
-    "dense_backward": Rate(0.003, {"pairs": 2440}, head_dim=0.70),
+    "keys_by_pair": Rate(0.98, {"sorted": 115, "selected": 2610}, head_dim=0.84, chunk=-0.03),
+    "dense_forward": Rate(0.1, {"pairs": 854}, head_dim=0.68),
+    "dense_backward": Rate(0.00054, {"pairs": 2430}, head_dim=0.67),
 }
 """Stages of the kernels, with transposing, or sorting of pairs, in those that need it, and cuDNN's dense attention. Queries by pair
 have keys and values with them."""

@@ -56,13 +56,13 @@ def main(arguments: list[str] | None = None) -> None:
     for axis, (title, columns) in zip(axes, PASSES.items(), strict=True):
         for index, name in enumerate(labels):
             _draw(axis, [row for row in rows if label(row) == name], columns, name, index)
-        axis.plot([0, 35], [0, 0.35], ":", color="gray", label="density x cuDNN's time")
+        axis.plot([0, 60], [0, 0.6], ":", color="gray", label="density x cuDNN's time")
         axis.plot([], [], "o", color="gray", mfc="none", label="the router alone")
         axis.axhline(1, ls="--", lw=1, color="gray")
         axis.set_title(title)
         axis.set_xlabel("density (% of causal chunks)")
         axis.set_ylabel("time over that of cuDNN's dense attention")
-        axis.set_xlim(0, 35)
+        axis.set_xlim(0, 60)
         axis.set_ylim(0, 1.25)
         axis.grid(alpha=GRID)
     handles, names = axes[0].get_legend_handles_labels()

@@ -30,6 +30,8 @@ class Row(NamedTuple):
     work: AttentionWork
     milliseconds: dict[str, float]
     """Of those of `RATES` that were timed."""
+    whole: tuple[float | None, float | None]
+    """Milliseconds of a whole forward and backward, where they were timed."""
 
 
 def read_rows() -> list[Row]:
@@ -64,7 +66,11 @@ def read_rows() -> list[Row]:
             name = f"{length}, {heads}/{kv_heads}, {head_dim}, {chunk_size}" + (
                 ", one query a group" if work.pool_heads else ""
             )
-            rows.append(Row(name, cells["routing"], visited / selected, work, times))
+            forward, total = (
+                float(cells[column]) if cells[column] else None for column in ("forward", "total")
+            )
+            whole = forward, total - forward if forward and total else None
+            rows.append(Row(name, cells["routing"], visited / selected, work, times, whole))
     return rows
 
 

@@ -135,22 +135,24 @@ def layout_table(extent: Extent) -> str:
 
 
 def kernel_table(_: Extent) -> str:
-    """The model beside what it is fitted to: stages summed to a forward and to a backward."""
+    """The model beside whole passes, or sums of the stages that it is fitted to where no whole was timed."""
     rows, dense = [], {}
     for case in read_rows():
         times = case.milliseconds
         # of the way that the kernels take
         measured = [times.get(rate) for rate in stage_rates(case.work).values()]
-        if any(times.get(f"attend_by_{way}") for way in ("tile", "pair")):
+        whole, stages = case.whole, (_total(measured[:2]), _total(measured[2:]))
+        forward, backward = whole if any(whole) else stages
+        if forward is not None or backward is not None:
             modelled = dash_seconds(case.work)
             share = case.work.selected / case.work.pairs
             rows.append([case.name, case.routing, f"{share:.1%}", f"{case.ratio:.2f}"])
-            rows[-1] += _against(_total(measured[:2]), 1e3 * modelled.forward)
-            rows[-1] += _against(_total(measured[2:]), 1e3 * modelled.backward)
+            rows[-1] += _against(forward, 1e3 * modelled.forward)
+            rows[-1] += _against(backward, 1e3 * modelled.backward)
         if "dense_forward" in times:
             modelled = dense_seconds(case.work)
             # of cases that were timed with several routers, the last
-            name = case.name.rsplit(", ", 1)[0]
+            name = ", ".join(case.name.split(", ")[:3])
             dense[name] = [
                 name,
                 "cuDNN",
