@@ -22,7 +22,6 @@ from query import NO_ANSWER, query_slurm
 # the rules that are checked here are those of the train.py that will run, not of another installed version
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from inputs import check_inputs
 from site_file import Site, load_site
 
 from dash_megatron.command_line import ending_with_reader, parse_with_overrides
@@ -256,9 +255,15 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.dependency:
             check_nobody_else_runs(runs)
         if not options.dependency and not options.inputs_later:
+            # imported late, as it brings numpy and tokenizers, which a machine that only submits may lack
+            from inputs import check_inputs
+
             for run in runs:
                 check_inputs(run.config)
         number = submit(script, runs, stamp, command.replace("\n", " "))
+    except ImportError as error:
+        print(f"error: {error}, to look at tokenizer and data; --inputs-later does without", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"error: {error_text(error)}", file=sys.stderr)
         return 2

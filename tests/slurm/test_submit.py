@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -342,6 +343,22 @@ def test_a_run_whose_inputs_are_not_there_is_not_queued_unless_they_are_to_come(
     for words in (["--dependency", "afterok:6"], ["--inputs-later"]):
         assert submit_run(setting, *words) == 0
     assert calls(tmp_path / "bin", "sbatch") == 2
+
+
+def test_a_machine_without_numpy_and_tokenizers_submits_what_it_need_not_look_at(tmp_path: Path) -> None:
+    program(tmp_path / "bin", "squeue", "")
+    program(tmp_path / "bin", "sbatch", "echo 7")
+    light = "import sys; sys.modules['numpy'] = None; import submit; sys.exit(submit.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", light, *CONFIG, *SIZE, *TIME, f"run_dir={tmp_path / 'run'}"]
+    environment = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{ROOT / 'slurm'}:{ROOT}",
+    }
+    for words, code in (["--inputs-later"], 0), (["--dependency", "afterok:6"], 0), ([], 2):
+        done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == code, done.stderr
+    assert done.stderr.startswith("error: import of numpy halted")
+    assert done.stderr.endswith("; --inputs-later does without\n")
 
 
 def test_initial_weights_are_a_run_with_a_checkpoint_or_an_import_and_a_run_that_resumes_needs_none(
