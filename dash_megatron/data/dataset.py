@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 # place
 _FILES_PER_PREFIX = 5
 _FILES_PER_BLEND = 2
+# Megatron numbers the parts of a blend in int16, and what is above would silently be others
+_MAX_PARTS = np.iinfo(np.int16).max
 
 _OnePass: TypeAlias = "GPTDataset | ConversationRows"
 
@@ -156,6 +158,10 @@ def _check_arguments(seq_length: int, num_samples: int | None, seed: int, split_
 def _check_weights(parts: Sequence[Part], field: str) -> None:
     if not parts:
         raise ValueError(f"{field}=[] must name at least one prefix of a .bin/.idx pair, such as data/train")
+    if len(parts) > _MAX_PARTS:
+        raise ValueError(
+            f"{field} names {len(parts)} data sets and may name at most {_MAX_PARTS}; tokenize several into one"
+        )
     for weight, prefix in parts:
         if weight is not None and not 0 < weight < math.inf:
             raise ValueError(
