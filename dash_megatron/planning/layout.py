@@ -38,8 +38,8 @@ class Hardware:
     """Share of it that a plan may fill: fragmentation and spikes need the rest."""
     reserved_gib: float = 4.0
     """CUDA context, NCCL buffers and kernels' code."""
-    matmul_flops: float = 740e12
-    """Operations per second of matrix products in bf16, as profiles of 62M-parameter steps have them (722 and 766)."""
+    matmul_flops: float = 715e12
+    """Operations per second of matrix products in bf16, as profiles of steps have them: 770 of 62M, 750 of 1B, 700 of 8B parameters."""
     activation_factor: float = 1.0
     """Activations and working memory over what is modelled, as a profile found them."""
     memory_bandwidth: float = 3e12
@@ -49,11 +49,12 @@ class Hardware:
     infiniband: float = 50e9
     """Bytes per second and direction of one GPU's network card (400 Gb/s), nominal."""
     link_efficiency: float = 0.73
-    """Share of either that large transfers reach: measured over NVLink, by the sums of ZeRO between two H200s."""
+    """Share of either that large transfers reach: measured over NVLink, by the sums of ZeRO between two H200s and between four."""
     hop_seconds: float = 5e-6
     """Latency of one hop of a ring."""
-    overlap: float = 0.8
-    """Largest share that hides behind compute of the transfers that overlap with it: ZeRO-3's and the p2p ring's."""
+    overlap: float = 0.2
+    """Largest share that hides behind compute of what transfers that overlap with it take alone, ZeRO-3's and the p2p ring's: beside
+    kernels they take several times as long, and ranks wait for each other."""
 
     @classmethod
     def of(cls, gpu: str, memory_gib: float | None = None) -> Hardware:

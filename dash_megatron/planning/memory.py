@@ -82,12 +82,13 @@ def _state_bytes(config: Config, layout: Layout, parameters: float) -> dict[str,
     """Weights, gradients, optimizer states and buffers.
 
     bf16: bf16 weights and float32 master weights and moments. Stage 1 accumulates in float32 beside the bf16 gradient
-    of the backward pass, stages 2 and 3 in the rank's own shard; stage 0 keeps one bf16 gradient.
+    of the backward pass, of which a first micro-batch has little while activations are there; stages 2 and 3 in the rank's own
+    shard; stage 0 keeps one bf16 gradient.
     """
     bf16, stage, shards = config.training.precision == "bf16", layout.zero_stage, layout.shards
     element = 2 if bf16 else 4
     optimizer = parameters * (12 if bf16 else 8)
-    whole_gradients = element if stage == 0 or not bf16 else element + 4
+    whole_gradients = element if stage == 0 or not bf16 else 4 + element * (micro_batches(config, layout) > 1)
     buckets = 0.0
     if stage >= 2:
         buckets = min(BUCKET_ELEMENTS, parameters) * BUCKET_BYTES
@@ -99,6 +100,11 @@ def _state_bytes(config: Config, layout: Layout, parameters: float) -> dict[str,
         "optimizer": optimizer / (shards if stage else 1),
         "buckets": buckets,
     }
+
+
+def micro_batches(config: Config, layout: Layout) -> int:
+    """Forward and backward passes of a step."""
+    return config.training.global_batch // (config.training.micro_batch * layout.data)
 
 
 def _list_entries(config: Config, layout: Layout) -> tuple[float, float, int]:
@@ -324,15 +330,21 @@ def memory_use(
     key_sums = 8 * shape.tokens * shape.kv_heads * shape.head_dim * (by_pair["queries"] > 0 and not sharded)
     backward_pairs = max(by_pair["queries"], by_pair["keys"] + key_sums)
     attention_phase = max(attention_phase + backward_pairs, by_pair["attend"])
-    feed_forward_phase = parts["feed_forward"] / 2 + feed_forward * (layout.recompute == "selective")
+    # gradients of its input, of both halves and of the activation
+    feed_forward_phase = feed_forward * (2 if layout.recompute == "selective" else 1)
     layer_phase = max(attention_phase, feed_forward_phase)
     if layout.sequence:
         # in either half a product's input is gathered again, and its whole gradient is there until it is dealt out
         layer_phase += 2 * shape.tokens * config.model.hidden_size * shape.element_bytes
     layer_phase += {"attention": kept_attention, "full": layer + kept_attention}.get(layout.recompute, 0.0)
+    parameters = rank_parameters(config, layout, vocab_size)
+    kept = config.model.layers * activations
+    # of a first micro-batch they are all there when activations are gone
+    late_gradients = parameters * 2 * (config.training.precision == "bf16" and layout.zero_stage == 1)
+    working = max(layer_phase, _loss_bytes(config, layout, vocab_size), late_gradients - kept)
     return MemoryUse(
-        **_state_bytes(config, layout, rank_parameters(config, layout, vocab_size)),
-        activations=config.model.layers * activations * hardware.activation_factor,
-        working=max(layer_phase, _loss_bytes(config, layout, vocab_size)) * hardware.activation_factor,
+        **_state_bytes(config, layout, parameters),
+        activations=kept * hardware.activation_factor,
+        working=working * hardware.activation_factor,
         reserved=hardware.reserved_gib * 2**30,
     )

@@ -29,6 +29,7 @@ from dash_megatron.planning.memory import (
     context_shape,
     lists_are_counted,
     memory_use,
+    micro_batches,
     rank_parameters,
 )
 from dash_megatron.planning.traffic import (
@@ -42,18 +43,26 @@ from dash_megatron.planning.traffic import (
 
 OPTIMIZER_BYTES = {"fused": 31, "separate": 65}
 """Bytes read and written per parameter once a step: float32 gradients, norm, clipping, AdamW's states and weights, and the bf16
-weight; in few passes, as bf16 under ZeRO 1 does it, or one after another."""
+weight; in few passes, as bf16 under ZeRO 1 to 3 does it, or one after another."""
 GRADIENT_BYTES = {"fused": 10, "separate": 18}
 """And by every micro-batch after the first, whose gradient is added to the float32 sum; widened before that, or with it."""
-ELEMENTWISE_BYTES = 21
+BUCKETED_BYTES = 42
+"""Under ZeRO 2 and 3 instead by every micro-batch: gradients are copied into a bucket, widened, ordered by rank, and added."""
+ELEMENTWISE_BYTES = 24
 """Bytes read and written per layer, token and element of hidden and feed-forward size: norms, RoPE, activation, residuals,
 forward and backward."""
 FORWARD_SHARE = 0.35
 """Share of `ELEMENTWISE_BYTES` that a forward pass alone moves."""
 LOGIT_BYTES = 6
 """Bytes read and written per logit by the loss, forward and backward."""
-IDLE_SECONDS = 0.01
-"""Of a step, in which the GPU runs no kernel: 6 to 16 ms in profiles of steps of 62M and 1B."""
+IDLE_SECONDS = 0.006
+"""Of a step, in which the GPU runs no kernel: 4 to 15 ms in profiles of steps of 62M, 1B and 8B on one GPU."""
+STALL_SECONDS = {"tensor": 2.6e-3, "a2a": 2.8e-3, "all_gather": 4.6e-3, "p2p": 4e-3, "sparse": 9e-3}
+"""Of a layer and micro-batch that ranks share, beyond what bytes take: waiting for slower ranks and for the host. Of two and four H200s."""
+COPY_SLOWDOWN = {"a2a": 1.8, "all_gather": 3.0, "p2p": 1.65, "sparse": 4.0}
+"""How many times as long copies around an exchange take as their bytes at `Hardware.memory_bandwidth`, of the same steps."""
+ATTENTION_SLOWDOWN = 1.05
+"""Time of attention's kernels within steps, where clocks are lower, over that alone."""
 
 REPEATS_ATTENTION = ("attention", "full")
 """Values of `training.recompute` whose backward runs core attention, and its exchange, a second time."""
@@ -203,10 +212,11 @@ def _attention(config: Config, layout: Layout, routing: Routing, hardware: Hardw
     heads = work.kv_heads if config.attention.router_projections else work.heads
     # queries once read or written
     once = pooled * work.rows * heads * work.head_dim * 2 / hardware.memory_bandwidth * routed_layers
+    slow = ATTENTION_SLOWDOWN / hardware.speed
     return AttentionSeconds(
-        (routed_layers * routed.forward + dense_layers * dense.forward) / hardware.speed + 2 * once,
+        (routed_layers * routed.forward + dense_layers * dense.forward) * slow + 2 * once,
         # means are computed again, and then their gradient
-        (routed_layers * routed.backward + dense_layers * dense.backward) / hardware.speed + 4 * once,
+        (routed_layers * routed.backward + dense_layers * dense.backward) * slow + 4 * once,
     )
 
 
@@ -234,6 +244,7 @@ def _elementwise_bytes(config: Config, layout: Layout, vocab_size: int) -> float
     logits = tokens * vocab_size / layout.tensor
     copies = exchange_copies(layout.context_comm, context_shape(config, layout))
     copied = copies.forward * (2 if layout.recompute in REPEATS_ATTENTION else 1) + copies.backward
+    copied *= COPY_SLOWDOWN[layout.context_comm]
     elements = stream + activation + FORWARD_SHARE * repeated
     return model.layers * (elements * ELEMENTWISE_BYTES + copied) + logits * LOGIT_BYTES
 
@@ -354,7 +365,7 @@ def estimate_step(
         The estimate. Memory is that of the run's peak density.
     """
     routing, hardware = effective_routing(config, routing or Routing()), hardware or Hardware()
-    batches = config.training.global_batch // (config.training.micro_batch * layout.data)
+    batches = micro_batches(config, layout)
     of = groups(layout, hardware)
     parameters = rank_parameters(config, layout, vocab_size)
 
@@ -373,7 +384,10 @@ def estimate_step(
     ring = hardware.overlap * context.seconds if layout.context_comm == "p2p" else 0.0
     sharding = hardware.overlap * zero.seconds if layout.zero_stage == 3 else 0.0
     updated = parameters / (layout.shards if layout.zero_stage else 1)
-    passes = "fused" if config.training.precision == "bf16" and layout.zero_stage == 1 else "separate"
+    bucketed = layout.zero_stage >= 2
+    passes = "fused" if config.training.precision == "bf16" and layout.zero_stage >= 1 else "separate"
+    gradients = batches * BUCKETED_BYTES if bucketed else (batches - 1) * GRADIENT_BYTES[passes]
+    layer_calls = batches * config.model.layers
     peak = shares_of_work(config, routing, max(routing.density, routing.peak_density))
     return StepEstimate(
         layout=layout,
@@ -381,11 +395,12 @@ def estimate_step(
         matmul=matmul,
         elementwise=elementwise,
         attention=attention,
-        tensor=tensor.seconds,
-        context=context.seconds - min(ring, attention),
+        tensor=tensor.seconds + layer_calls * STALL_SECONDS["tensor"] * (layout.tensor > 1),
+        context=context.seconds
+        - min(ring, attention)
+        + layer_calls * STALL_SECONDS[layout.context_comm] * (layout.context > 1),
         zero=zero.seconds - min(sharding, matmul + elementwise),
-        optimizer=(updated * OPTIMIZER_BYTES[passes] + (batches - 1) * parameters * GRADIENT_BYTES[passes])
-        / hardware.memory_bandwidth,
+        optimizer=(updated * OPTIMIZER_BYTES[passes] + parameters * gradients) / hardware.memory_bandwidth,
         idle=IDLE_SECONDS,
         nvlink_bytes=sum(part.sent * (1 - part.outside) for part in (tensor, context, zero)),
         infiniband_bytes=sum(part.sent * part.outside for part in (tensor, context, zero)),

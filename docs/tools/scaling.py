@@ -302,7 +302,7 @@ TABLES: dict[str, Callable[[Extent], str]] = {
     "routers": router_table,
     "layouts": layout_table,
     "steps": lambda _: step_table(measured_steps()),
-    "two_gpus": lambda _: step_table(measured_layouts()),
+    "measured_layouts": lambda _: step_table(measured_layouts()),
     "kernels": kernel_table,
     "exchanges": exchange_table,
     "coverage": coverage_table,

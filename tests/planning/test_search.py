@@ -9,6 +9,7 @@ import pytest
 
 from dash_megatron.config import Config, load_config
 from dash_megatron.planning.layout import Group, Hardware, Layout, Recompute, groups, with_layout
+from dash_megatron.planning.memory import MemoryUse, memory_use, rank_parameters
 from dash_megatron.planning.search import (
     RECOMPUTE,
     candidates,
@@ -157,7 +158,7 @@ def test_a_denser_rank_delays_all_and_locality_only_matters_to_sparse(config: Co
     assert step("all_gather", locality=0.99) == step("all_gather")
     # unstructured routing selects everything somewhere, and copying chunks by their numbers comes on top
     assert sent("sparse") == pytest.approx(sent("all_gather"), rel=0.02)
-    assert step("all_gather") < step("sparse") < 1.05 * step("all_gather")
+    assert step("all_gather") < step("sparse") < 1.2 * step("all_gather")
 
 
 def test_means_of_queries_cost_bytes_and_memory_and_local_chunks_pairs(config: Config) -> None:
@@ -191,11 +192,12 @@ def test_the_compute_of_a_step_is_its_operations_over_their_rate(config: Config)
     # 64 sequences over 4 data ranks, 16K tokens a rank, half of 7.5e9 matmul parameters
     tokens = 16 * 131072 / 8
     flops = tokens * 6 * 7_504_658_432 / 2
-    assert estimate.matmul == pytest.approx(flops / 740e12)
+    assert estimate.matmul == pytest.approx(flops / 715e12)
     # 32 layers of 4096 wide streams, whole on both tensor ranks, and of half of 14336 feed-forward channels; each logit
-    moved = tokens * (21 * 32 * (4096 + 14336 / 2) + 6 * 128256 / 2)
-    # bytes of 16 heads of the output, and of 2 times 4 of keys and values of this rank, with its copies for and of 8 ranks
-    moved += tokens * 32 * 128 * 2 * (4 * 16 + (3 + 7 + 4 * 8) * 2 * 4)
+    moved = tokens * (24 * 32 * (4096 + 14336 / 2) + 6 * 128256 / 2)
+    # bytes of 16 heads of the output, and of 2 times 4 of keys and values of this rank, with its copies for and of 8 ranks, which take
+    # three times as long as their bytes
+    moved += 3 * tokens * 32 * 128 * 2 * (4 * 16 + (3 + 7 + 4 * 8) * 2 * 4)
     assert estimate.elementwise == pytest.approx(moved / 3e12)
 
 
@@ -206,26 +208,44 @@ def test_measured_steps_are_met_within_9_percent_but_for_those_that_the_page_nam
         if abs(modelled.seconds / step.seconds - 1) > 0.09:
             off[step.name] = modelled.seconds / step.seconds - 1
         if step.gib is not None:
-            assert modelled.memory.total / 2**30 == pytest.approx(step.gib, rel=0.1)
+            # full attention by FlashAttention-2 of older code
+            within = 0.1 if step.name.startswith("210M") else 0.06
+            assert modelled.memory.total / 2**30 == pytest.approx(step.gib, rel=within), step.name
     # more kernels than are counted, and another of full attention than cuDNN's
-    assert [name.split(",")[0] for name in off] == ["62M", "210M", "62M"]
+    assert [name.split(",")[0] for name in off] == ["62M", "210M"]
     assert all(error < 0 for error in off.values())
 
 
-def test_measured_layouts_are_met_within_15_percent_and_hold_no_less_than_is_modelled() -> None:
-    steps = measured_layouts()
-    for step in steps:
+def test_measured_layouts_are_met_within_6_percent_but_for_the_memory_of_zero_2() -> None:
+    steps = {step.name: step for step in measured_layouts()}
+    for name, step in steps.items():
         modelled = step.modelled
-        # of today's passes, which keep less than those that were measured
-        assert 0.88 < modelled.memory.total / 2**30 / step.gib < 1, step.name
-        # the model is too fast for all, most of all for exchanges
-        assert 0.85 < modelled.seconds / step.seconds < 1, step.name
-    one, *_, stage_1, _, stage_3 = [step.modelled for step in steps]
+        assert modelled.seconds == pytest.approx(step.seconds, rel=0.06), name
+        within = 0.12 if name == "2 data ZeRO 2" else 0.05
+        assert modelled.memory.total / 2**30 == pytest.approx(step.gib, rel=within), name
+    one, stage_1, stage_3 = (steps[name].modelled for name in ("one GPU", "2 data ZeRO 1", "2 data ZeRO 3"))
     # 2 sums of 1.44e9 gradients in float32 and one gather of as many weights, half of each sent
     assert stage_1.zero == pytest.approx(1.4437e9 * 5 / (0.73 * 450e9), rel=0.01)
-    assert stage_3.zero < 0.3 * stage_1.zero
-    # of the second micro-batch
-    assert one.optimizer == pytest.approx(1.4437e9 * (65 + 18) / 3e12, rel=0.01)
+    # half of one sum in float32, and of two gathers and one of first feed-forward products, half of all weights; a fifth is hidden
+    assert stage_3.zero == pytest.approx(0.8 * 1.4437e9 * 4.49 / (0.73 * 450e9), rel=0.05)
+    # of the second micro-batch; copies into buckets, and the update of a half
+    assert one.optimizer == pytest.approx(1.4437e9 * (31 + 10) / 3e12, rel=0.01)
+    assert stage_3.optimizer == pytest.approx(1.4437e9 * (31 / 2 + 42) / 3e12, rel=0.01)
+
+
+def test_the_first_micro_batch_has_no_bf16_gradients_while_activations_are_there() -> None:
+    config = load_config(CONFIGS / "8b_64k.yaml")
+    layout = replace(LAYOUT, tensor=1, context=8, data=1, zero_stage=1)
+
+    def states(micro_batches: int) -> MemoryUse:
+        training = config.training.model_copy(update={"global_batch": micro_batches, "micro_batch": 1})
+        return memory_use(config.model_copy(update={"training": training}), layout, 128256)
+
+    one, two = states(1), states(2)
+    parameters = rank_parameters(config, layout, 128256)
+    assert two.gradients - one.gradients == 2 * parameters
+    # at the end of the backward they are there, and activations are not
+    assert one.activations + one.working >= 2 * parameters
 
 
 @pytest.mark.parametrize("name", ["8b_64k", "8b_128k", "8b_512k"])
@@ -235,7 +255,7 @@ def test_the_layouts_of_the_long_configs_fit_with_room_to_spare(name: str) -> No
     assert configured_layout(config, 64) == estimate.layout
     assert estimate.memory.total < 0.8 * 140 * 2**30
     fastest = search(config, 64)[0]
-    assert estimate.tokens_per_second_per_gpu > 0.85 * fastest.tokens_per_second_per_gpu
+    assert estimate.tokens_per_second_per_gpu > 0.8 * fastest.tokens_per_second_per_gpu
 
 
 @pytest.mark.parametrize(
