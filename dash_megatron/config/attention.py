@@ -109,10 +109,14 @@ class AttentionConfig(Section):
         return first + (second - first) * (step - before) / (steps[after] - before)
 
     def final_density(self, layers: int) -> float | None:
-        """The mean of the last `target_density` over those of `layers` layers that route; None where there is no target."""
+        """The last `mean_target_density`."""
         last = max(self.target_density, default=0) if isinstance(self.target_density, dict) else 0
+        return self.mean_target_density(last, layers)
+
+    def mean_target_density(self, step: int, layers: int) -> float | None:
+        """The mean of `target_density_at` a step over those of `layers` layers that route; None where there is no target."""
         selecting = (layer for layer in range(layers) if layer not in self.full_layers)
-        targets = [self.target_density_at(last, layer) for layer in selecting]
+        targets = [self.target_density_at(step, layer) for layer in selecting]
         known = [target for target in targets if target is not None]
         return fmean(known) if known else None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from dash_megatron.config import Config, load_config
@@ -98,12 +97,11 @@ def _plot_losses(axis: Any, metrics: Sequence[StepMetrics], entropy: float | Non
 
 def _draw_target(axis: Any, metrics: Sequence[StepMetrics], config: Config) -> None:
     """Draw the density asked for, where there is one: the mean over layers that route."""
-    points, attention = [], config.attention
-    routing = [layer for layer in range(config.model.layers) if layer not in attention.full_layers]
+    points = []
     for step in (m["step"] for m in metrics):
-        asked = [attention.target_density_at(step, layer) for layer in routing]
-        if asked := [x for x in asked if x is not None]:
-            points.append((step, 100 * fmean(asked)))
+        target = config.attention.mean_target_density(step, config.model.layers)
+        if target is not None:
+            points.append((step, 100 * target))
     if points:
         axis.plot(
             *zip(*points, strict=True), color="gray", ls="--", lw=1, label=f"target, {points[-1][1]:.3g}%"
