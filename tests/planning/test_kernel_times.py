@@ -69,7 +69,7 @@ def test_stages_go_by_pair_where_the_kernels_do_and_tiles_are_theirs(
         "attend": launches.attend_pairs_above,
         "queries": launches.backward_pairs_above,
     }
-    for ratio in (1.0, 1.95, 2.05, 2.45, 2.55, 3.05, 3.15, 3.45, 3.55, 3.75, 3.85, 4.15, 4.25, 7.0):
+    for ratio in (1.0, 1.85, 1.95, 2.05, 2.55, 2.65, 2.95, 3.05, 3.75, 3.85, 3.95, 7.0):
         work = AttentionWork(1, group, 1, 100, 10, 10 * ratio, chunk_size, head_dim, gpu=gpu)
         assert {stage: work.by_pair(stage) for stage in thresholds} == {
             stage: ratio > above for stage, above in thresholds.items()
