@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
@@ -31,8 +32,10 @@ NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 NO_GPU |= {"LOCAL_SIZE": "1"}
 
 
-def pytest_sessionstart() -> None:
+def pytest_sessionstart(session: pytest.Session) -> None:
     """Import Triton and all kernels: whether they are interpreted is settled by the environment of that moment, for good."""
+    if session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput"):
+        return  # this process runs no tests: its workers do
     import torch
 
     with pytest.MonkeyPatch.context() as patch:
@@ -83,6 +86,21 @@ def end_engines() -> Iterator[None]:
             gc.collect()
 
 
+def share_gloo_threads() -> None:
+    """Let all process groups made from now on wait in one thread: each has its own, which wakes up 100 times a second."""
+    from torch.distributed import ProcessGroupGloo, Store, distributed_c10d
+
+    device = ProcessGroupGloo.create_default_device()
+
+    class OnOneDevice(ProcessGroupGloo):
+        def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
+            options = ProcessGroupGloo._Options()
+            options._devices, options._timeout = [device], timeout
+            super().__init__(store, rank, size, options)
+
+    distributed_c10d.ProcessGroupGloo = OnOneDevice
+
+
 def _entry(
     function: Callable[..., None], environment: dict[str, str], arguments: tuple[Any, ...], log: str
 ) -> None:
@@ -93,6 +111,7 @@ def _entry(
         sys.stdout = sys.stderr = file
         os.dup2(file.fileno(), 2)  # for what is not written by Python
         try:
+            share_gloo_threads()
             function(*arguments)
         except BaseException:
             traceback.print_exc()
@@ -207,6 +226,7 @@ def _run_python(
         from tests.ops.quick_interpreter import quicken
 
         quicken(pytest.MonkeyPatch())
+    share_gloo_threads()
     os.chdir(folder)
     module = command[0] == "-m"
     sys.argv = [*command[module:]]

@@ -9,11 +9,13 @@ from types import FrameType
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dash_megatron.config import config_from_dict
+from tests.ops.quick_interpreter import quicken
 from tests.training.test_global_batch import with_changes
 
 # read values, or have sizes that depend on them
@@ -80,6 +82,7 @@ def one_watched_step(cases: list[tuple[str, dict[str, Any]]], folder: str) -> No
     from dash_megatron.parallel import context_rank, destroy_process_groups, init_process_groups, read_launch
     from dash_megatron.training.loss import share_of_global_mean
 
+    quicken(pytest.MonkeyPatch())
     init_process_groups(read_launch(os.environ), config_from_dict(cases[0][1]).parallel)
     for name, tree in cases:
         config = config_from_dict(tree)

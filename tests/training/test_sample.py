@@ -1,12 +1,12 @@
 """Continuing a prompt with a trained checkpoint."""
 
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dash_megatron.__main__ import main
+from tests.conftest import run_in_processes
 from tests.tiny import WORDS
 from tests.training.workers import train_all
 
@@ -22,10 +22,7 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
         "optimizer": {"lr": 1e-2},
     }
     tree["data"].update(seq_length=128, num_workers=0)
-    process = multiprocessing.get_context("spawn").Process(target=train_all, args=([(tree, None)],))
-    process.start()
-    process.join(240)
-    assert process.exitcode == 0
+    run_in_processes(tmp_path_factory.mktemp("logs"), 1, train_all, [(tree, None)])
     return tree["run_dir"]
 
 
