@@ -8,6 +8,7 @@ from dash_megatron.ops.entmax import entmax
 from dash_megatron.ops.kernels import dash
 from dash_megatron.ops.types import Router
 from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE
+from tests.ops.quick_interpreter import quicken
 
 SIGMA = 2.0
 
@@ -48,6 +49,7 @@ LONG = {
 def test_single_tokens_of_long_sequences_equal_float64(name, monkeypatch):
     if not CUDA:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+        quicken(monkeypatch)
     N, shape = LONG[name]
     if name != "short" and not (CUDA and torch.cuda.get_device_properties(0).total_memory > 120e9):
         pytest.skip("needs a CUDA GPU with more than 120 GB of memory")

@@ -356,7 +356,9 @@ def test_every_stage_by_pair_equals_the_reference(case, layout, above, counts, m
     monkeypatch.setattr(pair_slabs, "MAX_COUNTS", counts)
     for module in (attend, backward_q):
         monkeypatch.setattr(module, "plan_slabs", plan_and_keep)
-    _check(Sequence(**CASES[case]), layout)
+    # an interpreter takes each head of each token for itself
+    few = {} if CUDA or CASES[case]["G"] == 1 else {"G": 2}
+    _check(Sequence(**CASES[case] | few), layout)
     assert len(plans) == 2 * 2 * {"one buffer": 1, "windows": 3, "compact windows": 2}[layout]
     assert {plan.taken.item() for plan in plans} == {above < 16}
     assert (sum(plan.slot[-1].item() for plan in plans if plan.taken) > 0) == (above < 16)

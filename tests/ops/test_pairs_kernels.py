@@ -109,10 +109,12 @@ def test_gradients_by_pair_equal_those_over_tiles(shape, rows, monkeypatch):
 def test_output_and_gradients_with_every_stage_by_pair_equal_those_over_tiles(shape, rows, monkeypatch):
     expected = _results(**shape)
     _by_pair(monkeypatch, rows, all_above=0)
-    first, again = _results(**shape), _results(**shape)
+    first = _results(**shape)
     _check(expected, first, shape.get("dtype", torch.float32))
-    # dk, dv and dw follow gradients of summaries that are added with atomics
-    assert all(torch.equal(first[i], again[i]) for i in (0, 4))
+    if CUDA:  # an interpreter computes no other bits
+        again = _results(**shape)
+        # dk, dv and dw follow gradients of summaries that are added with atomics
+        assert all(torch.equal(first[i], again[i]) for i in (0, 4))
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -124,9 +126,9 @@ def test_a_router_of_its_own_has_the_gradients_by_pair_that_it_has_over_tiles(de
         "deterministic": deterministic,
         "with_output": True,
     }
-    expected = _gradients(N=90, **given)
+    expected = _gradients(N=60, **given)
     _by_pair(monkeypatch, 16, all_above=0)
-    _check(expected, _gradients(N=90, **given))
+    _check(expected, _gradients(N=60, **given))
 
 
 @pytest.mark.parametrize(
