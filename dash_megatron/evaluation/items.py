@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dash_megatron.data.tokenizer import Tokenizer
-from dash_megatron.evaluation.samples import Sample
+from dash_megatron.evaluation.samples import LengthError, Sample
 from dash_megatron.evaluation.tasks import TASKS
 from dash_megatron.evaluation.text import LocalText
 
@@ -47,13 +47,13 @@ def check_items(
     """Check that the samples of all items can be made, of which only the first is.
 
     Raises:
-        ValueError: no sample of one of them has that length.
+        LengthError: no sample of one of them has that length.
     """
     least = max(
         TASKS[task].shortest(_seed(task, length, item, seed), item[1], text, tokenizer) for item in items
     )
     if least > length:
-        raise ValueError(
+        raise LengthError(
             f"task {task}: --lengths {length} must be at least {least}, for one of its samples is no shorter with this "
             f"tokenizer and text; each length has samples of its own, so take more, such as {1 << least.bit_length()}"
         )

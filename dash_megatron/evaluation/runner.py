@@ -14,6 +14,7 @@ from typing import Any, cast
 from dash_megatron.evaluation.buckets import buckets
 from dash_megatron.evaluation.jobs import JOBS, Job, TaskJob
 from dash_megatron.evaluation.models import LanguageModel, ModelSource
+from dash_megatron.evaluation.samples import LengthError
 from dash_megatron.evaluation.settings import LOSS_TASKS, PERPLEXITY, Settings
 from dash_megatron.evaluation.text import LocalText
 from dash_megatron.files import write_whole
@@ -57,6 +58,7 @@ def evaluate(
         "text": text.name,
         "score": settings.score,
         "seed": settings.seed,
+        "left_out": [str(why) for why in left_out],
         "tasks": {job.task: {} for job in jobs},
     }
     for why in left_out:
@@ -86,8 +88,8 @@ def check_samples(settings: Settings, source: ModelSource, text: LocalText) -> N
 
 def _prepared_jobs(
     settings: Settings, model: LanguageModel | ModelSource, text: LocalText
-) -> tuple[list[Job], list[ValueError]]:
-    """The jobs, and why others are left out."""
+) -> tuple[list[Job], list[LengthError]]:
+    """The jobs, and why others are left out: a task cannot have a length that nobody asked for. Whatever else is wrong is an error."""
     jobs, left_out = [], []
     for job in [
         JOBS.get(task, TaskJob)(task, length, settings, cast(LanguageModel, model), text)
@@ -96,7 +98,7 @@ def _prepared_jobs(
     ]:
         try:
             job.prepare()
-        except ValueError as error:
+        except LengthError as error:
             left_out.append(error)
         else:
             jobs.append(job)

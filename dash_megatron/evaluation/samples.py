@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from dash_megatron.data.tokenizer import Tokenizer
 
 
+class LengthError(ValueError):
+    """A task cannot have a length, with this text and tokenizer."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A question as text; the model goes on with `opening`, then the answers with `separator` between them."""
@@ -85,7 +89,7 @@ def fit_to_length(
         length: tokens of prompt and answer.
 
     Raises:
-        ValueError: the smallest is too long, or the largest fills less than nine tenths of `length`.
+        LengthError: the smallest is too long, or the largest fills less than nine tenths of `length`.
     """
     low, largest = sizes
 
@@ -95,7 +99,7 @@ def fit_to_length(
 
     best, ids = encode(low)
     if len(ids) > length:
-        raise ValueError(
+        raise LengthError(
             f"--lengths {length} must be at least {len(ids)}, the shortest sample with this tokenizer"
         )
     wanted = length - length // 128
@@ -119,7 +123,7 @@ def fit_to_length(
         tokens_a_unit = max(1, len(found) - len(ids)) / (guess - low)
         low, best, ids = guess, prompt, found
     if not too_many and len(ids) < 0.9 * length:
-        raise ValueError(
+        raise LengthError(
             f"--lengths {length} needs more text: all of it makes a sample of {len(ids)} tokens; give a longer "
             "--text, more validation data, or a smaller length"
         )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dash_megatron.data.tokenizer import Tokenizer
-from dash_megatron.evaluation.samples import Prompt, Sample, encode_prompt, fit_to_length
+from dash_megatron.evaluation.samples import LengthError, Prompt, Sample, encode_prompt, fit_to_length
 from dash_megatron.evaluation.text import LocalText
 
 _SYLLABLES = [consonant + vowel for consonant in "bdfgjklmnprstvz" for vowel in "aeiou"]
@@ -46,15 +46,15 @@ class Task:
         """Make the sample of a seed, of at most `length` tokens.
 
         Raises:
-            ValueError: no sample has that length; see `fit_to_length`.
+            LengthError: no sample has that length; see `fit_to_length`.
         """
         if self.build is None:
             return _copy(random.Random(seed), length, text)
         build, largest = self._prompts(seed, depth, text)
         try:
             return fit_to_length(build, (self.smallest, largest), length, tokenizer)
-        except ValueError as error:
-            raise ValueError(f"task {self.name}: {error}") from error
+        except LengthError as error:
+            raise LengthError(f"task {self.name}: {error}") from error
 
     def shortest(self, seed: str, depth: float | None, text: LocalText, tokenizer: Tokenizer) -> int:
         """Tokens of the shortest sample of a seed; 0 for `copy`, all of whose samples are of the length asked for."""
@@ -227,7 +227,7 @@ def _copy(generator: random.Random, length: int, text: LocalText) -> Sample:
     room = length - CUE_TOKENS - COPIED_TOKENS
     if room < CUE_TOKENS + COPIED_TOKENS:
         least = 2 * (CUE_TOKENS + COPIED_TOKENS)
-        raise ValueError(f"task copy: --lengths {length} must be at least {least}")
+        raise LengthError(f"task copy: --lengths {length} must be at least {least}")
     ids = generator.choices(text.vocabulary, k=room)
     begin = generator.randint(0, room - CUE_TOKENS - COPIED_TOKENS)
     ids += ids[begin : begin + CUE_TOKENS + COPIED_TOKENS]

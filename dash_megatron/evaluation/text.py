@@ -14,6 +14,7 @@ import numpy as np
 from dash_megatron.data.index_file import read_lengths
 from dash_megatron.data.sidecar import check_data
 from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.evaluation.samples import LengthError
 from dash_megatron.files import path_for_message
 
 # tokens of text to hide needles in, at least: enough for many different stretches
@@ -126,7 +127,7 @@ class LocalText:
             count: how many; fewer where there are fewer.
 
         Raises:
-            ValueError: no document is that long.
+            LengthError: no document is that long.
         """
         places = [
             (number, start)
@@ -135,7 +136,7 @@ class LocalText:
         ]
         if not places:
             longest = max(len(document) for document in self.documents)
-            raise ValueError(
+            raise LengthError(
                 f"task perplexity: --lengths {length} needs documents of {length + 1} tokens, and the longest of "
                 f"{self.name} has {longest}; give a longer --text, smaller lengths, or other --tasks"
             )

@@ -250,6 +250,11 @@ def test_of_the_usual_lengths_each_task_leaves_out_those_that_it_cannot_have(
         "perplexity": ["32", "64"],
     }
     told = capsys.readouterr().out
+    left_out = [
+        line.removeprefix("left out: ") for line in told.splitlines() if line.startswith("left out: ")
+    ]
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["left_out"] == left_out
+    assert len(left_out) == 6
     assert "left out: task copy: --lengths 64 must be at least 80\n" in told
     assert "left out: task perplexity: --lengths 128 needs documents of 129 tokens" in told
     assert "left out: task needle: --lengths 128 must be at least" in told
@@ -257,6 +262,17 @@ def test_of_the_usual_lengths_each_task_leaves_out_those_that_it_cannot_have(
     nowhere = ["evaluate", config.run_dir, "--output", str(tmp_path / "none"), "--tasks", "needle"]
     assert main([*nowhere, *arguments]) == 2
     assert not (tmp_path / "none").exists()
+
+
+def test_what_is_wrong_with_a_task_at_any_length_is_an_error_beside_others_that_fit(
+    write_run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, _ = write_run("dash", data={"seq_length": 256})
+    (tmp_path / "one.txt").write_text("a")
+    arguments = ["--tasks", "copy,documents", "--samples", "1", "--text", str(tmp_path / "one.txt")]
+    assert main(["evaluate", config.run_dir, "--output", str(tmp_path / "out"), *arguments]) == 2
+    assert "task documents: no document of" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_second_evaluation_into_a_folder_is_refused_while_the_first_is_at_work(
