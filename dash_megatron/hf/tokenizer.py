@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import shutil
@@ -51,6 +52,7 @@ def export_tokenizer(source: Path, folder: Path, chat: ChatTemplate | None = Non
     """
     if source.suffix == ".json":
         _copy_json(source, folder)
+        _name_padding(folder, source)
     else:
         with telling_errors_of_the_disk(folder):
             build_tokenizer(source, names_are_text=chat is None).save_pretrained(folder)
@@ -63,6 +65,16 @@ def export_tokenizer(source: Path, folder: Path, chat: ChatTemplate | None = Non
         check_tokenizer(exported, OurTokenizer(source))
         if chat is not None:
             check_chat(exported, chat)
+
+
+def _name_padding(folder: Path, source: Path) -> None:
+    """Let the end of sequence pad, in front as texts that go on need it, where no token does: the model's config says so too."""
+    loaded = _load(folder, source)
+    if loaded.pad_token is None:
+        path = folder / "tokenizer_config.json"
+        settings = {"padding_side": "left", **json.loads(path.read_text(encoding="utf-8"))}
+        settings["pad_token"] = loaded.eos_token
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _load(folder: Path, source: Path) -> PreTrainedTokenizerBase:
