@@ -26,6 +26,19 @@ def test_the_table_lists_layouts_by_speed_and_the_configs_own(capsys: pytest.Cap
     assert "the config's own layout:" in lines
 
 
+def test_steps_of_milliseconds_are_told_in_three_digits(
+    tiny_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_config))
+    plan = ["plan", "--config", str(tmp_path / "config.yaml"), "--gpus", "1"]
+    assert main([*plan, "--json"]) == 0
+    seconds = json.loads(capsys.readouterr().out)["configured"]["seconds"]
+    assert seconds < 0.1
+    assert main(plan) == 0
+    told = next(line for line in capsys.readouterr().out.splitlines() if line.split()[:3] == ["1", "1", "1"])
+    assert f"{seconds:.3g}" in told.split()
+
+
 def test_a_vocabulary_that_the_config_leaves_open_is_the_tokenizers(
     tiny_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
