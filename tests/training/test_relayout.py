@@ -12,7 +12,7 @@ from dash_megatron.training.metrics import read_metrics
 from tests.training.test_resume import run_of, samples_of
 from tests.training.workers import train_all
 
-STEPS, SAVED = 5, 2
+STEPS, SAVED = 4, 2
 # name: processes and what of the config they need
 LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "one_zero0": (1, {"zero": {"stage": 0}}),

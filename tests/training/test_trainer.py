@@ -189,7 +189,7 @@ def test_bf16_training_learns_under_every_zero_stage(
     stage: int, tiny_config: dict[str, Any], run_processes: Any
 ) -> None:
     tree = {**tiny_config, "zero": {"stage": stage}}
-    tree["training"] = {"steps": 30, "global_batch": 4, "micro_batch": 1, "precision": "bf16"}
+    tree["training"] = {"steps": 30, "global_batch": 4, "micro_batch": 2, "precision": "bf16"}
     run_processes(2, train_all, [(tree, None)])
     metrics = read_metrics(tree["run_dir"])
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 1.0
