@@ -29,10 +29,12 @@ POSITIONS = (0, 64, 512, 2048, 4096, 8192, 16384)
 COLLECTED = {
     "the recipe, 25%": ("branches_projections", "own"),
     "the recipe, 25%, second base": ("branches_second_base", "own"),
+    "the recipe, 25%, third base": ("branches_needles/orders", "own"),
     "the recipe, 11%, second base": ("branches_second_base", "own11"),
     "the recipe, 25%, 2,400 steps": ("branches_longer/long", "own"),
     "the recipe, 25%, 210M, 400 steps": ("branches_longer/210m", "own"),
     "without router projections, 25%, 210M, 400 steps": ("branches_210m", "dash_25"),
+    "InfLLMv2, 25%, beside the recipe": ("branches_needles/orders", "infllmv2_25"),
     "InfLLMv2, 25%, the recipe's text": ("branches_longer/others", "infllmv2"),
     "NSA, 25%, the recipe's text": ("branches_longer/others", "nsa"),
 }

@@ -14,11 +14,12 @@ from docs.tools.branch_pictures import QUALITY
 
 @dataclass(frozen=True)
 class Page:
-    """A study's page and files, and the arm that its tables compare with full attention."""
+    """A study's page and files, and the arm that its tables compare with a reference, full attention."""
 
     study: str
     """Folder of the files; the page has its name, or that of the folder it is in."""
     arm: str
+    reference: str = "full"
 
     @property
     def text(self) -> str:
@@ -39,6 +40,8 @@ PAGES = [
     Page("branches_second_base", "own"), Page("branches_second_base", "own11"),
     Page("branches_longer/long", "own"), Page("branches_longer/210m", "own"),
     Page("branches_longer/others", "nsa"), Page("branches_longer/others", "infllmv2"),
+    Page("branches_needles/orders", "own"), Page("branches_needles/orders", "infllmv2_25"),
+    Page("branches_needles/ret10", "ret10", "full_ret10"),
 ]  # fmt: skip
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.study}-{page.arm}")
 
@@ -86,7 +89,7 @@ def test_the_text_has_the_figures_of_the_files(page: Page) -> None:
     whole = next(row for row in page.comparisons if row["task"] == "documents" and not row["to"])
     assert f"the median document stands at {_percent(whole, 'median')}%" in page.text
     answers = [row for row in page.read("answers.csv") if row["length"] == "16384"]
-    for kind in ("full", page.arm):
+    for kind in (page.reference, page.arm):
         of_kind = [row for row in answers if row["run"].startswith(f"{kind}_order")]
         assert len(of_kind) == 3 * len(whole["orders"].split())
         assert f"{_of(kind, answers, 'nats'):.2f}" in page.text

@@ -12,7 +12,6 @@ from docs.tools.branch_pictures import QUALITY
 
 FOLDER = QUALITY / "branches_second_base"
 PAGE = " ".join((QUALITY / "branches_second_base.md").read_text().split())
-ANSWERS = " ".join((QUALITY.parent / "quality.md").read_text().split())
 ORDERS = (1, 2, 3)
 SECOND, BOTH, EXTENDED = ("{}_order{}_from_full_seed7",), ("{}_order{}_from_full", "{}_order{}_from_full_seed7"), ("ext.{}_order{}",)  # fmt: skip
 """Names of runs by arm and order of the data: those on the second base, those on both, and those that were extended."""
@@ -73,10 +72,6 @@ def _tokens(row: Row) -> float:
 def test_both_bases_together() -> None:
     whole = _percent(_compared(DOCUMENTS, BOTH, "own", "document", _tokens))
     assert f"{whole}% in six pairs on two bases" in PAGE
-    difference, documents, _ = whole.split(" ± ")
-    assert difference.startswith("-")
-    below = f"{difference[1:]} ± {documents}% below"
-    assert f"**At a quarter of the pairs, DashAttention ends {below}" in ANSWERS
     shares = [_share(task, 16384, BOTH, "own") for task in ("niah_single", "niah_multikey", "associative_recall")]  # fmt: skip
     assert (
         "{} of full attention's single needles, {} of multi-key ones and {} of recall".format(*shares) in PAGE
