@@ -166,7 +166,7 @@ def test_gradients_by_pair_do_not_depend_on_chunks_taken_side_by_side(keys, dete
 
 @pytest.mark.parametrize(
     ("workspace", "parts", "counts", "places"),
-    [(2**31, 1, 2**26, 2**28), (2**31, 40, 63, 2**28), (2**16, 3, 2**26, 2**14), (2**16, 3, 63, 1)],
+    [(2**31, 1, 2**26, 2**28), (2**31, 12, 63, 2**28), (2**15, 3, 2**26, 2**14), (2**15, 3, 63, 1)],
     ids=["one slab a head", "few tiles a slab", "several slabs a head", "counted slab by slab"],
 )
 def test_results_by_pair_do_not_depend_on_parts_and_slabs(workspace, parts, counts, places, monkeypatch):
@@ -174,7 +174,7 @@ def test_results_by_pair_do_not_depend_on_parts_and_slabs(workspace, parts, coun
     monkeypatch.setattr(pair_slabs, "MAX_COUNTS", counts)
     monkeypatch.setattr(pair_slabs, "COUNTED_SLABS", 2)
     monkeypatch.setattr(pair_slabs, "PLACES_BYTES", places)
-    shape = {"N": 100, "Hq": 8, "Hkv": 2, "scaling_factor": 0.01, "deterministic": True}
+    shape = {"N": 100, "Hq": 4, "Hkv": 2, "scaling_factor": 0.01, "deterministic": True}
     expected = _results(**shape)
     monkeypatch.setattr(pair_slabs, "WORKSPACE_BYTES", workspace)
     _by_pair(monkeypatch, 16, parts, all_above=0)
@@ -182,7 +182,7 @@ def test_results_by_pair_do_not_depend_on_parts_and_slabs(workspace, parts, coun
 
 
 def test_pairs_or_tiles_give_the_same_in_every_stage(monkeypatch):
-    shape = {"N": 100, "Hq": 4, "Hkv": 2, "deterministic": True}
+    shape = {"N": 60, "Hq": 4, "Hkv": 2, "deterministic": True}
     expected = _results(**shape)
     for above in (1.0, 16.0):
         _by_pair(monkeypatch, all_above=above)

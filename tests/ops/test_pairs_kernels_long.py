@@ -12,6 +12,7 @@ import torch
 from dash_megatron.ops.kernels import attend_pairs, backward_pairs, configs, geometry, pair_slabs
 from tests.ops.checked_addresses import check_addresses
 from tests.ops.kernels_under_test import CUDA
+from tests.ops.quick_interpreter import quicken
 
 N, H, D, C = 2**20, 32, 128, 64
 CHUNKS = N // C
@@ -103,6 +104,7 @@ class _LastTiles:
 
 def test_outputs_of_the_last_of_a_million_tokens_are_merged(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    quicken(monkeypatch)
     check_addresses(monkeypatch)
     x = _LastTiles()
     scores_rk, key_rk = x.scores()
@@ -119,6 +121,7 @@ def test_outputs_of_the_last_of_a_million_tokens_are_merged(monkeypatch):
 
 def test_gradients_of_the_last_of_a_million_tokens_are_added(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    quicken(monkeypatch)
     check_addresses(monkeypatch)
     x = _LastTiles()
     scores_rk, key_rk = x.scores()

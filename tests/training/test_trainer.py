@@ -63,11 +63,12 @@ def test_kernels_are_refused_without_a_gpu_before_anything_is_computed(
 
 
 def test_a_wrong_init_from_is_told_before_the_rows_are_ordered(
-    config_file: str, tiny_config: dict[str, Any]
+    config_file: str, tiny_config: dict[str, Any], tmp_path: Path
 ) -> None:
-    result = start(["--config", config_file, "training.init_from=nowhere"])
-    assert result.returncode == 2
-    assert "error: training.init_from=nowhere" in result.stderr
+    arguments = ["--config", config_file, "training.init_from=nowhere"]
+    code, output = Started(tmp_path / "log", train_command, *arguments).end()
+    assert code == 2
+    assert "error: training.init_from=nowhere" in output
     assert not Path(tiny_config["run_dir"], "index_cache").exists()
 
 
