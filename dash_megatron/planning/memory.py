@@ -35,6 +35,9 @@ MAX_PAIRS = 2**26
 KEY_PARTS, LEAST_STEPS = 32 * 132, 16
 """Programs that share the pairs of keys and values on an H100 or H200, and the fewest steps of one:
 `dash_megatron.ops.kernels.configs.PAIR_PARTS_PER_MULTIPROCESSOR` and `dash_megatron.ops.kernels.pairs.LEAST_STEPS`."""
+MIN_RUN_TILES, MAX_RUN_COUNTS = 8, 2**24
+"""Tiles that such a pass counts together, at least, and most counts, 8 bytes each: `dash_megatron.ops.kernels.pairs.MIN_RUN_TILES`
+and `dash_megatron.ops.kernels.transpose.MAX_COUNTS`."""
 KEYS_A_PROGRAM, ROWS_A_STEP = 64, 64
 """Of the launch configurations of that pass; smaller chunks are taken side by side."""
 BUCKET_ELEMENTS = 500_000_000
@@ -199,8 +202,8 @@ def pair_bytes(config: Config, layout: Layout, listed: float, gpu: str) -> dict[
 def key_bytes(config: Config, layout: Layout, listed: float) -> float:
     """Workspace of one layer call on one rank in which the gradients of keys and values are summed over selected pairs, in bf16.
 
-    Tokens and log priors of a slab's pairs, and sums in float32: two for each program, whose work may cut chunks at both ends, and
-    one for each chunk.
+    Tokens and log priors of a slab's pairs; where those of each run of tiles begin in each group of chunks; and sums in float32: two
+    for each program, whose work may cut chunks at both ends, and one for each chunk.
     """
     model, chunk = config.model, config.attention.chunk_size
     head_dim = model.channels_per_head
@@ -213,7 +216,11 @@ def key_bytes(config: Config, layout: Layout, listed: float) -> float:
     pairs, width = entries * tile + own, max(1, KEYS_A_PROGRAM // chunk)
     parts = min(KEY_PARTS, pairs * (model.heads // model.kv_heads) / ROWS_A_STEP / LEAST_STEPS)
     sums = 2 * parts * width * chunk + own
-    return 8 * min(MAX_PAIRS, width * pairs) + 8 * head_dim * sums
+    groups = math.ceil(config.training.micro_batch * config.data.seq_length / chunk / width)
+    counts, most = own / tile / MIN_RUN_TILES * groups, MAX_RUN_COUNTS
+    # longer runs, twice as long each time, where there would be more
+    counts /= 1 << max(0, math.ceil(math.log2(counts / most)))
+    return 8 * (min(MAX_PAIRS, width * pairs) + counts) + 8 * head_dim * sums
 
 
 def _exchange_bytes(shape: ContextShape, layout: Layout) -> tuple[float, float]:

@@ -225,9 +225,9 @@ def test_pairs_have_workspaces_of_2_gib_or_of_what_a_decision_for_them_leaves() 
     # float32 sums for every chunk of 64 x 128 elements, and two for each of 528 programs
     counts = 512 * 256 * 8 * 4
     attend, queries = 2**31 // 1040, 2**31 // 1024
-    # 256 chunks make 32896 pairs, in 2 tiles each of 8 kv heads, of 32 tokens: tiles list 4.2 times what is taken at least
-    assert 32896 * 2 * 8 * 32 / 4.2 // (attend - 32 * 256) + 8 == 9
-    assert long["attend"] == attend * (1040 + 9 * 12) + counts
+    # 256 chunks make 32896 pairs, in 2 tiles each of 8 kv heads, of 32 tokens: tiles list 3.9 times what is taken at least
+    assert 32896 * 2 * 8 * 32 / 3.9 // (attend - 32 * 256) + 8 == 10
+    assert long["attend"] == attend * (1040 + 10 * 12) + counts
     assert long["queries"] == queries * (1024 + 6 * 20) + counts + 2 * (2048 + 1056) * 64 * 128 * 4
     # 64 chunks make 2080 pairs; each head has a slab, of which the places of all are there at once
     short = memory.pair_bytes(heads_of_128(4096), ALONE, 1.0, "H200")
@@ -235,16 +235,16 @@ def test_pairs_have_workspaces_of_2_gib_or_of_what_a_decision_for_them_leaves() 
     sums = 2 * (512 + 1056) * 64 * 128 * 4
     assert short == pytest.approx(
         {
-            "attend": pairs / 4.2 * (1040 + 8 * 12) + counts,
-            "queries": pairs / 2.5 * (1024 + 8 * 20) + counts + sums,
+            "attend": pairs / 3.9 * (1040 + 8 * 12) + counts,
+            "queries": pairs / 2.0 * (1024 + 8 * 20) + counts + sums,
         }
     )
     halves = memory.pair_bytes(heads_of_128(4096), Layout(2, 1, 1, 1, "all_gather", "full"), 1.0, "H200")
     # half as many heads, and slabs of each half as many; all of the programs
     assert halves == pytest.approx(
         {
-            "attend": pairs / 8.4 * (1040 + 4 * 12) + counts / 2,
-            "queries": pairs / 5.0 * (1024 + 4 * 20) + counts / 2 + 2 * (256 + 1056) * 64 * 128 * 4,
+            "attend": pairs / 7.8 * (1040 + 4 * 12) + counts / 2,
+            "queries": pairs / 4.0 * (1024 + 4 * 20) + counts / 2 + 2 * (256 + 1056) * 64 * 128 * 4,
         }
     )
     # so that, with a small vocabulary, the worst moment is in attention
@@ -306,13 +306,21 @@ def test_keys_over_pairs_have_places_and_sums_of_the_programs_and_chunks() -> No
     # 64 chunks make 2080 pairs, in 2 tiles of 32 tokens each of 8 kv heads, and every token has one with its own chunk
     pairs, own = 2080 * 2 * 8 * 32 + 4096 * 8, 4096 * 8
     # 132 multiprocessors have 32 programs each, which leave dk and dv of 64 keys twice
-    assert memory.key_bytes(heads_of_128(4096), ALONE, 1.0) == 8 * pairs + 8 * 128 * (2 * 4224 * 64 + own)
+    # of 16 runs of 8 tiles each, each head has a count for each chunk
+    counts = 16 * 8 * 64
+    found = memory.key_bytes(heads_of_128(4096), ALONE, 1.0)
+    assert found == 8 * (pairs + counts) + 8 * 128 * (2 * 4224 * 64 + own)
     # two chunks of 32 are taken side by side, each with a log prior; at least 16 steps of 64 rows, 16 tokens, a program
     pairs, own = 528 * 8 * 32 + 1024 * 8, 1024 * 8
     small = memory.key_bytes(heads_of_128(1024, "attention.chunk_size=32"), ALONE, 1.0)
-    assert small == 8 * 2 * pairs + 8 * 128 * (2 * pairs / 16 / 16 * 64 + own)
+    counts = 4 * 8 * 16
+    assert small == 8 * (2 * pairs + counts) + 8 * 128 * (2 * pairs / 16 / 16 * 64 + own)
     long = memory.key_bytes(heads_of_128(65536, "attention.chunk_size=32"), ALONE, 1.0)
-    assert long == 8 * 2**26 + 8 * 128 * (2 * 4224 * 64 + 65536 * 8) < 2**31
+    counts = 256 * 8 * 1024
+    assert long == 8 * (2**26 + counts) + 8 * 128 * (2 * 4224 * 64 + 65536 * 8) < 2**31
+    # 8,192 runs of 8 tiles, 16,384 groups and 8 heads would have 2**30 counts: runs are of 512 tiles
+    longest = memory.key_bytes(heads_of_128(2**20, "attention.chunk_size=32"), ALONE, 1.0)
+    assert longest == 8 * (2**26 + 2**24) + 8 * 128 * (2 * 4224 * 64 + 2**20 * 8)
     for never in (
         "attention.chunk_size=64 model.head_dim=64",
         "training.precision=fp32",
@@ -338,7 +346,7 @@ def test_recomputation_and_sharing_tokens_only_ever_save() -> None:
 
 def test_limits_are_those_of_the_code_they_describe() -> None:
     from dash_megatron.layers.vocabulary_loss import MAX_LOGITS
-    from dash_megatron.ops.kernels import backward_q, configs, pair_slabs, pairs
+    from dash_megatron.ops.kernels import backward_q, configs, pair_slabs, pairs, transpose
     from dash_megatron.ops.kernels.geometry import MAX_BOUNDED_BYTES
     from dash_megatron.ops.topk.nsa import MAX_SHARED_BIAS
     from dash_megatron.training.engine import BUCKET_ELEMENTS
@@ -351,6 +359,7 @@ def test_limits_are_those_of_the_code_they_describe() -> None:
     assert memory.MAX_PAIR_GRADIENT_BYTES == backward_q.MAX_PAIR_GRADIENT_BYTES
     for name in ("MAX_PAIRS", "LEAST_STEPS"):
         assert getattr(memory, name) == getattr(pairs, name), name
+    assert (memory.MIN_RUN_TILES, memory.MAX_RUN_COUNTS) == (pairs.MIN_RUN_TILES, transpose.MAX_COUNTS)
     assert memory.KEY_PARTS == configs.PAIR_PARTS_PER_MULTIPROCESSOR * 132
     slabs: Any = SimpleNamespace(slot=torch.empty(0), room=3, at_once=2)
     for stage, entries in (("attend", False), ("queries", True)):
