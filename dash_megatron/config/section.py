@@ -1,5 +1,6 @@
 """What every section of the configuration is."""
 
+import functools
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ class Section(BaseModel):
     @classmethod
     def _refuse_truth(cls, value: Any, field: ValidationInfo) -> Any:
         """Where numbers belong, true and false are a slip, though Python takes them for 1 and 0."""
-        kinds = set(_kinds(cls.model_fields[field.field_name or ""].annotation))
+        kinds = _kinds_of(cls, field.field_name or "")
         truth = None if bool in kinds or not kinds & {int, float} else _truth_in(value)
         if truth is not None:
             number = "a number" if float in kinds else "a whole number"
@@ -25,6 +26,12 @@ class Section(BaseModel):
                 "bool_for_number", f"Input should be {number}, not {str(truth).lower()}"
             )
         return value
+
+
+@functools.cache
+def _kinds_of(section: type[Section], name: str) -> frozenset[type]:
+    """The types of the plain values of a field."""
+    return frozenset(_kinds(section.model_fields[name].annotation))
 
 
 def _kinds(annotation: Any) -> Iterator[type]:
