@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from triton.runtime.interpreter import GridExecutor
 
 from benchmarks import decode as benchmark
 from dash_megatron.ops import DashCache, dash_attention, dash_decode
 from dash_megatron.ops.decode import decode_and_count
 from dash_megatron.ops.decode_reference import decode_reference
-from dash_megatron.ops.kernels import decode, decode_cache, decode_pool
+from dash_megatron.ops.kernels import decode, decode_attend, decode_cache, decode_pool, decode_route
 from dash_megatron.ops.types import Router
 from tests.ops.decode_sequences import BORDERS, ROUTER, C, Sequences, relative_error
 from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE
@@ -170,6 +171,43 @@ def test_many_blocks_of_scores_and_words_of_bits_equal_the_reference(scaling_fac
     launch(short=False, splits=4, block_chunks=32, block_scores=64)
     out, _ = _decode(sequences, sequences.cache(), scaling_factor=scaling_factor)
     assert relative_error(out, expected) < TOLERANCE[torch.float32][0]
+
+
+@pytest.mark.skipif(CUDA, reason="needs a CPU: compiled kernels do not call what stands in place of `enter`")
+@pytest.mark.parametrize("form", ["short, whole", "short", "long"])
+def test_all_kernels_start_early_and_what_runs_ahead_may_write_until_the_first_waits(
+    form, launch, monkeypatch
+):
+    sequences = Sequences((7 * C + 3, C + 1))
+    cache = sequences.cache()
+    q, _ = sequences.fill(cache)
+    launch(**FORMS[form])
+    arguments = q, cache, Router(C, **ROUTER), "triton"
+    expected = decode_and_count(*arguments)
+    inputs = q, cache.k, cache.v, cache.summary, cache.lengths
+    written = [x.clone() for x in inputs]
+    started_early = []
+
+    def wait(dependent):
+        if dependent:
+            for x, y in zip(inputs, written, strict=True):
+                x.copy_(y)
+
+    run = GridExecutor.__call__
+
+    def start(self, *args, **options):
+        started_early.append(options["launch_pdl"])
+        run(self, *args, **options)
+
+    monkeypatch.setattr(GridExecutor, "__call__", start)
+    for module in (decode_route, decode_attend):
+        monkeypatch.setattr(module, "enter", wait)
+    launch(**FORMS[form], dependent=True)
+    for x in inputs:
+        x.fill_(float("nan") if x.is_floating_point() else 0)
+    for x, y in zip(decode_and_count(*arguments), expected, strict=True):
+        assert torch.equal(x, y)
+    assert started_early == [True] * {"short, whole": 1, "short": 2, "long": 4}[form]
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])

@@ -3,7 +3,7 @@
 Long caches take four kernels (scores, thresholds, attention, sum of the splits), short ones two (attention that routes for
 itself, sum), or one where the batch alone fills the GPU. Grids follow from shapes only, so that a CUDA graph can be
 replayed while sequences grow; programs beyond a sequence's length return at once. On Hopper and later each kernel is
-launched while the one before it ends (programmatic dependent launch).
+launched while the one before it ends (programmatic dependent launch), the first one while whatever ran before does.
 """
 
 from typing import NamedTuple
@@ -99,8 +99,8 @@ class _Shapes(NamedTuple):
 
 
 def _follow(launch: Launch) -> dict[str, bool]:
-    """Options of a kernel that may be launched before the one ahead of it has ended."""
-    return {"launch_pdl": True} if launch.dependent else {}
+    """Options of every kernel: whether it is launched before the one ahead of it has ended."""
+    return {"DEPENDENT": True, "launch_pdl": True} if launch.dependent else {"DEPENDENT": False}
 
 
 def _route_long(
@@ -119,15 +119,14 @@ def _route_long(
         *summary.stride()[:3], stride_table,
         summary.shape[1], max_chunks, blocks, score_scale(router, D),
         **shapes._asdict(), BLOCK_S=launch.block_chunks, PAGED=page_table is not None,
-        LOCAL=router.local_chunks, DEPENDENT=launch.dependent,
-        num_warps=8 if shapes.BLOCK_D * routing_q.element_size() > 512 else 4,
+        LOCAL=router.local_chunks,
+        num_warps=8 if shapes.BLOCK_D * routing_q.element_size() > 512 else 4, **_follow(launch),
     )  # fmt: skip
     # third-order convergence: a move this small leaves an error below float32's own
     tolerance = 1e-3 if router.alpha == 1.5 else 1e-6
     decode_threshold_kernel[(B * Hq,)](
         x, lengths, tau, bits, router.exponent, tolerance, 1 / shapes.G, max_chunks, bits.shape[2],
         HQ=Hq, C=shapes.C, BLOCK=launch.block_scores, ALPHA_15=router.alpha == 1.5, LOCAL=router.local_chunks,
-        DEPENDENT=launch.dependent,
         num_warps=max(1, launch.block_scores // 256), **_follow(launch),
     )  # fmt: skip
     return x, tau, bits
@@ -161,14 +160,13 @@ def _attend(
         **shapes._asdict(), KEYS=launch.keys, BLOCK_E=16, CHUNKS=max(16, next_power_of_two(max_chunks)),
         WORDS=next_power_of_two(words), PAGED=page_table is not None, ALPHA_15=alpha_15,
         CENTRE=router.estimate_diagonal, SHORT=launch.short, WHOLE=launch.whole, STAGES=launch.stages,
-        LOCAL=router.local_chunks,
-        DEPENDENT=launch.dependent, num_warps=launch.warps, **({} if launch.short else _follow(launch)),
+        LOCAL=router.local_chunks, num_warps=launch.warps, **_follow(launch),
     )  # fmt: skip
     if not launch.whole:
         decode_sum_kernel[(B * Hq,)](
             part, lse, stats, out, selected, S, router.inv_sigma,
             G=shapes.G, D=D, BLOCK_D=shapes.BLOCK_D, PARTS=next_power_of_two(S + 1),
-            BLOCK_P=min(64, next_power_of_two(S + 1)), CENTRE=router.estimate_diagonal, DEPENDENT=launch.dependent,
+            BLOCK_P=min(64, next_power_of_two(S + 1)), CENTRE=router.estimate_diagonal,
             num_warps=4, **_follow(launch),
         )  # fmt: skip
     return out, selected

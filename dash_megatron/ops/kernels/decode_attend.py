@@ -182,6 +182,9 @@ def decode_attend_kernel(
     LOCAL: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One split: output and log-sum-exp of its share; if WHOLE, the only program has everything and writes the output."""
+    if SHORT:
+        # the first kernel of the decode
+        enter(DEPENDENT)
     parts = splits if WHOLE else splits + 1
     i_bh, i_split = tl.program_id(0) // parts, tl.program_id(0) % parts
     i_b, i_h = i_bh // HKV, i_bh % HKV
@@ -192,8 +195,9 @@ def decode_attend_kernel(
     b_routing_q = b_q
     if routing_q is not None:
         b_routing_q = load_queries(routing_q, i_b, i_h, HKV * G * D, D, G, D, BLOCK_D, ROWS)
-    # the kernels before this one do not write what was read so far
-    enter(DEPENDENT)
+    if not SHORT:
+        # the kernels before this one do not write what was read so far
+        enter(DEPENDENT)
     k += i_h.to(tl.int64) * stride_kh
     v += i_h.to(tl.int64) * stride_kh
     b_acc, b_sum = tl.zeros([ROWS, BLOCK_D], tl.float32), tl.zeros([ROWS], tl.float32)

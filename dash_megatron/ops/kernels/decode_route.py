@@ -13,11 +13,11 @@ from dash_megatron.ops.kernels.threshold import power, probability, threshold_bo
 
 @triton.jit
 def enter(DEPENDENT: tl.constexpr):
-    """Wait for the kernel of this decode before this one to end, then let the next one be launched.
+    """Wait for the kernel before this one to end, then let the next one be launched.
 
     Every program must come here, before it reads what an earlier kernel of the decode wrote and before it returns early:
-    a kernel that has ended tells the next one that all before it have. The first kernel is launched as usual, so that what
-    was there before the decode can be read at any time.
+    a kernel that has ended tells the next one that all before it have. The first kernel comes here before it reads anything.
+    The later ones start when all of its programs did, so that they can read what was there before the decode at any time.
     """
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
