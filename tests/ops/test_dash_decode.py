@@ -165,12 +165,20 @@ def test_pages_give_the_bits_of_the_contiguous_layout(form, launch):
 
 
 @pytest.mark.parametrize("scaling_factor", [1.0, 30.0], ids=["many selected", "few selected"])
-def test_many_blocks_of_scores_and_words_of_bits_equal_the_reference(scaling_factor, launch):
-    sequences = Sequences((2100 * C + 7 if CUDA else 150 * 16 + 7, 40 * C), Hq=3, Hkv=1)
-    expected, _ = sequences.expected(scaling_factor=scaling_factor)
-    launch(short=False, splits=4, block_chunks=32, block_scores=64)
-    out, _ = _decode(sequences, sequences.cache(), scaling_factor=scaling_factor)
+@pytest.mark.parametrize("most_scores", [64, 8192], ids=["read again", "read once"])
+def test_many_blocks_of_scores_and_words_of_bits_equal_the_reference(
+    most_scores, scaling_factor, launch, monkeypatch
+):
+    # with blocks of 64 scores: two and a bit, one, one and a score of the next
+    chunks = (2100, 64, 65) if CUDA else (150, 64, 65)
+    sequences = Sequences([n * C + 7 for n in chunks], Hq=3, Hkv=1)
+    expected, expected_selected = sequences.expected(scaling_factor=scaling_factor)
+    monkeypatch.setattr(decode, "MOST_SCORES", most_scores)
+    launch(short=False, splits=4, block_chunks=32)
+    out, selected = _decode(sequences, sequences.cache(), scaling_factor=scaling_factor)
     assert relative_error(out, expected) < TOLERANCE[torch.float32][0]
+    if not CUDA:
+        assert torch.equal(selected, expected_selected)
 
 
 @pytest.mark.skipif(CUDA, reason="needs a CPU: compiled kernels do not call what stands in place of `enter`")

@@ -27,6 +27,8 @@ SHORT_BYTES = 64 * 1024
 PROGRAMS, MOST_PARTS = 2, 32
 # A long cache has at least this many: sequences of a batch may differ in length.
 LEAST_LONG_PARTS = 8
+# At most so many scores a program holds in registers to find their threshold: 8 a thread.
+MOST_SCORES = 8192
 # With more sequences and heads than this, kernels fill the GPU, and the next one only gets in the way when launched early.
 MOST_DEPENDENT_ROWS = 16
 
@@ -41,7 +43,7 @@ class Launch(NamedTuple):
     block_chunks: int
     """Chunks a program scores."""
     block_scores: int
-    """Scores a program takes at a time to find a threshold."""
+    """Scores a program takes at a time to find a threshold; the first so many stay in its registers."""
     keys: int
     """Keys of a chunk a step."""
     stages: int
@@ -76,7 +78,7 @@ def find_launch(q: Tensor, num_kv_heads: int, max_chunks: int, chunk_size: int) 
         short=short,
         splits=splits,
         block_chunks=block,
-        block_scores=max(64, min(4096, next_power_of_two(max_chunks))),
+        block_scores=max(64, min(MOST_SCORES, next_power_of_two(max_chunks))),
         keys=keys,
         # two programs share a multiprocessor
         stages=stages_that_fit(3, 16 * row_bytes, 2 * keys * row_bytes, shared_bytes // 2 - 8 * 1024),

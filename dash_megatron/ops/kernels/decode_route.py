@@ -159,17 +159,17 @@ def decode_threshold_kernel(
         return
     x += i_row.to(tl.int64) * max_chunks
     o_n = tl.arange(0, BLOCK)
-    # scores are read again in every pass: they lie in the first-level cache
-    b_top = tl.full([BLOCK], float("-inf"), tl.float32)
-    for i_c in range(0, routed, BLOCK):
+    # the first BLOCK scores stay in registers; more are read again in every pass, from the first-level cache
+    b_first = tl.load(x + o_n, mask=o_n < routed, other=float("-inf"))
+    b_top = b_first
+    for i_c in range(BLOCK, routed, BLOCK):
         b_top = tl.maximum(b_top, tl.load(x + i_c + o_n, mask=i_c + o_n < routed, other=float("-inf")))
     low, high = threshold_bounds(tl.max(b_top, 0), routed, exponent)
     threshold = low
     passes, moved = 0, tolerance + 1
     while (moved > tolerance) & (passes < 60):
-        b_s0 = tl.zeros([BLOCK], tl.float32)
-        b_s1, b_s2 = b_s0, b_s0
-        for i_c in range(0, routed, BLOCK):
+        b_s0, b_s1, b_s2 = threshold_terms(tl.maximum(b_first - threshold, 0.0), exponent, ALPHA_15)
+        for i_c in range(BLOCK, routed, BLOCK):
             b_x = tl.load(x + i_c + o_n, mask=i_c + o_n < routed, other=float("-inf"))
             b_0, b_1, b_2 = threshold_terms(tl.maximum(b_x - threshold, 0.0), exponent, ALPHA_15)
             b_s0, b_s1, b_s2 = b_s0 + b_0, b_s1 + b_1, b_s2 + b_2
@@ -180,12 +180,14 @@ def decode_threshold_kernel(
         passes += 1
     tl.store(tau + i_row, threshold)
     bits += i_row.to(tl.int64) * max_words
-    o_w = tl.arange(0, BLOCK // 32)
+    b_x = b_first
     for i_c in range(0, routed, BLOCK):
-        b_x = tl.load(x + i_c + o_n, mask=i_c + o_n < routed, other=float("-inf"))
+        if i_c > 0:
+            b_x = tl.load(x + i_c + o_n, mask=i_c + o_n < routed, other=float("-inf"))
         # as the mean over the group counts it
         b_bit = (probability(tl.maximum(b_x - threshold, 0.0), exponent, ALPHA_15) * inv_group > 0).to(
             tl.int32
         )
         b_bit = tl.reshape(b_bit, (BLOCK // 32, 32)) << tl.arange(0, 32)[None, :]
-        tl.store(bits + i_c // 32 + o_w, tl.sum(b_bit, 1), mask=i_c + o_w * 32 < routed)
+        o_w = i_c // 32 + tl.arange(0, BLOCK // 32)
+        tl.store(bits + o_w, tl.sum(b_bit, 1), mask=o_w * 32 < routed)
