@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dash_megatron.ops.kernels.geometry import Lists, Sizes
-from dash_megatron.ops.kernels.pair_slabs import SUM_ELEMENTS, PairSlabs, filled_slabs
+from dash_megatron.ops.kernels.pair_slabs import SUM_REGISTERS, PairSlabs, filled_slabs, heads_and_slots
 from dash_megatron.ops.kernels.slab_parts import (
     chunk_of_slab,
     lane_place,
@@ -19,14 +19,13 @@ from dash_megatron.ops.kernels.slab_parts import (
     load_shifts,
     load_slots,
     part_of_slab,
+    row_slots,
     store_rows,
 )
 from dash_megatron.ops.kernels.tiles import LOG2_E, load_keys
 
-# Log-sum-exps that a program adds up at a time, a few for each thread of its warp.
-SUM_LSES = 128
-# Of a thread of it. Left alone, the compiler takes 167 and leaves a multiprocessor 12 warps instead of 16.
-SUM_REGISTERS = 128
+# Log-sum-exps of a head that a program adds up at a time.
+SUM_LSES = 64
 
 
 @triton.jit(do_not_specialize=["slab"])
@@ -80,46 +79,58 @@ def _attend_pairs_kernel(
 def _merge_slots_kernel(
     partial, partial_lse, out, lse, slot, first_tile, slab, chunk_start, chunk_end, tiles_per_head,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
-    SLOTS: tl.constexpr, LSES: tl.constexpr,
+    HEADS: tl.constexpr, SLOTS: tl.constexpr, LSES: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of every token and head of a slab with its output and log-sum-exp so far.
+    """Merge the parts of every token of a slab, HEADS heads at once, with its output and log-sum-exp so far.
 
     Log-sum-exps come first and alone. With their total known, each part is loaded once and weighted once, and nothing
     that waits for a maximum so far stands between one load and the next.
     """
+    BLOCKS: tl.constexpr = G // HEADS
     first, stop = tl.load(first_tile + slab) * T, tl.load(first_tile + slab + 1) * T
     begin = tl.load(slot + first)
-    o_s, o_l, o_d = tl.arange(0, SLOTS), tl.arange(0, LSES), tl.arange(0, BLOCK_D)
+    o_s, o_l, o_g, o_d = tl.arange(0, SLOTS), tl.arange(0, LSES), tl.arange(0, HEADS), tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    for i_row in range(first * G + tl.program_id(0), stop * G, tl.num_programs(0)):
-        i_lane, i_g = i_row // G, i_row % G
-        i_slot = tl.load(slot + i_lane)
-        count = (tl.load(slot + i_lane + 1) - i_slot).to(tl.int32)
+    i_first, step = first * BLOCKS + tl.program_id(0), tl.num_programs(0)
+    last = tl.maximum(stop * BLOCKS, 1) - 1
+    next_slot, next_end = row_slots(slot, i_first, last, BLOCKS)
+    for i_row in range(i_first, stop * BLOCKS, step):
+        i_slot, count = next_slot, (next_end - next_slot).to(tl.int32)
+        # loaded one row early, because everything else depends on them
+        next_slot, next_end = row_slots(slot, i_row + step, last, BLOCKS)
         if count > 0:
-            i_h, i_n, _ = lane_place(i_lane, chunk_start, chunk_end, tiles_per_head, T, C)
+            i_h, i_n, _ = lane_place(i_row // BLOCKS, chunk_start, chunk_end, tiles_per_head, T, C)
+            i_g = i_row % BLOCKS * HEADS
             i_part = (i_slot - begin) * G + i_g
-            o_row = (i_n * HKV + i_h) * G + i_g
+            o_row = (i_n * HKV + i_h) * G + i_g + o_g
             # -inf of a token that saw nothing would make NaN
             own_lse = tl.maximum(tl.load(lse + o_row), -1e30)
-            b_max, b_sum = tl.zeros([LSES], tl.float32) + own_lse, tl.zeros([LSES], tl.float32)
+            b_max = tl.zeros([LSES, HEADS], tl.float32) + own_lse[None, :]
+            b_sum = tl.zeros([LSES, HEADS], tl.float32)
             for i_s in range(0, count, LSES):
-                p_lse = partial_lse + i_part + (i_s + o_l) * G
-                b_lse = tl.load(p_lse, mask=i_s + o_l < count, other=float("-inf"))
+                p_lse = partial_lse + i_part + ((i_s + o_l) * G)[:, None] + o_g[None, :]
+                b_lse = tl.load(p_lse, mask=(i_s + o_l < count)[:, None], other=float("-inf"))
                 b_next = tl.maximum(b_max, b_lse)
                 b_sum = b_sum * tl.exp2(b_max - b_next) + tl.exp2(b_lse - b_next)
                 b_max = b_next
             most = tl.max(b_max, 0)
-            total = most + tl.log2(tl.sum(b_sum * tl.exp2(b_max - most), 0) + tl.exp2(own_lse - most))
-            p_part = partial + i_part * D + o_s[:, None] * (G * D) + o_d[None, :]
-            b_acc = tl.zeros([SLOTS, BLOCK_D], tl.float32)
+            b_sum = tl.sum(b_sum * tl.exp2(b_max - most[None, :]), 0)
+            total = most + tl.log2(b_sum + tl.exp2(own_lse - most))
+            # [SLOTS, HEADS, BLOCK_D]
+            p_part = partial + i_part * D + (o_g * D)[None, :, None] + o_d[None, None, :]
+            p_part += (o_s * (G * D))[:, None, None]
+            b_acc = tl.zeros([SLOTS, HEADS, BLOCK_D], tl.float32)
             for i_s in range(0, count, SLOTS):
                 m_s = i_s + o_s < count
-                b_lse = tl.load(partial_lse + i_part + (i_s + o_s) * G, mask=m_s, other=float("-inf"))
-                b_part = tl.load(p_part + i_s * (G * D), mask=m_s[:, None] & m_d[None, :], other=0.0)
-                b_acc += b_part.to(tl.float32) * tl.exp2(b_lse - total)[:, None]
-            p_out = out + o_row * D + o_d
-            b_out = tl.load(p_out, mask=m_d, other=0.0).to(tl.float32) * tl.exp2(own_lse - total)
-            tl.store(p_out, (b_out + tl.sum(b_acc, 0)).to(out.dtype.element_ty), mask=m_d)
+                p_lse = partial_lse + i_part + ((i_s + o_s) * G)[:, None] + o_g[None, :]
+                b_lse = tl.load(p_lse, mask=m_s[:, None], other=float("-inf"))
+                m_part = m_s[:, None, None] & m_d[None, None, :]
+                b_part = tl.load(p_part + i_s * (G * D), mask=m_part, other=0.0)
+                b_acc += b_part.to(tl.float32) * tl.exp2(b_lse - total[None, :])[:, :, None]
+            p_out = out + (o_row * D)[:, None] + o_d[None, :]
+            b_out = tl.load(p_out, mask=m_d[None, :], other=0.0).to(tl.float32)
+            b_out = b_out * tl.exp2(own_lse - total)[:, None] + tl.sum(b_acc, 0)
+            tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_d[None, :])
             tl.store(lse + o_row, total)
 
 
@@ -134,6 +145,7 @@ def merge_pairs(
     constants = sizes.constants
     rows = {name: x for name, x in constants.items() if name not in ("T", "HKV")}
     sums = {name: x for name, x in constants.items() if name != "GP"}
+    heads, slots = heads_and_slots(sizes)
     for slab, placed, pairs in filled_slabs(slabs, lists, mean_log, chunks, sizes, inv_sigma, False):
         _attend_pairs_kernel[(slabs.by_pair.parts,)](
             q, k, v, partial, partial_lse, pairs.token_shift, pairs.slot, *placed.work, slab,
@@ -143,6 +155,5 @@ def merge_pairs(
         )  # fmt: skip
         _merge_slots_kernel[(slabs.sum_programs,)](
             partial, partial_lse, out, lse, slabs.slot, placed.first_tile, slab, chunks[0], chunks[1], sizes.tiles_per_head,
-            **sums, SLOTS=SUM_ELEMENTS // sizes.block_d, LSES=SUM_LSES, num_warps=1,
-            maxnreg=SUM_REGISTERS,
+            **sums, HEADS=heads, SLOTS=slots, LSES=SUM_LSES, num_warps=1, maxnreg=SUM_REGISTERS,
         )  # fmt: skip

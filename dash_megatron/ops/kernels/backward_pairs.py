@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dash_megatron.ops.kernels.geometry import Lists, Sizes
-from dash_megatron.ops.kernels.pair_slabs import SUM_ELEMENTS, PairSlabs, filled_slabs
+from dash_megatron.ops.kernels.pair_slabs import SUM_REGISTERS, PairSlabs, filled_slabs, heads_and_slots
 from dash_megatron.ops.kernels.slab_parts import (
     chunk_of_slab,
     lane_place,
@@ -20,6 +20,7 @@ from dash_megatron.ops.kernels.slab_parts import (
     load_shifts,
     load_slots,
     part_of_slab,
+    row_slots,
     store_rows,
 )
 from dash_megatron.ops.kernels.tiles import LOG2_E, load_keys
@@ -141,27 +142,35 @@ def _shared_sums_kernel(
 def _sum_slots_kernel(
     partial, dq, slot, first_tile, slab, chunk_start, chunk_end, tiles_per_head,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
-    SLOTS: tl.constexpr,
+    HEADS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Add the parts of every token and head of a slab to its gradient: the slots of a token are dealt out to SLOTS sums."""
+    """Add the parts of every token of a slab, HEADS heads at once, to its gradient: its slots are dealt out to SLOTS sums."""
+    BLOCKS: tl.constexpr = G // HEADS
     first, stop = tl.load(first_tile + slab) * T, tl.load(first_tile + slab + 1) * T
     begin = tl.load(slot + first)
-    o_s, o_d = tl.arange(0, SLOTS), tl.arange(0, BLOCK_D)
+    o_s, o_g, o_d = tl.arange(0, SLOTS), tl.arange(0, HEADS), tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    for i_row in range(first * G + tl.program_id(0), stop * G, tl.num_programs(0)):
-        i_lane, i_g = i_row // G, i_row % G
-        i_slot = tl.load(slot + i_lane)
-        count = (tl.load(slot + i_lane + 1) - i_slot).to(tl.int32)
+    i_first, step = first * BLOCKS + tl.program_id(0), tl.num_programs(0)
+    last = tl.maximum(stop * BLOCKS, 1) - 1
+    next_slot, next_end = row_slots(slot, i_first, last, BLOCKS)
+    for i_row in range(i_first, stop * BLOCKS, step):
+        i_slot, count = next_slot, (next_end - next_slot).to(tl.int32)
+        # loaded one row early, because everything else depends on them
+        next_slot, next_end = row_slots(slot, i_row + step, last, BLOCKS)
         if count > 0:
-            i_h, i_n, _ = lane_place(i_lane, chunk_start, chunk_end, tiles_per_head, T, C)
-            p_part = partial + ((i_slot - begin) * G + i_g) * D + o_s[:, None] * (G * D) + o_d[None, :]
-            b_sum = tl.zeros([SLOTS, BLOCK_D], tl.float32)
+            i_h, i_n, _ = lane_place(i_row // BLOCKS, chunk_start, chunk_end, tiles_per_head, T, C)
+            i_g = i_row % BLOCKS * HEADS
+            # [SLOTS, HEADS, BLOCK_D]
+            i_part = (i_slot - begin) * G + i_g
+            p_part = partial + i_part * D + (o_g * D)[None, :, None] + o_d[None, None, :]
+            p_part += (o_s * (G * D))[:, None, None]
+            b_sum = tl.zeros([SLOTS, HEADS, BLOCK_D], tl.float32)
             for i_s in range(0, count, SLOTS):
-                m_part = (i_s + o_s < count)[:, None] & m_d[None, :]
+                m_part = (i_s + o_s < count)[:, None, None] & m_d[None, None, :]
                 b_sum += tl.load(p_part + i_s * (G * D), mask=m_part, other=0.0).to(tl.float32)
-            p_dq = dq + ((i_n * HKV + i_h) * G + i_g) * D + o_d
-            b_dq = tl.sum(b_sum, 0) + tl.load(p_dq, mask=m_d, other=0.0).to(tl.float32)
-            tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_d)
+            p_dq = dq + (((i_n * HKV + i_h) * G + i_g + o_g) * D)[:, None] + o_d[None, :]
+            b_dq = tl.sum(b_sum, 0) + tl.load(p_dq, mask=m_d[None, :], other=0.0).to(tl.float32)
+            tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_d[None, :])
 
 
 def _sum_slots(
@@ -169,9 +178,10 @@ def _sum_slots(
 ) -> None:
     """Add the parts of a slab's pairs, [room, G, D] by slot, to `dq` [tokens, Hq, D], in place."""
     constants = {name: x for name, x in sizes.constants.items() if name != "GP"}
+    heads, slots = heads_and_slots(sizes)
     _sum_slots_kernel[(slabs.sum_programs,)](
         partial, dq, slabs.slot, first_tile, slab, chunks[0], chunks[1], sizes.tiles_per_head,
-        **constants, SLOTS=SUM_ELEMENTS // sizes.block_d, num_warps=1,
+        **constants, HEADS=heads, SLOTS=slots, num_warps=1, maxnreg=SUM_REGISTERS,
     )  # fmt: skip
 
 

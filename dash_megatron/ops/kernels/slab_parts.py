@@ -84,6 +84,13 @@ def chunk_of_slab(p_place, p_work, i_c, here):
 
 
 @triton.jit
+def row_slots(slot, i_row, last, BLOCKS: tl.constexpr):
+    """Of a row, or the last one beyond it: where the slots of its token begin and end. A token has BLOCKS rows, of some heads each."""
+    i_lane = tl.minimum(i_row, last) // BLOCKS
+    return tl.load(slot + i_lane), tl.load(slot + i_lane + 1)
+
+
+@triton.jit
 def lane_place(i_lane, chunk_start, chunk_end, tiles_per_head, T: tl.constexpr, C: tl.constexpr):
     """Head and token of a row of all tiles, and whether it exists."""
     i_tile = i_lane // T
