@@ -72,8 +72,9 @@ def _name_padding(folder: Path, source: Path) -> None:
     loaded = _load(folder, source)
     if loaded.pad_token is None:
         path = folder / "tokenizer_config.json"
-        settings = {"padding_side": "left", **json.loads(path.read_text(encoding="utf-8"))}
-        settings["pad_token"] = loaded.eos_token
+        # special_tokens_map.json alone may name the end of sequence
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        settings = {"padding_side": "left", **settings, "pad_token": loaded.eos_token}
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -201,6 +201,25 @@ def test_a_tokenizer_json_that_data_cannot_be_made_with_is_refused(case: str, tm
     assert import_folder(tmp_path / "source", tmp_path / "start").tokenizer is None
 
 
+def test_an_export_pads_with_the_end_that_special_tokens_map_json_names_or_with_what_its_tokenizer_names(
+    tmp_path: Path,
+) -> None:
+    folder, out = tmp_path / "source", tmp_path / "hf"
+    write_byte_level(folder)
+    LlamaConfig().save_pretrained(out)
+    _rewrite(folder / "tokenizer_config.json", pad_token="<|begin|>", padding_side="right")
+    export_tokenizer(folder / "tokenizer.json", out)
+    exported = AutoTokenizer.from_pretrained(out)
+    assert (exported.pad_token, exported.padding_side) == ("<|begin|>", "right")
+
+    for each in (folder, out):
+        (each / "tokenizer_config.json").unlink()
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<|end|>"}')
+    export_tokenizer(folder / "tokenizer.json", out)
+    exported = AutoTokenizer.from_pretrained(out)
+    assert (exported.pad_token, exported.padding_side) == ("<|end|>", "left")
+
+
 def test_a_tokenizer_that_transformers_cannot_load_is_named_by_the_export(tmp_path: Path) -> None:
     write_byte_level(tmp_path / "source")
     # as special_tokens_map.json has it, but not tokenizer_config.json
