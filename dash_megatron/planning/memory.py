@@ -28,8 +28,8 @@ MAX_PAIR_GRADIENT_BYTES = 2**34
 """Most of the float32 gradients of keys and values by pair: `dash_megatron.ops.kernels.backward_q.MAX_PAIR_GRADIENT_BYTES`."""
 PLACE_BYTES, PLACES_BYTES = {"attend": 12, "queries": 20}, 2**28
 """Of a pair's places, and of those that are there at once, if of more than one slab: `dash_megatron.ops.kernels.pair_slabs.new_pairs`."""
-PARTS = 528
-"""Programs that share a slab of pairs: four for each multiprocessor of the GPU that was timed."""
+PARTS = {1: 1056, 4: 528, 16: 528}
+"""By query heads of a group, programs that share a slab of pairs: eight or four for each multiprocessor of the GPU that was timed."""
 MAX_PAIRS = 2**26
 """Most log priors by chunk, 8 bytes each: `dash_megatron.ops.kernels.pairs.MAX_PAIRS`."""
 KEY_PARTS, LEAST_STEPS = 32 * 132, 16
@@ -195,7 +195,7 @@ def pair_bytes(config: Config, layout: Layout, listed: float, gpu: str) -> dict[
             at_once = min(at_once, slabs)
             found[stage] = pairs * (group * of_head + at_once * places) + COUNT_BYTES * counted * chunks
             if stage == "queries":
-                found[stage] += 2 * (2 * PARTS + kv_heads * chunks * (not sharded)) * chunk * head_dim * 4
+                found[stage] += 2 * (2 * PARTS[group] + kv_heads * chunks * (not sharded)) * chunk * head_dim * 4
     return found
 
 

@@ -344,6 +344,23 @@ def test_recomputation_and_sharing_tokens_only_ever_save() -> None:
     assert shared < whole
 
 
+@pytest.mark.parametrize("group", [1, 4, 16])
+def test_programs_that_share_pairs_are_those_of_the_table_of_launches(
+    group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dash_megatron.ops.kernels import configs
+
+    monkeypatch.setattr(configs, "device_limits", lambda _: ("NVIDIA H200", 227 * 1024, 132))
+    launches = configs.find_launches.__wrapped__(torch.device("cpu"), torch.bfloat16, 128, 64, group)
+    assert memory.PARTS[group] == launches.backward_by_pair.parts
+    heads = ["model.heads=32", f"model.kv_heads={32 // group}"]
+    found = memory.pair_bytes(heads_of_128(4096, *heads), ALONE, 1.0, "H200")
+    monkeypatch.setitem(memory.PARTS, group, 0)
+    without = memory.pair_bytes(heads_of_128(4096, *heads), ALONE, 1.0, "H200")
+    # a part leaves two chunks of dk and of dv, in float32
+    assert found["queries"] - without["queries"] == launches.backward_by_pair.parts * 2 * 2 * 64 * 128 * 4
+
+
 def test_limits_are_those_of_the_code_they_describe() -> None:
     from dash_megatron.layers.vocabulary_loss import MAX_LOGITS
     from dash_megatron.ops.kernels import backward_q, configs, pair_slabs, pairs, transpose
