@@ -195,7 +195,8 @@ def pair_bytes(config: Config, layout: Layout, listed: float, gpu: str) -> dict[
             at_once = min(at_once, slabs)
             found[stage] = pairs * (group * of_head + at_once * places) + COUNT_BYTES * counted * chunks
             if stage == "queries":
-                found[stage] += 2 * (2 * PARTS[group] + kv_heads * chunks * (not sharded)) * chunk * head_dim * 4
+                sums = 2 * PARTS[group] + kv_heads * chunks * (not sharded)
+                found[stage] += 2 * sums * chunk * head_dim * 4
     return found
 
 
