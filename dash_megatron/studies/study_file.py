@@ -58,7 +58,7 @@ class Assumptions(Section):
 
     density: float | None = Field(default=None, gt=0, le=1)
     """Selected over causally available chunks, in layers that select; `assume.density` among a run's settings changes
-    it for that run. Null takes the last `attention.target_density`, or 0.25 where there is none."""
+    it for that run. Null takes the last `attention.target_density`, or where there is none 0.1, as `plan` does."""
     utilization: float | None = Field(default=0.4, gt=0, le=1)
     """FLOPs of the model at its density over the GPU's bf16 peak; null takes the step time that
     `python -m dash_megatron plan` models, which knows of kernels and links."""

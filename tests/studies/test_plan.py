@@ -120,10 +120,10 @@ def test_a_run_is_planned_at_the_density_that_it_asks_for_unless_the_study_says_
 ) -> None:
     targets = [None, 0.5, {0: 1.0, 4: [0.2, 0.4]}]
     keys: dict[str, Any] = {"grid": {"attention.target_density": targets}}
-    assert [run.density for run in runs_of(write_study(**keys))] == pytest.approx([0.25, 0.5, 0.3])
+    assert [run.density for run in runs_of(write_study(**keys))] == pytest.approx([0.1, 0.5, 0.3])
     one_full = runs_of(write_study(**keys, overrides={"attention.full_layers": [0]}))
-    assert [run.density for run in one_full] == pytest.approx([0.25, 0.5, 0.4])
-    assert {run.density for run in runs_of(write_study(**keys, assume={"density": 0.1}))} == {0.1}
+    assert [run.density for run in one_full] == pytest.approx([0.1, 0.5, 0.4])
+    assert {run.density for run in runs_of(write_study(**keys, assume={"density": 0.3}))} == {0.3}
     assert {run.density for run in runs_of(write_study(**keys, overrides={"assume.density": 0.2}))} == {0.2}
 
 

@@ -193,7 +193,9 @@ def finished_study(write_study: Write) -> Path:
 def test_flops_of_a_run_are_those_of_its_measured_density(finished_study: Path) -> None:
     run = runs_of(finished_study)[0]
     row = collect(load_study(finished_study))[0]
-    expected = run.cost.flops + (run.cost.dense_flops - run.cost.flops) * (0.4 - 0.25) / (1 - 0.25)
+    expected = run.cost.flops + (run.cost.dense_flops - run.cost.flops) * (0.4 - run.density) / (
+        1 - run.density
+    )
     assert row["flops"] == pytest.approx(expected, rel=0.02)
     assert row["dense_flops"] == pytest.approx(run.cost.dense_flops)
 
