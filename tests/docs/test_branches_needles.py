@@ -1,4 +1,4 @@
-"""The page on what mends needles against the losses by document, the answers by sample and the probe beside it."""
+"""The page on what finds more needles against the losses by document, the answers by sample and the probe beside it."""
 
 import csv
 from math import hypot
