@@ -11,7 +11,7 @@ from dash_megatron.planning.baseline_times import BASELINES, NOTE
 from dash_megatron.planning.table import table
 from dash_megatron.studies.cost import mean_context
 from dash_megatron.studies.runs import StudyRun, expand
-from dash_megatron.studies.study_file import Study, load_study
+from dash_megatron.studies.study_file import Study, check_evaluations, load_study
 
 COLUMNS = (
     "run", "parameters", "tokens", "steps", "density", "FLOPs", "dense FLOPs", "GPU-hours", "cost", "saved", "twin of",
@@ -25,6 +25,7 @@ def plan_study(path: str | Path, as_json: bool = False) -> str:
         ValueError: a wrong study.
     """
     study = load_study(path)
+    check_evaluations(study)
     runs = expand(study)
     if as_json:
         document = {

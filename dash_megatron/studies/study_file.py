@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from dash_megatron.config import Section
 from dash_megatron.config.flops import peak_flops
 from dash_megatron.config.loading import explain_validation, read_yaml
+from dash_megatron.evaluation.cli import check_arguments
 
 
 class StudyError(ValueError):
@@ -123,7 +125,7 @@ class Branches(Section):
             )
         if not any(_scores_documents(arguments) for arguments in self.evaluate.values()):
             raise ValueError(
-                "branches.evaluate must score held-out documents, by which arms are compared; add "
+                f"branches.evaluate={self.evaluate} must score held-out documents, by which arms are compared; add "
                 "`documents: --tasks documents --samples 400 --lengths 16384`, with data.seq_length as the length"
             )
         return self
@@ -260,3 +262,15 @@ def load_study(path: str | Path) -> Study:
     except ValidationError as error:
         lines = explain_validation(error, Study, "docs/studies.md")
         raise StudyError("\n".join(f"study {path}: {line}" for line in lines)) from None
+
+
+def check_evaluations(study: Study) -> None:
+    """Refuse arguments of evaluations that would be found wrong only once a run is trained."""
+    of_branches = study.branches.evaluate if study.branches else {}
+    every = {f"evaluate.{name}": arguments for name, arguments in study.evaluate.items()}
+    every |= {f"branches.evaluate.{name}": arguments for name, arguments in of_branches.items()}
+    for place, arguments in every.items():
+        try:
+            check_arguments(shlex.split(arguments))
+        except ValueError as error:
+            raise StudyError(f"{place}={arguments!r}: {error}") from error

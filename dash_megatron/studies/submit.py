@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import yaml
 
-from dash_megatron.evaluation.cli import check_arguments
 from dash_megatron.files import lock, write_whole
 from dash_megatron.studies.jobs import (
     Job,
@@ -25,7 +23,7 @@ from dash_megatron.studies.jobs import (
 )
 from dash_megatron.studies.local import LocalRuns, environments, repository_script, train_command
 from dash_megatron.studies.runs import evaluations
-from dash_megatron.studies.study_file import Study, StudyError, load_study
+from dash_megatron.studies.study_file import Study, StudyError, check_evaluations, load_study
 
 
 def submit_studies(
@@ -93,7 +91,7 @@ def _read_studies(paths: Sequence[str | Path]) -> dict[str, Study]:
     if len(studies) < len(paths):
         raise StudyError(f"studies {', '.join(map(str, paths))} must have names of their own; rename a file")
     for study in studies.values():
-        _check_evaluations(study)
+        check_evaluations(study)
     return studies
 
 
@@ -110,18 +108,6 @@ def _jobs(studies: dict[str, Study], only: Sequence[str], processes: int, in_arr
         if not in_array:
             job.run.config.accumulation_steps(processes)
     return jobs
-
-
-def _check_evaluations(study: Study) -> None:
-    """Refuse arguments of evaluations that would be found wrong only once a run is trained."""
-    of_branches = study.branches.evaluate if study.branches else {}
-    every = {f"evaluate.{name}": arguments for name, arguments in study.evaluate.items()}
-    every |= {f"branches.evaluate.{name}": arguments for name, arguments in of_branches.items()}
-    for place, arguments in every.items():
-        try:
-            check_arguments(shlex.split(arguments))
-        except ValueError as error:
-            raise StudyError(f"{place}={arguments!r}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -125,8 +125,11 @@ def arms(*named: dict[str, Any]) -> dict[str, Any]:
             {"arms": ["x"]},
             r"branches.arms\[0\]='x' must be a mapping; write arms: \[{name: full, attention.kind: full}, ...\]",
         ),
-        ({"evaluate": {}}, "branches.evaluate must score held-out documents"),
-        ({"evaluate": {"x": "--tasks copy --data documents"}}, "branches.evaluate must score held-out"),
+        ({"evaluate": {}}, "branches.evaluate={} must score held-out documents"),
+        (
+            {"evaluate": {"x": "--tasks copy --data documents"}},
+            "branches.evaluate={'x': '--tasks copy --data documents'} must score held-out",
+        ),
         ({"overrides": {"model.layers": 3}}, "branches.overrides sets model.layers, and a branch goes on"),
         ({"overrides": {"training.seed": 3}}, "branches.overrides sets training.seed.*`branches.orders`"),
         ({"overrides": {"training.init_from": "x"}}, "training.init_from, which a study sets by `base`"),

@@ -121,6 +121,7 @@ def test_submit_evaluates_what_is_trained_once_and_again_where_it_failed(
     assert starts(path) == {"h32": 1, "h64": 1}
 
 
+@pytest.mark.parametrize("command", ["plan", "submit"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -132,10 +133,10 @@ def test_submit_evaluates_what_is_trained_once_and_again_where_it_failed(
     ],
 )
 def test_a_wrong_evaluation_is_told_before_anything_is_trained(
-    arguments: str, message: str, write_study: Write, capsys: pytest.CaptureFixture[str]
+    arguments: str, message: str, command: str, write_study: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_study(evaluate={"all": arguments})
-    assert main(["study", "submit", str(path)]) == 2
+    assert main(["study", command, str(path)]) == 2
     assert message in capsys.readouterr().err
     assert not (path.parent / "out").exists()
 
