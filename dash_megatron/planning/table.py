@@ -166,7 +166,7 @@ def row(estimate: StepEstimate) -> list[str]:
         f"{estimate.memory.total / 2**30:.0f}",
         f"{estimate.nvlink_bytes / 1e9:.1f}",
         f"{estimate.infiniband_bytes / 1e9:.1f}",
-        f"{estimate.seconds:.3g}" if estimate.seconds < 1 else f"{estimate.seconds:.2f}",
+        f"{estimate.seconds:#.3g}" if estimate.seconds < 1 else f"{estimate.seconds:.2f}",
         f"{estimate.tokens_per_second_per_gpu:,.0f}",
         estimate.bound,
     ]
