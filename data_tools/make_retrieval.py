@@ -177,7 +177,8 @@ def make_retrieval(
     """
     if not 64 <= lengths[0] <= lengths[1]:
         raise ValueError(
-            f"--lengths {lengths[0]} {lengths[1]} must rise from at least 64; such as 4096 16384"
+            f"--lengths {lengths[0]} {lengths[1]} must be at least 64 tokens, and the second no less than the first; "
+            "such as 16384 16384"
         )
     if not 0 < tokens < math.inf:
         raise ValueError(f"--tokens {tokens} must be above 0, such as 5e7")

@@ -114,7 +114,10 @@ def test_a_seed_gives_the_same_documents_each_time_and_another_seed_others(tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--lengths", "2000", "500"], "--lengths 2000 500 must rise"),
+        (
+            ["--lengths", "2000", "500"],
+            "--lengths 2000 500 must be at least 64 tokens, and the second no less than",
+        ),
         (["--tokens", "0"], "--tokens 0.0 must be above 0"),
         (["--text", "nowhere.txt"], "nowhere.txt (relative to "),
         (["--output", "made.txt"], "must end in .jsonl"),
