@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dash_megatron.studies.branch_tables import NOTE, as_markdown, missing_runs, sentences, tables
+from dash_megatron.studies.branch_tables import NOTE, as_markdown, remarks, sentences, tables
 from dash_megatron.studies.branches import ArmComparison
 from dash_megatron.studies.page import (
     figure_html,
@@ -38,7 +38,7 @@ def render_branches_page(
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{sum(row['finished'] for row in rows)} of {len(runs)} runs are finished. {escape(NOTE)}</p>",
-        *(f"<p>{escape(line)}</p>" for line in missing_runs(study, rows)),
+        *(f"<p>{escape(line)}</p>" for line in remarks(study, rows)),
     ]
     for base, groups in sentences(study, compared).items():
         parts.append(f"<h2>Branches of {escape(base)}</h2>")
@@ -61,7 +61,7 @@ def render_branches_page(
 def render_branches_text(study: Study, rows: list[dict[str, Any]], compared: list[ArmComparison]) -> str:
     """The sentences and tables in Markdown, to paste into a page."""
     lines = [NOTE]
-    for line in missing_runs(study, rows):
+    for line in remarks(study, rows):
         lines += ["", line]
     for base, groups in sentences(study, compared).items():
         for group, said in groups.items():

@@ -25,6 +25,8 @@ VERDICT_HEADINGS = {
     "within": "Not told apart by two standard errors",
     "unknown": "Unknown: in one order of the data only, which does not say how orders scatter",
 }
+NEAR = 0.1
+"""How far a density may be from its target, as a share of it."""
 NOTE = (
     "Differences are paired: of the same documents, samples or steps, in the same order of the data. The first ± is the standard "
     "error over these, the second over orders. What is called higher or lower is further from 0 than two of the larger error. Errors "
@@ -76,6 +78,31 @@ def missing_runs(study: Study, rows: list[dict[str, Any]]) -> list[str]:
     trained = {row["run"] for row in rows if row["finished"]}
     names = [run.name for run in expand(study) if run.name not in trained or missing_evaluations(study, run)]
     return [f"Not trained, or not evaluated as the study says: {', '.join(names)}."] if names else []
+
+
+def missed_targets(study: Study, rows: list[dict[str, Any]]) -> list[str]:
+    """A sentence that names the branches which select otherwise than they were asked to; none where all come near.
+
+    Args:
+        study: the study.
+        rows: as `collect` gives them.
+    """
+    measured = {row["run"]: row["density"] for row in rows if row["finished"] and row["base"]}
+    missed = []
+    for run in expand(study):
+        asked, density = run.config.attention.final_density(run.config.model.layers), measured.get(run.name)
+        if asked and density and abs(density / asked - 1) > NEAR:
+            missed.append(f"{run.name} ({density:.1%} for {asked:.1%})")
+    far = (
+        f"Density further than {NEAR:.0%} from attention.target_density at the end, so compare these by the density that "
+        "they have, or train them for more steps"
+    )
+    return [f"{far}: {', '.join(missed)}."] if missed else []
+
+
+def remarks(study: Study, rows: list[dict[str, Any]]) -> list[str]:
+    """What to know before the comparisons are read: `missing_runs` and `missed_targets`."""
+    return [*missing_runs(study, rows), *missed_targets(study, rows)]
 
 
 def is_whole_and_final(measure: Measure) -> bool:

@@ -151,14 +151,14 @@ def _collect(options: argparse.Namespace) -> None:
     columns, lines = results_table(rows)
     text, written, found = table(lines, columns), [*paths], rows
     if study.branches:
-        from dash_megatron.studies.branch_tables import as_text, missing_runs, tables
+        from dash_megatron.studies.branch_tables import as_text, remarks, tables
         from dash_megatron.studies.branches import as_rows, compare_branches, write_comparisons
 
         compared = compare_branches(study)
         written += write_comparisons(study, compared, folder)
         found = as_rows(study, compared)
         text += [line for one in tables(study, rows, compared) for line in ["", *as_text(one)]]
-        text += [line for missing in missing_runs(study, rows) for line in ["", missing]]
+        text += [line for remark in remarks(study, rows) for line in ["", remark]]
     if options.json:
         print(strict_json(found, indent=2))
     else:

@@ -198,6 +198,29 @@ def test_the_report_names_the_runs_that_it_lacks(
     assert said in capsys.readouterr().out.splitlines()
 
 
+def test_the_report_names_branches_far_from_the_density_that_they_were_asked_for(
+    measured_study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = yaml.safe_load(measured_study.read_text())
+    asked = {"worse": 0.24, "same": {0: 1.0, 50: 0.5}}
+    for arm in tree["branches"]["arms"]:
+        if arm["name"] in asked:
+            arm["attention.target_density"] = asked[arm["name"]]
+    measured_study.write_text(yaml.safe_dump(tree))
+    # all selected 25%
+    names = [run.name for run in runs_of(measured_study) if run.variant == "same"]
+    said = (
+        "Density further than 10% from attention.target_density at the end, so compare these by the density that they "
+        f"have, or train them for more steps: {', '.join(f'{name} (25.0% for 50.0%)' for name in names)}."
+    )
+    assert main(["study", "report", str(measured_study)]) == 0
+    out = measured_study.parent / "out"
+    assert said in (out / "report.md").read_text().splitlines()
+    assert f"<p>{said}</p>" in (out / "report.html").read_text()
+    assert main(["study", "collect", str(measured_study)]) == 0
+    assert said in capsys.readouterr().out.splitlines()
+
+
 def test_another_arm_can_be_the_reference(measured_study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def to_better(command: str, reference: str = "better") -> int:
         return main(["study", command, str(measured_study), "--reference", reference])
