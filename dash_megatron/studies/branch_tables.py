@@ -10,7 +10,7 @@ from dash_megatron.evaluation.settings import LOSS_TASKS
 from dash_megatron.planning.table import table
 from dash_megatron.studies.branches import TRAINING, ArmComparison, Measure, headline
 from dash_megatron.studies.jobs import missing_evaluations
-from dash_megatron.studies.runs import expand
+from dash_megatron.studies.runs import StudyRun, expand
 from dash_megatron.studies.study_file import Study
 
 VERDICT_WORDS = {
@@ -68,28 +68,29 @@ def tables(study: Study, rows: list[dict[str, Any]], compared: list[ArmCompariso
     return found
 
 
-def missing_runs(study: Study, rows: list[dict[str, Any]]) -> list[str]:
-    """A sentence that names the runs which the comparisons lack; none where they have all.
+def remarks(study: Study, rows: list[dict[str, Any]]) -> list[str]:
+    """What to know before the comparisons are read: runs that they lack, and branches far from the density asked for.
 
     Args:
         study: the study.
         rows: as `collect` gives them.
     """
+    runs = expand(study)
+    return [*_missing_runs(study, runs, rows), *_missed_targets(runs, rows)]
+
+
+def _missing_runs(study: Study, runs: list[StudyRun], rows: list[dict[str, Any]]) -> list[str]:
+    """A sentence that names the runs which the comparisons lack; none where they have all."""
     trained = {row["run"] for row in rows if row["finished"]}
-    names = [run.name for run in expand(study) if run.name not in trained or missing_evaluations(study, run)]
+    names = [run.name for run in runs if run.name not in trained or missing_evaluations(study, run)]
     return [f"Not trained, or not evaluated as the study says: {', '.join(names)}."] if names else []
 
 
-def missed_targets(study: Study, rows: list[dict[str, Any]]) -> list[str]:
-    """A sentence that names the branches which select otherwise than they were asked to; none where all come near.
-
-    Args:
-        study: the study.
-        rows: as `collect` gives them.
-    """
+def _missed_targets(runs: list[StudyRun], rows: list[dict[str, Any]]) -> list[str]:
+    """A sentence that names the branches which select otherwise than they were asked to; none where all come near."""
     measured = {row["run"]: row["density"] for row in rows if row["finished"] and row["base"]}
     missed = []
-    for run in expand(study):
+    for run in runs:
         asked, density = run.config.attention.final_density(run.config.model.layers), measured.get(run.name)
         if asked and density and abs(density / asked - 1) > NEAR:
             missed.append(f"{run.name} ({density:.1%} for {asked:.1%})")
@@ -98,11 +99,6 @@ def missed_targets(study: Study, rows: list[dict[str, Any]]) -> list[str]:
         "they have, or train them for more steps"
     )
     return [f"{far}: {', '.join(missed)}."] if missed else []
-
-
-def remarks(study: Study, rows: list[dict[str, Any]]) -> list[str]:
-    """What to know before the comparisons are read: `missing_runs` and `missed_targets`."""
-    return [*missing_runs(study, rows), *missed_targets(study, rows)]
 
 
 def is_whole_and_final(measure: Measure) -> bool:
