@@ -52,7 +52,6 @@ def export_tokenizer(source: Path, folder: Path, chat: ChatTemplate | None = Non
     """
     if source.suffix == ".json":
         _copy_json(source, folder)
-        _name_padding(folder, source)
     else:
         with telling_errors_of_the_disk(folder):
             build_tokenizer(source, names_are_text=chat is None).save_pretrained(folder)
@@ -65,17 +64,18 @@ def export_tokenizer(source: Path, folder: Path, chat: ChatTemplate | None = Non
         check_tokenizer(exported, OurTokenizer(source))
         if chat is not None:
             check_chat(exported, chat)
+        if exported.pad_token is None:
+            # the model's config says so too
+            _name_padding(folder, exported.eos_token)
 
 
-def _name_padding(folder: Path, source: Path) -> None:
-    """Let the end of sequence pad, in front as texts that go on need it, where no token does: the model's config says so too."""
-    loaded = _load(folder, source)
-    if loaded.pad_token is None:
-        path = folder / "tokenizer_config.json"
-        # special_tokens_map.json alone may name the end of sequence
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        settings = {"padding_side": "left", **settings, "pad_token": loaded.eos_token}
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _name_padding(folder: Path, token: str) -> None:
+    """Let a token pad, in front as texts that go on need it."""
+    path = folder / "tokenizer_config.json"
+    # special_tokens_map.json alone may name the end of sequence
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = {"padding_side": "left", **settings, "pad_token": token}
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _load(folder: Path, source: Path) -> PreTrainedTokenizerBase:
