@@ -20,7 +20,9 @@ from dash_megatron.ops.kernels.slab_parts import (
     load_shifts,
     load_slots,
     part_of_slab,
-    row_slots,
+    parts_of_row,
+    rows_of_slab,
+    slots_of_row,
     store_rows,
 )
 from dash_megatron.ops.kernels.tiles import LOG2_E, load_keys
@@ -146,24 +148,21 @@ def _sum_slots_kernel(
 ):  # fmt: skip
     """Add the parts of every token of a slab, HEADS heads at once, to its gradient: its slots are dealt out to SLOTS sums."""
     BLOCKS: tl.constexpr = G // HEADS
-    first, stop = tl.load(first_tile + slab) * T, tl.load(first_tile + slab + 1) * T
-    begin = tl.load(slot + first)
+    first, stop, begin = rows_of_slab(slot, first_tile, slab, T, BLOCKS)
     o_s, o_g, o_d = tl.arange(0, SLOTS), tl.arange(0, HEADS), tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    i_first, step = first * BLOCKS + tl.program_id(0), tl.num_programs(0)
-    last = tl.maximum(stop * BLOCKS, 1) - 1
-    next_slot, next_end = row_slots(slot, i_first, last, BLOCKS)
-    for i_row in range(i_first, stop * BLOCKS, step):
+    i_first, step = first + tl.program_id(0), tl.num_programs(0)
+    next_slot, next_end = slots_of_row(slot, i_first, stop, BLOCKS)
+    for i_row in range(i_first, stop, step):
         i_slot, count = next_slot, (next_end - next_slot).to(tl.int32)
         # loaded one row early, because everything else depends on them
-        next_slot, next_end = row_slots(slot, i_row + step, last, BLOCKS)
+        next_slot, next_end = slots_of_row(slot, i_row + step, stop, BLOCKS)
         if count > 0:
             i_h, i_n, _ = lane_place(i_row // BLOCKS, chunk_start, chunk_end, tiles_per_head, T, C)
             i_g = i_row % BLOCKS * HEADS
             # [SLOTS, HEADS, BLOCK_D]
             i_part = (i_slot - begin) * G + i_g
-            p_part = partial + i_part * D + (o_g * D)[None, :, None] + o_d[None, None, :]
-            p_part += (o_s * (G * D))[:, None, None]
+            p_part = parts_of_row(partial, i_part, o_s, o_g, o_d, G, D)
             b_sum = tl.zeros([SLOTS, HEADS, BLOCK_D], tl.float32)
             for i_s in range(0, count, SLOTS):
                 m_part = (i_s + o_s < count)[:, None, None] & m_d[None, None, :]

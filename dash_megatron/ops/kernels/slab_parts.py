@@ -84,10 +84,24 @@ def chunk_of_slab(p_place, p_work, i_c, here):
 
 
 @triton.jit
-def row_slots(slot, i_row, last, BLOCKS: tl.constexpr):
-    """Of a row, or the last one beyond it: where the slots of its token begin and end. A token has BLOCKS rows, of some heads each."""
-    i_lane = tl.minimum(i_row, last) // BLOCKS
+def rows_of_slab(slot, first_tile, slab, T: tl.constexpr, BLOCKS: tl.constexpr):
+    """First row of a slab and the one behind its last, and its first slot. A token has BLOCKS rows, of some heads each."""
+    first, stop = tl.load(first_tile + slab) * T, tl.load(first_tile + slab + 1) * T
+    return first * BLOCKS, stop * BLOCKS, tl.load(slot + first)
+
+
+@triton.jit
+def slots_of_row(slot, i_row, stop, BLOCKS: tl.constexpr):
+    """Where the slots of a row's token begin and end; of the last row before `stop`, where there are none from it on."""
+    i_lane = tl.minimum(i_row, tl.maximum(stop, 1) - 1) // BLOCKS
     return tl.load(slot + i_lane), tl.load(slot + i_lane + 1)
+
+
+@triton.jit
+def parts_of_row(partial, i_part, o_s, o_g, o_d, G: tl.constexpr, D: tl.constexpr):
+    """Pointers to parts `i_part` and on of a row's heads, slot by slot: [SLOTS, HEADS, BLOCK_D]."""
+    p_part = partial + i_part * D + (o_g * D)[None, :, None] + o_d[None, None, :]
+    return p_part + (o_s * (G * D))[:, None, None]
 
 
 @triton.jit
