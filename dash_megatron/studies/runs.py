@@ -69,7 +69,8 @@ def expand(study: Study) -> list[StudyRun]:
     """Every run, twins and branches behind the run they belong to; branches order by order.
 
     Raises:
-        ValueError: a config that breaks a rule, two runs that are the same, or a budget too small for one step.
+        ValueError: a config that breaks a rule, a global batch that no number of processes divides, two runs that are the same,
+            or a budget too small for one step.
     """
     tree = read_yaml(study.base, f"base={study.base}", "sections (model:, data:, ...)")
     runs: list[StudyRun] = []
@@ -218,6 +219,8 @@ def _make(study: Study, base: dict[str, Any], recipe: _Recipe) -> StudyRun:
     tree["run_dir"] = str(Path(study.output) / "runs" / name)
     try:
         config = config_from_dict(tree)
+        # on as few processes as can share the model: a batch that these do not divide is divided by no number of them
+        config.accumulation_steps(config.parallel.tensor * config.parallel.context)
         cost = estimate_cost(config, facts.vocab_size, context, density, study.assume)
     except ValueError as error:
         raise StudyError(f"run {name}: {error}") from error

@@ -236,6 +236,11 @@ def test_baselines_have_the_density_and_flops_of_their_lists(write_study: Write)
         ({"grid": {"assume.density": [2]}}, "assume.density=2 must lie in (0, 1]"),
         ({"base": "nowhere.yaml"}, "base=nowhere.yaml cannot be read"),
         ({"overrides": {"schedule.warmup_steps": 50}}, "schedule.warmup_steps=50"),
+        (
+            {"overrides": {"training.micro_batch": 3}},
+            "run dash: training.global_batch=4 must be a multiple of 3 = training.micro_batch=3 x 1 data-parallel "
+            "processes; try 3",
+        ),
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else "",
 )
