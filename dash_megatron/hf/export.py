@@ -82,14 +82,17 @@ def _write(
     tokenizer = stored_tokenizer(config, step)
     end = tokenizer.eod
     vocab_size = len(weights["embedding.word_embeddings.weight"])
-    llama_config(config, vocab_size, dtype, end).save_pretrained(folder)
+    model = llama_config(config, vocab_size, dtype, end)
+    # by which transformers knows the tokenizer's class
+    model.save_pretrained(folder)
     chat = _chat_of(config, tokenizer)
-    export_tokenizer(tokenizer.path, folder, chat)
+    model.pad_token_id = export_tokenizer(tokenizer.path, folder, chat)
+    model.save_pretrained(folder)
     ends = [end] if chat is None or chat.turn_end == end else [end, chat.turn_end]
     GenerationConfig(
         bos_token_id=end,
         eos_token_id=ends if len(ends) > 1 else end,
-        pad_token_id=end,
+        pad_token_id=model.pad_token_id,
         # rows that only pad the table are never drawn
         suppress_tokens=list(range(tokenizer.vocab_size, vocab_size)) or None,
     ).save_pretrained(folder)

@@ -38,7 +38,7 @@ _BESIDE_JSON = (
 )  # fmt: skip
 
 
-def export_tokenizer(source: Path, folder: Path, chat: ChatTemplate | None = None) -> None:
+def export_tokenizer(source: Path, folder: Path, chat: ChatTemplate | None = None) -> int:
     """Write the tokenizer of a run into a folder that has its config.json already.
 
     Args:
@@ -46,6 +46,9 @@ def export_tokenizer(source: Path, folder: Path, chat: ChatTemplate | None = Non
             files beside it.
         chat: the template that the folder is to carry. A tokenizer made of a sentencepiece model then reads names of special
             tokens as these tokens, because the template writes them.
+
+    Returns:
+        The token that pads: what the tokenizer names, if training had it, or else the end of sequence.
 
     Raises:
         ValueError: transformers cannot load the result, or it does not encode as in training.
@@ -59,14 +62,17 @@ def export_tokenizer(source: Path, folder: Path, chat: ChatTemplate | None = Non
     if chat is not None:
         # read before a template in tokenizer_config.json
         (folder / TEMPLATE_FILE).write_text(chat.text, encoding="utf-8")
+    ours = OurTokenizer(source)
     if source.suffix == ".json" or chat is not None:
         exported = _load(folder, source)
-        check_tokenizer(exported, OurTokenizer(source))
+        check_tokenizer(exported, ours)
         if chat is not None:
             check_chat(exported, chat)
-        if exported.pad_token is None:
-            # the model's config says so too
-            _name_padding(folder, exported.eos_token)
+        # a name that tokenizer.json does not have becomes a token behind all others, which the model has no row for
+        if exported.pad_token_id is not None and exported.pad_token_id < ours.vocab_size:
+            return int(exported.pad_token_id)
+        _name_padding(folder, exported.eos_token)
+    return ours.eod
 
 
 def _name_padding(folder: Path, token: str) -> None:

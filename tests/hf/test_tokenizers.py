@@ -220,6 +220,23 @@ def test_an_export_pads_with_the_end_that_special_tokens_map_json_names_or_with_
     assert (exported.pad_token, exported.padding_side) == ("<|end|>", "left")
 
 
+@pytest.mark.parametrize(("named", "pads"), [("<|begin|>", "<|begin|>"), ("<|pad|>", "<|end|>")])
+def test_an_exported_model_pads_as_its_tokenizer_with_what_that_names_if_training_had_it(
+    named: str, pads: str, write_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    write_byte_level(source)
+    _rewrite(source / "tokenizer_config.json", pad_token=named)
+    config, _ = write_run("full", data={"tokenizer": str(source / "tokenizer.json")})
+    export_run(config.run_dir, tmp_path / "hf", dtype="float32")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert exported.pad_token == pads
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((tmp_path / "hf" / name).read_text())
+        assert settings["pad_token_id"] == exported.pad_token_id
+        assert settings["eos_token_id"] == exported.eos_token_id
+
+
 def test_a_tokenizer_that_transformers_cannot_load_is_named_by_the_export(tmp_path: Path) -> None:
     write_byte_level(tmp_path / "source")
     # as special_tokens_map.json has it, but not tokenizer_config.json
