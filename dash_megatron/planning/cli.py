@@ -82,7 +82,7 @@ def _plan(options: argparse.Namespace) -> None:
             "without either choices are as in trained models"
         )
     if options.top < 1:
-        raise ValueError(f"top={options.top} must be at least 1")
+        raise ValueError(f"--top {options.top} must be at least 1")
     hardware = Hardware.of(options.gpu, options.memory_gib)
     config = load_config(options.config, options.overrides)
     density = options.density

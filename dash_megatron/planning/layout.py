@@ -64,7 +64,7 @@ class Hardware:
             ValueError: the GPU is not known, or it has no memory.
         """
         if memory_gib is not None and not 0 < memory_gib < math.inf:
-            raise ValueError(f"memory_gib={memory_gib} must be a number above 0")
+            raise ValueError(f"--memory-gib {memory_gib} must be a number above 0")
         if gpu not in GPUS:
             raise ValueError(
                 f"--gpu {gpu} must be one of {', '.join(GPUS)}; take the nearest, and --profile a short run on yours"

@@ -73,7 +73,7 @@ def search(
     """
     hardware = hardware or Hardware()
     if gpus < 1:
-        raise ValueError(f"gpus={gpus} must be at least 1")
+        raise ValueError(f"--gpus {gpus} must be at least 1")
     vocab_size = vocabulary_rows(config)
     estimates = [
         estimate_step(config, layout, vocab_size, routing, hardware)
@@ -81,7 +81,7 @@ def search(
     ]
     if not estimates:
         raise ValueError(
-            f"gpus={gpus}: no tensor x context x data split keeps the rules with training.global_batch="
+            f"--gpus {gpus}: no tensor x context x data split keeps the rules with training.global_batch="
             f"{config.training.global_batch}, data.seq_length={config.data.seq_length} and model.kv_heads="
             f"{config.model.kv_heads}; change the number of GPUs or training.global_batch"
         )
@@ -89,7 +89,7 @@ def search(
     if not fitting:
         least = min(estimates, key=lambda estimate: estimate.memory.total)
         raise ValueError(
-            f"gpus={gpus}: nothing fits: the leanest layout needs {least.memory.total / 2**30:.0f} GiB a GPU, and "
+            f"--gpus {gpus}: nothing fits: the leanest layout needs {least.memory.total / 2**30:.0f} GiB a GPU, and "
             f"{hardware.budget_bytes / 2**30:.0f} of {hardware.memory_gib:.0f} GiB may be used; take more GPUs or "
             "a shorter data.seq_length"
         )

@@ -103,9 +103,10 @@ class Routing:
             value = getattr(self, name)
             if not (0 < value <= 1 or (zero and value == 0)):
                 least = "at least" if zero else "above"
-                raise ValueError(f"{name}={value} must be {least} 0 and at most 1, such as 0.1 for 10%")
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} {value} must be {least} 0 and at most 1, such as 0.1 for 10%")
         if not 1 <= self.imbalance < math.inf:
-            raise ValueError(f"imbalance={self.imbalance} must be a number of at least 1")
+            raise ValueError(f"--imbalance {self.imbalance} must be a number of at least 1")
         check_choices(self.choices)
 
 

@@ -129,7 +129,7 @@ def plan(
     """
     hardware = hardware or Hardware()
     if not 0 <= price < math.inf:
-        raise ValueError(f"price={price} must be a number of at least 0")
+        raise ValueError(f"--price {price} must be a number of at least 0")
     measured = None if profile is None else read_profile(profile, hardware)
     if measured is not None:
         hardware = dataclasses.replace(
