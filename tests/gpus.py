@@ -1,4 +1,4 @@
-"""Where processes of a test compute: on the CPU over gloo, or on two GPUs over NCCL."""
+"""Where processes of a test compute: on the CPU over gloo, or on two or four GPUs over NCCL."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 NEEDS_TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+NEEDS_FOUR_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four NVIDIA GPUs")
 
 
 def on_two_gpus(*values: Any) -> Any:

@@ -125,13 +125,17 @@ def tree(tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
     return tree_of(tiny_data, tmp_path / "run")
 
 
-def start(tree: dict[str, Any], folder: Path, name: str, program: str | None = None) -> Run:
+def start(
+    tree: dict[str, Any], folder: Path, name: str, program: str | None = None, processes: int = 2
+) -> Run:
     config = folder / f"{name}.yaml"
     config.write_text(yaml.safe_dump(tree))
     if program is not None:
         (folder / f"{name}.py").write_text(program)
     script = ROOT / "train.py" if program is None else folder / f"{name}.py"
-    launch = "from dash_megatron.launcher import launch; import sys; sys.exit(launch(sys.argv[1:], 2))"
+    launch = (
+        f"from dash_megatron.launcher import launch; import sys; sys.exit(launch(sys.argv[1:], {processes}))"
+    )
     command = [sys.executable, str(script), "--config", str(config)]
     return Run(folder, name, sys.executable, "-c", launch, *command)
 
@@ -142,10 +146,10 @@ def train(tree: dict[str, Any], folder: Path, name: str) -> str:
     return output
 
 
-def assert_ends_as(whole: str, run: str) -> None:
+def assert_ends_as(whole: str, run: str, steps: int = STEPS) -> None:
     """Losses of a run that was interrupted are those of one that was not."""
     expected, found = ({line["step"]: line for line in read_metrics(path)} for path in (whole, run))
-    assert found.keys() == expected.keys() == set(range(1, STEPS + 1))
+    assert found.keys() == expected.keys() == set(range(1, steps + 1))
     for step, line in expected.items():
         assert found[step]["loss"] == pytest.approx(line["loss"], rel=TOLERANCE), step
 
