@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 # place
 _FILES_PER_PREFIX = 5
 _FILES_PER_BLEND = 2
+# the three orders, and what they depend on
+_FILES_PER_INDEX = 4
 # Megatron numbers the parts of a blend in int16, and what is above would silently be others
 _MAX_PARTS = np.iinfo(np.int16).max
 
@@ -259,7 +261,7 @@ def _one_pass(
         rows.indices = np.empty(0, dtype=np.int32)
         return rows
 
-    made: GPTDataset = cached_index(build, folder, prefix)
+    made: GPTDataset = cached_index(build, folder, prefix, _FILES_PER_INDEX)
     return made
 
 
@@ -330,6 +332,9 @@ def _blended(
     # half a second for a million samples, and 10 bytes each
     folder = cache_dir / _digest(["blend", lengths, weights, num_samples])
     parts, rows = cached_index(
-        lambda index_folder: _blend_index(lengths, weights, num_samples, index_folder), folder, field
+        lambda index_folder: _blend_index(lengths, weights, num_samples, index_folder),
+        folder,
+        field,
+        _FILES_PER_BLEND,
     )
     return _Blend(data_sets, parts, rows)

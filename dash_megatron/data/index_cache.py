@@ -21,14 +21,16 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def cached_index(build: Callable[[str], T], folder: Path, name: str) -> T:
+def cached_index(build: Callable[[str], T], folder: Path, name: str, num_files: int) -> T:
     """What `build` makes, or reads from a folder where it made it before; collective.
 
     Args:
         build: given a folder, reads the index from there, or writes it there where it is missing; given "", makes it in memory.
         folder: whose name says all that the index depends on. It appears when the index is complete: no process sees half an index,
-            and a killed process leaves none. An index that lost its end with the machine that wrote it is made anew.
+            and a killed process leaves none. An index that lost a file, or its end with the machine that wrote it, is made anew,
+            and takes the old one's place when it is complete.
         name: of what the index is of, for the log.
+        num_files: of a whole index.
 
     Raises:
         OSError: the disk has been full, or away, for minutes.
@@ -36,13 +38,13 @@ def cached_index(build: Callable[[str], T], folder: Path, name: str) -> T:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     try:
         if not distributed or torch.distributed.get_rank() == 0:
-            return _open_or_make_index(build, folder, name)
+            return _open_or_make_index(build, folder, name, num_files)
     finally:
         if distributed:
             # in `finally`, so that an error on rank 0 does not leave the others waiting
             torch.distributed.barrier()
-    if not folder.is_dir():
-        # another node with a disk of its own
+    if not _has_all(folder, num_files):
+        # another node with a disk of its own; its processes would write all at once
         logger.warning(
             "data cache %s is not shared with rank 0: building the index of %s in memory", folder, name
         )
@@ -50,10 +52,16 @@ def cached_index(build: Callable[[str], T], folder: Path, name: str) -> T:
     return build(str(folder))
 
 
-def _open_or_make_index(build: Callable[[str], T], folder: Path, name: str) -> T:
+def _has_all(folder: Path, num_files: int) -> bool:
+    return sum(1 for _ in folder.glob("[!.]*")) >= num_files
+
+
+def _open_or_make_index(build: Callable[[str], T], folder: Path, name: str, num_files: int) -> T:
     """The index in a folder, which is made where it is not there, or not whole."""
     if folder.is_dir():
         try:
+            if not _has_all(folder, num_files):
+                raise ValueError("a file of it is missing")
             return build(str(folder))
         except (ValueError, EOFError) as error:
             logger.warning("%s, the order of the rows of %s, is damaged (%s)", folder, name, error)

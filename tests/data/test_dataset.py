@@ -177,6 +177,29 @@ def test_an_index_that_lost_its_end_is_made_anew(write_data, build, tmp_path, ca
     assert "the order of the rows of" in caplog.text
 
 
+def _lose_a_file_of_each_index(cache: Path) -> list[Path]:
+    """The files that are left."""
+    for folder in cache.iterdir():
+        sorted(folder.glob("*.npy"))[0].unlink()
+    return sorted(cache.glob("*/*"))
+
+
+def test_an_index_that_lost_a_file_is_made_anew_beside_what_others_have_mapped(write_data, build, tmp_path):
+    blend = [write_data(tmp_path / "a", numbered(0, 40)), write_data(tmp_path / "b", numbered(1, 10))]
+    first = rows_of(build(blend))
+    before = {path: path.stat().st_ino for path in (tmp_path / "cache").glob("*/*")}
+    kept = _lose_a_file_of_each_index(tmp_path / "cache")
+    held = [path.open("rb") for path in kept]
+    contents = [file.read() for file in held]
+    assert rows_of(build(blend)) == first
+    assert set((tmp_path / "cache").glob("*/*")) == set(before)
+    assert all(path.stat().st_ino != before[path] for path in kept)
+    for file, content in zip(held, contents, strict=True):
+        file.seek(0)
+        assert file.read() == content
+        file.close()
+
+
 def test_an_index_is_written_once_there_is_room(write_data, build, tmp_path, monkeypatch, caplog):
     prefix, save = write_data(tmp_path / "a", numbered(0, 40)), np.save
 
@@ -190,6 +213,17 @@ def test_an_index_is_written_once_there_is_room(write_data, build, tmp_path, mon
         r"cannot write \S+/cache/\w{32}: disk full: 1320 requested .* bytes are free", caplog.text
     )
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def _damaged_index(folder, rank, prefix, tokenizer):
+    return build_dataset(
+        [f"3 {prefix}", f"1 {prefix}"],
+        seq_length=SEQ_LENGTH,
+        num_samples=30,
+        seed=3,
+        tokenizer=tokenizer,
+        cache_dir=Path(folder) / f"damaged_{rank}",
+    )
 
 
 def _build_on_rank(rank, folder, prefix, tokenizer, results):
@@ -213,13 +247,17 @@ def _build_on_rank(rank, folder, prefix, tokenizer, results):
         tokenizer=tokenizer,
         cache_dir=Path(folder) / f"{rank}",
     )
-    results.put((rank, rows_of(dataset), rows_of(alone)))
+    # rank 1's disk has an index that lost a file, and rank 0's has none
+    damaged = _damaged_index(folder, rank, prefix, tokenizer)
+    results.put((rank, rows_of(dataset), rows_of(alone), rows_of(damaged)))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_that_build_at_once_see_the_same_rows(write_data, tokenizer, tmp_path):
     prefix = write_data(tmp_path / "a", numbered(0, 40))
+    _damaged_index(tmp_path, 1, prefix, tokenizer)
+    left = _lose_a_file_of_each_index(tmp_path / "damaged_1")
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     ranks = [
@@ -235,6 +273,7 @@ def test_two_ranks_that_build_at_once_see_the_same_rows(write_data, tokenizer, t
         rank.join(timeout=60)
         assert rank.exitcode == 0
     assert seen[0] == seen[1]
+    assert sorted((tmp_path / "damaged_1").glob("*/*")) == left, "only rank 0 writes"
 
 
 def test_a_missing_file_is_named(write_data, build, tmp_path):
