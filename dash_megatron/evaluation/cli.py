@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dash_megatron.config import RopeScaling
+    from dash_megatron.config import Config, RopeScaling
     from dash_megatron.evaluation.settings import Settings
 
 
@@ -69,10 +69,15 @@ def _integers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers, such as 4096,16384") from None
 
 
-def check_arguments(arguments: Sequence[str]) -> None:
+def check_arguments(arguments: Sequence[str], config: Config | None = None) -> None:
     """Refuse arguments, without SOURCE, that `evaluate` would refuse before it opens anything.
 
+    Args:
+        arguments: as they are typed.
+        config: of a run that is to be evaluated: also refuse what `evaluate` would before it reads the weights.
+
     Raises:
+        FileNotFoundError: see `check_run`.
         ValueError: an unknown or malformed argument, or one that breaks a rule.
     """
     parser = argparse.ArgumentParser(prog="evaluate", add_help=False)
@@ -83,7 +88,12 @@ def check_arguments(arguments: Sequence[str]) -> None:
             options = parser.parse_args(["RUN_DIR", *arguments])
     except SystemExit:
         raise ValueError(told.getvalue().strip().splitlines()[-1]) from None
-    _read(options)
+    settings, rope_scaling = _read(options)
+    if config is not None:
+        # imported late: it brings torch
+        from dash_megatron.evaluation.source import check_run
+
+        check_run(config, settings, rope_scaling=rope_scaling, text=options.text, data=options.data)
 
 
 def _read(options: argparse.Namespace) -> tuple[Settings, RopeScaling | None]:

@@ -214,8 +214,18 @@ def describe_source(
         longest = json.loads((folder / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
         return ModelSource(folder, None, _tokenizer_of(folder), int(longest), [])
     config, step = stored_config(folder, step)
+    return describe_run(folder, config, stored_tokenizer(config, step), step, rope_scaling)
+
+
+def describe_run(
+    folder: Path,
+    config: Config,
+    tokenizer: Tokenizer,
+    step: int | None = None,
+    rope_scaling: RopeScaling | None = None,
+) -> ModelSource:
+    """Say the same of a run by its config, whether or not it is trained."""
     _with_rope(config, rope_scaling)
-    tokenizer = stored_tokenizer(config, step)
     return ModelSource(folder, step, tokenizer, config.data.seq_length, blend_prefixes(config.data.valid))
 
 

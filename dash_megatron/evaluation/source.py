@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dash_megatron.config import RopeScaling
-from dash_megatron.evaluation.models import ModelSource, describe_source, open_model
+from dash_megatron.config import Config, RopeScaling
+from dash_megatron.data.tokenizer import load_tokenizer
+from dash_megatron.evaluation.models import ModelSource, describe_run, describe_source, open_model
 from dash_megatron.evaluation.pictures import draw
 from dash_megatron.evaluation.runner import RESULTS, check_samples, evaluate
 from dash_megatron.evaluation.settings import Settings
@@ -48,22 +49,46 @@ def evaluate_source(
         ValueError: an argument breaks a rule, see `Settings`, `open_model`, `LocalText` and `evaluate`; or another process
             evaluates into the folder.
     """
-    if text is not None and data:
-        raise ValueError("--text and --data exclude each other; give one")
     # all that can be wrong with the arguments is told before weights are read, which may take minutes
     known = describe_source(source, step, rope_scaling)
-    if not settings.lengths:
-        whole = known.trained_length
-        settings = replace(settings, lengths=(whole // 4, whole // 2, whole), only_fitting=True)
     folder = Path(output) if output else _default_output(known, rope_scaling)
     _check_output(folder)
-    found = _open_text(known, max(settings.lengths), text, data)
-    check_samples(settings, known, found)
+    settings, found = _prepared(known, settings, text, data)
     with _only_one(folder), open_model(source, step, rope_scaling) as model:
         results = evaluate(model, found, settings, folder, lambda line: print(line, flush=True))
     for path in draw(results, folder):
         print(path)
     return folder / RESULTS
+
+
+def check_run(
+    config: Config,
+    settings: Settings,
+    *,
+    rope_scaling: RopeScaling | None = None,
+    text: str | None = None,
+    data: Sequence[str] = (),
+) -> None:
+    """Refuse of a run that is not trained yet what `evaluate_source` would refuse of it before its weights are read.
+
+    Raises:
+        FileNotFoundError: the tokenizer or the text is not there, or not yet.
+        ValueError: an argument breaks a rule; see `evaluate_source`.
+    """
+    tokenizer = load_tokenizer(config.data)
+    _prepared(describe_run(Path(config.run_dir), config, tokenizer, None, rope_scaling), settings, text, data)
+
+
+def _prepared(
+    known: ModelSource, settings: Settings, text: str | None, data: Sequence[str]
+) -> tuple[Settings, LocalText]:
+    """The settings with lengths, and the text, of which all samples can be made."""
+    if not settings.lengths:
+        whole = known.trained_length
+        settings = replace(settings, lengths=(whole // 4, whole // 2, whole), only_fitting=True)
+    found = _open_text(known, max(settings.lengths), text, data)
+    check_samples(settings, known, found)
+    return settings, found
 
 
 @contextlib.contextmanager
@@ -92,6 +117,8 @@ def _check_output(folder: Path) -> None:
 
 
 def _open_text(known: ModelSource, longest: int, text: str | None, data: Sequence[str]) -> LocalText:
+    if text is not None and data:
+        raise ValueError("--text and --data exclude each other; give one")
     num_tokens = tokens_for_lines(longest)
     if text is not None:
         return LocalText.from_file(text, known.tokenizer, num_tokens)

@@ -10,7 +10,7 @@ from typing import Any
 from dash_megatron.planning.baseline_times import BASELINES, NOTE
 from dash_megatron.planning.table import table
 from dash_megatron.studies.cost import mean_context
-from dash_megatron.studies.runs import StudyRun, expand
+from dash_megatron.studies.runs import StudyRun, check_samples, expand
 from dash_megatron.studies.study_file import Study, check_evaluations, load_study
 
 COLUMNS = (
@@ -27,6 +27,7 @@ def plan_study(path: str | Path, as_json: bool = False) -> str:
     study = load_study(path)
     check_evaluations(study)
     runs = expand(study)
+    check_samples((study, run) for run in runs)
     if as_json:
         document = {
             "study": str(path),

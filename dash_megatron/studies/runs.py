@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -15,6 +16,7 @@ from dash_megatron.config import Config, config_from_dict
 from dash_megatron.config.flops import parameter_count
 from dash_megatron.config.loading import read_yaml, set_key
 from dash_megatron.data.vocabulary import vocabulary_rows
+from dash_megatron.evaluation.cli import check_arguments
 from dash_megatron.planning.baseline_times import BASELINES, density_of_lists
 from dash_megatron.planning.step_time import Routing
 from dash_megatron.studies.cost import Cost, curriculum_context, estimate_cost, flops_per_token, mean_context
@@ -92,6 +94,27 @@ def expand(study: Study) -> list[StudyRun]:
 def evaluations(study: Study, run: StudyRun) -> dict[str, str]:
     """Arguments of the evaluations of a run, by name."""
     return study.branches.evaluate if study.branches and run.base else study.evaluate
+
+
+def check_samples(runs: Iterable[tuple[Study, StudyRun]]) -> None:
+    """Refuse evaluations, such as of lengths too short for a task, that would be found wrong only once a run is trained.
+
+    Those of data that is not made yet are left to the end of training.
+    """
+    known = set()
+    for study, run in runs:
+        place, data = "branches.evaluate" if run.base else "evaluate", run.config.data
+        for name, arguments in evaluations(study, run).items():
+            facts = (arguments, data.tokenizer, data.valid, data.seq_length)
+            if data.tokenizer is None or facts in known:
+                continue
+            known.add(facts)
+            try:
+                check_arguments(shlex.split(arguments), run.config)
+            except FileNotFoundError:
+                continue
+            except ValueError as error:
+                raise StudyError(f"run {run.name}: {place}.{name}={arguments!r}: {error}") from error
 
 
 def _twin(study: Study, recipe: _Recipe, run: StudyRun, twin: str | dict[str, Any]) -> _Recipe:

@@ -22,7 +22,7 @@ from dash_megatron.studies.jobs import (
     with_bases,
 )
 from dash_megatron.studies.local import LocalRuns, environments, repository_script, train_command
-from dash_megatron.studies.runs import evaluations
+from dash_megatron.studies.runs import check_samples, evaluations
 from dash_megatron.studies.study_file import Study, StudyError, check_evaluations, load_study
 
 
@@ -107,6 +107,7 @@ def _jobs(studies: dict[str, Study], only: Sequence[str], processes: int, in_arr
         check_same(job.run)
         if not in_array:
             job.run.config.accumulation_steps(processes)
+    check_samples((job.study, job.run) for job in jobs if job.evaluations)
     return jobs
 
 

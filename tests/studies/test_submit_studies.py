@@ -141,6 +141,48 @@ def test_a_wrong_evaluation_is_told_before_anything_is_trained(
     assert not (path.parent / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["plan", "submit"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--tasks copy --lengths 128,64", "task copy: --lengths 64 must be at least 80"),
+        ("--tasks needle --lengths 64", "task needle: --lengths 64 must be at least"),
+        ("--tasks perplexity --lengths 100000", "needs documents of 100001 tokens"),
+        ("--tasks copy --text a.txt --data b", "--text and --data exclude each other"),
+    ],
+)
+def test_an_evaluation_that_the_data_cannot_have_is_told_before_anything_is_trained(
+    arguments: str,
+    message: str,
+    command: str,
+    write_study: Write,
+    tiny_data: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = {
+        "data.tokenizer": str(tiny_data / "tokenizer.model"),
+        "data.train": [str(tiny_data / "train")],
+        "data.valid": [str(tiny_data / "valid")],
+    }
+    fits = "--tasks copy,perplexity --lengths 128"
+    path = write_study(overrides=data, twins=["full"], evaluate={"fits": fits, "all": arguments})
+    assert main(["study", command, str(path)]) == 2
+    told = capsys.readouterr().err
+    assert f"run dash: evaluate.all='{arguments}': " in told
+    assert message in told
+    assert not (path.parent / "out").exists()
+
+
+def test_an_evaluation_of_data_that_is_not_made_yet_is_planned(
+    write_study: Write, tiny_data: Path, tmp_path: Path
+) -> None:
+    arguments = {"all": "--tasks copy --lengths 64"}
+    for tokenizer in (tmp_path / "none.model", tiny_data / "tokenizer.model"):
+        data = {"data.tokenizer": str(tokenizer), "data.train": ["none"], "data.valid": ["none"]}
+        path = write_study(overrides=data, evaluate=arguments)
+        assert main(["study", "plan", str(path)]) == 0
+
+
 def test_several_studies_wait_in_one_queue_in_the_order_asked_for(
     write_study: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
