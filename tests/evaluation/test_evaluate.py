@@ -44,6 +44,13 @@ def text(tiny_data: Path, tokenizer: Tokenizer) -> LocalText:
     return LocalText.from_data([str(tiny_data / "train")], tokenizer, 8 * LENGTH)
 
 
+@pytest.fixture
+def run(write_run: Callable[..., Any]) -> Path:
+    """The folder of a run with random weights, which selects chunks."""
+    config, _ = write_run("dash")
+    return Path(config.run_dir)
+
+
 def solve(name: str, sample: Sample, prompt: str) -> list[str]:
     """Answer from the prompt alone."""
     if name.startswith(("needle", "niah")):
@@ -130,19 +137,18 @@ def evaluate(source: Path, output: Path, *arguments: str) -> dict[str, Any]:
 @pytest.mark.parametrize("score", ["answer", "generate"])
 def test_a_run_and_its_export_get_the_same_numbers(
     score: str,
-    write_run: Callable[..., Any],
+    run: Path,
     tiny_data: Path,
     tmp_path: Path,
 ) -> None:
-    config, _ = write_run("dash")
-    export_run(config.run_dir, tmp_path / "out", dtype="float32")
+    export_run(run, tmp_path / "out", dtype="float32")
     tasks = ("perplexity", "needle", "copy")
     # needles need the longer length alone, which documents do not have
     words = tmp_path / "words.txt"
     words.write_text("".join(path.read_text() + "\n" for path in sorted(tiny_data.glob("documents/01*.txt"))))
     arguments = ["--tasks", ",".join(tasks), "--lengths", "640", "--samples", "2", "--depths", "2"]
     arguments += ["--score", score, "--text", str(words)]
-    ours = evaluate(Path(config.run_dir), tmp_path / "ours", *arguments)
+    ours = evaluate(run, tmp_path / "ours", *arguments)
     theirs = evaluate(tmp_path / "out", tmp_path / "theirs", *arguments)
     assert ours["model"]["fingerprint"] != theirs["model"]["fingerprint"]
     for task in tasks:
@@ -166,15 +172,14 @@ def test_a_run_and_its_export_get_the_same_numbers(
 
 
 def test_losses_of_documents_are_those_of_each_document_alone(
-    write_run: Callable[..., Any], tiny_data: Path, tmp_path: Path, tokenizer: Tokenizer
+    run: Path, tiny_data: Path, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    config, _ = write_run("dash")
     arguments = ["--tasks", "documents", "--lengths", "100", "--samples", "40", "--batch-tokens", "250"]
-    found = evaluate(Path(config.run_dir), tmp_path / "out", *arguments)["tasks"]["documents"]["100"]
+    found = evaluate(run, tmp_path / "out", *arguments)["tasks"]["documents"]["100"]
     lines = [json.loads(line) for line in (tmp_path / "out" / "documents.jsonl").read_text().splitlines()]
     assert len({line["index"] for line in lines}) == 40
     documents = LocalText.from_data([str(tiny_data / "valid")], tokenizer, 1).documents
-    with open_model(config.run_dir) as model:
+    with open_model(run) as model:
         for line in lines:
             ids = torch.tensor(documents[line["index"]][:101].tolist())[None]
             losses = model.losses(ids)[0].double()
@@ -194,11 +199,10 @@ def test_losses_of_documents_are_those_of_each_document_alone(
 
 
 def test_windows_say_which_document_they_are_of(
-    write_run: Callable[..., Any], tiny_data: Path, tmp_path: Path, tokenizer: Tokenizer
+    run: Path, tiny_data: Path, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    config, _ = write_run("dash")
     arguments = ["--tasks", "perplexity", "--lengths", "50", "--samples", "30"]
-    evaluate(Path(config.run_dir), tmp_path / "out", *arguments)
+    evaluate(run, tmp_path / "out", *arguments)
     lines = [json.loads(line) for line in (tmp_path / "out" / "perplexity.jsonl").read_text().splitlines()]
     text = LocalText.from_data([str(tiny_data / "valid")], tokenizer, 1)
     windows = text.windows(50, 30, 0)
@@ -210,29 +214,28 @@ def test_windows_say_which_document_they_are_of(
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(
-    write_run: Callable[..., Any],
+    run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config, _ = write_run("dash")
     arguments = ["--tasks", "perplexity,copy", "--lengths", "100", "--samples", "3"]
-    whole = evaluate(Path(config.run_dir), tmp_path / "out", *arguments)
+    whole = evaluate(run, tmp_path / "out", *arguments)
     # a kill in the middle of the third line
     path = tmp_path / "out" / "copy.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:2]) + lines[2][:20])
     (tmp_path / "out" / "results.json").unlink()
     capsys.readouterr()
-    assert evaluate(Path(config.run_dir), tmp_path / "out", *arguments) == whole
+    assert evaluate(run, tmp_path / "out", *arguments) == whole
     printed = capsys.readouterr().out
     assert "(0 of 3 computed" in printed
     assert "(1 of 3 computed" in printed
     assert path.read_text().splitlines(keepends=True) == lines
     path.write_text("".join(["{damaged\n", *lines[1:]]))
-    assert evaluate(Path(config.run_dir), tmp_path / "out", *arguments) == whole
+    assert evaluate(run, tmp_path / "out", *arguments) == whole
     assert path.read_text().splitlines(keepends=True) == ["{damaged\n", *lines[1:], lines[0]]
     path.write_text("".join(lines))
-    evaluate(Path(config.run_dir), tmp_path / "out", *arguments, "--seed", "1")
+    evaluate(run, tmp_path / "out", *arguments, "--seed", "1")
     assert len(path.read_text().splitlines()) == 6  # of other settings, beside the old ones
 
 
@@ -276,42 +279,40 @@ def test_what_is_wrong_with_a_task_at_any_length_is_an_error_beside_others_that_
 
 
 def test_a_second_evaluation_into_a_folder_is_refused_while_the_first_is_at_work(
-    write_run: Callable[..., Any],
+    run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config, _ = write_run("dash")
     arguments = ["--tasks", "perplexity", "--lengths", "100", "--samples", "3"]
     load, codes = models.load_weights, []
 
     def load_after_another_began(*places: Any) -> Any:
-        codes.append(main(["evaluate", config.run_dir, "--output", str(tmp_path / "out"), *arguments]))
+        codes.append(main(["evaluate", str(run), "--output", str(tmp_path / "out"), *arguments]))
         return load(*places)
 
     monkeypatch.setattr(models, "load_weights", load_after_another_began)
-    whole = evaluate(Path(config.run_dir), tmp_path / "out", *arguments)
+    whole = evaluate(run, tmp_path / "out", *arguments)
     assert codes == [2]
     told = f"error: process {os.getpid()} on {socket.gethostname()} evaluates into {tmp_path / 'out'}; wait for it"
     assert told in capsys.readouterr().err
     monkeypatch.undo()
-    assert evaluate(Path(config.run_dir), tmp_path / "out", *arguments) == whole
+    assert evaluate(run, tmp_path / "out", *arguments) == whole
 
 
 def test_results_of_a_diverged_model_are_strict_json_and_are_read_again(
-    write_run: Callable[..., Any],
+    run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     logits = RunModel.logits
     monkeypatch.setattr(RunModel, "logits", lambda model, hidden: logits(model, hidden) * math.nan)
-    config, _ = write_run("dash")
     arguments = ["--tasks", "perplexity,copy", "--lengths", "100", "--samples", "2"]
-    first = evaluate(Path(config.run_dir), tmp_path / "out", *arguments)
+    first = evaluate(run, tmp_path / "out", *arguments)
     assert first["tasks"]["perplexity"]["100"]["nll"] is None
     assert first["tasks"]["copy"]["100"]["nll"] is None
-    assert evaluate(Path(config.run_dir), tmp_path / "out", *arguments) == first
+    assert evaluate(run, tmp_path / "out", *arguments) == first
     assert capsys.readouterr().out.count("(0 of 2 computed") == 2
     for path in (tmp_path / "out").glob("*.json*"):
         assert "NaN" not in path.read_text()
@@ -363,28 +364,26 @@ def test_a_stretched_rope_scores_as_a_run_with_it_in_its_own_folder(
 def test_what_cannot_work_is_told(
     arguments: list[str],
     message: str,
-    write_run: Callable[..., Any],
+    run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config, _ = write_run("dash")
     # told before weights are read, which takes minutes where they are large
     monkeypatch.setattr(models, "load_weights", None)
-    assert main(["evaluate", config.run_dir, "--output", str(tmp_path / "out"), *arguments]) == 2
+    assert main(["evaluate", str(run), "--output", str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_a_path_to_the_wrong_kind_of_thing_is_told(
-    write_run: Callable[..., Any],
+    run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config, _ = write_run("dash")
     monkeypatch.setattr(models, "load_weights", None)
-    arguments = ["evaluate", config.run_dir, "--tasks", "copy", "--lengths", "100", "--samples", "1"]
+    arguments = ["evaluate", str(run), "--tasks", "copy", "--lengths", "100", "--samples", "1"]
     (tmp_path / "a_file").touch()
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "text.gz").write_bytes(gzip.compress(b"text"))
@@ -410,16 +409,15 @@ def test_a_path_to_the_wrong_kind_of_thing_is_told(
 
 
 def test_lm_eval_scores_local_tasks_on_an_export_as_transformers_does(
-    write_run: Callable[..., Any],
+    run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed (docs/evaluation.md)")
     from lm_eval.tasks import TaskManager
 
-    config, _ = write_run("dash")
     folder = tmp_path / "out"
-    export_run(config.run_dir, folder, dtype="float32")
+    export_run(run, folder, dtype="float32")
     monkeypatch.chdir(ROOT)  # the tasks' data are named from there
     # left by the training model; accelerate would look for peers
     monkeypatch.delenv("LOCAL_RANK", raising=False)
