@@ -262,7 +262,7 @@ def test_the_layouts_of_the_long_configs_fit_with_room_to_spare(name: str) -> No
     ("setting", "value"), [("density", 0.0), ("density", 1.1), ("locality", -0.1), ("imbalance", 0.5)]
 )
 def test_routing_out_of_range_is_an_error(setting: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"{setting}={value}"):
+    with pytest.raises(ValueError, match=f"--{setting} {value} must be"):
         Routing(**{setting: value})
 
 
