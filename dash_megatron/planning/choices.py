@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -51,6 +52,7 @@ POOLS = {1: ("d11", "d25"), 16: ("d11_c32_w4m16g", "d25_c32_w4m16g")}
 """Which of them have which `attention.query_pool`."""
 
 
+@functools.lru_cache
 def _trained_ratio(density: float, tile_tokens: int, query_pool: int) -> float:
     """Straight lines in the logarithms of density, tile and pool; below the measured densities as at the least of them."""
     by_pool = []

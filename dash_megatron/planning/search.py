@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 from dash_megatron.config import Config
@@ -54,13 +55,14 @@ def candidates(config: Config, gpus: int, hardware: Hardware) -> Iterator[Layout
         if gpus % (tensor * context):
             continue
         exchanges = EXCHANGES if context > 1 else EXCHANGES[:1]
-        for stage, kind, recompute, sequence in product((1, 2, 3), exchanges, RECOMPUTE, (False, True)):
+        for stage, kind, sequence in product((1, 2, 3), exchanges, (False, True)):
             if sequence and tensor == 1:
                 continue
-            layout = Layout(tensor, context, gpus // (tensor * context), stage, kind, recompute, sequence)
+            layout = Layout(tensor, context, gpus // (tensor * context), stage, kind, "none", sequence)
             with contextlib.suppress(ValueError):
                 with_layout(config, layout)
-                yield layout
+                # no rule asks what is recomputed
+                yield from (replace(layout, recompute=recompute) for recompute in RECOMPUTE)
 
 
 def search(

@@ -1,13 +1,15 @@
 """Layouts, links and the search."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
 
 from dash_megatron.config import Config, load_config
+from dash_megatron.planning import search as search_module
 from dash_megatron.planning.layout import Group, Hardware, Layout, Recompute, groups, with_layout
 from dash_megatron.planning.memory import MemoryUse, memory_use, rank_parameters
 from dash_megatron.planning.search import (
@@ -101,6 +103,24 @@ def test_found_layouts_keep_the_configs_own_rules_and_the_memory(config: Config,
             CONFIGS / "8b_128k.yaml",
             [f"parallel.tensor={tensor}", f"parallel.context={context}", f"parallel.context_comm={kind}"],
         )
+
+
+def test_a_split_is_checked_once_for_all_that_may_be_recomputed_on_which_no_rule_depends(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = []
+
+    def check(config: Config, layout: Layout) -> Config:
+        checked.append(replace(layout, recompute="none"))
+        return with_layout(config, layout)
+
+    monkeypatch.setattr(search_module, "with_layout", check)
+    found = set(candidates(config, 16, Hardware()))
+    assert len(set(checked)) == len(checked) > len(found) / len(RECOMPUTE) > 0
+    for split, recompute in product(checked, RECOMPUTE):
+        layout = replace(split, recompute=recompute)
+        with nullcontext() if layout in found else pytest.raises(ValueError, match="must"):
+            with_layout(config, layout)
 
 
 def test_less_memory_leaves_fewer_layouts_and_at_last_none(config: Config) -> None:
