@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from docs.tools import scaling
-from docs.tools.scaling import fill_in, sparse_ratio
+from docs.tools.scaling import Extent, fill_in, sparse_ratio
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,6 +16,13 @@ def test_the_quick_tables_of_the_page_are_current() -> None:
     assert fill_in(page, names) == page, "run `python -m docs.tools.scaling --output docs/`"
     with pytest.raises(ValueError, match="begin steps"):
         fill_in("", ["steps"])
+
+
+def test_a_row_of_the_tables_of_routers_and_of_layouts_is_current() -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text().splitlines()
+    extent = Extent(("512K",), densities=(0.25,), table_gpus=(64,), table_densities=(0.1,))
+    for table in (scaling.router_table, scaling.layout_table):
+        assert table(extent).splitlines()[-1] in page, "run `python -m docs.tools.scaling --output docs/`"
 
 
 def test_sparse_saves_nothing_without_locality() -> None:
