@@ -132,29 +132,57 @@ def _init_tensor(self: Any, handle: Any, type: Any) -> None:
 
 
 def _broadcast(plain: Any) -> Any:
+    shapes: dict[Any, Any] = {}
+
     def broadcast(self: Any, lhs: Any, rhs: Any) -> Any:
         a, b = lhs.type, rhs.type
         if a.is_block() == b.is_block() and (not a.is_block() or a.shape.values == b.shape.values):
             return lhs, rhs
-        return plain(self, lhs, rhs)
+        key = a.name, b.name
+        if key not in shapes:
+            shapes[key] = [x.type for x in plain(self, lhs, rhs)]
+        return [_stretch(x, wanted) for x, wanted in zip((lhs, rhs), shapes[key], strict=True)]
 
     return broadcast
 
 
+def _stretch(x: Any, wanted: Any) -> Any:
+    """A tensor of the wanted type: its own, or with its memory for all that repeats along an axis."""
+    if x.type.name == wanted.name:
+        return x
+    data, shape = x.handle.data, wanted.shape.values
+    if not x.type.is_block():
+        data = data.astype(interpreter._get_np_dtype(x.dtype), copy=False).reshape(())
+    if data.flags.c_contiguous:
+        missing = len(shape) - data.ndim
+        steps = zip(data.strides, data.shape, shape[missing:], strict=True)
+        strides = [0] * missing + [step if size == whole else 0 for step, size, whole in steps]
+        data = np.ndarray(shape, data.dtype, data, strides=strides)
+    else:
+        data = np.broadcast_to(data, shape)
+    return tl.core.tensor(interpreter.TensorHandle(data, x.dtype), wanted)
+
+
 def _of_one_type(plain: Any) -> Any:
-    """Numbers of one type are computed with in that type, except for divisions of short floats."""
+    """Numbers of one type are computed with in that type, except for divisions of short floats; constants are made once."""
+    constants: dict[Any, Any] = {}
 
     def check(
         self: Any, lhs: Any, rhs: Any, lhs_ptr: bool = False, rhs_ptr: bool = False,
         arithmetic_check: bool = True, div_or_mod: bool = False,
     ) -> Any:  # fmt: skip
-        if (
-            not div_or_mod
-            and type(lhs) is type(rhs) is tl.core.tensor
-            and lhs.dtype.name == rhs.dtype.name
-            and not lhs.dtype.is_ptr()
-        ):
-            return self.broadcast_impl_value(lhs, rhs)
+        if type(lhs) is type(rhs) is tl.core.tensor:
+            if not div_or_mod and lhs.dtype.name == rhs.dtype.name and not lhs.dtype.is_ptr():
+                return self.broadcast_impl_value(lhs, rhs)
+        elif type(lhs) is tl.core.tensor and type(rhs) in (int, float):
+            key = lhs.type.name, type(rhs), rhs, lhs_ptr, arithmetic_check, div_or_mod
+            if key in constants:
+                return lhs, constants[key]
+            same, constant = plain(self, lhs, rhs, lhs_ptr, rhs_ptr, arithmetic_check, div_or_mod)
+            if same is lhs:
+                constant.handle.data.flags.writeable = False
+                constants[key] = constant
+            return same, constant
         return plain(self, lhs, rhs, lhs_ptr, rhs_ptr, arithmetic_check, div_or_mod)
 
     return check
