@@ -24,7 +24,7 @@ import pytest
 # before torch is imported anywhere: tests share two cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.tiny import make_tiny_chats, make_tiny_data, tiny_tree
+from tests.tiny import FORKED_WITH, make_tiny_chats, make_tiny_data, tiny_tree
 
 # whatever the machine has; DeepSpeed's choice would be inherited from a test that had a GPU
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -123,7 +123,7 @@ def _context(cuda: bool) -> multiprocessing.context.BaseContext:
     if cuda:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dash_megatron.training.trainer", "torch.distributed"])
+    context.set_forkserver_preload(FORKED_WITH)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in NO_GPU.items():
             patch.setenv(name, value)

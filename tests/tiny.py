@@ -25,6 +25,10 @@ WORDS = [
     "key",
 ]
 
+# processes are forked from one that has imported what a run does, before its engine is made and then
+FORKED_WITH = ["dash_megatron.training.trainer", "torch.distributed", "torch._dynamo"]
+FORKED_WITH += ["deepspeed.module_inject.auto_ep_layer"]
+
 
 def make_tiny_data(folder: Path) -> Path:
     """Fill a folder with tokenizer.model and train/valid .bin/.idx of 1500 random documents, a few to 300 tokens long."""

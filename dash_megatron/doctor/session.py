@@ -12,10 +12,15 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from dash_megatron.config import Config, ParallelConfig
-from dash_megatron.parallel import Launch, destroy_model_groups, join_processes, make_model_groups
+from dash_megatron.parallel import (
+    Launch,
+    destroy_model_groups,
+    forget_model_groups,
+    join_processes,
+    make_model_groups,
+)
 
 # A collective of a check whose partner failed ends after this.
 COLLECTIVE_TIMEOUT_SECONDS = 180.0
@@ -105,7 +110,7 @@ class Session:
             yield
         except BaseException:
             # other processes may be in the middle of a collective: the groups cannot be left in good order
-            parallel_state.destroy_model_parallel()
+            forget_model_groups()
             raise
         # models hold groups, and groups hold threads and memory of the GPU
         gc.collect()

@@ -1,5 +1,7 @@
 """Process groups: how this process was launched, and the groups Megatron-core makes of all of them."""
 
+# before any other file imports Megatron-core
+import dash_megatron.parallel.libraries  # noqa: F401
 from dash_megatron.parallel.gradient_groups import GradientGroups
 from dash_megatron.parallel.groups import (
     context_parallel_group,
@@ -7,6 +9,7 @@ from dash_megatron.parallel.groups import (
     data_rank,
     destroy_model_groups,
     destroy_process_groups,
+    forget_model_groups,
     gradient_group,
     init_process_groups,
     join_processes,
@@ -23,6 +26,7 @@ __all__ = [
     "data_rank",
     "destroy_model_groups",
     "destroy_process_groups",
+    "forget_model_groups",
     "gradient_group",
     "init_process_groups",
     "join_processes",

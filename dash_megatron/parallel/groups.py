@@ -135,6 +135,11 @@ def destroy_model_groups() -> None:
     """Destroy Megatron's groups alone, so that those of another layout can be made; collective."""
     for group in (parallel_state._global_process_group_list or [])[1:]:  # the first is that of all processes
         dist.destroy_process_group(group)
+    forget_model_groups()
+
+
+def forget_model_groups() -> None:
+    """Let others take the place of Megatron's groups, which stay as they are; not collective."""
     parallel_state.destroy_model_parallel()
 
 

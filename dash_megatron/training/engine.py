@@ -31,6 +31,11 @@ from dash_megatron.config import Config, ZeroConfig
 from dash_megatron.layers.core_attention import MAX_LOG_FACTOR
 from dash_megatron.ops.adamw import adamw_step
 from dash_megatron.parallel import GradientGroups, gradient_group
+from dash_megatron.parallel.libraries import without_compiler
+
+with without_compiler():
+    # ZeRO would, when a run starts
+    import deepspeed.runtime.zero.muon.muon_optimizer
 
 # Empty, so that DeepSpeed does not compile its shared-memory reduction when it starts: that serves inference only, and
 # needs a C++ compiler and ninja where training needs neither.

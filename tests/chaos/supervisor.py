@@ -21,13 +21,13 @@ import yaml
 
 from dash_megatron.exit_codes import ExitCode
 from tests.chaos.faults import EVERY, LAYOUTS, RANKS, STEPS, Fault, harm_checkpoint, harm_data, install
+from tests.tiny import FORKED_WITH
 
 SECONDS_PER_START = 180.0
 MOST_STARTS = 6
 HANG_MINUTES = 0.25
-# processes are forked from one that has imported what takes seconds
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["dash_megatron.training.trainer", "torch.distributed"])
+CONTEXT.set_forkserver_preload(FORKED_WITH)
 
 # what a line of metrics.jsonl says of training rather than of the clock
 EXACT = (

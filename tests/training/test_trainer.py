@@ -112,11 +112,16 @@ def test_train_alone_leaves_config_metrics_tensorboard_checkpoint(
 def test_training_on_cpu_compiles_nothing(config_file: str, tmp_path: Path) -> None:
     result = start(
         ["--config", config_file, "training.steps=1"],
+        ("-X", "importtime"),
         PATH=str(tmp_path),  # no compiler, no ninja, no git
         TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"),
     )
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "extensions").exists()
+    # nor does it wait for the import of what could
+    imported = re.findall(r"^import time:.* (\S+)$", result.stderr, re.MULTILINE)
+    assert "deepspeed.runtime.zero.muon.muon_optimizer" in imported
+    assert not {"torch._inductor.compile_fx", "functorch.compile", "wandb.sdk"} & set(imported)
 
 
 def test_torchrun_starts_two_processes_that_train_as_one(
