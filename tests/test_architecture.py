@@ -54,9 +54,12 @@ def test_no_private_name_is_imported_from_another_module() -> None:
     assert not private
 
 
-def test_no_command_needs_torch_to_tell_its_arguments() -> None:
+def test_no_command_needs_torch_to_tell_its_arguments_or_to_plan() -> None:
     code = "import dash_megatron.__main__ as door, sys; door._parser(); print(*sys.modules)"
+    code += "; import dash_megatron.planning.table; print(*sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    loaded = set(told.stdout.split())
-    assert "dash_megatron.studies.cli" in loaded
-    assert not loaded & {"torch", "numpy", "matplotlib", "transformers", "megatron", "deepspeed"}
+    arguments, plan = map(set, map(str.split, told.stdout.splitlines()))
+    assert "dash_megatron.studies.cli" in arguments
+    heavy = {"torch", "matplotlib", "transformers", "megatron", "deepspeed"}
+    assert not arguments & (heavy | {"numpy"})
+    assert not plan & heavy

@@ -23,6 +23,8 @@ def matmul_parameters(config: Config, vocab_size: int) -> int:
 
 def routing_rows(config: Config) -> int:
     """Rows of the router's own projections in all layers."""
+    if not config.attention.router_projections:
+        return 0
     model = config.model
     layers = sum(config.attention.has_router_projections(layer) for layer in range(model.layers))
     return layers * 2 * model.kv_heads * model.channels_per_head

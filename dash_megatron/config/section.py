@@ -49,8 +49,9 @@ def _truth_in(value: Any) -> bool | None:
     """The first true or false that a value is, or holds as an entry or a key."""
     if isinstance(value, bool):
         return value
-    entries = [*value, *value.values()] if isinstance(value, dict) else value
-    found = map(_truth_in, entries if isinstance(entries, list | tuple) else ())
+    if not isinstance(value, dict | list | tuple):
+        return None
+    found = map(_truth_in, [*value, *value.values()] if isinstance(value, dict) else value)
     return next((truth for truth in found if truth is not None), None)
 
 

@@ -10,7 +10,6 @@ from dash_megatron.config import load_config
 from dash_megatron.planning.layout import Hardware
 from dash_megatron.planning.search import estimate_configured
 from dash_megatron.planning.step_time import Routing
-from dash_megatron.training.metrics import read_metrics
 
 # The first logged line has compilation in it.
 MIN_LINES = 3
@@ -64,6 +63,9 @@ def read_profile(run_dir: str | Path, hardware: Hardware) -> Profile:
         FileNotFoundError: the folder has no run.
         ValueError: it has logged too little, or by an older release, or trained on CPUs.
     """
+    # imports torch, which nothing else of a plan needs
+    from dash_megatron.training.metrics import read_metrics
+
     lines = read_metrics(run_dir)
     if len(lines) < MIN_LINES or "processes" not in lines[-1]:
         raise ValueError(
