@@ -61,9 +61,10 @@ class Study:
         path.write_text(yaml.safe_dump(tree))
         return path
 
-    def write_site(self, name: str, step_seconds: float = 0, **keys: Any) -> Path:
-        """Site file of this cluster; steps of a job's first start last `step_seconds` longer than they need to."""
-        slowly = ["env", f"STEP_SECONDS={step_seconds}", sys.executable, str(ROOT / "tests/slurm/slowly.py")]
+    def write_site(self, name: str, step_seconds: float = 0, slow_starts: int = 1, **keys: Any) -> Path:
+        """Site file of this cluster; steps of a job's first starts last `step_seconds` longer than they need to."""
+        slowly = ["env", f"STEP_SECONDS={step_seconds}", f"SLOW_STARTS={slow_starts}"]
+        slowly += [sys.executable, str(ROOT / "tests/slurm/slowly.py")]
         site = {
             "cpus_per_process": 1,
             "warning_seconds": 60,
@@ -155,11 +156,11 @@ def study(cluster: Cluster, tiny_data: Path, tmp_path_factory: pytest.TempPathFa
         "data": {
             "tokenizer": str(tiny_data / "tokenizer.model"),
             "train": [str(tiny_data / "train")],
-            "seq_length": 128,
+            "seq_length": 64,
             "num_workers": 0,
         },
         "optimizer": {"lr": 1e-2},
-        "training": {"steps": 40, "global_batch": 4, "micro_batch": 1, "precision": "fp32"},
+        "training": {"steps": 40, "global_batch": 4, "micro_batch": 2, "precision": "fp32"},
         "checkpoint": {"every": 5},
         "logging": {"every": 1, "tensorboard": False},
     }

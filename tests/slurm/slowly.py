@@ -1,4 +1,4 @@
-"""Words before `python train.py ...`, as a container's are: train, with a pause after each step of a job's first start.
+"""Words before `python train.py ...`, as a container's are: train, with a pause after each step of a job's first starts.
 
 Steps of the small model are too short to be interrupted on purpose. What a step computes stays as it is.
 """
@@ -13,7 +13,7 @@ def main() -> None:
     """Run the script that follows the Python on the command line."""
     del sys.argv[:2]
     sys.path.insert(0, os.path.dirname(sys.argv[0]))
-    if "SLURM_RESTART_COUNT" not in os.environ:
+    if int(os.environ.get("SLURM_RESTART_COUNT", 0)) < int(os.environ["SLOW_STARTS"]):
         from dash_megatron.training.trainer import Trainer
 
         step, seconds = Trainer.train_step, float(os.environ["STEP_SECONDS"])

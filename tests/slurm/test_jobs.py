@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from typing import Any
@@ -25,8 +26,11 @@ def exact(study: Study, name: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def limited(study: Study) -> str:
-    """A job that has begun to train, and needs 2 minutes of the 2 it is then given: SLURM warns it before half of them are over."""
-    site = study.write_site("limited", step_seconds=3)
+    """A job that has begun to train, and needs 2 minutes of the 2 it is then given: SLURM warns it before half of them are over.
+
+    Its second start is as slow.
+    """
+    site = study.write_site("limited", step_seconds=3, slow_starts=2)
     job = study.submit(site, "--config", study.write_config("limited"))
     study.wait_for_step("limited", 1)
     study.cluster.run("scontrol", "update", f"JobId={job}", "EndTime=now+2minutes")
@@ -61,13 +65,6 @@ def whole(study: Study, jobs: dict[str, str]) -> list[dict[str, Any]]:
     """Metrics of a run over both nodes that nothing interrupts."""
     study.wait_for_end("whole")
     return exact(study, "whole")
-
-
-@pytest.fixture(scope="session")
-def requeued(study: Study, whole: list[dict[str, Any]]) -> str:
-    """A job over both nodes, slow enough to be interrupted after the tests that come before."""
-    site = study.write_site("requeued", step_seconds=3)
-    return study.submit(site, "--config", study.write_config("requeued"))
 
 
 @pytest.fixture(scope="session")
@@ -118,7 +115,6 @@ def test_a_job_that_fails_without_progress_is_not_started_for_ever(
 def test_a_study_is_an_array_whose_tasks_are_requeued_and_cancelled_one_by_one(
     study: Study,
     crashed: dict[str, str],
-    requeued: str,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -164,33 +160,29 @@ def test_a_study_is_an_array_whose_tasks_are_requeued_and_cancelled_one_by_one(
     assert lines["runs/limited"][2] in ("RUNNING", "PENDING", "DONE")
 
 
-def test_a_requeued_job_saves_and_goes_on_bit_for_bit(
-    study: Study, requeued: str, whole: list[dict[str, Any]]
-) -> None:
-    study.wait_for_step("requeued", 7)
-    refused = study.call("submit.py", "--config", study.folder / "configs" / "requeued.yaml", "--nodes", 1,
-                         "--gpus-per-node", 0, "--time", 10)  # fmt: skip
-    assert refused.returncode == 2
-    assert f"is that of job {requeued}" in refused.stderr
-    study.cluster.run("scontrol", "requeue", requeued)
-    study.wait_for_end("requeued")
-    assert study.names("requeued") == ["submitted", "started", "ended", "started", "done"]
-    # on SIGTERM it saved the step it was in, rather than losing those since the last regular checkpoint
-    step = int(study.events("requeued")[3][1].rpartition(" ")[2])
-    assert step >= 7
-    assert f"resuming after step {step}" in study.log("requeued", "*.1/rank_00000.log")
-    assert exact(study, "requeued") == whole
-
-
-def test_a_job_at_its_time_limit_saves_and_goes_on_bit_for_bit(
+def test_a_job_at_its_time_limit_and_a_requeued_one_save_and_go_on_bit_for_bit(
     study: Study, limited: str, whole: list[dict[str, Any]]
 ) -> None:
-    study.wait_for_end("limited")
-    assert study.names("limited") == ["submitted", "started", "requeued", "started", "done"]
+    warned = ["submitted", "started", "requeued", "started"]
+    assert wait_until(lambda: study.names("limited") == warned, SECONDS)
     assert "stopped as asked, and saved" in study.events("limited")[2][1]
     assert "SIGUSR1: finishing the step" in study.log("limited", "*.0/rank_00000.log")
+    # not close to a regular checkpoint
+    reached = next(step for step in itertools.count(study.newest_checkpoint("limited") + 2) if step % 5 == 2)
+    study.wait_for_step("limited", reached)
     assert "resuming after step" in study.log("limited", "*.1/rank_00000.log")
-    assert study.cluster.job(limited)["Restarts"] == "1"
+    refused = study.call("submit.py", "--config", study.folder / "configs" / "limited.yaml", "--nodes", 1,
+                         "--gpus-per-node", 0, "--time", 10)  # fmt: skip
+    assert refused.returncode == 2
+    assert f"is that of job {limited}" in refused.stderr
+    study.cluster.run("scontrol", "requeue", limited)
+    study.wait_for_end("limited")
+    assert study.names("limited") == [*warned, "ended", "started", "done"]
+    # on SIGTERM it saved the step it was in, rather than losing those since the last regular checkpoint
+    saved = int(study.events("limited")[5][1].rpartition(" ")[2])
+    assert saved >= reached
+    assert f"resuming after step {saved}" in study.log("limited", "*.2/rank_00000.log")
+    assert study.cluster.job(limited)["Restarts"] == "2"
     assert exact(study, "limited") == whole
 
 
