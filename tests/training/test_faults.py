@@ -25,6 +25,7 @@ def cases_of(tree: dict[str, Any], folder: Path, stage: int, precision: str) -> 
         changed = {
             **tree,
             "run_dir": str(folder / f"{run}_{stage}_{precision}"),
+            "model": {**tree["model"], "layers": 1},
             "zero": {"stage": stage},
             "training": {**tree["training"], "steps": 6, "precision": precision},
             "checkpoint": {"every": 2},
