@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,10 @@ class Study:
         path.write_text(yaml.safe_dump(tree))
         return path
 
-    def write_site(self, name: str, step_seconds: float = 0, slow_starts: int = 1, **keys: Any) -> Path:
-        """Site file of this cluster; steps of a job's first starts last `step_seconds` longer than they need to."""
-        slowly = ["env", f"STEP_SECONDS={step_seconds}", f"SLOW_STARTS={slow_starts}"]
-        slowly += [sys.executable, str(ROOT / "tests/slurm/slowly.py")]
+    def write_site(self, name: str, step_seconds: Sequence[float] = (), **keys: Any) -> Path:
+        """Site file of this cluster; steps of a job's first starts last so many seconds longer than they need to."""
+        seconds = " ".join(map(str, step_seconds))
+        slowly = ["env", f"STEP_SECONDS={seconds}", sys.executable, str(ROOT / "tests/slurm/slowly.py")]
         site = {
             "cpus_per_process": 1,
             "warning_seconds": 60,
@@ -72,7 +72,7 @@ class Study:
             # all nodes are this machine, and no name server knows their names
             "environment": {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": 1},
             "setup": f"export MASTER_PORT=$({shlex.quote(sys.executable)} -c {shlex.quote(FREE_PORT)})\n{MORE_TIME}",
-            "container": slowly if step_seconds else [],
+            "container": slowly if seconds else [],
             "sbatch": [f"--exclude={FRAIL}"],
         }
         path = self.folder / f"site_{name}.yaml"

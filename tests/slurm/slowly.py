@@ -13,13 +13,14 @@ def main() -> None:
     """Run the script that follows the Python on the command line."""
     del sys.argv[:2]
     sys.path.insert(0, os.path.dirname(sys.argv[0]))
-    if int(os.environ.get("SLURM_RESTART_COUNT", 0)) < int(os.environ["SLOW_STARTS"]):
+    start, seconds = int(os.environ.get("SLURM_RESTART_COUNT", 0)), os.environ["STEP_SECONDS"].split()
+    if start < len(seconds):
         from dash_megatron.training.trainer import Trainer
 
-        step, seconds = Trainer.train_step, float(os.environ["STEP_SECONDS"])
+        step = Trainer.train_step
 
         def slow_step(trainer: Trainer) -> object:
-            time.sleep(seconds)
+            time.sleep(float(seconds[start]))
             return step(trainer)
 
         Trainer.train_step = slow_step  # type: ignore[method-assign, assignment]

@@ -28,9 +28,9 @@ def exact(study: Study, name: str) -> list[dict[str, Any]]:
 def limited(study: Study) -> str:
     """A job that has begun to train, and needs 2 minutes of the 2 it is then given: SLURM warns it before half of them are over.
 
-    Its second start is as slow.
+    Its second start is slow enough to be found running.
     """
-    site = study.write_site("limited", step_seconds=3, slow_starts=2)
+    site = study.write_site("limited", step_seconds=[3, 5])
     job = study.submit(site, "--config", study.write_config("limited"))
     study.wait_for_step("limited", 1)
     study.cluster.run("scontrol", "update", f"JobId={job}", "EndTime=now+2minutes")
@@ -73,7 +73,7 @@ def crashed(study: Study, cluster: Cluster, whole: list[dict[str, Any]]) -> dict
     jobs = {}
     # the one on two nodes keeps its batch script; that of the other dies, so only SLURM itself can queue it again
     for name, nodes in (("crash", 2), ("alone", 1)):
-        site = study.write_site(name, step_seconds=1, sbatch=[])
+        site = study.write_site(name, step_seconds=[1], sbatch=[])
         jobs[name] = study.submit(site, "--config", study.write_config(name), nodes=nodes)
     for name in jobs:
         study.wait_for_step(name, 7)
@@ -112,6 +112,33 @@ def test_a_job_that_fails_without_progress_is_not_started_for_ever(
     assert wait_until(lambda: study.cluster.job(jobs["failing"])["JobState"] == "FAILED", SECONDS)
 
 
+def test_a_job_at_its_time_limit_and_a_requeued_one_save_and_go_on_bit_for_bit(
+    study: Study, limited: str, whole: list[dict[str, Any]]
+) -> None:
+    warned = ["submitted", "started", "requeued", "started"]
+    assert wait_until(lambda: study.names("limited") == warned, SECONDS)
+    assert "stopped as asked, and saved" in study.events("limited")[2][1]
+    assert "SIGUSR1: finishing the step" in study.log("limited", "*.0/rank_00000.log")
+    refused = study.call("submit.py", "--config", study.folder / "configs" / "limited.yaml", "--nodes", 1,
+                         "--gpus-per-node", 0, "--time", 10)  # fmt: skip
+    assert refused.returncode == 2
+    assert f"is that of job {limited}" in refused.stderr
+    # not close to a regular checkpoint
+    reached = next(step for step in itertools.count(study.newest_checkpoint("limited") + 2) if step % 5 == 2)
+    study.wait_for_step("limited", reached)
+    assert "resuming after step" in study.log("limited", "*.1/rank_00000.log")
+    study.cluster.run("scontrol", "requeue", limited)
+    study.wait_for_end("limited")
+    assert study.names("limited") == [*warned, "ended", "started", "done"]
+    assert "SIGTERM: finishing the step" in study.log("limited", "*.1/rank_00000.log")
+    # on SIGTERM it saved the step it was in, rather than losing those since the last regular checkpoint
+    saved = int(study.events("limited")[5][1].rpartition(" ")[2])
+    assert saved >= reached
+    assert f"resuming after step {saved}" in study.log("limited", "*.2/rank_00000.log")
+    assert study.cluster.job(limited)["Restarts"] == "2"
+    assert exact(study, "limited") == whole
+
+
 def test_a_study_is_an_array_whose_tasks_are_requeued_and_cancelled_one_by_one(
     study: Study,
     crashed: dict[str, str],
@@ -127,7 +154,7 @@ def test_a_study_is_an_array_whose_tasks_are_requeued_and_cancelled_one_by_one(
         "points": [{"name": point, "optimizer.lr": rate} for point, rate in rates.items()],
     }
     (study.folder / "study.yaml").write_text(yaml.safe_dump(tree))
-    machines = f"--site {study.write_site('array', step_seconds=1)} --nodes 1 --gpus-per-node 0 --time 60"
+    machines = f"--site {study.write_site('array', step_seconds=[1])} --nodes 1 --gpus-per-node 0 --time 60"
     submit = ["study", "submit", str(study.folder / "study.yaml"), f"--slurm={machines}"]
     monkeypatch.chdir(study.folder)
     for name, value in study.cluster.environment.items():
@@ -158,32 +185,6 @@ def test_a_study_is_an_array_whose_tasks_are_requeued_and_cancelled_one_by_one(
     assert lines[f"runs/{high}"][-1] == "1"
     assert lines[f"runs/{cancelled}"][2] == "CANCELLED"
     assert lines["runs/limited"][2] in ("RUNNING", "PENDING", "DONE")
-
-
-def test_a_job_at_its_time_limit_and_a_requeued_one_save_and_go_on_bit_for_bit(
-    study: Study, limited: str, whole: list[dict[str, Any]]
-) -> None:
-    warned = ["submitted", "started", "requeued", "started"]
-    assert wait_until(lambda: study.names("limited") == warned, SECONDS)
-    assert "stopped as asked, and saved" in study.events("limited")[2][1]
-    assert "SIGUSR1: finishing the step" in study.log("limited", "*.0/rank_00000.log")
-    # not close to a regular checkpoint
-    reached = next(step for step in itertools.count(study.newest_checkpoint("limited") + 2) if step % 5 == 2)
-    study.wait_for_step("limited", reached)
-    assert "resuming after step" in study.log("limited", "*.1/rank_00000.log")
-    refused = study.call("submit.py", "--config", study.folder / "configs" / "limited.yaml", "--nodes", 1,
-                         "--gpus-per-node", 0, "--time", 10)  # fmt: skip
-    assert refused.returncode == 2
-    assert f"is that of job {limited}" in refused.stderr
-    study.cluster.run("scontrol", "requeue", limited)
-    study.wait_for_end("limited")
-    assert study.names("limited") == [*warned, "ended", "started", "done"]
-    # on SIGTERM it saved the step it was in, rather than losing those since the last regular checkpoint
-    saved = int(study.events("limited")[5][1].rpartition(" ")[2])
-    assert saved >= reached
-    assert f"resuming after step {saved}" in study.log("limited", "*.2/rank_00000.log")
-    assert study.cluster.job(limited)["Restarts"] == "2"
-    assert exact(study, "limited") == whole
 
 
 def test_jobs_survive_the_death_of_a_node_and_go_on_bit_for_bit(
