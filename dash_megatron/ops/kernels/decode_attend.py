@@ -268,10 +268,10 @@ def decode_sum_kernel(
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr, CENTRE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Output [B, Hq, D] of one query head from all splits, and the chunks its group selected."""
+    """Some columns of the output [B, Hq, D] of one query head from all splits, and the chunks its group selected."""
     enter(DEPENDENT)
     i_row, i_bh = tl.program_id(0).to(tl.int64), (tl.program_id(0) // G).to(tl.int64)
-    o_s, o_d = tl.arange(0, PARTS), tl.arange(0, BLOCK_D)
+    o_s, o_d = tl.arange(0, PARTS), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_s = o_s <= splits
     p_stats = stats + 2 * (i_bh * (splits + 1) + o_s)
     b_count = tl.load(p_stats + 1, mask=m_s, other=0.0)
@@ -298,5 +298,5 @@ def decode_sum_kernel(
     # an empty sequence attends to nothing
     b_out = b_acc / tl.where(total == 0, 1.0, total)
     tl.store(out + i_row * D + o_d, b_out.to(out.dtype.element_ty), mask=o_d < D)
-    if i_row % G == 0:
+    if (i_row % G == 0) & (tl.program_id(1) == 0):
         tl.store(selected + i_bh, (count + tl.sum(tl.where(o_s == splits, b_count, 0.0), 0)).to(tl.int32))
