@@ -25,6 +25,9 @@ SHORT_BYTES = 64 * 1024
 # At most this many programs of the attention a multiprocessor, and so many of a sequence and head: with more, what a program
 # does before its first key outweighs its keys, and the sum of the splits takes longer.
 PROGRAMS, MOST_PARTS = 2, 32
+# So many where each has a multiprocessor to itself and the sequence this many chunks for each: then shorter shares gain more
+# than programs and their sum cost.
+MORE_PARTS, LEAST_CHUNKS = 48, 32
 # A long cache has at least this many: sequences of a batch may differ in length.
 LEAST_LONG_PARTS = 8
 # At most so many scores a program holds in registers to find their threshold: 8 a thread.
@@ -72,6 +75,8 @@ def find_launch(q: Tensor, num_kv_heads: int, max_chunks: int, chunk_size: int) 
     # a power of two, one of them for the own chunk
     parts = 1 << (max(1, PROGRAMS * multiprocessors // rows).bit_length() - 1)
     parts = max(1 if short else LEAST_LONG_PARTS, min(parts, MOST_PARTS))
+    if rows * MORE_PARTS <= multiprocessors and max_chunks >= LEAST_CHUNKS * MORE_PARTS:
+        parts = MORE_PARTS
     splits = max(1, min(max_chunks, parts - 1))
     block = 128
     while block > 32 and (
