@@ -194,7 +194,7 @@ def sweep(layers: list[tuple[DashCache, Tensor]]) -> dict[str, float]:
         changes += [{"splits": s, "dependent": False} for s in splits]
     changes += [{"block_scores": s} for s in (1024, 2048, 4096)]
     if cache.capacity <= 32768:
-        changes += [{"short": not usual.short}, {"short": not usual.short, "warps": 8}]
+        changes.append({"short": not usual.short})
     times: dict[str, float] = {}
     for change in changes:
 

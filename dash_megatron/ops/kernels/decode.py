@@ -21,7 +21,7 @@ from dash_megatron.ops.kernels.tiles import LOG2_E
 from dash_megatron.ops.types import Router
 
 # Up to this many bytes of summaries, the programs of the attention route for themselves.
-SHORT_BYTES = 64 * 1024
+SHORT_BYTES = 32 * 1024
 # At most this many programs of the attention a multiprocessor, and so many of a sequence and head: with more, what a program
 # does before its first key outweighs its keys, and the sum of the splits takes longer.
 PROGRAMS, MOST_PARTS = 2, 32
@@ -52,7 +52,6 @@ class Launch(NamedTuple):
     keys: int
     """Keys of a chunk a step."""
     stages: int
-    warps: int
     columns: int
     """Columns of the output that a program sums over the splits."""
     dependent: bool
@@ -70,8 +69,7 @@ def find_launch(q: Tensor, num_kv_heads: int, max_chunks: int, chunk_size: int) 
     row_bytes = next_power_of_two(D) * q.element_size()
     rows = B * num_kv_heads
     few = rows <= MOST_DEPENDENT_ROWS
-    summary_bytes = max(16, next_power_of_two(max_chunks)) * row_bytes
-    short = summary_bytes <= SHORT_BYTES
+    short = max(16, next_power_of_two(max_chunks)) * row_bytes <= SHORT_BYTES
     # a power of two, one of them for the own chunk
     parts = 1 << (max(1, PROGRAMS * multiprocessors // rows).bit_length() - 1)
     parts = max(1 if short else LEAST_LONG_PARTS, min(parts, MOST_PARTS))
@@ -92,7 +90,6 @@ def find_launch(q: Tensor, num_kv_heads: int, max_chunks: int, chunk_size: int) 
         keys=keys,
         # two programs share a multiprocessor
         stages=stages_that_fit(3, 16 * row_bytes, 2 * keys * row_bytes, shared_bytes // 2 - 8 * 1024),
-        warps=8 if short and summary_bytes > SHORT_BYTES // 2 else 4,
         columns=min(SUM_COLUMNS, next_power_of_two(D)) if few else next_power_of_two(D),
         dependent=few and q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9,
     )
@@ -171,7 +168,7 @@ def _attend(
         **shapes._asdict(), KEYS=launch.keys, BLOCK_E=16, CHUNKS=max(16, next_power_of_two(max_chunks)),
         WORDS=next_power_of_two(words), PAGED=page_table is not None, ALPHA_15=alpha_15,
         CENTRE=router.estimate_diagonal, SHORT=launch.short, WHOLE=launch.whole, STAGES=launch.stages,
-        LOCAL=router.local_chunks, num_warps=launch.warps, **_follow(launch),
+        LOCAL=router.local_chunks, num_warps=4, **_follow(launch),
     )  # fmt: skip
     if not launch.whole:
         decode_sum_kernel[(B * Hq, triton.cdiv(D, launch.columns))](
