@@ -420,16 +420,16 @@ def test_a_cuda_graph_follows_sequences_as_they_grow_and_change(capacity, consta
         assert relative_error(out, reference) < TOLERANCE[torch.bfloat16][0]
 
 
-# sequences, key/value heads, chunks; routes for itself, splits, columns of a program of the sum
+# sequences, key/value heads, chunks; routes for itself, splits
 LAUNCHES = {
-    "8K": (1, 2, 128, True, 31, 32),
-    "16K": (1, 2, 256, False, 31, 32),
-    "64K": (1, 2, 1024, False, 31, 32),
-    "96K": (1, 2, 1536, False, 47, 32),
-    "128K": (1, 2, 2048, False, 47, 32),
-    "2 sequences of 128K": (2, 2, 2048, False, 31, 32),
-    "16 sequences of 64K": (16, 2, 1024, False, 7, 128),
-    "128 sequences of 8K": (128, 2, 128, True, 1, 128),
+    "8K": (1, 2, 128, True, 31),
+    "16K": (1, 2, 256, False, 31),
+    "64K": (1, 2, 1024, False, 31),
+    "96K": (1, 2, 1536, False, 47),
+    "128K": (1, 2, 2048, False, 47),
+    "2 sequences of 128K": (2, 2, 2048, False, 31),
+    "16 sequences of 64K": (16, 2, 1024, False, 7),
+    "128 sequences of 8K": (128, 2, 128, True, 1),
 }
 
 
@@ -438,7 +438,7 @@ def test_the_launch_on_an_h200_follows_from_batch_and_length(name, monkeypatch):
     B, Hkv, chunks, *expected = LAUNCHES[name]
     monkeypatch.setattr(decode, "device_limits", lambda device: ("H200", 232448, 132))
     launch = decode.find_launch(torch.empty(B, 32, 128, dtype=torch.bfloat16), Hkv, chunks, 64)
-    assert [launch.short, launch.splits, launch.columns] == expected
+    assert [launch.short, launch.splits] == expected
 
 
 def test_benchmark_inputs_are_full_caches_whose_density_topics_dial(monkeypatch):

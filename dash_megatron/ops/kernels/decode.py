@@ -32,7 +32,7 @@ MORE_PARTS, LEAST_CHUNKS = 48, 32
 LEAST_LONG_PARTS = 8
 # At most so many scores a program holds in registers to find their threshold: 8 a thread.
 MOST_SCORES = 8192
-# Columns of the output that a program sums over the splits where few sequences are decoded.
+# Columns of the output that a program sums over the splits.
 SUM_COLUMNS = 32
 # With more sequences and heads than this, kernels fill the GPU, and the next one only gets in the way when launched early.
 MOST_DEPENDENT_ROWS = 16
@@ -52,8 +52,6 @@ class Launch(NamedTuple):
     keys: int
     """Keys of a chunk a step."""
     stages: int
-    columns: int
-    """Columns of the output that a program sums over the splits."""
     dependent: bool
     """Programmatic dependent launch."""
 
@@ -68,7 +66,6 @@ def find_launch(q: Tensor, num_kv_heads: int, max_chunks: int, chunk_size: int) 
     _, shared_bytes, multiprocessors = device_limits(q.device)
     row_bytes = next_power_of_two(D) * q.element_size()
     rows = B * num_kv_heads
-    few = rows <= MOST_DEPENDENT_ROWS
     short = max(16, next_power_of_two(max_chunks)) * row_bytes <= SHORT_BYTES
     # a power of two, one of them for the own chunk
     parts = 1 << (max(1, PROGRAMS * multiprocessors // rows).bit_length() - 1)
@@ -90,8 +87,9 @@ def find_launch(q: Tensor, num_kv_heads: int, max_chunks: int, chunk_size: int) 
         keys=keys,
         # two programs share a multiprocessor
         stages=stages_that_fit(3, 16 * row_bytes, 2 * keys * row_bytes, shared_bytes // 2 - 8 * 1024),
-        columns=min(SUM_COLUMNS, next_power_of_two(D)) if few else next_power_of_two(D),
-        dependent=few and q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9,
+        dependent=rows <= MOST_DEPENDENT_ROWS
+        and q.is_cuda
+        and torch.cuda.get_device_capability(q.device)[0] >= 9,
     )
 
 
@@ -171,9 +169,9 @@ def _attend(
         LOCAL=router.local_chunks, num_warps=4, **_follow(launch),
     )  # fmt: skip
     if not launch.whole:
-        decode_sum_kernel[(B * Hq, triton.cdiv(D, launch.columns))](
+        decode_sum_kernel[(B * Hq, triton.cdiv(D, SUM_COLUMNS))](
             part, lse, stats, out, selected, S, router.inv_sigma,
-            G=shapes.G, D=D, BLOCK_D=launch.columns, PARTS=next_power_of_two(S + 1),
+            G=shapes.G, D=D, BLOCK_D=SUM_COLUMNS, PARTS=next_power_of_two(S + 1),
             BLOCK_P=min(64, next_power_of_two(S + 1)), CENTRE=router.estimate_diagonal,
             num_warps=4, **_follow(launch),
         )  # fmt: skip
