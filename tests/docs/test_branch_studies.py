@@ -42,6 +42,8 @@ PAGES = [
     Page("branches_longer/others", "nsa"), Page("branches_longer/others", "infllmv2"),
     Page("branches_needles/orders", "own"), Page("branches_needles/orders", "infllmv2_25"),
     Page("branches_needles/ret10", "ret10", "full_ret10"),
+    Page("branches_ten/62m", "ret10", "full_ret10"), Page("branches_ten/nsa", "nsa_25", "full_ret10"),
+    Page("branches_ten/210m", "own"),
 ]  # fmt: skip
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.study}-{page.arm}")
 

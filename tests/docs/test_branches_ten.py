@@ -1,0 +1,325 @@
+"""The page on 10% retrieval text against the losses by document, the answers by sample and the probe beside it."""
+
+import csv
+from collections.abc import Sequence
+from math import hypot
+from statistics import fmean, stdev
+
+import pytest
+
+from dash_megatron.studies.paired import Comparison, Measured, Ratio, compare
+from docs.tools.branch_pictures import QUALITY
+
+FOLDER = QUALITY / "branches_ten"
+ROOT = QUALITY.parents[2]
+PAGE, ANSWERS, RECIPE, README = (
+    " ".join(path.read_text().split())
+    for path in (
+        FOLDER.with_suffix(".md"), QUALITY.parent / "quality.md", ROOT / "docs" / "recipe.md", ROOT / "README.md",
+    )
+)  # fmt: skip
+TASKS = ("niah_single", "niah_multikey", "associative_recall")
+SMALL, BIG, NSA = ("ret10", "full_ret10", (1, 2)), ("210m.own", "210m.full", (1, 2, 3)), ("nsa_25", "full_ret10", (1,))  # fmt: skip
+"""Arm, reference and orders."""
+YARN = ("full_ret10", "ret10")
+Row = dict[str, str]
+Arms = tuple[str, str, tuple[int, ...]]
+
+
+def _read(name: str) -> list[Row]:
+    with (FOLDER / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+DOCUMENTS, SAMPLES, PROBE, EARLIER_DOCUMENTS, EARLIER_SAMPLES = (
+    _read(f"{name}.csv")
+    for name in ("documents", "samples", "probe", "../branches_needles/documents", "../branches_needles/samples")
+)  # fmt: skip
+
+
+def _compare(arm: dict[int, Measured], reference: dict[int, Measured]) -> Comparison:
+    found = compare(arm, reference)
+    assert found is not None
+    return found
+
+
+def _losses(run: str, rows: list[Row]) -> Measured:
+    return {
+        (row["document"],): (float(row[run]) * float(row["tokens"]), float(row["tokens"])) for row in rows
+    }
+
+
+def _scores(run: str, task: str, rows: list[Row]) -> Measured:
+    return {(row["sample"],): (float(row[run]), 1.0) for row in rows if row["task"] == task}
+
+
+def _documents(arm: str, reference: str, orders: Sequence[int] = (1,), rows: list[Row] = DOCUMENTS) -> Comparison:  # fmt: skip
+    return _compare(*({n: _losses(f"{each}_order{n}", rows) for n in orders} for each in (arm, reference)))
+
+
+def _retrieval(arm: str, reference: str, task: str, orders: Sequence[int] = (1,), rows: list[Row] = SAMPLES) -> Comparison:  # fmt: skip
+    return _compare(
+        *({n: _scores(f"{each}_order{n}", task, rows) for n in orders} for each in (arm, reference))
+    )
+
+
+def _errors(found: Ratio, scale: int = 1, digits: int = 2) -> str:
+    errors = (found.error_items, found.error_orders)
+    return "".join(f" ± {scale * each:.{digits}f}" for each in errors if each is not None)
+
+
+def _percent(found: Ratio | None) -> str:
+    assert found is not None
+    return f"{100 * found.value:+.2f}{_errors(found, 100)}"
+
+
+def _share(found: Ratio | None, digits: int = 3) -> str:
+    assert found is not None
+    return f"{1 + found.value:.{digits}f}{_errors(found, digits=digits)}"
+
+
+def _shares(arms: Arms, digits: int = 3) -> list[str]:
+    return [_share(_retrieval(*arms[:2], task, arms[2]).relative, digits) for task in TASKS]
+
+
+def _by_order(arms: Arms) -> list[str]:
+    return [_percent(_documents(*arms[:2], (n,)).relative) for n in arms[2]]
+
+
+def _below(arms: Arms) -> list[int]:
+    runs = [(f"{arms[0]}_order{n}", f"{arms[1]}_order{n}") for n in arms[2]]
+    return [sum(float(row[arm]) < float(row[reference]) for row in DOCUMENTS) for arm, reference in runs]
+
+
+def _without_one(arms: Arms) -> str:
+    """The difference to the reference without the document that moves it most."""
+
+    def difference(rows: list[Row]) -> float:
+        found = _documents(*arms, rows).relative
+        assert found is not None
+        return found.value
+
+    whole = difference(DOCUMENTS)
+    rests = [difference([row for row in DOCUMENTS if row is not left]) for left in DOCUMENTS]
+    return f"{100 * max(rests, key=lambda rest: abs(rest - whole)):+.2f}%"
+
+
+def _moved(arms: Arms, task: str) -> list[int]:
+    """How many right answers the arm gains on the reference, and how many it loses."""
+    pairs = [(x[f"{arms[0]}_order{n}"], x[f"{arms[1]}_order{n}"]) for x in SAMPLES if x["task"] == task for n in arms[2]]  # fmt: skip
+    return [pairs.count(("1", "0")), pairs.count(("0", "1"))]
+
+
+def _found(arm: str, orders: Sequence[int], task: str, nearest: int, furthest: int = 99) -> tuple[int, int]:
+    """Right answers of those that stand so many thousands of tokens back, and how many these are."""
+    found = [
+        int(row[f"{arm}_order{n}"])
+        for row in SAMPLES
+        if row["task"] == task
+        and 1024 * nearest <= (1 - float(row["place"])) * int(row["tokens"]) < 1024 * furthest
+        for n in orders
+    ]
+    return sum(found), len(found)
+
+
+def test_the_first_lines() -> None:
+    big, small = (_percent(_documents(*arms).relative) for arms in (BIG, SMALL))
+    assert f"at 25% ends {big}% below full attention in three orders" in PAGE
+    assert "finds {} of the single needles that full attention finds, {} of multi-key ones and {} of recall.".format(*_shares(BIG)) in PAGE  # fmt: skip
+    assert f"10% in the branch**: {small}% in two orders. Shares are" in PAGE
+    assert (
+        "{} of single needles, {} of multi-key ones and {} of recall.".format(*_shares(SMALL)) in PAGE
+    )  # fmt: skip
+    nsa, behind = (_documents("nsa_25", other).relative for other in ("full_ret10", "ret10"))
+    assert (
+        f"{_percent(nsa)}% to full attention, {_percent(behind)} points behind the recipe, and 0.07" in PAGE
+    )
+
+
+@pytest.mark.parametrize("arms", [SMALL, BIG], ids=["62M", "210M"])
+@pytest.mark.parametrize(("task", "goal"), zip(TASKS, (0.95, 0.9, 0.9), strict=True))
+def test_only_multi_key_needles_are_told_apart_from_their_goal(arms: Arms, task: str, goal: float) -> None:
+    found = _retrieval(*arms[:2], task, arms[2]).relative
+    assert found is not None
+    assert found.error is not None
+    assert (abs(1 + found.value - goal) > 2 * found.error) == (task == "niah_multikey")
+
+
+def test_documents_agree() -> None:
+    assert "{}, {} and {}%.".format(*_by_order(BIG)) in PAGE
+    assert f"{min(_below(BIG))} to {max(_below(BIG))} of {len(DOCUMENTS)} documents are below" in PAGE
+    assert "{} and {} of 61 are below".format(*_below(SMALL)) in PAGE
+    assert f"{_below(NSA)[0]} of 61 documents are below" in PAGE
+    for arms in (BIG, SMALL):
+        assert f"matters most takes the total to {_without_one(arms)}" in PAGE
+    assert f"matters most takes it to {_without_one(NSA)}" in PAGE
+    assert f"to the recipe at {_percent(_documents('nsa_25', 'ret10').median)}%" in PAGE
+
+
+@pytest.mark.parametrize("arms", [SMALL, BIG], ids=["62M", "210M"])
+def test_needles_by_how_far_back_they_stand(arms: Arms) -> None:
+    near, far = (
+        [_found(arm, arms[2], TASKS[0], *reach) for arm in arms[:2]] for reach in ((0, 14), (14, 99))
+    )
+    text = (
+        f"p to 14K back 25% finds {near[0][0]} of {near[0][1]} and full attention {near[1][0]}, further back"
+        f" {far[0][0]} and {far[1][0]} of {far[0][1]}."
+    )
+    assert text in PAGE
+
+
+def test_what_210m_and_nsa_miss() -> None:
+    gained, lost = _moved(BIG, TASKS[0])
+    assert f"{lost} that full attention finds are missed, {gained} are found that it misses" in PAGE
+    near, far = ([_found(arm, (1, 2, 3), TASKS[2], *reach) for arm in BIG[:2]] for reach in ((0, 14), (14, 99)))  # fmt: skip
+    assert (
+        f"Of pairs up to 14K back it finds {near[0][0]} of {near[0][1]} and full attention {near[1][0]}, further back"
+        f" {far[0][0]} and {far[1][0]} of {far[0][1]}." in PAGE
+    )
+    recall = _retrieval(*BIG[:2], TASKS[2], BIG[2])
+    assert f"it finds {recall.value.value:.2f}, full attention {recall.reference:.2f}" in PAGE
+    near, far = ([_found("nsa_25", (1,), TASKS[0], *reach)] for reach in ((0, 8), (8, 99)))
+    assert f"{near[0][0]} of {near[0][1]} needles up to 8K back and {far[0][0]} of {far[0][1]} beyond" in PAGE
+    recall = _retrieval("nsa_25", "ret10", TASKS[2])
+    assert f"Of recall it finds {recall.value.value:.2f}, the recipe {recall.reference:.2f}" in PAGE
+
+
+def test_full_attention_in_three_orders() -> None:
+    found = [_retrieval("full_ret10", "full_ret10", task, (1, 2, 3)).value for task in TASKS]
+    assert (
+        "{} of single needles, {} of multi-key ones and {} of recall".format(
+            *(f"{x.value:.3f} ± {x.error or 0:.3f}" for x in found)
+        )
+        in PAGE
+    )
+
+
+def test_two_bases() -> None:
+    assert [(x["tokens"], x["document"]) for x in DOCUMENTS] == [(x["tokens"], x["document"]) for x in EARLIER_DOCUMENTS]  # fmt: skip
+    assert [(x["task"], x["place"], x["tokens"]) for x in SAMPLES] == [(x["task"], x["place"], x["tokens"]) for x in EARLIER_SAMPLES]  # fmt: skip
+    first = [_retrieval("ret10", "full_ret10", task, rows=EARLIER_SAMPLES).relative for task in TASKS]
+    loss = _documents("ret10", "full_ret10", rows=EARLIER_DOCUMENTS).relative
+    assert f"| one | {' | '.join(_share(x, 2) for x in first)} | {_percent(loss)} |" in PAGE
+    here = _documents(*SMALL).relative
+    assert f"| this one | two | {' | '.join(_shares(SMALL, 2))} | {_percent(here)} |" in PAGE
+    second = [_retrieval("ret10", "full_ret10", task, (1, 2)).relative for task in TASKS]
+    pairs = [(1 + x.value, 1 + y.value) for x, y in zip(first, second, strict=True) if x and y]
+    assert loss is not None
+    assert here is not None
+    both = (100 * loss.value, 100 * here.value)
+    cells = [
+        *(f"{fmean(x):.2f} ± {stdev(x) / 2**0.5:.2f}" for x in pairs),
+        f"{fmean(both):+.2f} ± {stdev(both) / 2**0.5:.2f}",
+    ]
+    assert f"| mean, ± over bases | | {' | '.join(cells)} |" in PAGE
+
+
+def test_the_base_moves_what_is_found() -> None:
+    less, full = (
+        _compare({1: _scores(f"{arm}_order1", TASKS[0], SAMPLES)}, {1: _scores(f"{arm}_order1", TASKS[0], EARLIER_SAMPLES)})
+        for arm in ("ret10", "full_ret10")
+    )  # fmt: skip
+    assert f"finds {-less.difference.value:.3f}{_errors(less.difference, digits=3)} fewer single" in PAGE
+    assert f"({less.value.value:.3f} after {less.reference:.3f})" in PAGE
+    assert f"({full.difference.value:+.3f}{_errors(full.difference, digits=3)})" in PAGE
+
+
+def _probed(head: tuple[str, str], digits: str) -> Row:
+    return next(row for row in PROBE if (row["layer"], row["kv_head"]) == head and row["digits"] == digits)
+
+
+def test_what_is_missed_is_selected() -> None:
+    right, wrong = (_probed(("4", "0"), digits) for digits in ("right", "wrong"))
+    assert (right["number"], wrong["number"], wrong["digit_in"]) == ("510", "2", "1.0000")
+    text = "selects {:.0f} of {:.0f} past chunks. It puts {:.2f} of its attention on right digits and {:.2f} on the"
+    values = (right["selected"], right["routed"], right["digit_mass"], wrong["digit_mass"])
+    assert text.format(*map(float, values)) in PAGE
+    assert f"without selection and prior it would be {float(wrong['free_mass']):.2f}" in PAGE
+    assert f"puts {float(_probed(('3', '1'), 'right')['digit_mass']):.2f} on right digits" in PAGE
+
+
+@pytest.mark.parametrize(("label", "arm"), zip(("full attention", "25%"), YARN, strict=True))
+def test_yarn_without_training(label: str, arm: str) -> None:
+    found = [_retrieval(f"yarn.{arm}", arm, task) for task in TASKS]
+    cells = [
+        f"{x.value.value:.3f}, {x.difference.value:+.3f}{_errors(x.difference, digits=3)}" for x in found
+    ]
+    loss = _percent(_documents(f"yarn.{arm}", arm).relative)
+    assert f"| {label} with 10% | {loss} | {' | '.join(cells)} |" in PAGE
+    assert f"{loss.strip('+')}%" in PAGE
+
+
+def test_yarn_of_25_to_full_attention_without() -> None:
+    ends = _percent(_documents("yarn.ret10", "full_ret10").relative)
+    assert f"25% with it ends {ends}% above full attention without" in PAGE
+    moved = [_moved(("yarn.ret10", "ret10", (1,)), task) for task in TASKS[:2]]
+    assert moved == [[8, 3], [9, 2]]
+
+
+def test_the_answers_and_the_recipe_have_its_figures() -> None:
+    big, small = _documents(*BIG).relative, _documents(*SMALL).relative
+    assert big is not None
+    assert small is not None
+    for text in (ANSWERS, RECIPE, README):
+        assert (
+            f"{100 * big.value:+.2f}{'%' if text is README else ''} ± {100 * (big.error or 0):.2f}%" in text
+        )
+    for text in (ANSWERS, RECIPE):
+        assert f"{100 * small.value:+.2f} ± {100 * (small.error or 0):.2f}%" in text
+    for task in TASKS:
+        for arms in (BIG, SMALL):
+            found = _retrieval(*arms[:2], task, arms[2]).relative
+            assert found is not None
+            assert f"{1 + found.value:.3f} ± {found.error:.3f}" in ANSWERS, (arms, task)
+    nsa = _documents(*NSA).relative
+    assert nsa is not None
+    assert f"{_percent(nsa)}%" in ANSWERS
+
+
+def _collected(study: str, arm: str) -> tuple[float, float]:
+    """Difference to full attention in percent with its larger error, of whole documents."""
+    with (QUALITY / study / "comparisons.csv").open() as file:
+        row = next(
+            x for x in csv.DictReader(file) if (x["arm"], x["task"], x["to"]) == (arm, "documents", "")
+        )
+    errors = (float(row[f"relative_error_{over}"]) for over in ("items", "orders"))
+    return 100 * float(row["relative"]), 100 * max(errors)
+
+
+def _between(first: tuple[float, float], second: tuple[float, float]) -> str:
+    return f"{first[0] - second[0]:.2f} ± {hypot(first[1], second[1]):.2f}"
+
+
+def test_sizes_and_shares_of_text_beside_each_other() -> None:
+    big, earlier = _collected("branches_ten/210m", "own"), _collected("branches_longer/210m", "own")
+    assert abs(big[0] - earlier[0]) < 2 * hypot(big[1], earlier[1])
+    with_5 = _between(earlier, _collected("branches_projections", "own"))
+    with_10 = _between(big, _collected("branches_ten/62m", "ret10"))
+    assert f"by {with_5} points with 5% retrieval text, by {with_10} with 10%" in ANSWERS
+
+
+@pytest.mark.parametrize(
+    ("label", "arms", "predicted"),
+    [
+        ("25%, 210M", BIG, (-0.20, 0.95, 0.96, 0.95)),
+        ("25%, 62M", SMALL, (-0.45, 0.985, 0.96, 0.95)),
+        ("NSA, 62M", NSA, (1.80, 0.07, 0.10, 0.06)),
+    ],
+)
+def test_what_was_predicted(label: str, arms: Arms, predicted: tuple[float, ...]) -> None:
+    loss = _documents(*arms).relative
+    found = [loss, *(_retrieval(*arms[:2], task, arms[2]).relative for task in TASKS)]
+    cells = []
+    for place, (ratio, guess) in enumerate(zip(found, predicted, strict=True)):
+        assert ratio is not None
+        value = 100 * ratio.value if place == 0 else 1 + ratio.value
+        error = (100 if place == 0 else 1) * max(ratio.error_items or 0, ratio.error_orders or 0)
+        text = f"{value:+.2f}" if place == 0 else f"{value:.3f}"
+        bold = "**" if abs(value - guess) >= 2 * error else ""
+        name = f"{guess:+.2f}" if place == 0 else f"{guess:.3f}".removesuffix("0")
+        cells.append(f"{name}: {bold}{text}{bold}")
+    assert f"| {label} | {' | '.join(cells)} |" in PAGE
+
+
+def test_files_are_small() -> None:
+    assert all(path.stat().st_size <= 100_000 for path in FOLDER.rglob("*") if path.is_file())
