@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PREFERENCE = ("flash3", "flash2", "varlen", "each")
-"""What `auto` takes: the first of these that can run. Others run only where they are asked for. With torch 2.11 on an H200 flash2 takes 1
+"""What `auto` takes: the first of these that can run. With torch 2.11 on an H200 flash2 takes 1
 to 7% less time than varlen, which repeats key/value heads there."""
 
 PackedAttention = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
@@ -75,8 +75,8 @@ def why_unavailable(name: str, q: Tensor) -> str | None:
         return None
     if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
         return f"q is {str(q.dtype).removeprefix('torch.')} on {q.device.type}, and must be float16 or bfloat16 on CUDA"
-    if name in FLASH_MODULES and _flash_function(name) is None:
-        return f"no module {FLASH_MODULES[name]}, which is not part of torch"
+    if name == "flash3" and _flash3_function() is None:
+        return f"no module {FLASH3_MODULE}, which is not part of torch"
     if name == "flash2" and not hasattr(torch.ops.aten, "_flash_attention_forward"):
         return "this torch has no such operator"
     if name == "flash3" and torch.cuda.get_device_capability(q.device)[0] != 9:
@@ -84,15 +84,15 @@ def why_unavailable(name: str, q: Tensor) -> str | None:
     return None
 
 
-FLASH_MODULES = {"flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
-"""Packages beside torch, each with a function `flash_attn_varlen_func`."""
+FLASH3_MODULE = "flash_attn_interface"
+"""A package beside torch, with a function `flash_attn_varlen_func`."""
 
 
 @functools.cache
-def _flash_function(name: str) -> Callable[..., Any] | None:
-    """The function of one of the `FLASH_MODULES`; None where that is not installed."""
+def _flash3_function() -> Callable[..., Any] | None:
+    """The function of `FLASH3_MODULE`; None where that is not installed."""
     try:
-        found: Callable[..., Any] = importlib.import_module(FLASH_MODULES[name]).flash_attn_varlen_func
+        found: Callable[..., Any] = importlib.import_module(FLASH3_MODULE).flash_attn_varlen_func
         return found
     except (ImportError, AttributeError):
         return None
@@ -129,9 +129,9 @@ def _flash2(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -
     return out
 
 
-def _flash_module(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-    """FlashAttention-3 or 4 from a package of its own."""
-    attend = _flash_function(name)
+def _flash3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    """FlashAttention-3 from a package of its own."""
+    attend = _flash3_function()
     assert attend is not None, "why_unavailable has looked"
     out = attend(
         q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=longest, max_seqlen_k=longest, causal=True
@@ -142,8 +142,7 @@ def _flash_module(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor
 
 
 IMPLEMENTATIONS: dict[str, PackedAttention] = {
-    "flash4": functools.partial(_flash_module, "flash4"),
-    "flash3": functools.partial(_flash_module, "flash3"),
+    "flash3": _flash3,
     "flash2": _flash2,
     "varlen": _varlen,
     "each": _each,

@@ -94,7 +94,7 @@ def test_a_gpu_takes_flash_attention_3_where_it_is_installed(
     if installed:
         module.flash_attn_varlen_func = attend  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
-    monkeypatch.setattr(full, "_flash_function", full._flash_function.__wrapped__)
+    monkeypatch.setattr(full, "_flash3_function", full._flash3_function.__wrapped__)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
     q: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device="cuda")
     assert pick_implementation(q) == picked
