@@ -323,7 +323,6 @@ def _zero_sent(
         layout.shards,
         micro_batches=batches,
         gathers=gathers,
-        reduce_scatter=False,
         element_bytes=element,
     ).total
     calls = 1 + parameters / BUCKET_ELEMENTS

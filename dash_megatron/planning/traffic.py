@@ -276,13 +276,12 @@ def zero_step(
     *,
     micro_batches: int = 1,
     gathers: float = 2,
-    reduce_scatter: bool = True,
     element_bytes: int = 2,
 ) -> ZeroBytes:
     """Bytes one rank sends for ZeRO in one optimizer step.
 
     Gradients are reduced in float32, by stages 0 and 1 once a step, by 2 and 3 after every micro-batch, because no rank has
-    room for the sum. Stage 3 gathers parameters in every pass, 1 and 2 once after the update.
+    room for the sum. Stages 0 to 2 all-reduce them, as DeepSpeed does by default, and 3 reduce-scatters. Stage 3 gathers parameters in every pass, 1 and 2 once after the update.
 
     Args:
         parameters: elements that this tensor-parallel rank's model shard has, before ZeRO.
@@ -291,7 +290,6 @@ def zero_step(
         micro_batches: forward and backward passes per step.
         gathers: times that stage 3 gathers each parameter per micro-batch: forward and backward, and once more where
             the backward recomputes layers.
-        reduce_scatter: False counts an all-reduce of gradients in stages 1 and 2: DeepSpeed's default.
         element_bytes: bytes of a parameter on the wire.
     """
     if stage not in (0, 1, 2, 3):
@@ -299,11 +297,10 @@ def zero_step(
     gathered = ring_all_gather(parameters * element_bytes, ranks)
     scattered = ring_all_gather(parameters * FLOAT32_BYTES, ranks)
     reduced = ring_all_reduce(parameters * FLOAT32_BYTES, ranks)
-    sharded = scattered if reduce_scatter else reduced
     if stage == 0:
         return ZeroBytes(gradients=reduced, parameters=0.0)
     if stage == 1:
-        return ZeroBytes(gradients=sharded, parameters=gathered)
+        return ZeroBytes(gradients=reduced, parameters=gathered)
     if stage == 2:
-        return ZeroBytes(gradients=micro_batches * sharded, parameters=gathered)
+        return ZeroBytes(gradients=micro_batches * reduced, parameters=gathered)
     return ZeroBytes(gradients=micro_batches * scattered, parameters=micro_batches * gathers * gathered)
