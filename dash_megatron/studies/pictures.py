@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any, Literal
 
 import numpy as np
@@ -162,7 +162,7 @@ def _loss_by_position(folders: dict[str, Path], rows: list[dict[str, Any]], path
     for axis, (values, label) in zip(axes[0], panels, strict=True):
         styles = _styles(shown)
         for (name, (color, marker)), width in zip(styles.items(), line_widths(len(styles)), strict=True):
-            points = mean_by_position([part for run, part in values.items() if names[run] == name])
+            points = means_over_runs([part for run, part in values.items() if names[run] == name])
             axis.plot(list(points), list(points.values()), color=color, marker=marker, lw=width, label=name)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:,.0f}")
@@ -197,12 +197,6 @@ def _task_scores(folders: dict[str, Path], rows: list[dict[str, Any]], path: Pat
         for name in styles
     }
     return draw_scores(means, styles, shown[0]["seq_length"], path)
-
-
-def mean_by_position(seeds: list[dict[int, float]]) -> dict[int, float]:
-    """Mean over seeds, in order of position, where every seed has a value."""
-    ends = sorted(set.intersection(*map(set, seeds))) if seeds else []
-    return {end: fmean(seed[end] for seed in seeds) for end in ends}
 
 
 def _last_positions(folder: Path) -> dict[int, float]:

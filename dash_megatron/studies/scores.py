@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from dash_megatron.drawing import GRID, line_widths, plt, save
 from dash_megatron.evaluation.runner import RESULTS
+
+Place = TypeVar("Place", bound=Any)
 
 
 class TaskLength(NamedTuple):
@@ -42,8 +44,8 @@ def read_scores(run_dir: Path) -> dict[TaskLength, float]:
     return found
 
 
-def means_over_runs(runs: list[Mapping[TaskLength, float]]) -> dict[TaskLength, float]:
-    """Means over repetitions, where each has a score, in order of task and length."""
+def means_over_runs(runs: Sequence[Mapping[Place, float]]) -> dict[Place, float]:
+    """Means over repetitions, such as of scores by task and length, where each has a value, in order of the keys."""
     common = sorted(set.intersection(*map(set, runs))) if runs else []
     return {place: fmean(run[place] for run in runs) for place in common}
 

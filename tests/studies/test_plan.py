@@ -15,7 +15,7 @@ import yaml
 from dash_megatron.__main__ import main
 from dash_megatron.evaluation.cli import check_arguments
 from dash_megatron.planning.baseline_times import NOTE
-from dash_megatron.studies import pictures, scores
+from dash_megatron.studies import scores
 from dash_megatron.studies.collect import dense_twins
 from dash_megatron.studies.cost import mean_piece_context
 from dash_megatron.studies.plan import as_row
@@ -73,8 +73,8 @@ def test_a_dense_point_is_the_twin_of_the_others_and_not_of_itself(write_study: 
 
 def test_losses_by_position_are_means_over_seeds_where_all_have_one() -> None:
     seeds = [{128: 3.0, 64: 1.0}, {64: 2.0, 128: 5.0, 256: 7.0}]
-    assert list(pictures.mean_by_position(seeds).items()) == [(64, 1.5), (128, 4.0)]
-    assert pictures.mean_by_position([]) == {}
+    assert list(scores.means_over_runs(seeds).items()) == [(64, 1.5), (128, 4.0)]
+    assert scores.means_over_runs([]) == {}
 
 
 def test_scores_of_all_evaluations_are_gathered_the_newest_first_and_those_of_another_rope_apart(
@@ -91,7 +91,6 @@ def test_scores_of_all_evaluations_are_gathered_the_newest_first_and_those_of_an
     plain, other = scores.TaskLength("copy", False, 64), scores.TaskLength("copy", True, 64)
     assert found == {plain: 0.7, scores.TaskLength("copy", False, 128): 0.2, other: 0.9}
     assert scores.means_over_runs([found, {plain: 0.5, other: 0.1}]) == {plain: 0.6, other: 0.5}
-    assert scores.means_over_runs([]) == {}
     old.write_text("{}")
     with pytest.raises(ValueError, match=r"z_old.results\.json is no result of `evaluate`"):
         scores.read_scores(tmp_path)
