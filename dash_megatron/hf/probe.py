@@ -273,7 +273,7 @@ def _selection(core: DashCoreAttention, query: Tensor, key: Tensor) -> Tensor:
     chunks = QueryChunks(start, end, number, torch.zeros_like(number), len(number), len(number) ** 2)
     summary = sharded_reference.summarize(key[:, 0], core.summary_query, chunks, attention.chunk_size)
     pooled = pool_queries(query.transpose(0, 1), attention.query_pool, backend="reference")[0]
-    routed = sharded_reference.route(pooled, summary, chunks, core.fixed_router, core.head_scaling())
+    routed = sharded_reference.route(pooled, summary, chunks, core.router)
     assert core.routing is not None, "the layer has run"
     torch.testing.assert_close(routed.selected.float().mean(), core.routing.chunks_selected)
     return sharded_reference.State(*routed.state).bias > float("-inf")

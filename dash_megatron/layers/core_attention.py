@@ -160,7 +160,7 @@ class CoreAttention(MegatronModule):
         raise NotImplementedError
 
 
-def router_of(attention: AttentionConfig, scaling_factor: float) -> Router:
+def router_of(attention: AttentionConfig, scaling_factor: float | Tensor) -> Router:
     """The router that a config describes, for a layer with this scaling factor."""
     return Router(
         chunk_size=attention.chunk_size,
@@ -198,24 +198,13 @@ class DashCoreAttention(CoreAttention):
         queries and keys, or None where it has none of its own."""
 
     @property
-    def fixed_router(self) -> Router:
-        """The router that the config describes; the learned factors of `head_scaling` are still to be multiplied."""
-        return router_of(self.attention, self.scaling_factor)
-
-    @property
     def router(self) -> Router:
         """What the next forward pass routes with; its scaling factor is a tensor where factors are learned."""
-        head_scaling = self.head_scaling()
-        if head_scaling is None:
-            return self.fixed_router
-        return self.fixed_router._replace(scaling_factor=self.scaling_factor * head_scaling)
-
-    def head_scaling(self) -> Tensor | None:
-        """The learned factor of each kv head of this rank, at least float32, which multiplies `scaling_factor`."""
-        # in half precision, neighbouring factors would be a percent apart
         if self.log_scaling is None:
-            return None
-        return (self.attention.learned_scaling * upcast(self.log_scaling)[0]).exp()
+            return router_of(self.attention, self.scaling_factor)
+        # in half precision, neighbouring factors would be a percent apart
+        learned = (self.attention.learned_scaling * upcast(self.log_scaling)[0]).exp()
+        return router_of(self.attention, self.scaling_factor * learned)
 
     def split(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Attention's queries and keys, and those of the router or None, from what a layer hands over, [..., heads, D]."""
@@ -252,12 +241,11 @@ class DashCoreAttention(CoreAttention):
             k,
             v[0],
             self.summary_query,
-            self.fixed_router,
+            self.router,
             shard.chunks,
             self.context_group,
             exchange=self.context_comm,
             backend=self.attention.backend,
-            head_scaling=self.head_scaling(),
             routing_q=routing_q,
             routing_k=routing_k,
         )

@@ -102,25 +102,20 @@ def _places(queries: QueryChunks, num_rows: int) -> QueryPositions:
     return QueryPositions(chunk, torch.arange(num_rows, device=chunk.device) - start, first)
 
 
-def _route(
-    q: Tensor, summary: Tensor, places: QueryPositions, router: Router, head_scaling: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _route(q: Tensor, summary: Tensor, places: QueryPositions, router: Router) -> tuple[Tensor, Tensor]:
     """Log prior [H, n, c] and number of chunks selected [H, n]."""
-    if head_scaling is not None:
-        router = router._replace(scaling_factor=router.scaling_factor * head_scaling)
     number_c = torch.arange(summary.shape[1], device=q.device)
     masks = places.masks(number_c, router.local_chunks)
     return reference.route(_by_head(q, len(summary)), summary, *masks, router, scale=q.shape[2] ** -0.5)
 
 
 def route(
-    q: Tensor, summary: Tensor, chunks: QueryChunks, router: Router, head_scaling: Tensor | None = None,
-    pooled_q: Tensor | None = None,
-) -> Routed:  # fmt: skip
+    q: Tensor, summary: Tensor, chunks: QueryChunks, router: Router, pooled_q: Tensor | None = None
+) -> Routed:
     """As `Stages.route`."""
     places = _places(chunks, len(q))
     q, summary = upcast(q if pooled_q is None else pooled_q, summary)
-    bias, selected = _route(q, summary, places, router, head_scaling)
+    bias, selected = _route(q, summary, places, router)
     return Routed(selected.mT.contiguous(), State(bias, *places))
 
 
@@ -131,21 +126,18 @@ def listed(routed: Routed, num_chunks: int) -> Tensor:
     return ((state.bias > -math.inf) & ~own).any(1)
 
 
-def route_backward(
-    d_prior: Tensor, queries: RoutedQueries, summary: Tensor, head_scaling: Tensor | None = None
-) -> RouterGradients:
+def route_backward(d_prior: Tensor, queries: RoutedQueries, summary: Tensor) -> RouterGradients:
     """As `Stages.route_backward`."""
-    places = State(*queries.routed.state).places
+    places, router = State(*queries.routed.state).places, queries.router
+    factors = [router.scaling_factor] if isinstance(router.scaling_factor, Tensor) else []
     with torch.enable_grad():
-        given = (
-            (queries.routing_q, summary)
-            if head_scaling is None
-            else (queries.routing_q, summary, head_scaling)
-        )
-        q, summary, *heads = leaves = [x.detach().requires_grad_() for x in upcast(*given)]
-        bias, _ = _route(q, summary, places, queries.router, heads[0] if heads else None)
-        dq, d_summary, *d_heads = torch.autograd.grad(bias, leaves, d_prior)
-    return RouterGradients(dq, d_summary, d_heads[0] if d_heads else None)
+        leaves = [x.detach().requires_grad_() for x in upcast(queries.routing_q, summary, *factors)]
+        q, summary, *factors = leaves
+        if factors:
+            router = router._replace(scaling_factor=factors[0])
+        bias, _ = _route(q, summary, places, router)
+        dq, d_summary, *d_factors = torch.autograd.grad(bias, leaves, d_prior)
+    return RouterGradients(dq, d_summary, d_factors[0] if d_factors else None)
 
 
 class _Block(NamedTuple):

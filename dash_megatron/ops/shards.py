@@ -116,8 +116,8 @@ class RouterGradients(NamedTuple):
     """Of `RoutedQueries.routing_q`, and of its shape."""
     summary: Tensor
     """[Hkv, chunks of the whole sequence, D], from these rows of q."""
-    head_scaling: Tensor | None
-    """[Hkv], from these rows of q; None where there is no such factor."""
+    scaling_factor: Tensor | None
+    """[Hkv], from these rows of q; None where the router's is a number."""
 
 
 class Stages(Protocol):
@@ -149,7 +149,6 @@ class Stages(Protocol):
         summary: Tensor,
         chunks: QueryChunks,
         router: Router,
-        head_scaling: Tensor | None = None,
         pooled_q: Tensor | None = None,
     ) -> Routed:
         """Select chunks for every row of q.
@@ -158,8 +157,7 @@ class Stages(Protocol):
             q: attention's queries [n, Hq, D], all rows in chunks.
             summary: of all chunks of the whole sequence [Hkv, num_chunks, D], as `summarize` gives them.
             chunks: where the chunks of q lie.
-            router: its scaling factor is a number.
-            head_scaling: multiplies the router's scaling factor, for each key/value head [Hkv].
+            router: its constants.
             pooled_q: as in `RoutedQueries`. Where `router.query_pool` is above 1 these are of `pool_queries`, which the caller
                 does: it may need rows of other ranks.
         """
@@ -169,9 +167,7 @@ class Stages(Protocol):
         """Bool [Hkv, num_chunks]: past chunks that at least one row selected, local ones included."""
         ...
 
-    def route_backward(
-        self, d_prior: Tensor, queries: RoutedQueries, summary: Tensor, head_scaling: Tensor | None = None
-    ) -> RouterGradients:
+    def route_backward(self, d_prior: Tensor, queries: RoutedQueries, summary: Tensor) -> RouterGradients:
         """Gradients through the router from that of the log priors, filled for all chunks; other arguments as in `route`.
 
         That of the queries is of `queries.routing_q`, and carries nothing of attention.

@@ -126,7 +126,7 @@ def test_learned_factors_stay_bounded_however_long_a_gradient_pulls() -> None:
         core.log_scaling.grad = torch.tensor([-1.0, 1e-3])
         adam.step()
     bound = MAX_LOG_FACTOR
-    assert core.head_scaling().log().tolist() == pytest.approx([bound, -bound], rel=1e-3)
+    assert core.router.scaling_factor.log().tolist() == pytest.approx([bound, -bound], rel=1e-3)
     assert [group["weight_decay"] for group in parameter_groups(model_of(config_of()), config_of())] == [
         0.1,
         0.0,

@@ -89,7 +89,7 @@ def test_learned_factors_are_taken_over_at_another_rate(tmp_path: Path) -> None:
     again = model_of(config, seed=1)
     load_initial_weights(again, folder, config.model)
     for one, other in zip(model.decoder.layers, again.decoder.layers, strict=True):
-        factors = [x.self_attention.core_attention.head_scaling() for x in (one, other)]
+        factors = [x.self_attention.core_attention.router.scaling_factor for x in (one, other)]
         assert factors[0].log().abs().max() > 0.1
         torch.testing.assert_close(*factors)
 

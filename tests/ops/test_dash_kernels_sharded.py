@@ -43,8 +43,9 @@ class Sequence:
         self.d_out = noise(N, Hq, D)
         self.method = {"sigma": 2.0, "estimate_diagonal": True, "alpha": 1.5} | method
         self.method["scaling_factor"] = scaling_factor
+        if head_scaling is not None:
+            self.method["scaling_factor"] = scaling_factor * torch.tensor(head_scaling, device=DEVICE)
         self.router = Router(chunk_size=C, **self.method)
-        self.head_scaling = None if head_scaling is None else torch.tensor(head_scaling, device=DEVICE)
         self.bounds, self.chunks = [0], []
         for length in lengths:
             start, first = self.bounds[-1], len(self.chunks)
@@ -85,10 +86,10 @@ class Sequence:
         """Output, gradients and chunk counts of the reference in float64."""
         leaves = [x[None].double().requires_grad_() for x in (self.q, self.k, self.v)]
         leaves.append(self.w.double().requires_grad_())
-        router = self.router
-        heads = [] if self.head_scaling is None else [self.head_scaling.double().requires_grad_()]
-        for x in heads:
-            router = router._replace(scaling_factor=router.scaling_factor * x)
+        router, heads = self.router, []
+        if isinstance(router.scaling_factor, torch.Tensor):
+            heads = [router.scaling_factor.double().requires_grad_()]
+            router = router._replace(scaling_factor=heads[0])
         out, selected = dash_attention_reference(*leaves, router, _int(self.bounds))
         grads = torch.autograd.grad(out, [*leaves, *heads], self.d_out[None].double())
         return out.detach()[0], [*(x[0] for x in grads[:3]), *grads[3:]], selected[0]
@@ -185,7 +186,7 @@ def _run(x, layout):
     for numbers, (rows, qs) in zip(x.ranks, spans, strict=True):
         q = x.q[rows]
         routing_q = None if x.router.query_pool == 1 else pooled.detach()[rows]
-        routed = sharded.route(q, summary, qs, x.router, x.head_scaling, routing_q)
+        routed = sharded.route(q, summary, qs, x.router, routing_q)
         selected[rows] = routed.selected
         queries = RoutedQueries(q, qs, x.router, routed, routing_q)
         buffers = layout(x, numbers, sharded.listed(routed, x.num_chunks))
@@ -203,7 +204,7 @@ def _run(x, layout):
                     total[:, h].index_add_(0, tokens, part[buffer_rows, h])
                     part[buffer_rows, h] = 0
                 assert torch.equal(part, torch.zeros_like(part)), "rows of no chunk have no gradient"
-        router_dq, part, d_head = sharded.route_backward(d_prior, queries, summary, x.head_scaling)
+        router_dq, part, d_head = sharded.route_backward(d_prior, queries, summary)
         d_heads.append(d_head)
         d_pooled[rows] = router_dq
         d_summary = d_summary + part
@@ -214,7 +215,7 @@ def _run(x, layout):
         part, part_dw = sharded.summarize_backward(local, x.k[rows], x.w, qs, C)
         dk[rows] += part
         dw += part_dw
-    return out, [dq, dk, dv, dw, *([] if x.head_scaling is None else [sum(d_heads)])], selected
+    return out, [dq, dk, dv, dw, *([] if d_heads[0] is None else [sum(d_heads)])], selected
 
 
 def _relative_error(x, expected):

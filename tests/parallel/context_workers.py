@@ -242,6 +242,8 @@ def _attend_chunks(case: Case, leaves: list[torch.Tensor], shard: Any, group: Co
     router = Router(**case.settings)
     q, k, v, *own = leaves[: 3 + 2 * case.own_router]
     w, *factors = leaves[3 + len(own) :]
+    for factor in factors:
+        router = router._replace(scaling_factor=router.scaling_factor * factor)
     out, _ = sharded_dash_attention(
         q,
         k,
@@ -252,7 +254,6 @@ def _attend_chunks(case: Case, leaves: list[torch.Tensor], shard: Any, group: Co
         group,
         exchange=case.comm,
         backend=case.backend,
-        head_scaling=factors[0] if factors else None,
         **dict(zip(ROUTING, own, strict=False)),
     )
     return out

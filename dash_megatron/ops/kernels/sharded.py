@@ -215,9 +215,8 @@ def summarize_backward(
 
 
 def route(
-    q: Tensor, summary: Tensor, chunks: QueryChunks, router: Router, head_scaling: Tensor | None = None,
-    pooled_q: Tensor | None = None,
-) -> Routed:  # fmt: skip
+    q: Tensor, summary: Tensor, chunks: QueryChunks, router: Router, pooled_q: Tensor | None = None
+) -> Routed:
     """As `Stages.route`: solve the entmax of every row and list the chunks that each query tile selected.
 
     Waits for the device only where lists are too long to be allocated for every chunk being selected.
@@ -225,6 +224,7 @@ def route(
     launches, sizes = _prepare(q, len(summary), chunks, router)
     past, sizes = _past(chunks), sizes.of_router(router.pool_heads)
     q = router.group_means(q if pooled_q is None else pooled_q, len(summary))
+    head_scaling, router = router.split()
     lists, tau, mean_log, selected = routing.route(
         _rows(q), summary.contiguous(), _spans(chunks), list_offsets(sizes, past), sizes, router,
         launches.route, chunks.number.contiguous(), head_scaling,
@@ -244,16 +244,15 @@ def listed(routed: Routed, num_chunks: int) -> Tensor:
     return marks.view(torch.bool)
 
 
-def route_backward(
-    d_prior: Tensor, queries: RoutedQueries, summary: Tensor, head_scaling: Tensor | None = None
-) -> RouterGradients:
+def route_backward(d_prior: Tensor, queries: RoutedQueries, summary: Tensor) -> RouterGradients:
     """As `Stages.route_backward`; gradients are float32.
 
     Under `torch.use_deterministic_algorithms` the gradient of the summaries is summed in order, at some cost in time,
     and otherwise with atomics.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
-    chunks, router, state = queries.chunks, queries.router, State(*queries.routed.state)
+    chunks, state = queries.chunks, State(*queries.routed.state)
+    head_scaling, router = queries.router.split()
     launches, sizes = _prepare(queries.q, len(summary), chunks, router)
     q, summary, spans = _rows(queries.routing_q), summary.contiguous(), _spans(chunks)
     q, sizes = router.group_means(q, len(summary)), sizes.of_router(router.pool_heads)

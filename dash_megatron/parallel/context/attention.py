@@ -44,11 +44,13 @@ class _ShardedDash(torch.autograd.Function):
         v: Tensor,
         own_k: Tensor | None,
         w: Tensor,
-        head_scaling: Tensor | None,
+        factors: Tensor | None,
         router: Router,
         exchange: ContextExchange,
     ) -> tuple[Tensor, Tensor]:
         stages, layout, group = exchange.stages, exchange.layout, exchange.group
+        if factors is not None:
+            router = router._replace(scaling_factor=factors)
         with group.counting("forward"):
             summarized = k if own_k is None else own_k
             own_summary = stages.summarize(summarized, w, layout.queries, router.chunk_size)
@@ -56,11 +58,11 @@ class _ShardedDash(torch.autograd.Function):
             # after the summaries, which the router waits for
             exchange.start(k, v)
             summary = _all_summaries(pending, layout)
-            routed = stages.route(q, summary, layout.queries, router, head_scaling, pooled_q)
+            routed = stages.route(q, summary, layout.queries, router, pooled_q)
             attended = exchange.attend(RoutedQueries(q, layout.queries, router, routed, pooled_q), k, v)
         out = attended.out.to(q.dtype)
         # nothing of size stays on ctx itself, where activation checkpointing would not find it
-        saved = q, pooled_q, k, v, own_k, w, head_scaling, out, attended.lse, summary
+        saved = q, pooled_q, k, v, own_k, w, factors, out, attended.lse, summary
         ctx.save_for_backward(*saved, routed.selected, *routed.state)
         ctx.router, ctx.exchange = router, exchange
         ctx.mark_non_differentiable(routed.selected)
@@ -68,16 +70,18 @@ class _ShardedDash(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        q, pooled_q, k, v, own_k, w, head_scaling, out, lse, summary, selected, *state = ctx.saved_tensors
+        q, pooled_q, k, v, own_k, w, factors, out, lse, summary, selected, *state = ctx.saved_tensors
         exchange: ContextExchange = ctx.exchange
         router: Router = ctx.router
+        if factors is not None:
+            router = router._replace(scaling_factor=factors)
         stages, layout, group = exchange.stages, exchange.layout, exchange.group
         queries = RoutedQueries(q, layout.queries, router, Routed(selected, tuple(state)), pooled_q)
         with group.counting("backward"):
             d_prior = stages.new_d_prior(queries.routed)
             gradient = OutputGradient(d_out.contiguous(), Attended(out, lse), d_prior)
             attended = exchange.attend_backward(gradient, queries, k, v)
-            routed = stages.route_backward(d_prior, queries, summary, head_scaling)
+            routed = stages.route_backward(d_prior, queries, summary)
             d_own = _return_summaries(routed.summary, layout, group)
             summarized = k if own_k is None else own_k
             dk, dw = stages.summarize_backward(d_own, summarized, w, layout.queries, router.chunk_size)
@@ -86,8 +90,8 @@ class _ShardedDash(torch.autograd.Function):
         d_own_k = None if own_k is None else dk.to(own_k.dtype)
         gradients = dq, attended.k + dk if own_k is None else attended.k, attended.v, dw
         dq, dk, dv, dw = (g.to(x.dtype) for g, x in zip(gradients, (q, k, v, w), strict=True))
-        d_scaling = None if routed.head_scaling is None else routed.head_scaling.to(head_scaling.dtype)
-        return dq, d_pooled, dk, dv, d_own_k, dw, d_scaling, None, None
+        d_factors = None if routed.scaling_factor is None else routed.scaling_factor.to(factors.dtype)
+        return dq, d_pooled, dk, dv, d_own_k, dw, d_factors, None, None
 
 
 def sharded_dash_attention(
@@ -101,7 +105,6 @@ def sharded_dash_attention(
     *,
     exchange: str,
     backend: str = "auto",
-    head_scaling: Tensor | None = None,
     routing_q: Tensor | None = None,
     routing_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -111,13 +114,11 @@ def sharded_dash_attention(
         q: [N / P, Hq, D], in the order of `ContextShard.token`.
         k, v: [N / P, Hkv, D].
         w: summary query [Hkv, D]; its gradient is this rank's part.
-        router: its scaling factor is a number.
+        router: its constants; a scaling factor that is a tensor gets this rank's part of its gradient.
         layout: where the chunks of the sequence lie.
         group: the ranks that share the sequence.
         exchange: "all_gather", "p2p" or "sparse".
         backend: as in `dash_attention`.
-        head_scaling: multiplies the router's scaling factor, for each key/value head [Hkv]; its gradient is this rank's
-            part.
         routing_q, routing_k: [N / P, Hkv, D], or None both: the router's own queries and keys, beside `pool_heads`.
 
     Returns:
@@ -140,7 +141,8 @@ def sharded_dash_attention(
         pooled_q = routing_queries(given, router.query_pool, layout.halo, group, backend)
     own_k = None if routing_k is None else routing_k.contiguous()
     rows = q, pooled_q, k.contiguous(), v.contiguous(), own_k
-    out, selected = _ShardedDash.apply(*rows, w, head_scaling, router, keys)
+    factors, router = router.split()
+    out, selected = _ShardedDash.apply(*rows, w, factors, router, keys)
     if aligned is not None:
         out = move_rows(out, aligned.to_rows, aligned.to_chunks, group)
     return out, selected
