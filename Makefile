@@ -47,11 +47,11 @@ $(DATA)/tokenizer.model: $(DATA)/corpus/manifest.json
 	@echo "== 2. tokenizer"
 	$(BIN)/python -m data_tools.train_tokenizer --input $(DATA)/corpus --vocab-size 4096 --output $@
 
-$(DATA)/train.idx.json: $(DATA)/tokenizer.model
+$(DATA)/manifest.json: $(DATA)/tokenizer.model
 	@echo "== 3. tokens: train and validation, split by document"
 	$(BIN)/python -m data_tools.tokenize_corpus --input $(DATA)/corpus --tokenizer $< --output $(DATA)
 
-quickstart: $(DATA)/train.idx.json
+quickstart: $(DATA)/manifest.json
 	@echo "== 4. training: DashAttention in every layer, $(PROCESSES) processes, ZeRO 1"
 	$(BIN)/python train.py --processes $(PROCESSES) --config configs/quickstart.yaml
 	@echo "== 5. the model continues a prompt"
@@ -63,13 +63,13 @@ quickstart: $(DATA)/train.idx.json
 	$(BIN)/python -m dash_megatron convert to-hf $(RUN) $(RUN)/hf --dtype float32
 	$(BIN)/python examples/generate.py $(RUN)/hf --prompt "$(PROMPT)"
 
-$(TUNED)/data/train.idx.json: $(DATA)/tokenizer.model
+$(TUNED)/data/manifest.json: $(DATA)/tokenizer.model
 	@echo "== 1. conversations about the standard library, of which the answers alone are learnt"
 	mkdir -p $(TUNED)/data
 	$(BIN)/python examples/stdlib_chats.py > $(TUNED)/data/chats.jsonl
 	$(BIN)/python -m data_tools.tokenize_corpus --conversations --input $(TUNED)/data/chats.jsonl --tokenizer $< --output $(TUNED)/data
 
-finetune: $(TUNED)/data/train.idx.json
+finetune: $(TUNED)/data/manifest.json
 	@echo "== 2. fine-tuning of $(RUN), which make quickstart trained"
 	$(BIN)/python train.py --processes $(PROCESSES) --config configs/finetune_quickstart.yaml
 	@echo "== 3. export to $(TUNED)/hf, and an answer from there through transformers alone"

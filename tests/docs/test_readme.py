@@ -3,6 +3,7 @@
 import io
 import re
 import shlex
+import subprocess
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,21 @@ def test_the_python_example_prints_what_stands_beside_it_and_is_sparse() -> None
 
 def test_the_readme_has_at_most_110_lines() -> None:
     assert len(README.read_text().splitlines()) <= 110
+
+
+def test_make_goes_on_with_tokens_where_a_call_ended_before_those_of_validation(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    (data / "corpus").mkdir(parents=True)
+    for name in ("corpus/manifest.json", "tokenizer.model", "train.idx.json"):
+        (data / name).touch()
+    command = ["make", "--dry-run", "--directory", str(ROOT), f"RUN={tmp_path}", "quickstart"]
+
+    def commands() -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    assert "data_tools.tokenize_corpus" in commands()
+    (data / "manifest.json").touch()
+    assert "data_tools.tokenize_corpus" not in commands()
 
 
 def test_prose_of_the_results_has_at_most_200_characters_a_line() -> None:
