@@ -74,11 +74,6 @@ def summarize(k_HcWD: Tensor, filled_cW: Tensor, summary_query_HD: Tensor) -> Te
     `filled_cW` (bool) tells which slots hold a token; what the others hold must be finite.
     """
     score_HcW = torch.einsum("...hcwd,hd->...hcw", k_HcWD, summary_query_HD * k_HcWD.shape[-1] ** -0.5)
-    return weighted_mean(k_HcWD, filled_cW, score_HcW)
-
-
-def weighted_mean(k_HcWD: Tensor, filled_cW: Tensor, score_HcW: Tensor) -> Tensor:
-    """Mean [..., H, c, D] of the keys in filled slots, weighted by the softmax of scores."""
     # the least number rather than -inf: a chunk without tokens has equal weights, not NaN
     score_HcW = torch.where(filled_cW, score_HcW, torch.finfo(k_HcWD.dtype).min)
     return (score_HcW.softmax(-1).unsqueeze(-2) @ k_HcWD).squeeze(-2)

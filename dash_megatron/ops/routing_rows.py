@@ -13,11 +13,8 @@ from torch import Tensor
 
 from dash_megatron.ops.chunk_grid import ChunkGrid, document_positions
 from dash_megatron.ops.pooling import pool_queries_reference
-from dash_megatron.ops.reference import QueryPositions, probabilities, summarize
+from dash_megatron.ops.reference import MAX_BLOCK_SCORES, QueryPositions, probabilities, summarize
 from dash_megatron.ops.types import Router
-
-# Scores alive at once, in elements: more queries are looked at block by block.
-MAX_SCORES = 2**24
 
 
 class Head(NamedTuple):
@@ -125,7 +122,7 @@ class Block(NamedTuple):
 
 def blocks(row: Row, token_S: Tensor, scores_per_chunk: int) -> Iterator[Block]:
     """Cut rising tokens into blocks with at most as many scores as may be alive."""
-    rows = max(1, MAX_SCORES // (row.grid.num_chunks * scores_per_chunk))
+    rows = max(1, MAX_BLOCK_SCORES // (row.grid.num_chunks * scores_per_chunk))
     for part in token_S.split(rows):
         places = row.places(part)
         first, end = torch.stack([places.first_chunk_T.min(), places.chunk_T.max() + 1]).tolist()

@@ -107,7 +107,7 @@ def test_measures_of_every_query_are_those_of_the_reference(
         own = tuple(torch.randn(1, 61, 2, D, generator=torch.Generator().manual_seed(7)) for _ in range(2))
         own = own[0], own[1].roll(1, 1)
     if blocks == "many blocks":
-        monkeypatch.setattr(routing_rows, "MAX_SCORES", 1000)
+        monkeypatch.setattr(routing_rows, "MAX_BLOCK_SCORES", 1000)
     q, k, w = inputs()
     expected = by_hand(q, k, w, router, lengths, own)
     cu_seqlens = None if len(lengths) == 1 else F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
@@ -214,7 +214,7 @@ def test_a_map_shows_the_share_of_tokens_that_selected_each_chunk(monkeypatch: p
     assert coarse[0, 0, 0].item() == pytest.approx((4 + 4 * share[0, 1, :2].sum()) / 12)
     few, _ = selection_map(q, k, w, ROUTER, tokens_per_cell=2)
     assert (few.nan_to_num() * 2).eq((few.nan_to_num() * 2).round()).all()
-    monkeypatch.setattr(routing_rows, "MAX_SCORES", 100)
+    monkeypatch.setattr(routing_rows, "MAX_BLOCK_SCORES", 100)
     sampled, _ = selection_map(q, k, w, ROUTER, max_cells=4)
     assert torch.equal(sampled.nan_to_num(-1), coarse.nan_to_num(-1))
 
@@ -273,7 +273,7 @@ def test_a_gpu_measures_the_same() -> None:
 def test_selected_chunks_are_those_that_attention_and_tiles_count(
     options: dict[str, int], most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(routing_rows, "MAX_SCORES", most)
+    monkeypatch.setattr(routing_rows, "MAX_BLOCK_SCORES", most)
     q, k, w = inputs(N=30)
     router = ROUTER._replace(**options)
     # with a query a group, of a router of its own

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from dash_megatron.ops.backend import pick_backend
-from dash_megatron.ops.reference import upcast
 from dash_megatron.ops.topk.reference import attend_selected_reference, select_chunks_reference
 
 
@@ -29,7 +28,8 @@ def find_backend(backend: str, q: Tensor, chunk_size: int) -> Backend:
         ValueError: the backend cannot run here.
     """
     if pick_backend(backend, q, chunk_size) == "reference":
-        return Backend(attend_selected_reference, select_chunks_reference, upcast(q.new_empty(0))[0].dtype)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        return Backend(attend_selected_reference, select_chunks_reference, dtype)
     from dash_megatron.ops.topk.triton import attend_selected_triton, select_chunks_triton
 
     return Backend(attend_selected_triton, select_chunks_triton, q.dtype)
