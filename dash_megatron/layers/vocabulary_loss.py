@@ -31,9 +31,9 @@ class Table(NamedTuple):
     """This process's part of the output layer."""
 
     rows: Tensor
-    """[words of this tensor-parallel rank, hidden_size]."""
+    """[rows of this tensor-parallel rank, hidden_size], a token each."""
     group: dist.ProcessGroup
-    """The tensor-parallel ranks, in the order of their words."""
+    """The tensor-parallel ranks, in the order of their rows."""
     sequence_parallel: bool
     """Whether each of these ranks has the hidden states of other tokens."""
 
@@ -46,7 +46,7 @@ class VocabularyLoss(NamedTuple):
     weight: Tensor | None
     """Float32 [B, N]; None: the loss of every label, without a gradient."""
     vocab_size: int | None
-    """Where every label is scored: words of the whole vocabulary, to also say whether it is the argmax; None: not to say."""
+    """Where every label is scored: tokens of the whole vocabulary, to also say whether it is the argmax; None: not to say."""
 
 
 class OutputLayer(ColumnParallelLinear):
@@ -78,13 +78,13 @@ class _Piece(NamedTuple):
     hidden: Tensor
     """[M, hidden_size]."""
     logits: Tensor
-    """[M, words of this rank]."""
+    """[M, rows of this rank]."""
     labels: Tensor
-    """Counted from this rank's first word, int64 [M]."""
-    log_sums: Tensor
-    """Over the whole vocabulary, float32 or float64 [M]."""
+    """Counted from this rank's first row, int64 [M]."""
+    lse: Tensor
+    """Log-sum-exp over the whole vocabulary, float32 or float64 [M]."""
     losses: Tensor
-    """As `log_sums`."""
+    """Cross entropy, as `lse`."""
 
 
 def _slices(hidden_NBH: Tensor, table: Table) -> Iterator[slice]:
@@ -103,8 +103,8 @@ def _score(hidden_NBH: Tensor, table: Table, labels_SNB: Tensor) -> _Piece:
     if table.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, group=table.group)
     logits = hidden @ table.rows.t()
-    log_sums, rights = _over_ranks(*score_labels(logits, labels), table.group)
-    return _Piece(hidden, logits, labels, log_sums, log_sums - rights)
+    lse, label_logits = _over_ranks(*score_labels(logits, labels), table.group)
+    return _Piece(hidden, logits, labels, lse, lse - label_logits)
 
 
 def _by_share(x_BN: Tensor, own_tokens: int) -> Tensor:
@@ -112,12 +112,12 @@ def _by_share(x_BN: Tensor, own_tokens: int) -> Tensor:
     return x_BN.t().reshape(-1, own_tokens, len(x_BN))
 
 
-def _over_ranks(log_sums: Tensor, rights: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """What ranks know of their words, of the whole vocabulary; the same bits on every rank."""
+def _over_ranks(lse: Tensor, label_logits: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and labels' logits over the whole vocabulary, from those over each rank's rows; the same bits on every rank."""
     if group.size() == 1:
-        return log_sums, rights
-    own = torch.stack([log_sums, rights])
-    all_ranks = own.new_empty(2 * group.size(), len(log_sums))
+        return lse, label_logits
+    own = torch.stack([lse, label_logits])
+    all_ranks = own.new_empty(2 * group.size(), len(lse))
     dist.all_gather_into_tensor(all_ranks, own, group=group)
     return all_ranks[::2].logsumexp(0), all_ranks[1::2].sum(0)
 
@@ -187,14 +187,14 @@ def _add_piece(
     weight = weight_SNB[:, tokens].flatten()
     if gradients is not None:
         d_hidden, d_rows = gradients
-        replace_by_gradient(piece.logits, piece.labels, piece.log_sums, weight)
-        d_hidden[tokens] = _home(piece.logits @ table.rows, table).view_as(d_hidden[tokens])
+        replace_by_gradient(piece.logits, piece.labels, piece.lse, weight)
+        d_hidden[tokens] = _reduce(piece.logits @ table.rows, table).view_as(d_hidden[tokens])
         _add_product(d_rows, piece.logits.t(), piece.hidden)
     return (piece.losses * weight).sum()
 
 
-def _home(d_hidden: Tensor, table: Table) -> Tensor:
-    """Gradients of a rank's own hidden states, of which every rank has computed the part of its words."""
+def _reduce(d_hidden: Tensor, table: Table) -> Tensor:
+    """Gradients of a rank's own hidden states, of which every rank has computed the part of its rows."""
     if table.sequence_parallel:
         return reduce_scatter_to_sequence_parallel_region(d_hidden, group=table.group)
     return reduce_from_tensor_model_parallel_region(d_hidden, group=table.group)

@@ -36,10 +36,10 @@ def by_torch(logits, labels, d_losses):
 
 
 def by_kernel(logits, labels, d_losses):
-    log_sums, rights = kernels.score_labels(logits, labels)
+    lse, label_logits = kernels.score_labels(logits, labels)
     gradients = logits.clone(memory_format=torch.contiguous_format)
-    kernels.replace_by_gradient(gradients, labels, log_sums, d_losses)
-    return log_sums - rights, gradients
+    kernels.replace_by_gradient(gradients, labels, lse, d_losses)
+    return lse - label_logits, gradients
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -73,13 +73,13 @@ def test_processes_that_share_a_vocabulary_add_up_what_each_has(dtype):
     borders = (0, 64, 100)
     # rows of wider ones
     parts = [(logits[:, i:j], labels - i) for i, j in pairwise(borders)]
-    log_sums, rights = zip(*(cross_entropy(dtype).score_labels(*part) for part in parts), strict=True)
-    log_sums = torch.stack(log_sums).logsumexp(0)
+    lse, label_logits = zip(*(cross_entropy(dtype).score_labels(*part) for part in parts), strict=True)
+    lse = torch.stack(lse).logsumexp(0)
     expected, d_expected = by_torch(logits, labels, d_losses)
-    torch.testing.assert_close((log_sums - sum(rights)).double(), expected, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close((lse - sum(label_logits)).double(), expected, rtol=2e-6, atol=2e-6)
     for (part, own_labels), d_part in zip(parts, d_expected.split([64, 36], 1), strict=True):
         part = part.contiguous()
-        cross_entropy(dtype).replace_by_gradient(part, own_labels, log_sums, d_losses)
+        cross_entropy(dtype).replace_by_gradient(part, own_labels, lse, d_losses)
         torch.testing.assert_close(part.double(), d_part, rtol=2e-6, atol=1e-7)
 
 
@@ -97,5 +97,5 @@ def test_offsets_beyond_int32_are_right():
 def test_what_is_no_number_stays_none():
     logits, labels, _ = rows_of(3, 70, torch.float32)
     logits[0, 3], logits[1, 4] = torch.nan, torch.inf
-    log_sums, _ = kernels.score_labels(logits, labels)
-    assert log_sums.isnan().tolist() == [True, True, False]
+    lse, _ = kernels.score_labels(logits, labels)
+    assert lse.isnan().tolist() == [True, True, False]
