@@ -8,7 +8,6 @@ backwards and build no autograd graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -31,11 +30,6 @@ class QueryChunks(NamedTuple):
     """Chunks of the whole sequence."""
     list_bound: int
     """At least the number of pairs of a local chunk and a strictly past chunk of its document."""
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> QueryChunks:
-        """Apply a function to every tensor."""
-        start, end, number, first = (function(x) for x in self[:4])
-        return self._replace(start=start, end=end, number=number, first=first)
 
 
 class KeyBuffer(NamedTuple):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,10 +32,6 @@ class Moves(NamedTuple):
     """Of each rank."""
     gather: Tensor
     """int64: every new row's place among the old rows followed by the received ones."""
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Moves:
-        """Apply a function to every tensor."""
-        return self._replace(send=function(self.send), gather=function(self.gather))
 
 
 class Alignment(NamedTuple):
@@ -63,11 +59,6 @@ class QueryHalo(NamedTuple):
     position: Tensor
     """int32: of every one of these, one after the other, how many just before it are of its document."""
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> QueryHalo:
-        """Apply a function to every tensor."""
-        send, order, position = function(self.send), function(self.order), function(self.position)
-        return self._replace(send=send, order=order, position=position)
-
 
 class ChunkPlaces(NamedTuple):
     """Where all chunks of the sequence lie; the same on every rank."""
@@ -85,11 +76,6 @@ class ChunkPlaces(NamedTuple):
     max_rows: int
     """Most aligned rows of a rank."""
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> ChunkPlaces:
-        """Apply a function to every tensor."""
-        owner, local, row, length = (function(x) for x in self[:4])
-        return self._replace(owner=owner, local=local, row=row, length=length)
-
 
 class ChunkLayout(NamedTuple):
     """One rank's chunks, and everybody's."""
@@ -103,15 +89,6 @@ class ChunkLayout(NamedTuple):
     """How this rank's rows are aligned; None where every border is aligned anyway."""
     halo: QueryHalo | None
     """Queries of other pieces that the router needs; None where it sees single queries."""
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> ChunkLayout:
-        """Apply a function to every tensor."""
-        alignment = self.alignment
-        if alignment is not None:
-            alignment = Alignment(*(moves.map(function) for moves in alignment))
-        halo = None if self.halo is None else self.halo.map(function)
-        queries, places = self.queries.map(function), self.places.map(function)
-        return self._replace(queries=queries, places=places, alignment=alignment, halo=halo)
 
 
 @dataclass(frozen=True)
@@ -136,9 +113,19 @@ class ContextShard:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> ContextShard:
         """Apply a function to every tensor."""
-        chunks = None if self.chunks is None else self.chunks.map(function)
         cu_seqlens, token = function(self.cu_seqlens), function(self.token)
+        chunks = _map_tensors(self.chunks, function)
         return dataclasses.replace(self, cu_seqlens=cu_seqlens, token=token, chunks=chunks)
+
+
+def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A tuple, named or not, with a function applied to every tensor in it, however deep; anything else as it is."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if not isinstance(value, tuple):
+        return value
+    parts = [_map_tensors(part, function) for part in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
 
 
 def pieces_of(rank: int, size: int) -> tuple[int, int]:
