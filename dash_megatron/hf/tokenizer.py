@@ -82,6 +82,11 @@ def _name_padding(folder: Path, token: str) -> None:
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     settings = {"padding_side": "left", **settings, "pad_token": token}
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # of two names that of special_tokens_map.json counts
+    path = folder / "special_tokens_map.json"
+    if path.is_file():
+        names = {**json.loads(path.read_text(encoding="utf-8")), "pad_token": token}
+        path.write_text(json.dumps(names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _load(folder: Path, source: Path) -> PreTrainedTokenizerBase:

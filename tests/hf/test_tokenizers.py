@@ -220,13 +220,18 @@ def test_an_export_pads_with_the_end_that_special_tokens_map_json_names_or_with_
     assert (exported.pad_token, exported.padding_side) == ("<|end|>", "left")
 
 
-@pytest.mark.parametrize(("named", "pads"), [("<|begin|>", "<|begin|>"), ("<|pad|>", "<|end|>")])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    ("named", "pads"), [("<|begin|>", "<|begin|>"), ("<|pad|>", "<|end|>"), (None, "<|end|>")]
+)
 def test_an_exported_model_pads_as_its_tokenizer_with_what_that_names_if_training_had_it(
-    named: str, pads: str, write_run: Callable[..., Any], tmp_path: Path
+    named: str | None, pads: str, file: str, write_run: Callable[..., Any], tmp_path: Path
 ) -> None:
     source = tmp_path / "source"
     write_byte_level(source)
-    _rewrite(source / "tokenizer_config.json", pad_token=named)
+    if not (source / file).exists():
+        (source / file).write_text("{}")
+    _rewrite(source / file, pad_token=named)
     config, _ = write_run("full", data={"tokenizer": str(source / "tokenizer.json")})
     export_run(config.run_dir, tmp_path / "hf", dtype="float32")
     exported = AutoTokenizer.from_pretrained(tmp_path / "hf")
