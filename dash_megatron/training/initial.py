@@ -168,6 +168,7 @@ def _check_model(config: ModelConfig, other: ModelConfig, folder: Path) -> None:
 
     Only `rope_scaling` may be set to another value, to go on with a longer context; left out, it must be left out there too.
     """
+    differing: list[str] = []
     for name in ModelConfig.model_fields:
         new, old = getattr(config, name), getattr(other, name)
         if name == "head_dim":
@@ -178,6 +179,7 @@ def _check_model(config: ModelConfig, other: ModelConfig, folder: Path) -> None:
         if name == "rope_scaling" and new is not None:
             logger.info("positions are rescaled: model.rope_scaling=%s, not %s as in %s", new, old, folder)
             continue
-        raise ValueError(
-            f"model.{name}={new} differs from {old} in training.init_from={folder}; set it to that"
-        )
+        differing.append(f"model.{name}={new} differs from {old}")
+    if differing:
+        remedy = "set it to that" if len(differing) == 1 else "set them to those"
+        raise ValueError(f"{', '.join(differing)} in training.init_from={folder}; {remedy}")
