@@ -106,9 +106,11 @@ class Config(Section):
         """
         model_size = self.parallel.tensor * self.parallel.context
         if world_size % model_size:
+            lower = [f"parallel.{name}" for name in ("tensor", "context") if getattr(self.parallel, name) > 1]
             raise ValueError(
                 f"parallel.tensor={self.parallel.tensor} x parallel.context={self.parallel.context} = "
-                f"{model_size} must divide the {world_size} processes started; start a multiple of {model_size}"
+                f"{model_size} must divide the {world_size} processes started; start a multiple of {model_size}, "
+                f"or lower {' or '.join(lower)}"
             )
         return world_size // model_size
 
