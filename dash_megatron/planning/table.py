@@ -84,7 +84,7 @@ class Plan:
 
     def _row(self, estimate: StepEstimate) -> list[str]:
         run = whole_run(self.config, estimate, self.price)
-        return [*row(estimate), f"{run['days']:,.1f}", f"{run['cost']:,.0f}"]
+        return [*row(estimate), f"{run['days']:,.2f}", f"{run['cost']:,.0f}"]
 
     def _heading(self) -> str:
         batch, length = self.config.training.global_batch, self.config.data.seq_length

@@ -142,6 +142,14 @@ def test_days_and_cost_are_those_of_all_steps_and_gpus(capsys: pytest.CaptureFix
     assert best["cost"] == pytest.approx(2 * 128 * 24 * best["days"])
 
 
+def test_a_run_of_less_than_an_hour_takes_some_days_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", CONFIG, "--gpus", "128", "training.steps=200"]
+    days = _layouts(capsys, "training.steps=200")["best"]["days"]
+    assert 0.005 < days < 1 / 24
+    assert main(["plan", *arguments]) == 0
+    assert capsys.readouterr().out.splitlines()[3].split()[-2] == f"{days:.2f}"
+
+
 def test_another_gpu_has_its_own_speed_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
     h200, b200, a100 = (
         _layouts(capsys, "--gpu", gpu, "--routing", "1.5", "training.recompute=attention")["configured"]
