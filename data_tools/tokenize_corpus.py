@@ -274,7 +274,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
     parser = make_parser("tokenize_corpus", __doc__)
     add_input(parser)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="model file of train_tokenizer")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        required=True,
+        help="model file of train_tokenizer, or a tokenizer.json of Hugging Face, beside its tokenizer_config.json",
+    )
     parser.add_argument(
         "--output", type=Path, required=True, help="folder for train and valid .bin, .idx, .idx.json"
     )
