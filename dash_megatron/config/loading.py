@@ -134,8 +134,11 @@ def read_rope_scaling(text: str) -> RopeScaling:
         ConfigError: malformed YAML, unknown key, wrong type, or a broken rule.
     """
     name = f"--rope-scaling {text!r}"
+    tree = parse_yaml(text, name)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{name} must be a mapping; its keys are {', '.join(RopeScaling.model_fields)}")
     try:
-        return RopeScaling.model_validate(parse_yaml(text, name))
+        return RopeScaling.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(
             "\n".join(f"{name}: {line}" for line in explain_validation(error, RopeScaling))

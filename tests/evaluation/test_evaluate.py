@@ -359,6 +359,10 @@ def test_a_stretched_rope_scores_as_a_run_with_it_in_its_own_folder(
         (["--step", "7"], "no checkpoint of step 7"),
         (["--rope-scaling", "{rope_type: yarn}"], "rope_type=yarn needs ['factor', 'original_max"),
         (["--rope-scaling", "{rope_type: yarn"], "--rope-scaling '{rope_type: yarn' is not valid YAML"),
+        (
+            ["--rope-scaling", "yarn"],
+            "--rope-scaling 'yarn' must be a mapping; its keys are rope_type, factor",
+        ),
     ],
 )
 def test_what_cannot_work_is_told(
