@@ -51,9 +51,10 @@ class ScheduleConfig(Section):
         warmup = self.warmup_steps
         decay = (self.decay_steps or 0) if self.kind == "wsd" else 0
         if warmup + decay > steps:
+            both = f" + schedule.decay_steps={decay} = {warmup + decay}" if decay else ""
             raise ValueError(
-                f"schedule.warmup_steps={warmup} + schedule.decay_steps={decay} = {warmup + decay} must not "
-                f"exceed training.steps={steps}; shorten them or train longer"
+                f"schedule.warmup_steps={warmup}{both} must not exceed training.steps={steps}; "
+                f"shorten {'them' if both else 'it'} or train longer"
             )
 
 

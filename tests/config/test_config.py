@@ -121,7 +121,14 @@ def test_configs_cannot_be_changed(path: Path) -> None:
             "short_factor: [1.0], long_factor: [1.0]}",
             "model.rope_scaling.short_factor has 1 numbers and must have model.head_dim / 2 = 8",
         ),
-        ("schedule.warmup_steps=101", "schedule.warmup_steps=101 + schedule.decay_steps=0 = 101"),
+        (
+            "schedule.warmup_steps=101",
+            "schedule.warmup_steps=101 must not exceed training.steps=100; shorten it",
+        ),
+        (
+            "schedule={kind: wsd, warmup_steps: 50, decay_steps: 51}",
+            "schedule.warmup_steps=50 + schedule.decay_steps=51 = 101 must not exceed training.steps=100; shorten them",
+        ),
         ("evaluation.every=5", "evaluation.every=5 needs data.valid, which is empty"),
         ("data.seq_length_curriculum={10: 128}", "must say which length the run begins with, at step 0"),
         ("data.seq_length_curriculum={}", "must say which length the run begins with, at step 0"),
