@@ -86,7 +86,7 @@ def _write(
     # by which transformers knows the tokenizer's class
     model.save_pretrained(folder)
     chat = _chat_of(config, tokenizer)
-    model.pad_token_id = export_tokenizer(tokenizer.path, folder, chat)
+    model.pad_token_id = export_tokenizer(tokenizer, folder, chat)
     model.save_pretrained(folder)
     ends = [end] if chat is None or chat.turn_end == end else [end, chat.turn_end]
     GenerationConfig(

@@ -38,12 +38,12 @@ _BESIDE_JSON = (
 )  # fmt: skip
 
 
-def export_tokenizer(source: Path, folder: Path, chat: ChatTemplate | None = None) -> int:
+def export_tokenizer(ours: OurTokenizer, folder: Path, chat: ChatTemplate | None = None) -> int:
     """Write the tokenizer of a run into a folder that has its config.json already.
 
     Args:
-        source: a sentencepiece model, of which a fast tokenizer is made, or a tokenizer.json, which is copied with the
-            files beside it.
+        ours: training's: of a sentencepiece model, of which a fast tokenizer is made, or of a tokenizer.json, which is copied
+            with the files beside it.
         chat: the template that the folder is to carry. A tokenizer made of a sentencepiece model then reads names of special
             tokens as these tokens, because the template writes them.
 
@@ -53,6 +53,7 @@ def export_tokenizer(source: Path, folder: Path, chat: ChatTemplate | None = Non
     Raises:
         ValueError: transformers cannot load the result, or it does not encode as in training.
     """
+    source = ours.path
     if source.suffix == ".json":
         _copy_json(source, folder)
     else:
@@ -62,7 +63,6 @@ def export_tokenizer(source: Path, folder: Path, chat: ChatTemplate | None = Non
     if chat is not None:
         # read before a template in tokenizer_config.json
         (folder / TEMPLATE_FILE).write_text(chat.text, encoding="utf-8")
-    ours = OurTokenizer(source)
     if source.suffix == ".json" or chat is not None:
         exported = _load(folder, source)
         check_tokenizer(exported, ours)

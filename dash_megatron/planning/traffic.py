@@ -281,7 +281,8 @@ def zero_step(
     """Bytes one rank sends for ZeRO in one optimizer step.
 
     Gradients are reduced in float32, by stages 0 and 1 once a step, by 2 and 3 after every micro-batch, because no rank has
-    room for the sum. Stages 0 to 2 all-reduce them, as DeepSpeed does by default, and 3 reduce-scatters. Stage 3 gathers parameters in every pass, 1 and 2 once after the update.
+    room for the sum. Stages 0 to 2 all-reduce them, as DeepSpeed does by default, and 3 reduce-scatters. Stage 3 gathers
+    parameters in every pass, 1 and 2 once after the update.
 
     Args:
         parameters: elements that this tensor-parallel rank's model shard has, before ZeRO.

@@ -208,14 +208,14 @@ def test_an_export_pads_with_the_end_that_special_tokens_map_json_names_or_with_
     write_byte_level(folder)
     LlamaConfig().save_pretrained(out)
     _rewrite(folder / "tokenizer_config.json", pad_token="<|begin|>", padding_side="right")
-    export_tokenizer(folder / "tokenizer.json", out)
+    export_tokenizer(Tokenizer(folder / "tokenizer.json"), out)
     exported = AutoTokenizer.from_pretrained(out)
     assert (exported.pad_token, exported.padding_side) == ("<|begin|>", "right")
 
     for each in (folder, out):
         (each / "tokenizer_config.json").unlink()
     (folder / "special_tokens_map.json").write_text('{"eos_token": "<|end|>"}')
-    export_tokenizer(folder / "tokenizer.json", out)
+    export_tokenizer(Tokenizer(folder / "tokenizer.json"), out)
     exported = AutoTokenizer.from_pretrained(out)
     assert (exported.pad_token, exported.padding_side) == ("<|end|>", "left")
 
@@ -250,4 +250,4 @@ def test_a_tokenizer_that_transformers_cannot_load_is_named_by_the_export(tmp_pa
     with pytest.raises(
         ValueError, match=r"cannot load data.tokenizer=\S+tokenizer.json .*TypeError: .*; mend tok"
     ):
-        export_tokenizer(tmp_path / "source" / "tokenizer.json", tmp_path / "hf")
+        export_tokenizer(Tokenizer(tmp_path / "source" / "tokenizer.json"), tmp_path / "hf")
