@@ -7,13 +7,13 @@ from statistics import fmean, stdev
 import pytest
 import yaml
 
-from dash_megatron.studies.paired import Comparison, Measured, Ratio, compare
+from dash_megatron.studies.paired import Comparison, Measured
 from docs.tools.branch_pictures import QUALITY
+from tests.docs.branches import ROOT, compare_all, errors, percent, read_words, share
 
 FOLDER = QUALITY / "branches_needles"
-ROOT = QUALITY.parents[2]
 PAGE, ANSWERS, RECIPE, README = (
-    " ".join(path.read_text().split())
+    read_words(path)
     for path in (
         FOLDER.with_suffix(".md"), QUALITY.parent / "quality.md", ROOT / "docs" / "recipe.md", ROOT / "README.md",
     )
@@ -33,12 +33,6 @@ DOCUMENTS, SAMPLES, PROBE, WRONG, CHANGED = (
 )
 
 
-def _compare(arm: dict[int, Measured], reference: dict[int, Measured]) -> Comparison:
-    found = compare(arm, reference)
-    assert found is not None
-    return found
-
-
 def _losses(run: str, rows: list[Row] = DOCUMENTS) -> Measured:
     return {
         (row["document"],): (float(row[run]) * float(row["tokens"]), float(row["tokens"])) for row in rows
@@ -50,41 +44,26 @@ def _scores(run: str, task: str) -> Measured:
 
 
 def _documents(arm: str, reference: str, orders: tuple[int, ...] = (1,), rows: list[Row] = DOCUMENTS) -> Comparison:  # fmt: skip
-    return _compare(*({n: _losses(f"{each}_order{n}", rows) for n in orders} for each in (arm, reference)))
+    return compare_all(*({n: _losses(f"{each}_order{n}", rows) for n in orders} for each in (arm, reference)))
 
 
 def _retrieval(arm: str, reference: str, task: str, orders: tuple[int, ...] = (1,)) -> Comparison:
-    return _compare(*({n: _scores(f"{each}_order{n}", task) for n in orders} for each in (arm, reference)))
-
-
-def _errors(found: Ratio, scale: int = 1, digits: int = 2) -> str:
-    errors = (found.error_items, found.error_orders)
-    return "".join(f" ± {scale * each:.{digits}f}" for each in errors if each is not None)
-
-
-def _percent(found: Ratio | None) -> str:
-    assert found is not None
-    return f"{100 * found.value:+.2f}{_errors(found, 100)}"
-
-
-def _share(found: Ratio | None) -> str:
-    assert found is not None
-    return f"{1 + found.value:.3f}{_errors(found, digits=3)}"
+    return compare_all(*({n: _scores(f"{each}_order{n}", task) for n in orders} for each in (arm, reference)))
 
 
 def _cell(found: Comparison) -> str:
-    return f"{found.value.value:.3f}, {found.difference.value:+.3f}{_errors(found.difference, digits=3)}"
+    return f"{found.value.value:.3f}, {found.difference.value:+.3f}{errors(found.difference, digits=3)}"
 
 
 def test_three_orders_to_more_digits() -> None:
-    own = [_share(_retrieval("own", "full", task, ORDERS).relative) for task in TASKS]
+    own = [share(_retrieval("own", "full", task, ORDERS).relative) for task in TASKS]
     assert "single needles {}, multi-key needles {}, recall {}.".format(*own) in PAGE
-    others = [_share(_retrieval("infllmv2_25", "own", task, ORDERS).relative) for task in TASKS]
+    others = [share(_retrieval("infllmv2_25", "own", task, ORDERS).relative) for task in TASKS]
     assert "InfLLMv2 has {}, {} and {} of what the recipe finds".format(*others) in PAGE
     behind = _documents("infllmv2_25", "own", ORDERS)
-    assert f"{_percent(behind.relative)} points behind the recipe" in PAGE
-    assert f"to the recipe at {_percent(behind.median)}%" in PAGE
-    by_order = [_percent(_documents("own", "full", (n,)).relative).split(" ")[0] for n in ORDERS]
+    assert f"{percent(behind.relative)} points behind the recipe" in PAGE
+    assert f"to the recipe at {percent(behind.median)}%" in PAGE
+    by_order = [percent(_documents("own", "full", (n,)).relative).split(" ")[0] for n in ORDERS]
     assert "by order 25% has {}, {} and {}% here".format(*by_order) in PAGE
     found = [f"{_retrieval('own', 'full', TASKS[0], (n,)).value.value:.3f}" for n in ORDERS]
     assert "itself finds {}, {} and {} of single needles".format(*found) in PAGE
@@ -159,7 +138,7 @@ def test_shares_over_three_bases() -> None:
     with (QUALITY / "branches_second_base" / "documents.csv").open() as file:
         rows = list(csv.DictReader(file))
     names = [f"order{n}_from_full{seed}" for seed in ("", "_seed7") for n in ORDERS]
-    two = _compare(
+    two = compare_all(
         *({n: _losses(f"{arm}_{name}", rows) for n, name in enumerate(names)} for arm in ("own", "full"))
     ).relative
     third = _documents("own", "full", ORDERS).relative
@@ -189,9 +168,9 @@ def test_shares_over_three_bases() -> None:
      ("full_ret10", "", "full"), ("late_ret10", "full_ret10", "ret10"), ("three", "full_ret10", "ret10")],
 )  # fmt: skip
 def test_arms_are_compared_by_document_and_sample(arm: str, full: str, other: str) -> None:
-    to_full = f" {_percent(_documents(arm, full).relative)}" if full else ""
+    to_full = f" {percent(_documents(arm, full).relative)}" if full else ""
     cells = [
-        _percent(_documents(arm, other).relative),
+        percent(_documents(arm, other).relative),
         *(_cell(_retrieval(arm, other, task)) for task in TASKS),
     ]
     assert f"| `{arm}` |{to_full} | `{other}` | {' | '.join(cells)} |" in PAGE
@@ -215,17 +194,17 @@ def test_what_more_retrieval_text_does() -> None:
     ]
     assert missed[0] == missed[1]
     assert len(missed[0]) == 2
-    before = [_share(_retrieval("own", "full", task).relative) for task in TASKS]
+    before = [share(_retrieval("own", "full", task).relative) for task in TASKS]
     assert "the shares of this order are {}, {} and {}:".format(*before) in PAGE
-    after = [_share(_retrieval("ret10", "full_ret10", task).relative) for task in TASKS[1:]]
+    after = [share(_retrieval("ret10", "full_ret10", task).relative) for task in TASKS[1:]]
     assert "multi-key needles to {}, recall to {}.".format(*after) in PAGE
     full, own = (_documents(f"{arm}ret10", other) for arm, other in (("full_", "full"), ("", "own")))
     assert (
-        f"full attention {_percent(full.relative)}%, the recipe {_percent(own.relative)} points (from "
-        f"{_percent(_documents('own', 'full').relative)[:5]} to {_percent(_documents('ret10', 'full').relative)[:5]}%"
+        f"full attention {percent(full.relative)}%, the recipe {percent(own.relative)} points (from "
+        f"{percent(_documents('own', 'full').relative)[:5]} to {percent(_documents('ret10', 'full').relative)[:5]}%"
         in PAGE
     )
-    assert f"In the median document it is {_percent(full.median)}% and {_percent(own.median)}." in PAGE
+    assert f"In the median document it is {percent(full.median)}% and {percent(own.median)}." in PAGE
     found = [f"{_retrieval('ret10', 'own', task).value.value:.3f}" for task in TASKS]
     assert "{} of single needles, {} of multi-key ones and {} of recall, where it finds".format(*found) in PAGE  # fmt: skip
 

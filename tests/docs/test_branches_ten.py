@@ -7,13 +7,13 @@ from statistics import fmean, stdev
 
 import pytest
 
-from dash_megatron.studies.paired import Comparison, Measured, Ratio, compare
+from dash_megatron.studies.paired import Comparison, Measured
 from docs.tools.branch_pictures import QUALITY
+from tests.docs.branches import ROOT, compare_all, errors, percent, read_words, share
 
 FOLDER = QUALITY / "branches_ten"
-ROOT = QUALITY.parents[2]
 PAGE, ANSWERS, RECIPE, README = (
-    " ".join(path.read_text().split())
+    read_words(path)
     for path in (
         FOLDER.with_suffix(".md"), QUALITY.parent / "quality.md", ROOT / "docs" / "recipe.md", ROOT / "README.md",
     )
@@ -37,12 +37,6 @@ DOCUMENTS, SAMPLES, PROBE, EARLIER_DOCUMENTS, EARLIER_SAMPLES = (
 )  # fmt: skip
 
 
-def _compare(arm: dict[int, Measured], reference: dict[int, Measured]) -> Comparison:
-    found = compare(arm, reference)
-    assert found is not None
-    return found
-
-
 def _losses(run: str, rows: list[Row]) -> Measured:
     return {
         (row["document"],): (float(row[run]) * float(row["tokens"]), float(row["tokens"])) for row in rows
@@ -54,36 +48,21 @@ def _scores(run: str, task: str, rows: list[Row]) -> Measured:
 
 
 def _documents(arm: str, reference: str, orders: Sequence[int] = (1,), rows: list[Row] = DOCUMENTS) -> Comparison:  # fmt: skip
-    return _compare(*({n: _losses(f"{each}_order{n}", rows) for n in orders} for each in (arm, reference)))
+    return compare_all(*({n: _losses(f"{each}_order{n}", rows) for n in orders} for each in (arm, reference)))
 
 
 def _retrieval(arm: str, reference: str, task: str, orders: Sequence[int] = (1,), rows: list[Row] = SAMPLES) -> Comparison:  # fmt: skip
-    return _compare(
+    return compare_all(
         *({n: _scores(f"{each}_order{n}", task, rows) for n in orders} for each in (arm, reference))
     )
 
 
-def _errors(found: Ratio, scale: int = 1, digits: int = 2) -> str:
-    errors = (found.error_items, found.error_orders)
-    return "".join(f" ± {scale * each:.{digits}f}" for each in errors if each is not None)
-
-
-def _percent(found: Ratio | None) -> str:
-    assert found is not None
-    return f"{100 * found.value:+.2f}{_errors(found, 100)}"
-
-
-def _share(found: Ratio | None, digits: int = 3) -> str:
-    assert found is not None
-    return f"{1 + found.value:.{digits}f}{_errors(found, digits=digits)}"
-
-
 def _shares(arms: Arms, digits: int = 3) -> list[str]:
-    return [_share(_retrieval(*arms[:2], task, arms[2]).relative, digits) for task in TASKS]
+    return [share(_retrieval(*arms[:2], task, arms[2]).relative, digits) for task in TASKS]
 
 
 def _by_order(arms: Arms) -> list[str]:
-    return [_percent(_documents(*arms[:2], (n,)).relative) for n in arms[2]]
+    return [percent(_documents(*arms[:2], (n,)).relative) for n in arms[2]]
 
 
 def _below(arms: Arms) -> list[int]:
@@ -123,7 +102,7 @@ def _found(arm: str, orders: Sequence[int], task: str, nearest: int, furthest: i
 
 
 def test_the_first_lines() -> None:
-    big, small = (_percent(_documents(*arms).relative) for arms in (BIG, SMALL))
+    big, small = (percent(_documents(*arms).relative) for arms in (BIG, SMALL))
     assert f"at 25% ends {big}% below full attention in three orders" in PAGE
     assert "finds {} of the single needles that full attention finds, {} of multi-key ones and {} of recall.".format(*_shares(BIG)) in PAGE  # fmt: skip
     assert f"10% in the branch**: {small}% in two orders. Shares are" in PAGE
@@ -131,9 +110,7 @@ def test_the_first_lines() -> None:
         "{} of single needles, {} of multi-key ones and {} of recall.".format(*_shares(SMALL)) in PAGE
     )  # fmt: skip
     nsa, behind = (_documents("nsa_25", other).relative for other in ("full_ret10", "ret10"))
-    assert (
-        f"{_percent(nsa)}% to full attention, {_percent(behind)} points behind the recipe, and 0.07" in PAGE
-    )
+    assert f"{percent(nsa)}% to full attention, {percent(behind)} points behind the recipe, and 0.07" in PAGE
 
 
 @pytest.mark.parametrize("arms", [SMALL, BIG], ids=["62M", "210M"])
@@ -153,7 +130,7 @@ def test_documents_agree() -> None:
     for arms in (BIG, SMALL):
         assert f"matters most takes the total to {_without_one(arms)}" in PAGE
     assert f"matters most takes it to {_without_one(NSA)}" in PAGE
-    assert f"to the recipe at {_percent(_documents('nsa_25', 'ret10').median)}%" in PAGE
+    assert f"to the recipe at {percent(_documents('nsa_25', 'ret10').median)}%" in PAGE
 
 
 @pytest.mark.parametrize("arms", [SMALL, BIG], ids=["62M", "210M"])
@@ -199,9 +176,9 @@ def test_two_bases() -> None:
     assert [(x["task"], x["place"], x["tokens"]) for x in SAMPLES] == [(x["task"], x["place"], x["tokens"]) for x in EARLIER_SAMPLES]  # fmt: skip
     first = [_retrieval("ret10", "full_ret10", task, rows=EARLIER_SAMPLES).relative for task in TASKS]
     loss = _documents("ret10", "full_ret10", rows=EARLIER_DOCUMENTS).relative
-    assert f"| one | {' | '.join(_share(x, 2) for x in first)} | {_percent(loss)} |" in PAGE
+    assert f"| one | {' | '.join(share(x, 2) for x in first)} | {percent(loss)} |" in PAGE
     here = _documents(*SMALL).relative
-    assert f"| this one | two | {' | '.join(_shares(SMALL, 2))} | {_percent(here)} |" in PAGE
+    assert f"| this one | two | {' | '.join(_shares(SMALL, 2))} | {percent(here)} |" in PAGE
     second = [_retrieval("ret10", "full_ret10", task, (1, 2)).relative for task in TASKS]
     pairs = [(1 + x.value, 1 + y.value) for x, y in zip(first, second, strict=True) if x and y]
     assert loss is not None
@@ -216,12 +193,12 @@ def test_two_bases() -> None:
 
 def test_the_base_moves_what_is_found() -> None:
     less, full = (
-        _compare({1: _scores(f"{arm}_order1", TASKS[0], SAMPLES)}, {1: _scores(f"{arm}_order1", TASKS[0], EARLIER_SAMPLES)})
+        compare_all({1: _scores(f"{arm}_order1", TASKS[0], SAMPLES)}, {1: _scores(f"{arm}_order1", TASKS[0], EARLIER_SAMPLES)})
         for arm in ("ret10", "full_ret10")
     )  # fmt: skip
-    assert f"finds {-less.difference.value:.3f}{_errors(less.difference, digits=3)} fewer single" in PAGE
+    assert f"finds {-less.difference.value:.3f}{errors(less.difference, digits=3)} fewer single" in PAGE
     assert f"({less.value.value:.3f} after {less.reference:.3f})" in PAGE
-    assert f"({full.difference.value:+.3f}{_errors(full.difference, digits=3)})" in PAGE
+    assert f"({full.difference.value:+.3f}{errors(full.difference, digits=3)})" in PAGE
 
 
 def _probed(head: tuple[str, str], digits: str) -> Row:
@@ -241,16 +218,14 @@ def test_what_is_missed_is_selected() -> None:
 @pytest.mark.parametrize(("label", "arm"), zip(("full attention", "25%"), YARN, strict=True))
 def test_yarn_without_training(label: str, arm: str) -> None:
     found = [_retrieval(f"yarn.{arm}", arm, task) for task in TASKS]
-    cells = [
-        f"{x.value.value:.3f}, {x.difference.value:+.3f}{_errors(x.difference, digits=3)}" for x in found
-    ]
-    loss = _percent(_documents(f"yarn.{arm}", arm).relative)
+    cells = [f"{x.value.value:.3f}, {x.difference.value:+.3f}{errors(x.difference, digits=3)}" for x in found]
+    loss = percent(_documents(f"yarn.{arm}", arm).relative)
     assert f"| {label} with 10% | {loss} | {' | '.join(cells)} |" in PAGE
     assert f"{loss.strip('+')}%" in PAGE
 
 
 def test_yarn_of_25_to_full_attention_without() -> None:
-    ends = _percent(_documents("yarn.ret10", "full_ret10").relative)
+    ends = percent(_documents("yarn.ret10", "full_ret10").relative)
     assert f"25% with it ends {ends}% above full attention without" in PAGE
     moved = [_moved(("yarn.ret10", "ret10", (1,)), task) for task in TASKS[:2]]
     assert moved == [[8, 3], [9, 2]]
@@ -273,7 +248,7 @@ def test_the_answers_and_the_recipe_have_its_figures() -> None:
             assert f"{1 + found.value:.3f} ± {found.error:.3f}" in ANSWERS, (arms, task)
     nsa = _documents(*NSA).relative
     assert nsa is not None
-    assert f"{_percent(nsa)}%" in ANSWERS
+    assert f"{percent(nsa)}%" in ANSWERS
 
 
 def _collected(study: str, arm: str) -> tuple[float, float]:
