@@ -33,13 +33,16 @@ COLLECTED = {
     "the recipe, 11%, second base": ("branches_second_base", "own11"),
     "the recipe, 25%, 2,400 steps": ("branches_longer/long", "own"),
     "the recipe, 25%, fourth base, 10% retrieval": ("branches_ten/62m", "ret10"),
+    "the recipe, 25%, fifth base, 10% retrieval": ("branches_fifth_base/dense", "ret10"),
+    "the recipe, 11%, fifth base, 10% retrieval": ("branches_fifth_base/dense", "dash_11"),
     "the recipe, 25%, 210M, 400 steps": ("branches_longer/210m", "own"),
     "the recipe, 25%, 210M, 400 steps, 10% retrieval": ("branches_ten/210m", "own"),
     "without router projections, 25%, 210M, 400 steps": ("branches_210m", "dash_25"),
     "InfLLMv2, 25%, beside the recipe": ("branches_needles/orders", "infllmv2_25"),
     "InfLLMv2, 25%, the recipe's text": ("branches_longer/others", "infllmv2"),
     "NSA, 25%, the recipe's text": ("branches_longer/others", "nsa"),
-    "NSA, 25%, 10% retrieval": ("branches_ten/nsa", "nsa_25"),
+    "NSA, 25%, fourth base, 10% retrieval": ("branches_ten/nsa", "nsa_25"),
+    "NSA, 25%, fifth base, 10% retrieval": ("branches_fifth_base/nsa", "nsa_25"),
 }
 # by label: how an arm is called in the first and in the second study; "" where it was not run
 BARS = {
@@ -56,8 +59,8 @@ BARS = {
 }
 OTHERS = ("InfLLMv2", "NSA")
 LINES = (
-    "the recipe, 25%", "the recipe, 25%, 2,400 steps", "the recipe, 25%, 210M, 400 steps, 10% retrieval",
-    "the recipe, 11%, second base",
+    "the recipe, 25%", "the recipe, 25%, fifth base, 10% retrieval",
+    "the recipe, 25%, 210M, 400 steps, 10% retrieval", "the recipe, 11%, fifth base, 10% retrieval",
     "without router projections, 25%", "without router projections, 11%", "InfLLMv2, 25%",
 )  # fmt: skip
 

@@ -1,11 +1,36 @@
 """What tests of the pages on branches share: comparisons paired by document or sample, in the words of the pages."""
 
+import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 from dash_megatron.studies.paired import Comparison, Measured, Ratio, compare
 from docs.tools.branch_pictures import QUALITY
 
 ROOT = QUALITY.parents[2]
+TASKS = ("niah_single", "niah_multikey", "associative_recall")
+Row = dict[str, str]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a table beside a page."""
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def losses(run: str, rows: Sequence[Row]) -> Measured:
+    """Losses by document, of rows of whole documents or of their parts."""
+    found: dict[tuple[str], tuple[float, float]] = {}
+    for row in rows:
+        loss, tokens = found.get((row["document"],), (0.0, 0.0))
+        more = float(row["tokens"])
+        found[(row["document"],)] = (loss + float(row[run]) * more, tokens + more)
+    return found
+
+
+def scores(run: str, task: str, rows: Sequence[Row]) -> Measured:
+    """Right answers by sample."""
+    return {(row["sample"],): (float(row[run]), 1.0) for row in rows if row["task"] == task}
 
 
 def read_words(path: Path) -> str:
@@ -36,3 +61,17 @@ def share(found: Ratio | None, digits: int = 3) -> str:
     """A share of the reference."""
     assert found is not None
     return f"{1 + found.value:.{digits}f}{errors(found, digits=digits)}"
+
+
+def predictions(found: Sequence[Ratio | None], predicted: Sequence[float]) -> list[str]:
+    """Of a loss in percent and of shares: what was predicted and what was found, bold from two standard errors on."""
+    cells = []
+    for place, (ratio, guess) in enumerate(zip(found, predicted, strict=True)):
+        assert ratio is not None
+        value = 100 * ratio.value if place == 0 else 1 + ratio.value
+        error = (100 if place == 0 else 1) * max(ratio.error_items or 0, ratio.error_orders or 0)
+        text = f"{value:+.2f}" if place == 0 else f"{value:.3f}"
+        bold = "**" if abs(value - guess) >= 2 * error else ""
+        name = f"{guess:+.2f}" if place == 0 else f"{guess:.3f}".removesuffix("0")
+        cells.append(f"{name}: {bold}{text}{bold}")
+    return cells

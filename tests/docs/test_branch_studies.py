@@ -44,6 +44,9 @@ PAGES = [
     Page("branches_needles/ret10", "ret10", "full_ret10"),
     Page("branches_ten/62m", "ret10", "full_ret10"), Page("branches_ten/nsa", "nsa_25", "full_ret10"),
     Page("branches_ten/210m", "own"),
+    Page("branches_fifth_base/dense", "ret10", "full_ret10"),
+    Page("branches_fifth_base/dense", "dash_11", "full_ret10"),
+    Page("branches_fifth_base/nsa", "nsa_25", "full_ret10"),
 ]  # fmt: skip
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.study}-{page.arm}")
 

@@ -7,9 +7,21 @@ from statistics import fmean, stdev
 import pytest
 import yaml
 
-from dash_megatron.studies.paired import Comparison, Measured
+from dash_megatron.studies.paired import Comparison
 from docs.tools.branch_pictures import QUALITY
-from tests.docs.branches import ROOT, compare_all, errors, percent, read_words, share
+from tests.docs.branches import (
+    ROOT,
+    TASKS,
+    Row,
+    compare_all,
+    errors,
+    losses,
+    percent,
+    read_rows,
+    read_words,
+    scores,
+    share,
+)
 
 FOLDER = QUALITY / "branches_needles"
 PAGE, ANSWERS, RECIPE, README = (
@@ -18,37 +30,20 @@ PAGE, ANSWERS, RECIPE, README = (
         FOLDER.with_suffix(".md"), QUALITY.parent / "quality.md", ROOT / "docs" / "recipe.md", ROOT / "README.md",
     )
 )  # fmt: skip
-TASKS = ("niah_single", "niah_multikey", "associative_recall")
 ORDERS = (1, 2, 3)
-Row = dict[str, str]
-
-
-def _read(name: str) -> list[Row]:
-    with (FOLDER / name).open() as file:
-        return list(csv.DictReader(file))
-
-
 DOCUMENTS, SAMPLES, PROBE, WRONG, CHANGED = (
-    _read(f"{name}.csv") for name in ("documents", "samples", "probe", "wrong_digits", "changed")
+    read_rows(FOLDER / f"{name}.csv") for name in ("documents", "samples", "probe", "wrong_digits", "changed")
 )
 
 
-def _losses(run: str, rows: list[Row] = DOCUMENTS) -> Measured:
-    return {
-        (row["document"],): (float(row[run]) * float(row["tokens"]), float(row["tokens"])) for row in rows
-    }
-
-
-def _scores(run: str, task: str) -> Measured:
-    return {(row["sample"],): (float(row[run]), 1.0) for row in SAMPLES if row["task"] == task}
-
-
 def _documents(arm: str, reference: str, orders: tuple[int, ...] = (1,), rows: list[Row] = DOCUMENTS) -> Comparison:  # fmt: skip
-    return compare_all(*({n: _losses(f"{each}_order{n}", rows) for n in orders} for each in (arm, reference)))
+    return compare_all(*({n: losses(f"{each}_order{n}", rows) for n in orders} for each in (arm, reference)))
 
 
 def _retrieval(arm: str, reference: str, task: str, orders: tuple[int, ...] = (1,)) -> Comparison:
-    return compare_all(*({n: _scores(f"{each}_order{n}", task) for n in orders} for each in (arm, reference)))
+    return compare_all(
+        *({n: scores(f"{each}_order{n}", task, SAMPLES) for n in orders} for each in (arm, reference))
+    )
 
 
 def _cell(found: Comparison) -> str:
@@ -128,10 +123,12 @@ def _bases(task: str) -> list[tuple[float, float, float]]:
 def test_shares_over_three_bases() -> None:
     shares = [[value for value, _, _ in _bases(task)] for task in TASKS]
     means = [f"{fmean(x):.2f} ± {stdev(x) / 3**0.5:.2f}" for x in shares]
-    losses = [value for value, _, _ in _bases("documents")]
-    mean = f"{fmean(losses):+.2f}"
-    assert f"| mean, ± over bases | {' | '.join(means)} | {mean} ± {stdev(losses) / 3**0.5:.2f} |" in PAGE
-    spread = [f"{stdev(x):.2f}" for x in (*shares, losses)]
+    differences = [value for value, _, _ in _bases("documents")]
+    mean = f"{fmean(differences):+.2f}"
+    assert (
+        f"| mean, ± over bases | {' | '.join(means)} | {mean} ± {stdev(differences) / 3**0.5:.2f} |" in PAGE
+    )
+    spread = [f"{stdev(x):.2f}" for x in (*shares, differences)]
     assert f"| standard deviation of a base | {' | '.join(spread)} |" in PAGE
     over_items = [hypot(*(error for _, error, _ in _bases(task))) / 3 for task in TASKS]
     # the first two bases have the same documents
@@ -139,7 +136,7 @@ def test_shares_over_three_bases() -> None:
         rows = list(csv.DictReader(file))
     names = [f"order{n}_from_full{seed}" for seed in ("", "_seed7") for n in ORDERS]
     two = compare_all(
-        *({n: _losses(f"{arm}_{name}", rows) for n, name in enumerate(names)} for arm in ("own", "full"))
+        *({n: losses(f"{arm}_{name}", rows) for n, name in enumerate(names)} for arm in ("own", "full"))
     ).relative
     third = _documents("own", "full", ORDERS).relative
     assert two is not None
@@ -153,8 +150,8 @@ def test_shares_over_three_bases() -> None:
         in PAGE
     )  # fmt: skip
     ends = f"{mean.strip('-')} ± {max(documents, orders):.2f}%"
-    assert f"DashAttention ends {ends} below full attention" in ANSWERS
-    assert f"It ends {ends} below full attention" in RECIPE
+    assert f"With 5% it is {ends} below" in ANSWERS
+    assert f"**With 5% retrieval text** it ends {ends} below full attention" in RECIPE
     assert f"**{mean}% ± {max(documents, orders):.2f}%**" in README
     for text in (ANSWERS, RECIPE):
         assert f"{means[0]} of " in text or f"{means[0]} of the single needles" in text
@@ -255,8 +252,8 @@ def test_changes_after_training() -> None:
 def test_the_study_file_of_arms_names_the_runs() -> None:
     study = yaml.safe_load((FOLDER / "arms" / "study.yaml").read_text())
     names = {f"{arm['name']}_order1_from_full_seed7" for arm in study["branches"]["arms"]}
-    assert {row["run"] for row in _read("arms/results.csv")} == names | {"full_seed7"}
-    assert {row["run"] for row in _read("arms/answers.csv")} == names
+    assert {row["run"] for row in read_rows(FOLDER / "arms/results.csv")} == names | {"full_seed7"}
+    assert {row["run"] for row in read_rows(FOLDER / "arms/answers.csv")} == names
 
 
 def test_files_are_small() -> None:

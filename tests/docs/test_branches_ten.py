@@ -7,9 +7,22 @@ from statistics import fmean, stdev
 
 import pytest
 
-from dash_megatron.studies.paired import Comparison, Measured
+from dash_megatron.studies.paired import Comparison
 from docs.tools.branch_pictures import QUALITY
-from tests.docs.branches import ROOT, compare_all, errors, percent, read_words, share
+from tests.docs.branches import (
+    ROOT,
+    TASKS,
+    Row,
+    compare_all,
+    errors,
+    losses,
+    percent,
+    predictions,
+    read_rows,
+    read_words,
+    scores,
+    share,
+)
 
 FOLDER = QUALITY / "branches_ten"
 PAGE, ANSWERS, RECIPE, README = (
@@ -18,42 +31,25 @@ PAGE, ANSWERS, RECIPE, README = (
         FOLDER.with_suffix(".md"), QUALITY.parent / "quality.md", ROOT / "docs" / "recipe.md", ROOT / "README.md",
     )
 )  # fmt: skip
-TASKS = ("niah_single", "niah_multikey", "associative_recall")
 SMALL, BIG, NSA = ("ret10", "full_ret10", (1, 2)), ("210m.own", "210m.full", (1, 2, 3)), ("nsa_25", "full_ret10", (1,))  # fmt: skip
 """Arm, reference and orders."""
 YARN = ("full_ret10", "ret10")
-Row = dict[str, str]
 Arms = tuple[str, str, tuple[int, ...]]
 
 
-def _read(name: str) -> list[Row]:
-    with (FOLDER / name).open() as file:
-        return list(csv.DictReader(file))
-
-
 DOCUMENTS, SAMPLES, PROBE, EARLIER_DOCUMENTS, EARLIER_SAMPLES = (
-    _read(f"{name}.csv")
+    read_rows(FOLDER / f"{name}.csv")
     for name in ("documents", "samples", "probe", "../branches_needles/documents", "../branches_needles/samples")
 )  # fmt: skip
 
 
-def _losses(run: str, rows: list[Row]) -> Measured:
-    return {
-        (row["document"],): (float(row[run]) * float(row["tokens"]), float(row["tokens"])) for row in rows
-    }
-
-
-def _scores(run: str, task: str, rows: list[Row]) -> Measured:
-    return {(row["sample"],): (float(row[run]), 1.0) for row in rows if row["task"] == task}
-
-
 def _documents(arm: str, reference: str, orders: Sequence[int] = (1,), rows: list[Row] = DOCUMENTS) -> Comparison:  # fmt: skip
-    return compare_all(*({n: _losses(f"{each}_order{n}", rows) for n in orders} for each in (arm, reference)))
+    return compare_all(*({n: losses(f"{each}_order{n}", rows) for n in orders} for each in (arm, reference)))
 
 
 def _retrieval(arm: str, reference: str, task: str, orders: Sequence[int] = (1,), rows: list[Row] = SAMPLES) -> Comparison:  # fmt: skip
     return compare_all(
-        *({n: _scores(f"{each}_order{n}", task, rows) for n in orders} for each in (arm, reference))
+        *({n: scores(f"{each}_order{n}", task, rows) for n in orders} for each in (arm, reference))
     )
 
 
@@ -193,7 +189,7 @@ def test_two_bases() -> None:
 
 def test_the_base_moves_what_is_found() -> None:
     less, full = (
-        compare_all({1: _scores(f"{arm}_order1", TASKS[0], SAMPLES)}, {1: _scores(f"{arm}_order1", TASKS[0], EARLIER_SAMPLES)})
+        compare_all({1: scores(f"{arm}_order1", TASKS[0], SAMPLES)}, {1: scores(f"{arm}_order1", TASKS[0], EARLIER_SAMPLES)})
         for arm in ("ret10", "full_ret10")
     )  # fmt: skip
     assert f"finds {-less.difference.value:.3f}{errors(less.difference, digits=3)} fewer single" in PAGE
@@ -284,16 +280,7 @@ def test_sizes_and_shares_of_text_beside_each_other() -> None:
 def test_what_was_predicted(label: str, arms: Arms, predicted: tuple[float, ...]) -> None:
     loss = _documents(*arms).relative
     found = [loss, *(_retrieval(*arms[:2], task, arms[2]).relative for task in TASKS)]
-    cells = []
-    for place, (ratio, guess) in enumerate(zip(found, predicted, strict=True)):
-        assert ratio is not None
-        value = 100 * ratio.value if place == 0 else 1 + ratio.value
-        error = (100 if place == 0 else 1) * max(ratio.error_items or 0, ratio.error_orders or 0)
-        text = f"{value:+.2f}" if place == 0 else f"{value:.3f}"
-        bold = "**" if abs(value - guess) >= 2 * error else ""
-        name = f"{guess:+.2f}" if place == 0 else f"{guess:.3f}".removesuffix("0")
-        cells.append(f"{name}: {bold}{text}{bold}")
-    assert f"| {label} | {' | '.join(cells)} |" in PAGE
+    assert f"| {label} | {' | '.join(predictions(found, predicted))} |" in PAGE
 
 
 def test_files_are_small() -> None:
