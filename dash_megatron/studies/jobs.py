@@ -48,12 +48,16 @@ def check_same(run: StudyRun) -> None:
         old = config_of_stored_run(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise StudyError(f"{path} cannot be read ({error}); move {run.folder} away") from error
-    for key, trained, wanted in differences(old, run.config):
-        if key.startswith(_RESULT_SECTIONS) and key not in _FREE:
-            raise StudyError(
-                f"{run.folder} was trained with {key}={trained}, and the study now says {wanted}; restore the study, "
-                "choose another `output`, or move that folder away"
-            )
+    differing = [
+        f"{key}={trained} (the study now says {wanted})"
+        for key, trained, wanted in differences(old, run.config)
+        if key.startswith(_RESULT_SECTIONS) and key not in _FREE
+    ]
+    if differing:
+        raise StudyError(
+            f"{run.folder} was trained with {', '.join(differing)}; restore the study, choose another `output`, or move "
+            "that folder away"
+        )
 
 
 @dataclass(frozen=True)

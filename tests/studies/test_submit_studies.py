@@ -396,14 +396,14 @@ def test_a_folder_of_another_config_is_refused_and_its_results_are_told_to_be_of
     finish(other, 3.0, 0.5)
     tree = run.config.model_dump(mode="json")
     tree["optimizer"]["lr"] = 0.5
+    tree["schedule"]["warmup_steps"] = 1
     (run.folder / "config.yaml").write_text(yaml.safe_dump(tree))
     with pytest.raises(ValueError, match=r"was trained with optimizer\.lr=0\.5"):
         submit_module.submit_studies([path], train=trainer(tmp_path, {}))
     assert len(collect(load_study(path))) == 2
     warning = capsys.readouterr().err
-    assert warning.startswith(
-        f"warning: {run.folder} was trained with optimizer.lr=0.5, and the study now says"
-    )
+    assert warning.startswith(f"warning: {run.folder} was trained with optimizer.lr=0.5 (the study now says ")
+    assert "), schedule.warmup_steps=1 (the study now says 0)" in warning
     assert warning.count("\n") == 1
 
 
