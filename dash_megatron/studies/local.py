@@ -122,8 +122,11 @@ class LocalRuns:
         if self._stop is not None:
             return False
         took = f"finished in {time.monotonic() - started:.0f} s"
-        where = f"{run.folder}/study.log"
-        print(f"{title}: " + (f"failed: {problem}; see {where}" if problem else took), flush=True)
+        log = run.folder / "study.log"
+        print(
+            f"{title}: " + (f"failed: {problem}; see {log}{_last_error(log)}" if problem else took),
+            flush=True,
+        )
         return not problem
 
     def _attempts(self, title: str, job: Job, environment: dict[str, str]) -> str | None:
@@ -172,6 +175,13 @@ class LocalRuns:
         self._stop = number
         for process in list(self._processes):
             process.send_signal(number)
+
+
+def _last_error(log: Path) -> str:
+    """What the last command in a log told of its error, in brackets; nothing where it told none."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    errors = [line for line in text.rpartition("\n$ ")[2].splitlines() if line.startswith("error: ")]
+    return f" ({errors[-1]})" if errors else ""
 
 
 def environments(at_once: int | None, processes: int) -> list[dict[str, str]]:
