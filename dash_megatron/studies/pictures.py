@@ -224,10 +224,13 @@ def _pareto(rows: list[dict[str, Any]], quality: str, path: Path) -> str:
                 label=variant,
             )
     for equal in dict.fromkeys((row["size"], row["tokens"]) for row in rows):
-        same = [row for row in rows if (row["size"], row["tokens"]) == equal]
-        points = [(density[row["run"]], row["quality"]) for row in same]
-        best = frontier(np.array([point[0] for point in points]), np.array([point[1] for point in points]))
-        axes[0][0].plot(*zip(*[points[index] for index in best], strict=True), color="gray", lw=0.8, zorder=0)
+        seeds: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            if (row["size"], row["tokens"]) == equal:
+                seeds.setdefault(row["variant"], []).append((density[row["run"]], row["quality"]))
+        points = np.array([np.mean(each, axis=0) for each in seeds.values()])
+        best = frontier(points[:, 0], points[:, 1])
+        axes[0][0].plot(*points[best].T, color="gray", lw=0.8, zorder=0)
     for axis, label in zip(axes[0], (quality, f"{quality},\nabove the dense twin's"), strict=False):
         axis.set_xlim(0, 105)
         axis.set_xlabel("density (% of available chunks selected)")
@@ -236,7 +239,7 @@ def _pareto(rows: list[dict[str, Any]], quality: str, path: Path) -> str:
     _save_beside_twins(figure, axes[0], path, f"{quality[0].upper()}{quality[1:]} against density")
     text = (
         f"{quality[0].upper()}{quality[1:]} against density, mean over layers that select; larger marks are larger models, "
-        "full attention stands at 100%, and lines join, at equal size and tokens, the runs that no other beats at its density or less."
+        "full attention stands at 100%, and lines join, at equal size and tokens, the means over seeds that no other beats at its density or less."
     )
     return text + (" On the right, less that of the full-attention twin: below 0 is better." if twins else "")
 

@@ -135,6 +135,25 @@ def test_losses_over_training_are_a_line_for_each_seed_of_the_largest_runs(
     assert len(drawn) == 2
 
 
+def test_densities_are_joined_at_means_over_seeds_not_at_the_luckiest(
+    write_study: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_study(twins=["full"], seeds=[1, 2])
+    of_seed = {"dash": iter([(3.2, 0.25), (3.0, 0.375)]), "full": iter([(3.0, None), (2.9, None)])}
+    for run in runs_of(path):
+        finish(run, *next(of_seed[run.config.attention.kind]))
+    lines: dict[str, Any] = {}
+    monkeypatch.setattr(
+        pictures, "_save", lambda figure, path, title: lines.update({path.name: figure.axes[0].lines})
+    )
+    study = load_study(path)
+    pictures.draw_study(study, collect(study), {"variants": {}}, path.parent)
+    pictures.plt.close("all")
+    (line,) = lines["pareto.png"]
+    assert list(line.get_xdata()) == [31.25, 100.0]
+    assert line.get_ydata() == pytest.approx([3.1, 2.95])
+
+
 def test_a_step_without_a_finite_loss_counts_in_no_mean(
     write_study: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
