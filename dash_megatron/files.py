@@ -39,7 +39,10 @@ def error_text(error: Exception, written: str | os.PathLike[str] | None = None) 
     if isinstance(error, BrokenPipeError):
         raise error
     if isinstance(error, OSError) and error.strerror:
-        where = error.filename or (written if error.errno in _NO_ROOM else None)
+        where = error.filename
+        if error.errno in _NO_ROOM:
+            # of two files, as of a copy, the second is the one written
+            where = error.filename2 or where or written
         return f"{error.strerror}: {where}" if where else error.strerror
     return str(error)
 

@@ -29,6 +29,14 @@ def test_an_error_of_writing_names_the_output_where_the_system_names_no_file(cap
     assert capsys.readouterr().err == "error: No space left on device: out\n"
 
 
+def test_a_copy_that_finds_no_room_names_what_it_writes(capsys):
+    def work(options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "read", None, "written")
+
+    assert run(make_parser("some", "Some tool."), [], work) == 1
+    assert capsys.readouterr().err == "error: No space left on device: written\n"
+
+
 def test_an_error_of_the_disk_that_a_library_tells_in_words_is_one():
     with pytest.raises(OSError, match="No space left on device: 'out'"), telling_errors_of_the_disk("out"):
         raise Exception("No space left on device (os error 28)")
