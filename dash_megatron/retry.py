@@ -100,7 +100,7 @@ def explain_os_error(error: OSError, path: str | os.PathLike[str] | None = None)
         return f"{text} ({where})" if where is not None else text
     free = _free_bytes(where)
     space = f", {free:,} bytes are free" if free is not None else ""
-    return f"disk full: {text} ({where}{space}); free some space, or lower checkpoint.keep"
+    return f"disk full: {text} ({where}{space}); free some space, or keep fewer checkpoints (checkpoint.keep; 0 keeps all)"
 
 
 def _free_bytes(path: str | os.PathLike[str] | int | None) -> int | None:
