@@ -75,7 +75,10 @@ class Owner:
                     "is alive; stop that one, or choose another run_dir"
                 )
             logger.info(
-                "nobody owns %s: %s has died, or owns what this is a copy of", self.path.parent, other
+                "nobody owns %s: process %s on %s has died, or owns what this is a copy of",
+                self.path.parent,
+                other.get("process", "?"),
+                other.get("host", "an unknown host"),
             )
             self._remove(other)
 

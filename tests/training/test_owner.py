@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import threading
 import time
 from pathlib import Path
@@ -54,12 +55,16 @@ def test_a_living_owner_is_named_and_a_killed_one_is_followed_at_once(other: Sta
     assert not (tmp_path / FILE).exists()
 
 
-def test_a_copy_of_a_folder_in_use_belongs_to_nobody(other: Started, tmp_path: Path) -> None:
+def test_a_copy_of_a_folder_in_use_belongs_to_nobody(
+    other: Started, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="dash_megatron")
     shutil.copytree(tmp_path, tmp_path / "copy")
     (tmp_path / "other_name").symlink_to(tmp_path)
     begin = time.monotonic()
     Owner(tmp_path / "copy").release()
     assert time.monotonic() - begin < 5
+    assert f"copy: process {other.process.pid} on {socket.gethostname()} has died, or owns" in caplog.text
     with pytest.raises(ValueError, match=f"belongs to process {other.process.pid} on"):
         Owner(tmp_path / "other_name")
 
