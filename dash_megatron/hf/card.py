@@ -29,7 +29,7 @@ def model_card(
     metrics: dict[str, Any],
     report: probe.Report,
     dtype: torch.dtype,
-    terms: str,
+    terms: str | None,
     chat: bool = False,
 ) -> str:
     """Write what the model is, how to load it, how exactly it was checked, and how it was trained.
@@ -37,10 +37,11 @@ def model_card(
     Of paths it has the last part only: others need not know how folders are named here.
 
     Args:
-        terms: the license, as the Hugging Face hub writes it.
+        terms: the license, as the Hugging Face hub writes it; None names none.
         metrics: the last logged line up to the checkpoint, or nothing.
         chat: whether the folder has a chat template.
     """
+    license_line = f"license: {terms}\n" if terms else ""
     name = str(dtype).removeprefix("torch.")
     rounding = f" Rounding to {name} changes them by {report.rounding:.2%}." if report.rounding else ""
     settings = yaml.safe_dump(_without_paths(config), sort_keys=False)
@@ -48,8 +49,7 @@ def model_card(
     attention = "DashAttention (arXiv 2605.18753)" if selects else "full attention"
     same = "selected the same chunks in every layer, and\ntheir logits" if selects else "gave logits that"
     return f"""---
-license: {terms}
-library_name: transformers
+{license_line}library_name: transformers
 pipeline_tag: text-generation
 tags: [{"dash-attention, " if selects else ""}long-context]
 ---

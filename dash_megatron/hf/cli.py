@@ -17,7 +17,7 @@ def add_convert(tools: Any) -> None:
     to_hf.add_argument("--step", type=int, help="checkpoint of this step instead of the newest")
     to_hf.add_argument("--dtype", default="bfloat16", help="of the weights: bfloat16 (default) or float32")
     to_hf.add_argument(
-        "--license", default="apache-2.0", help="of the weights, for the model card; default: apache-2.0"
+        "--license", help="of the weights, for the model card, such as apache-2.0; default: none"
     )
     to_hf.set_defaults(run=_to_hf)
     from_hf = directions.add_parser(

@@ -34,7 +34,7 @@ def export_run(
     *,
     step: int | None = None,
     dtype: str = "bfloat16",
-    terms: str = "apache-2.0",
+    terms: str | None = None,
 ) -> probe.Report:
     """Write a run's checkpoint, of any layout, as a folder that transformers loads; on CPU, a layer at a time.
 
@@ -43,7 +43,7 @@ def export_run(
         output: the folder to make; may not exist.
         step: which checkpoint; None: the newest.
         dtype: of the weights, "bfloat16" or "float32".
-        terms: license of the weights, for the model card.
+        terms: license of the weights, for the model card; None names none.
 
     Returns:
         How exactly the exported model agrees with the training model.
@@ -77,7 +77,12 @@ def _chat_of(config: Config, tokenizer: Tokenizer) -> ChatTemplate | None:
 
 
 def _write(
-    folder: Path, config: Config, step: int, weights: Mapping[str, Tensor], dtype: torch.dtype, terms: str
+    folder: Path,
+    config: Config,
+    step: int,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    terms: str | None,
 ) -> probe.Report:
     tokenizer = stored_tokenizer(config, step)
     end = tokenizer.eod
