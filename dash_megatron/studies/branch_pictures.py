@@ -110,6 +110,8 @@ def _scores(shown: list[ArmComparison], styles: dict[str, tuple[str, str]]) -> A
                 }
                 _line(axis, points, style, arm, 1.0, band=False)
             tokens_axis(axis, places)
+            # arms at one length would else stand at both ends, as if of two
+            axis.set_xlim(places[0] / 1.4, places[-1] * 1.4)
             axis.set_ylim(-0.03, 1.03)
             axis.set_title(f"{task}, branches of {base}", fontsize=9)
             axis.set_xlabel("length (tokens)")

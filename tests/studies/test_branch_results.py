@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 
 from dash_megatron.__main__ import main
+from dash_megatron.studies import branch_pictures
 from dash_megatron.studies.paired import standard_error
 from dash_megatron.studies.submit import submit_studies
 from data_tools import make_retrieval, tokenize_corpus
@@ -246,6 +247,23 @@ def test_plots_show_differences_and_scores(measured_study: Path) -> None:
             pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
         for color in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)):
             assert (pixels == color).all(1).sum() > 50, (path.name, color)
+
+
+def test_arms_side_by_side_stand_away_from_the_ends_of_the_picture(
+    measured_study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: dict[str, Any] = {}
+    save = branch_pictures.save
+    monkeypatch.setattr(
+        branch_pictures,
+        "save",
+        lambda figure, path: figures.update({path.name: figure}) or save(figure, path),
+    )
+    assert main(["study", "plot", str(measured_study)]) == 0
+    for axis in figures["scores_held_out.png"].axes:
+        places = [place for line in axis.lines for place in line.get_xdata()]
+        assert axis.get_xlim()[0] < min(places) / 1.2
+        assert axis.get_xlim()[1] > max(places) * 1.2
 
 
 def test_in_one_order_nothing_is_told_apart(measured_study: Path) -> None:
