@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from dash_megatron.evaluation.settings import LOSS_TASKS
 from dash_megatron.planning.table import table
 from dash_megatron.studies.branches import TRAINING, ArmComparison, Measure, headline
+from dash_megatron.studies.collect import missed_targets
 from dash_megatron.studies.jobs import missing_evaluations
 from dash_megatron.studies.runs import StudyRun, expand
 from dash_megatron.studies.study_file import Study
@@ -25,8 +26,6 @@ VERDICT_HEADINGS = {
     "within": "Not told apart by two standard errors",
     "unknown": "Unknown: in one order of the data only, which does not say how orders scatter",
 }
-NEAR = 0.1
-"""How far a density may be from its target, as a share of it."""
 NOTE = (
     "Differences are paired: of the same documents, samples or steps, in the same order of the data. The first ± is the standard "
     "error over these, the second over orders. What is called higher or lower is further from 0 than two of the larger error. Errors "
@@ -76,7 +75,8 @@ def remarks(study: Study, rows: list[dict[str, Any]]) -> list[str]:
         rows: as `collect` gives them.
     """
     runs = expand(study)
-    return [*_missing_runs(study, runs, rows), *_missed_targets(runs, rows)]
+    branches = [row for row in rows if row["base"]]
+    return [*_missing_runs(study, runs, rows), *missed_targets(runs, branches)]
 
 
 def _missing_runs(study: Study, runs: list[StudyRun], rows: list[dict[str, Any]]) -> list[str]:
@@ -84,21 +84,6 @@ def _missing_runs(study: Study, runs: list[StudyRun], rows: list[dict[str, Any]]
     trained = {row["run"] for row in rows if row["finished"]}
     names = [run.name for run in runs if run.name not in trained or missing_evaluations(study, run)]
     return [f"Not trained, or not evaluated as the study says: {', '.join(names)}."] if names else []
-
-
-def _missed_targets(runs: list[StudyRun], rows: list[dict[str, Any]]) -> list[str]:
-    """A sentence that names the branches which select otherwise than they were asked to; none where all come near."""
-    measured = {row["run"]: row["density"] for row in rows if row["finished"] and row["base"]}
-    missed = []
-    for run in runs:
-        asked, density = run.config.attention.final_density(run.config.model.layers), measured.get(run.name)
-        if asked and density and abs(density / asked - 1) > NEAR:
-            missed.append(f"{run.name} ({density:.1%} for {asked:.1%})")
-    far = (
-        f"Density further than {NEAR:.0%} from attention.target_density at the end, so compare these by the density that "
-        "they have, or train them for more steps"
-    )
-    return [f"{far}: {', '.join(missed)}."] if missed else []
 
 
 def is_whole_and_final(measure: Measure) -> bool:

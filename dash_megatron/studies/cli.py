@@ -142,8 +142,9 @@ def _opened(options: argparse.Namespace) -> tuple[Any, Path]:
 def _collect(options: argparse.Namespace) -> None:
     from dash_megatron.json_lines import strict_json
     from dash_megatron.planning.table import table
-    from dash_megatron.studies.collect import collect, write_table
+    from dash_megatron.studies.collect import collect, missed_targets, write_table
     from dash_megatron.studies.page import results_table
+    from dash_megatron.studies.runs import expand
 
     study, folder = _opened(options)
     rows = collect(study)
@@ -158,7 +159,10 @@ def _collect(options: argparse.Namespace) -> None:
         written += write_comparisons(study, compared, folder)
         found = as_rows(study, compared)
         text += [line for one in tables(study, rows, compared) for line in ["", *as_text(one)]]
-        text += [line for remark in remarks(study, rows) for line in ["", remark]]
+        said = remarks(study, rows)
+    else:
+        said = missed_targets(expand(study), rows)
+    text += [line for remark in said for line in ["", remark]]
     if options.json:
         print(strict_json(found, indent=2))
     else:

@@ -22,6 +22,9 @@ from dash_megatron.studies.runs import StudyRun, expand
 from dash_megatron.studies.study_file import Study, StudyError
 from dash_megatron.training.metrics import StepMetrics, read_metrics
 
+_NEAR = 0.1
+"""How far a density may be from its target, as a share of it."""
+
 
 def collect(study: Study) -> list[dict[str, Any]]:
     """A row for every run that has logged a step: what the plan knows, and what was measured (`results_of`).
@@ -62,6 +65,21 @@ def _row(run: StudyRun, metrics: list[StepMetrics]) -> dict[str, Any]:
         "dense_flops": dense * results["tokens"],
         "flops": _measured_flops(run, metrics, vocab_size),
     }
+
+
+def missed_targets(runs: Sequence[StudyRun], rows: list[dict[str, Any]]) -> list[str]:
+    """A sentence that names the runs which select otherwise than they were asked to; none where all come near."""
+    measured = {row["run"]: row["density"] for row in rows if row["finished"]}
+    missed = []
+    for run in runs:
+        asked, density = run.config.attention.final_density(run.config.model.layers), measured.get(run.name)
+        if asked and density and abs(density / asked - 1) > _NEAR:
+            missed.append(f"{run.name} ({density:.1%} for {asked:.1%})")
+    far = (
+        f"Density further than {_NEAR:.0%} from attention.target_density at the end, so compare these by the density that "
+        "they have, or train them for more steps"
+    )
+    return [f"{far}: {', '.join(missed)}."] if missed else []
 
 
 def results_of(metrics: Sequence[StepMetrics]) -> dict[str, Any]:

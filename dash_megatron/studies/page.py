@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dash_megatron.studies.collect import dense_twins, rows_with_quality
+from dash_megatron.studies.collect import dense_twins, missed_targets, rows_with_quality
 from dash_megatron.studies.fit import render_fits
 from dash_megatron.studies.plan import COLUMNS, assumptions, cells, human
 from dash_megatron.studies.runs import StudyRun, expand
@@ -52,6 +52,7 @@ def render_page(
         *_against_dense(rows),
         "<h2>Results</h2>",
         table_html("Each run that has logged a step; FLOPs at the measured density.", *results_table(rows)),
+        *[f"<p>{escape(remark)}</p>" for remark in missed_targets(runs, rows)],
         "<h2>Pictures</h2>",
         *figures,
         "<h2>Fits</h2>",

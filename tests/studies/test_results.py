@@ -244,6 +244,20 @@ def test_fit_plot_and_report_of_a_study_whose_runs_follow_a_law(
     assert re.search(r"<li>dash: -0\.00\d\d nats on average of 12, ", page)
 
 
+def test_a_run_that_selects_otherwise_than_it_was_asked_to_is_named(
+    write_study: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(twins=["full"], grid={"attention.target_density": [0.375, 0.5]})
+    for run in runs_of(path):
+        finish(run, 3.0, None if run.config.attention.kind == "full" else 0.4)
+    name = next(run.name for run in runs_of(path) if run.config.attention.target_density == 0.5)
+    said = f"or train them for more steps: {name} (40.0% for 50.0%)."
+    assert main(["study", "collect", str(path)]) == 0
+    assert said in capsys.readouterr().out
+    assert main(["study", "report", str(path)]) == 0
+    assert said in (path.parent / "out" / "report.html").read_text()
+
+
 def browse(page: Path, folder: Path) -> tuple[str, str, Path]:
     """Open a page in a headless browser: its DOM once loaded, the lines of its console, and a screenshot."""
     names = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome", "chrome")
