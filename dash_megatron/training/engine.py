@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import math
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,9 @@ nvtx.enable_nvtx = torch.cuda.is_available()
 
 BUCKET_ELEMENTS = 500_000_000
 """Gradients that ZeRO reduces together, at most: DeepSpeed's default of `reduce_bucket_size`."""
+
+RUN_ELEMENTS = 2**27
+"""Gradients that processes add up together under ZeRO 1 in bf16, at least: 512 MiB."""
 
 
 class Engine:
@@ -87,6 +91,7 @@ class Engine:
         if type(self._optimizer) is BF16_Optimizer:
             # DeepSpeed makes it by itself
             self._optimizer.__class__ = _FusedBF16Optimizer
+            self._optimizer.sums = _SumsOfGradients(self._optimizer) if world_size > 1 else None
             self._adam.update = self._optimizer.update_weights
         # ZeRO 0 in fp32 has no optimizer wrapper that would keep the gradient norm
         self._optimizer_is_plain = isinstance(self._optimizer, torch.optim.Optimizer)
@@ -110,7 +115,11 @@ class Engine:
         undone here and its division by accumulation steps is switched off, so that the caller alone decides what
         the loss is divided by.
         """
-        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        sums: _SumsOfGradients | None = getattr(self._optimizer, "sums", None)
+        last = self._engine.is_gradient_accumulation_boundary()
+        with contextlib.nullcontext() if sums is None else sums.taking(last):
+            # of these sums nobody makes means
+            self._engine.backward(loss * (self.world_size if sums is None else 1), scale_wrt_gas=False)
 
     @record_function("update")
     def step(self) -> None:
@@ -209,12 +218,106 @@ class _GuardedAdamW(torch.optim.AdamW):
         return None
 
 
+class _Run(NamedTuple):
+    """Neighbours in a float32 buffer of gradients."""
+
+    group: int
+    """Of parameters."""
+    numbers: range
+    """Of parameters in the group."""
+    sums: Tensor
+    """Their part of the buffer."""
+
+
+class _SumsOfGradients:
+    """Adds up a step's gradients over processes while the backward of its last micro-batch still makes others.
+
+    A gradient joins those of earlier micro-batches as soon as it is made. Runs of them are sent from the ends of the buffers
+    on, as backwards go: in the same order on every process, in whatever order gradients come.
+    """
+
+    def __init__(self, optimizer: _FusedBF16Optimizer) -> None:
+        self._optimizer = optimizer
+        self._runs: list[_Run] = []
+        self._missing: list[set[int]] = []
+        """Parameters of each run whose gradients are to come."""
+        self._sent = 0
+        self._work: list[dist.Work] = []
+        self._active = False
+        for group, parameters in enumerate(optimizer.bf16_groups):
+            self._runs += _cut_into_runs(group, optimizer)
+            for number, parameter in enumerate(parameters):
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._take, group, number))
+
+    @contextlib.contextmanager
+    def taking(self, last: bool) -> Iterator[None]:
+        """Within is the backward of a micro-batch, which is the last of its step or not."""
+        self._active, self._sent = last, 0
+        self._missing = [set(run.numbers) for run in self._runs]
+        try:
+            yield
+        finally:
+            self._active = False
+
+    @torch.no_grad()
+    def _take(self, group: int, number: int, parameter: Tensor) -> None:
+        if not self._active:
+            return
+        run = next(i for i, x in enumerate(self._runs) if x.group == group and number in x.numbers)
+        if run < self._sent:
+            raise RuntimeError(f"parameter {number} of group {group} has a gradient after its sum was sent")
+        self._optimizer.add_gradient(group, number)
+        parameter.grad = None
+        self._missing[run].discard(number)
+        while self._sent < len(self._runs) and not self._missing[self._sent]:
+            self._send_next()
+
+    def _send_next(self) -> None:
+        run = self._runs[self._sent]
+        process_group = self._optimizer.real_dp_process_group[run.group]
+        self._work.append(dist.all_reduce(run.sums, group=process_group, async_op=True))
+        self._sent += 1
+
+    def finish(self) -> None:
+        """Send what is left, and wait for all."""
+        while self._sent < len(self._runs):
+            self._send_next()
+        for work in self._work:
+            work.wait()
+        self._work = []
+
+
+def _cut_into_runs(group: int, optimizer: _FusedBF16Optimizer) -> list[_Run]:
+    """A group's gradients in runs of `RUN_ELEMENTS` or little more, the last first."""
+    sizes = [gradient.numel() for gradient in optimizer.fp32_groups_gradients[group]]
+    runs, end, stop = [], len(sizes), sum(sizes)
+    for number in reversed(range(len(sizes))):
+        start = sum(sizes[:number])
+        if stop - start >= RUN_ELEMENTS or not number:
+            sums = optimizer.fp32_groups_gradients_flat[group][start:stop]
+            runs.append(_Run(group, range(number, end), sums))
+            end, stop = number, start
+    return runs
+
+
 class _FusedBF16Optimizer(BF16_Optimizer):
     """DeepSpeed's optimizer for bf16 under ZeRO 1, which goes over gradients and weights less often.
 
     A parameter's first gradient of a step overwrites what the float32 buffer held, so that nothing is ever zeroed; the update
-    clips, moves moments and weights, and rounds in one pass.
+    clips, moves moments and weights, and rounds in one pass. Several processes add gradients up during the backward.
     """
+
+    sums: _SumsOfGradients | None = None
+
+    def add_gradient(self, group: int, number: int) -> None:
+        """Add a parameter's gradient of a micro-batch to those of the step."""
+        parameter, total = self.bf16_groups[group][number], self.fp32_groups_gradients[group][number]
+        gradient, seen = parameter.grad.view(total.shape), self.fp32_groups_has_gradients[group]
+        if seen[number]:
+            total.add_(gradient)
+        else:
+            total.copy_(gradient)
+            seen[number], parameter._hp_grad = True, total
 
     @torch.no_grad()
     def update_hp_grads(self, clear_lp_grads: bool = False) -> None:
@@ -236,6 +339,8 @@ class _FusedBF16Optimizer(BF16_Optimizer):
                     seen[number], parameter._hp_grad = True, total
         if first[0]:
             torch._foreach_copy_(*first)
+        # the next backward makes new ones, in place of zeros to which it adds
+        self.clear_lp_grads(set_to_none=True)
 
     @torch.no_grad()
     def get_grads_for_reduction(self) -> Any:
@@ -244,7 +349,10 @@ class _FusedBF16Optimizer(BF16_Optimizer):
             for total, has_gradient in zip(sums, seen, strict=True):
                 if not has_gradient:
                     total.zero_()
-        return super().get_grads_for_reduction()
+        if self.sums is None:
+            return super().get_grads_for_reduction()
+        self.sums.finish()
+        return [], {}
 
     def clear_hp_grads(self) -> None:
         """Let the next gradients be the first of a step."""

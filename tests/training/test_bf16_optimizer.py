@@ -10,6 +10,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from dash_megatron.config import ParallelConfig
 from dash_megatron.ops.adamw import adamw_step
 from dash_megatron.parallel import Launch, init_process_groups
+from dash_megatron.training import engine as engines
 from dash_megatron.training.engine import Engine
 from tests.layers.test_gpt_model import config_of, model_of, positions_of, tokens_of
 from tests.training.test_checkpoint import leave_groups
@@ -43,10 +44,11 @@ def test_one_pass_makes_the_update_of_torch() -> None:
     assert torch.equal(weight, master.bfloat16())
 
 
-def train(by_deepspeed: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train(by_deepspeed: bool, early: bool = False) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Gradient norms of a skipped update and another one, of two micro-batches each, and what is kept after them.
 
-    Beyond one update, weights that are rounded to their neighbours in bf16 would make gradients differ.
+    Beyond one update, weights that are rounded to their neighbours in bf16 would make gradients differ. `early` is as several
+    processes add gradients up.
     """
     config = config_of(
         training={"global_batch": 2, "micro_batch": 1, "precision": "bf16"},
@@ -56,6 +58,8 @@ def train(by_deepspeed: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
     engine = Engine(model_of(config), config, world_size=1)
     if by_deepspeed:
         engine._optimizer.__class__, engine._adam.update = BF16_Optimizer, None
+    if early:
+        engine._optimizer.sums = engines._SumsOfGradients(engine._optimizer)
     unused = dict(engine.model.named_parameters())["decoder.layers.1.pre_mlp_layernorm.weight"]
     norms = []
     for step in range(2):
@@ -78,3 +82,26 @@ def test_gradients_and_updates_are_those_of_deepspeed() -> None:
     assert norms == pytest.approx(expected_norms, rel=1e-6)
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.usefixtures("single_process")
+def test_gradients_are_added_up_over_processes_while_the_backward_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    norms, expected = train(by_deepspeed=False)
+    monkeypatch.setattr(engines, "RUN_ELEMENTS", 1000)
+    finish, left = engines._SumsOfGradients.finish, []
+
+    def count_and_finish(self: Any) -> None:
+        left.append((len(self._runs) - self._sent, len(self._runs)))
+        finish(self)
+
+    monkeypatch.setattr(engines._SumsOfGradients, "finish", count_and_finish)
+    found_norms, found = train(by_deepspeed=False, early=True)
+    assert found_norms == norms
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    (left_of_one, runs), (left_of_other, _) = left
+    assert runs > 4
+    assert left_of_one == 0, "all were sent before the backward had ended"
+    # a run waits for a gradient that does not come, and those behind it wait for the run
+    assert 0 < left_of_other < runs
