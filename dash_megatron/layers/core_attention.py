@@ -27,12 +27,9 @@ from dash_megatron.ops.attention import attention_and_routing
 from dash_megatron.ops.full import causal_attention, packed_attention
 from dash_megatron.ops.reference import upcast
 from dash_megatron.ops.types import Router, Routing
-from dash_megatron.parallel.context.attention import sharded_dash_attention
-from dash_megatron.parallel.context.communication import (
-    ContextGroup,
-    heads_for_rows,
-    rows_for_heads,
-)
+from dash_megatron.parallel.context.attention import BackwardStart, sharded_dash_attention
+from dash_megatron.parallel.context.communication import ContextGroup
+from dash_megatron.parallel.context.heads import heads_for_rows, rows_for_heads
 from dash_megatron.parallel.context.layout import ChunkLayout, ContextShard
 
 # Learned factors on routing scores stay within exp of this, either way.
@@ -106,6 +103,8 @@ class CoreAttention(MegatronModule):
         self.context_group: ContextGroup | None = None
         if pg_collection is not None and pg_collection.cp.size() > 1:
             self.context_group = ContextGroup(pg_collection.cp)
+        self.backward_start = BackwardStart()
+        """For what is computed from the output of the last forward pass."""
         self.routing: RoutingMeans | None = None
         """What the last forward pass selected; None before it, and for full attention."""
 
@@ -151,9 +150,10 @@ class CoreAttention(MegatronModule):
     def _attend_heads(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
         """Exchange all heads of some tokens for all tokens of some heads, attend, and exchange them back."""
         assert self.context_group is not None
-        q, k, v = (heads_for_rows(x[0], self.context_group)[None] for x in (q, k, v))
-        out = self._attend_here(q, k, v, packed)
-        return rows_for_heads(out[0].contiguous(), self.context_group)[None]
+        # not by an index, whose gradient is a copy between zeros
+        q, k, v = heads_for_rows(self.context_group, *(x.squeeze(0) for x in (q, k, v)))
+        out = self._attend_here(q[None], k[None], v[None], packed)
+        return rows_for_heads(self.context_group, out.squeeze(0))[None]
 
     def _attend_shards(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
         """Attend with the tokens that are here to keys of other ranks too; the config refuses it but for DashAttention."""
@@ -235,11 +235,11 @@ class DashCoreAttention(CoreAttention):
         shard = packed and packed.context
         assert shard is not None, "the batch was sharded"
         assert shard.chunks is not None, "by chunks"
-        q, k, routing_q, routing_k = self.split(q[0], k[0])
+        q, k, routing_q, routing_k = self.split(q.squeeze(0), k.squeeze(0))
         out, selected = sharded_dash_attention(
             q,
             k,
-            v[0],
+            v.squeeze(0),
             self.summary_query,
             self.router,
             shard.chunks,
@@ -248,6 +248,8 @@ class DashCoreAttention(CoreAttention):
             backend=self.attention.backend,
             routing_q=routing_q,
             routing_k=routing_k,
+            # where the backward computes attention again, it gathers anew
+            start=self.backward_start if torch.is_grad_enabled() and not self.recompute else None,
         )
         self.routing = _shard_means(selected, shard.chunks, shard.rows)
         return out[None]

@@ -179,13 +179,14 @@ def exchange_copies(kind: ContextComm, shape: ContextShape) -> PassBytes:
     if P == 1:
         return PassBytes(0.0, 0.0)
     if kind == "a2a":
-        # by rank before they are sent, and by position when they have come
-        whole = 4 * a2a_exchange(shape).forward * P / (P - 1)
+        # rows of all heads are cut or joined; all tokens of some heads are sent and filled where they are
+        whole = 2 * a2a_exchange(shape).forward * P / (P - 1)
         return PassBytes(whole, whole)
     if kind == "p2p":
         return PassBytes(forward=(4 + 14 * P) * out + 3 * kv, backward=6 * P * out + (12 + 18 * P) * kv)
-    fetched = 4 * P * kv if kind == "sparse" else 0.0
-    return PassBytes(forward=4 * out + 3 * kv + fetched, backward=(7 + 4 * P) * kv + 2 * fetched)
+    # `all_gather` sends keys and values as they are, unless it pads them to those of the largest rank
+    laid_out, fetched = (3 * kv, 4 * P * kv) if kind == "sparse" else (0.0, 0.0)
+    return PassBytes(forward=4 * out + laid_out + fetched, backward=(4 + 4 * P) * kv + laid_out + 2 * fetched)
 
 
 def alignment(shape: ContextShape, tokens_sent: int, tokens_returned: int) -> PassBytes:

@@ -19,7 +19,7 @@ from dash_megatron.doctor.examine import CHECKS
 from dash_megatron.doctor.runner import Check, Finding, merge_largest, run_checks
 from dash_megatron.doctor.session import Session
 from dash_megatron.parallel import context_parallel_group, read_launch
-from dash_megatron.parallel.context.communication import ContextGroup
+from dash_megatron.parallel.context.communication import ContextGroup, PendingTensor
 
 
 def examine_broken(tree: dict[str, Any], folder: str) -> None:
@@ -77,10 +77,14 @@ def _other_fingerprint() -> Any:
 def _wrong_exchange() -> Any:
     """Gradients of keys that other ranks attended to are dropped."""
 
-    def own_share_only(self: ContextGroup, shares: torch.Tensor) -> torch.Tensor:
-        return shares[self.rank].clone()
+    send = ContextGroup.send_shares
 
-    return mock.patch.object(ContextGroup, "sum_shares", own_share_only)
+    def own_share_only(self: ContextGroup, shares: torch.Tensor) -> PendingTensor:
+        alone = torch.zeros_like(shares)
+        alone[self.rank] = shares[self.rank]
+        return send(self, alone)
+
+    return mock.patch.object(ContextGroup, "send_shares", own_share_only)
 
 
 def _other_weights(rank: int) -> Any:

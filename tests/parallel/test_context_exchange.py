@@ -1,17 +1,25 @@
 """Exchanges between context-parallel ranks: results, leaks, and bytes."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from dash_megatron.config import ParallelConfig
+from dash_megatron.ops import sharded_reference
+from dash_megatron.ops.types import Router
+from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
+from dash_megatron.parallel.context.attention import BackwardStart, sharded_dash_attention
+from dash_megatron.parallel.context.communication import ContextGroup, PendingTensor
+from dash_megatron.parallel.context.heads import heads_for_rows, rows_for_heads
 from dash_megatron.parallel.context.layout import (
-    from_ranks_to_sequence,
-    from_sequence_to_ranks,
     shard_sequence,
     zigzag_tokens,
 )
@@ -22,7 +30,7 @@ from dash_megatron.planning.traffic import (
     context_exchange,
     query_halo,
 )
-from tests.parallel.context_workers import CHUNK, Case, attend_alone, attend_together
+from tests.parallel.context_workers import CHUNK, Case, attend_alone, attend_together, inputs_of
 
 DASH_COMMS = ["all_gather", "a2a", "p2p", "sparse"]
 FULL_COMMS = ["a2a"]
@@ -164,16 +172,17 @@ def test_a_token_changes_no_earlier_token_and_no_other_document(run_processes: A
         assert torch.cat([change[:token], change[229:]]).max() <= 1e-13, (kind, comm)
 
 
-def shape_of(shard: Any, routed: bool, own_router: bool = False) -> ContextShape:
+def shape_of(shard: Any, routed: bool, case: Case) -> ContextShape:
     places = shard.chunks.places if routed else None
+    heads, kv_heads = case.heads
     return ContextShape(
         context=shard.size,
         tokens=shard.rows,
-        heads=8,
-        kv_heads=4,
+        heads=heads,
+        kv_heads=kv_heads,
         head_dim=16,
         chunk_size=CHUNK,
-        routing_heads=4 * own_router,
+        routing_heads=kv_heads * case.own_router,
         element_bytes=4,
         rows=places and places.max_rows,
         chunks=places and places.max_chunks,
@@ -204,13 +213,18 @@ def test_bytes_sent_are_those_of_the_formulas(run_processes: Any, tmp_path: Path
         )
     for comm in ("all_gather", "a2a"):
         cases[f"own_router_{comm}"] = Case(
-            DOCUMENTS["packed"], comm=comm, dtype=torch.float32, query_pool=16, own_router=True
+            DOCUMENTS["packed"],
+            comm=comm,
+            dtype=torch.float32,
+            query_pool=16,
+            own_router=True,
+            heads=(16, 8),
         )
     for name, (_, ranks) in together(cases, 4, run_processes, tmp_path).items():
         case = cases[name]
         routed = case.kind == "dash" and case.comm != "a2a"
         for traffic in ranks:
-            shape = shape_of(traffic["shard"], routed, case.own_router)
+            shape = shape_of(traffic["shard"], routed, case)
             shape = dataclasses.replace(shape, pool_heads=case.pool_heads)
             expected = context_exchange(case.comm, shape)
             if routed:
@@ -237,7 +251,7 @@ def test_sparse_sends_what_was_selected_and_at_most_everything(run_processes: An
         for phase in ("forward", "backward"):
             total, bound = (sum(rank[phase] for rank in ranks) for ranks in (sparse, gathered))
             assert total <= bound, (name, phase)
-        shape = shape_of(sparse[0]["shard"], True)
+        shape = shape_of(sparse[0]["shard"], True, cases[f"{name}_sparse"])
         # what is sent beyond summaries and requests is whole chunks; gradients go back where keys came from
         nothing, block = context_exchange("sparse", shape, 0), 2 * CHUNK * 16 * 4
         served = [divmod(rank["forward"] - nothing.forward, block) for rank in sparse]
@@ -250,12 +264,82 @@ def test_sparse_sends_what_was_selected_and_at_most_everything(run_processes: An
     assert share["local"] < 0.4, share
 
 
-def test_zigzag_split_and_its_reverse_are_one_to_one() -> None:
-    sequence = torch.arange(96)
+class _FirstOfTwo:
+    """A group of two ranks of which this process is the first: it notes what it does, and gets what it sent."""
+
+    rank, size = 0, 2
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def counting(self, _: str) -> Any:
+        return contextlib.nullcontext()
+
+    def trade(self, sent: Any, received: Any) -> Any:
+        self.log.append("send")
+        for (_, x), (_, place) in zip(sent, received, strict=True):
+            place.copy_(x)
+        return mock.Mock(wait=lambda: self.log.append("wait"))
+
+
+def test_all_heads_are_on_their_way_before_the_first_is_waited_for() -> None:
+    log: list[str] = []
+    group: Any = _FirstOfTwo(log)
+    x, y = (torch.randn(8, 6, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    heads = heads_for_rows(group, x, y)
+    # two pieces each
+    assert log == ["send"] * 4 + ["wait"] * 4
+    out = rows_for_heads(group, heads[0] * heads[1])
+    assert log == (["send"] * 4 + ["wait"] * 4) + (["send"] * 2 + ["wait"] * 2)
+    # the other rank has the same rows and attends with the first half of the heads, too
+    assert torch.equal(out[:, :3], (x * y)[:, :3])
+    log.clear()
+    out.sum().backward()
+    assert log == (["send"] * 2 + ["wait"] * 2) + (["send"] * 4 + ["wait"] * 4)
+
+
+def test_keys_and_their_gradients_travel_while_others_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank, to whom nothing is sent, asks for all in the same order."""
+    log: list[str] = []
+
+    def noted(owner: Any, name: str, as_what: str) -> None:
+        function = getattr(owner, name)
+
+        def note(*arguments: Any, **options: Any) -> Any:
+            log.append(as_what)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, note)
+
+    init_process_groups(Launch(rank=0, world_size=1, local_rank=0), ParallelConfig())
+    try:
+        case = Case(DOCUMENTS["packed"])
+        *rows, w, d_out = inputs_of(case)
+        leaves = [x.requires_grad_() for x in (*rows, w)]
+        group, router, start = ContextGroup(dist.group.WORLD), Router(**case.settings), BackwardStart()
+        layout = shard_sequence(case.cu_seqlens, 0, 1, CHUNK).chunks
+        out, _ = sharded_dash_attention(*leaves, router, layout, group, exchange="all_gather", start=start)
+        projected = 2 * out
+        watched = start.watch(projected)
+        noted(ContextGroup, "all_gather", "gather")
+        noted(ContextGroup, "send_shares", "send shares")
+        noted(PendingTensor, "wait", "wait")
+        noted(sharded_reference, "attend_backward", "attend")
+        noted(sharded_reference, "route_backward", "route")
+        projected.register_hook(lambda _: log.append("projection"))
+        watched.backward(d_out)
+    finally:
+        destroy_process_groups()
+    # keys and values: gathered before anything else, and their gradients sent before the router's
+    assert log == [
+        *["gather"] * 2, "projection", *["wait"] * 2, "attend", *["send shares"] * 2, "route", "send shares", *["wait"] * 3,
+    ]  # fmt: skip
+
+
+def test_every_token_is_in_one_piece_of_the_zigzag_split() -> None:
     ranks = torch.stack([zigzag_tokens(96, rank, 3) for rank in range(3)])
     assert ranks[1].tolist() == [*range(16, 32), *range(64, 80)]
-    assert torch.equal(from_ranks_to_sequence(ranks), sequence)
-    assert torch.equal(from_sequence_to_ranks(sequence, 3), ranks)
+    assert sorted(ranks.flatten().tolist()) == list(range(96))
 
 
 @pytest.mark.parametrize("documents", DOCUMENTS)

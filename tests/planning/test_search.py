@@ -217,7 +217,7 @@ def test_the_compute_of_a_step_is_its_operations_over_their_rate(config: Config)
     moved = tokens * (24 * 32 * (4096 + 14336 / 2) + 6 * 128256 / 2)
     # bytes of 16 heads of the output, and of 2 times 4 of keys and values of this rank, with its copies for and of 8 ranks, which take
     # three times as long as their bytes
-    moved += 3 * tokens * 32 * 128 * 2 * (4 * 16 + (3 + 7 + 4 * 8) * 2 * 4)
+    moved += 3 * tokens * 32 * 128 * 2 * (4 * 16 + (4 + 4 * 8) * 2 * 4)
     assert estimate.elementwise == pytest.approx(moved / 3e12)
 
 

@@ -15,7 +15,12 @@ from torch import Tensor
 from dash_megatron.ops.sharded import stages
 from dash_megatron.ops.shards import Attended, OutputGradient, Routed, RoutedQueries
 from dash_megatron.ops.types import Router
-from dash_megatron.parallel.context.communication import ContextGroup, PendingTensor, move_rows
+from dash_megatron.parallel.context.communication import (
+    ContextGroup,
+    PendingTensor,
+    move_rows,
+    sum_of_shares,
+)
 from dash_megatron.parallel.context.exchange import EXCHANGES, ContextExchange
 from dash_megatron.parallel.context.layout import ChunkLayout
 from dash_megatron.parallel.context.query_halo import routing_queries
@@ -81,17 +86,50 @@ class _ShardedDash(torch.autograd.Function):
             d_prior = stages.new_d_prior(queries.routed)
             gradient = OutputGradient(d_out.contiguous(), Attended(out, lse), d_prior)
             attended = exchange.attend_backward(gradient, queries, k, v)
+            # while gradients of keys and values travel
             routed = stages.route_backward(d_prior, queries, summary)
-            d_own = _return_summaries(routed.summary, layout, group)
+            d_summary = _send_back_summaries(routed.summary, layout, group)
+            attended_k, attended_v = attended.keys()
+            d_own = sum_of_shares(d_summary)[:, : len(layout.queries.start)]
             summarized = k if own_k is None else own_k
             dk, dw = stages.summarize_backward(d_own, summarized, w, layout.queries, router.chunk_size)
         dq = attended.q + routed.q if pooled_q is None else attended.q
         d_pooled = None if pooled_q is None else routed.q.to(q.dtype)
         d_own_k = None if own_k is None else dk.to(own_k.dtype)
-        gradients = dq, attended.k + dk if own_k is None else attended.k, attended.v, dw
+        gradients = dq, attended_k + dk if own_k is None else attended_k, attended_v, dw
         dq, dk, dv, dw = (g.to(x.dtype) for g, x in zip(gradients, (q, k, v, w), strict=True))
         d_factors = None if routed.scaling_factor is None else routed.scaling_factor.to(factors.dtype)
         return dq, d_pooled, dk, dv, d_own_k, dw, d_factors, None, None
+
+
+class BackwardStart:
+    """Begins what attention's backward waits for, as soon as a gradient reaches what was computed from its output."""
+
+    _of: tuple[ContextExchange, Tensor, Tensor] | None = None
+
+    def prepare(self, exchange: ContextExchange, k: Tensor, v: Tensor) -> None:
+        """Of one call of attention."""
+        self._of = exchange, k.detach(), v.detach()
+
+    def watch(self, x: Tensor) -> Tensor:
+        """The same tensor, whose gradient is that sign."""
+        of, self._of = self._of, None
+        return x if of is None else _Watched.apply(x, *of)
+
+
+class _Watched(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: ContextExchange, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(k, v)
+        ctx.exchange = exchange
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        exchange: ContextExchange = ctx.exchange
+        with exchange.group.counting("backward"):
+            exchange.start(*ctx.saved_tensors)
+        return gradient, None, None, None
 
 
 def sharded_dash_attention(
@@ -107,6 +145,7 @@ def sharded_dash_attention(
     backend: str = "auto",
     routing_q: Tensor | None = None,
     routing_k: Tensor | None = None,
+    start: BackwardStart | None = None,
 ) -> tuple[Tensor, Tensor]:
     """DashAttention of this rank's rows of a packed sequence, differentiable; collective.
 
@@ -120,6 +159,7 @@ def sharded_dash_attention(
         exchange: "all_gather", "p2p" or "sparse".
         backend: as in `dash_attention`.
         routing_q, routing_k: [N / P, Hkv, D], or None both: the router's own queries and keys, beside `pool_heads`.
+        start: what will begin the backward early.
 
     Returns:
         Output [N / P, Hq, D] in q's dtype, and the number of chunks selected, the own one included, int32 [n, Hkv], of
@@ -143,6 +183,8 @@ def sharded_dash_attention(
     rows = q, pooled_q, k.contiguous(), v.contiguous(), own_k
     factors, router = router.split()
     out, selected = _ShardedDash.apply(*rows, w, factors, router, keys)
+    if start is not None:
+        start.prepare(keys, rows[2], rows[3])
     if aligned is not None:
         out = move_rows(out, aligned.to_rows, aligned.to_chunks, group)
     return out, selected
@@ -162,10 +204,10 @@ def _all_summaries(pending: PendingTensor, layout: ChunkLayout) -> Tensor:
     return pending.wait()[places.owner, :, places.local].transpose(0, 1).contiguous()
 
 
-def _return_summaries(d_summary: Tensor, layout: ChunkLayout, group: ContextGroup) -> Tensor:
-    """Sum over ranks of the gradient [Hkv, chunks, D] of the summaries that this rank made."""
+def _send_back_summaries(d_summary: Tensor, layout: ChunkLayout, group: ContextGroup) -> PendingTensor:
+    """Begin to send gradients [Hkv, chunks, D] of summaries to the ranks that made them; `sum_of_shares` adds them up."""
     places = layout.places
     H, _, D = d_summary.shape
     shares = d_summary.new_zeros(group.size, H, places.max_chunks, D)
     shares[places.owner, :, places.local] = d_summary.transpose(0, 1)
-    return group.sum_shares(shares)[:, : len(layout.queries.start)]
+    return group.send_shares(shares)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dash_megatron.parallel.context.layout import Moves, from_ranks_to_sequence, from_sequence_to_ranks
+from dash_megatron.parallel.context.layout import Moves
 
 Transfer = Callable[[Tensor], Tensor]
 
@@ -36,6 +36,29 @@ class PendingTensor:
                 work.wait()
         self._work = ()
         return self._result if self._device is None else self._result.to(self._device)
+
+
+class PendingTrade:
+    """Tensors that others are filling.
+
+    Args:
+        work: what fills them.
+        sent: kept until they have been sent.
+        arrived: pairs of where tensors arrive and where they are wanted, if elsewhere.
+    """
+
+    def __init__(
+        self, work: Sequence[dist.Work], sent: Sequence[Tensor], arrived: Sequence[tuple[Tensor, Tensor]] = ()
+    ) -> None:
+        self._work, self._sent, self._arrived = work, sent, arrived
+
+    def wait(self) -> None:
+        """Return once they are filled."""
+        for work in self._work:
+            work.wait()
+        for x, wanted in self._arrived:
+            wanted.copy_(x)
+        self._work, self._sent, self._arrived = (), (), ()
 
 
 class ContextGroup:
@@ -103,26 +126,32 @@ class ContextGroup:
         self._count(x.nbytes)
         return PendingTensor(out, dist.batch_isend_irecv(operations), device)
 
-    def sum_shares(self, shares: Tensor) -> Tensor:
-        """Send shares [P, ...] to their ranks; the sum [...] over all ranks of this rank's share, in float32 or wider."""
-        received = self.all_to_all(shares.contiguous()).wait()
-        return received.sum(0, dtype=torch.promote_types(received.dtype, torch.float32))
+    def trade(
+        self, sent: Sequence[tuple[int, Tensor]], received: Sequence[tuple[int, Tensor]]
+    ) -> PendingTrade:
+        """Send tensors to ranks, and fill those of others; all are contiguous, and each rank's in the order of its peer's."""
+        staged = [(rank, *self._stage(x)) for rank, x in sent]
+        places = [(rank, self._stage(x)[0] if x.is_cuda else x) for rank, x in received]
+        operations = [
+            dist.P2POp(kind, x, dist.get_global_rank(self.group, rank), self.group)
+            for kind, tensors in ((dist.isend, [(r, x) for r, x, _ in staged]), (dist.irecv, places))
+            for rank, x in tensors
+        ]
+        self._count(sum(x.nbytes for _, x in sent))
+        work = dist.batch_isend_irecv(operations) if operations else ()
+        arrived = [
+            (x, wanted) for (_, x), (_, wanted) in zip(places, received, strict=True) if x is not wanted
+        ]
+        return PendingTrade(work, [x for _, x, _ in staged], arrived)
+
+    def send_shares(self, shares: Tensor) -> PendingTensor:
+        """Send shares [P, ...] to their ranks: what `sum_of_shares` takes."""
+        return self.all_to_all(shares.contiguous())
 
     def move(self, x: Tensor, moves: Moves) -> Tensor:
         """Redistribute rows x [rows, ...]."""
         received = self.all_to_all(x[moves.send], moves.send_counts, moves.receive_counts).wait()
         return torch.cat([x, received])[moves.gather]
-
-    def heads_for_rows(self, x: Tensor) -> Tensor:
-        """Rows [N / P, H, D] of all heads for all rows [N, H / P, D], in order, of this rank's heads."""
-        n, H, D = x.shape
-        by_rank = x.view(n, self.size, H // self.size, D).transpose(0, 1)
-        return from_ranks_to_sequence(self.all_to_all(by_rank).wait())
-
-    def rows_for_heads(self, x: Tensor) -> Tensor:
-        """The reverse of `heads_for_rows`."""
-        received = self.all_to_all(from_sequence_to_ranks(x, self.size)).wait()
-        return received.transpose(0, 1).flatten(1, 2)
 
     def _stage(self, x: Tensor) -> tuple[Tensor, torch.device | None]:
         """Contiguous, and on the host where the group has no means to send from the device."""
@@ -133,6 +162,12 @@ class ContextGroup:
     def _count(self, num_bytes: int) -> None:
         if self.counts:
             self.bytes_sent[self._phase] += num_bytes
+
+
+def sum_of_shares(pending: PendingTensor) -> Tensor:
+    """Of all ranks' shares [P, ...] the sum [...], in float32 or wider, once they have come."""
+    received = pending.wait()
+    return received.sum(0, dtype=torch.promote_types(received.dtype, torch.float32))
 
 
 class _DifferentiableTransfer(torch.autograd.Function):
@@ -158,16 +193,6 @@ def differentiable_transfer(x: Tensor, transfer: Transfer, reverse: Transfer, gr
 def move_rows(x: Tensor, moves: Moves, reverse: Moves, group: ContextGroup) -> Tensor:
     """`ContextGroup.move`, differentiable: gradients go back by `reverse`."""
     return differentiable_transfer(x, lambda y: group.move(y, moves), lambda y: group.move(y, reverse), group)
-
-
-def heads_for_rows(x: Tensor, group: ContextGroup) -> Tensor:
-    """Rows [N / P, H, D] of all heads for all rows [N, H / P, D], in order, of this rank's heads; differentiable."""
-    return differentiable_transfer(x, group.heads_for_rows, group.rows_for_heads, group)
-
-
-def rows_for_heads(x: Tensor, group: ContextGroup) -> Tensor:
-    """The reverse of `heads_for_rows`."""
-    return differentiable_transfer(x, group.rows_for_heads, group.heads_for_rows, group)
 
 
 def pack_bits(bits: Tensor) -> Tensor:

@@ -14,14 +14,14 @@ The fourth, `a2a`, deals out heads instead and needs none of this: see `CoreAtte
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dash_megatron.ops.shards import (
     Attended,
-    AttentionGradients,
     KeyBuffer,
     OutputGradient,
     Routed,
@@ -32,9 +32,18 @@ from dash_megatron.parallel.context.communication import (
     ContextGroup,
     PendingTensor,
     pack_bits,
+    sum_of_shares,
     unpack_bits,
 )
 from dash_megatron.parallel.context.layout import ChunkLayout
+
+
+class ExchangedGradients(NamedTuple):
+    """Gradients of a rank's queries, keys and values, float32 or wider."""
+
+    q: Tensor
+    keys: Callable[[], tuple[Tensor, Tensor]]
+    """Waits for those of keys and values, which travel meanwhile; collective."""
 
 
 class ContextExchange(ABC):
@@ -67,7 +76,7 @@ class ContextExchange(ABC):
     @abstractmethod
     def attend_backward(
         self, gradient: OutputGradient, queries: RoutedQueries, k: Tensor, v: Tensor
-    ) -> AttentionGradients:
+    ) -> ExchangedGradients:
         """Gradients of this rank's q, k and v from those of all ranks' outputs; fills `gradient.d_prior`.
 
         The other arguments are those of `attend`.
@@ -77,15 +86,16 @@ class ContextExchange(ABC):
 class AllGather(ContextExchange):
     """Keys and values of all ranks in one buffer, shard after shard."""
 
-    _pending: PendingTensor | None = None
+    _pending: tuple[PendingTensor, PendingTensor] | None = None
 
     def start(self, k: Tensor, v: Tensor) -> None:
         """Gather keys and values, each rank's padded to the rows of the largest."""
-        self._pending = self.group.all_gather(padded_rows(k, v, self.layout.places.max_rows))
+        rows = self.layout.places.max_rows
+        self._pending = self.group.all_gather(padded(k, rows)), self.group.all_gather(padded(v, rows))
 
     def _buffer(self) -> tuple[Tensor, Tensor, KeyBuffer]:
         assert self._pending is not None, "start was called"
-        k, v = (x.flatten(0, 1) for x in self._pending.wait().unbind(1))
+        k, v = (pending.wait().flatten(0, 1) for pending in self._pending)
         self._pending = None
         places = self.layout.places
         row = (places.owner * places.max_rows).int() + places.row
@@ -97,17 +107,23 @@ class AllGather(ContextExchange):
 
     def attend_backward(
         self, gradient: OutputGradient, queries: RoutedQueries, k: Tensor, v: Tensor
-    ) -> AttentionGradients:
+    ) -> ExchangedGradients:
         """As `ContextExchange.attend_backward`."""
-        self.start(k, v)
+        if self._pending is None:
+            self.start(k, v)
         found = self.stages.attend_backward(gradient, queries, *self._buffer())
-        of_rank = self.group.size, self.layout.places.max_rows
-        shares = k.new_empty(of_rank[0], 2, of_rank[1], *k.shape[1:])
-        for number, d_keys in enumerate((found.k, found.v)):
-            # rounded to the inputs' dtype
-            shares[:, number] = d_keys.unflatten(0, of_rank)
-        dk, dv = self.group.sum_shares(shares)[:, : len(k)]
-        return AttentionGradients(found.q, dk, dv)
+        # rounded to the inputs' dtype
+        pending = [
+            self.group.send_shares(x.to(k.dtype).unflatten(0, (self.group.size, -1)))
+            for x in (found.k, found.v)
+        ]
+        n = len(k)
+
+        def arrive() -> tuple[Tensor, Tensor]:
+            dk, dv = (sum_of_shares(x)[:n] for x in pending)
+            return dk, dv
+
+        return ExchangedGradients(found.q, arrive)
 
 
 class Ring(ContextExchange):
@@ -116,7 +132,7 @@ class Ring(ContextExchange):
     def _shards(self, k: Tensor, v: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield the rank whose keys and values are here, and these [2, rows, Hkv, D], while the next ones travel."""
         group = self.group
-        buffer = padded_rows(k, v, self.layout.places.max_rows)
+        buffer = torch.stack([padded(x, self.layout.places.max_rows) for x in (k, v)])
         for step in range(group.size):
             pending = group.shift(buffer) if step < group.size - 1 else None
             yield (group.rank - step) % group.size, buffer
@@ -140,7 +156,7 @@ class Ring(ContextExchange):
 
     def attend_backward(
         self, gradient: OutputGradient, queries: RoutedQueries, k: Tensor, v: Tensor
-    ) -> AttentionGradients:
+    ) -> ExchangedGradients:
         """As `ContextExchange.attend_backward`. Gradients of a shard's keys follow it around the ring, and last of all home."""
         group = self.group
         dq: Tensor | None = None
@@ -158,9 +174,14 @@ class Ring(ContextExchange):
             else:
                 away = group.shift(d_shard if away is None else d_shard + away.wait())
         assert dq is not None
-        assert own is not None
-        dk, dv = (own if away is None else own + away.wait())[:, : len(k)]
-        return AttentionGradients(dq, dk, dv)
+        home, coming, n = own, away, len(k)
+        assert home is not None
+
+        def arrive() -> tuple[Tensor, Tensor]:
+            dk, dv = (home if coming is None else home + coming.wait())[:, :n]
+            return dk, dv
+
+        return ExchangedGradients(dq, arrive)
 
 
 class Sparse(ContextExchange):
@@ -180,20 +201,24 @@ class Sparse(ContextExchange):
 
     def attend_backward(
         self, gradient: OutputGradient, queries: RoutedQueries, k: Tensor, v: Tensor
-    ) -> AttentionGradients:
+    ) -> ExchangedGradients:
         """As `ContextExchange.attend_backward`."""
         (n, H, _), C = k.shape, queries.router.chunk_size
         dq, *d_kv = self.stages.attend_backward(gradient, queries, *self._fetch(k, v, C))
         rows, head = self._wanted_rows(n, H, C)
         send, receive, _ = self._counts
         returned = torch.stack([x[rows, head] for x in d_kv], dim=1).to(k.dtype)
-        received = self.group.all_to_all(returned, receive, send).wait()
+        pending = self.group.all_to_all(returned, receive, send)
         d_own = torch.stack([x[:n] for x in d_kv])
         rows, head = self._served_rows(C)
-        # peer by peer, which names no row twice: the order of the sum is the same every time
-        for part, r, h in zip(*(x.split(send) for x in (received, rows, head)), strict=True):
-            d_own[:, r, h] += part.transpose(0, 1)
-        return AttentionGradients(dq, *d_own)
+
+        def arrive() -> tuple[Tensor, Tensor]:
+            # peer by peer, which names no row twice: the order of the sum is the same every time
+            for part, r, h in zip(*(x.split(send) for x in (pending.wait(), rows, head)), strict=True):
+                d_own[:, r, h] += part.transpose(0, 1)
+            return d_own[0], d_own[1]
+
+        return ExchangedGradients(dq, arrive)
 
     def _ask(self, routed: Routed) -> None:
         """Tell every rank which of its chunks this one needs; waits for the device, which knows how many."""
@@ -250,10 +275,12 @@ class Sparse(ContextExchange):
 EXCHANGES: dict[str, type[ContextExchange]] = {"all_gather": AllGather, "p2p": Ring, "sparse": Sparse}
 
 
-def padded_rows(k: Tensor, v: Tensor, rows: int) -> Tensor:
-    """Keys and values [n, Hkv, D] as one tensor [2, rows, Hkv, D], zero beyond n."""
-    out = k.new_zeros(2, rows, *k.shape[1:])
-    out[0, : len(k)], out[1, : len(v)] = k, v
+def padded(x: Tensor, rows: int) -> Tensor:
+    """Rows [n, ...] as [rows, ...], zero beyond n."""
+    if len(x) == rows:
+        return x
+    out = x.new_zeros(rows, *x.shape[1:])
+    out[: len(x)] = x
     return out
 
 

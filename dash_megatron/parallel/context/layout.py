@@ -149,21 +149,6 @@ def zigzag_tokens(num_tokens: int, rank: int, size: int) -> Tensor:
     return torch.cat([pieces[piece] for piece in pieces_of(rank, size)])
 
 
-def from_ranks_to_sequence(rows_of_ranks: Tensor) -> Tensor:
-    """Rows of all ranks [P, N / P, ...], none aligned, in the order of the sequence [N, ...]."""
-    size, rows = rows_of_ranks.shape[:2]
-    pieces = rows_of_ranks.view(size, 2, rows // 2, *rows_of_ranks.shape[2:])
-    return torch.cat([*pieces[:, 0], *reversed(pieces[:, 1].unbind())])
-
-
-def from_sequence_to_ranks(sequence: Tensor, size: int) -> Tensor:
-    """The reverse of `from_ranks_to_sequence`."""
-    pieces = sequence.view(2 * size, -1, *sequence.shape[1:])
-    return torch.cat([pieces[piece] for rank in range(size) for piece in pieces_of(rank, size)]).unflatten(
-        0, (size, -1)
-    )
-
-
 def shard_sequence(
     cu_seqlens: Tensor, rank: int, size: int, chunk_size: int | None, query_pool: int = 1
 ) -> ContextShard:
