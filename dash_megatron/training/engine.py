@@ -456,4 +456,6 @@ def _deepspeed_config(config: Config, world_size: int, parameters: int) -> dict[
         "communication_data_type": "fp32",
         "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket, **config.zero.options},
         "steps_per_print": 2**31,
+        # it waits for the device twice a micro-batch
+        "timers": {"throughput": {"enabled": False}},
     }

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from dash_megatron.config import ParallelConfig
@@ -82,6 +83,23 @@ def test_gradients_and_updates_are_those_of_deepspeed() -> None:
     assert norms == pytest.approx(expected_norms, rel=1e-6)
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.usefixtures("single_process")
+def test_deepspeed_waits_for_the_device_in_no_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(
+        training={"global_batch": 2, "micro_batch": 1, "precision": "bf16"}, attention={"kind": "full"}
+    )
+    engine = Engine(model_of(config), config, world_size=1)
+    waits: list[None] = []
+    monkeypatch.setattr(type(get_accelerator()), "synchronize", lambda *_: waits.append(None))
+    # it would begin with the third step
+    for seed in range(6):
+        engine.backward(
+            engine.forward(tokens_of(64, seed), positions_of(64), tokens_of(64, seed + 100)).mean()
+        )
+        engine.step()
+    assert not waits
 
 
 @pytest.mark.usefixtures("single_process")
