@@ -48,7 +48,7 @@ BUCKET_ELEMENTS = 500_000_000
 """Gradients that ZeRO reduces together, at most: DeepSpeed's default of `reduce_bucket_size`."""
 
 RUN_ELEMENTS = 2**27
-"""Gradients that processes add up together under ZeRO 1 in bf16, at least: 512 MiB."""
+"""Gradients that processes add up together under ZeRO 1 in bf16, at least, where there are as many: 512 MiB."""
 
 
 class Engine:
@@ -244,10 +244,12 @@ class _SumsOfGradients:
         self._sent = 0
         self._work: list[dist.Work] = []
         self._active = False
-        for group, parameters in enumerate(optimizer.bf16_groups):
+        for group in range(len(optimizer.bf16_groups)):
             self._runs += _cut_into_runs(group, optimizer)
-            for number, parameter in enumerate(parameters):
-                parameter.register_post_accumulate_grad_hook(functools.partial(self._take, group, number))
+        for place, run in enumerate(self._runs):
+            for number in run.numbers:
+                take = functools.partial(self._take, place, number)
+                optimizer.bf16_groups[run.group][number].register_post_accumulate_grad_hook(take)
 
     @contextlib.contextmanager
     def taking(self, last: bool) -> Iterator[None]:
@@ -260,10 +262,10 @@ class _SumsOfGradients:
             self._active = False
 
     @torch.no_grad()
-    def _take(self, group: int, number: int, parameter: Tensor) -> None:
+    def _take(self, run: int, number: int, parameter: Tensor) -> None:
         if not self._active:
             return
-        run = next(i for i, x in enumerate(self._runs) if x.group == group and number in x.numbers)
+        group = self._runs[run].group
         if run < self._sent:
             raise RuntimeError(f"parameter {number} of group {group} has a gradient after its sum was sent")
         self._optimizer.add_gradient(group, number)
@@ -288,7 +290,7 @@ class _SumsOfGradients:
 
 
 def _cut_into_runs(group: int, optimizer: _FusedBF16Optimizer) -> list[_Run]:
-    """A group's gradients in runs of `RUN_ELEMENTS` or little more, the last first."""
+    """A group's gradients in runs of at least `RUN_ELEMENTS`, but for the one that begins the buffer; the last first."""
     sizes = [gradient.numel() for gradient in optimizer.fp32_groups_gradients[group]]
     runs, end, stop = [], len(sizes), sum(sizes)
     for number in reversed(range(len(sizes))):
