@@ -346,11 +346,15 @@ class _FusedBF16Optimizer(BF16_Optimizer):
 
     @torch.no_grad()
     def get_grads_for_reduction(self) -> Any:
-        """As DeepSpeed's, of whole buffers: what has had no gradient in this step is zero."""
+        """As DeepSpeed's, of whole buffers: what has had no gradient in this step is zero, and counts in the norm from now on.
+
+        Another process may have one, and all must clip alike.
+        """
         for sums, seen in zip(self.fp32_groups_gradients, self.fp32_groups_has_gradients, strict=True):
-            for total, has_gradient in zip(sums, seen, strict=True):
-                if not has_gradient:
+            for number, total in enumerate(sums):
+                if not seen[number]:
                     total.zero_()
+                    seen[number] = True
         if self.sums is None:
             return super().get_grads_for_reduction()
         self.sums.finish()

@@ -1,6 +1,7 @@
 """What replaces DeepSpeed's passes over gradients and weights, beside DeepSpeed and torch."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from dash_megatron.training import engine as engines
 from dash_megatron.training.engine import Engine
 from tests.layers.test_gpt_model import config_of, model_of, positions_of, tokens_of
 from tests.training.test_checkpoint import leave_groups
+from tests.training.test_global_batch import assert_same_step, relative_error, with_changes
+from tests.training.workers import steps_in_bf16
 
 ADAMW: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -123,3 +126,37 @@ def test_gradients_are_added_up_over_processes_while_the_backward_runs(
     assert left_of_one == 0, "all were sent before the backward had ended"
     # a run waits for a gradient that does not come, and those behind it wait for the run
     assert 0 < left_of_other < runs
+
+
+def test_processes_get_the_sums_and_updates_of_deepspeed(
+    tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    tree = with_changes(
+        tiny_config,
+        model={"layers": 1},
+        # every parameter group
+        attention={"learned_scaling": True},
+        optimizer={"lr": 0.03, "eps": 2e-3, "grad_clip": 0.1},
+        # two micro-batches of each process, and a validation between steps
+        training={"steps": 2, "global_batch": 4, "micro_batch": 1, "precision": "bf16"},
+        evaluation={"every": 1, "samples": 2},
+        zero={"stage": 1},
+    )
+    trees = {"untied": tree, "tied": with_changes(tree, model={"tie_embeddings": True})}
+    cases = [
+        (f"{name}_{by}", case, by == "deepspeed", False)
+        for name, case in trees.items()
+        for by in ("us", "deepspeed")
+    ]
+    run_processes(2, steps_in_bf16, [*cases, ("lacking", tree, False, True)], str(tmp_path))
+    for name in trees:
+        expected = torch.load(tmp_path / f"{name}_deepspeed_0.pt")
+        copies = [torch.load(tmp_path / f"{name}_us_{rank}.pt") for rank in range(2)]
+        for found in copies:
+            assert_same_step(found, expected, 1e-6)
+            for parameter, weight in expected["weights"].items():
+                # a weight that rounds to its neighbour in bf16 makes other gradients of the second step
+                assert relative_error(found["weights"][parameter], weight) <= 1e-3, (name, parameter)
+    # a norm without it would clip the weights of one process otherwise than those of another
+    norms = [torch.load(tmp_path / f"lacking_{rank}.pt")["norm"] for rank in range(2)]
+    assert norms[0] == norms[1]
