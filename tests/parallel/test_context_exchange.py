@@ -282,10 +282,12 @@ class _FirstOfTwo:
         return mock.Mock(wait=lambda: self.log.append("wait"))
 
 
-def test_all_heads_are_on_their_way_before_the_first_is_waited_for() -> None:
+# heads of whole 8 bytes, and others
+@pytest.mark.parametrize(("head_dim", "dtype"), [(4, torch.float64), (6, torch.bfloat16)])
+def test_all_heads_are_on_their_way_before_the_first_is_waited_for(head_dim: int, dtype: torch.dtype) -> None:
     log: list[str] = []
     group: Any = _FirstOfTwo(log)
-    x, y = (torch.randn(8, 6, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    x, y = (torch.randn(8, 6, head_dim, dtype=dtype, requires_grad=True) for _ in range(2))
     heads = heads_for_rows(group, x, y)
     # two pieces each
     assert log == ["send"] * 4 + ["wait"] * 4
