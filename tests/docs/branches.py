@@ -38,6 +38,26 @@ def read_words(path: Path) -> str:
     return " ".join(path.read_text().split())
 
 
+def read_pages(page: Path) -> list[str]:
+    """The words of a study's page, of the page of quality, of the recipe and of the README."""
+    others = QUALITY.parent / "quality.md", ROOT / "docs" / "recipe.md", ROOT / "README.md"
+    return [read_words(path) for path in (page, *others)]
+
+
+def compare_losses(arm: str, reference: str, orders: Sequence[int], rows: Sequence[Row]) -> Comparison:
+    """Losses by document of an arm and its reference in these orders."""
+    return compare_all(*({n: losses(f"{each}_order{n}", rows) for n in orders} for each in (arm, reference)))
+
+
+def compare_scores(
+    arm: str, reference: str, task: str, orders: Sequence[int], rows: Sequence[Row]
+) -> Comparison:
+    """Right answers by sample of an arm and its reference in these orders."""
+    return compare_all(
+        *({n: scores(f"{each}_order{n}", task, rows) for n in orders} for each in (arm, reference))
+    )
+
+
 def compare_all(arm: dict[int, Measured], reference: dict[int, Measured]) -> Comparison:
     """`compare`, where it finds something in common."""
     found = compare(arm, reference)

@@ -18,22 +18,19 @@ from tests.docs.branches import (
     TASKS,
     Row,
     compare_all,
+    compare_losses,
+    compare_scores,
     losses,
     percent,
     predictions,
+    read_pages,
     read_rows,
-    read_words,
     scores,
     share,
 )
 
 FOLDER = QUALITY / "branches_fifth_base"
-PAGE, ANSWERS, RECIPE, README = (
-    read_words(path)
-    for path in (
-        FOLDER.with_suffix(".md"), QUALITY.parent / "quality.md", ROOT / "docs" / "recipe.md", ROOT / "README.md",
-    )
-)  # fmt: skip
+PAGE, ANSWERS, RECIPE, README = read_pages(FOLDER.with_suffix(".md"))
 DOCUMENTS, SAMPLES, BASES, DENSITIES = (
     read_rows(FOLDER / f"{name}.csv") for name in ("documents", "samples", "bases", "densities")
 )
@@ -50,13 +47,11 @@ Arms = tuple[str, str, Sequence[int]]
 
 
 def _documents(arm: str, reference: str, orders: Sequence[int] = ORDERS, rows: list[Row] = DOCUMENTS) -> Comparison:  # fmt: skip
-    return compare_all(*({n: losses(f"{each}_order{n}", rows) for n in orders} for each in (arm, reference)))
+    return compare_losses(arm, reference, orders, rows)
 
 
 def _retrieval(arm: str, reference: str, task: str, orders: Sequence[int] = ORDERS, rows: list[Row] = SAMPLES) -> Comparison:  # fmt: skip
-    return compare_all(
-        *({n: scores(f"{each}_order{n}", task, rows) for n in orders} for each in (arm, reference))
-    )
+    return compare_scores(arm, reference, task, orders, rows)
 
 
 def _shares(arm: str, reference: str, orders: Sequence[int] = ORDERS) -> list[str]:

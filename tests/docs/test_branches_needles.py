@@ -10,26 +10,21 @@ import yaml
 from dash_megatron.studies.paired import Comparison
 from docs.tools.branch_pictures import QUALITY
 from tests.docs.branches import (
-    ROOT,
     TASKS,
     Row,
     compare_all,
+    compare_losses,
+    compare_scores,
     errors,
     losses,
     percent,
+    read_pages,
     read_rows,
-    read_words,
-    scores,
     share,
 )
 
 FOLDER = QUALITY / "branches_needles"
-PAGE, ANSWERS, RECIPE, README = (
-    read_words(path)
-    for path in (
-        FOLDER.with_suffix(".md"), QUALITY.parent / "quality.md", ROOT / "docs" / "recipe.md", ROOT / "README.md",
-    )
-)  # fmt: skip
+PAGE, ANSWERS, RECIPE, README = read_pages(FOLDER.with_suffix(".md"))
 ORDERS = (1, 2, 3)
 DOCUMENTS, SAMPLES, PROBE, WRONG, CHANGED = (
     read_rows(FOLDER / f"{name}.csv") for name in ("documents", "samples", "probe", "wrong_digits", "changed")
@@ -37,13 +32,11 @@ DOCUMENTS, SAMPLES, PROBE, WRONG, CHANGED = (
 
 
 def _documents(arm: str, reference: str, orders: tuple[int, ...] = (1,), rows: list[Row] = DOCUMENTS) -> Comparison:  # fmt: skip
-    return compare_all(*({n: losses(f"{each}_order{n}", rows) for n in orders} for each in (arm, reference)))
+    return compare_losses(arm, reference, orders, rows)
 
 
 def _retrieval(arm: str, reference: str, task: str, orders: tuple[int, ...] = (1,)) -> Comparison:
-    return compare_all(
-        *({n: scores(f"{each}_order{n}", task, SAMPLES) for n in orders} for each in (arm, reference))
-    )
+    return compare_scores(arm, reference, task, orders, SAMPLES)
 
 
 def _cell(found: Comparison) -> str:

@@ -10,27 +10,22 @@ import pytest
 from dash_megatron.studies.paired import Comparison
 from docs.tools.branch_pictures import QUALITY
 from tests.docs.branches import (
-    ROOT,
     TASKS,
     Row,
     compare_all,
+    compare_losses,
+    compare_scores,
     errors,
-    losses,
     percent,
     predictions,
+    read_pages,
     read_rows,
-    read_words,
     scores,
     share,
 )
 
 FOLDER = QUALITY / "branches_ten"
-PAGE, ANSWERS, RECIPE, README = (
-    read_words(path)
-    for path in (
-        FOLDER.with_suffix(".md"), QUALITY.parent / "quality.md", ROOT / "docs" / "recipe.md", ROOT / "README.md",
-    )
-)  # fmt: skip
+PAGE, ANSWERS, RECIPE, README = read_pages(FOLDER.with_suffix(".md"))
 SMALL, BIG, NSA = ("ret10", "full_ret10", (1, 2)), ("210m.own", "210m.full", (1, 2, 3)), ("nsa_25", "full_ret10", (1,))  # fmt: skip
 """Arm, reference and orders."""
 YARN = ("full_ret10", "ret10")
@@ -44,13 +39,11 @@ DOCUMENTS, SAMPLES, PROBE, EARLIER_DOCUMENTS, EARLIER_SAMPLES = (
 
 
 def _documents(arm: str, reference: str, orders: Sequence[int] = (1,), rows: list[Row] = DOCUMENTS) -> Comparison:  # fmt: skip
-    return compare_all(*({n: losses(f"{each}_order{n}", rows) for n in orders} for each in (arm, reference)))
+    return compare_losses(arm, reference, orders, rows)
 
 
 def _retrieval(arm: str, reference: str, task: str, orders: Sequence[int] = (1,), rows: list[Row] = SAMPLES) -> Comparison:  # fmt: skip
-    return compare_all(
-        *({n: scores(f"{each}_order{n}", task, rows) for n in orders} for each in (arm, reference))
-    )
+    return compare_scores(arm, reference, task, orders, rows)
 
 
 def _shares(arms: Arms, digits: int = 3) -> list[str]:
