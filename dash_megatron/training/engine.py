@@ -8,7 +8,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -261,14 +261,13 @@ class _SumsOfGradients:
         finally:
             self._active = False
 
-    @torch.no_grad()
     def _take(self, run: int, number: int, parameter: Tensor) -> None:
         if not self._active:
             return
         group = self._runs[run].group
         if run < self._sent:
             raise RuntimeError(f"parameter {number} of group {group} has a gradient after its sum was sent")
-        self._optimizer.add_gradient(group, number)
+        self._optimizer.add_gradients([(group, number)])
         parameter.grad = None
         self._missing[run].discard(number)
         while self._sent < len(self._runs) and not self._missing[self._sent]:
@@ -293,8 +292,9 @@ def _cut_into_runs(group: int, optimizer: _FusedBF16Optimizer) -> list[_Run]:
     """A group's gradients in runs of at least `RUN_ELEMENTS`, but for the one that begins the buffer; the last first."""
     sizes = [gradient.numel() for gradient in optimizer.fp32_groups_gradients[group]]
     runs, end, stop = [], len(sizes), sum(sizes)
+    start = stop
     for number in reversed(range(len(sizes))):
-        start = sum(sizes[:number])
+        start -= sizes[number]
         if stop - start >= RUN_ELEMENTS or not number:
             sums = optimizer.fp32_groups_gradients_flat[group][start:stop]
             runs.append(_Run(group, range(number, end), sums))
@@ -311,36 +311,31 @@ class _FusedBF16Optimizer(BF16_Optimizer):
 
     sums: _SumsOfGradients | None = None
 
-    def add_gradient(self, group: int, number: int) -> None:
-        """Add a parameter's gradient of a micro-batch to those of the step."""
-        parameter, total = self.bf16_groups[group][number], self.fp32_groups_gradients[group][number]
-        gradient, seen = parameter.grad.view(total.shape), self.fp32_groups_has_gradients[group]
-        if seen[number]:
-            total.add_(gradient)
-        else:
-            total.copy_(gradient)
-            seen[number], parameter._hp_grad = True, total
-
     @torch.no_grad()
+    def add_gradients(self, places: Iterable[tuple[int, int]]) -> None:
+        """Add parameters' gradients of a micro-batch to those of the step: of each its group and its number there."""
+        first: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for group, number in places:
+            parameter, total = self.bf16_groups[group][number], self.fp32_groups_gradients[group][number]
+            gradient, seen = parameter.grad.view(total.shape), self.fp32_groups_has_gradients[group]
+            if seen[number]:
+                total.add_(gradient)
+            else:
+                first[0].append(total)
+                first[1].append(gradient)
+                seen[number], parameter._hp_grad = True, total
+        if first[0]:
+            torch._foreach_copy_(*first)
+
     def update_hp_grads(self, clear_lp_grads: bool = False) -> None:
         """Add gradients of a micro-batch to those of the step, which are float32."""
         assert not clear_lp_grads
-        first: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for group, sums, seen in zip(
-            self.bf16_groups, self.fp32_groups_gradients, self.fp32_groups_has_gradients, strict=True
-        ):
-            for number, (parameter, total) in enumerate(zip(group, sums, strict=True)):
-                if parameter.grad is None:
-                    continue
-                gradient = parameter.grad.view(total.shape)
-                if seen[number]:
-                    total.add_(gradient)
-                else:
-                    first[0].append(total)
-                    first[1].append(gradient)
-                    seen[number], parameter._hp_grad = True, total
-        if first[0]:
-            torch._foreach_copy_(*first)
+        self.add_gradients(
+            (group, number)
+            for group, parameters in enumerate(self.bf16_groups)
+            for number, parameter in enumerate(parameters)
+            if parameter.grad is not None
+        )
         # the next backward makes new ones, in place of zeros to which it adds
         self.clear_lp_grads(set_to_none=True)
 
