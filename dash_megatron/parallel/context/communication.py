@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from dash_megatron.parallel.context.layout import Moves
 
-Transfer = Callable[[Tensor], Tensor]
+Transfer = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 class PendingTensor:
@@ -48,7 +49,7 @@ class PendingTrade:
     """
 
     def __init__(
-        self, work: Sequence[dist.Work], sent: Sequence[Tensor], arrived: Sequence[tuple[Tensor, Tensor]] = ()
+        self, work: Sequence[dist.Work], sent: Sequence[Tensor], arrived: Sequence[tuple[Tensor, Tensor]]
     ) -> None:
         self._work, self._sent, self._arrived = work, sent, arrived
 
@@ -118,31 +119,32 @@ class ContextGroup:
         """Send x to the next rank and receive as much from the one before."""
         x, device = self._stage(x)
         out = torch.empty_like(x)
-        peers = [dist.get_global_rank(self.group, (self.rank + step) % self.size) for step in (1, -1)]
-        operations = [
-            dist.P2POp(dist.isend, x, peers[0], self.group),
-            dist.P2POp(dist.irecv, out, peers[1], self.group),
-        ]
-        self._count(x.nbytes)
-        return PendingTensor(out, dist.batch_isend_irecv(operations), device)
+        after, before = ((self.rank + step) % self.size for step in (1, -1))
+        return PendingTensor(out, self._send_and_receive([(after, x)], [(before, out)]), device)
 
     def trade(
         self, sent: Sequence[tuple[int, Tensor]], received: Sequence[tuple[int, Tensor]]
     ) -> PendingTrade:
         """Send tensors to ranks, and fill those of others; all are contiguous, and each rank's in the order of its peer's."""
-        staged = [(rank, *self._stage(x)) for rank, x in sent]
-        places = [(rank, self._stage(x)[0] if x.is_cuda else x) for rank, x in received]
-        operations = [
-            dist.P2POp(kind, x, dist.get_global_rank(self.group, rank), self.group)
-            for kind, tensors in ((dist.isend, [(r, x) for r, x, _ in staged]), (dist.irecv, places))
-            for rank, x in tensors
-        ]
-        self._count(sum(x.nbytes for _, x in sent))
-        work = dist.batch_isend_irecv(operations) if operations else ()
+        leaving, arriving = ([(rank, self._stage(x)[0]) for rank, x in each] for each in (sent, received))
+        work = self._send_and_receive(leaving, arriving)
         arrived = [
-            (x, wanted) for (_, x), (_, wanted) in zip(places, received, strict=True) if x is not wanted
+            (x, wanted) for (_, x), (_, wanted) in zip(arriving, received, strict=True) if x is not wanted
         ]
-        return PendingTrade(work, [x for _, x, _ in staged], arrived)
+        return PendingTrade(work, [x for _, x in leaving], arrived)
+
+    def _send_and_receive(
+        self, sent: Sequence[tuple[int, Tensor]], received: Sequence[tuple[int, Tensor]]
+    ) -> list[dist.Work]:
+        """Begin to send tensors to ranks and to fill those of others, all where the group has the means to."""
+        self._count(sum(x.nbytes for _, x in sent))
+        return dist.batch_isend_irecv(
+            [
+                dist.P2POp(kind, x, dist.get_global_rank(self.group, rank), self.group)
+                for kind, tensors in ((dist.isend, sent), (dist.irecv, received))
+                for rank, x in tensors
+            ]
+        )
 
     def send_shares(self, shares: Tensor) -> PendingTensor:
         """Send shares [P, ...] to their ranks: what `sum_of_shares` takes."""
@@ -174,25 +176,35 @@ class _DifferentiableTransfer(torch.autograd.Function):
     """An exchange of rows, and in the backward pass its reverse for the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, transfer: Transfer, reverse: Transfer, group: ContextGroup) -> Tensor:
+    def forward(
+        ctx: Any, transfer: Transfer, reverse: Transfer, group: ContextGroup, *rows: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.reverse, ctx.group = reverse, group
         with group.counting("forward"):
-            return transfer(x)
+            return tuple(transfer(rows))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         with ctx.group.counting("backward"):
-            return ctx.reverse(gradient), None, None, None
+            return None, None, None, *ctx.reverse(gradients)
 
 
-def differentiable_transfer(x: Tensor, transfer: Transfer, reverse: Transfer, group: ContextGroup) -> Tensor:
-    """`transfer(x)`, counted and differentiable: `reverse` makes the gradient of x from that of the result."""
-    return _DifferentiableTransfer.apply(x, transfer, reverse, group)
+def differentiable_transfer(
+    rows: Sequence[Tensor], transfer: Transfer, reverse: Transfer, group: ContextGroup
+) -> tuple[Tensor, ...]:
+    """`transfer(rows)`, counted and differentiable: `reverse` makes the gradients of rows from those of the result."""
+    moved: tuple[Tensor, ...] = _DifferentiableTransfer.apply(transfer, reverse, group, *rows)
+    return moved
 
 
 def move_rows(x: Tensor, moves: Moves, reverse: Moves, group: ContextGroup) -> Tensor:
     """`ContextGroup.move`, differentiable: gradients go back by `reverse`."""
-    return differentiable_transfer(x, lambda y: group.move(y, moves), lambda y: group.move(y, reverse), group)
+    there, back = (partial(_move_all, group, each) for each in (moves, reverse))
+    return differentiable_transfer([x], there, back, group)[0]
+
+
+def _move_all(group: ContextGroup, moves: Moves, rows: Sequence[Tensor]) -> list[Tensor]:
+    return [group.move(x, moves) for x in rows]
 
 
 def pack_bits(bits: Tensor) -> Tensor:

@@ -7,51 +7,23 @@ copied once, when rows of all heads are cut or joined. One piece is copied while
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from dash_megatron.parallel.context.communication import ContextGroup
+from dash_megatron.parallel.context.communication import ContextGroup, differentiable_transfer
 from dash_megatron.parallel.context.layout import pieces_of
 
 
 def heads_for_rows(group: ContextGroup, *rows: Tensor) -> tuple[Tensor, ...]:
     """Rows [N / P, H, D] of all heads for all rows [N, H / P, D], in order, of this rank's heads; differentiable."""
-    exchanged: tuple[Tensor, ...] = _HeadsForRows.apply(group, *rows)
-    return exchanged
+    return differentiable_transfer(rows, partial(_cut, group), partial(_join, group), group)
 
 
 def rows_for_heads(group: ContextGroup, tokens: Tensor) -> Tensor:
     """The reverse of `heads_for_rows`, of one tensor."""
-    exchanged: Tensor = _RowsForHeads.apply(group, tokens)
-    return exchanged
-
-
-class _HeadsForRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: ContextGroup, *rows: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
-        with group.counting("forward"):
-            return tuple(_cut(group, rows))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        with ctx.group.counting("backward"):
-            return None, *_join(ctx.group, gradients)
-
-
-class _RowsForHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: ContextGroup, tokens: Tensor) -> Tensor:
-        ctx.group = group
-        with group.counting("forward"):
-            return _join(group, [tokens])[0]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        with ctx.group.counting("backward"):
-            return None, _cut(ctx.group, [gradient])[0]
+    return differentiable_transfer([tokens], partial(_join, group), partial(_cut, group), group)[0]
 
 
 def _cut(group: ContextGroup, rows: Sequence[Tensor]) -> list[Tensor]:

@@ -1,5 +1,7 @@
 """Means of a rank's last queries where some of them lie on another rank: what the router of a shared sequence sees."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,16 +26,17 @@ def routing_queries(
         [n, heads, D] in q's dtype.
     """
 
-    def borrow(x: Tensor) -> Tensor:
-        return group.all_to_all(x[halo.send], halo.send_counts, halo.receive_counts).wait()
+    def borrow(rows: Sequence[Tensor]) -> list[Tensor]:
+        return [group.all_to_all(x[halo.send], halo.send_counts, halo.receive_counts).wait() for x in rows]
 
-    def give_back(gradient: Tensor) -> Tensor:
+    def give_back(gradients: Sequence[Tensor]) -> list[Tensor]:
+        (gradient,) = gradients
         returned = group.all_to_all(gradient, halo.receive_counts, halo.send_counts).wait()
         # a row that several pieces need has a gradient from each
-        return gradient.new_zeros(q.shape).index_add_(0, halo.send, returned)
+        return [gradient.new_zeros(q.shape).index_add_(0, halo.send, returned)]
 
     before_one, one, before_other, other = halo.sizes
-    borrowed = differentiable_transfer(q, borrow, give_back, group)[halo.order]
+    borrowed = differentiable_transfer([q], borrow, give_back, group)[0][halo.order]
     first, second = borrowed.split([before_one, before_other])
     rows = torch.cat([first, q[:one], second, q[one:]])
     pooled = pool_queries(rows[None], query_pool, position_N=halo.position, backend=backend)[0]
