@@ -76,6 +76,11 @@ class AttentionConfig(Section):
     nsa: NSAConfig = Field(default_factory=NSAConfig)
     """Which chunks `kind: nsa` selects. Its fields are below."""
 
+    @property
+    def fixed_lists(self) -> InfLLMv2Config | None:
+        """The section of a kind by which a token attends to a fixed number of chunks; None of other kinds."""
+        return {"infllmv2": self.infllmv2, "nsa": self.nsa}.get(self.kind)
+
     def has_router_projections(self, layer: int) -> bool:
         """Whether a layer, counted from 0, has the router's own projections."""
         return self.router_projections and self.kind == "dash" and layer not in self.full_layers
@@ -163,9 +168,8 @@ class AttentionConfig(Section):
                 "attention.pool_heads=False must be true with attention.router_projections=true, which make one query for the "
                 "heads of a group; use attention.pool_heads=true"
             )
-        if self.kind in ("infllmv2", "nsa"):
-            section = self.nsa if self.kind == "nsa" else self.infllmv2
-            section.check_chunks(self.chunk_size, f"attention.{self.kind}.")
+        if self.fixed_lists:
+            self.fixed_lists.check_chunks(self.chunk_size, f"attention.{self.kind}.")
         return self
 
     def check_density(self, seq_length: int) -> None:

@@ -59,7 +59,7 @@ class Config(Section):
 
     def _check_context(self) -> None:
         context, attention = self.parallel.context, self.attention
-        if attention.kind in ("infllmv2", "nsa"):
+        if attention.fixed_lists:
             raise ValueError(
                 f"parallel.context={context} must be 1 with attention.kind={attention.kind}, which selects among all keys "
                 "of a sequence on one process; use parallel.tensor, or attention.kind=dash or full"

@@ -12,9 +12,6 @@ import dataclasses
 from dash_megatron.config import AttentionConfig
 from dash_megatron.planning.kernel_times import AttentionSeconds, AttentionWork, dash_seconds
 
-BASELINES = ("infllmv2", "nsa")
-"""Kinds of attention whose lists have a fixed length."""
-
 MAX_SHARED_BIAS = 2**28
 """Elements of a mask that the backward of NSA's compressed branch shares: `dash_megatron.ops.topk.nsa.MAX_SHARED_BIAS`."""
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from dash_megatron.config import Config
 from dash_megatron.config.flops import norm_parameters, parameter_count, routing_rows
-from dash_megatron.planning.baseline_times import BASELINES
 from dash_megatron.planning.choices import tile_tokens
 from dash_megatron.planning.kernel_times import PAIRS_ABOVE, keys_by_pair, pairs_above
 from dash_megatron.planning.layout import Hardware, Layout
@@ -132,7 +131,7 @@ def _entries_made(config: Config, layout: Layout, listed: float) -> tuple[float,
     """Entries of one rank's routing lists for which there is room, and the tokens of a tile."""
     entries, own, tile = _list_entries(config, layout)
     # lists of a fixed length are as long as they are
-    if lists_are_counted(config, layout) or config.attention.kind in BASELINES:
+    if lists_are_counted(config, layout) or config.attention.fixed_lists:
         entries = own * min(1.0, listed)
     return entries, tile
 
@@ -243,6 +242,7 @@ def _exchange_bytes(shape: ContextShape, layout: Layout) -> tuple[float, float]:
 def _layer_bytes(config: Config, layout: Layout, shape: ContextShape) -> dict[str, float]:
     """Activations of one layer on one rank, by part."""
     model, tokens, b, kind = config.model, shape.tokens, shape.element_bytes, config.attention.kind
+    listed = config.attention.fixed_lists is not None
     stream_tokens = tokens / layout.tensor if layout.sequence else tokens
     normed = model.qk_norm
     heads = (2 + normed) * (shape.heads + shape.kv_heads) + 2 * (1 + normed) * shape.routing_heads
@@ -259,7 +259,7 @@ def _layer_bytes(config: Config, layout: Layout, shape: ContextShape) -> dict[st
         # threshold and log-sum-exp of every query head, float32
         "row_state": tokens * shape.heads * 8,
         # of baselines, whose operands and output are copied into whole chunks first
-        "laid_out": tokens * 2 * (shape.heads + shape.kv_heads) * shape.head_dim * b * (kind in BASELINES),
+        "laid_out": tokens * 2 * (shape.heads + shape.kv_heads) * shape.head_dim * b * listed,
         "branches": tokens * shape.heads * shape.head_dim * NSA_BYTES * (kind == "nsa"),
         # both halves of the input of a compiled SwiGLU, and its output
         "feed_forward": tokens * 3 * model.ffn_hidden_size / layout.tensor * b,

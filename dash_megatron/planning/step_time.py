@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from dash_megatron.config import Config
 from dash_megatron.config.flops import matmul_parameters
 from dash_megatron.planning.baseline_times import (
-    BASELINES,
     baseline_seconds,
     selected_chunks,
     share_of_pairs,
@@ -201,7 +200,7 @@ def _attention(config: Config, layout: Layout, routing: Routing, hardware: Hardw
     dense_layers = model.layers if config.attention.kind == "full" else len(set(config.attention.full_layers))
     routed_layers = model.layers - dense_layers
     routed, dense = dash_seconds(work), dense_seconds(work)
-    if config.attention.kind in BASELINES:
+    if config.attention.fixed_lists:
         routed = baseline_seconds(
             work,
             config.attention,
@@ -334,7 +333,7 @@ def _zero_sent(
 def effective_routing(config: Config, routing: Routing) -> Routing:
     """The routing given, with the density that `attention.kind` fixes if it does; NSA's window counts as selected."""
     attention = config.attention
-    if attention.kind not in BASELINES:
+    if not attention.fixed_lists:
         return routing
     most = selected_chunks(attention) + (window_chunks(attention) if attention.kind == "nsa" else 0)
     density = share_of_pairs(_chunks(config), most)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dash_megatron.config import Config
-from dash_megatron.planning.baseline_times import BASELINES, NOTE
+from dash_megatron.planning.baseline_times import NOTE
 from dash_megatron.planning.layout import Hardware
 from dash_megatron.planning.profile import Profile, read_profile
 from dash_megatron.planning.search import estimate_configured, search
@@ -73,7 +73,7 @@ class Plan:
             lines += table([self._row(self.own)], RUN_COLUMNS)
             if self.own.memory.total > budget:
                 lines.append(f"needs more than the {budget / 2**30:.0f} GiB that a plan may fill")
-        if config.attention.kind in BASELINES:
+        if config.attention.fixed_lists:
             lines += ["", NOTE]
         lines += [
             "",

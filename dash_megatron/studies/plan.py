@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dash_megatron.planning.baseline_times import BASELINES, NOTE
+from dash_megatron.planning.baseline_times import NOTE
 from dash_megatron.planning.table import table
 from dash_megatron.studies.cost import mean_context
 from dash_megatron.studies.runs import StudyRun, check_samples, expand
@@ -113,7 +113,7 @@ def assumptions(study: Study, runs: Sequence[StudyRun]) -> list[str]:
         f"assumed: {speed}; the densities of the table; FLOPs without recomputation; the column saved compares GPU-hours with "
         "the same run at full attention",
     ]
-    if assume.utilization is None and any(run.config.attention.kind in BASELINES for run in runs):
+    if assume.utilization is None and any(run.config.attention.fixed_lists for run in runs):
         lines.append(NOTE)
     whole = (assume.context, "as assume.context says")
     data = {

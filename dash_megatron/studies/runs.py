@@ -17,7 +17,7 @@ from dash_megatron.config.flops import parameter_count
 from dash_megatron.config.loading import read_yaml, set_key
 from dash_megatron.data.vocabulary import vocabulary_rows
 from dash_megatron.evaluation.cli import check_arguments
-from dash_megatron.planning.baseline_times import BASELINES, density_of_lists
+from dash_megatron.planning.baseline_times import density_of_lists
 from dash_megatron.planning.step_time import Routing
 from dash_megatron.studies.cost import Cost, curriculum_context, estimate_cost, flops_per_token, mean_context
 from dash_megatron.studies.study_file import Branches, Budgets, Study, StudyError
@@ -280,7 +280,7 @@ def _facts(config: Config) -> _Facts:
 def _density(study: Study, recipe: _Recipe, config: Config, context: float) -> float:
     if config.attention.kind == "full":
         return 1.0
-    if config.attention.kind in BASELINES:
+    if config.attention.fixed_lists:
         return density_of_lists(config.attention, context)
     value = {**study.overrides, **recipe.settings}.get(_DENSITY, study.assume.density)
     if value is None:
