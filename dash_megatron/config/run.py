@@ -81,8 +81,8 @@ class Config(Section):
 
     def _check_exchange(self) -> None:
         parallel, attention = self.parallel, self.attention
-        some_full = attention.kind == "full" or bool(attention.full_layers)
-        if parallel.context > 1 and parallel.context_comm != "a2a" and some_full:
+        all_dash = attention.kind == "dash" and not attention.full_layers
+        if parallel.context > 1 and parallel.context_comm != "a2a" and not all_dash:
             raise ValueError(
                 f"parallel.context_comm={parallel.context_comm} with parallel.context={parallel.context} must be a2a: the "
                 f"other exchanges serve DashAttention alone, but attention.kind={attention.kind} and "
@@ -95,7 +95,7 @@ class Config(Section):
             raise ValueError(
                 f"model.kv_heads={self.model.kv_heads} / parallel.tensor={parallel.tensor} = {heads} must be a "
                 f"multiple of parallel.context={parallel.context} with parallel.context_comm=a2a, which deals out "
-                f"whole kv heads; use {fitting if some_full else 'parallel.context_comm=all_gather'}"
+                f"whole kv heads; use {'parallel.context_comm=all_gather' if all_dash else fitting}"
             )
 
     def data_parallel_size(self, world_size: int) -> int:

@@ -56,7 +56,7 @@ def export_run(
         raise ValueError(f"--dtype={dtype} must be one of {list(DTYPES)}")
     check_new(Path(output))
     config, step, weights = open_weights(run_dir, step)
-    if config.attention.kind in ("infllmv2", "nsa"):
+    if config.attention.kind not in ("dash", "full"):
         raise ValueError(
             f"{run_dir} has attention.kind={config.attention.kind}, a baseline that no Hugging Face model file computes; "
             "only runs of attention.kind=dash and full are exported"
