@@ -10,7 +10,8 @@ from dash_megatron.topk_selection import Selection, check_window
 
 class InfLLMv2Config(Section):
     """InfLLM v2 (arXiv 2506.07900, 2509.24663), for `attention.kind: infllmv2`. It selects chunks of `attention.chunk_size`
-    tokens; a token attends to at most `initial_blocks + local_blocks + top_k` of them."""
+    tokens; a token attends to at most `initial_blocks + local_blocks + top_k` of them. With `top_k: 0` that is
+    a sliding window with sinks, in whole chunks."""
 
     kernel_size: int = Field(default=32, gt=0)
     """Tokens whose keys are averaged into one pooled key; a multiple of `kernel_stride`, at most
