@@ -3,7 +3,8 @@
 Every kind takes what `SelfAttention` hands over: query [N, B, Hq, D], key and value [N, B, Hkv, D] after RoPE, and
 `packed_seq_params`, whose `cu_seqlens_q` says where packed documents start (then B == 1). It returns [N, B, Hq * D]. Heads
 are those of this tensor-parallel rank. Under context parallelism N counts this rank's tokens, and
-`packed_seq_params.context` says which they are; ranks then exchange heads (`a2a`, any kind) or keys (DashAttention only).
+`packed_seq_params.context` says which they are; ranks then exchange heads (`a2a`) or keys (DashAttention only). A kind
+with weights of heads takes those of the heads that it was given.
 """
 
 from __future__ import annotations
