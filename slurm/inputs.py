@@ -7,8 +7,7 @@ from pathlib import Path
 from status import newest_checkpoint
 
 from dash_megatron.config import Config
-from dash_megatron.data.blend import check_blend
-from dash_megatron.data.tokenizer import load_tokenizer
+from dash_megatron.data.blend import check_data_of
 from dash_megatron.files import error_text, path_for_message
 
 # of a folder of `convert from-hf`, whose module brings torch
@@ -22,11 +21,8 @@ def check_inputs(config: Config) -> None:
     Raises:
         ValueError: something is missing, or is not what the config says.
     """
-    data = config.data
     try:
-        tokenizer = load_tokenizer(data)
-        check_blend("data.train", data.train, tokenizer, data.seq_length)
-        check_blend("data.valid", data.valid, tokenizer, data.seq_length)
+        check_data_of(config.data)
     except (OSError, ValueError) as error:
         raise ValueError(error_text(error) + LATER) from error
     start = config.training.init_from

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from dash_megatron.data.sidecar import Sidecar, check_data
-from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from dash_megatron.files import error_text
+
+if TYPE_CHECKING:  # the tools that tokenize read no config
+    from dash_megatron.config.data import DataConfig
 
 
 class Part(NamedTuple):
@@ -52,6 +55,17 @@ def check_blend(field: str, entries: Sequence[str], tokenizer: Tokenizer, seq_le
         except ValueError as error:
             raise ValueError(f"{field}: {error}") from error
     return found
+
+
+def check_data_of(data: DataConfig) -> None:
+    """Check the tokenizer and all data of a run, as far as its start does without a model.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_tokenizer` and `check_blend`.
+    """
+    tokenizer = load_tokenizer(data)
+    check_blend("data.train", data.train, tokenizer, data.seq_length)
+    check_blend("data.valid", data.valid, tokenizer, data.seq_length)
 
 
 def chat_template(entries: Sequence[str]) -> str | None:

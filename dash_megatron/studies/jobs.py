@@ -13,6 +13,8 @@ from pathlib import Path
 import yaml
 
 from dash_megatron.config import config_of_stored_run, differences
+from dash_megatron.data.blend import check_data_of
+from dash_megatron.files import error_text, path_for_message
 from dash_megatron.studies.runs import StudyRun, evaluations, expand
 from dash_megatron.studies.study_file import Study, StudyError
 
@@ -81,6 +83,36 @@ class Job:
         """Folder of the weights that it begins with."""
         start = self.run.config.training.init_from
         return Path(start).resolve() if start else None
+
+
+def check_inputs(jobs: Sequence[Job], remedy: str = "") -> None:
+    """Refuse runs that would begin without what they read, before each of them finds it out by itself.
+
+    Args:
+        jobs: what is to be trained; runs that begin with weights of others among them are as they should be.
+        remedy: what else helps, for the end of the message.
+
+    Raises:
+        ValueError: tokenizer or data are missing, damaged, too short or do not belong together, or initial weights are missing.
+    """
+    made = {job.run.folder.resolve() for job in jobs}
+    known = set()
+    for job in jobs:
+        data = job.run.config.data
+        facts = (data.tokenizer, data.train, data.valid, data.seq_length)
+        try:
+            if facts not in known:
+                check_data_of(data)
+            known.add(facts)
+            # a run that resumes does not read it
+            resumes = (job.run.folder / "checkpoints").is_dir()
+            if job.start and job.start not in made and not job.start.is_dir() and not resumes:
+                raise FileNotFoundError(
+                    f"training.init_from={path_for_message(str(job.run.config.training.init_from))} does not exist; name a run "
+                    "that has saved, or a folder made with `python -m dash_megatron convert from-hf`"
+                )
+        except (OSError, ValueError) as error:
+            raise StudyError(f"run {job.run.name}: {error_text(error)}{remedy}") from error
 
 
 class JobQueue:

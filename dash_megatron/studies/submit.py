@@ -14,6 +14,7 @@ import yaml
 from dash_megatron.files import lock, write_whole
 from dash_megatron.studies.jobs import (
     Job,
+    check_inputs,
     check_same,
     in_waves,
     is_finished,
@@ -24,6 +25,9 @@ from dash_megatron.studies.jobs import (
 from dash_megatron.studies.local import LocalRuns, environments, repository_script, train_command
 from dash_megatron.studies.runs import check_samples, evaluations
 from dash_megatron.studies.study_file import Study, StudyError, check_evaluations, load_study
+
+# arguments of `slurm/submit.py` with which data need not be here when a run is submitted
+_LATER = ("--inputs-later", "--dependency", "--dry-run")
 
 
 def submit_studies(
@@ -42,7 +46,7 @@ def submit_studies(
         processes: of each run on this machine, see `train.py --processes`.
         restarts: starts of a run after faults, as `train.py`'s exit code tells them from errors.
         slurm: arguments for `slurm/submit.py`, which gets all runs as one array; None: on this machine.
-        train: command that trains instead of this repository's `train.py`.
+        train: command that trains instead of this repository's `train.py`, and may read other data.
         only: patterns of names, such as `dash_25*`, or of `STUDY/NAME`, in the order in which their runs are trained; none:
             all runs. The bases of branches come along.
         at_once: runs that train on this machine at the same time, on GPUs of their own as long as there are enough; None: as
@@ -52,7 +56,7 @@ def submit_studies(
         0: all finished or submitted; 1: a run failed for good, the others went on; 75: asked to stop, and saved.
 
     Raises:
-        ValueError: a wrong study, a run's folder that holds another run, or a submission already at work.
+        ValueError: a wrong study, data that is not there, a run's folder that holds another run, or a submission already at work.
     """
     _check_numbers(processes, restarts, at_once, in_array=slurm is not None)
     studies = _read_studies(paths)
@@ -62,6 +66,9 @@ def submit_studies(
     print(f"{', '.join(map(str, paths))}: {finished} of {len(jobs)} runs are finished", flush=True)
     if not waiting:
         return 0
+    if train is None and not (slurm and any(word.startswith(_LATER) for word in slurm)):
+        remedy = f'; with --slurm="... {_LATER[0]}" it need not be here yet' if slurm else ""
+        check_inputs([job for job in waiting if not is_finished(job.run)], remedy)
     with contextlib.ExitStack() as stack:
         locks = [stack.enter_context(_only_one(study)) for study in studies.values()]
         for job in waiting:

@@ -11,7 +11,7 @@ from unittest import mock
 from dash_megatron.__main__ import main
 done = mock.Mock(returncode=0, stdout="job 7: somewhere\\n")
 with mock.patch.object(subprocess, "run", return_value=done) as run:
-    code = main(["study", "submit", STUDY, "--slurm", "--nodes 1 --gpus-per-node 8 --time 1:00:00"])
+    code = main(["study", "submit", STUDY, "--slurm", "--nodes 1 --gpus-per-node 8 --time 1:00:00 --inputs-later"])
 assert run.call_args.args[0][1].endswith("slurm/submit.py")
 print(code, "torch" in sys.modules)
 """

@@ -191,6 +191,42 @@ def test_an_evaluation_of_data_that_is_not_made_yet_is_planned(
         assert main(["study", "plan", str(path)]) == 0
 
 
+@pytest.mark.parametrize(
+    "words", [[], ["--slurm=--nodes 1 --gpus-per-node 1 --time 1:00:00"]], ids=["here", "slurm"]
+)
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("data.tokenizer", "/no.model", "data.tokenizer=/no.model does not exist; train one with `"),
+        ("data.train", [], "data.train is empty; set it"),
+        ("data.train", ["/no/train"], "data.train: /no/train.idx does not exist; make it with `"),
+        ("data.valid", ["/no/valid"], "data.valid: /no/valid.idx does not exist; make it with `"),
+        ("training.init_from", "/no/run", "training.init_from=/no/run does not exist; name a run that has saved"),
+    ],
+)  # fmt: skip
+def test_a_run_whose_inputs_are_not_there_keeps_all_of_the_study_from_starting(
+    setting: str,
+    value: Any,
+    message: str,
+    words: list[str],
+    tiny_config: dict[str, Any],
+    write_study: Write,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    data = {f"data.{key}": tiny_config["data"][key] for key in ("tokenizer", "train", "valid")}
+    missing = {"name": "second", "model.hidden_size": 32, setting: value}
+    path = write_study(overrides=data, points=[{"name": "first"}, missing])
+    if setting.startswith("data."):
+        path = write_study(points=[{"name": "first", **data}, {**data, **missing}])
+    assert main(["study", "submit", str(path), *words]) == 2
+    told = capfd.readouterr()
+    assert re.search(rf"error: run \S*second\S*: {re.escape(message)}", told.err)
+    assert ("--inputs-later" in told.err) == bool(words)
+    assert "steps" not in told.out
+    assert not (tmp_path / "out").exists()
+
+
 def test_several_studies_wait_in_one_queue_in_the_order_asked_for(
     write_study: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
