@@ -18,13 +18,13 @@ VERDICT_WORDS = {
     "above": "higher",
     "below": "lower",
     "within": "not told apart",
-    "unknown": "one order, unknown",
+    "unknown": "unknown",
 }
 VERDICT_HEADINGS = {
     "above": "Beyond two standard errors",
     "below": "Beyond two standard errors",
     "within": "Not told apart by two standard errors",
-    "unknown": "Unknown: in one order of the data only, which does not say how orders scatter",
+    "unknown": "Unknown: in one order of the data, or of one document, sample or step, which does not say how others scatter",
 }
 NOTE = (
     "Differences are paired: of the same documents, samples or steps, in the same order of the data. The first ± is the standard "
@@ -158,7 +158,14 @@ def name_of(measure: Measure) -> str:
 
 def verdict_word(each: ArmComparison) -> str:
     """The verdict, for people."""
-    return "reference" if each.is_reference else VERDICT_WORDS[each.found.verdict]
+    if each.is_reference:
+        return "reference"
+    alone = (
+        f"one {'order' if len(each.found.orders) < 2 else 'item'}, "
+        if each.found.verdict == "unknown"
+        else ""
+    )
+    return alone + VERDICT_WORDS[each.found.verdict]
 
 
 def difference_and_errors(each: ArmComparison) -> tuple[str, str, str]:

@@ -59,9 +59,9 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the difference is further from 0 than two standard errors; unknown with a single order."""
+        """Whether the difference is further from 0 than two standard errors; unknown with a single order, or a single item."""
         error = self.difference.error
-        if error is None:
+        if error is None or self.items < 2:
             return "unknown"
         if abs(self.difference.value) <= STANDARD_ERRORS * error:
             return "within"

@@ -275,11 +275,25 @@ def test_in_one_order_nothing_is_told_apart(measured_study: Path) -> None:
     assert row["difference_error_items"] > 0
     assert main(["study", "report", str(measured_study)]) == 0
     text = (measured_study.parent / "out" / "report.md").read_text()
-    unknown = (
-        "Unknown: in one order of the data only, which does not say how orders scatter, branches of h32_full:"
-    )
-    assert unknown in text
+    assert "| one order, unknown |" in text
+    assert re.search("^Unknown: in one order of the data, .*, branches of h32_full:$", text, re.MULTILINE)
     assert "Beyond two standard errors, branches" not in text
+
+
+def test_a_training_loss_of_one_logged_step_is_not_told_apart(measured_study: Path) -> None:
+    for run in runs_of(measured_study):
+        path = run.folder / "metrics.jsonl"
+        # of steps 78, 89 and 100, which are in the last quarter
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if json.loads(line)["step"] not in (78, 89)))  # fmt: skip
+    row = row_of(collected(measured_study), arm="worse", task="loss")
+    assert (row["items"], row["orders"], row["verdict"]) == (1, [1, 2, 3], "unknown")
+    assert main(["study", "report", str(measured_study)]) == 0
+    text = (measured_study.parent / "out" / "report.md").read_text()
+    before, _, unknown = text.partition(
+        "\nUnknown: in one order of the data, or of one document, sample or step,"
+    )
+    assert "training loss: " not in before
+    assert "- worse: training loss: +1." in unknown
 
 
 def test_steps_of_another_batch_are_not_compared(measured_study: Path) -> None:

@@ -91,6 +91,14 @@ def test_the_larger_error_decides(shifts: list[float], verdict: str) -> None:
     assert found.verdict == verdict
 
 
+def test_what_was_measured_on_one_item_is_not_told_apart_however_many_orders_agree() -> None:
+    arms = {order: measured([2.1 + shift], [1.0]) for order, shift in enumerate((0.0, 0.001, 0.002))}
+    found = compare(arms, dict.fromkeys(arms, measured([2.0], [1.0])))
+    assert found is not None
+    assert found.difference.value > 2 * (found.difference.error_orders or 0)
+    assert found.verdict == "unknown"
+
+
 def test_documents_that_differ_either_way_are_not_told_apart_by_orders_that_agree() -> None:
     reference, arm = measured([2.0] * 5), measured([2.5, 1.5, 2.6, 1.5, 1.95])
     found = compare({1: arm, 2: arm}, {1: reference, 2: reference})
