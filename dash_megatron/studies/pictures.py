@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from dash_megatron.drawing import GRID, line_style, line_widths, plt, save
+from dash_megatron.evaluation.settings import LOSS_TASKS
 from dash_megatron.studies.collect import dense_twins, rows_with_quality
 from dash_megatron.studies.fit import frontier
 from dash_megatron.studies.plan import human
@@ -46,7 +47,8 @@ def draw_study(
         "loss_compute.png": _loss_compute(finished, quality, fits, folder / "loss_compute.png"),
         "curves.png": _loss_over_tokens(folders, finished, quality, folder / "curves.png"),
         "position.png": _loss_by_position(folders, finished, folder / "position.png"),
-        "scores.png": _task_scores(folders, finished, folder / "scores.png"),
+        "scores.png": _task_scores(folders, finished, False, folder / "scores.png"),
+        "losses.png": _task_scores(folders, finished, True, folder / "losses.png"),
     }
     if any(row["density"] is not None for row in finished):
         shown["pareto.png"] = _pareto(finished, quality, folder / "pareto.png")
@@ -186,8 +188,18 @@ def _largest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return shown
 
 
-def _task_scores(folders: dict[str, Path], rows: list[dict[str, Any]], path: Path) -> str | None:
-    found = {row["run"]: read_scores(folders[row["run"]]) for row in rows}
+def _task_scores(
+    folders: dict[str, Path], rows: list[dict[str, Any]], of_text: bool, path: Path
+) -> str | None:
+    """Scores by length, or losses of text where `of_text`."""
+    found = {
+        row["run"]: {
+            place: value
+            for place, value in read_scores(folders[row["run"]]).items()
+            if (place.task in LOSS_TASKS) == of_text
+        }
+        for row in rows
+    }
     shown = _largest([row for row in rows if found[row["run"]]])
     if not shown:
         return None

@@ -1,4 +1,4 @@
-"""What `evaluate` found of a study's runs: scores of tasks by length, one line a variant."""
+"""What `evaluate` found of a study's runs: scores of tasks and losses of text by length, one line a variant."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from dash_megatron.drawing import GRID, line_widths, plt, save
 from dash_megatron.evaluation.runner import RESULTS
+from dash_megatron.evaluation.settings import LOSS_TASKS
 
 Place = TypeVar("Place", bound=Any)
 
 
 class TaskLength(NamedTuple):
-    """What a score is of."""
+    """What a score or loss is of."""
 
     task: str
     stretched: bool
@@ -24,7 +25,7 @@ class TaskLength(NamedTuple):
 
 
 def read_scores(run_dir: Path) -> dict[TaskLength, float]:
-    """Scores that `evaluate` left in a run's folder `evaluation`; of several for one place the newest.
+    """Scores, and of `LOSS_TASKS` losses, that `evaluate` left in a run's folder `evaluation`; of several for one place the newest.
 
     Raises:
         ValueError: a file is damaged.
@@ -37,8 +38,9 @@ def read_scores(run_dir: Path) -> dict[TaskLength, float]:
             stretched = bool(results["model"].get("rope_scaling"))
             for task, lengths in results["tasks"].items():
                 for length, summary in lengths.items():
-                    if "score" in summary:
-                        found[TaskLength(task, stretched, int(length))] = summary["score"]
+                    value = summary["nll" if task in LOSS_TASKS else "score"]
+                    if value is not None:  # the loss of a diverged model
+                        found[TaskLength(task, stretched, int(length))] = value
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no result of `evaluate` ({error!r}); remove it") from error
     return found
@@ -59,7 +61,7 @@ def draw_scores(
     """Draw a panel for each task.
 
     Args:
-        scores: by variant.
+        scores: by variant, of `LOSS_TASKS` alone or of none of them.
         styles: color and marker of each variant.
         trained_length: where a line stands.
         path: PNG to write.
@@ -68,6 +70,7 @@ def draw_scores(
         A sentence on what it shows.
     """
     tasks = sorted({place.task for found in scores.values() for place in found})
+    of_text = tasks[0] in LOSS_TASKS
     columns = min(3, len(tasks))
     height = -(-len(tasks) // columns)
     size = (max(6, 4 * columns), 3.2 * height + 0.6)
@@ -87,17 +90,23 @@ def draw_scores(
         axis.set_title(task, fontsize=9)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}K")
-        axis.set_ylim(-0.03, 1.03)
+        if not of_text:
+            axis.set_ylim(-0.03, 1.03)
         axis.set_xlabel("tokens")
         axis.grid(alpha=GRID)
-    axes[0][0].set_ylabel("score")
+    axes[0][0].set_ylabel("loss (nats)" if of_text else "score")
     handles: dict[str, Any] = {}
     for axis in axes.flat:
         handles |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.suptitle("Scores of tasks by length", fontsize=11)
+    figure.suptitle(f"{'Losses of text' if of_text else 'Scores of tasks'} by length", fontsize=11)
     figure.tight_layout(rect=(0, 0.6 / size[1], 1, 1))
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, fontsize=8, frameon=False)
     save(figure, path)
-    text = "Scores of tasks by the length of prompt and answer, means over seeds; the dashed line is data.seq_length"
+    what = (
+        "Losses of text by the most tokens of it"
+        if of_text
+        else "Scores of tasks by the length of prompt and answer"
+    )
+    text = f"{what}, means over seeds; the dashed line is data.seq_length"
     stretched = any(place.stretched for found in scores.values() for place in found)
     return text + (", dotted lines are with RoPE stretched for the evaluation." if stretched else ".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,10 @@ def finish(run: StudyRun, loss: float, density: float | None) -> None:
     checkpoint.mkdir(parents=True)
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     evaluated(run.folder, "step", {"copy": {64: 0.5, 128: 0.25}, "niah_single": {64: 1.0}})
+    summary = {"windows": 4, "nll": loss, "perplexity": math.exp(loss)}
+    results = {"model": {}, "tasks": {"perplexity": {"64": summary, "128": summary}}}
+    (run.folder / "evaluation" / "text").mkdir()
+    (run.folder / "evaluation" / "text" / "results.json").write_text(json.dumps(results))
 
 
 def evaluated(run_dir: Path, name: str, scores: dict[str, dict[int, float]], **model: Any) -> Path:

@@ -84,12 +84,13 @@ def test_scores_of_all_evaluations_are_gathered_the_newest_first_and_those_of_an
     os.utime(old, (1, 1))
     evaluated(tmp_path, "new", {"copy": {64: 0.7}})
     evaluated(tmp_path, "yarn", {"copy": {64: 0.9}}, rope_scaling={"rope_type": "yarn"})
-    losses = {"perplexity": {"64": {"windows": 2, "nll": 3.0}}}
+    losses = {"perplexity": {"64": {"windows": 2, "nll": 3.0}, "128": {"windows": 2, "nll": None}}}
     (tmp_path / "evaluation" / "more").mkdir()
     (tmp_path / "evaluation" / "more" / "results.json").write_text(json.dumps({"model": {}, "tasks": losses}))
     found = scores.read_scores(tmp_path)
     plain, other = scores.TaskLength("copy", False, 64), scores.TaskLength("copy", True, 64)
-    assert found == {plain: 0.7, scores.TaskLength("copy", False, 128): 0.2, other: 0.9}
+    loss = scores.TaskLength("perplexity", False, 64)
+    assert found == {plain: 0.7, scores.TaskLength("copy", False, 128): 0.2, other: 0.9, loss: 3.0}
     assert scores.means_over_runs([found, {plain: 0.5, other: 0.1}]) == {plain: 0.6, other: 0.5}
     old.write_text("{}")
     with pytest.raises(ValueError, match=r"z_old.results\.json is no result of `evaluate`"):

@@ -232,14 +232,15 @@ def test_fit_plot_and_report_of_a_study_whose_runs_follow_a_law(
     page = (out / "report.html").read_text()
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     pngs = sorted(path.name for path in (out / "plots").glob("*.png"))
-    names = ("curves", "density", "loss_compute", "pareto", "position", "scores", "throughput")
+    names = ("curves", "density", "loss_compute", "losses", "pareto", "position", "scores", "throughput")
     assert pngs == [f"{name}.png" for name in names]
     assert {base64.b64decode(image) for image in images} == {
         (out / "plots" / name).read_bytes() for name in pngs
     }
     assert "lines are fits to each frontier" in page
     assert "http" not in page.replace("http-equiv", "")
-    assert page.count('alt="') == len(images) == 7
+    assert page.count('alt="') == len(images) == 8
+    assert "Losses of text by the most tokens of it" in page
     # the router's parameters make the sparse twin the larger one
     assert re.search(r"<li>dash: -0\.00\d\d nats on average of 12, ", page)
 
@@ -298,7 +299,7 @@ def test_the_page_shows_all_its_pictures_in_a_browser_and_asks_for_nothing_else(
     dom, console, shot = browse(probe, tmp_path)
     seen = json.loads(html.unescape(re.findall(r"<title>(\{.*?)</title>", dom)[0]))
     assert (seen["asked"], seen["errors"], console) == ([], [], "")
-    assert len(seen["widths"]) == 7
+    assert len(seen["widths"]) == 8
     assert min(seen["widths"]) > 600
     with Image.open(shot) as image:
         counts = {color: count for count, color in image.convert("RGB").getcolors(1 << 24)}
