@@ -33,6 +33,9 @@ TEMPLATE = FOLDER / "pretrain.sbatch"
 REST_OF_TEMPLATE = "# ==== the job"
 
 _PLAIN_PATH = re.compile(r"[\w./@:+,=-]+")
+# how sbatch says that it is there without a cluster
+_NO_CLUSTER = re.compile(r"configuration source|slurm\.conf")
+_ELSEWHERE = "submit it where SLURM is, or train on this machine: `python train.py --config FILE`, of a study `study submit` without --slurm"
 
 
 @dataclass(frozen=True)
@@ -219,9 +222,7 @@ def submit(script: str, runs: list[Run], stamp: str, command: str) -> str:
             ["sbatch", "--parsable", batch], env=environment, capture_output=True, text=True, timeout=300
         )
     except FileNotFoundError as error:
-        raise ValueError(
-            f"there is no sbatch on this machine; {batch} is written, submit it elsewhere"
-        ) from error
+        raise ValueError(f"there is no sbatch on this machine; {batch} is written: {_ELSEWHERE}") from error
     except subprocess.TimeoutExpired as error:
         raise ValueError(
             f"sbatch {batch} gave no answer for 5 minutes; look with squeue before trying again"
@@ -230,6 +231,9 @@ def submit(script: str, runs: list[Run], stamp: str, command: str) -> str:
         message = done.stderr.strip()
         if NO_ANSWER.search(message):  # only the answer may be lost: a second sbatch could be a second job
             raise ValueError(f"sbatch {batch} got no answer: {message}; look with squeue before trying again")
+        if _NO_CLUSTER.search(message):
+            reason = message.splitlines()[-1]
+            raise ValueError(f"sbatch knows no cluster here ({reason}); {batch} is written: {_ELSEWHERE}")
         raise ValueError(f"sbatch {batch} refused: {message}")
     job = done.stdout.strip().split(";")[0]
     time = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

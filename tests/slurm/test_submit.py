@@ -242,10 +242,29 @@ def test_without_sbatch_the_script_is_kept_and_said_to_be(
     run = tmp_path / "run"
     assert submit.main([*CONFIG, *SIZE, *TIME, "--inputs-later", f"run_dir={run}"]) == 2
     (script,) = (run / "slurm").glob("*.sbatch")
-    assert f"there is no sbatch on this machine; {script} is written" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert (
+        f"there is no sbatch on this machine; {script} is written: submit it where SLURM is, or train "
+        in error
+    )
+    assert "`python train.py --config FILE`, of a study `study submit` without --slurm\n" in error
     (config,) = (run / "slurm").glob("*.yaml")
     assert yaml.safe_load(config.read_text())["run_dir"] == str(run)
     assert f"CONFIGS=({config})" in script.read_text()
+
+
+def test_an_sbatch_that_knows_no_cluster_is_said_to(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = "sbatch: error: fetch_config failed\\nsbatch: fatal: Could not establish a configuration source"
+    program(tmp_path / "bin", "squeue", "")
+    program(tmp_path / "bin", "sbatch", f"printf '{told}' >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert submit.main([*CONFIG, *SIZE, *TIME, "--inputs-later", f"run_dir={tmp_path / 'run'}"]) == 2
+    error = capsys.readouterr().err
+    assert "knows no cluster here (sbatch: fatal: Could not establish a configuration source); " in error
+    assert "`python train.py --config FILE`" in error
+    assert "fetch_config" not in error
 
 
 BUSY = 'echo "$0: error: Socket timed out on send/recv operation" >&2; exit 1'
