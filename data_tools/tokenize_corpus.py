@@ -44,6 +44,9 @@ from data_tools.shards import (
     tokenize_unit,
 )
 
+# where validation has no more tokens than the rows of most configs, and so may have no row
+SHORT_VALIDATION = 16384
+
 MANIFEST = "manifest.json"
 SHARDS = "shards"
 
@@ -109,6 +112,8 @@ def tokenize_corpus(
         reports = _tokenize_units(units, folder, options, workers, max_bad_lines)
         totals = dict(progress_of(reports))
         _check_splits(totals, valid_fraction)
+        if not conversations:  # whose rows are filled up
+            _warn_of_short_validation(totals, valid_fraction)
         return _merge(units, output, options, {"key": run_key, **totals})
 
 
@@ -244,9 +249,30 @@ def _check_splits(totals: dict[str, Any], valid_fraction: float) -> None:
     if valid_fraction > 0 and totals["valid_documents"] == 0:
         raise ValueError(
             f"--valid-fraction={valid_fraction} must give a document to validation, but none of {documents} "
-            "fell to it; raise it, give more documents, try another --seed, or set it to 0 and train with "
-            "data.valid=[] evaluation.every=0"
+            f"fell to it; raise it to {_fraction_for(5, documents)}, give more documents, try another --seed, or set it to 0 and "
+            "train with data.valid=[] evaluation.every=0"
         )
+
+
+def _fraction_for(wanted: int, total: int) -> float:
+    """The fraction that gives so many of all documents or tokens to validation in the mean, rounded up; a half at most."""
+    return min(0.5, math.ceil(100 * wanted / total) / 100)
+
+
+def _warn_of_short_validation(totals: dict[str, Any], valid_fraction: float) -> None:
+    """Tell of validation data that may be shorter than a row, which training would refuse."""
+    documents, tokens = totals["valid_documents"], totals["valid_tokens"]
+    if valid_fraction == 0 or tokens > SHORT_VALIDATION:
+        return
+    # twice as many, since documents fall as they do
+    raised = _fraction_for(2 * (SHORT_VALIDATION + 1), totals["train_tokens"] + tokens)
+    remedy = "" if raised <= valid_fraction else f"; --valid-fraction={raised} gives more"
+    print(
+        f"warning: --valid-fraction={valid_fraction} leaves {documents} of {documents + totals['train_documents']} documents to "
+        f"validation, {tokens} tokens, and training needs more than data.seq_length: give more text, or train with at most "
+        f"data.seq_length={tokens - 1}{remedy}",
+        file=sys.stderr,
+    )
 
 
 def _merge(units: list[Unit], output: Path, options: Options, manifest: dict[str, Any]) -> dict[str, Any]:

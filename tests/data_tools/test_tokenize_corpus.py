@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from dash_megatron.data.index_file import read_lengths
 from dash_megatron.data.sidecar import Sidecar
 from dash_megatron.data.tokenizer import Tokenizer
 from data_tools.atomic import sole_writer
-from data_tools.tokenize_corpus import main, tokenize_corpus
+from data_tools.tokenize_corpus import SHORT_VALIDATION, main, tokenize_corpus
 from data_tools.write_sidecar import main as write_sidecar
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -209,8 +210,8 @@ def test_shards_of_other_input_or_options_are_not_used(tmp_path, write_input, ru
         (["--valid-fraction", "1"], "--valid-fraction=1.0 must be at least 0 and below 1"),
         (
             ["--valid-fraction", "0.000001"],
-            "must give a document to validation, but none of 30 fell to it; raise it, give more documents, try another --seed, "
-            "or set it to 0 and train with data.valid=[] evaluation.every=0",
+            "must give a document to validation, but none of 30 fell to it; raise it to 0.17, give more documents, try another "
+            "--seed, or set it to 0 and train with data.valid=[] evaluation.every=0",
         ),
         (["--valid-fraction", "0.999999"], "must leave documents to train on, but all 30 fell"),
         (["--workers", "0"], "--workers=0 must be at least 1"),
@@ -228,6 +229,29 @@ def test_a_wrong_argument_is_named(tmp_path, write_input, texts, tokenizer_path,
     common = ["--input", str(path), "--tokenizer", str(tokenizer_path), "--output", str(tmp_path / "out")]
     assert main([*common, "--workers", "1", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_validation_that_may_be_shorter_than_a_row_is_told_with_a_fraction_that_is_not(
+    tmp_path, write_input, texts, tokenizer_path, capsys
+):
+    path = write_input(tmp_path / "a.jsonl", [f"{number} {text * 20}" for number, text in enumerate(texts)])
+
+    def told(fraction):
+        output = tmp_path / str(fraction)
+        common = ["--input", str(path), "--tokenizer", str(tokenizer_path), "--output", str(output)]
+        assert main([*common, "--workers", "1", "--valid-fraction", str(fraction)]) == 0
+        return capsys.readouterr().err, json.loads((output / "manifest.json").read_text())
+
+    error, manifest = told(0.01)
+    documents, tokens = manifest["valid_documents"], manifest["valid_tokens"]
+    assert 0 < tokens <= SHORT_VALIDATION
+    assert f"leaves {documents} of {len(texts)} documents to validation, {tokens} tokens, and" in error
+    raised = re.search(r"data.seq_length=(\d+); --valid-fraction=(\S+) gives more", error)
+    assert int(raised[1]) == tokens - 1
+    error, manifest = told(float(raised[2]))
+    assert manifest["valid_tokens"] > SHORT_VALIDATION
+    assert "warning" not in error
+    assert "warning" not in told(0)[0]
 
 
 def test_an_empty_corpus_is_an_error(tmp_path, run, write_input):
