@@ -47,7 +47,11 @@ def model_card(
     settings = yaml.safe_dump(_without_paths(config), sort_keys=False)
     selects = not all(is_full(config.attention, layer) for layer in range(config.model.layers))
     attention = "DashAttention (arXiv 2605.18753)" if selects else "full attention"
-    same = "selected the same chunks in every layer, and\ntheir logits" if selects else "gave logits that"
+    same = (
+        f"selected the same chunks in {report.where}, and\ntheir logits"
+        if report.where
+        else "gave logits that"
+    )
     return f"""---
 {license_line}library_name: transformers
 pipeline_tag: text-generation

@@ -35,9 +35,11 @@ def _to_hf(options: argparse.Namespace) -> None:
     report = export_run(
         options.run_dir, options.output, step=options.step, dtype=options.dtype, terms=options.license
     )
+    same = f"the same chunks in {report.where} as the training model, logits" if report.where else "logits"
     print(
-        f"{options.output}: on {report.num_tokens} tokens the same chunks in every layer as the training model, logits "
-        f"within {report.logits_difference:.1e}; rounding weights changed logits by {report.rounding:.2%}"
+        f"{options.output}: on {report.num_tokens} tokens {same} within {report.logits_difference:.1e}"
+        f"{'' if report.where else ' of the training model, no layer of which selects chunks'}; "
+        f"rounding weights changed logits by {report.rounding:.2%}"
     )
 
 

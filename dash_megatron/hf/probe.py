@@ -78,6 +78,16 @@ class Report(NamedTuple):
     """Largest absolute difference between the exported and the training model on the same weights."""
     rounding: float
     """Relative change of the training model's logits by rounding the weights; 0 for float32."""
+    selecting: int
+    """Layers that select chunks, which were the same ones."""
+    layers: int
+
+    @property
+    def where(self) -> str:
+        """The layers whose chunks were compared, for a sentence; nothing where none selects."""
+        if self.selecting == self.layers:
+            return "every layer"
+        return f"the {self.selecting} of {self.layers} layers that select" if self.selecting else ""
 
 
 def compare(folder: Path, weights: Mapping[str, Tensor], config: Config, dtype: torch.dtype) -> Report:
@@ -120,7 +130,8 @@ def compare(folder: Path, weights: Mapping[str, Tensor], config: Config, dtype: 
                 f"rounding weights to {dtype} changes logits by {rounding:.1%}, above {BF16_TOLERANCE:.0%}; use "
                 "--dtype float32"
             )
-    return Report(num_tokens, difference, rounding)
+    selecting = sum(selected is not None for selected in ours.selected)
+    return Report(num_tokens, difference, rounding, selecting, len(ours.selected))
 
 
 def _relative_change(exact: Result, rounded: Result, vocab_size: int) -> float:

@@ -1,6 +1,7 @@
 """Exporting a run: from every layout, the same numbers, or nothing at all."""
 
 import os
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -216,13 +217,34 @@ def test_the_command_line_exports_and_says_what_is_wrong(
     arguments = ["--dtype", "float32", "--license", "mit"]
     assert main(["convert", "to-hf", config.run_dir, out, *arguments]) == 0
     assert "license: mit\n" in (tmp_path / "out" / "README.md").read_text()
-    assert "the same chunks in every layer" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert re.search(
+        r"tokens logits within \S+ of the training model, no layer of which selects chunks; rounding", told
+    )
     assert main(["convert", "to-hf", config.run_dir, out]) == 2
     assert "exists already" in capsys.readouterr().err
     assert main(["convert", "to-hf", config.run_dir, out + "2", "--step", "7"]) == 2
     assert "no checkpoint of step 7" in capsys.readouterr().err
     assert main(["convert", "to-hf", config.run_dir, out + "2", "--dtype", "int8"]) == 2
     assert "--dtype=int8 must be one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "where"), [("dash", "every layer"), ("mixed", "the 2 of 3 layers that select")]
+)
+def test_an_export_says_of_which_layers_the_chunks_were_compared(
+    name: str,
+    where: str,
+    write_run: Callable[..., Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, _ = write_run(name)
+    assert main(["convert", "to-hf", config.run_dir, str(tmp_path / "out"), "--dtype", "float32"]) == 0
+    assert (
+        f"tokens the same chunks in {where} as the training model, logits within" in capsys.readouterr().out
+    )
+    assert f"selected the same chunks in {where}, and\n" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("prompt", ["def value", ""], ids=["prompt", "empty"])
