@@ -11,6 +11,9 @@ from typing import Any
 
 import tokenizers
 
+# in tokenizer_config.json: by its own fingerprint that of the tokenizer which makes the same data
+SAME_DATA = "same_data_as"
+
 # Texts that a tokenizer with unknown characters, lower case or trimmed spaces would change.
 _PROBES = (
     "a",
@@ -55,7 +58,8 @@ class JsonTokenizer:
                 "tokenizer_config.json beside it; copy that file from where the tokenizer came from"
             )
         # the same file with another end of sequence makes other data
-        self.fingerprint = hashlib.sha256(content + b"\0" + end.encode()).hexdigest()
+        own = hashlib.sha256(content + b"\0" + end.encode()).hexdigest()
+        self.fingerprint: str = (self._setting(SAME_DATA) or {}).get(own, own)
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eod = self._id_of(end)
         begin = self._name_of("bos_token")
@@ -102,16 +106,20 @@ class JsonTokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=True).encode()
 
     def _name_of(self, role: str) -> str | None:
+        token = self._setting(role)
+        return token["content"] if isinstance(token, dict) else token
+
+    def _setting(self, key: str) -> Any:
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             file = self.path.parent / name
             if not file.is_file():
                 continue
             try:
-                token: Any = json.loads(file.read_text(encoding="utf-8")).get(role)
+                value = json.loads(file.read_text(encoding="utf-8")).get(key)
             except ValueError as error:
                 raise ValueError(f"{file}, beside data.tokenizer, is not valid JSON: {error}") from error
-            if token is not None:
-                return token["content"] if isinstance(token, dict) else token
+            if value is not None:
+                return value
         return None
 
     def _id_of(self, name: str) -> int:

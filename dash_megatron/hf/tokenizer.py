@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dash_megatron.data.chat import TEMPLATE_FILE, ChatTemplate, template_beside
+from dash_megatron.data.json_tokenizer import SAME_DATA
 from dash_megatron.data.sentencepiece_model import SPACE_SYMBOL
 from dash_megatron.data.tokenizer import Tokenizer as OurTokenizer
 from dash_megatron.files import telling_errors_of_the_disk
@@ -43,7 +44,7 @@ def export_tokenizer(ours: OurTokenizer, folder: Path, chat: ChatTemplate | None
 
     Args:
         ours: training's: of a sentencepiece model, of which a fast tokenizer is made, or of a tokenizer.json, which is copied
-            with the files beside it.
+            with the files beside it, but for what it puts before texts.
         chat: the template that the folder is to carry. A tokenizer made of a sentencepiece model then reads names of special
             tokens as these tokens, because the template writes them.
 
@@ -56,6 +57,11 @@ def export_tokenizer(ours: OurTokenizer, folder: Path, chat: ChatTemplate | None
     source = ours.path
     if source.suffix == ".json":
         _copy_json(source, folder)
+        if Tokenizer.from_file(str(source)).num_special_tokens_to_add(is_pair=False):
+            _add_nothing(folder, ours)
+        if chat is None:
+            # as below: nothing is to begin texts with what was never trained
+            _name(folder, "bos_token", ours.special_tokens_map["eos_token"])
     else:
         with telling_errors_of_the_disk(folder):
             build_tokenizer(source, names_are_text=chat is None).save_pretrained(folder)
@@ -71,22 +77,37 @@ def export_tokenizer(ours: OurTokenizer, folder: Path, chat: ChatTemplate | None
         # a name that tokenizer.json does not have becomes a token behind all others, which the model has no row for
         if exported.pad_token_id is not None and exported.pad_token_id < ours.vocab_size:
             return int(exported.pad_token_id)
-        _name_padding(folder, exported.eos_token)
+        # in front, as texts that go on need it
+        _name(folder, "pad_token", exported.eos_token, padding_side="left")
     return ours.eod
 
 
-def _name_padding(folder: Path, token: str) -> None:
-    """Let a token pad, in front as texts that go on need it."""
+def _add_nothing(folder: Path, ours: OurTokenizer) -> None:
+    """Let a tokenizer.json put no token, such as bos, before a text by itself: training read none."""
+    path = folder / "tokenizer.json"
+    _write(path, {**_read(path), "post_processor": None})
+    settings = folder / "tokenizer_config.json"
+    same = {OurTokenizer(path).fingerprint: ours.fingerprint}
+    _write(settings, {**_read(settings), SAME_DATA: same})
+
+
+def _name(folder: Path, role: str, token: str, **defaults: str) -> None:
+    """Name a special token, and set what is not set yet beside it."""
     path = folder / "tokenizer_config.json"
     # special_tokens_map.json alone may name the end of sequence
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    settings = {"padding_side": "left", **settings, "pad_token": token}
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write(path, {**defaults, **_read(path), role: token})
     # of two names that of special_tokens_map.json counts
     path = folder / "special_tokens_map.json"
     if path.is_file():
-        names = {**json.loads(path.read_text(encoding="utf-8")), "pad_token": token}
-        path.write_text(json.dumps(names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write(path, {**_read(path), role: token})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _write(path: Path, tree: dict[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _load(folder: Path, source: Path) -> PreTrainedTokenizerBase:

@@ -150,7 +150,9 @@ def test_data_is_tokenized_with_it_and_a_run_exports_it(
     for text in [*TEXTS, *LEADING_SPACE, *NAMES]:
         ids = exported.encode(text, add_special_tokens=False, split_special_tokens=True)
         assert ids == ours.encode(text), text
-    assert exported.eos_token_id == exported.pad_token_id == ours.eod
+    assert exported.eos_token_id == exported.pad_token_id == exported.bos_token_id == ours.eod
+    # nothing that training did not read, though nobody asks for none
+    assert exported("a b").input_ids == ours.encode("a b")
     padded = exported(["a", "a b c d"], padding=True, add_special_tokens=False)
     assert padded["attention_mask"][0][0] == 0, "padding stands in front"
     names: dict[str, Any] = {"FOLDER": str(tmp_path / "hf")}
