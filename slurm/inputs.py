@@ -22,7 +22,7 @@ def check_inputs(config: Config) -> None:
         ValueError: something is missing, or is not what the config says.
     """
     try:
-        check_data_of(config.data)
+        check_data_of(config)
     except (OSError, ValueError) as error:
         raise ValueError(error_text(error) + LATER) from error
     start = config.training.init_from

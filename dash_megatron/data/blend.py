@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,7 +13,7 @@ from dash_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from dash_megatron.files import error_text
 
 if TYPE_CHECKING:  # the tools that tokenize read no config
-    from dash_megatron.config.data import DataConfig
+    from dash_megatron.config import Config
 
 
 class Part(NamedTuple):
@@ -41,11 +42,12 @@ def blend_prefixes(entries: Sequence[str]) -> list[str]:
 
 
 def check_blend(field: str, entries: Sequence[str], tokenizer: Tokenizer, seq_length: int) -> list[Sidecar]:
-    """Check each data set of a blend, and read its sidecar; see `check_data`.
+    """Check the weights and each data set of a blend, and read its sidecar; see `check_data`.
 
     Raises:
-        FileNotFoundError, ValueError: as `check_data`; the message begins with the field.
+        FileNotFoundError, ValueError: as `check_data`, or weights break a rule; the message begins with the field.
     """
+    _check_weights(field, parse_blend(entries))
     found = []
     for prefix in blend_prefixes(entries):
         try:
@@ -57,13 +59,27 @@ def check_blend(field: str, entries: Sequence[str], tokenizer: Tokenizer, seq_le
     return found
 
 
-def check_data_of(data: DataConfig) -> None:
+def _check_weights(field: str, parts: Sequence[Part]) -> None:
+    for weight, prefix in parts:
+        if weight is not None and not 0 < weight < math.inf:
+            raise ValueError(
+                f"{field} gives {prefix} weight {weight:g}; it must be above 0: drop what has none"
+            )
+    weighted = sum(part.weight is not None for part in parts)
+    if weighted not in (0, len(parts)):
+        raise ValueError(
+            f"{field} gives weights to {weighted} of its {len(parts)} prefixes; give them to all or to none"
+        )
+
+
+def check_data_of(config: Config) -> None:
     """Check the tokenizer and all data of a run, as far as its start does without a model.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_tokenizer` and `check_blend`.
+        FileNotFoundError, ValueError: as `load_tokenizer` and `check_blend`; or `model.vocab_size` is smaller than the vocabulary.
     """
-    tokenizer = load_tokenizer(data)
+    data, tokenizer = config.data, load_tokenizer(config.data)
+    config.padded_vocabulary(tokenizer.vocab_size)
     check_blend("data.train", data.train, tokenizer, data.seq_length)
     check_blend("data.valid", data.valid, tokenizer, data.seq_length)
 

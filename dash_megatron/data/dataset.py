@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import logging
-import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -120,7 +119,7 @@ def build_dataset(
     _check_arguments(seq_length, num_samples, seed, split_name)
     field = f"data.{split_name}"
     parts = parse_blend(blend)
-    _check_weights(parts, field)
+    _check_number(parts, field)
     prefixes = [part.prefix for part in parts]
     weights = [part.weight for part in parts if part.weight is not None]
     sidecars = check_blend(field, blend, tokenizer, seq_length)
@@ -157,22 +156,12 @@ def _check_arguments(seq_length: int, num_samples: int | None, seed: int, split_
         raise ValueError(f"num_samples={num_samples} must be at least 1; set training.steps to 1 or more")
 
 
-def _check_weights(parts: Sequence[Part], field: str) -> None:
+def _check_number(parts: Sequence[Part], field: str) -> None:
     if not parts:
         raise ValueError(f"{field}=[] must name at least one prefix of a .bin/.idx pair, such as data/train")
     if len(parts) > _MAX_PARTS:
         raise ValueError(
             f"{field} names {len(parts)} data sets and may name at most {_MAX_PARTS}; tokenize several into one"
-        )
-    for weight, prefix in parts:
-        if weight is not None and not 0 < weight < math.inf:
-            raise ValueError(
-                f"{field} gives {prefix} weight {weight:g}; it must be above 0: drop what has none"
-            )
-    weighted = sum(part.weight is not None for part in parts)
-    if weighted not in (0, len(parts)):
-        raise ValueError(
-            f"{field} gives weights to {weighted} of its {len(parts)} prefixes; give them to all or to none"
         )
 
 

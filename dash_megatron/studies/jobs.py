@@ -98,17 +98,17 @@ def check_inputs(jobs: Sequence[Job], remedy: str = "") -> None:
     made = {job.run.folder.resolve() for job in jobs}
     known = set()
     for job in jobs:
-        data = job.run.config.data
-        facts = (data.tokenizer, data.train, data.valid, data.seq_length)
+        config, data = job.run.config, job.run.config.data
+        facts = (data.tokenizer, data.train, data.valid, data.seq_length, config.model.vocab_size)
         try:
             if facts not in known:
-                check_data_of(data)
+                check_data_of(config)
             known.add(facts)
             # a run that resumes does not read it
             resumes = (job.run.folder / "checkpoints").is_dir()
             if job.start and job.start not in made and not job.start.is_dir() and not resumes:
                 raise FileNotFoundError(
-                    f"training.init_from={path_for_message(str(job.run.config.training.init_from))} does not exist; name a run "
+                    f"training.init_from={path_for_message(str(config.training.init_from))} does not exist; name a run "
                     "that has saved, or a folder made with `python -m dash_megatron convert from-hf`"
                 )
         except (OSError, ValueError) as error:

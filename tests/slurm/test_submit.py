@@ -339,6 +339,15 @@ def submit_run(
         ("data.train=[]", "data.train is empty; set it in the YAML"),
         ("data.train=[0.7 no/train]", "data.train: no/train.idx (relative to "),
         ("data.valid=[/no/valid]", "data.valid: /no/valid.idx does not exist; make it with"),
+        (
+            "model.vocab_size=128",
+            "model.vocab_size=128 must be at least 320, the vocabulary of data.tokenizer=",
+        ),
+        ("data.valid=[0 a]", "data.valid gives a weight 0; it must be above 0"),
+        (
+            "data.train=[1 a, b]",
+            "data.train gives weights to 1 of its 2 prefixes; give them to all or to none",
+        ),
         ("data.seq_length=1048576", "must have at least data.seq_length + 1 = 1048577 for one row"),
         (
             "training.init_from=/no/run",

@@ -198,6 +198,7 @@ def test_an_evaluation_of_data_that_is_not_made_yet_is_planned(
     ("setting", "value", "message"),
     [
         ("data.tokenizer", "/no.model", "data.tokenizer=/no.model does not exist; train one with `"),
+        ("model.vocab_size", 128, "model.vocab_size=128 must be at least 320, the vocabulary of data.tokenizer="),
         ("data.train", [], "data.train is empty; set it"),
         ("data.train", ["/no/train"], "data.train: /no/train.idx does not exist; make it with `"),
         ("data.valid", ["/no/valid"], "data.valid: /no/valid.idx does not exist; make it with `"),
