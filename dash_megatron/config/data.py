@@ -15,7 +15,8 @@ class DataConfig(Section):
     tokenizer: str | None = None
     """Path of the tokenizer that the data was tokenized with: a sentencepiece BPE model, as `data_tools.train_tokenizer`
     writes it or Llama 2 has it, or a Hugging Face `tokenizer.json` beside its `tokenizer_config.json`, as Llama 3 and Qwen
-    have it."""
+    have it. Its end of sequence ends each document. Its begin of sequence is read where a chat template writes it and nowhere
+    else, and exports put none before a text."""
     train: tuple[str, ...] = ()
     """Training blend: prefixes of `.bin/.idx` pairs, each optionally preceded by its weight and a space
     (`"0.7 data/web"`); without weights, data sets are mixed in proportion to their tokens. Of conversations
