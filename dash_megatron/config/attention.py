@@ -18,7 +18,7 @@ class AttentionConfig(Section):
 
     kind: Literal["dash", "full", "infllmv2", "nsa"] = "dash"
     """`dash` is DashAttention; `full` trains the dense twin of the same config; `infllmv2` and `nsa` train twins that attend
-    to a fixed number of chunks, without context parallelism and without a Hugging Face export."""
+    to a fixed number of chunks, without a Hugging Face export, and `nsa` without context parallelism."""
     chunk_size: Literal[16, 32, 64, 128] = 64
     """Tokens summarized into one routing key. Smaller chunks are selected more precisely and take attention longer. One
     token stands out from the mean of C tokens by about sqrt(head_dim / C)."""

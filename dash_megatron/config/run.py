@@ -59,10 +59,10 @@ class Config(Section):
 
     def _check_context(self) -> None:
         context, attention = self.parallel.context, self.attention
-        if attention.fixed_lists:
+        if attention.kind == "nsa":
             raise ValueError(
-                f"parallel.context={context} must be 1 with attention.kind={attention.kind}, which selects among all keys "
-                "of a sequence on one process; use parallel.tensor, or attention.kind=dash or full"
+                f"parallel.context={context} must be 1 with attention.kind=nsa, whose weights of heads do not follow the heads "
+                "to other processes; use parallel.tensor, or another attention.kind"
             )
         if self.logging.routing_every:
             raise ValueError(

@@ -1,6 +1,6 @@
 """The top-k baselines as Megatron-core attention: InfLLM v2 and Native Sparse Attention.
 
-Shapes are those of `core_attention.py`. Context parallelism is refused when the config is read.
+Shapes are those of `core_attention.py`. NSA under context parallelism is refused when the config is read.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def test_layers_may_differ() -> None:
         ),
         (
             {"attention": attention_of("infllmv2"), "parallel": {"context": 2}},
-            "parallel.context=2 must be 1 with attention.kind=infllmv2",
+            "must be a2a: the other exchanges serve DashAttention alone, but attention.kind=infllmv2",
         ),
     ],
 )

@@ -28,7 +28,13 @@ KERNEL_TOLERANCE = 1e-4
 BF16_TOLERANCE, BF16_GRADIENTS = 0.01, 0.1
 
 DOCUMENTS = {"packed": True, "long": False}
-EXCHANGES = {"dash": ["all_gather", "a2a", "p2p", "sparse"], "full": ["a2a"], "mixed": ["a2a"]}
+EXCHANGES = {
+    "dash": ["all_gather", "a2a", "p2p", "sparse"],
+    "full": ["a2a"],
+    "mixed": ["a2a"],
+    "infllmv2": ["a2a"],
+}
+INFLLMV2 = {"kernel_size": 8, "kernel_stride": 4, "top_k": 1, "initial_blocks": 1, "local_blocks": 1}
 # context, tensor and data-parallel size
 LAYOUTS = {
     "context-2": (2, 1, 1),
@@ -67,6 +73,7 @@ def with_chats(tree: dict[str, Any], chats: Path) -> dict[str, Any]:
 
 def documents_of(tree: dict[str, Any], documents: str, kind: str) -> dict[str, Any]:
     attention: dict[str, Any] = {"kind": "dash", "full_layers": [0]} if kind == "mixed" else {"kind": kind}
+    attention["infllmv2"] = INFLLMV2
     if documents == "packed":
         attention |= {"learned_scaling": True, "local_chunks": 1, "query_pool": 5}
         attention |= {"pool_heads": True, "router_projections": kind == "dash"}
@@ -126,7 +133,7 @@ def test_loss_gradients_and_weights_are_those_of_one_process(
         found, one = loaded(tmp_path / f"{name}.pt"), expected(cuda)[documents, kind]
         assert_same_step(found, one, TOLERANCE)
         assert found["validation"] == pytest.approx(one["validation"], rel=TOLERANCE), name
-        if kind == "dash":
+        if kind in ("dash", "infllmv2"):
             assert found["density"] == pytest.approx(one["density"], rel=TOLERANCE), name
         for parameter, weight in one["weights"].items():
             assert relative_error(found["weights"][parameter], weight) <= WEIGHT_TOLERANCE, (name, parameter)
