@@ -6,7 +6,7 @@ Two ranks of a packed sequence are played one after the other in one process.
 import pytest
 import torch
 
-from dash_megatron.ops.kernels import attend, backward_q, geometry, pair_slabs, sharded
+from dash_megatron.ops.kernels import attend, backward_q, configs, geometry, pair_slabs, sharded
 from dash_megatron.ops.pooling import pool_queries
 from dash_megatron.ops.sequence_reference import dash_attention_reference
 from dash_megatron.ops.shards import Attended, KeyBuffer, OutputGradient, QueryChunks, RoutedQueries
@@ -16,6 +16,10 @@ from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 NAN = float("nan")
+needs_hopper = pytest.mark.skipif(
+    not CUDA or torch.cuda.get_device_capability()[0] != 9,
+    reason="needs a Hopper GPU: Gluon is not interpreted",
+)
 # One shorter than a chunk of 16, a ragged one, a long one over both ranks, one that ends with its chunk.
 LENGTHS = (9, 21, 100, 16)
 
@@ -96,7 +100,7 @@ class Sequence:
 
 
 def _buffer(x, held, first, last, gap=3):
-    """Keys and values of the chunks `held[h]` of every head, in that order, behind some rows of no chunk.
+    """Keys and values of the chunks `held[h]` of every head, in that order, behind some rows of no chunk and each before one.
 
     Returns the buffer, k and v, and for every head the tokens in it and their rows.
     """
@@ -106,9 +110,10 @@ def _buffer(x, held, first, last, gap=3):
         end = gap + h
         for c in numbers:
             row[h, c], length[h, c] = end, x.chunks[c][1] - x.chunks[c][0]
-            end += int(length[h, c])
-        tokens = x.rows(numbers) if numbers else torch.zeros(0, dtype=torch.long, device=DEVICE)
-        places.append((tokens, torch.arange(gap + h, end, device=DEVICE)))
+            end += int(length[h, c]) + 1
+        none = [torch.zeros(0, dtype=torch.long, device=DEVICE)]
+        rows = [torch.arange(row[h, c], row[h, c] + length[h, c], device=DEVICE) for c in numbers]
+        places.append((x.rows(numbers) if numbers else none[0], torch.cat(rows or none)))
     m = max(int(rows[-1]) + 1 if len(rows) else 0 for _, rows in places) + gap
     # rows of no chunk must not be looked at
     k, v = (y.new_full((m, *y.shape[1:]), NAN) for y in (x.k, x.v))
@@ -430,6 +435,77 @@ def test_a_window_without_keys_gives_nothing():
     grads = sharded.attend_backward(gradient, queries, k, v, keys)
     assert all(torch.equal(y, torch.zeros_like(y)) for y in grads)
     assert torch.equal(d_prior, torch.full_like(d_prior, 7))
+
+
+def _attended(x, layout, config, monkeypatch):
+    """Attention to all buffers of both ranks, over tiles of 128 rows as `config` says."""
+    find_launches = configs.find_launches
+
+    def launches(*args):
+        return find_launches(*args)._replace(tile_rows=128, attend=config, attend_pairs_above=float("inf"))
+
+    monkeypatch.setattr(sharded, "find_launches", launches)
+    generator, parts = torch.Generator().manual_seed(1), []
+    summary = torch.randn(2, x.num_chunks, x.q.shape[2], generator=generator).to(DEVICE, torch.float16)
+    for numbers in x.ranks:
+        q, qs = x.q[x.rows(numbers)], x.queries(numbers)
+        queries = RoutedQueries(q, qs, x.router, sharded.route(q, summary, qs, x.router))
+        for keys, k, v, _ in layout(x, numbers, sharded.listed(queries.routed, x.num_chunks)):
+            parts.append(sharded.attend(queries, k, v, keys))
+    return parts
+
+
+def _count_hopper(monkeypatch):
+    """A list that grows with every launch of the Hopper kernel."""
+    from dash_megatron.ops.kernels import attend_hopper
+
+    launched, forward = [], attend_hopper.attend_forward_hopper
+
+    def forward_and_count(*args):
+        launched.append(args)
+        return forward(*args)
+
+    monkeypatch.setattr(attend_hopper, "attend_forward_hopper", forward_and_count)
+    return launched
+
+
+@needs_hopper
+@pytest.mark.parametrize("kernel", [configs.HOPPER, configs.HOPPER_OVERLAP])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("D", "C", "G"),
+    [(128, 64, 4), (128, 64, 16), (64, 64, 3), (128, 32, 4), (64, 32, 16), (128, 128, 1), (64, 128, 4)],
+)
+def test_attention_of_the_hopper_kernel_equals_that_of_the_plain_one(D, C, G, layout, kernel, monkeypatch):
+    x, launched = Sequence(G=G, D=D, C=C, dtype=torch.bfloat16), _count_hopper(monkeypatch)
+    plain = _attended(x, LAYOUTS[layout], configs.Config(8, 2, keys=min(C, 64)), monkeypatch)
+    assert not launched
+    config = configs.Config(4, 2 if C == 128 else 5, keys=64, kernel=kernel)
+    first, again = (_attended(x, LAYOUTS[layout], config, monkeypatch) for _ in range(2))
+    assert len(launched) == 2 * len(plain)
+    for part, repeated, expected in zip(first, again, plain, strict=True):
+        assert torch.equal(part.out, repeated.out)
+        assert torch.equal(part.lse, repeated.lse)
+        assert part.out.dtype == torch.float32
+        nothing = expected.lse == float("-inf")
+        assert torch.equal(part.lse == float("-inf"), nothing)
+        assert not part.out[nothing].any()
+        assert torch.where(nothing, 0.0, part.lse - expected.lse).abs().max() < 1e-3
+        assert (part.out - expected.out).norm() <= TOLERANCE[x.dtype][0] * expected.out.norm()
+    assert any((part.lse == float("-inf")).any() for part in plain) == ("windows" in layout)
+
+
+@needs_hopper
+def test_a_buffer_of_no_rows_is_left_to_the_plain_kernel(monkeypatch):
+    x, launched = Sequence(D=64, C=32, dtype=torch.bfloat16), _count_hopper(monkeypatch)
+    none = torch.zeros(2, x.num_chunks, dtype=torch.int32, device=DEVICE)
+
+    def nothing(x, numbers, listed):
+        return [(KeyBuffer(none, none, 0, 0), x.k[:0], x.v[:0], [])]
+
+    parts = _attended(x, nothing, configs.Config(4, 3, keys=64, kernel=configs.HOPPER_OVERLAP), monkeypatch)
+    assert not launched
+    assert not any(part.out.any() or part.lse.isfinite().any() for part in parts)
 
 
 def test_listed_chunks_are_those_that_some_row_selected():

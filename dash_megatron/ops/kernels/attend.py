@@ -164,14 +164,13 @@ def _attend_tiles(
     if keys is not None:
         lists = lists._replace(chunk=keys.row)
     if (
-        not sharded
-        and config.kernel != PLAIN
+        config.kernel != PLAIN
         and sizes.tile_rows == 2 * HOPPER_ROWS
         and fits_hopper(q, k, v, sizes, (32, 64, 128))
     ):
         from dash_megatron.ops.kernels.attend_hopper import attend_forward_hopper
 
-        return attend_forward_hopper(q, k, v, lists, mean_log, chunks, sizes, inv_sigma, config)
+        return attend_forward_hopper(q, k, v, lists, mean_log, chunks, sizes, inv_sigma, config, keys)
     out = torch.empty(q.shape, dtype=torch.float32 if sharded else q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     _attend_fwd_kernel[(sizes.num_tiles,)](

@@ -242,11 +242,9 @@ def _refuse_faulting(stage: str, config: Config, place: str) -> None:
 
 @cache
 def find_launches(
-    device: torch.device, dtype: torch.dtype, head_dim: int, chunk_size: int, group: int, hopper: bool = True
+    device: torch.device, dtype: torch.dtype, head_dim: int, chunk_size: int, group: int
 ) -> Launches:
     """The configurations to use for a shape on a device: from the table if it is there, otherwise by rule.
-
-    Without `hopper` also by rule where the table names a Hopper kernel: its numbers would not suit the plain one.
 
     Raises:
         ValueError: the table has a configuration that is known to fault.
@@ -258,8 +256,7 @@ def find_launches(
     for name, value in measured.items():
         if name in STAGES:
             _refuse_faulting(name, Config(**value), f"{TABLE_FILE.name}, {gpu}, {shape}")
-        if hopper or name not in STAGES or Config(**value).kernel == PLAIN:
-            entry[name] = value
+        entry[name] = value
     return Launches(
         tile_rows=entry["tile_rows"],
         parts=entry["parts_per_multiprocessor"] * multiprocessors,

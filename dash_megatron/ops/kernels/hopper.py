@@ -25,6 +25,8 @@ def fits_hopper(
         and q.dtype in (torch.bfloat16, torch.float16)
         and sizes.head_dim in (64, 128)
         and sizes.chunk_size in chunk_sizes
+        # no descriptor describes a buffer without rows
+        and len(k) > 0
         and all(x.stride() == (sizes.num_kv_heads * sizes.head_dim, sizes.head_dim, 1) for x in (k, v))
         and q.stride(0) % 8 == q.stride(1) % 8 == 0
         and all(x.data_ptr() % 16 == 0 for x in (q, k, v))

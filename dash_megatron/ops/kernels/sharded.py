@@ -126,7 +126,7 @@ def _rows(x: Tensor) -> Tensor:
 def _prepare(q: Tensor, num_kv_heads: int, chunks: QueryChunks, router: Router) -> tuple[Launches, Sizes]:
     check_supported(q, num_kv_heads)
     chunk_size, groups = router.chunk_size, q.shape[1] // num_kv_heads
-    launches = find_launches(q.device, q.dtype, q.shape[2], chunk_size, groups, hopper=False)
+    launches = find_launches(q.device, q.dtype, q.shape[2], chunk_size, groups)
     num_local, bound = len(chunks.start), chunks.list_bound
     return launches, size_tiles(
         len(q), q.shape[1:], num_kv_heads, chunk_size, num_local, bound, launches.tile_rows
