@@ -87,13 +87,16 @@ class AttentionConfig(Section):
 
     def learned(self, layer: int) -> tuple[str, ...]:
         """Settings by which attention of a layer, counted from 0, has weights of its own: a run that begins with them needs them too."""
-        if layer in self.full_layers or self.kind in ("full", "infllmv2"):
-            return ()
         kind = f"attention.kind={self.kind}"
-        if self.kind == "nsa":
-            return kind, f"attention.nsa.kernel_size={self.nsa.kernel_size}"
-        scaling = ("attention.learned_scaling above 0",) if self.learned_scaling else ()
-        return kind, *scaling, *(("attention.router_projections=true",) if self.router_projections else ())
+        match "full" if layer in self.full_layers else self.kind:
+            case "full" | "infllmv2":
+                return ()
+            case "nsa":
+                return kind, f"attention.nsa.kernel_size={self.nsa.kernel_size}"
+            case "dash":
+                scaling = ("attention.learned_scaling above 0",) if self.learned_scaling else ()
+                projections = ("attention.router_projections=true",) if self.router_projections else ()
+                return kind, *scaling, *projections
 
     def layer_scaling_factor(self, layer: int) -> float:
         """`scaling_factor` of a layer, counted from 0."""

@@ -50,13 +50,14 @@ def norm_parameters(config: Config) -> int:
 
 def core_attention_parameters(config: Config) -> int:
     """Weights of one layer's core attention of `attention.kind`: summary queries and factors, or what compresses and gates."""
-    model, kind = config.model, config.attention.kind
-    D = model.channels_per_head
-    if kind == "dash":
-        return model.kv_heads * (D + (config.attention.learned_scaling > 0))
-    if kind == "nsa":
-        return 2 * model.kv_heads * _compression_parameters(config) + 3 * model.heads * (D + 1)
-    return 0
+    model, D = config.model, config.model.channels_per_head
+    match config.attention.kind:
+        case "dash":
+            return model.kv_heads * (D + (config.attention.learned_scaling > 0))
+        case "nsa":
+            return 2 * model.kv_heads * _compression_parameters(config) + 3 * model.heads * (D + 1)
+        case "full" | "infllmv2":
+            return 0
 
 
 def _compression_parameters(config: Config) -> int:
@@ -69,16 +70,20 @@ def _selection_flops(config: Config, context: float) -> float:
     """Operations of one layer for one token, apart from attention to the chunks counted as selected."""
     model, attention = config.model, config.attention
     width, chunk = model.heads * model.channels_per_head, attention.chunk_size
-    if attention.kind == "infllmv2":
-        return 2 * width * context / attention.infllmv2.kernel_stride  # forward only
-    if attention.kind == "nsa":
-        stride = attention.nsa.kernel_stride
-        compression = 6 * 2 * model.kv_heads * _compression_parameters(config) / stride
-        # attention to pooled keys, and once more to the chunks that are both always on and in the window
-        both = min(attention.nsa.local_blocks, attention.nsa.window // chunk + 1)
-        return compression + 12 * width * (context / stride + min(context, (both - 0.5) * chunk))
-    # one summary per available chunk is scored
-    return 6 * width * context / chunk
+    match attention.kind:
+        case "dash":
+            # one summary per available chunk is scored
+            return 6 * width * context / chunk
+        case "infllmv2":
+            return 2 * width * context / attention.infllmv2.kernel_stride  # forward only
+        case "nsa":
+            stride = attention.nsa.kernel_stride
+            compression = 6 * 2 * model.kv_heads * _compression_parameters(config) / stride
+            # attention to pooled keys, and once more to the chunks that are both always on and in the window
+            both = min(attention.nsa.local_blocks, attention.nsa.window // chunk + 1)
+            return compression + 12 * width * (context / stride + min(context, (both - 0.5) * chunk))
+        case "full":
+            return 0.0
 
 
 def training_flops_per_token(

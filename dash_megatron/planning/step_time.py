@@ -333,11 +333,13 @@ def _zero_sent(
 def effective_routing(config: Config, routing: Routing) -> Routing:
     """The routing given, with the density that `attention.kind` fixes if it does; NSA's window counts as selected."""
     attention = config.attention
-    if not attention.fixed_lists:
-        return routing
-    most = selected_chunks(attention) + (window_chunks(attention) if attention.kind == "nsa" else 0)
-    density = share_of_pairs(_chunks(config), most)
-    return dataclasses.replace(routing, density=density, peak_density=density)
+    match attention.kind:
+        case "dash" | "full":
+            return routing
+        case "infllmv2" | "nsa" as kind:
+            most = selected_chunks(attention) + (window_chunks(attention) if kind == "nsa" else 0)
+            density = share_of_pairs(_chunks(config), most)
+            return dataclasses.replace(routing, density=density, peak_density=density)
 
 
 def _chunks(config: Config) -> int:
