@@ -76,22 +76,27 @@ def past_density(selected_HNc: Tensor) -> float:
     """Selected past chunks over available ones."""
     _, tokens, chunks = selected_HNc.shape
     own_N = torch.arange(tokens) // (tokens // chunks)
-    return selected_HNc.sum().item() / (selected_HNc.shape[0] * own_N.sum().item())
+    return selected_HNc.count_nonzero().item() / (selected_HNc.shape[0] * own_N.sum().item())
 
 
 def visited_over_selected(selected_HNc: Tensor, tiles: Sequence[int] = TILES) -> dict[int, float]:
     """How many times the selected past chunks a tile visits, by tokens in a tile: it visits what any token of it selected.
 
     Raises:
-        ValueError: tiles that do not divide the tokens.
+        ValueError: tiles that do not divide the tokens, or are no powers of two.
     """
     tokens = selected_HNc.shape[1]
-    if any(tokens % tile for tile in tiles):
-        raise ValueError(f"{tokens} tokens are no whole number of tiles of {list(tiles)}")
-    selected = selected_HNc.sum().item()
-    return {
-        tile: tile * selected_HNc.unflatten(1, (-1, tile)).any(2).sum().item() / selected for tile in tiles
-    }
+    if any(tokens % tile or tile & (tile - 1) for tile in tiles):
+        raise ValueError(
+            f"{tokens} tokens are no whole number of tiles of {list(tiles)}, all of them powers of two"
+        )
+    selected, visited = selected_HNc.count_nonzero().item(), {}
+    union_HNc, width = selected_HNc, 1
+    for tile in sorted(tiles):
+        while width < tile:
+            union_HNc, width = union_HNc[:, ::2] | union_HNc[:, 1::2], 2 * width
+        visited[tile] = tile * union_HNc.count_nonzero().item() / selected
+    return visited
 
 
 def density_by_position(model: str, edges: Sequence[int] = POSITIONS) -> list[float]:
@@ -102,7 +107,7 @@ def density_by_position(model: str, edges: Sequence[int] = POSITIONS) -> list[fl
         heads, tokens, chunks = selected_HNc.shape
         own_N = torch.arange(tokens) // (tokens // chunks)
         for i, (first, last) in enumerate(pairwise(edges)):
-            selected[i] += selected_HNc[:, first:last].sum()
+            selected[i] += selected_HNc[:, first:last].count_nonzero()
             available[i] += heads * own_N[first:last].sum()
     return (selected / available).tolist()
 

@@ -71,7 +71,8 @@ def selected_side_by_side(selected_HNc: Tensor, width: int) -> float:
 
     Chunks are grouped from the first; `width` divides their number.
     """
-    return selected_HNc.unflatten(2, (-1, width)).any(3).sum().item() / selected_HNc.sum().item()
+    groups = selected_HNc.unflatten(2, (-1, width)).any(3)
+    return groups.count_nonzero().item() / selected_HNc.count_nonzero().item()
 
 
 @lru_cache(maxsize=32)
@@ -88,7 +89,7 @@ def fit_persistence(model: str, layer: int) -> Persistence:
     steady, redrawn, flicker = torch.meshgrid(
         torch.linspace(0, 0.99, 34), torch.logspace(-3, -1, 41), torch.linspace(0.04, 1, 25), indexing="ij"
     )
-    density = routed_HNc.sum().item() / (heads * available_Nc.sum().item())
+    density = routed_HNc.count_nonzero().item() / (heads * available_Nc.count_nonzero().item())
     candidates = Persistence(density, steady, redrawn, flicker)
     measured = visited_over_selected(routed_HNc).values()
     error = torch.zeros_like(steady)
