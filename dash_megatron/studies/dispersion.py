@@ -76,9 +76,9 @@ def study_dispersion(
     """
     if run_dir is None and (step is not None or length is not None):
         raise ValueError("--step and --length are of a run's checkpoint and document; give RUN_DIR too")
-    inputs = {name: _measure(source) for name, source in _made_up(seed)}
-    if run_dir is not None:
-        inputs["run"] = _of_run(run_dir, step, length, device)
+    # first, as what is wrong with a run is to be told at once
+    of_run = {} if run_dir is None else {"run": _of_run(run_dir, step, length, device)}
+    inputs = {name: _measure(source) for name, source in _made_up(seed)} | of_run
     report = {"seed": seed, "queries": QUERIES, "inputs": inputs}
     folder = Path(output)
     write_whole(folder / "dispersion.json", json.dumps(report, indent=1) + "\n", make_folder=True)
