@@ -1,12 +1,15 @@
 """Tensor-parallel processes train as one process would, with and without sequence parallel, under every ZeRO stage."""
 
 import itertools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dash_megatron.checkpoint.folder import checkpoint_folder, tag_of
 from dash_megatron.checkpoint.weights import load_weights
 from dash_megatron.layers.sharding import Split, join, shard, whole_shape
 from dash_megatron.training.metrics import read_metrics
@@ -101,11 +104,12 @@ def test_loss_gradients_and_weights_are_those_of_one_process(
     for one in expected.values():
         assert_bites(one, tree)
     assert max(expected["untied"]["density"]) < 0.95, "every chunk is selected"
-    # tensor parallel alone, then two such models side by side
-    for processes, models in ((2, ["untied", "tied"]), (4, ["untied"]))[: 1 if cuda else 2]:
+    # tensor parallel alone, then two such models side by side; those with sequence parallelism are resumed below, as one process
+    kinds = (2, ["untied", "tied"], (False, True)), (4, ["untied"], (False,))
+    for processes, models, sequences in kinds[: 1 if cuda else 2]:
         cases = {
             f"{model}_{'sequence' if sequence else 'plain'}_{stage}_{processes}": (model, sequence, stage)
-            for model, sequence, stage in itertools.product(models, (False, True), (1, 2, 3))
+            for model, sequence, stage in itertools.product(models, sequences, (1, 2, 3))
         }
         trees = [
             (name, tensor_parallel(tree, stage, sequence, **MODELS[model]))
@@ -129,15 +133,13 @@ def test_recomputation_and_scoring_in_pieces_leave_gradients_alone(
     tree: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
     expected = references(tree, run_processes, tmp_path, steps=1)
-    cases = [
-        (
-            f"{model}_{mode}_{stage}_{sequence}",
-            tensor_parallel(tree, stage, sequence, **MODELS[model], training={"recompute": mode}),
-        )
-        for model, mode, stage, sequence in itertools.product(
-            MODELS, ("selective", "attention", "full"), (1, 3), (False, True)
-        )
-    ]
+    cases = []
+    ways = itertools.product(MODELS, ("selective", "attention", "full"), (False, True))
+    for number, (model, mode, sequence) in enumerate(ways):
+        # any two of model, way, stage and sequence are together in a case
+        stage = (1, 3)[number.bit_count() % 2]
+        case = tensor_parallel(tree, stage, sequence, **MODELS[model], training={"recompute": mode})
+        cases.append((f"{model}_{mode}_{stage}_{sequence}", case))
     # 128 tokens and a vocabulary of 320: pieces of 40 tokens, or of 20 of each rank's 64, and a shorter last one
     run_processes(2, one_step, cases, str(tmp_path), 20 * 320)
     for name, _ in cases:
@@ -184,25 +186,28 @@ def test_a_resumed_run_is_bit_identical_and_has_whole_weights(
         f"{precision}_{stage}": tensor_parallel(tree, stage, sequence=True, training={"precision": precision})
         for precision, stage in itertools.product(("fp32", "bf16"), (1, 2, 3))
     }
-    runs: list[tuple[dict[str, Any], int | None]] = []
-    for name, case in cases.items():
-        halves = run_of(case, tmp_path / "halves" / name)
-        runs += [(run_of(case, tmp_path / "whole" / name), None), (halves, 3), (halves, None)]
-    run_processes(4, train_all, runs)
+    wholes = {name: run_of(case, tmp_path / name) for name, case in cases.items()}
+    run_processes(4, train_all, [(whole, None) for whole in wholes.values()])
+    found = {name: (read_metrics(tmp_path / name), load_weights(tmp_path / name)[2]) for name in cases}
+    for name in cases:
+        # as if it had been killed while it saved the last step
+        shutil.rmtree(checkpoint_folder(tmp_path / name) / tag_of(4))
+    run_processes(4, train_all, [(whole, None) for whole in wholes.values()])
     run_processes(1, train_all, [(run_of(tree, tmp_path / "one"), None)])
 
     expected = load_weights(tmp_path / "one")[2]
-    for name in cases:
-        whole, halves = tmp_path / "whole" / name, tmp_path / "halves" / name
-        for one, other in zip(read_metrics(whole), read_metrics(halves), strict=True):
+    for name, (lines, weights) in found.items():
+        steps = [json.loads(line)["step"] for line in (tmp_path / name / "samples_0.jsonl").open()]
+        assert steps == [1, 2, 3, 4, 3, 4]
+        for one, other in zip(lines, read_metrics(tmp_path / name), strict=True):
             assert {key: one[key] for key in EXACT} == {key: other[key] for key in EXACT}, name
-        weights, resumed = load_weights(whole)[2], load_weights(halves)[2]
+        resumed = load_weights(tmp_path / name)[2]
         assert weights.keys() == resumed.keys() == expected.keys()
         tolerance = TOLERANCE if name.startswith("fp32") else BF16_TOLERANCE
         for parameter, weight in weights.items():
             assert torch.equal(weight, resumed[parameter]), (name, parameter)
             assert relative_error(weight, expected[parameter]) <= tolerance, (name, parameter)
-    assert isinstance(sample_from_run(tmp_path / "whole" / "fp32_3", "def1 ", max_new_tokens=3), str)
+    assert isinstance(sample_from_run(tmp_path / "fp32_3", "def1 ", max_new_tokens=3), str)
 
 
 def test_processes_that_run_other_code_are_named(run_processes: Any, tmp_path: Path) -> None:
