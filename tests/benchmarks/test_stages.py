@@ -19,7 +19,7 @@ def test_stages_one_after_the_other_are_the_pass_with_the_routers_of_the_model(
         quicken(monkeypatch)
     # gradients have the same bits in every run
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    case = Case("", 144, heads=4, chunk_size=16, head_dim=16, batch=2, scaling_factor=2.0)
+    case = Case("", 112, heads=4, chunk_size=16, head_dim=16, batch=2, scaling_factor=2.0)
     stages = Stages(case, torch.device(DEVICE), deterministic=True, kind=router_of(model))
     stages.run(*Stages.FORWARD, *Stages.BACKWARD)
     (q, k, v, w), upstream = make_inputs(case, torch.device(DEVICE))

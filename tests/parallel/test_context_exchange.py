@@ -235,7 +235,7 @@ def test_bytes_sent_are_those_of_the_formulas(run_processes: Any, tmp_path: Path
 
 
 def test_sparse_sends_what_was_selected_and_at_most_everything(run_processes: Any, tmp_path: Path) -> None:
-    bounds = (0, 2048)
+    bounds = (0, 1024)
     routings = {"dense": (0.01, 0), "random": (3.0, 0), "sharp": (30.0, 0), "local": (30.0, 2)}
     cases = {
         f"{name}_{comm}": Case(

@@ -195,10 +195,10 @@ def test_bf16_training_learns_under_every_zero_stage(
     stage: int, tiny_config: dict[str, Any], run_processes: Any
 ) -> None:
     tree = {**tiny_config, "zero": {"stage": stage}}
-    tree["training"] = {"steps": 30, "global_batch": 4, "micro_batch": 2, "precision": "bf16"}
+    tree["training"] = {"steps": 15, "global_batch": 4, "micro_batch": 2, "precision": "bf16"}
     run_processes(2, train_all, [(tree, None)])
     metrics = read_metrics(tree["run_dir"])
-    assert metrics[-1]["loss"] < metrics[0]["loss"] - 1.0
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 2.0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -229,7 +229,7 @@ def test_a_gpu_learns_in_bf16(
     assert result.returncode == 0, result.stderr
     assert "1 process(es) on cuda" in result.stdout
     metrics = read_metrics(tiny_config["run_dir"])
-    assert metrics[-1]["loss"] < metrics[0]["loss"] - 1.0
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 2.0
 
 
 def test_the_dense_twin_trains_from_the_same_config(tiny_config: dict[str, Any], run_processes: Any) -> None:
