@@ -4,14 +4,13 @@ Alone, in `--processes N` on this machine, or under a launcher (srun, torchrun).
 """
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
 
 from dash_megatron.command_line import ending_with_reader, parse_with_overrides
 from dash_megatron.config import load_config
-from dash_megatron.exit_codes import ExitCode
+from dash_megatron.exit_codes import ExitCode, tell_scheduler
 from dash_megatron.files import error_text
 from dash_megatron.launcher import check_processes, launch
 from dash_megatron.ranks import launched_rank, let_rank_0_print_error, print_error_once
@@ -59,10 +58,7 @@ def main() -> int:
 
 def tell_end(code: ExitCode, reason: str = "stopped as asked, and saved") -> ExitCode:
     """Tell people why this process ends before the run does, and the batch script, which may not see its exit code."""
-    if path := os.environ.get("DASH_EXIT_FILE"):
-        # where even this cannot be written, the exit code still tells
-        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
-            file.write(f"{int(code)}\t{' '.join(reason.splitlines())}\n")
+    tell_scheduler(code, reason)
     if code != ExitCode.REQUEUE:
         print_error_once(reason)
     return code

@@ -1,6 +1,8 @@
 """What a training process tells its scheduler by its exit code; every code without a name is a fault."""
 
+import contextlib
 import enum
+import os
 
 
 class ExitCode(enum.IntEnum):
@@ -16,3 +18,11 @@ class ExitCode(enum.IntEnum):
     """The run stopped itself, for example after too many non-finite losses: a person must look."""
     REQUEUE = 75
     """The run was asked to stop and has saved: start it again to continue. (EX_TEMPFAIL of sysexits.h.)"""
+
+
+def tell_scheduler(code: ExitCode, reason: str) -> None:
+    """Tell the batch script, which may not see this process's exit code, why it ends."""
+    if path := os.environ.get("DASH_EXIT_FILE"):
+        # where even this cannot be written, the exit code still tells
+        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
+            file.write(f"{int(code)}\t{' '.join(reason.splitlines())}\n")

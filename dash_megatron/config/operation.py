@@ -110,6 +110,7 @@ class FaultsConfig(Section):
     alarm."""
     hang_minutes: float = Field(default=30.0, ge=0)
     """A process that finishes no step, validation batch, load or save for this many minutes writes its stack traces to
-    standard error and aborts, so that it can be started again; 0 = never."""
+    standard error and aborts, so that it can be started again; 0 = never. A little before, one process tells which stand where,
+    and which give no sign of life."""
     straggler_ratio: float = Field(default=1.5, gt=1)
     """Warn when a process takes this many times the median to read data and compute."""

@@ -9,9 +9,12 @@ import socket
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from dash_megatron.training.hang import HangReport
 
 logger = logging.getLogger(__name__)
 
@@ -26,22 +29,34 @@ class Watchdog:
     The timer is Python's own faulthandler, which needs no Python to run: it works while a collective, a kernel or a
     file system holds the process. The exit code is 1, a fault, so that the scheduler starts the run again.
 
+    Shortly before, processes tell in a sentence which of them stand where: `report`, a `HangReport`.
+
     Args:
         minutes: longest time between two beats; 0 switches it off.
     """
 
     def __init__(self, minutes: float) -> None:
         self.seconds = 60 * minutes
+        self.report: HangReport | None = None
         # a lost file under a memory map, or a crash within a library, also shows where
         faulthandler.enable(file=2)
 
+    def tell_of(self, run_dir: str | Path, hosts: Sequence[str]) -> None:
+        """From now on, tell of all processes of the run; see `HangReport`."""
+        if self.seconds:
+            self.report = HangReport(run_dir, dist.get_rank(), hosts, 0.9 * self.seconds)
+
     def beat(self) -> None:
         """Tell that progress was made: the time starts anew."""
+        if self.report is not None:
+            self.report.beat()
         if self.seconds:
             faulthandler.dump_traceback_later(self.seconds, exit=True, file=2)
 
     def stop(self) -> None:
         """Switch the watchdog off: no more progress is expected."""
+        if self.report is not None:
+            self.report.stop()
         faulthandler.cancel_dump_traceback_later()
 
 

@@ -126,6 +126,7 @@ class Trainer:
             ValueError, OSError: the checkpoint is of another run, or files cannot be read or written.
         """
         self.watchdog.beat()
+        self.watchdog.tell_of(self.config.run_dir, self.reporter.busy.hosts)
         self.resume()
         self.reporter.start(self.step, self.commit)
 

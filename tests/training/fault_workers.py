@@ -92,6 +92,8 @@ def train_with_a_slow_rank(tree: dict[str, Any], slow: int, seconds: float) -> N
 
     trainer.train_source.next_batch = slow_batch
     trainer.run()
+    assert trainer.watchdog.report is not None
+    assert len(trainer.watchdog.report.hosts) == torch.distributed.get_world_size()
     destroy_process_groups()
 
 

@@ -4,12 +4,15 @@ import errno
 import logging
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dash_megatron.exit_codes import ExitCode
+from dash_megatron.retry import retry
+from dash_megatron.training.hang import HangReport, describe
 from dash_megatron.training.health import CollapseAlarm
 from dash_megatron.training.metrics import MetricsWriter, read_metrics
 from tests.training.fault_workers import train_with_a_slow_rank
@@ -34,6 +37,52 @@ def test_a_process_without_progress_shows_its_stacks_and_ends() -> None:
     assert "Timeout (0:00:01)!" in result.stderr
     assert "in wait_for_a_lost_peer" in result.stderr
     assert result.returncode == ExitCode.FAULT
+
+
+def test_processes_without_progress_tell_which_of_them_stand_where(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told = tmp_path / "exit.7.0"
+    monkeypatch.setenv("DASH_EXIT_FILE", str(told))
+    hosts = ["node01", "node01", "node02", "node02"]
+    (tmp_path / "hang").mkdir()
+    (tmp_path / "hang" / "rank_00002").write_text("of an earlier start")
+    reports = [HangReport(tmp_path, rank, hosts, seconds=4) for rank in (0, 1, 3)]
+
+    def wait_for_words() -> None:
+        if not (told.is_file() and told.read_text().endswith("\n")):
+            raise OSError("not yet")
+
+    retry(wait_for_words, "wait", seconds=30)
+    expected = (
+        "no progress for 4 s: no sign of life of rank 2 on node02; rank 0 on node01 and 2 more in retry ("
+    )
+    assert told.read_text().startswith(f"{int(ExitCode.FAULT)}\t{expected}retry.py:")
+    assert capfd.readouterr().err.count(expected) == 1
+    for report in reports:
+        report.stop()
+
+
+def test_processes_that_make_progress_or_have_ended_tell_nothing(tmp_path: Path) -> None:
+    trains, ended = (HangReport(tmp_path, rank, ["a", "b"], seconds=1) for rank in (0, 1))
+    ended.stop()
+    for _ in range(8):
+        trains.beat()
+        time.sleep(0.25)
+    trains.stop()
+    assert not (tmp_path / "hang").exists()
+
+
+def test_of_hundreds_of_processes_those_are_named_first_that_others_may_wait_for() -> None:
+    hosts = [f"node{rank // 8:02d}" for rank in range(512)]
+    places = {rank: "backward (training/engine.py:122)" for rank in range(512)}
+    del places[97], places[98]
+    places[300] = "next_batch (training/sources.py:50)"
+    assert describe(hosts, places, 1620) == (
+        "no progress for 1620 s: no sign of life of rank 97 on node12 and 1 more; "
+        "rank 300 on node37 in next_batch (training/sources.py:50); "
+        "rank 0 on node00 and 508 more in backward (training/engine.py:122)"
+    )
 
 
 def test_a_slow_process_is_named_with_its_time(
