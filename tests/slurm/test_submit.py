@@ -409,7 +409,7 @@ def play(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     """`play(code, said)` runs a job's script with an srun that ends like that; gives code, last event and requeues."""
     run, programs = tmp_path / "run", tmp_path / "bin"
     for name, lines in {
-        "srun": 'printf "%b" "$SAID" >> "$DASH_EXIT_FILE"\nexit "$CODE"',
+        "srun": 'printf "%b" "$SAID" >> "$DASH_EXIT_FILE"\nprintf "%b" "$SRUN" >&2\nexit "$CODE"',
         "squeue": "",
         "sleep": "",  # for what would have happened meanwhile
         "scontrol": f'if [ "$1" = requeue ]; then echo "$2" >> {tmp_path}/requeued; else echo node1; fi',
@@ -417,7 +417,7 @@ def play(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
         program(programs, name, lines)
     script = dry_run(capsys, *CONFIG, *SIZE, *TIME, *site_file(tmp_path, restarts=2), f"run_dir={run}")
 
-    def play(code: int, said: str = "", restart: int = 0) -> tuple[int, list[str], int]:
+    def play(code: int, said: str = "", restart: int = 0, srun: str = "") -> tuple[int, list[str], int]:
         environment = {
             **os.environ,
             "PATH": f"{programs}:{os.environ['PATH']}",
@@ -426,6 +426,7 @@ def play(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
             "SLURM_RESTART_COUNT": str(restart),
             "CODE": str(code),
             "SAID": said,
+            "SRUN": srun,
         }
         done = subprocess.run(["bash"], input=script, env=environment, text=True, cwd=tmp_path, timeout=60)
         event = (run / "slurm/events.tsv").read_text().splitlines()[-1].split("\t")
@@ -458,6 +459,16 @@ def test_how_processes_end_decides_whether_the_job_is_queued_again(
     assert (returned, name, times) == (expected, event, requeues)
     assert reason in detail
     assert detail.count("error: wrong") <= 1
+
+
+def test_of_a_process_that_says_nothing_the_history_has_what_srun_said_first_in_this_start(play: Any) -> None:
+    later = "srun: Terminating StepId=5.0\\nsrun: error: node2: tasks 8-15: Terminated\\n"
+    for restart, first in enumerate(
+        ("srun: error: node3: task 17: Killed", "srun: error: Node failure on node4")
+    ):
+        _, (_, detail), _ = play(137, restart=restart, srun=f"{first}\\n{later}")
+        assert detail.startswith(f"a process failed with exit code 137 ({first}); see ")
+    assert play(137, restart=2)[1][1].startswith("a process failed with exit code 137; see ")
 
 
 def test_faults_are_forgiven_with_every_newer_checkpoint_and_no_more_often_than_the_site_says(
