@@ -11,6 +11,7 @@ import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 
@@ -58,7 +59,8 @@ def check_processes(config: Config, processes: int | None) -> None:
 def launch(command: Sequence[str], processes: int) -> int:
     """Run a command `processes` times at once, as ranks of one run, until all have ended or one has failed.
 
-    SIGINT, SIGTERM and SIGUSR1 are passed on to all. When one fails, the others are killed. When this process is killed,
+    SIGINT, SIGTERM and SIGUSR1 are passed on to all. When one fails, the others are killed; which one a signal ended is said
+    last, because those that waited for it tell of their connections only. When this process is killed,
     they get SIGTERM.
 
     Returns:
@@ -129,6 +131,12 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> int:
             deadline = time.monotonic() + _LAST_WORDS_SECONDS
             while time.monotonic() < deadline and any(child.poll() is None for child in children):
                 time.sleep(_POLL_SECONDS)
+            word = "; where memory runs out, the system does that" if code == -signal.SIGKILL else ""
+            print(
+                f"error: rank {codes.index(code)} was ended by {signal.Signals(-code).name}{word}",
+                file=sys.stderr,
+                flush=True,
+            )
             return 128 - code
         if None not in codes:
             return int(ExitCode.REQUEUE if ExitCode.REQUEUE in codes else ExitCode.DONE)

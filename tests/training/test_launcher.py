@@ -46,6 +46,15 @@ def test_the_exit_code_is_that_of_the_processes_and_one_that_fails_ends_all(prog
     assert time.monotonic() - begin < 30
 
 
+def test_a_process_that_a_signal_ended_is_named_last(capfd: pytest.CaptureFixture[str]) -> None:
+    program = (
+        "os.kill(os.getpid(), 9) if rank == 1 else time.sleep(1) or sys.exit('connection reset by peer')"
+    )
+    assert launched(program) == 128 + 9
+    last = "error: rank 1 was ended by SIGKILL; where memory runs out, the system does that\n"
+    assert capfd.readouterr().err.endswith(f"connection reset by peer\n{last}")
+
+
 def lives(process: str) -> bool:
     try:
         return bool(
