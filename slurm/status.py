@@ -26,7 +26,18 @@ from dash_megatron.command_line import ending_with_reader
 ENDED = frozenset(
     "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()  # noqa: SIM905
 )
-HEADER = ("run", "job", "state", "step", "loss", "tokens/s", "left", "last checkpoint", "restarts")
+HEADER = (
+    "run",
+    "job",
+    "state",
+    "step",
+    "loss",
+    "tokens/s",
+    "left",
+    "logged ago",
+    "last checkpoint",
+    "restarts",
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,14 @@ def last_metrics(run: Path) -> dict[str, Any]:
         if isinstance(metrics, dict) and {"step", "loss"} <= metrics.keys():
             return metrics
     return {}
+
+
+def logged_at(run: Path) -> float | None:
+    """When the last step was logged: of a run that hangs, long ago."""
+    try:
+        return (run / "metrics.jsonl").stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def planned(run: Path) -> tuple[int, int] | None:
@@ -167,6 +186,7 @@ def row_of(run: Path, queue: dict[str, tuple[str, str]]) -> tuple[list[str], str
         f"{metrics['loss']:.4f}" if metrics.get("loss") is not None else "-",
         f"{metrics['tokens_per_second']:,.0f}" if metrics.get("tokens_per_second") else "-",
         _duration(seconds_left(metrics, plan)),
+        _duration(time.time() - logged) if (logged := logged_at(run)) else "-",
         f"{saved[0]}, {_duration(time.time() - saved[1])} ago" if saved else "-",
         str(max(0, starts - 1)) if events else "-",
     ]
