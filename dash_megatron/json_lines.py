@@ -30,6 +30,8 @@ class JsonLines:
 
     def __init__(self, path: Path, resumed_step: int, keys: Collection[str] = ()) -> None:
         self.path, self._size = path, 0
+        self.last_dropped: int | None = None
+        """The last step whose line was dropped."""
         if not path.exists():
             return
         before = path.read_bytes()
@@ -39,9 +41,14 @@ class JsonLines:
         for line in _lines(before, keys):
             if line.value is None:
                 damaged.append(line)
+                continue
+            # its text as it is: after weeks of steps, all lines take minutes to be made anew, for which every process waits
+            text, step = _strict(line), line.value["step"]
+            if step <= resumed_step:
+                kept.append(text)
             else:
-                # as it is: after weeks of steps, all lines take minutes to be made anew, for which every process waits
-                (kept if line.value["step"] <= resumed_step else later).append(_strict(line))
+                later.append(text)
+                self.last_dropped = max(step, self.last_dropped or 0)
         if damaged:
             aside = path.with_name(f"{path.name}.damaged")
             _tell(path, damaged, f"; moved to {aside.name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 from dash_megatron.files import path_for_message
 from dash_megatron.json_lines import JsonLines, read_json_lines
 from dash_megatron.training.trackers import TensorBoard, Tracker, add_or_drop, close_quietly
+
+logger = logging.getLogger(__name__)
 
 PositionLoss = TypedDict("PositionLoss", {"from": int, "to": int, "loss": float})
 """Mean loss of the targets whose tokens stand at positions [from, to) of their document."""
@@ -107,6 +110,12 @@ class MetricsWriter:
     ) -> None:
         folder = Path(run_dir)
         self._lines = JsonLines(folder / "metrics.jsonl", resumed_step, _ALWAYS)
+        if (last := self._lines.last_dropped) is not None:
+            logger.info(
+                "steps %d to %d, at least, were taken before and not saved: done again",
+                resumed_step + 1,
+                last,
+            )
         self._routing = JsonLines(folder / "routing.jsonl", resumed_step)
         self._own: list[Tracker] = [TensorBoard(folder, resumed_step)] if tensorboard else []
         self._others = [] if trackers is None else trackers

@@ -1,6 +1,7 @@
 """metrics.jsonl across restarts and kills."""
 
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -25,6 +26,22 @@ def test_a_resumed_run_drops_the_lines_of_steps_it_does_again(tmp_path: Path) ->
     writer.write(line_of(3))
     writer.close()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_a_resumed_run_tells_which_logged_steps_it_does_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("dash_megatron"), "propagate", True)
+    caplog.set_level(logging.INFO, "dash_megatron")
+    writer = MetricsWriter(tmp_path, tensorboard=False, resumed_step=0)
+    for step in (5, 10, 15):
+        writer.write(line_of(step))
+    writer.close()
+    for resumed in (15, 8):
+        MetricsWriter(tmp_path, tensorboard=False, resumed_step=resumed).close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "steps 9 to 15, at least, were taken before and not saved: done again"
+    ]
 
 
 def test_lines_that_are_kept_are_not_made_anew_and_reach_the_disk_before_the_file_is_replaced(
