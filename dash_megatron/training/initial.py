@@ -182,4 +182,6 @@ def _check_model(config: ModelConfig, other: ModelConfig, folder: Path) -> None:
         differing.append(f"model.{name}={new} differs from {old}")
     if differing:
         remedy = "set it to that" if len(differing) == 1 else "set them to those"
+        if config.rope_theta != other.rope_theta:
+            remedy += "; for longer contexts set model.rope_scaling, as docs/recipe.md does"
         raise ValueError(f"{', '.join(differing)} in training.init_from={folder}; {remedy}")

@@ -248,7 +248,7 @@ def test_a_run_refuses_weights_of_another_model(
     run = run_config(tiny_config, tmp_path / "start")
     model = run.model.model_copy(update={"rope_theta": 1e4, "norm_eps": 0.5})
     wrong = run.model_copy(update={"model": model})
-    told = r"model.rope_theta=10000.0 differs from 50000.0, model.norm_eps=0.5 differs from \S+ in .*; set them to those"
+    told = r"model.rope_theta=10000.0 differs from 50000.0, model.norm_eps=0.5 differs from \S+ in .*; set them to those; for longer"
     with pytest.raises(ValueError, match=told):
         first_logits(wrong, tokens)
     save_file({"decoder.unknown": torch.ones(1)}, tmp_path / "start" / "extra.safetensors")
