@@ -100,7 +100,10 @@ def _rate(saved: Config, config: Config, step: int) -> str:
     line = f"learning rate: {last:.3g} in step {step}"
     if step < config.training.steps:
         line += f", {following:.3g} in step {step + 1}"
-    if config.schedule.kind == saved.schedule.kind == "wsd" and last < saved.optimizer.lr <= following:
+    decaying = (
+        saved.schedule.kind == "wsd" and step > saved.schedule.warmup_steps and last < saved.optimizer.lr
+    )
+    if decaying and config.schedule.kind == "wsd" and following > last:
         line += (
             ": it had begun its final decay, which is undone; to go on from before the decay, start from an earlier "
             "checkpoint"

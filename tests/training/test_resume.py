@@ -182,6 +182,12 @@ def test_settings_that_differ_are_told_with_what_that_does_and_a_decay_that_is_u
         in told
     )
     assert "undone" not in str(describe_changes(tree, longer, step=6))
+    # the new decay has begun too, at a higher rate
+    a_little = config_from_dict(run_of(tree, Path("unused"), training={"steps": 12}))
+    assert "0.05 in step 10, 0.162 in step 11: it had begun" in str(describe_changes(tree, a_little, step=10))
+    warming = {**tree, "schedule": {**tree["schedule"], "warmup_steps": 3}}
+    longer = config_from_dict(run_of(warming, Path("unused"), training={"steps": 20}))
+    assert "undone" not in str(describe_changes(warming, longer, step=2))
     for section, value, effect in (
         ("attention", {"target_density": 0.5}, "holds from the next step on"),
         ("model", {"rope_theta": 5e5}, "checkpoint.check_loss=false says that it is meant"),
