@@ -51,12 +51,10 @@ class HangReport:
                 return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / f"rank_{self.rank:05d}").write_text(self._place())
+            self._file(self.rank).write_text(self._place())
             if self._stopped.wait(self.seconds / 20):
                 return
-            places = {
-                int(path.name.removeprefix("rank_")): path.read_text() for path in self.folder.iterdir()
-            }
+            places = self._places()
         except OSError as error:
             sys.stderr.write(f"no progress for {self.seconds:.0f} s, and {self.folder}: {error.strerror}\n")
             return
@@ -64,6 +62,22 @@ class HangReport:
             text = describe(self.hosts, places, self.seconds)
             sys.stderr.write(f"error: {text}\n")
             tell_scheduler(ExitCode.FAULT, text)
+
+    def _file(self, rank: int) -> Path:
+        return self.folder / f"rank_{rank:05d}"
+
+    def _places(self) -> dict[int, str]:
+        """What ranks wrote, up to the first where that is not this one: it tells."""
+        places: dict[int, str] = {}
+        # each by its name: NFS would answer from its memory what a folder holds
+        for rank in range(len(self.hosts)):
+            try:
+                places[rank] = self._file(rank).read_text()
+            except FileNotFoundError:
+                continue
+            if rank < self.rank:
+                break
+        return places
 
     def _place(self) -> str:
         """The innermost function of this package that the main thread is in, and its line."""

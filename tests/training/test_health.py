@@ -48,6 +48,8 @@ def test_processes_without_progress_tell_which_of_them_stand_where(
     (tmp_path / "hang").mkdir()
     (tmp_path / "hang" / "rank_00002").write_text("of an earlier start")
     reports = [HangReport(tmp_path, rank, hosts, seconds=4) for rank in (0, 1, 3)]
+    (tmp_path / "hang").mkdir()
+    (tmp_path / "hang" / ".nfs0001").write_text("what a network file system keeps of a removed file")
 
     def wait_for_words() -> None:
         if not (told.is_file() and told.read_text().endswith("\n")):
