@@ -59,8 +59,8 @@ def export_tokenizer(ours: OurTokenizer, folder: Path, chat: ChatTemplate | None
         _copy_json(source, folder)
         if Tokenizer.from_file(str(source)).num_special_tokens_to_add(is_pair=False):
             _add_nothing(folder, ours)
-        if chat is None:
-            # as below: nothing is to begin texts with what was never trained
+        if chat is None and template_beside(source) is None:
+            # as below: nothing is to begin texts with what was never trained, unless a template writes it
             _name(folder, "bos_token", ours.special_tokens_map["eos_token"])
     else:
         with telling_errors_of_the_disk(folder):

@@ -100,9 +100,14 @@ def test_tokens_that_were_added_to_a_sentencepiece_model_come_along_with_the_tem
 def test_a_template_that_shows_no_end_of_turns_is_exported_with_a_warning(
     write_run: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source = write_chatml(tmp_path / "source", "{{ messages[-1].content }}")
+    source = write_chatml(tmp_path / "source", "{{ bos_token }}{{ messages[-1].content }}")
+    settings = source.with_name("tokenizer_config.json")
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "bos_token": "<|im_start|>"}))
     config, _ = write_run("full", data={"tokenizer": str(source)})
     export_run(config.run_dir, tmp_path / "hf", dtype="float32")
     assert "generation will stop at the end of sequence only" in caplog.text
-    assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template == "{{ messages[-1].content }}"
+    # it still writes what it wrote
+    written = ids_of(tmp_path / "hf", TURNS[:2])
+    assert written == ids_of(source.parent, TURNS[:2])
+    assert written[0] == Tokenizer(source).bos
     assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == Tokenizer(source).eod
