@@ -24,7 +24,7 @@ def check_inputs(config: Config) -> None:
     try:
         check_data_of(config)
     except (OSError, ValueError) as error:
-        raise ValueError(error_text(error) + LATER) from error
+        raise ValueError(error_text(error) + (LATER if isinstance(error, OSError) else "")) from error
     start = config.training.init_from
     # a run that resumes does not read it
     if start is None or newest_checkpoint(Path(config.run_dir)) or newest_checkpoint(Path(start)):

@@ -90,7 +90,7 @@ def check_inputs(jobs: Sequence[Job], remedy: str = "") -> None:
 
     Args:
         jobs: what is to be trained; runs that begin with weights of others among them are as they should be.
-        remedy: what else helps, for the end of the message.
+        remedy: what else helps where something is missing, for the end of the message.
 
     Raises:
         ValueError: tokenizer or data are missing, damaged, too short or do not belong together, or initial weights are missing.
@@ -112,7 +112,8 @@ def check_inputs(jobs: Sequence[Job], remedy: str = "") -> None:
                     "that has saved, or a folder made with `python -m dash_megatron convert from-hf`"
                 )
         except (OSError, ValueError) as error:
-            raise StudyError(f"run {job.run.name}: {error_text(error)}{remedy}") from error
+            missing = remedy if isinstance(error, OSError) else ""
+            raise StudyError(f"run {job.run.name}: {error_text(error)}{missing}") from error
 
 
 class JobQueue:
