@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from dash_megatron.ops.kernels import configs
+from dash_megatron.ops.kernels import configs, hopper
 
 HOPPER, HOPPER_OVERLAP, PLAIN = configs.HOPPER, configs.HOPPER_OVERLAP, configs.PLAIN
 STAGES, Config = configs.STAGES, configs.Config
@@ -22,6 +22,7 @@ def on_h200(monkeypatch):
     """Launches are found anew, as if there were such a GPU."""
     configs.find_launches.cache_clear()
     monkeypatch.setattr(configs, "device_limits", lambda device: ("NVIDIA H200", 227 * 1024, 132))
+    monkeypatch.setattr(hopper, "GLUON_IS_KNOWN", True)
     yield torch.device("cuda")
     configs.find_launches.cache_clear()
 
@@ -76,6 +77,18 @@ def test_numbers_of_the_hopper_kernel_for_keys_suit_the_plain_one_which_a_buffer
         )
         assert measured.kernel == HOPPER
         assert measured._replace(kernel=PLAIN) == by_rule
+
+
+def test_where_triton_cannot_compile_the_hopper_kernels_their_stages_follow_the_rule_and_others_the_table(
+    on_h200, monkeypatch
+):
+    measured, by_rule = configs.find_launches(on_h200, *SHAPE), configs.find_launches(on_h200, *SHAPE[:3], 3)
+    configs.find_launches.cache_clear()
+    monkeypatch.setattr(hopper, "GLUON_IS_KNOWN", False)
+    plain = configs.find_launches(on_h200, *SHAPE)
+    assert {measured.attend.kernel, measured.keys.kernel} == {HOPPER, HOPPER_OVERLAP}
+    assert (plain.attend, plain.keys) == (by_rule.attend, by_rule.keys)
+    assert (plain.route, plain.router, plain.queries) == (measured.route, measured.router, measured.queries)
 
 
 def test_keys_over_pairs_take_chunks_side_by_side_up_to_64_in_steps_of_64_rows(on_h200):

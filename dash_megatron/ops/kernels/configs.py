@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dash_megatron.ops.kernels import hopper
 from dash_megatron.ops.kernels.geometry import next_power_of_two
 
 TABLE_FILE = Path(__file__).with_name("configs.json")
@@ -246,6 +247,8 @@ def find_launches(
 ) -> Launches:
     """The configurations to use for a shape on a device: from the table if it is there, otherwise by rule.
 
+    By rule as well where the table names a Hopper kernel that this Triton cannot compile: its numbers would not suit the plain one.
+
     Raises:
         ValueError: the table has a configuration that is known to fault.
     """
@@ -255,7 +258,10 @@ def find_launches(
     measured = _table().get(gpu, {}).get(shape, {})
     for name, value in measured.items():
         if name in STAGES:
-            _refuse_faulting(name, Config(**value), f"{TABLE_FILE.name}, {gpu}, {shape}")
+            config = Config(**value)
+            _refuse_faulting(name, config, f"{TABLE_FILE.name}, {gpu}, {shape}")
+            if config.kernel != PLAIN and not hopper.GLUON_IS_KNOWN:
+                continue
         entry[name] = value
     return Launches(
         tile_rows=entry["tile_rows"],

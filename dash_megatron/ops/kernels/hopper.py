@@ -10,7 +10,7 @@ from dash_megatron.ops.kernels.geometry import Sizes
 # Rows that a warpgroup of a Hopper kernel has.
 HOPPER_ROWS = 64
 # Gluon changes from release to release: the Hopper kernels do not compile with 3.7.
-GLUON_RELEASE = "3.6."
+GLUON_IS_KNOWN = triton.__version__.startswith("3.6.")
 ELEMENTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -20,7 +20,7 @@ def fits_hopper(
     """Whether a Hopper kernel for such chunks can take these tensors: half precision, common sizes, keys and values in dense rows."""
     return (
         q.is_cuda
-        and triton.__version__.startswith(GLUON_RELEASE)
+        and GLUON_IS_KNOWN
         and torch.cuda.get_device_capability(q.device)[0] == 9
         and q.dtype in (torch.bfloat16, torch.float16)
         and sizes.head_dim in (64, 128)
