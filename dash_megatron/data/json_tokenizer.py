@@ -13,6 +13,8 @@ import tokenizers
 
 # in tokenizer_config.json: by its own fingerprint that of the tokenizer which makes the same data
 SAME_DATA = "same_data_as"
+# there too: the begin of sequence of chat templates, where bos_token is named for tools that begin every text with it
+TEMPLATE_BOS = "bos_of_templates"
 
 # Texts that a tokenizer with unknown characters, lower case or trimmed spaces would change.
 _PROBES = (
@@ -62,13 +64,15 @@ class JsonTokenizer:
         self.fingerprint: str = (self._setting(SAME_DATA) or {}).get(own, own)
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eod = self._id_of(end)
-        begin = self._name_of("bos_token")
+        begin = self._setting(TEMPLATE_BOS) or self._name_of("bos_token")
         self.bos = -1 if begin is None else self._id_of(begin)
         added = self._tokenizer.get_added_tokens_decoder()
         self.special: dict[str, int] = {
             token.content: index for index, token in added.items() if token.special
         }
-        named = {role: self._name_of(role) for role in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        named = {"bos_token": begin} | {
+            role: self._name_of(role) for role in ("eos_token", "pad_token", "unk_token")
+        }
         self.special_tokens_map = {role: name for role, name in named.items() if name is not None}
         self._check_texts()
 

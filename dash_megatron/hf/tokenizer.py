@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dash_megatron.data.chat import TEMPLATE_FILE, ChatTemplate, template_beside
-from dash_megatron.data.json_tokenizer import SAME_DATA
+from dash_megatron.data.json_tokenizer import SAME_DATA, TEMPLATE_BOS
 from dash_megatron.data.sentencepiece_model import SPACE_SYMBOL
 from dash_megatron.data.tokenizer import Tokenizer as OurTokenizer
 from dash_megatron.files import telling_errors_of_the_disk
@@ -59,9 +59,13 @@ def export_tokenizer(ours: OurTokenizer, folder: Path, chat: ChatTemplate | None
         _copy_json(source, folder)
         if Tokenizer.from_file(str(source)).num_special_tokens_to_add(is_pair=False):
             _add_nothing(folder, ours)
+        begin = ours.special_tokens_map.get("bos_token")
         if chat is None and template_beside(source) is None:
             # as below: nothing is to begin texts with what was never trained, unless a template writes it
-            _name(folder, "bos_token", ours.special_tokens_map["eos_token"])
+            kept = {} if begin is None else {TEMPLATE_BOS: begin}
+            _name(folder, "bos_token", ours.special_tokens_map["eos_token"], **kept)
+        elif begin is not None:
+            _name(folder, "bos_token", begin)
     else:
         with telling_errors_of_the_disk(folder):
             build_tokenizer(source, names_are_text=chat is None).save_pretrained(folder)

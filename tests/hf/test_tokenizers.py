@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Rust
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dash_megatron.__main__ import main
+from dash_megatron.data.chat import ChatTemplate
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.hf.export import export_run
 from dash_megatron.hf.importing import import_folder
@@ -164,6 +165,15 @@ def test_data_is_tokenized_with_it_and_a_run_exports_it(
     again = import_folder(tmp_path / "hf", tmp_path / "again").tokenizer
     assert again is not None
     assert Tokenizer(again).fingerprint == ours.fingerprint
+    # a chat template writes what it wrote before, though nothing else begins a text with it
+    assert Tokenizer(again).bos == ours.bos
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    (tmp_path / "chat").mkdir()
+    (tmp_path / "chat" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    export_tokenizer(Tokenizer(again), tmp_path / "chat", ChatTemplate(template, Tokenizer(again)))
+    turns = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
+    chatting = AutoTokenizer.from_pretrained(tmp_path / "chat")
+    assert chatting.apply_chat_template(turns, return_dict=False)[0] == ours.bos
 
 
 def _rewrite(file: Path, **changes: Any) -> None:
