@@ -50,13 +50,13 @@ def jobs(study: Study, limited: str) -> dict[str, str]:
     """
     overrun = study.write_site("overrun", container=["sh", "-c", deaf, "deaf"], warning_seconds=1)
     failing = study.write_site("failing", container=["sh", "-c", "exit 9", "#"], restarts=1)
-    # that the tokenizer has more is known on reading it
+    # that the tokenizer has more is known on reading it, which may be left to the job
     wrong = study.write_config("wrong", model={"vocab_size": 64})
     return {
         "overrun": study.submit(overrun, "--config", study.write_config("overrun"), time="1", nodes=1),
         "failing": study.submit(failing, "--config", study.write_config("failing"), nodes=1),
         "whole": study.submit(study.write_site("whole"), "--config", study.write_config("whole")),
-        "wrong": study.submit(study.write_site("wrong"), "--config", wrong),
+        "wrong": study.submit(study.write_site("wrong"), "--inputs-later", "--config", wrong),
     }
 
 

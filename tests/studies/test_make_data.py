@@ -1,6 +1,7 @@
 """The data that the larger studies train on."""
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -30,9 +31,20 @@ def make_data(output: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     )
 
 
+def write_texts(folder: Path, documents: int, seed: int) -> str:
+    """Always the same: which documents are held out is drawn from what they say."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 9))) for _ in range(500)]
+    for number in range(documents):
+        (folder / f"part_{number}").mkdir(parents=True)
+        lines = (" ".join(draw.choices(words, k=10)) for _ in range(1000))
+        (folder / f"part_{number}" / "text.py").write_text("\n".join(lines) + "\n")
+    return str(folder)
+
+
 def test_studies_find_all_the_data_that_they_name(tmp_path: Path) -> None:
-    places = {name: f"{ROOT}/dash_megatron/{name}" for name in ("ops", "data", "studies")}
-    done = make_data(tmp_path / "data", places["ops"], places["data"], "--", places["studies"])
+    texts = [write_texts(tmp_path / name, 3, seed) for seed, name in enumerate(("one", "other", "valid"))]
+    done = make_data(tmp_path / "data", *texts[:2], "--", texts[2])
     assert done.returncode == 0, done.stderr
     sidecars = {}
     for name in ("quality_16k", "retrieval_16k", "scaling_8k", "choices_8k", "branches_16k"):
