@@ -29,9 +29,8 @@ def test_a_resumed_run_drops_the_lines_of_steps_it_does_again(tmp_path: Path) ->
 
 
 def test_a_resumed_run_tells_which_logged_steps_it_does_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("dash_megatron"), "propagate", True)
     caplog.set_level(logging.INFO, "dash_megatron")
     writer = MetricsWriter(tmp_path, tensorboard=False, resumed_step=0)
     for step in (5, 10, 15):
