@@ -35,6 +35,7 @@ REST_OF_TEMPLATE = "# ==== the job"
 _PLAIN_PATH = re.compile(r"[\w./@:+,=-]+")
 # how sbatch says that it is there without a cluster
 _NO_CLUSTER = re.compile(r"configuration source|slurm\.conf")
+_LATER = "with --inputs-later, or --dependency on the job that makes it, what a job reads need not be here when it is submitted"
 _ELSEWHERE = "submit it where SLURM is, or train on this machine: `python train.py --config FILE`, of a study `study submit` without --slurm"
 
 
@@ -198,6 +199,24 @@ def check_nobody_else_runs(runs: list[Run]) -> None:
                 )
 
 
+def check_inputs(config: Config) -> None:
+    """Look for what a run reads: a job that misses it would say so only when its turn comes.
+
+    Raises:
+        ValueError: tokenizer, data or initial weights are missing, or are not what the config says.
+        ImportError: this machine lacks what reads them.
+    """
+    # imported late, as they bring numpy and tokenizers
+    from dash_megatron.checkpoint.folder import check_start_of
+    from dash_megatron.data.blend import check_data_of
+
+    try:
+        check_data_of(config)
+        check_start_of(config)
+    except OSError as error:
+        raise ValueError(f"{error_text(error)}; {_LATER}") from error
+
+
 def submit(script: str, runs: list[Run], stamp: str, command: str) -> str:
     """Write the script and the configs into the runs' folders, and submit; gives back the job's id.
 
@@ -254,16 +273,14 @@ def main(arguments: list[str] | None = None) -> int:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
         script = render(job, runs, site, stamp, command.replace("\n", " "))
         if options.dry_run:
-            print(script, end="")
-            return 0
+            print(script, end="", flush=True)
         if not options.dependency:
             check_nobody_else_runs(runs)
         if not options.dependency and not options.inputs_later:
-            # imported late, as it brings numpy and tokenizers, which a machine that only submits may lack
-            from inputs import check_inputs
-
             for run in runs:
                 check_inputs(run.config)
+        if options.dry_run:
+            return 0
         number = submit(script, runs, stamp, command.replace("\n", " "))
     except ImportError as error:
         print(f"error: {error}, to look at tokenizer and data; --inputs-later does without", file=sys.stderr)
@@ -346,7 +363,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--site", default=str(FOLDER / "site.yaml"), metavar="FILE", help="default: slurm/site.yaml"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the batch script, write and submit nothing"
+        "--dry-run",
+        action="store_true",
+        help="print the batch script, and what would keep it from being submitted; write and submit nothing",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
     return parse_with_overrides(parser, arguments)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
+from dash_megatron.config import Config
+from dash_megatron.files import path_for_message
 from dash_megatron.retry import retry
 
 logger = logging.getLogger(__name__)
@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 _TAG = re.compile(r"step_(\d{8,})")
 _DAMAGED = ".damaged"
+MODEL_SECTIONS = "model.yaml"
+"""Of a folder of weights that `convert from-hf` made: the sections of a config that they are of."""
 
 
 class CheckpointError(RuntimeError):
@@ -47,9 +49,35 @@ def finished_steps(run_dir: str | Path) -> list[int]:
     return sorted(int(match.group(1)) for match in matches if match)
 
 
+def check_initial_folder(folder: str | Path) -> None:
+    """Check that a folder is one that weights can come from.
+
+    Raises:
+        FileNotFoundError: it is not there, or has neither checkpoints nor an imported model.
+    """
+    folder = Path(folder)
+    if finished_steps(folder) or (folder / MODEL_SECTIONS).is_file():
+        return
+    problem = f"has neither checkpoints nor {MODEL_SECTIONS}" if folder.is_dir() else "does not exist"
+    raise FileNotFoundError(
+        f"training.init_from={path_for_message(folder)} {problem}; name a run that has saved, or a folder made with "
+        "`python -m dash_megatron convert from-hf`"
+    )
+
+
+def check_start_of(config: Config) -> None:
+    """Check the initial weights of a run as far as their folder goes; one that resumes reads none.
+
+    Raises:
+        FileNotFoundError: as `check_initial_folder`.
+    """
+    if config.training.init_from and not finished_steps(config.run_dir):
+        check_initial_folder(config.training.init_from)
+
+
 def damaged_checkpoints(run_dir: str | Path) -> list[str]:
     """Names of the checkpoints that `set_aside` kept, as rank 0 sees them; collective."""
-    return _agreed(lambda: sorted(p.name for p in _entries(checkpoint_folder(run_dir)) if _DAMAGED in p.name))
+    return agreed(lambda: sorted(p.name for p in _entries(checkpoint_folder(run_dir)) if _DAMAGED in p.name))
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -67,11 +95,14 @@ def _entries(folder: Path) -> list[Path]:
 
 def agreed_steps(run_dir: str | Path) -> list[int]:
     """As `finished_steps`, on all processes as rank 0 sees the folder, which others may be saving to; collective."""
-    return _agreed(lambda: finished_steps(run_dir))
+    return agreed(lambda: finished_steps(run_dir))
 
 
-def _agreed(function: Callable[[], T]) -> T:
+def agreed(function: Callable[[], T]) -> T:
     """What a function gives on rank 0, or the OSError that it meets there, on all processes; collective."""
+    # imported late, as a machine that only submits runs may lack it
+    import torch.distributed as dist
+
     if not dist.is_initialized():
         return function()
     found: list[Any] = [None]
@@ -90,7 +121,7 @@ def _agreed(function: Callable[[], T]) -> T:
 def on_main(function: Callable[[], None]) -> str | None:
     """Call a function on rank 0 and give the text of its OSError, or None, to all processes; collective."""
     try:
-        _agreed(function)
+        agreed(function)
     except OSError as error:
         return error.strerror or str(error)
     return None

@@ -44,7 +44,7 @@ def _to_hf(options: argparse.Namespace) -> None:
 
 
 def _from_hf(options: argparse.Namespace) -> None:
-    from dash_megatron.hf.folder import MODEL_SECTIONS
+    from dash_megatron.checkpoint.folder import MODEL_SECTIONS
     from dash_megatron.hf.importing import import_folder
 
     tokenizer = import_folder(options.source, options.output).tokenizer

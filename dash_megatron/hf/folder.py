@@ -17,7 +17,6 @@ from dash_megatron.checkpoint.files import save_tensors
 from dash_megatron.files import lock
 from dash_megatron.hf.names import Piece
 
-MODEL_SECTIONS = "model.yaml"
 INDEX = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
 FILE_BYTES = 1 << 30

@@ -12,11 +12,11 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
+from dash_megatron.checkpoint.folder import MODEL_SECTIONS
 from dash_megatron.config import AttentionConfig, ModelConfig
 from dash_megatron.files import path_for_message
 from dash_megatron.hf.config import multipliers, sections_of
 from dash_megatron.hf.folder import (
-    MODEL_SECTIONS,
     FolderWeights,
     check_new,
     new_folder,

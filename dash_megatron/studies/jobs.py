@@ -12,9 +12,10 @@ from pathlib import Path
 
 import yaml
 
+from dash_megatron.checkpoint.folder import check_start_of
 from dash_megatron.config import config_of_stored_run, differences
 from dash_megatron.data.blend import check_data_of
-from dash_megatron.files import error_text, path_for_message
+from dash_megatron.files import error_text
 from dash_megatron.studies.runs import StudyRun, evaluations, expand
 from dash_megatron.studies.study_file import Study, StudyError
 
@@ -104,13 +105,8 @@ def check_inputs(jobs: Sequence[Job], remedy: str = "") -> None:
             if facts not in known:
                 check_data_of(config)
             known.add(facts)
-            # a run that resumes does not read it
-            resumes = (job.run.folder / "checkpoints").is_dir()
-            if job.start and job.start not in made and not job.start.is_dir() and not resumes:
-                raise FileNotFoundError(
-                    f"training.init_from={path_for_message(str(config.training.init_from))} does not exist; name a run "
-                    "that has saved, or a folder made with `python -m dash_megatron convert from-hf`"
-                )
+            if job.start not in made:
+                check_start_of(config)
         except (OSError, ValueError) as error:
             missing = remedy if isinstance(error, OSError) else ""
             raise StudyError(f"run {job.run.name}: {error_text(error)}{missing}") from error

@@ -26,7 +26,7 @@ from dash_megatron.studies.local import LocalRuns, environments, repository_scri
 from dash_megatron.studies.runs import check_samples, evaluations
 from dash_megatron.studies.study_file import Study, StudyError, check_evaluations, load_study
 
-# arguments of `slurm/submit.py` with which data need not be here when a run is submitted
+# arguments of `slurm/submit.py` with which data need not be here when a run is submitted, or is looked for there
 _LATER = ("--inputs-later", "--dependency", "--dry-run")
 
 
@@ -69,6 +69,8 @@ def submit_studies(
     if train is None and not (slurm and any(word.startswith(_LATER) for word in slurm)):
         remedy = f'; with --slurm="... {_LATER[0]}" it need not be here yet' if slurm else ""
         check_inputs([job for job in waiting if not is_finished(job.run)], remedy)
+        # once is enough
+        slurm = [_LATER[0], *slurm] if slurm else slurm
     with contextlib.ExitStack() as stack:
         locks = [stack.enter_context(_only_one(study)) for study in studies.values()]
         for job in waiting:

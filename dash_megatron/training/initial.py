@@ -11,13 +11,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from dash_megatron.checkpoint.folder import agreed_steps
+from dash_megatron.checkpoint.folder import MODEL_SECTIONS, agreed, agreed_steps, check_initial_folder
 from dash_megatron.checkpoint.stored import CheckpointWeights
 from dash_megatron.checkpoint.weights import open_weights
 from dash_megatron.config import AttentionConfig, ModelConfig
 from dash_megatron.data.tokenizer import Tokenizer
-from dash_megatron.files import path_for_message
-from dash_megatron.hf.folder import MODEL_SECTIONS, FolderWeights, read_tensors
+from dash_megatron.hf.folder import FolderWeights, read_tensors
 from dash_megatron.layers import DashCoreAttention, DashGPTModel
 from dash_megatron.layers.router_projections import add_routing_rows
 from dash_megatron.layers.sharding import shard, split_of, whole_shape
@@ -136,7 +135,7 @@ def _tell_lacking(folder: Path, fresh: dict[str, int], copied: int) -> None:
 
 def _open(folder: Path) -> tuple[ModelConfig, AttentionConfig | None, Mapping[str, Tensor]]:
     """The model section, the attention section but of a dense model's folder, and the weights, read when asked for."""
-    check_initial_folder(folder)
+    agreed(lambda: check_initial_folder(folder))
     if agreed_steps(folder):
         config, _, weights = open_weights(folder)
         return config.model, config.attention, weights
@@ -144,23 +143,6 @@ def _open(folder: Path) -> tuple[ModelConfig, AttentionConfig | None, Mapping[st
     given = sections.get("attention")
     attention = None if given is None else AttentionConfig.model_validate(given)
     return ModelConfig.model_validate(sections["model"]), attention, FolderWeights(folder)
-
-
-def check_initial_folder(folder: str | Path) -> None:
-    """Check that a folder is one that weights can come from, before anything slow; collective.
-
-    Raises:
-        FileNotFoundError: it is not there, or has neither checkpoints nor an imported model.
-    """
-    folder = Path(folder)
-    if agreed_steps(folder) or (folder / MODEL_SECTIONS).is_file():
-        return
-    if not folder.is_dir():
-        raise FileNotFoundError(f"training.init_from={path_for_message(folder)} does not exist")
-    raise FileNotFoundError(
-        f"training.init_from={folder} has neither a run's checkpoints nor {MODEL_SECTIONS}; name a run that has "
-        "saved, or a folder made with `python -m dash_megatron convert from-hf`"
-    )
 
 
 def _check_model(config: ModelConfig, other: ModelConfig, folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dash_megatron.checkpoint.folder import agreed_steps, finished_steps
+from dash_megatron.checkpoint.folder import agreed, agreed_steps, check_start_of, finished_steps
 from dash_megatron.checkpoint.loading import load_newest
 from dash_megatron.checkpoint.saving import Checkpointer
 from dash_megatron.config import Config
@@ -28,7 +28,7 @@ from dash_megatron.training.density import DensityController
 from dash_megatron.training.engine import Engine
 from dash_megatron.training.faults import Fault, Guard, fault_folder, keep_fault
 from dash_megatron.training.health import Watchdog
-from dash_megatron.training.initial import check_initial_folder, load_initial_weights
+from dash_megatron.training.initial import load_initial_weights
 from dash_megatron.training.loss import global_target_tokens, share_of_global_mean
 from dash_megatron.training.meter import StepResult, StepTotals
 from dash_megatron.training.owner import own_run_folder
@@ -82,9 +82,8 @@ class Trainer:
         about = setup.about_this_code(self.device) | {"tokenizer": self.tokenizer.fingerprint}
         setup.check_same_implementation(about["implementation"])
         initial = None if agreed_steps(config.run_dir) else config.training.init_from
-        if initial:
-            # a wrong name is told before the rows of the data are ordered, which may take minutes
-            check_initial_folder(initial)
+        # a wrong name is told before the rows of the data are ordered, which may take minutes
+        agreed(lambda: check_start_of(config))
         self.train_source = training_source(config, self.tokenizer, self.device)
         self.validator = Validator(config, self.tokenizer, self.device)
         model = build_model(config, self.vocab_size, self.device)

@@ -23,10 +23,11 @@ from transformers import (
 )
 
 from dash_megatron.__main__ import main
+from dash_megatron.checkpoint.folder import MODEL_SECTIONS
 from dash_megatron.config import AttentionConfig, RopeScaling, config_from_dict
 from dash_megatron.hf.architectures import KNOWN_MODEL_TYPES
 from dash_megatron.hf.export import export_run
-from dash_megatron.hf.folder import MODEL_SECTIONS, FolderWeights
+from dash_megatron.hf.folder import FolderWeights
 from dash_megatron.hf.importing import import_folder
 from dash_megatron.hf.modeling_dash import DashForCausalLM
 from dash_megatron.layers import init_weights

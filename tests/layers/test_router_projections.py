@@ -9,9 +9,9 @@ import torch
 import yaml
 
 from dash_megatron.checkpoint.files import save_tensors
+from dash_megatron.checkpoint.folder import MODEL_SECTIONS
 from dash_megatron.config import Config
 from dash_megatron.config.flops import parameter_count
-from dash_megatron.hf.folder import MODEL_SECTIONS
 from dash_megatron.layers.sharding import split_of
 from dash_megatron.ops import dash_attention
 from dash_megatron.ops.diagnostics import sample_routing

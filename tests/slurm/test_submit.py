@@ -24,8 +24,8 @@ TIME = ["--time", "24:00:00"]
 
 
 def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The script that would be submitted; it must be free of syntax errors."""
-    assert submit.main([*arguments, "--dry-run"]) == 0, capsys.readouterr().err
+    """The script that would be submitted, whose data is nowhere; it must be free of syntax errors."""
+    assert submit.main([*arguments, "--inputs-later", "--dry-run"]) == 0, capsys.readouterr().err
     script = capsys.readouterr().out
     done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (0, "")
@@ -351,7 +351,7 @@ def submit_run(
         ("data.seq_length=1048576", "must have at least data.seq_length + 1 = 1048577 for one row"),
         (
             "training.init_from=/no/run",
-            "training.init_from=/no/run must be the folder of a run that has saved",
+            "training.init_from=/no/run does not exist; name a run that has saved, or",
         ),
     ],
 )
@@ -362,9 +362,11 @@ def test_a_run_whose_inputs_are_not_there_is_not_queued_unless_they_are_to_come(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    assert submit_run(setting) == 2
-    error = capsys.readouterr().err
-    assert message in error
+    for words in [], ["--dry-run"]:
+        assert submit_run(setting, *words) == 2
+        out, error = capsys.readouterr()
+        assert message in error
+        assert out.startswith("#!/usr/bin/env bash\n") == bool(words)
     # which mends nothing of what is wrong
     assert ("--inputs-later" in error) == ("no.model" in setting or "no/" in setting)
     assert not (tmp_path / "run").exists()
@@ -395,6 +397,7 @@ def test_initial_weights_are_a_run_with_a_checkpoint_or_an_import_and_a_run_that
 ) -> None:
     setting = f"training.init_from={tmp_path / 'start'}"
     (tmp_path / "start/checkpoints/step_00000004.partial").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/step_00000008.partial").mkdir(parents=True)
     assert submit_run(setting) == 2
     (tmp_path / "run/checkpoints/step_00000008").mkdir(parents=True)
     assert submit_run(setting) == 0

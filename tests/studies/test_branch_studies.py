@@ -248,7 +248,7 @@ def test_slurm_gets_bases_first_and_branches_that_depend_on_their_job(
     write_study: Write, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = write_study(points=SIZES[:2], overrides=BASE_IS_FULL, branches=BRANCHES)
-    words = "--nodes 1 --gpus-per-node 2 --time 1:00:00 --dry-run"
+    words = "--nodes 1 --gpus-per-node 2 --time 1:00:00 --inputs-later --dry-run"
     assert main(["study", "submit", str(path), f"--slurm={words}"]) == 0
     bases, branches = capfd.readouterr().out.split("#!/usr/bin/env bash")[1:]
     assert "--array=0-1\n" in bases
@@ -262,7 +262,7 @@ def test_slurm_gets_no_base_where_its_branches_do_not_fit_the_processes(
 ) -> None:
     odd = BRANCHES | {"overrides": BRANCHES["overrides"] | {"training.global_batch": 3}}
     path = write_study(points=SIZES[:1], overrides=BASE_IS_FULL, branches=odd)
-    words = "--nodes 1 --gpus-per-node 2 --time 1:00:00 --dry-run"
+    words = "--nodes 1 --gpus-per-node 2 --time 1:00:00 --inputs-later --dry-run"
     assert main(["study", "submit", str(path), f"--slurm={words}"]) == 2
     told = capfd.readouterr()
     assert "#!/usr/bin/env bash" not in told.out

@@ -16,6 +16,8 @@ done = mock.Mock(returncode=0, stdout="job 7: somewhere\\n")
 with mock.patch.object(subprocess, "run", return_value=done) as run:
     code = main(["study", "submit", STUDY, "--slurm", "--nodes 1 --gpus-per-node 8 --time 1:00:00"])
 assert run.call_args.args[0][1].endswith("slurm/submit.py")
+# the study has looked at the inputs of all runs
+assert "--inputs-later" in run.call_args.args[0]
 print(code, "torch" in sys.modules)
 """
 

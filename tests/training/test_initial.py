@@ -134,7 +134,7 @@ def test_without_a_target_other_scaling_factors_than_before_are_told(
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"neither a run's checkpoints nor model\.yaml; name a run"):
+    with pytest.raises(FileNotFoundError, match=r"neither checkpoints nor model\.yaml; name a run"):
         load_initial_weights(torch.nn.Module(), tmp_path, None)  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match=r"training.init_from=\S+nothing does not exist"):
         load_initial_weights(torch.nn.Module(), tmp_path / "nothing", None)  # type: ignore[arg-type]
