@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from dash_megatron.studies.paired import Comparison, Measured, Ratio, compare
 from docs.tools.branch_pictures import QUALITY
@@ -26,6 +27,11 @@ def losses(run: str, rows: Sequence[Row]) -> Measured:
         more = float(row["tokens"])
         found[(row["document"],)] = (loss + float(row[run]) * more, tokens + more)
     return found
+
+
+def mean_loss(run: str, steps: tuple[int, int], rows: Sequence[Row]) -> float:
+    """The mean training loss of logged steps, the first and the last among them."""
+    return fmean(float(row[run]) for row in rows if steps[0] <= int(row["step"]) <= steps[1])
 
 
 def scores(run: str, task: str, rows: Sequence[Row]) -> Measured:

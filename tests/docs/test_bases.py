@@ -14,29 +14,28 @@ from dash_megatron.studies.paired import Measured, Ratio
 from docs.tools.branch_pictures import QUALITY
 from tests.docs.branches import (
     ROOT,
-    TASKS,
     compare_all,
     losses,
+    mean_loss,
     percent,
     read_pages,
     read_rows,
     read_words,
-    scores,
-    share,
 )
 
 FOLDER = QUALITY / "bases"
 PAGE, ANSWERS, RECIPE, README = read_pages(FOLDER.with_suffix(".md"))
 FIFTH = read_words(QUALITY / "branches_fifth_base.md")
-LOSSES, BRANCHES, DOCUMENTS, SAMPLES, RUNS = (
-    read_rows(FOLDER / f"{name}.csv") for name in ("losses", "branches", "documents", "samples", "runs")
-)
+EVIDENCE = read_words(ROOT / "docs" / "configuration-evidence.md")
+LOSSES, DOCUMENTS, RUNS = (read_rows(FOLDER / f"{name}.csv") for name in ("losses", "documents", "runs"))
 FULL = ("full0", "full1", "full2")
 AGAIN = ("full0_again", "plain0_again")
 DASH = ("dash0", "dash1", "dash2")
-PLAIN = ("plain0", "plain0_again")
-ALIKE, LATE, LAST = (1001, 1200), (1101, 1500), (301, 400)
-"""Steps that all bases have, the last that those of 1,500 steps have, and the last of branches."""
+OTHERS = [[f"{kind}{n}" for n in range(3, 9)] for kind in ("full", "plain")]
+TEN = (*FULL, AGAIN[0], *OTHERS[0])
+PLAIN = ("plain0", "plain0_again", *OTHERS[1])
+ALIKE, LATE = (1001, 1200), (1101, 1500)
+"""Steps that all bases have, and the last that those of 1,500 steps have."""
 KINDS = {
     "95%, the recipe's router": DASH,
     "the same at 99%": ("dash99_0",),
@@ -47,8 +46,7 @@ RUN_NAMES = {"full0": "full attention", "full1": "other initial weights", "full2
 
 
 def _mean(run: str, steps: tuple[int, int]) -> float:
-    """The mean training loss of logged steps."""
-    return fmean(float(row[run]) for row in LOSSES if steps[0] <= int(row["step"]) <= steps[1])
+    return mean_loss(run, steps, LOSSES)
 
 
 def _to(run: str, references: Sequence[str], steps: tuple[int, int]) -> float:
@@ -56,13 +54,13 @@ def _to(run: str, references: Sequence[str], steps: tuple[int, int]) -> float:
     return 100 * (_mean(run, steps) / fmean(_mean(each, steps) for each in references) - 1)
 
 
-def _by_step(run: str, steps: tuple[int, int], rows: list[dict[str, str]]) -> dict[int, Measured]:
-    return {1: {(x["step"],): (float(x[run]), 1.0) for x in rows if steps[0] <= int(x["step"]) <= steps[1]}}
+def _by_step(run: str, steps: tuple[int, int]) -> dict[int, Measured]:
+    return {1: {(x["step"],): (float(x[run]), 1.0) for x in LOSSES if steps[0] <= int(x["step"]) <= steps[1]}}
 
 
-def _paired(run: str, reference: str, steps: tuple[int, int], rows: list[dict[str, str]] = LOSSES) -> str:
+def _paired(run: str, reference: str, steps: tuple[int, int]) -> str:
     """The difference in training loss in percent, with its error over steps."""
-    return percent(compare_all(*(_by_step(each, steps, rows) for each in (run, reference))).relative)
+    return percent(compare_all(*(_by_step(each, steps) for each in (run, reference))).relative)
 
 
 def _spread(runs: Sequence[str], steps: tuple[int, int]) -> float:
@@ -80,16 +78,15 @@ def _documents(run: str) -> Ratio:
     return found
 
 
-FOUR = (*FULL, AGAIN[0])
-SPREAD = _spread(FOUR, ALIKE)
+SPREAD = _spread(TEN, ALIKE)
 
 
-def _error(arm: Sequence[str], reference: Sequence[str] = FOUR) -> float:
+def _error(arm: Sequence[str], reference: Sequence[str] = TEN) -> float:
     """Of a difference between means of bases, if all kinds differ as much as those of full attention."""
     return SPREAD * (1 / len(arm) + 1 / len(reference)) ** 0.5
 
 
-def _behind(arm: Sequence[str], reference: Sequence[str] = FOUR) -> float:
+def _behind(arm: Sequence[str], reference: Sequence[str] = TEN) -> float:
     return 100 * (fmean(_mean(x, ALIKE) for x in arm) / fmean(_mean(x, ALIKE) for x in reference) - 1)
 
 
@@ -103,19 +100,28 @@ def test_every_base_has_its_row() -> None:
             "" if again else percent(_documents(run)),
         ]
         assert f"| {name} | {' | '.join(cells)} |".replace("  ", " ") in PAGE, run
+    for name, runs in zip(("of full attention", "at 95% without the three"), OTHERS, strict=True):
+        ends = [[_to(run, FULL, steps) for run in runs] for steps in ((401, 500), ALIKE)]
+        cells = [f"{min(end):+.2f} to {max(end):+.2f}" for end in ends]
+        assert f"| six others {name} | {' | '.join(cells)} | | |" in PAGE
 
 
 def test_what_bases_differ_by() -> None:
-    windows = [_spread(FOUR, (first, 1200)) for first in (801, 901, 1001, 1101)]
-    assert f"standard deviation of {SPREAD:.2f}% in steps 1,001 to 1,200" in PAGE
+    windows, sparse = (
+        [_spread(runs, (first, 1200)) for first in (801, 901, 1001, 1101)] for runs in (TEN, PLAIN)
+    )
+    assert f"ten of full attention have a standard deviation of {SPREAD:.2f}% in steps 1,001 to 1,200" in PAGE
     assert f"{min(windows):.2f} to {max(windows):.2f}% in the last 400 to 100 steps" in PAGE
-    assert f"three initial weights alone {_spread(FULL, ALIKE):.2f}%, and {_spread(FULL, LATE):.2f}% in" in PAGE  # fmt: skip
+    assert f"of eight sparse ones without the three {min(sparse):.2f} to {max(sparse):.2f}%" in PAGE
     assert f"trained again, end {_paired('full0_again', 'full0', ALIKE).strip('-')}% lower" in PAGE
     assert f"again, by {_paired('plain0_again', 'plain0', ALIKE)}%" in PAGE
-    # quantiles of chi-squared with three degrees of freedom
-    least, most = (SPREAD * (3 / quantile) ** 0.5 for quantile in (9.348, 0.2158))
+    # quantiles of chi-squared with nine degrees of freedom
+    least, most = (SPREAD * (9 / quantile) ** 0.5 for quantile in (19.02, 2.700))
     assert f"{least:.2f} to {most:.2f}% with 95% confidence" in PAGE
-    assert f"differ by {SPREAD * 2**0.5:.2f} points" in PAGE
+    for text in (PAGE, FIFTH):
+        assert f"differ by {SPREAD * 2**0.5:.2f} points" in text
+    assert f"{SPREAD * 2**0.5:.2f} points between two" in ANSWERS
+    assert f"With one base of each two errors are {2 * SPREAD * 2**0.5:.1f} points" in PAGE
     for text in (ANSWERS, RECIPE):
         assert f"{SPREAD:.1f}%" in text
     by_step = {int(row["step"]): row for row in LOSSES}
@@ -132,15 +138,19 @@ def test_what_bases_differ_by() -> None:
 def test_kinds_of_bases() -> None:
     for name, runs in KINDS.items():
         assert f"| {name} | {len(runs)} | {_behind(runs):+.2f} ± {_error(runs):.2f} |" in PAGE
-    assert _behind(DASH) > 5 * _error(DASH)
-    assert 2 * _error(PLAIN) > 0.5 > abs(_behind(PLAIN))
+    assert _behind(DASH) > 6 * _error(DASH)
+    level = f"{_behind(PLAIN):+.2f} ± {_error(PLAIN):.2f}%"
+    assert f"{level}, eight against ten" in PAGE
+    assert (len(PLAIN), len(TEN)) == (8, 10)
+    for text in (ANSWERS, RECIPE):
+        assert level in text
+    assert f"to within {ceil(10 * (abs(_behind(PLAIN)) + 2 * _error(PLAIN))) / 10}% (two errors)" in PAGE
     apart = f"{_behind(DASH, PLAIN):.2f} ± {_error(DASH, PLAIN):.2f}"
     assert f"{apart} points apart from bases" in PAGE
     early = [_to(run, FULL, (401, 500)) for run in DASH]
     assert f"{min(early):.0f} to {max(early):.0f}% behind in steps 401 to 500" in PAGE
     late = [_to(run, FULL, LATE) for run in DASH]
     assert f"{min(late):.1f} to {max(late):.1f}%" in PAGE
-    assert f"{_to('plain0', FULL, LATE):+.1f}%" in PAGE
     for text in (ANSWERS, RECIPE, FIFTH):
         assert f"{min(late):.1f} to {max(late):.1f}%" in text
     before, after = ([_to(run, FULL, (last - 99, last)) for run in DASH] for last in (1200, 1500))
@@ -176,25 +186,6 @@ def test_scales_and_densities() -> None:
     assert max(abs(x - 0.95) for x in flat) < 0.005
 
 
-def test_the_pair_of_branches() -> None:
-    assert f"{_paired('own_plain', 'own_full', LAST, BRANCHES)}% in the last 100 steps" in PAGE
-    assert f"was {_paired('plain0_again', 'full0_again', ALIKE).strip('+')}% ahead" in PAGE
-    assert _mean("full0_again", ALIKE) == min(_mean(run, ALIKE) for run in FOUR)
-    for task in TASKS:
-        rows = [row for row in SAMPLES if row["task"] == task]
-        found = compare_all(*({1: scores(run, task, rows)} for run in ("own_plain", "own_full")))
-        cells = f"{len(rows)} | {found.reference:.3f} | {found.value.value:.3f} | {share(found.relative)}"
-        assert f"| {task} | {cells} |" in PAGE
-
-
-def test_the_bases_that_a_goal_takes() -> None:
-    """Two standard errors of the difference between means of n bases each must be at most 0.5 points."""
-    needed = [ceil(8 * (spread / 0.5) ** 2) for spread in (_spread(FOUR, (n, 1200)) for n in (801, 1101))]
-    assert f"{needed[0]} to {needed[1]} bases of each kind" in PAGE
-    assert f"{needed[0]} to {needed[1]} bases of each kind" in ANSWERS
-    assert f"With one of each two errors are {2 * SPREAD * 2**0.5:.1f} points" in PAGE
-
-
 @pytest.mark.parametrize(
     ("name", "found", "guess", "least", "most"),
     [
@@ -216,7 +207,7 @@ def test_the_settings_of_a_sparse_start_are_what_configs_have() -> None:
     assert len(keys) == 3
     config = ROOT / "configs" / "60m_16k.yaml"
     assert load_config(config, keys).attention == load_config(config).attention
-    assert "bases.md" in (ROOT / "docs" / "configuration-evidence.md").read_text()
+    assert "bases.md" in EVIDENCE
 
 
 def test_files_are_small() -> None:
