@@ -220,10 +220,9 @@ def _make(study: Study, base: dict[str, Any], recipe: _Recipe) -> StudyRun:
     if recipe.seed is not None:
         set_key(tree, "training.seed", recipe.seed, "seeds")
     tree["run_dir"] = "unnamed"
-    warmup_of_base = tree.get("schedule", {}).get("warmup_steps", 0)
-    if study.warmup is not None or recipe.budget:
+    if study.warmup is not None:
         # rules between steps and warm-up are checked once the budget has said how many steps there are
-        tree.setdefault("schedule", {})["warmup_steps"] = 0
+        set_key(tree, "schedule.warmup_steps", 0, "warmup")
     config = _rough_config(tree, recipe)
     facts = _facts(config)
     variant, size = _labels(config, recipe)
@@ -237,8 +236,8 @@ def _make(study: Study, base: dict[str, Any], recipe: _Recipe) -> StudyRun:
         if context == before:
             break
     set_key(tree, "training.steps", steps, "budgets")
-    warmup = warmup_of_base if study.warmup is None else round(study.warmup * steps)
-    tree.setdefault("schedule", {})["warmup_steps"] = warmup
+    if study.warmup is not None:
+        set_key(tree, "schedule.warmup_steps", round(study.warmup * steps), "warmup")
     tree["run_dir"] = str(Path(study.output) / "runs" / name)
     try:
         config = config_from_dict(tree)

@@ -19,7 +19,7 @@ from dash_megatron.studies import scores
 from dash_megatron.studies.collect import dense_twins
 from dash_megatron.studies.cost import mean_piece_context
 from dash_megatron.studies.plan import as_row
-from tests.studies.study_runs import SIZES, STUDIES, Write, evaluated, runs_of
+from tests.studies.study_runs import BASE, SIZES, STUDIES, Write, evaluated, runs_of
 
 
 def test_points_grids_budgets_seeds_and_twins_multiply(write_study: Write) -> None:
@@ -252,3 +252,21 @@ def test_a_wrong_study_is_told_with_field_rule_and_remedy(
 
 
 # a stand-in for train.py: the loss of a step is nothing to how a study starts runs
+
+
+@pytest.mark.parametrize(
+    ("schedule", "keys", "message"),
+    [
+        (3, {"budgets": {"tokens": [5120]}}, "schedule=3 must be a section, such as schedule.kind=...; its keys are"),
+        (None, {}, "schedule=None must be a section"),
+        ([1], {"warmup": 0.2}, "warmup: schedule is a value, not a section"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_base_whose_schedule_is_no_section_is_told(
+    schedule: Any, keys: dict[str, Any], message: str, write_study: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(**keys)
+    (path.parent / "base.yaml").write_text(yaml.safe_dump({**BASE, "schedule": schedule}))
+    assert main(["study", "plan", str(path)]) == 2
+    assert message in capsys.readouterr().err
