@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dash_megatron.data.json_tokenizer import read_settings
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.files import path_for_message
 
@@ -244,12 +244,13 @@ def template_beside(tokenizer: str | os.PathLike[str]) -> tuple[str, str] | None
     if path.is_file():
         return path.read_text(encoding="utf-8"), str(path)
     path = path.with_name("tokenizer_config.json")
-    if not path.is_file():
-        return None
-    try:
-        template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}, beside the tokenizer, is not valid JSON: {error}") from error
+    template = read_settings(path).get("chat_template")
     if isinstance(template, list):  # several by name
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+        default = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = default[0].get("template") if default else None
+    if template is not None and not isinstance(template, str):
+        raise ValueError(
+            f"{path}, beside the tokenizer, has chat_template={template!r}, which must be text, or a list of mappings with `name` "
+            "and `template`; correct it, or take it out"
+        )
     return None if template is None else (template, str(path))

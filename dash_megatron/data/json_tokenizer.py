@@ -28,6 +28,26 @@ _PROBES = (
 )
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a JSON file of, or beside, a tokenizer holds; nothing where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}, beside the tokenizer, is not valid JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{path}, beside the tokenizer, must hold a mapping, not {type(settings).__name__}; copy that file from where the "
+            "tokenizer came from"
+        )
+    return settings
+
+
 class JsonTokenizer:
     """A tokenizer.json, used as transformers uses it, without special tokens: their names inside a text are plain text.
 
@@ -53,7 +73,7 @@ class JsonTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        end = self._name_of("eos_token")
+        end = self._setting("eos_token")
         if end is None:
             raise ValueError(
                 f"data.tokenizer={path} needs the name of its end of sequence, which ends each document: eos_token in "
@@ -61,17 +81,17 @@ class JsonTokenizer:
             )
         # the same file with another end of sequence makes other data
         own = hashlib.sha256(content + b"\0" + end.encode()).hexdigest()
-        self.fingerprint: str = (self._setting(SAME_DATA) or {}).get(own, own)
+        self.fingerprint: str = (self._setting(SAME_DATA, dict) or {}).get(own, own)
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eod = self._id_of(end)
-        begin = self._setting(TEMPLATE_BOS) or self._name_of("bos_token")
+        begin = self._setting(TEMPLATE_BOS) or self._setting("bos_token")
         self.bos = -1 if begin is None else self._id_of(begin)
         added = self._tokenizer.get_added_tokens_decoder()
         self.special: dict[str, int] = {
             token.content: index for index, token in added.items() if token.special
         }
         named = {"bos_token": begin} | {
-            role: self._name_of(role) for role in ("eos_token", "pad_token", "unk_token")
+            role: self._setting(role) for role in ("eos_token", "pad_token", "unk_token")
         }
         self.special_tokens_map = {role: name for role, name in named.items() if name is not None}
         self._check_texts()
@@ -109,21 +129,20 @@ class JsonTokenizer:
         """The UTF-8 of the text that token ids stand for, with U+FFFD for parts of characters."""
         return self._tokenizer.decode(ids, skip_special_tokens=True).encode()
 
-    def _name_of(self, role: str) -> str | None:
-        token = self._setting(role)
-        return token["content"] if isinstance(token, dict) else token
-
-    def _setting(self, key: str) -> Any:
+    def _setting(self, key: str, kind: type = str) -> Any:
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             file = self.path.parent / name
-            if not file.is_file():
+            value = read_settings(file).get(key)
+            if kind is str and isinstance(value, dict):
+                value = value.get("content", value)  # a token with its properties
+            if value is None:
                 continue
-            try:
-                value = json.loads(file.read_text(encoding="utf-8")).get(key)
-            except ValueError as error:
-                raise ValueError(f"{file}, beside data.tokenizer, is not valid JSON: {error}") from error
-            if value is not None:
-                return value
+            if not isinstance(value, kind):
+                raise ValueError(
+                    f"{file}, beside the tokenizer, has {key}={value!r}, which must be {'text' if kind is str else 'a mapping'}; "
+                    "copy that file from where the tokenizer came from"
+                )
+            return value
         return None
 
     def _id_of(self, name: str) -> int:

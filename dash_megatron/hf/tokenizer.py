@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dash_megatron.data.chat import TEMPLATE_FILE, ChatTemplate, template_beside
-from dash_megatron.data.json_tokenizer import SAME_DATA, TEMPLATE_BOS
+from dash_megatron.data.json_tokenizer import SAME_DATA, TEMPLATE_BOS, read_settings
 from dash_megatron.data.sentencepiece_model import SPACE_SYMBOL
 from dash_megatron.data.tokenizer import Tokenizer as OurTokenizer
 from dash_megatron.files import telling_errors_of_the_disk
@@ -89,25 +89,21 @@ def export_tokenizer(ours: OurTokenizer, folder: Path, chat: ChatTemplate | None
 def _add_nothing(folder: Path, ours: OurTokenizer) -> None:
     """Let a tokenizer.json put no token, such as bos, before a text by itself: training read none."""
     path = folder / "tokenizer.json"
-    _write(path, {**_read(path), "post_processor": None})
+    _write(path, {**read_settings(path), "post_processor": None})
     settings = folder / "tokenizer_config.json"
     same = {OurTokenizer(path).fingerprint: ours.fingerprint}
-    _write(settings, {**_read(settings), SAME_DATA: same})
+    _write(settings, {**read_settings(settings), SAME_DATA: same})
 
 
 def _name(folder: Path, role: str, token: str, **defaults: str) -> None:
     """Name a special token, and set what is not set yet beside it."""
     path = folder / "tokenizer_config.json"
     # special_tokens_map.json alone may name the end of sequence
-    _write(path, {**defaults, **_read(path), role: token})
+    _write(path, {**defaults, **read_settings(path), role: token})
     # of two names that of special_tokens_map.json counts
     path = folder / "special_tokens_map.json"
     if path.is_file():
-        _write(path, {**_read(path), role: token})
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        _write(path, {**read_settings(path), role: token})
 
 
 def _write(path: Path, tree: dict[str, Any]) -> None:

@@ -180,6 +180,12 @@ def test_the_template_is_a_file_or_the_one_beside_the_tokenizer_or_a_plain_one(t
     for value in (CHATML, [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]):
         config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": value}))
         assert read_template(path) == (CHATML, str(config))
+    for value in (3, [{"name": "default", "template": ["x"]}]):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": value}))
+        with pytest.raises(
+            ValueError, match=r"has chat_template=.*, which must be text, or a list of mappings"
+        ):
+            read_template(path)
     (tmp_path / "own").write_text(MARKED)
     assert read_template(path, tmp_path / "own") == (MARKED, str(tmp_path / "own"))
     with pytest.raises(FileNotFoundError, match=r"--chat-template=.*none does not exist"):

@@ -188,6 +188,18 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no file beside": (lambda folder: (folder / "tokenizer_config.json").unlink(), "end of sequence"),
     "not json": (lambda folder: (folder / "tokenizer_config.json").write_text("{"), "not valid JSON"),
+    "no mapping": (
+        lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
+        "must hold a mapping, not list",
+    ),
+    "number for eos": (
+        lambda folder: _rewrite(folder / "tokenizer_config.json", eos_token={"id": 3}),
+        "has eos_token={'id': 3}, which must be text; copy",
+    ),
+    "list for same data": (
+        lambda folder: _rewrite(folder / "tokenizer_config.json", same_data_as=["a"]),
+        r"has same_data_as=\['a'\], which must be a mapping; copy",
+    ),
     "not a tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot be read"),
     "lower case": (
         lambda folder: _rewrite(folder / "tokenizer.json", normalizer={"type": "Lowercase"}),
