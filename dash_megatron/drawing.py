@@ -23,6 +23,9 @@ __all__ = [
     "tokens_axis",
 ]
 
+# values that differ little are written out on an axis, not as differences from a number in its corner
+matplotlib.rcParams["axes.formatter.useoffset"] = False
+
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, which colour-blind people tell apart."""
 MARKERS = "osD^vPX"

@@ -22,6 +22,15 @@ def test_every_line_of_a_picture_has_a_style_of_its_own() -> None:
     assert len({color for color, _ in styles[:7]}) == len({marker for _, marker in styles[:7]}) == 7
 
 
+def test_an_axis_of_values_that_differ_little_is_labelled_with_the_values() -> None:
+    figure, axis = drawing.plt.subplots()
+    axis.plot([1, 2], [4.25001, 4.25003])
+    figure.canvas.draw()
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    drawing.plt.close(figure)
+    assert all(label.startswith("4.25") for label in labels), labels
+
+
 def test_a_saved_figure_is_a_file_and_forgotten(tmp_path: Path) -> None:
     figure, axis = drawing.plt.subplots(figsize=(4, 3))
     drawing.tokens_axis(axis, [64, 1024])

@@ -17,7 +17,7 @@ from dash_megatron.studies.fit import frontier
 from dash_megatron.studies.plan import human
 from dash_megatron.studies.plot_run import draw_densities
 from dash_megatron.studies.runs import expand
-from dash_megatron.studies.scores import draw_scores, means_over_runs, read_scores
+from dash_megatron.studies.scores import TaskLength, draw_scores, means_over_runs, read_scores
 from dash_megatron.studies.study_file import Study
 from dash_megatron.training.metrics import read_metrics
 
@@ -43,12 +43,13 @@ def draw_study(
     folder.mkdir(parents=True, exist_ok=True)
     finished, quality = rows_with_quality(rows)
     folders = {run.name: run.folder for run in expand(study)}
+    found = {row["run"]: read_scores(folders[row["run"]]) for row in finished}
     shown = {
         "loss_compute.png": _loss_compute(finished, quality, fits, folder / "loss_compute.png"),
         "curves.png": _loss_over_tokens(folders, finished, quality, folder / "curves.png"),
         "position.png": _loss_by_position(folders, finished, folder / "position.png"),
-        "scores.png": _task_scores(folders, finished, False, folder / "scores.png"),
-        "losses.png": _task_scores(folders, finished, True, folder / "losses.png"),
+        "scores.png": _task_scores(found, finished, False, folder / "scores.png"),
+        "losses.png": _task_scores(found, finished, True, folder / "losses.png"),
     }
     if any(row["density"] is not None for row in finished):
         shown["pareto.png"] = _pareto(finished, quality, folder / "pareto.png")
@@ -189,16 +190,12 @@ def _largest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _task_scores(
-    folders: dict[str, Path], rows: list[dict[str, Any]], of_text: bool, path: Path
+    scores: dict[str, dict[TaskLength, float]], rows: list[dict[str, Any]], of_text: bool, path: Path
 ) -> str | None:
     """Scores by length, or losses of text where `of_text`."""
     found = {
-        row["run"]: {
-            place: value
-            for place, value in read_scores(folders[row["run"]]).items()
-            if (place.task in LOSS_TASKS) == of_text
-        }
-        for row in rows
+        run: {place: value for place, value in of_run.items() if (place.task in LOSS_TASKS) == of_text}
+        for run, of_run in scores.items()
     }
     shown = _largest([row for row in rows if found[row["run"]]])
     if not shown:

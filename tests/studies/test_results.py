@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -112,6 +113,20 @@ def test_speed_is_joined_over_context_lengths_of_one_kind(
     study = load_study(path)
     pictures.draw_study(study, collect(study), {"variants": {}}, path.parent)
     assert drawn["throughput.png"] == [("dash", [128, 256]), ("full", [128, 256])]
+
+
+def test_scores_and_losses_of_evaluations_are_read_once(
+    write_study: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_study()
+    (run,) = runs_of(path)
+    finish(run, 3.0, 0.4)
+    read = Mock(wraps=pictures.read_scores)
+    monkeypatch.setattr(pictures, "read_scores", read)
+    study = load_study(path)
+    drawn = pictures.draw_study(study, collect(study), {"variants": {}}, path.parent)
+    assert {"scores.png", "losses.png"} <= drawn.keys()
+    read.assert_called_once_with(run.folder)
 
 
 def test_losses_over_training_are_a_line_for_each_seed_of_the_largest_runs(
