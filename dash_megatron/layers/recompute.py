@@ -7,6 +7,7 @@ Transformer Engine where it discards outputs.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,9 +18,16 @@ from torch.utils.checkpoint import checkpoint
 
 Out = TypeVar("Out")
 
+MAX_ACTIVATED = 2**29
+"""What the activation of a feed-forward part gives on one process at once, in elements, where layers are recomputed (1 GiB in bf16)."""
+
 
 class RecomputedTransformerLayer(TransformerLayer):
-    """A transformer layer whose backward runs its forward again instead of keeping activations."""
+    """A transformer layer whose backward runs its forward again instead of keeping activations.
+
+    Of many tokens the feed-forward part goes piece by piece, of `MAX_ACTIVATED` at most: in the backward each is computed again and
+    differentiated before the next. Where ZeRO 3 shards weights there is one piece, because hooks of modules gather them.
+    """
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         """As `TransformerLayer.forward`."""
@@ -28,6 +36,85 @@ class RecomputedTransformerLayer(TransformerLayer):
         # re-entrant, because ZeRO-3 regathers parameters by module hooks that only a full re-run triggers
         run = functools.partial(super().forward, **kwargs)
         return checkpoint(run, hidden_states, use_reentrant=True, preserve_rng_state=False)
+
+    def _forward_mlp(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        whole = super()._forward_mlp
+
+        def run(x: Tensor) -> Tensor:
+            return whole(x, *args, **kwargs)
+
+        rows = self._rows_of_a_piece(hidden_states)
+        parameters = [*self.pre_mlp_layernorm.parameters(), *self.mlp.parameters()]
+        if rows >= len(hidden_states) or any(hasattr(p, "ds_id") for p in parameters):
+            return run(hidden_states)
+        if not torch.is_grad_enabled():
+            return _piecewise(run, hidden_states, rows)
+        # training comes here with a gradient only in the backward
+        return (
+            _Differentiated.apply(run, rows, hidden_states, *parameters)
+            if self.training
+            else run(hidden_states)
+        )
+
+    def _rows_of_a_piece(self, hidden_states: Tensor) -> int:
+        """Of [N, B, hidden_size], which under sequence parallelism is this rank's share of what the activation sees."""
+        rows, batch, _ = hidden_states.shape
+        shares = self.mlp.tp_group.size() if self.config.sequence_parallel else 1
+        activated = rows * batch * shares * self.mlp.linear_fc2.input_size_per_partition
+        return math.ceil(rows / math.ceil(activated / MAX_ACTIVATED))
+
+
+def _piecewise(run: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
+    """`run(x)`, some rows at a time, without a gradient."""
+    out = torch.empty_like(x)
+    for own, own_out in zip(x.split(rows), out.split(rows), strict=True):
+        own_out.copy_(run(own))
+    return out
+
+
+class _Differentiated(torch.autograd.Function):
+    """The gradient of a function of single rows, some rows at a time; its values are not computed, and zeros stand for them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: Callable[[Tensor], Tensor], rows: int, x: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        ctx.run, ctx.rows, ctx.parameters = run, rows, parameters
+        ctx.save_for_backward(x)
+        # of one element
+        return x.new_zeros(()).expand_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        d_x = torch.empty_like(x)
+        sums = [
+            torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in ctx.parameters
+        ]
+        for piece in zip(x.split(ctx.rows), d_out.split(ctx.rows), d_x.split(ctx.rows), strict=True):
+            _differentiate(ctx.run, ctx.parameters, *piece, sums)
+        return None, None, d_x, *(total.to(p.dtype) for total, p in zip(sums, ctx.parameters, strict=True))
+
+
+def _differentiate(
+    run: Callable[[Tensor], Tensor],
+    parameters: tuple[Tensor, ...],
+    x: Tensor,
+    d_out: Tensor,
+    d_x: Tensor,
+    sums: list[Tensor],
+) -> None:
+    """Write the gradient of x, and add those of parameters.
+
+    A function, so that what a piece leaves is forgotten before the next one.
+    """
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        out = run(x)
+    own, *found = torch.autograd.grad(out, (x, *parameters), d_out)
+    d_x.copy_(own)
+    for total, gradient in zip(sums, found, strict=True):
+        total.add_(gradient)
 
 
 class SelectiveTransformerLayer(TransformerLayer):

@@ -14,6 +14,8 @@ from dash_megatron.planning.traffic import ContextShape
 
 MAX_LOGITS = 2**29
 """Logits of one process alive at once, in elements: `dash_megatron.layers.vocabulary_loss.MAX_LOGITS`."""
+MAX_ACTIVATED = 2**29
+"""Activations of a recomputed layer's feed-forward part alive at once, in elements: `dash_megatron.layers.recompute.MAX_ACTIVATED`."""
 NSA_BYTES = 18
 """Of an element of the attention's output: three branches in bf16, and in float32 to be multiplied by their gates."""
 MAX_BOUNDED_BYTES = 2 * 2**30
@@ -275,6 +277,14 @@ def _loss_bytes(config: Config, layout: Layout, vocab_size: int) -> float:
     return piece + table + _layer_bytes(config, layout, shape)["stream"]
 
 
+def feed_forward_pieces(config: Config, layout: Layout) -> int:
+    """In how many pieces, one after the other, the feed-forward part of a layer is computed and differentiated."""
+    if layout.recompute != "full" or layout.zero_stage == 3:
+        return 1
+    activated = context_shape(config, layout).tokens * config.model.ffn_hidden_size / layout.tensor
+    return math.ceil(activated / MAX_ACTIVATED)
+
+
 def context_shape(config: Config, layout: Layout) -> ContextShape:
     """What one rank holds of one layer's attention in one micro-batch."""
     return ContextShape(
@@ -340,6 +350,12 @@ def memory_use(
     attention_phase = max(attention_phase + backward_pairs, by_pair["attend"])
     # gradients of its input, of both halves and of the activation
     feed_forward_phase = feed_forward * (2 if layout.recompute == "selective" else 1)
+    pieces = feed_forward_pieces(config, layout)
+    if pieces > 1:
+        # of a piece, which is there only now; the whole input's gradient; sums of those of its weights, in float32
+        layer -= feed_forward
+        weights = 3 * config.model.hidden_size * config.model.ffn_hidden_size / layout.tensor
+        feed_forward_phase = 2 * feed_forward / pieces + parts["stream"] + 4 * weights
     layer_phase = max(attention_phase, feed_forward_phase)
     if layout.sequence:
         # in either half a product's input is gathered again, and its whole gradient is there until it is dealt out

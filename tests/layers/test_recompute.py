@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dash_megatron.layers.recompute import with_recomputed_input
+from dash_megatron.layers import recompute as recompute_module
+from dash_megatron.layers.recompute import _Differentiated, with_recomputed_input
 from tests.layers.test_gpt_model import config_of, cu_seqlens_of, model_of, positions_of, tokens_of
 
 
@@ -87,3 +88,97 @@ def test_every_way_to_recompute_gives_the_same_loss_and_gradients(attention: dic
             # on CPU a norm's input gets its gradient in several parts, which selective adds up in another order
             error = (found[name] - gradient).abs().max() / gradient.abs().max()
             assert error <= (1e-6 if recompute == "selective" else 0), (recompute, name, error)
+
+
+FFN = 96
+
+
+def model_in_pieces(attention: dict[str, Any], recompute: str = "full") -> torch.nn.Module:
+    """In float64, so that sums of pieces are those of the whole."""
+    training = {"steps": 1, "global_batch": 1, "recompute": recompute}
+    torch.manual_seed(0)
+    return model_of(config_of(attention=attention, training=training)).double()
+
+
+@pytest.fixture
+def three_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 128 tokens."""
+    monkeypatch.setattr(recompute_module, "MAX_ACTIVATED", 50 * FFN)
+
+
+@pytest.mark.usefixtures("single_process", "three_pieces")
+@pytest.mark.parametrize("documents", [True, False], ids=["packed", "rows"])
+@pytest.mark.parametrize("kind", ["dash", "full"])
+def test_a_feed_forward_part_in_pieces_gives_the_loss_and_gradients_of_the_whole(
+    kind: str, documents: bool
+) -> None:
+    lengths = (37, 1, 70, 20)
+
+    def results(recompute: str) -> dict[str, Tensor]:
+        model = model_in_pieces({"kind": kind}, recompute)
+        embedded: list[Tensor] = []
+
+        def keep(module: torch.nn.Module, inputs: Any, hidden: Tensor) -> None:
+            hidden.retain_grad()
+            embedded.append(hidden)
+
+        model.embedding.register_forward_hook(keep)
+        tokens, labels = tokens_of(128), tokens_of(128, 1)
+        if documents:
+            inputs = {"position_ids": positions_of(*lengths), "cu_seqlens": cu_seqlens_of(*lengths)}
+        else:
+            inputs = {"position_ids": positions_of(64).expand(2, -1)}
+            tokens, labels = tokens.view(2, 64), labels.view(2, 64)
+        loss = model(tokens, labels=labels, loss_weight=torch.ones(tokens.shape), **inputs)
+        loss.backward()
+        found = {"loss": loss.detach(), "input": embedded[0].grad}
+        return found | {name: p.grad for name, p in model.named_parameters()}
+
+    expected, found = results("none"), results("full")
+    assert found.keys() == expected.keys()
+    for name, one in expected.items():
+        assert (found[name] - one).abs().max() <= 1e-13 * one.abs().max(), name
+
+
+@pytest.mark.usefixtures("single_process", "three_pieces")
+def test_of_pieces_of_a_feed_forward_part_one_is_alive_and_each_parameter_gets_its_gradient_once() -> None:
+    model = model_in_pieces({})
+    rows: list[int] = []
+    activated: list[weakref.ref[Tensor]] = []
+    gradients: dict[str, int] = {}
+
+    def see(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows.append(len(inputs[0]))
+        assert not (module.training and [one for one in activated if one() is not None])
+        activated.append(weakref.ref(inputs[0]))
+
+    def count(name: str) -> Callable[[Tensor], None]:
+        return lambda _: gradients.update({name: gradients.get(name, 0) + 1})
+
+    for layer in model.decoder.layers:
+        layer.mlp.linear_fc2.register_forward_pre_hook(see)
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(count(name))
+    arguments = {"tokens": tokens_of(128), "position_ids": positions_of(128), "labels": tokens_of(128, 1)}
+    arguments["loss_weight"] = torch.ones(1, 128)
+    loss = model(**arguments)
+    assert rows == [43, 43, 42] * 2
+    loss.backward()
+    # the same once more, and no more
+    assert rows == [43, 43, 42] * 4
+    assert gradients == dict.fromkeys(dict(model.named_parameters()), 1)
+    # without training: in pieces where nothing is kept, and whole where a gradient may be wanted
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**arguments), loss.detach())
+    assert rows == [43, 43, 42] * 6
+    torch.testing.assert_close(model(**arguments), loss)
+    assert rows == [43, 43, 42] * 6 + [128] * 2
+
+
+def test_gradients_of_pieces_are_summed_in_float32() -> None:
+    # every row adds the same; beyond 256, bf16 would not count it
+    x = torch.ones(1024, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(1, dtype=torch.bfloat16, requires_grad=True)
+    _Differentiated.apply(lambda rows: rows * weight, 1, x, weight).backward(torch.ones_like(x))
+    assert weight.grad.tolist() == [1024]

@@ -344,6 +344,25 @@ def test_recomputation_and_sharing_tokens_only_ever_save() -> None:
     assert shared < whole
 
 
+def test_a_recomputed_layer_has_the_activations_of_one_piece_of_a_feed_forward_part() -> None:
+    # 14336 wide: 37449 tokens a piece
+    long = load_config(ROOT / "configs" / "8b_64k.yaml", ["data.seq_length=524288", "attention.kind=full"])
+    layout = replace(ALONE, zero_stage=1)
+    assert memory.feed_forward_pieces(long, layout) == 14
+    assert memory.feed_forward_pieces(long, replace(layout, tensor=8)) == 2
+    assert memory.feed_forward_pieces(long, replace(layout, context=16)) == 1
+    # hooks of modules gather weights there
+    assert memory.feed_forward_pieces(long, replace(layout, zero_stage=3)) == 1
+    assert memory.feed_forward_pieces(long, replace(layout, recompute="selective")) == 1
+    in_pieces, whole = (
+        memory_use(long, replace(layout, zero_stage=stage), 128256).working for stage in (1, 3)
+    )
+    # norm, both halves and activation, with a gradient for each; beside those of a piece the whole input's and sums for three weights
+    stream, product = 524288 * 4096 * 2, 524288 * 14336 * 2
+    of_all = 2 * (stream + 3 * product)
+    assert whole - in_pieces == of_all - (of_all / 14 + stream + 3 * 4096 * 14336 * 4)
+
+
 @pytest.mark.parametrize("group", [1, 4, 16])
 def test_programs_that_share_pairs_are_those_of_the_table_of_launches(
     group: int, monkeypatch: pytest.MonkeyPatch
@@ -362,6 +381,7 @@ def test_programs_that_share_pairs_are_those_of_the_table_of_launches(
 
 
 def test_limits_are_those_of_the_code_they_describe() -> None:
+    from dash_megatron.layers.recompute import MAX_ACTIVATED
     from dash_megatron.layers.vocabulary_loss import MAX_LOGITS
     from dash_megatron.ops.kernels import backward_q, configs, pair_slabs, pairs, transpose
     from dash_megatron.ops.kernels.geometry import MAX_BOUNDED_BYTES
@@ -369,6 +389,7 @@ def test_limits_are_those_of_the_code_they_describe() -> None:
     from dash_megatron.training.engine import BUCKET_ELEMENTS
 
     assert memory.BUCKET_ELEMENTS == BUCKET_ELEMENTS
+    assert memory.MAX_ACTIVATED == MAX_ACTIVATED
     assert (memory.MAX_LOGITS, memory.MAX_BOUNDED_BYTES) == (MAX_LOGITS, MAX_BOUNDED_BYTES)
     assert baseline_times.MAX_SHARED_BIAS == MAX_SHARED_BIAS
     for name in ("WORKSPACE_BYTES", "PLACES_BYTES", "MAX_COUNTS", "COUNTED_SLABS"):

@@ -97,8 +97,8 @@ def test_recomputation_and_scoring_in_pieces_leave_gradients_alone(
         (mode, with_changes(tree, training={"recompute": mode}))
         for mode in ("none", "selective", "attention", "full")
     ]
-    # 128 tokens and a vocabulary of 320: four pieces
-    run_processes(2, one_step, cases, str(tmp_path), 32 * 320)
+    # 128 tokens, a vocabulary of 320 and a feed-forward part 96 wide: four pieces of logits, three of what `full` activates
+    run_processes(2, one_step, cases, str(tmp_path), 32 * 320, 1, 50 * 96)
     expected = torch.load(tmp_path / "reference.pt")
     for name, _ in cases:
         assert_same_step(torch.load(tmp_path / f"{name}.pt"), expected)

@@ -139,8 +139,9 @@ def test_recomputation_and_scoring_in_pieces_leave_gradients_alone(
         stage = (1, 3)[number.bit_count() % 2]
         case = tensor_parallel(tree, stage, sequence, **MODELS[model], training={"recompute": mode})
         cases.append((f"{model}_{mode}_{stage}_{sequence}", case))
-    # 128 tokens and a vocabulary of 320: pieces of 40 tokens, or of 20 of each rank's 64, and a shorter last one
-    run_processes(2, one_step, cases, str(tmp_path), 20 * 320)
+    # 128 tokens and a vocabulary of 320: pieces of 40 tokens, or of 20 of each rank's 64, and a shorter last one;
+    # of a feed-forward part 48 wide on each rank, three pieces
+    run_processes(2, one_step, cases, str(tmp_path), 20 * 320, 1, 50 * 48)
     for name, _ in cases:
         assert_same_step(torch.load(tmp_path / f"{name}.pt"), expected[name.split("_")[0]], TOLERANCE)
 

@@ -71,14 +71,18 @@ def watch_samples(trainer: Any, last_step: int | None) -> None:
 
 
 def one_step(
-    cases: list[tuple[str, dict[str, Any]]], folder: str, max_logits: int | None = None, steps: int = 1
+    cases: list[tuple[str, dict[str, Any]]],
+    folder: str,
+    max_logits: int | None = None,
+    steps: int = 1,
+    max_activated: int | None = None,
 ) -> None:
     """Save what `_measured_steps` gives for every case: rank 0 to `<folder>/<name>.pt`, every rank's copy of weights that
     no process group shards to `<folder>/<name>_<rank>.pt`."""
-    if max_logits is not None:
-        from dash_megatron.layers import vocabulary_loss
+    from dash_megatron.layers import recompute, vocabulary_loss
 
-        vocabulary_loss.MAX_LOGITS = max_logits
+    vocabulary_loss.MAX_LOGITS = max_logits or vocabulary_loss.MAX_LOGITS
+    recompute.MAX_ACTIVATED = max_activated or recompute.MAX_ACTIVATED
     module = keep_process_groups()
     for name, tree in cases:
         trainer = module.Trainer(config_from_dict(tree))
