@@ -45,16 +45,13 @@ class RecomputedTransformerLayer(TransformerLayer):
 
         rows = self._rows_of_a_piece(hidden_states)
         parameters = [*self.pre_mlp_layernorm.parameters(), *self.mlp.parameters()]
-        if rows >= len(hidden_states) or any(hasattr(p, "ds_id") for p in parameters):
+        wanted = torch.is_grad_enabled() and not self.training
+        if wanted or rows >= len(hidden_states) or any(hasattr(p, "ds_id") for p in parameters):
             return run(hidden_states)
         if not torch.is_grad_enabled():
             return _piecewise(run, hidden_states, rows)
-        # training comes here with a gradient only in the backward
-        return (
-            _Differentiated.apply(run, rows, hidden_states, *parameters)
-            if self.training
-            else run(hidden_states)
-        )
+        # in training only the backward comes here with a gradient
+        return _Differentiated.apply(run, rows, hidden_states, *parameters)
 
     def _rows_of_a_piece(self, hidden_states: Tensor) -> int:
         """Of [N, B, hidden_size], which under sequence parallelism is this rank's share of what the activation sees."""

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,11 @@ import torch
 from torch import Tensor
 
 from dash_megatron.layers import recompute as recompute_module
-from dash_megatron.layers.recompute import _Differentiated, with_recomputed_input
+from dash_megatron.layers.recompute import (
+    RecomputedTransformerLayer,
+    _Differentiated,
+    with_recomputed_input,
+)
 from tests.layers.test_gpt_model import config_of, cu_seqlens_of, model_of, positions_of, tokens_of
 
 
@@ -174,6 +179,19 @@ def test_of_pieces_of_a_feed_forward_part_one_is_alive_and_each_parameter_gets_i
     assert rows == [43, 43, 42] * 6
     torch.testing.assert_close(model(**arguments), loss)
     assert rows == [43, 43, 42] * 6 + [128] * 2
+
+
+def test_pieces_are_of_what_a_tensor_parallel_rank_activates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute_module, "MAX_ACTIVATED", 24 * 48)
+    feed_forward = SimpleNamespace(
+        tp_group=SimpleNamespace(size=lambda: 2), linear_fc2=SimpleNamespace(input_size_per_partition=48)
+    )
+    rows = {}
+    for sequence in (False, True):
+        layer = SimpleNamespace(mlp=feed_forward, config=SimpleNamespace(sequence_parallel=sequence))
+        rows[sequence] = RecomputedTransformerLayer._rows_of_a_piece(layer, torch.empty(30, 2, 8))
+    # with sequence parallelism it gathers the tokens of two ranks: 120 in 5 pieces, not 60 in 3
+    assert rows == {False: 10, True: 6}
 
 
 def test_gradients_of_pieces_are_summed_in_float32() -> None:
