@@ -25,4 +25,18 @@ def tell_scheduler(code: ExitCode, reason: str) -> None:
     if path := os.environ.get("DASH_EXIT_FILE"):
         # where even this cannot be written, the exit code still tells
         with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
-            file.write(f"{int(code)}\t{' '.join(reason.splitlines())}\n")
+            file.write(_line(code, reason))
+
+
+def take_back(code: ExitCode, reason: str) -> None:
+    """Take back what `tell_scheduler` told, since this process goes on."""
+    if path := os.environ.get("DASH_EXIT_FILE"):
+        with contextlib.suppress(OSError), open(path, "r+", encoding="utf-8") as file:
+            text = file.read().replace(_line(code, reason), "")
+            file.seek(0)
+            file.truncate()
+            file.write(text)
+
+
+def _line(code: ExitCode, reason: str) -> str:
+    return f"{int(code)}\t{' '.join(reason.splitlines())}\n"

@@ -110,7 +110,9 @@ class FaultsConfig(Section):
     alarm."""
     hang_minutes: float = Field(default=30.0, ge=0)
     """A process that finishes no step, validation batch, load or save for this many minutes writes its stack traces to
-    standard error and aborts, so that it can be started again; 0 = never. A little before, one process tells which stand where,
-    and which give no sign of life."""
+    standard error and aborts, so that it can be started again; 0 = never, but what processes wait for from each other still
+    fails after 30. A little before, one process tells which stand where, and which give no sign of life. Take three times the
+    longest of these: a start's first step compiles kernels too; a save waits until the one before is written, and the last one, or
+    any with `checkpoint.asynchronous=false`, until it is itself; of validation and `evaluation.tasks` each batch counts alone."""
     straggler_ratio: float = Field(default=1.5, gt=1)
     """Warn when a process takes this many times the median to read data and compute."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dash_megatron.exit_codes import ExitCode, tell_scheduler
+from dash_megatron.exit_codes import ExitCode, take_back, tell_scheduler
 
 _PACKAGE = Path(__file__).parents[1]
 _MOST_PLACES = 4
@@ -19,7 +19,8 @@ class HangReport:
     """Writes where this process stands to `<run_dir>/hang`, once it was long without progress; one process tells of all.
 
     A thread does it, through files, because the processes wait in each other's collectives. One whose Python stands still,
-    as of a machine that is gone, a stopped process or a lost file system, writes nothing: that too is told. Only once a start.
+    as of a machine that is gone, a stopped process or a lost file system, writes nothing: that too is told. Where they go on
+    after all, what the scheduler was told is taken back.
 
     Args:
         run_dir: the run's folder.
@@ -46,22 +47,38 @@ class HangReport:
         self._stopped.set()
 
     def _watch(self) -> None:
-        while (left := self._last_beat + self.seconds - time.monotonic()) > 0:
-            if self._stopped.wait(left):
+        while not self._stopped.wait(max(0.0, self._last_beat + self.seconds - time.monotonic())):
+            beat = self._last_beat
+            if time.monotonic() < beat + self.seconds:
+                continue
+            try:
+                told = self._tell()
+                while self._last_beat == beat:
+                    if self._stopped.wait(self.seconds / 20):
+                        return
+                self._file(self.rank).unlink(missing_ok=True)
+            except OSError as error:
+                sys.stderr.write(
+                    f"no progress for {self.seconds:.0f} s, and {self.folder}: {error.strerror}\n"
+                )
                 return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._file(self.rank).write_text(self._place())
-            if self._stopped.wait(self.seconds / 20):
-                return
-            places = self._places()
-        except OSError as error:
-            sys.stderr.write(f"no progress for {self.seconds:.0f} s, and {self.folder}: {error.strerror}\n")
-            return
-        if self.rank == min(places):
-            text = describe(self.hosts, places, self.seconds)
-            sys.stderr.write(f"error: {text}\n")
-            tell_scheduler(ExitCode.FAULT, text)
+            if told:
+                sys.stderr.write("warning: the processes went on\n")
+                take_back(ExitCode.FAULT, told)
+
+    def _tell(self) -> str | None:
+        """Write where this process stands, and give the sentence on all processes where it is this one that tells it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file(self.rank).write_text(self._place())
+        if self._stopped.wait(self.seconds / 20):
+            return None
+        places = self._places()
+        if self.rank != min(places):
+            return None
+        text = describe(self.hosts, places, self.seconds)
+        sys.stderr.write(f"error: {text}\n")
+        tell_scheduler(ExitCode.FAULT, text)
+        return text
 
     def _file(self, rank: int) -> Path:
         return self.folder / f"rank_{rank:05d}"
@@ -105,7 +122,7 @@ def describe(hosts: Sequence[str], places: dict[int, str], seconds: float) -> st
     parts = [f"no sign of life of {_name(silent, hosts)}"] if silent else []
     rarest = sorted(groups.items(), key=lambda group: len(group[1]))
     parts += [f"{_name(ranks, hosts)} in {place}" for place, ranks in rarest[:_MOST_PLACES]]
-    return f"no progress for {seconds:.0f} s: {'; '.join(parts)}"
+    return f"no progress for {seconds:.0f} s: {'; '.join(parts)}; where this is slow and no hang, raise faults.hang_minutes"
 
 
 def _name(ranks: Sequence[int], hosts: Sequence[str]) -> str:
