@@ -485,6 +485,7 @@ def test_faults_are_forgiven_with_every_newer_checkpoint_and_no_more_often_than_
     code, (_, detail), _ = play(1, restart=6)
     assert code == 1
     assert "started again 2 times without a newer checkpoint" in detail
+    assert detail.endswith("; sbatch's --exclude=NODE leaves out a bad machine")
 
 
 @pytest.mark.parametrize(
