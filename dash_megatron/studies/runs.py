@@ -63,6 +63,8 @@ class _Recipe:
     point: str | None
     of_point: frozenset[str]
     """Keys that the point sets."""
+    varied: frozenset[str]
+    """Keys of the grid that have several values."""
     tokens: float | None = None
     """Of a twin: those of the run it is twin of."""
 
@@ -173,12 +175,13 @@ def _check_start(name: str, base: StudyRun, branch: StudyRun) -> None:
 
 def _recipes(study: Study) -> Iterator[_Recipe]:
     keys = list(study.grid)
+    varied = frozenset(key for key, values in study.grid.items() if len(values) > 1)
     for point in study.points or ({},):
         settings = {key: value for key, value in point.items() if key != "name"}
         for values in product(*study.grid.values()):
             mixed = {**settings, **dict(zip(keys, values, strict=True))}
             for budget, seed in product(study.budgets.entries(), study.seeds or (None,)):
-                yield _Recipe(mixed, budget, seed, point.get("name"), frozenset(settings))
+                yield _Recipe(mixed, budget, seed, point.get("name"), frozenset(settings), varied)
 
 
 def _add(runs: list[StudyRun], run: StudyRun, twin_of: str | None = None) -> None:
@@ -302,10 +305,11 @@ def _labels(config: Config, recipe: _Recipe) -> tuple[str, str]:
         # a named size may have a learning rate of its own, say
         hidden = {key for key in recipe.of_point if not key.startswith("attention.")}
         outside = {key: value for key, value in outside.items() if key not in hidden}
-    label = " ".join(part for part in (config.attention.kind, _words(outside)) if part)
+    name: str = config.attention.kind
     if recipe.point and not inside:
-        label = f"{recipe.point} ({config.attention.kind})"
-    return label, size
+        name = f"{recipe.point} ({name})"
+        outside = {key: value for key, value in outside.items() if key in recipe.varied}
+    return " ".join(part for part in (name, _words(outside)) if part), size
 
 
 def _words(settings: dict[str, Any]) -> str:

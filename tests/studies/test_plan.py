@@ -65,6 +65,19 @@ def test_a_named_size_has_a_learning_rate_without_being_another_kind_of_run(writ
     assert runs[1].config.optimizer.lr == 1e-4
 
 
+def test_named_points_without_a_size_are_told_apart_by_what_the_grid_varies(write_study: Write) -> None:
+    points = [{"name": "slow", "optimizer.lr": 1e-4}, {"name": "fast", "optimizer.lr": 1e-3}]
+    grid = {"optimizer.weight_decay": [0.0, 0.1], "attention.sigma": [1.0]}
+    runs = runs_of(write_study(points=points, grid=grid, twins=["full"]))
+    assert [run.name for run in runs if run.config.optimizer.lr == 1e-4] == [
+        "slow-dash-weight_decay-0.0",
+        "slow-full-weight_decay-0.0",
+        "slow-dash-weight_decay-0.1",
+        "slow-full-weight_decay-0.1",
+    ]
+    assert len({run.variant for run in runs}) == len(runs) == 8
+
+
 def test_a_dense_point_is_the_twin_of_the_others_and_not_of_itself(write_study: Write) -> None:
     points = [{"name": kind, "attention.kind": kind} for kind in ("full", "dash")]
     full, dash = runs_of(write_study(points=points, twins=["full"]))
