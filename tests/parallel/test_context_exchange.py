@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dash_megatron.config import ParallelConfig
 from dash_megatron.ops import sharded_reference
@@ -282,22 +283,40 @@ class _FirstOfTwo:
         return mock.Mock(wait=lambda: self.log.append("wait"))
 
 
-# heads of whole 8 bytes, and others
-@pytest.mark.parametrize(("head_dim", "dtype"), [(4, torch.float64), (6, torch.bfloat16)])
-def test_all_heads_are_on_their_way_before_the_first_is_waited_for(head_dim: int, dtype: torch.dtype) -> None:
+def test_heads_of_others_travel_while_own_ones_are_made_and_used() -> None:
+    """Of two ranks with the same rows and weights, of which the first attends with the first half of the heads."""
     log: list[str] = []
     group: Any = _FirstOfTwo(log)
-    x, y = (torch.randn(8, 6, head_dim, dtype=dtype, requires_grad=True) for _ in range(2))
-    heads = heads_for_rows(group, x, y)
-    # two pieces each
-    assert log == ["send"] * 4 + ["wait"] * 4
-    out = rows_for_heads(group, heads[0] * heads[1])
-    assert log == (["send"] * 4 + ["wait"] * 4) + (["send"] * 2 + ["wait"] * 2)
-    # the other rank has the same rows and attends with the first half of the heads, too
-    assert torch.equal(out[:, :3], (x * y)[:, :3])
+    rows = [torch.randn(8, 6, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+    def noted(rank: int, what: str, *tensors: Tensor) -> list[Tensor]:
+        """The same tensors; the log says when they are there, and when their gradients are."""
+        log.append(f"{what} {rank}")
+        return [_Noted.apply(x, log, f"back {what} {rank}") for x in tensors]
+
+    halves = [x.chunk(2, dim=1) for x in rows]
+    heads = heads_for_rows(group, lambda rank: noted(rank, "made", *(half[rank] for half in halves)))
+    assert log == ["made 1", "send", "made 0", "wait"]
     log.clear()
-    out.sum().backward()
-    assert log == (["send"] * 2 + ["wait"] * 2) + (["send"] * 4 + ["wait"] * 4)
+    out = {rank: noted(rank, "used", x)[0] for rank, x in rows_for_heads(group, heads[0] * heads[1])}
+    assert log == ["send", "used 0", "wait", "used 1"]
+    assert torch.equal(out[0], (rows[0] * rows[1])[:, :3])
+    log.clear()
+    sum(x.sum() for x in out.values()).backward()
+    used = ["back used 1", "send", "back used 0", "wait"]
+    assert [*used, "send", *["back made 0"] * 2, "wait", *["back made 1"] * 2] == log
+
+
+class _Noted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log: list[str], what: str) -> Tensor:
+        ctx.log, ctx.what = log, what
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        ctx.log.append(ctx.what)
+        return gradient, None, None
 
 
 def test_keys_and_their_gradients_travel_while_others_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,13 +223,20 @@ def test_ranks_that_share_a_gpu_train_as_one_with_the_kernels(
 def test_recomputation_leaves_gradients_alone(
     tree: dict[str, Any], run_processes: Any, tmp_path: Path
 ) -> None:
-    tree = with_changes(tree, attention={"local_chunks": 1, "query_pool": 5})
+    # with all that a projection of queries, keys and values may have
+    tree = with_changes(
+        tree,
+        model={"qkv_bias": True, "qk_norm": True},
+        attention={"local_chunks": 1, "query_pool": 5, "pool_heads": True, "router_projections": True},
+    )
     run_processes(1, one_step, [("one", tree)], str(tmp_path))
     cases = []
     for number, (mode, comm) in enumerate(
         itertools.product(("selective", "attention", "full"), EXCHANGES["dash"])
     ):
-        sections = {"parallel": {"context": 2, "context_comm": comm}, "zero": {"stage": 1 + 2 * (number % 2)}}
+        # every exchange with both stages
+        stage = 1 + 2 * ((number + number // len(EXCHANGES["dash"])) % 2)
+        sections = {"parallel": {"context": 2, "context_comm": comm}, "zero": {"stage": stage}}
         cases.append((f"{mode}_{comm}", with_changes(tree, training={"recompute": mode}, **sections)))
     run_processes(2, one_step, cases, str(tmp_path))
     for name, _ in cases:
