@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from dash_megatron.config import AttentionConfig
+from dash_megatron.config import AttentionConfig, InfLLMv2Config
 from dash_megatron.planning.kernel_times import AttentionSeconds, AttentionWork, dash_seconds
 
 MAX_SHARED_BIAS = 2**28
@@ -17,7 +17,7 @@ MAX_SHARED_BIAS = 2**28
 
 NOTE = (
     "attention of infllmv2 and nsa: kernels by the length of their lists, the rest by operations and bytes counted; beside the "
-    "one measured step of each, 7% too little time for infllmv2 and 62% for nsa"
+    "one measured step of each, 6% too little time for infllmv2 and 61% for nsa"
 )
 SCORE_FLOPS = 200e12
 """Operations per second of half-precision products on an H200, slowed down by the exponentials among them: assumed."""
@@ -29,6 +29,8 @@ COMPRESS_PASSES = 13
 """How often as many float32 numbers as there are in the keys are read or written to compress keys and values."""
 COMPRESS_BACKWARD_PASSES = 24
 """The same in the backward."""
+BRANCH_BYTES = {"nsa": 18}
+"""Kept of an element of the attention's output beside it: three branches in bf16, and in float32 to be multiplied by their gates."""
 
 
 def share_of_pairs(chunks: int, selected: int) -> float:
@@ -36,13 +38,19 @@ def share_of_pairs(chunks: int, selected: int) -> float:
     return 2 * sum(min(selected, own) for own in range(1, chunks + 1)) / (chunks * (chunks + 1))
 
 
-def selected_chunks(attention: AttentionConfig) -> int:
+def _lists(attention: AttentionConfig) -> InfLLMv2Config:
+    lists = attention.fixed_lists
+    assert lists is not None
+    return lists
+
+
+def _selected_chunks(attention: AttentionConfig) -> int:
     """Chunks of the fixed list of `infllmv2`, or of NSA's second branch, the own one included."""
-    lists = attention.nsa if attention.kind == "nsa" else attention.infllmv2
+    lists = _lists(attention)
     return lists.initial_blocks + lists.local_blocks + lists.top_k
 
 
-def window_chunks(attention: AttentionConfig) -> int:
+def _window_chunks(attention: AttentionConfig) -> int:
     """Chunks of NSA's third branch, the own one included."""
     return attention.nsa.window // attention.chunk_size + 1
 
@@ -54,9 +62,9 @@ def density_of_lists(attention: AttentionConfig, context: float) -> float:
     which is not counted.
     """
     chunks = max(1, round(2 * context / attention.chunk_size))
-    selected = selected_chunks(attention)
+    selected = _selected_chunks(attention)
     if attention.kind == "nsa":
-        selected += max(0, window_chunks(attention) - attention.nsa.local_blocks)
+        selected += max(0, _window_chunks(attention) - attention.nsa.local_blocks)
     return share_of_pairs(chunks, selected)
 
 
@@ -76,13 +84,12 @@ def baseline_seconds(
         visited_over_selected: pairs in chunks that tiles visit over pairs selected. A window is the same for a whole tile.
         memory_bandwidth: bytes per second.
     """
-    nsa = attention.kind == "nsa"
     parts = [
-        _listed_seconds(work, share_of_pairs(chunks, selected_chunks(attention)), visited_over_selected),
+        _listed_seconds(work, share_of_pairs(chunks, _selected_chunks(attention)), visited_over_selected),
         _scoring_seconds(work, attention, memory_bandwidth),
     ]
-    if nsa:
-        parts.append(_listed_seconds(work, share_of_pairs(chunks, window_chunks(attention)), 1.0))
+    if attention.kind == "nsa":
+        parts.append(_listed_seconds(work, share_of_pairs(chunks, _window_chunks(attention)), 1.0))
     return AttentionSeconds(sum(part.forward for part in parts), sum(part.backward for part in parts))
 
 
@@ -96,15 +103,14 @@ def _scoring_seconds(
     work: AttentionWork, attention: AttentionConfig, memory_bandwidth: float
 ) -> AttentionSeconds:
     """Scores of chunks and the selection from them; in NSA also compression, the branch that attends, and their backward."""
-    nsa = attention.kind == "nsa"
-    scored = attention.nsa if nsa else attention.infllmv2
+    scored = _lists(attention)
     pairs = work.pairs / scored.kernel_stride
     product = 2 * work.heads * pairs * work.head_dim / SCORE_FLOPS
     # every pooled key once for the normalizer, and once for each chunk that it overlaps
     overlaps = 1 + (scored.kernel_size - scored.kernel_stride) / attention.chunk_size
     selection = SELECTION_BYTES * work.kv_heads * work.pairs / attention.chunk_size / memory_bandwidth
     scoring = (1 + overlaps) * product + selection
-    if not nsa:
+    if attention.kind == "infllmv2":
         return AttentionSeconds(scoring, 0.0)
     branch = 2 * product + MASK_BYTES * pairs / memory_bandwidth
     keys = 4 * work.rows * work.kv_heads * work.head_dim / memory_bandwidth

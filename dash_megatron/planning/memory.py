@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dash_megatron.config import Config
 from dash_megatron.config.flops import norm_parameters, parameter_count, routing_rows
+from dash_megatron.planning.baseline_times import BRANCH_BYTES
 from dash_megatron.planning.choices import tile_tokens
 from dash_megatron.planning.kernel_times import PAIRS_ABOVE, keys_by_pair, pairs_above
 from dash_megatron.planning.layout import Hardware, Layout
@@ -16,8 +17,6 @@ MAX_LOGITS = 2**29
 """Logits of one process alive at once, in elements: `dash_megatron.layers.vocabulary_loss.MAX_LOGITS`."""
 MAX_ACTIVATED = 2**29
 """Activations of a recomputed layer's feed-forward part alive at once, in elements: `dash_megatron.layers.recompute.MAX_ACTIVATED`."""
-NSA_BYTES = 18
-"""Of an element of the attention's output: three branches in bf16, and in float32 to be multiplied by their gates."""
 MAX_BOUNDED_BYTES = 2 * 2**30
 """Lists up to this size have room for every chunk: `dash_megatron.ops.kernels.geometry.MAX_BOUNDED_BYTES`."""
 WORKSPACE_BYTES = 2**31
@@ -262,7 +261,7 @@ def _layer_bytes(config: Config, layout: Layout, shape: ContextShape) -> dict[st
         "row_state": tokens * shape.heads * 8,
         # of baselines, whose operands and output are copied into whole chunks first
         "laid_out": tokens * 2 * (shape.heads + shape.kv_heads) * shape.head_dim * b * listed,
-        "branches": tokens * shape.heads * shape.head_dim * NSA_BYTES * (kind == "nsa"),
+        "branches": tokens * shape.heads * shape.head_dim * BRANCH_BYTES.get(kind, 0),
         # both halves of the input of a compiled SwiGLU, and its output
         "feed_forward": tokens * 3 * model.ffn_hidden_size / layout.tensor * b,
     }

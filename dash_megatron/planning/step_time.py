@@ -12,12 +12,7 @@ from dataclasses import dataclass
 
 from dash_megatron.config import Config
 from dash_megatron.config.flops import matmul_parameters
-from dash_megatron.planning.baseline_times import (
-    baseline_seconds,
-    selected_chunks,
-    share_of_pairs,
-    window_chunks,
-)
+from dash_megatron.planning.baseline_times import baseline_seconds, density_of_lists
 from dash_megatron.planning.choices import Choices, Shares, check_choices, shares_of_pairs
 from dash_megatron.planning.coverage import coverage_of_topics
 from dash_megatron.planning.kernel_times import AttentionSeconds, AttentionWork, dash_seconds, dense_seconds
@@ -204,7 +199,7 @@ def _attention(config: Config, layout: Layout, routing: Routing, hardware: Hardw
         routed = baseline_seconds(
             work,
             config.attention,
-            _chunks(config),
+            math.ceil(length / config.attention.chunk_size),
             shares.visited / shares.selected,
             hardware.memory_bandwidth / hardware.speed,
         )
@@ -331,19 +326,11 @@ def _zero_sent(
 
 
 def effective_routing(config: Config, routing: Routing) -> Routing:
-    """The routing given, with the density that `attention.kind` fixes if it does; NSA's window counts as selected."""
-    attention = config.attention
-    match attention.kind:
-        case "dash" | "full":
-            return routing
-        case "infllmv2" | "nsa" as kind:
-            most = selected_chunks(attention) + (window_chunks(attention) if kind == "nsa" else 0)
-            density = share_of_pairs(_chunks(config), most)
-            return dataclasses.replace(routing, density=density, peak_density=density)
-
-
-def _chunks(config: Config) -> int:
-    return -(-config.data.seq_length // config.attention.chunk_size)
+    """The routing given, with the density that `attention.kind` fixes if it does."""
+    if not config.attention.fixed_lists:
+        return routing
+    density = density_of_lists(config.attention, (config.data.seq_length + 1) / 2)
+    return dataclasses.replace(routing, density=density, peak_density=density)
 
 
 def estimate_step(

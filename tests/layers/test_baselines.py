@@ -52,15 +52,18 @@ def test_every_weight_learns(kind: str) -> None:
 @pytest.mark.usefixtures("single_process")
 @pytest.mark.parametrize("kind", ["infllmv2", "nsa"])
 def test_layers_report_the_density_of_their_lists(kind: str) -> None:
-    model = build_model(baseline_of(kind), VOCABULARY)
+    config = baseline_of(kind)
+    model = build_model(config, VOCABULARY)
     init_weights(model, 0, 0.5)
     model(tokens_of(128), positions_of(128))
-    # own, first and best chunk, and for nsa the one before; of 8 chunks
-    counts = [min(c, 3) for c in range(1, 9)]
     means = routing_means(model)
     assert sorted(means) == [0, 1]
-    found, most = means[0].chunks_selected.item(), sum(min(c, 4) for c in range(1, 9)) / 8
-    assert found == pytest.approx(sum(counts) / 8) if kind == "infllmv2" else sum(counts) / 8 < found <= most
+    found = (means[0].chunks_selected / means[0].chunks_available).item()
+    # of 8 chunks own, first and best, and for nsa the one before, which may be the best
+    least, most = (sum(min(c, listed) for c in range(1, 9)) / 36 for listed in (3, 4))
+    assert least < found <= most if kind == "nsa" else found == pytest.approx(least)
+    planned = effective_routing(config, Routing(density=0.9)).density
+    assert planned == pytest.approx(most if kind == "nsa" else least)
 
 
 @pytest.mark.usefixtures("single_process")

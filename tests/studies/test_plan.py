@@ -15,6 +15,7 @@ import yaml
 from dash_megatron.__main__ import main
 from dash_megatron.evaluation.cli import check_arguments
 from dash_megatron.planning.baseline_times import NOTE
+from dash_megatron.planning.step_time import Routing, effective_routing
 from dash_megatron.studies import scores
 from dash_megatron.studies.collect import dense_twins
 from dash_megatron.studies.cost import mean_piece_context
@@ -216,6 +217,8 @@ def test_baselines_have_the_density_and_flops_of_their_lists(write_study: Write)
     runs = [runs_of(write_study(overrides={"data.seq_length": 1024, **settings}))[0] for settings in windows]
     # the two local chunks are in the window of 16 tokens
     assert runs[0].density == runs[1].density < runs[2].density
+    for run in (few, many, *runs):
+        assert effective_routing(run.config, Routing()).density == run.density
 
 
 @pytest.mark.parametrize(
