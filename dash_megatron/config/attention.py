@@ -12,11 +12,13 @@ from pydantic import Field, model_validator
 from dash_megatron.config.section import Section
 from dash_megatron.config.topk import InfLLMv2Config, NSAConfig
 
+Kind = Literal["dash", "full", "infllmv2", "nsa"]
+
 
 class AttentionConfig(Section):
     """The core attention of every layer, and the constants of DashAttention (arXiv 2605.18753)."""
 
-    kind: Literal["dash", "full", "infllmv2", "nsa"] = "dash"
+    kind: Kind = "dash"
     """`dash` is DashAttention; `full` trains the dense twin of the same config; `infllmv2` and `nsa` train twins that attend
     to a fixed number of chunks, without a Hugging Face export, and `nsa` without context parallelism."""
     chunk_size: Literal[16, 32, 64, 128] = 64
@@ -82,14 +84,22 @@ class AttentionConfig(Section):
         """The section of a kind by which a token attends to a fixed number of chunks; None of other kinds."""
         return {"infllmv2": self.infllmv2, "nsa": self.nsa}.get(self.kind)
 
+    def kind_of(self, layer: int) -> Kind:
+        """What a layer, counted from 0, computes."""
+        return "full" if layer in self.full_layers else self.kind
+
+    def sparse_layers(self, layers: int) -> list[int]:
+        """Those of `layers` layers that do not use full attention."""
+        return [layer for layer in range(layers) if self.kind_of(layer) != "full"]
+
     def has_router_projections(self, layer: int) -> bool:
         """Whether a layer, counted from 0, has the router's own projections."""
-        return self.router_projections and self.kind == "dash" and layer not in self.full_layers
+        return self.router_projections and self.kind_of(layer) == "dash"
 
     def learned(self, layer: int) -> tuple[str, ...]:
         """Settings by which attention of a layer, counted from 0, has weights of its own: a run that begins with them needs them too."""
         kind = f"attention.kind={self.kind}"
-        match "full" if layer in self.full_layers else self.kind:
+        match self.kind_of(layer):
             case "full" | "infllmv2":
                 return ()
             case "nsa":
@@ -124,8 +134,7 @@ class AttentionConfig(Section):
 
     def mean_target_density(self, step: int, layers: int) -> float | None:
         """The mean of `target_density_at` a step over those of `layers` layers that route; None where there is no target."""
-        selecting = (layer for layer in range(layers) if layer not in self.full_layers)
-        targets = [self.target_density_at(step, layer) for layer in selecting]
+        targets = [self.target_density_at(step, layer) for layer in self.sparse_layers(layers)]
         known = [target for target in targets if target is not None]
         return fmean(known) if known else None
 

@@ -33,8 +33,7 @@ def routing_rows(config: Config) -> int:
 def parameter_count(config: Config, vocab_size: int) -> int:
     """All weights of the model."""
     model = config.model
-    sparse_layers = model.layers - len(set(config.attention.full_layers))
-    core = sparse_layers * core_attention_parameters(config)
+    core = len(config.attention.sparse_layers(model.layers)) * core_attention_parameters(config)
     qkv_rows = model.layers * model.channels_per_head * (model.heads + 2 * model.kv_heads)
     biases = (qkv_rows + routing_rows(config)) * model.qkv_bias
     embedding = 0 if model.tie_embeddings else model.hidden_size * vocab_size

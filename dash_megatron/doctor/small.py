@@ -36,9 +36,9 @@ def scaled_down(config: Config, **sections: dict[str, Any]) -> Config:
         "head_dim": model.channels_per_head,
         "ffn_hidden_size": 32 * tensor,
     }
-    mixed = 0 < len(set(config.attention.full_layers)) < model.layers
-    tree["attention"]["full_layers"] = [0] if mixed else []
-    if len(set(config.attention.full_layers)) == model.layers:
+    sparse_layers = config.attention.sparse_layers(model.layers)
+    tree["attention"]["full_layers"] = [0] if 0 < len(sparse_layers) < model.layers else []
+    if not sparse_layers:
         tree["attention"]["kind"] = "full"
     factors = config.attention.scaling_factor
     if isinstance(factors, tuple):

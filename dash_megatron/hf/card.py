@@ -10,7 +10,6 @@ import yaml
 from dash_megatron.config import Config
 from dash_megatron.data.blend import parse_blend
 from dash_megatron.hf import probe
-from dash_megatron.hf.names import is_full
 
 _CHAT = """
 It has a chat template, and generation stops where the answer ends:
@@ -45,7 +44,7 @@ def model_card(
     name = str(dtype).removeprefix("torch.")
     rounding = f" Rounding to {name} changes them by {report.rounding:.2%}." if report.rounding else ""
     settings = yaml.safe_dump(_without_paths(config), sort_keys=False)
-    selects = not all(is_full(config.attention, layer) for layer in range(config.model.layers))
+    selects = bool(config.attention.sparse_layers(config.model.layers))
     attention = "DashAttention (arXiv 2605.18753)" if selects else "full attention"
     same = (
         f"selected the same chunks in {report.where}, and\ntheir logits"

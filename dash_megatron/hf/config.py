@@ -9,7 +9,6 @@ from transformers import LlamaConfig
 
 from dash_megatron.config import AttentionConfig, Config, ModelConfig, RopeScaling
 from dash_megatron.hf.architectures import check_architecture
-from dash_megatron.hf.names import is_full
 
 MODEL_FILE = "modeling_dash.py"
 
@@ -37,7 +36,9 @@ def llama_config(config: Config, vocab_size: int, dtype: torch.dtype, end_token:
         "router_projections": attention.router_projections,
         "learned_scaling": attention.learned_scaling,
         "layer_scaling_factors": [attention.layer_scaling_factor(layer) for layer in range(model.layers)],
-        "full_attention_layers": [layer for layer in range(model.layers) if is_full(attention, layer)],
+        "full_attention_layers": [
+            layer for layer in range(model.layers) if attention.kind_of(layer) == "full"
+        ],
     }
     found = LlamaConfig(
         architectures=["LlamaForCausalLM"],

@@ -22,11 +22,6 @@ class Piece(NamedTuple):
     """Number of the layer; None outside layers."""
 
 
-def is_full(attention: AttentionConfig, layer: int) -> bool:
-    """Whether a layer has full attention, and so no summary query."""
-    return attention.kind == "full" or layer in attention.full_layers
-
-
 def pieces(model: ModelConfig, attention: AttentionConfig, vocab_size: int) -> list[Piece]:
     """The pieces of a model, which together have all of its tensors, in the order of the forward pass."""
     width = model.hidden_size
@@ -68,7 +63,7 @@ def _layer(model: ModelConfig, attention: AttentionConfig, index: int) -> Piece:
     if model.qk_norm:
         ours |= {f"self_attention.{name}_layernorm.weight": (D,) for name in "qk"}
         theirs |= {f"self_attn.{name}_norm.weight": (D,) for name in "qk"}
-    if not is_full(attention, index):
+    if attention.kind_of(index) != "full":
         ours["self_attention.core_attention.summary_query"] = (model.kv_heads, D)
         theirs["self_attn.indexer_q"] = (kv,)
         if attention.learned_scaling:

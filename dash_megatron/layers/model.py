@@ -199,9 +199,8 @@ def _block_spec(config: Config) -> TransformerBlockSubmodules:
         if config.attention.has_router_projections(index):
             spec.submodules.self_attention.module = RoutedSelfAttention
             attention.linear_qkv = qkv_and_routing
-        kind = "full" if index in config.attention.full_layers else config.attention.kind
         attention.core_attention = functools.partial(
-            CORE_ATTENTION[kind],
+            CORE_ATTENTION[config.attention.kind_of(index)],
             attention=config.attention,
             context_comm=config.parallel.context_comm,
             recompute=config.training.recompute == "attention",

@@ -192,8 +192,8 @@ def _attention(config: Config, layout: Layout, routing: Routing, hardware: Hardw
         sharded=context > 1 and not by_heads,
         gpu=hardware.gpu,
     )
-    dense_layers = model.layers if config.attention.kind == "full" else len(set(config.attention.full_layers))
-    routed_layers = model.layers - dense_layers
+    routed_layers = len(config.attention.sparse_layers(model.layers))
+    dense_layers = model.layers - routed_layers
     routed, dense = dash_seconds(work), dense_seconds(work)
     if config.attention.fixed_lists:
         routed = baseline_seconds(

@@ -101,13 +101,11 @@ def curriculum_context(data: DataConfig, steps: int, longest: float) -> float:
 def flops_per_token(config: Config, vocab_size: int, context: float, density: float) -> tuple[float, float]:
     """Training FLOPs of a token at a density and as if dense."""
     dense = training_flops_per_token(config, vocab_size, context)
-    if config.attention.kind == "full":
-        return dense, dense
     # a token's chunks lie in [1, available]: its own one is always selected
     available = (context - 0.5) / config.attention.chunk_size + 0.5
     selected = max(1.0, density * max(1.0, available))
-    layers = [layer for layer in range(config.model.layers) if layer not in config.attention.full_layers]
-    return training_flops_per_token(config, vocab_size, context, dict.fromkeys(layers, selected)), dense
+    by_layer = dict.fromkeys(config.attention.sparse_layers(config.model.layers), selected)
+    return training_flops_per_token(config, vocab_size, context, by_layer), dense
 
 
 def estimate_cost(

@@ -116,7 +116,7 @@ def open_run(
 
 def _check_routes(run_dir: str | Path, config: Config) -> None:
     kind, full = config.attention.kind, config.attention.full_layers
-    if kind != "dash" or len(set(full)) == config.model.layers:
+    if kind != "dash" or not config.attention.sparse_layers(config.model.layers):
         raise ValueError(
             f"{run_dir} has no router: attention.kind={kind}, attention.full_layers={list(full)}; give a run with "
             "DashAttention in some layer"

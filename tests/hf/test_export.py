@@ -100,7 +100,7 @@ def test_routers_select_in_the_probe_and_both_models_select_alike(
     torch.testing.assert_close(torch.cat([*ours.logits(320)], 1), expected, atol=1e-9, rtol=0)
     torch.testing.assert_close(torch.cat([*theirs.logits(320)], 1), expected, atol=1e-9, rtol=0)
     for layer, (one, other) in enumerate(zip(ours.selected, theirs.selected, strict=True)):
-        if names.is_full(config.attention, layer):
+        if config.attention.kind_of(layer) == "full":
             assert one is None
             assert other is None
         else:
