@@ -25,7 +25,7 @@ MAX_ACTIVATED = 2**29
 class RecomputedTransformerLayer(TransformerLayer):
     """A transformer layer whose backward runs its forward again instead of keeping activations.
 
-    Of many tokens the feed-forward part goes piece by piece, of `MAX_ACTIVATED` at most: in the backward each is computed again and
+    Of many tokens the feed-forward part goes piece by piece, of about `MAX_ACTIVATED`: in the backward each is computed again and
     differentiated before the next. Where ZeRO 3 shards weights there is one piece, because hooks of modules gather them.
     """
 
@@ -44,7 +44,8 @@ class RecomputedTransformerLayer(TransformerLayer):
             return whole(x, *args, **kwargs)
 
         rows = self._rows_of_a_piece(hidden_states)
-        parameters = [*self.pre_mlp_layernorm.parameters(), *self.mlp.parameters()]
+        every = *self.pre_mlp_layernorm.parameters(), *self.mlp.parameters()
+        parameters = [parameter for parameter in every if parameter.requires_grad]
         wanted = torch.is_grad_enabled() and not self.training
         if wanted or rows >= len(hidden_states) or any(hasattr(p, "ds_id") for p in parameters):
             return run(hidden_states)

@@ -181,6 +181,23 @@ def test_of_pieces_of_a_feed_forward_part_one_is_alive_and_each_parameter_gets_i
     assert rows == [43, 43, 42] * 6 + [128] * 2
 
 
+@pytest.mark.usefixtures("single_process", "three_pieces")
+def test_weights_that_do_not_learn_leave_other_gradients_of_pieces_as_they_are() -> None:
+    def gradients(recompute: str) -> dict[str, Tensor | None]:
+        model = model_in_pieces({}, recompute)
+        for layer in model.decoder.layers:
+            layer.mlp.linear_fc2.weight.requires_grad_(False)
+        arguments = {"position_ids": positions_of(128), "loss_weight": torch.ones(1, 128)}
+        model(tokens_of(128), labels=tokens_of(128, 1), **arguments).backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    expected, found = gradients("none"), gradients("full")
+    for name, one in expected.items():
+        assert (one is None) == (found[name] is None) == name.endswith("linear_fc2.weight"), name
+        if one is not None:
+            torch.testing.assert_close(found[name], one)
+
+
 def test_pieces_are_of_what_a_tensor_parallel_rank_activates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recompute_module, "MAX_ACTIVATED", 24 * 48)
     feed_forward = SimpleNamespace(

@@ -265,10 +265,10 @@ def test_sparse_sends_what_was_selected_and_at_most_everything(run_processes: An
     assert share["local"] < 0.4, share
 
 
-class _FirstOfTwo:
-    """A group of two ranks of which this process is the first: it notes what it does, and gets what it sent."""
+class _FirstOfThree:
+    """A group of three ranks of which this process is the first: it notes what it does, and gets what it sent."""
 
-    rank, size = 0, 2
+    rank, size = 0, 3
 
     def __init__(self, log: list[str]) -> None:
         self.log = log
@@ -277,16 +277,17 @@ class _FirstOfTwo:
         return contextlib.nullcontext()
 
     def trade(self, sent: Any, received: Any) -> Any:
-        self.log.append("send")
+        to = sent[0][0]
+        self.log.append(f"send to {to}")
         for (_, x), (_, place) in zip(sent, received, strict=True):
             place.copy_(x)
-        return mock.Mock(wait=lambda: self.log.append("wait"))
+        return mock.Mock(wait=lambda: self.log.append(f"sent to {to}"))
 
 
 def test_heads_of_others_travel_while_own_ones_are_made_and_used() -> None:
-    """Of two ranks with the same rows and weights, of which the first attends with the first half of the heads."""
+    """Of three ranks with the same rows and weights, of which the first attends with the first third of the heads."""
     log: list[str] = []
-    group: Any = _FirstOfTwo(log)
+    group: Any = _FirstOfThree(log)
     rows = [torch.randn(8, 6, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
 
     def noted(rank: int, what: str, *tensors: Tensor) -> list[Tensor]:
@@ -294,17 +295,22 @@ def test_heads_of_others_travel_while_own_ones_are_made_and_used() -> None:
         log.append(f"{what} {rank}")
         return [_Noted.apply(x, log, f"back {what} {rank}") for x in tensors]
 
-    halves = [x.chunk(2, dim=1) for x in rows]
-    heads = heads_for_rows(group, lambda rank: noted(rank, "made", *(half[rank] for half in halves)))
-    assert log == ["made 1", "send", "made 0", "wait"]
-    log.clear()
+    def after(now: list[str]) -> list[str]:
+        """The log since the last look."""
+        found, now[:] = now[:], []
+        return found
+
+    thirds = [x.chunk(3, dim=1) for x in rows]
+    heads = heads_for_rows(group, lambda rank: noted(rank, "made", *(third[rank] for third in thirds)))
+    assert after(log) == ["made 1", "send to 1", "made 2", "send to 2", "made 0", "sent to 1", "sent to 2"]
     out = {rank: noted(rank, "used", x)[0] for rank, x in rows_for_heads(group, heads[0] * heads[1])}
-    assert log == ["send", "used 0", "wait", "used 1"]
-    assert torch.equal(out[0], (rows[0] * rows[1])[:, :3])
-    log.clear()
+    assert after(log) == ["send to 2", "send to 1", "used 0", "sent to 2", "used 1", "sent to 1", "used 2"]
+    assert torch.equal(out[0], (rows[0] * rows[1])[:, :2])
     sum(x.sum() for x in out.values()).backward()
-    used = ["back used 1", "send", "back used 0", "wait"]
-    assert [*used, "send", *["back made 0"] * 2, "wait", *["back made 1"] * 2] == log
+    used = ["back used 2", "send to 2", "back used 1", "send to 1", "back used 0", "sent to 1", "sent to 2"]
+    # what is waited for first was sent first
+    arrived = ["sent to 1", *["back made 2"] * 2, "sent to 2", *["back made 1"] * 2]
+    assert after(log) == [*used, "send to 1", "send to 2", *["back made 0"] * 2, *arrived]
 
 
 class _Noted(torch.autograd.Function):

@@ -7,7 +7,7 @@ All are a `ContextExchange`, which `parallel/context/attention.py` calls when a 
   that a rank never holds more than two shards;
 - `Sparse`: every rank asks the others for just those chunks that its queries selected.
 
-The fourth, `a2a`, deals out heads instead and needs none of this: see `CoreAttention` in `layers/core_attention.py`.
+The fourth, `a2a`, deals out heads instead and needs none of this: see `heads.py`.
 `planning/traffic.py` counts the bytes of each.
 """
 

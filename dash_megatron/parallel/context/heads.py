@@ -146,7 +146,8 @@ class _TakeTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *d_tokens: Tensor) -> tuple[Tensor | None, ...]:
         exchange, steps = ctx.exchange, range(1, ctx.exchange.group.size)
-        for step in steps:
+        # those whose rows were sent last are differentiated first
+        for step in reversed(steps):
             exchange.send_tokens(step, d_tokens, "backward")
         return None, *(d_tokens[0].new_empty(0) for _ in steps), *exchange.own_rows(d_tokens)
 
