@@ -30,7 +30,7 @@ from dash_megatron.ops.reference import upcast
 from dash_megatron.ops.types import Router, Routing
 from dash_megatron.parallel.context.attention import BackwardStart, sharded_dash_attention
 from dash_megatron.parallel.context.communication import ContextGroup
-from dash_megatron.parallel.context.heads import heads_for_whole_rows, whole_rows_for_heads
+from dash_megatron.parallel.context.heads import heads_for_rows, rows_for_heads
 from dash_megatron.parallel.context.layout import ChunkLayout, ContextShard
 
 # Learned factors on routing scores stay within exp of this, either way.
@@ -127,21 +127,12 @@ class CoreAttention(MegatronModule):
         attend = self._attend_here
         if self.context_group is not None:
             self.context_group.counts = self.training
-            attend = self._exchange_heads if self.context_comm == "a2a" else self._attend_shards
-        return self._kept_or_again(attend, q, k, v, packed_seq_params).transpose(0, 1).flatten(2)
-
-    def attend_heads(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
-        """Attend with the heads that this context-parallel rank was given, of all tokens: [N, heads, D], as is what it returns."""
-        return self._kept_or_again(self._attend_here, q[None], k[None], v[None], packed).squeeze(0)
-
-    def _kept_or_again(
-        self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None
-    ) -> Tensor:
-        """Attend, and keep what the backward needs or compute it again there."""
+            attend = self._attend_heads if self.context_comm == "a2a" else self._attend_shards
         if self.recompute and self.training and torch.is_grad_enabled():
-            out: Tensor = checkpoint(attend, q, k, v, packed, use_reentrant=False)
-            return out
-        return attend(q, k, v, packed)
+            out = checkpoint(attend, q, k, v, packed_seq_params, use_reentrant=False)
+        else:
+            out = attend(q, k, v, packed_seq_params)
+        return out.transpose(0, 1).flatten(2)
 
     def _attend_here(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
         """Attend within whole sequences.
@@ -157,12 +148,13 @@ class CoreAttention(MegatronModule):
         """
         raise NotImplementedError
 
-    def _exchange_heads(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
+    def _attend_heads(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
         """Exchange all heads of some tokens for all tokens of some heads, attend, and exchange them back."""
         assert self.context_group is not None
-        q, k, v = heads_for_whole_rows(self.context_group, *(x.squeeze(0) for x in (q, k, v)))
+        # not by an index, whose gradient is a copy between zeros
+        q, k, v = heads_for_rows(self.context_group, *(x.squeeze(0) for x in (q, k, v)))
         out = self._attend_here(q[None], k[None], v[None], packed)
-        return whole_rows_for_heads(self.context_group, out.squeeze(0))[None]
+        return rows_for_heads(self.context_group, out.squeeze(0))[None]
 
     def _attend_shards(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedDocuments | None) -> Tensor:
         """Attend with the tokens that are here to keys of other ranks too; the config refuses it but for DashAttention."""

@@ -59,7 +59,7 @@ ATTENTION_SLOWDOWN = 1.05
 """Time of attention's kernels within steps, where clocks are lower, over that alone."""
 
 REPEATS_ATTENTION = ("attention", "full")
-"""Values of `training.recompute` whose backward runs core attention a second time."""
+"""Values of `training.recompute` whose backward runs core attention, and its exchange, a second time."""
 
 PARTS = {
     "matmul": "matmul",
@@ -238,19 +238,10 @@ def _elementwise_bytes(config: Config, layout: Layout, vocab_size: int) -> float
     repeated = {"full": stream + activation, "selective": stream / 2 + activation}.get(layout.recompute, 0.0)
     logits = tokens * vocab_size / layout.tensor
     copies = exchange_copies(layout.context_comm, context_shape(config, layout))
-    copied = copies.forward * _exchanges(layout) + copies.backward
+    copied = copies.forward * (2 if layout.recompute in REPEATS_ATTENTION else 1) + copies.backward
     copied *= COPY_SLOWDOWN[layout.context_comm]
     elements = stream + activation + FORWARD_SHARE * repeated
     return model.layers * (elements * ELEMENTWISE_BYTES + copied) + logits * LOGIT_BYTES
-
-
-def _exchanges(layout: Layout) -> int:
-    """How often a micro-batch does what the forward exchanges between context ranks."""
-    # where a layer projects the heads of one rank after the other, they travel outside of what is computed again
-    by_rank = layout.context_comm == "a2a" and layout.tensor == 1 and layout.zero_stage < 3
-    return (
-        1 if layout.recompute not in REPEATS_ATTENTION or (by_rank and layout.recompute == "attention") else 2
-    )
 
 
 def _context_seconds(layout: Layout, group: Group, sent: float, calls: float, hardware: Hardware) -> float:
@@ -304,7 +295,7 @@ def _context_sent(
     layer: PassBytes = context_exchange(layout.context_comm, shape, sent_chunks=triples)
     halo = _halo_queries(config, layout)
     layer += query_halo(shape, halo, halo)
-    forwards = _exchanges(layout)
+    forwards = 2 if layout.recompute in REPEATS_ATTENTION else 1
     sent = batches * config.model.layers * (forwards * layer.forward + layer.backward)
     # what to send is asked for first
     calls = batches * config.model.layers * (forwards + 2) * (2 if layout.context_comm == "sparse" else 1)

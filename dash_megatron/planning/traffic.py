@@ -179,8 +179,7 @@ def exchange_copies(kind: ContextComm, shape: ContextShape) -> PassBytes:
     if P == 1:
         return PassBytes(0.0, 0.0)
     if kind == "a2a":
-        # rows of all heads are cut or joined; all tokens of some heads are sent and filled where they are. A layer that projects rank
-        # by rank copies less, but adds up the gradients of its input: as much with two ranks
+        # rows of all heads are cut or joined; all tokens of some heads are sent and filled where they are
         whole = 2 * a2a_exchange(shape).forward * P / (P - 1)
         return PassBytes(whole, whole)
     if kind == "p2p":

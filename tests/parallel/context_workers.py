@@ -19,7 +19,7 @@ from dash_megatron.ops.types import Router
 from dash_megatron.parallel import destroy_process_groups, init_process_groups, read_launch
 from dash_megatron.parallel.context.attention import sharded_dash_attention
 from dash_megatron.parallel.context.communication import ContextGroup
-from dash_megatron.parallel.context.heads import heads_for_whole_rows, whole_rows_for_heads
+from dash_megatron.parallel.context.heads import heads_for_rows, rows_for_heads
 from dash_megatron.parallel.context.layout import shard_sequence
 
 CHUNK = 16
@@ -215,7 +215,7 @@ def _attend_rank(case: Case, group: ContextGroup) -> tuple[list[torch.Tensor], d
 
 def _attend_heads(case: Case, leaves: list[torch.Tensor], group: ContextGroup) -> torch.Tensor:
     *rows, w = leaves[: 4 + 2 * case.own_router]
-    q, k, v, *own = heads_for_whole_rows(group, *rows)
+    q, k, v, *own = heads_for_rows(group, *rows)
     w = w.split(k.shape[1])[group.rank]
     if case.kind == "dash":
         settings = case.settings | {name: x[None] for name, x in zip(ROUTING, own, strict=False)}
@@ -232,7 +232,7 @@ def _attend_heads(case: Case, leaves: list[torch.Tensor], group: ContextGroup) -
                 F.scaled_dot_product_attention(*piece, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
             )
         out = torch.cat(parts)
-    return whole_rows_for_heads(group, out)
+    return rows_for_heads(group, out)
 
 
 def _attend_chunks(case: Case, leaves: list[torch.Tensor], shard: Any, group: ContextGroup) -> torch.Tensor:

@@ -11,7 +11,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from dash_megatron.config import ParallelConfig
 from dash_megatron.ops import sharded_reference
@@ -265,10 +264,10 @@ def test_sparse_sends_what_was_selected_and_at_most_everything(run_processes: An
     assert share["local"] < 0.4, share
 
 
-class _FirstOfThree:
-    """A group of three ranks of which this process is the first: it notes what it does, and gets what it sent."""
+class _FirstOfTwo:
+    """A group of two ranks of which this process is the first: it notes what it does, and gets what it sent."""
 
-    rank, size = 0, 3
+    rank, size = 0, 2
 
     def __init__(self, log: list[str]) -> None:
         self.log = log
@@ -277,52 +276,28 @@ class _FirstOfThree:
         return contextlib.nullcontext()
 
     def trade(self, sent: Any, received: Any) -> Any:
-        to = sent[0][0]
-        self.log.append(f"send to {to}")
+        self.log.append("send")
         for (_, x), (_, place) in zip(sent, received, strict=True):
             place.copy_(x)
-        return mock.Mock(wait=lambda: self.log.append(f"sent to {to}"))
+        return mock.Mock(wait=lambda: self.log.append("wait"))
 
 
-def test_heads_of_others_travel_while_own_ones_are_made_and_used() -> None:
-    """Of three ranks with the same rows and weights, of which the first attends with the first third of the heads."""
+# heads of whole 8 bytes, and others
+@pytest.mark.parametrize(("head_dim", "dtype"), [(4, torch.float64), (6, torch.bfloat16)])
+def test_all_heads_are_on_their_way_before_the_first_is_waited_for(head_dim: int, dtype: torch.dtype) -> None:
     log: list[str] = []
-    group: Any = _FirstOfThree(log)
-    rows = [torch.randn(8, 6, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-
-    def noted(rank: int, what: str, *tensors: Tensor) -> list[Tensor]:
-        """The same tensors; the log says when they are there, and when their gradients are."""
-        log.append(f"{what} {rank}")
-        return [_Noted.apply(x, log, f"back {what} {rank}") for x in tensors]
-
-    def after(now: list[str]) -> list[str]:
-        """The log since the last look."""
-        found, now[:] = now[:], []
-        return found
-
-    thirds = [x.chunk(3, dim=1) for x in rows]
-    heads = heads_for_rows(group, lambda rank: noted(rank, "made", *(third[rank] for third in thirds)))
-    assert after(log) == ["made 1", "send to 1", "made 2", "send to 2", "made 0", "sent to 1", "sent to 2"]
-    out = {rank: noted(rank, "used", x)[0] for rank, x in rows_for_heads(group, heads[0] * heads[1])}
-    assert after(log) == ["send to 2", "send to 1", "used 0", "sent to 2", "used 1", "sent to 1", "used 2"]
-    assert torch.equal(out[0], (rows[0] * rows[1])[:, :2])
-    sum(x.sum() for x in out.values()).backward()
-    used = ["back used 2", "send to 2", "back used 1", "send to 1", "back used 0", "sent to 1", "sent to 2"]
-    # what is waited for first was sent first
-    arrived = ["sent to 1", *["back made 2"] * 2, "sent to 2", *["back made 1"] * 2]
-    assert after(log) == [*used, "send to 1", "send to 2", *["back made 0"] * 2, *arrived]
-
-
-class _Noted(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, log: list[str], what: str) -> Tensor:
-        ctx.log, ctx.what = log, what
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        ctx.log.append(ctx.what)
-        return gradient, None, None
+    group: Any = _FirstOfTwo(log)
+    x, y = (torch.randn(8, 6, head_dim, dtype=dtype, requires_grad=True) for _ in range(2))
+    heads = heads_for_rows(group, x, y)
+    # two pieces each
+    assert log == ["send"] * 4 + ["wait"] * 4
+    out = rows_for_heads(group, heads[0] * heads[1])
+    assert log == (["send"] * 4 + ["wait"] * 4) + (["send"] * 2 + ["wait"] * 2)
+    # the other rank has the same rows and attends with the first half of the heads, too
+    assert torch.equal(out[:, :3], (x * y)[:, :3])
+    log.clear()
+    out.sum().backward()
+    assert log == (["send"] * 2 + ["wait"] * 2) + (["send"] * 4 + ["wait"] * 4)
 
 
 def test_keys_and_their_gradients_travel_while_others_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,19 +207,6 @@ def test_means_of_queries_cost_bytes_and_memory_and_local_chunks_pairs(config: C
     assert few > step("all_gather", 1e-4).attention
 
 
-def test_heads_travel_once_where_attention_alone_is_computed_again(config: Config) -> None:
-    def sent(recompute: Recompute, stage: int) -> float:
-        layout = replace(LAYOUT, tensor=1, data=8, context_comm="a2a", recompute=recompute, zero_stage=stage)
-        estimate = estimate_step(config, layout, 128256)
-        return estimate.nvlink_bytes + estimate.infiniband_bytes
-
-    again = sent("full", 1) - sent("none", 1)
-    assert again > 0
-    assert sent("attention", 1) == sent("none", 1)
-    # whole rows: ZeRO 3 gathers the weights of a projection for a module that is called
-    assert sent("attention", 3) - sent("none", 3) == pytest.approx(again)
-
-
 def test_the_compute_of_a_step_is_its_operations_over_their_rate(config: Config) -> None:
     estimate = estimate_step(config, replace(LAYOUT, recompute="none"), 128256)
     # 64 sequences over 4 data ranks, 16K tokens a rank, half of 7.5e9 matmul parameters

@@ -232,7 +232,7 @@ def test_recomputation_leaves_gradients_alone(
     run_processes(1, one_step, [("one", tree)], str(tmp_path))
     cases = []
     for mode, comm in itertools.product(("selective", "attention", "full"), EXCHANGES["dash"]):
-        # every exchange with both stages, that of heads by rank with both modes that repeat attention
+        # every exchange with both stages
         stage = 3 if (mode == "selective") == (comm in ("a2a", "p2p")) else 1
         sections = {"parallel": {"context": 2, "context_comm": comm}, "zero": {"stage": stage}}
         cases.append((f"{mode}_{comm}", with_changes(tree, training={"recompute": mode}, **sections)))
@@ -276,28 +276,3 @@ def test_metrics_report_balance_and_bytes_without_validation(
         assert line["context_bytes_forward_per_layer"] == [2 * (kv + summaries + queries)] * 2
         assert line["context_bytes_backward_per_layer"] == [2 * (2 * kv + summaries + queries)] * 2
         assert 1 <= line["context_imbalance"] < 1.2
-
-
-def test_heads_that_travel_while_others_are_projected_travel_once(
-    tree: dict[str, Any], run_processes: Any, tmp_path: Path
-) -> None:
-    """Attention is computed again without its exchange, which is outside of it then."""
-    sections = {
-        "training": {"steps": 1, "recompute": "attention"},
-        "data": {"pack_documents": False},
-        "evaluation": {"every": 0},
-        "parallel": {"context": 2, "context_comm": "a2a"},
-    }
-    sent = {}
-    for stage in (1, 3):
-        case = with_changes(tree, zero={"stage": stage}, **sections) | {
-            "run_dir": str(tmp_path / f"zero_{stage}")
-        }
-        run_processes(2, train_all, [(case, None)])
-        (line,) = read_metrics(case["run_dir"])
-        sent[stage] = line["context_bytes_forward_per_layer"], line["context_bytes_backward_per_layer"]
-    # of half the queries, keys, values and outputs of 64 tokens, float32, in two micro-batches
-    once = 2 * 64 * (2 * 8 + 2 * 4) // 2 * 16 * 4
-    assert sent[1] == ([once] * 2, [once] * 2)
-    # all but the output's way back, before which the second computation ends
-    assert sent[3] == ([once + once * 2 // 3] * 2, [once] * 2)
