@@ -73,6 +73,8 @@ class JsonTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
+        files = (self.path.with_name(name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
+        self._settings = {file: read_settings(file) for file in files}
         end = self._setting("eos_token")
         if end is None:
             raise ValueError(
@@ -90,9 +92,8 @@ class JsonTokenizer:
         self.special: dict[str, int] = {
             token.content: index for index, token in added.items() if token.special
         }
-        named = {"bos_token": begin} | {
-            role: self._setting(role) for role in ("eos_token", "pad_token", "unk_token")
-        }
+        named = {"bos_token": begin, "eos_token": end}
+        named |= {role: self._setting(role) for role in ("pad_token", "unk_token")}
         self.special_tokens_map = {role: name for role, name in named.items() if name is not None}
         self._check_texts()
 
@@ -130,9 +131,8 @@ class JsonTokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=True).encode()
 
     def _setting(self, key: str, kind: type = str) -> Any:
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            file = self.path.parent / name
-            value = read_settings(file).get(key)
+        for file, settings in self._settings.items():
+            value = settings.get(key)
             if kind is str and isinstance(value, dict):
                 value = value.get("content", value)  # a token with its properties
             if value is None:
