@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dash_megatron.checkpoint.folder import agreed, agreed_steps, check_start_of, finished_steps
+from dash_megatron.checkpoint.folder import agreed, agreed_steps, check_initial_folder, finished_steps
 from dash_megatron.checkpoint.loading import load_newest
 from dash_megatron.checkpoint.saving import Checkpointer
 from dash_megatron.config import Config
@@ -82,8 +82,9 @@ class Trainer:
         about = setup.about_this_code(self.device) | {"tokenizer": self.tokenizer.fingerprint}
         setup.check_same_implementation(about["implementation"])
         initial = None if agreed_steps(config.run_dir) else config.training.init_from
-        # a wrong name is told before the rows of the data are ordered, which may take minutes
-        agreed(lambda: check_start_of(config))
+        if initial:
+            # a wrong name is told before the rows of the data are ordered, which may take minutes
+            agreed(lambda: check_initial_folder(initial))
         self.train_source = training_source(config, self.tokenizer, self.device)
         self.validator = Validator(config, self.tokenizer, self.device)
         model = build_model(config, self.vocab_size, self.device)
