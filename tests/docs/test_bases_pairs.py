@@ -17,15 +17,10 @@ from tests.docs.branches import (
     losses,
     mean_loss,
     percent,
-    read_pages,
     read_rows,
-    read_words,
 )
+from tests.docs.test_bases import ANSWERS, EVIDENCE, FIFTH, FOLDER, PAGE, README, RECIPE
 
-FOLDER = QUALITY / "bases"
-PAGE, ANSWERS, RECIPE, README = read_pages(FOLDER.with_suffix(".md"))
-FIFTH = read_words(QUALITY / "branches_fifth_base.md")
-EVIDENCE = read_words(ROOT / "docs" / "configuration-evidence.md")
 BASE_LOSSES, BRANCH_LOSSES, DOCUMENTS, SAMPLES = (
     read_rows(FOLDER / f"{name}.csv") for name in ("losses", "branches", "documents_16k", "samples")
 )
