@@ -121,7 +121,7 @@ def test_what_bases_differ_by() -> None:
     for text in (PAGE, FIFTH):
         assert f"differ by {SPREAD * 2**0.5:.2f} points" in text
     assert f"{SPREAD * 2**0.5:.2f} points between two" in ANSWERS
-    assert f"With one base of each two errors are {2 * SPREAD * 2**0.5:.1f} points" in PAGE
+    assert f"With one base of each kind two errors are {2 * SPREAD * 2**0.5:.1f} points" in PAGE
     for text in (ANSWERS, RECIPE):
         assert f"{SPREAD:.1f}%" in text
     by_step = {int(row["step"]): row for row in LOSSES}

@@ -120,8 +120,8 @@ def test_every_pair_has_its_row() -> None:
     )
     assert " ".join(f"| {' | '.join(row)} |" for row in cells).replace("  ", " ") in PAGE
     errors = [100 * (each.error_items or 0) for each in documents if each is not None]
-    assert f"over documents are {min(errors):.2f} to {max(errors):.2f} in a pair" in PAGE
-    assert f"what pairs differ by is {OF_DOCUMENTS.spreads[2]:.2f}" in PAGE
+    assert f"within a pair the error over documents is {min(errors):.2f} to {max(errors):.2f}" in PAGE
+    assert f"between pairs the standard deviation is {OF_DOCUMENTS.spreads[2]:.2f}" in PAGE
     assert max(_one_by_one(ALL)) == _one_by_one(ALL)[0]
 
 
@@ -157,7 +157,7 @@ def test_the_goal_from_scratch_is_reached_and_not_shown() -> None:
         assert training in text
     assert training.replace(" ± ", "% ± ") in README
     loose = [f"{each.independent:.2f}" for each in (ALL, OF_DOCUMENTS)]
-    assert f"Of independent means it is {loose[0]} and {loose[1]}." in PAGE
+    assert f"Errors of the two means without pairing are {loose[0]} and {loose[1]}." in PAGE
     row = f"{training} to the branch in training loss, {documents} on held-out documents"
     assert f"{row} (± {loose[0]} and ± {loose[1]} if not paired)" in ANSWERS
     ends = [each.value + sign * 2 * each.paired for each in (ALL, OF_DOCUMENTS) for sign in (-1, 1)]
@@ -187,9 +187,9 @@ def test_the_pairs_that_the_goal_takes() -> None:
     level, even = (
         ceil((errors * apart / 0.5) ** 2) for errors in (2, 2 + NormalDist().inv_cdf(0.75))
     )  # fmt: skip
-    assert f"at a standard deviation of {apart:.2f} two errors are within 0.5 points from {level} pairs on, six more than these" in PAGE  # fmt: skip
+    assert f"at a standard deviation of {apart:.2f} two errors are within 0.5 points from {level} pairs on (six more than these)" in PAGE  # fmt: skip
     assert level == len(SEVEN) + 6
-    assert f"{even} make that as likely as not" in PAGE
+    assert f"With {even} pairs two kinds that are truly level have an even chance to show it" in PAGE
     assert f"[{level} to {even} pairs](quality/bases.md#what-follows)" in ANSWERS
     assert f"Without pairing it takes {ceil(4 * (dense**2 + sparse**2) / 0.5**2)} bases of each kind" in PAGE
 

@@ -299,7 +299,7 @@ def test_three_bases_with_10() -> None:
     assert min(beyond) > 2
     told = "{} of single needles (goal 0.95), {} of multi-key ones (0.9) and {} of recall (0.9)"
     assert told.format(*(f"{x.value:.3f} ± {x.error:.3f}" for x in shares)) in PAGE
-    assert f"has a standard deviation of {shares[0].bases * 3**0.5:.3f}" in PAGE
+    assert f"would scatter with a standard deviation of {shares[0].bases * 3**0.5:.3f}" in PAGE
 
 
 def test_bases_with_5() -> None:

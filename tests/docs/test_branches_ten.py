@@ -215,7 +215,7 @@ def test_yarn_without_training(label: str, arm: str) -> None:
 
 def test_yarn_of_25_to_full_attention_without() -> None:
     ends = percent(_documents("yarn.ret10", "full_ret10").relative)
-    assert f"25% with it ends {ends}% above full attention without" in PAGE
+    assert f"25% with YaRN ends {ends}% above full attention without it" in PAGE
     moved = [_moved(("yarn.ret10", "ret10", (1,)), task) for task in TASKS[:2]]
     assert moved == [[8, 3], [9, 2]]
 
