@@ -121,10 +121,9 @@ def test_loss_gradients_and_weights_are_those_of_one_process(
             assert found["validation"] == pytest.approx(one["validation"], rel=TOLERANCE), name
             assert found["density"] == pytest.approx(one["density"], rel=TOLERANCE), name
             for parameter, weight in one["weights"].items():
-                assert relative_error(found["weights"][parameter], weight) <= WEIGHT_TOLERANCE, (
-                    name,
-                    parameter,
-                )
+                # one that starts at 0 is made of updates alone, which are as close as gradients are
+                tolerance = WEIGHT_TOLERANCE if one["first_weights"][parameter].any() else TOLERANCE
+                assert relative_error(found["weights"][parameter], weight) <= tolerance, (name, parameter)
             assert_copies_agree(tmp_path, name, processes)
 
 
