@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from data_tools.kinds import kind_of
 
 _MAX_WINDOW = 1 << 31
-"""Of zstd, which long-range matching (`--long=31`) needs; its own limit is 2^27."""
+"""Largest window of zstd, in bytes: long-range matching (`--long=31`) needs it, and zstd's own limit is 2^27."""
 
 
 @contextmanager

@@ -14,7 +14,7 @@ class Tokens(NamedTuple):
     """A document of the output."""
 
     ids: list[int]
-    """With the end of document."""
+    """Token ids, the end of document included."""
     answers: list[bool] | None
     """Which of them are learnt; None: all."""
     rendered: bool

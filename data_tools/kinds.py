@@ -43,7 +43,7 @@ class Kind(NamedTuple):
     """What a file is, by its name."""
 
     format: str
-    """Of what is in it: text, jsonl, json, parquet or arrow."""
+    """Format of what is in it: text, jsonl, json, parquet or arrow."""
     compression: str
     """The suffix of a compressed file, or nothing."""
 

@@ -44,7 +44,7 @@ class Options:
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """Of the files of a split."""
+        """Suffixes of the files of a split."""
         return (".bin", ".idx") if self.chat_template is None else (".bin", ".answers.bin", ".idx")
 
 

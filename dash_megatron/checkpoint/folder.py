@@ -22,7 +22,7 @@ T = TypeVar("T")
 _TAG = re.compile(r"step_(\d{8,})")
 _DAMAGED = ".damaged"
 MODEL_SECTIONS = "model.yaml"
-"""Of a folder of weights that `convert from-hf` made: the sections of a config that they are of."""
+"""File of a folder that `convert from-hf` made, with the sections of a config that its weights belong to."""
 
 
 class CheckpointError(RuntimeError):

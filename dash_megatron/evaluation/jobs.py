@@ -187,7 +187,7 @@ class TaskJob(Job):
 
 
 JOBS: dict[str, type[Job]] = {PERPLEXITY: PerplexityJob, DOCUMENTS: DocumentsJob}
-"""Of tasks that are no `TaskJob`."""
+"""The job of each task that has one of its own; all others are a `TaskJob`."""
 
 
 def _score_answers(model: LanguageModel, samples: list[Sample]) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
-        """Of hidden states [..., hidden_size]: float32 [..., rows of the table]."""
+        """Logits float32 [..., rows of the table] of hidden states [..., hidden_size]."""
 
     @abstractmethod
     def greedy(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
@@ -197,7 +197,7 @@ class ModelSource:
 
     folder: Path
     step: int | None
-    """Of a run."""
+    """Step of a run's checkpoint; None for an exported folder."""
     tokenizer: Tokenizer
     trained_length: int
     """See `LanguageModel`."""
@@ -299,7 +299,7 @@ def open_model(
 
 
 def _folder_fingerprint(folder: Path) -> str:
-    """Of the config, the code and the edges of each file of weights."""
+    """Digest of a folder's config, its code, and the size and edges of each file of weights."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted([*folder.glob("*.py"), *folder.glob("*.safetensors"), *folder.glob("tokenizer.*")]):
         digest.update(json.dumps([path.name, edges_digest(path)]).encode())

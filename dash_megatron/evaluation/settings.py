@@ -27,7 +27,7 @@ class Settings:
     depths: int = DEFAULT_DEPTHS
     """Places of the needle of task `needle`, from the first line to the last."""
     samples: int = 20
-    """Of each task and length, and for `needle` of each depth; windows of text for `perplexity`, and documents for
+    """Samples of each task and length, and for `needle` of each depth; windows of text for `perplexity`, and documents for
     `documents`."""
     score: str = "answer"
     seed: int = DEFAULT_SEED

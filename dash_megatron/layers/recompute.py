@@ -55,7 +55,10 @@ class RecomputedTransformerLayer(TransformerLayer):
         return _Differentiated.apply(run, rows, hidden_states, *parameters)
 
     def _rows_of_a_piece(self, hidden_states: Tensor) -> int:
-        """Of [N, B, hidden_size], which under sequence parallelism is this rank's share of what the activation sees."""
+        """How many rows of hidden states [N, B, hidden_size] one piece takes.
+
+        Under sequence parallelism these are this rank's share of the rows that the activation sees.
+        """
         rows, batch, _ = hidden_states.shape
         shares = self.mlp.tp_group.size() if self.config.sequence_parallel else 1
         activated = rows * batch * shares * self.mlp.linear_fc2.input_size_per_partition

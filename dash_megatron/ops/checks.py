@@ -283,7 +283,7 @@ def is_tensor(x: object, dtype: torch.dtype, shape: list[int], device: torch.dev
 
 
 def summary_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of a cache's summaries beside keys of `dtype`; bfloat16 would round them eight times as coarsely as float16."""
+    """Data type of a cache's summaries beside keys of `dtype`: float16 for half precision, since bfloat16 rounds eight times as coarsely."""
     return torch.float16 if dtype in HALF_DTYPES else dtype
 
 

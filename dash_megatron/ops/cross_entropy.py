@@ -13,7 +13,7 @@ from dash_megatron.ops.reference import upcast
 
 
 def score_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row, the log-sum-exp of its logits and the logit of its label.
+    """Compute for each row the log-sum-exp of its logits, and the logit of its label.
 
     Args:
         logits: [M, V], of the vocabulary or of this process's part of it.

@@ -38,7 +38,7 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
 
 
 class _Rotated(torch.autograd.Function):
-    """Of heads [N, B, groups, queries + keys + values, D]: all but values are turned, and each kind is put together."""
+    """Turn the queries and keys of heads [N, B, groups, queries + keys + values, D], and give queries, keys and values apart."""
 
     @staticmethod
     def forward(ctx: Any, heads: Tensor, turns: Tensor, keys: int, values: int) -> tuple[Tensor, ...]:

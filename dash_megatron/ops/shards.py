@@ -107,7 +107,7 @@ class RouterGradients(NamedTuple):
     """Gradients through the router alone, float32 or wider."""
 
     q: Tensor
-    """Of `RoutedQueries.routing_q`, and of its shape."""
+    """Gradient of `RoutedQueries.routing_q`, of its shape."""
     summary: Tensor
     """[Hkv, chunks of the whole sequence, D], from these rows of q."""
     scaling_factor: Tensor | None

@@ -22,7 +22,7 @@ class Router(NamedTuple):
     estimate_diagonal: bool = True
     """Whether the log prior of past chunks is centred around that of the token's own chunk."""
     alpha: float = 1.5
-    """Of the entmax, in (1, 2]."""
+    """The α of α-entmax, in (1, 2]: softmax is the limit 1, sparsemax is 2."""
     local_chunks: int = 0
     """Chunks just before a token's own one that it always attends to, with the own chunk's prior, 0. Entmax and the
     prior's mean are over the routed chunks alone: the past chunks before the local ones."""
@@ -43,7 +43,7 @@ class Router(NamedTuple):
         return groups.mean(-2, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
 
     def group_means_backward(self, d_means: Tensor, num_heads: int) -> Tensor:
-        """The gradient of what `group_means` was given, [..., num_heads, D], from that of what it returned."""
+        """Gradient of the input of `group_means` [..., num_heads, D], from that of its output [..., Hkv, D]."""
         group = num_heads // d_means.shape[-2]
         if group == 1:
             return d_means
@@ -70,13 +70,13 @@ class Router(NamedTuple):
         )
 
     def factors(self, dtype: torch.dtype) -> float | Tensor:
-        """The scaling factor as scores [..., Hkv, G, N, chunks] are multiplied by it; a tensor gets `dtype`."""
+        """The scaling factor in a shape that multiplies scores [..., Hkv, G, N, chunks]: a number, or a tensor of `dtype`."""
         given = self.scaling_factor
         return given.to(dtype)[:, None, None, None] if isinstance(given, Tensor) else given
 
     @property
     def exponent(self) -> float:
-        """Of the entmax, p = [(alpha - 1) z - tau]_+ ** exponent."""
+        """The exponent in entmax's p = [(alpha - 1) z - tau]_+ ** exponent: 1 / (alpha - 1)."""
         return 1 / (self.alpha - 1)
 
     @property

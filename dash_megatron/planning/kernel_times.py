@@ -26,7 +26,7 @@ TIMED_GPU = "H200"
 
 
 def pairs_above(stage: str, group: int, head_dim: int, chunk_size: int, gpu: str) -> float:
-    """Of attend or queries, how many times what was selected tiles must visit for pairs to be taken; infinite: never."""
+    """Ratio of pairs that tiles visit to pairs selected above which a stage ("attend" or "queries") goes over pairs; infinite: never."""
     timed = (head_dim, chunk_size, gpu) == (128, 64, TIMED_GPU)
     return PAIRS_ABOVE[stage].get(group, math.inf) if timed else math.inf
 

@@ -30,7 +30,7 @@ class Hardware:
 
     gpu: str = "H200"
     speed: float = 1.0
-    """Of compute and of memory, over an H200's, where attention was timed: by data sheets, or as a profile found it."""
+    """How many times as fast as an H200, on which attention was timed, the GPU computes and reads: by data sheets, or by a profile."""
     gpus_per_node: int = 8
     memory_gib: float = 140.0
     """Memory of one GPU."""

@@ -27,7 +27,7 @@ entry: constants of `dash_megatron.ops.kernels.pair_slabs`."""
 MAX_PAIR_GRADIENT_BYTES = 2**34
 """Most of the float32 gradients of keys and values by pair: `dash_megatron.ops.kernels.backward_q.MAX_PAIR_GRADIENT_BYTES`."""
 PLACE_BYTES, PLACES_BYTES = {"attend": 12, "queries": 20}, 2**28
-"""Of a pair's places, and of those that are there at once, if of more than one slab: `dash_megatron.ops.kernels.pair_slabs.new_pairs`."""
+"""Bytes of one pair's places, and of the places of several slabs that are there at once: `dash_megatron.ops.kernels.pair_slabs.new_pairs`."""
 PARTS = {1: 1056, 4: 528, 16: 528}
 """By query heads of a group, programs that share a slab of pairs: eight or four for each multiprocessor of the GPU that was timed."""
 MAX_PAIRS = 2**26
@@ -39,11 +39,11 @@ MIN_RUN_TILES, MAX_RUN_COUNTS = 8, 2**24
 """Tiles that such a pass counts together, at least, and most counts, 8 bytes each: `dash_megatron.ops.kernels.pairs.MIN_RUN_TILES`
 and `dash_megatron.ops.kernels.transpose.MAX_COUNTS`."""
 KEYS_A_PROGRAM, ROWS_A_STEP = 64, 64
-"""Of the launch configurations of that pass; smaller chunks are taken side by side."""
+"""Keys of a program and rows of a step in the launch configurations of that pass; smaller chunks are taken side by side."""
 BUCKET_ELEMENTS = 500_000_000
 """Gradients that ZeRO reduces together, at most: `dash_megatron.training.engine.BUCKET_ELEMENTS`."""
 BUCKET_BYTES = 8
-"""Of an element of the bucket that is reduced in float32. ZeRO-3 fills a float32 bucket and orders a copy of it by rank; ZeRO-2
+"""Bytes for each element of the bucket that is reduced in float32. ZeRO-3 fills a float32 bucket and orders a copy of it by rank; ZeRO-2
 flattens a copy of a bf16 bucket and widens that, or flattens one of a float32 bucket."""
 LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default bound on parameters that ZeRO-3 keeps gathered."""

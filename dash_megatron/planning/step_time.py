@@ -50,11 +50,12 @@ FORWARD_SHARE = 0.35
 LOGIT_BYTES = 6
 """Bytes read and written per logit by the loss, forward and backward."""
 IDLE_SECONDS = 0.006
-"""Of a step, in which the GPU runs no kernel: 4 to 15 ms in profiles of steps of 62M, 1B and 8B on one GPU."""
+"""Time of a step in which the GPU runs no kernel: 4 to 15 ms in profiles of steps of 62M, 1B and 8B on one GPU."""
 STALL_SECONDS = {"tensor": 2.6e-3, "a2a": 2.8e-3, "all_gather": 4.6e-3, "p2p": 4e-3, "sparse": 9e-3}
-"""Of a layer and micro-batch that ranks share, beyond what bytes take: waiting for slower ranks and for the host. Of two and four H200s."""
+"""Time that a layer and micro-batch which ranks share takes beyond that of the bytes sent: waiting for slower ranks and for the host.
+Fitted to steps of two and four H200s."""
 COPY_SLOWDOWN = {"a2a": 1.8, "all_gather": 3.0, "p2p": 1.65, "sparse": 4.0}
-"""How many times as long copies around an exchange take as their bytes at `Hardware.memory_bandwidth`, of the same steps."""
+"""How many times as long copies around an exchange take as their bytes at `Hardware.memory_bandwidth`; fitted to the same steps."""
 ATTENTION_SLOWDOWN = 1.05
 """Time of attention's kernels within steps, where clocks are lower, over that alone."""
 
@@ -136,7 +137,7 @@ class StepEstimate:
 
     @property
     def seconds(self) -> float:
-        """Of one optimizer step."""
+        """Seconds of one optimizer step."""
         return sum(self.parts.values())
 
     @property

@@ -28,15 +28,15 @@ class Plan:
     """The layouts that a config could have on a number of GPUs, and the one that it asks for."""
 
     name: str
-    """Of the config: its path."""
+    """What the plan is called: the config's path."""
     config: Config
     gpus: int
     routing: Routing
     hardware: Hardware
     price: float
-    """Of one GPU for an hour."""
+    """Price of one GPU for an hour."""
     profile: Profile | None
-    """Of the short run that `hardware` was corrected by."""
+    """The short run by which `hardware` was corrected; None: it was not."""
     found: list[StepEstimate]
     """Every layout that fits, fastest first."""
     own: StepEstimate | None

@@ -266,7 +266,7 @@ class ZeroBytes:
 
     @property
     def total(self) -> float:
-        """Both."""
+        """Bytes of gradients and parameters together."""
         return self.gradients + self.parameters
 
 

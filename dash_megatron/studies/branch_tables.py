@@ -148,7 +148,7 @@ def _comparisons_table(caption: str, shown: list[ArmComparison]) -> Table:
 
 
 def name_of(measure: Measure) -> str:
-    """For people."""
+    """What a measure is called in tables and sentences."""
     if measure.evaluation == TRAINING:
         return "training loss"
     if measure.is_loss:
@@ -157,7 +157,7 @@ def name_of(measure: Measure) -> str:
 
 
 def verdict_word(each: ArmComparison) -> str:
-    """The verdict, for people."""
+    """The verdict as tables write it."""
     if each.is_reference:
         return "reference"
     alone = (

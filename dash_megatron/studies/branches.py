@@ -21,7 +21,7 @@ from dash_megatron.training.metrics import StepMetrics, read_metrics
 
 TRAINING = "training"
 LAST_SHARE = 0.25
-"""Of the steps, the last so many count for the training loss: there the learning rate has fallen."""
+"""Share of the steps, the last ones, that the training loss is taken over: there the learning rate has fallen."""
 
 
 class Measure(NamedTuple):
@@ -30,14 +30,14 @@ class Measure(NamedTuple):
     evaluation: str
     """Name of the evaluation in `branches.evaluate`; `training` for losses of training."""
     task: str
-    """Of `evaluate`; `loss` and `valid_loss` for losses of training."""
+    """Name of a task of `evaluate`, or `loss` or `valid_loss` for losses of training."""
     length: int
     """Most tokens of a document or sample; for losses of training `data.seq_length`."""
     begin: int | None = None
     end: int | None = None
     """Positions [begin, end) alone; None: all."""
     step: int | None = None
-    """Of a validation during training; None: after or at the end of training."""
+    """Step of a validation during training; None: after or at the end of training."""
 
     @property
     def is_loss(self) -> bool:

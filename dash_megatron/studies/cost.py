@@ -17,7 +17,7 @@ from dash_megatron.studies.study_file import Assumptions
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run; FLOPs are of forward and backward, recomputation not counted."""
+    """What one run costs; FLOPs are of forward and backward, recomputation not counted."""
 
     flops: float
     """At the assumed density."""

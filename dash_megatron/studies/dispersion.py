@@ -47,7 +47,7 @@ class _Source(NamedTuple):
     groups: tuple[int, ...]
     chunks: list[int]
     scores: list[list[Tensor]]
-    """Of each number of chunks, tensors [S, G, c] whose queries count alike."""
+    """For each number of chunks, tensors [S, G, c]; all their queries count alike."""
 
 
 def study_dispersion(

@@ -72,7 +72,7 @@ class Job:
     evaluations: dict[str, list[str]]
     """Commands by name."""
     base: StudyRun | None = None
-    """Of a branch: the run that it goes on from."""
+    """The run that a branch goes on from; None for other runs."""
 
     @property
     def config(self) -> Path:

@@ -43,7 +43,7 @@ class Comparison:
     """An arm against the reference."""
 
     value: Ratio
-    """Of the arm: loss per token, or mean score."""
+    """Loss per token, or mean score, of the arm."""
     reference: float
     """The same of the reference."""
     difference: Ratio

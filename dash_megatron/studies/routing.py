@@ -61,7 +61,7 @@ class OpenedRun:
 
     @property
     def name(self) -> str:
-        """Of run and step."""
+        """Name of the run and its step, for titles."""
         return f"{self.run} step {self.step}"
 
     @torch.no_grad()

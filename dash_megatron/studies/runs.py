@@ -47,7 +47,8 @@ class StudyRun:
     cost: Cost
     twin_of: list[str] = field(default_factory=list)
     base: str | None = None
-    """Of a branch: the run that it goes on from. Its `variant` then is the name of its arm, and its order `training.seed`."""
+    """The run that a branch goes on from; None for other runs. The `variant` of a branch is the name of its arm, and its order of the data
+    is `training.seed`."""
 
     @property
     def folder(self) -> Path:
@@ -66,7 +67,7 @@ class _Recipe:
     varied: frozenset[str]
     """Keys of the grid that have several values."""
     tokens: float | None = None
-    """Of a twin: those of the run it is twin of."""
+    """Tokens of the run that a twin belongs to; None for other runs."""
 
 
 def expand(study: Study) -> list[StudyRun]:

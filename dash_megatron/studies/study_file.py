@@ -69,7 +69,7 @@ class Assumptions(Section):
     gpus: int = Field(default=1, gt=0)
     """GPUs of one run; matters for `utilization: null` only."""
     price: float = Field(default=3.0, ge=0)
-    """Of one GPU for an hour."""
+    """Price of one GPU for an hour."""
     currency: str = "$"
     """Written before costs."""
     context: float | None = Field(default=None, ge=1)

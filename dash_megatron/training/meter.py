@@ -28,7 +28,7 @@ class _StepSums(NamedTuple, Generic[T]):
 
     loss: T
     contexts: T
-    """Of each token, the tokens that it may attend to causally, itself included."""
+    """Sum over tokens of how many tokens each may attend to causally, itself included."""
     tokens: T
     target_tokens: T
 

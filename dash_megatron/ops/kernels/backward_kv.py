@@ -239,19 +239,19 @@ def _finish(
 
 
 class _Pass(NamedTuple):
-    """Partial sums of one kernel."""
+    """What one kernel summed for each part of the work; the parts of a chunk are still to be added up."""
 
     sums: Tensor
-    """Of dk and dv, as `_sum_parts` fills them."""
+    """Gradients of keys and values, float32 [2, slots, C, D], as `_sum_parts` fills them."""
     ds_sum: Tensor | None
-    """Of the summaries' gradient."""
+    """Gradients of summaries, float32 [slots, width, D]; None where they are not summed here."""
     partition: WorkPartition
     width: int
-    """Chunks of a row of the partition."""
+    """Neighbouring chunks that one row of the partition stands for."""
 
 
 def _num_slots(partition: WorkPartition) -> int:
-    """Two for each part, and one for each row."""
+    """Slots of the partial sums: two for each part of the work, then one for each row."""
     return 2 * len(partition.row) + len(partition.work) - 1
 
 
@@ -260,7 +260,7 @@ def _passes(
     window: tuple[int, int], chunks: Tensor, keys: Tensor, queries: Tensor, summaries: Summaries | None, sizes: Sizes,
     inv_sigma: float, launches: Launches, direct: bool,
 ) -> list[_Pass]:  # fmt: skip
-    """Partial sums over pairs, over tiles, or both: then one has no work, and only the device knows which."""
+    """The partial sums over pairs, over tiles, or over both where the device chooses: one of the two then has no work."""
     rows = q, k, v, d_out, centred_lse, delta, mean_log
     found: list[_Pass] = []
     taken = None

@@ -68,7 +68,8 @@ def _dense_rows(x: Tensor) -> Tensor:
 def pooled_queries(
     rows_q: Tensor, batch: int, Hkv: int, router: Router, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The router's queries, of key/value heads with `pool_heads`, and the positions of means over tokens; None where of one."""
+    """The router's queries [rows, Hq, D], or [rows, Hkv, D] with `pool_heads`; and each row's position in its document, int32 [rows],
+    where they are means over tokens, else None."""
     # means over heads first: they leave less to pool
     rows_q, position = router.group_means(rows_q, Hkv), None
     if router.query_pool > 1:
@@ -78,7 +79,14 @@ def pooled_queries(
 
 
 def add_router_gradient(dq: Tensor, router_dq: Tensor, position: Tensor | None, router: Router) -> Tensor:
-    """Of the queries [rows, Hq, D], from those of attention and of what `pooled_queries` made for the router."""
+    """Gradient of the queries [rows, Hq, D]: attention's `dq`, plus the part that came through the router.
+
+    Args:
+        dq: [rows, Hq, D].
+        router_dq: gradient of what `pooled_queries` returned, of its shape.
+        position: as `pooled_queries` returned it.
+        router: its constants.
+    """
     if position is not None:
         base = None if router.pool_heads else dq
         router_dq = pool_rows(router_dq, position, router.query_pool, transposed=True, base=base)

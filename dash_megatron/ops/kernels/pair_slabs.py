@@ -19,28 +19,30 @@ from dash_megatron.ops.kernels.configs import ByPair
 from dash_megatron.ops.kernels.geometry import KeyPlaces, Lists, Sizes, own_places
 from dash_megatron.ops.kernels.tiles import tile_place
 
-# Bytes of the partial results of a slab.
+# Bytes of the partial results of one slab.
 WORKSPACE_BYTES = 2**31
-# Of the places of pairs: those of so many slabs are written at once, and of one slab anyway.
+# Bytes of the places of pairs. Places of as many slabs as fit into them are written at once, at least of one slab.
 PLACES_BYTES = 2**28
-# Of the table of counts, 4 bytes each. Where tiles times chunks are more, it is made again for each few slabs, at most so many.
+# Most entries of the table of counts, 4 bytes each: a row for each tile, a column for each chunk. Where all tiles have more, the
+# table is made again for every few slabs, COUNTED_SLABS at most.
 MAX_COUNTS, COUNTED_SLABS = 2**26, 8
-# Elements of a block of list entries times tokens of a tile, that a program, one warp, takes at a time, and most entries of it.
-# Lanes are tokens: ranks of a token's chunks then need no other lane, and those of a chunk's tokens no other warp.
+# A program is one warp, which takes a block of list entries at a time: BLOCK_ELEMENTS entries times tokens of the tile, and at most
+# MOST_BLOCK entries. Each lane is a token. So a lane ranks its token's chunks alone, and a warp ranks a chunk's tokens alone.
 BLOCK_ELEMENTS, MOST_BLOCK = 1024, 128
-# Registers of a thread that writes places, with which twelve programs fit a multiprocessor, and such programs for each part.
+# Registers of a thread of the kernel that writes places: with so many, twelve programs fit a multiprocessor. And its programs for
+# each part of a slab.
 FILL_REGISTERS = 168
 FILL_PROGRAMS_PER_PART = 8
 # Rows and columns of a block of the table of counts.
 PLACE_TILES, PLACE_CHUNKS = 64, 32
-# Elements of the partial results that a program, one warp, adds up at a time, of at most so many heads of a token, since what a
-# program waits for before it can load them is then waited for once.
+# Elements of the partial results that a program, one warp, adds up at a time. It takes up to SUM_HEADS heads of a token together,
+# because it then waits only once for what tells where to load them from.
 SUM_ELEMENTS, SUM_HEADS = 2048, 4
-# Of a thread of it. Left alone, the compiler took 162 where outputs are merged, and 95 where gradients of 4 heads are added, which
-# then took 13.1 ms in place of 7.1 on an H200.
+# Registers of a thread of that program. Left to itself, the compiler took 162 where outputs are merged, and 95 where gradients of 4
+# heads are added: with these the sums took 13.1 ms in place of 7.1 on an H200.
 SUM_REGISTERS = 128
-# Such programs for each part: twice as many as run at a time, since a launch that finds no work takes as long as its programs take
-# to start.
+# Such programs for each part of a slab: twice as many as run at the same time. More would not help, and a launch that finds no work
+# takes as long as its programs take to start.
 SUM_PROGRAMS_PER_PART = 8
 
 
@@ -90,7 +92,7 @@ class PairSlabs(NamedTuple):
     count_tiles: int
     """Tiles of the table of counts."""
     placed: Placed | None
-    """Of all slabs, if the table of counts has room for all tiles; None: made for `at_once` slabs at a time."""
+    """Places of all slabs, if the table of counts has room for all tiles; None: they are made for `at_once` slabs at a time."""
 
     @property
     def sum_programs(self) -> int:
@@ -102,7 +104,7 @@ class PairSlabs(NamedTuple):
 
 
 def heads_and_slots(sizes: Sizes) -> tuple[int, int]:
-    """Heads of a token, and its slots, whose parts are added up at a time."""
+    """How many heads of a token, and how many of its slots, are added up at a time."""
     heads = math.gcd(sizes.group, SUM_HEADS)
     return heads, SUM_ELEMENTS // (heads * sizes.block_d)
 
@@ -122,7 +124,11 @@ class SlabPairs(NamedTuple):
 def _selected(
     i_e, count, offset, first_chunk, list_chunk, list_log_prior, m_token, T: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Of a block of a tile's entries: existence and chunk [BLOCK]; places of the log priors, these, and whether selected [T, BLOCK]."""
+    """Read a block of a tile's list entries.
+
+    Returns whether each entry exists and its chunk, [BLOCK] each; then [T, BLOCK] each where the log priors lie, the log priors, and
+    1 where the token selected the chunk, else 0.
+    """
     o_e = i_e + tl.arange(0, BLOCK)
     m_e = o_e < count
     o_log, i_log = tl.arange(0, BLOCK)[None, :] * T + tl.arange(0, T)[:, None], (offset + i_e) * T
@@ -317,7 +323,7 @@ def plan_slabs(
 
 
 def _exclusive_sum(x: Tensor) -> Tensor:
-    """Of the last dimension, with the sum of all at the end."""
+    """Sums over the last dimension of all entries before each one [..., n + 1]; the last is the sum of all n."""
     return torch.nn.functional.pad(x.cumsum(-1), (1, 0))
 
 
@@ -351,7 +357,7 @@ def _place(slabs: PairSlabs, counts: Tensor, first_tile: Tensor, sizes: Sizes) -
 
 
 def _place_bytes(entries: bool) -> int:
-    """Of a pair in `SlabPairs`."""
+    """Bytes that one pair takes in `SlabPairs`."""
     return 20 if entries else 12
 
 

@@ -38,7 +38,8 @@ class PairPlan(NamedTuple):
     """
 
     partition: WorkPartition
-    """Of steps: a row has as many as its entries fill, the last one perhaps not wholly. The last parts may be empty."""
+    """How the work is shared out, in steps: a row has as many as hold its entries, the last one perhaps not full. The last parts may
+    be empty."""
     offset: Tensor
     """int64 [rows + 1]."""
     base: Tensor

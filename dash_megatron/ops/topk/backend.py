@@ -18,7 +18,7 @@ class Backend(NamedTuple):
     select: Callable[..., Tensor]
     """`select_chunks_reference` or the kernels."""
     dtype: torch.dtype
-    """Of operands of matrix products."""
+    """Data type that operands of matrix products are rounded to."""
 
 
 def find_backend(backend: str, q: Tensor, chunk_size: int) -> Backend:
