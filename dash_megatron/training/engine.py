@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +32,7 @@ from dash_megatron.layers.core_attention import MAX_LOG_FACTOR
 from dash_megatron.ops.adamw import adamw_step
 from dash_megatron.parallel import GradientGroups, gradient_group
 from dash_megatron.parallel.libraries import without_compiler
+from dash_megatron.training.gradient_sums import GradientSums
 
 with without_compiler():
     # ZeRO would, when a run starts
@@ -46,9 +46,6 @@ nvtx.enable_nvtx = torch.cuda.is_available()
 
 BUCKET_ELEMENTS = 500_000_000
 """Gradients that ZeRO reduces together, at most: DeepSpeed's default of `reduce_bucket_size`."""
-
-RUN_ELEMENTS = 2**27
-"""Gradients that processes add up together under ZeRO 1 in bf16, at least, where there are as many: 512 MiB."""
 
 
 class Engine:
@@ -91,7 +88,7 @@ class Engine:
         if type(self._optimizer) is BF16_Optimizer:
             # DeepSpeed makes it by itself
             self._optimizer.__class__ = _FusedBF16Optimizer
-            self._optimizer.sums = _SumsOfGradients(self._optimizer) if world_size > 1 else None
+            self._optimizer.sums = GradientSums(self._optimizer) if world_size > 1 else None
             self._adam.update = self._optimizer.update_weights
         # ZeRO 0 in fp32 has no optimizer wrapper that would keep the gradient norm
         self._optimizer_is_plain = isinstance(self._optimizer, torch.optim.Optimizer)
@@ -115,10 +112,10 @@ class Engine:
         undone here and its division by accumulation steps is switched off, so that the caller alone decides what
         the loss is divided by.
         """
-        sums: _SumsOfGradients | None = getattr(self._optimizer, "sums", None)
+        sums: GradientSums | None = getattr(self._optimizer, "sums", None)
         last = self._engine.is_gradient_accumulation_boundary()
         with contextlib.nullcontext() if sums is None else sums.taking(last):
-            # of these sums nobody makes means
+            # only DeepSpeed's own sums are divided by the number of processes
             self._engine.backward(loss * (self.world_size if sums is None else 1), scale_wrt_gas=False)
 
     @record_function("update")
@@ -218,90 +215,6 @@ class _GuardedAdamW(torch.optim.AdamW):
         return None
 
 
-class _Run(NamedTuple):
-    """Neighbours in a float32 buffer of gradients."""
-
-    group: int
-    """Of parameters."""
-    numbers: range
-    """Of parameters in the group."""
-    sums: Tensor
-    """Their part of the buffer."""
-
-
-class _SumsOfGradients:
-    """Adds up a step's gradients over processes while the backward of its last micro-batch still makes others.
-
-    A gradient joins those of earlier micro-batches as soon as it is made. Runs of them are sent from the ends of the buffers
-    on, as backwards go: in the same order on every process, in whatever order gradients come.
-    """
-
-    def __init__(self, optimizer: _FusedBF16Optimizer) -> None:
-        self._optimizer = optimizer
-        self._runs: list[_Run] = []
-        self._missing: list[set[int]] = []
-        """Parameters of each run whose gradients are to come."""
-        self._sent = 0
-        self._work: list[dist.Work] = []
-        self._active = False
-        for group in range(len(optimizer.bf16_groups)):
-            self._runs += _cut_into_runs(group, optimizer)
-        for place, run in enumerate(self._runs):
-            for number in run.numbers:
-                take = functools.partial(self._take, place, number)
-                optimizer.bf16_groups[run.group][number].register_post_accumulate_grad_hook(take)
-
-    @contextlib.contextmanager
-    def taking(self, last: bool) -> Iterator[None]:
-        """Within is the backward of a micro-batch, which is the last of its step or not."""
-        self._active, self._sent = last, 0
-        self._missing = [set(run.numbers) for run in self._runs]
-        try:
-            yield
-        finally:
-            self._active = False
-
-    def _take(self, run: int, number: int, parameter: Tensor) -> None:
-        if not self._active:
-            return
-        group = self._runs[run].group
-        if run < self._sent:
-            raise RuntimeError(f"parameter {number} of group {group} has a gradient after its sum was sent")
-        self._optimizer.add_gradients([(group, number)])
-        parameter.grad = None
-        self._missing[run].discard(number)
-        while self._sent < len(self._runs) and not self._missing[self._sent]:
-            self._send_next()
-
-    def _send_next(self) -> None:
-        run = self._runs[self._sent]
-        process_group = self._optimizer.real_dp_process_group[run.group]
-        self._work.append(dist.all_reduce(run.sums, group=process_group, async_op=True))
-        self._sent += 1
-
-    def finish(self) -> None:
-        """Send what is left, and wait for all."""
-        while self._sent < len(self._runs):
-            self._send_next()
-        for work in self._work:
-            work.wait()
-        self._work = []
-
-
-def _cut_into_runs(group: int, optimizer: _FusedBF16Optimizer) -> list[_Run]:
-    """A group's gradients in runs of at least `RUN_ELEMENTS`, but for the one that begins the buffer; the last first."""
-    sizes = [gradient.numel() for gradient in optimizer.fp32_groups_gradients[group]]
-    runs, end, stop = [], len(sizes), sum(sizes)
-    start = stop
-    for number in reversed(range(len(sizes))):
-        start -= sizes[number]
-        if stop - start >= RUN_ELEMENTS or not number:
-            sums = optimizer.fp32_groups_gradients_flat[group][start:stop]
-            runs.append(_Run(group, range(number, end), sums))
-            end, stop = number, start
-    return runs
-
-
 class _FusedBF16Optimizer(BF16_Optimizer):
     """DeepSpeed's optimizer for bf16 under ZeRO 1, which goes over gradients and weights less often.
 
@@ -309,7 +222,7 @@ class _FusedBF16Optimizer(BF16_Optimizer):
     clips, moves moments and weights, and rounds in one pass. Several processes add gradients up during the backward.
     """
 
-    sums: _SumsOfGradients | None = None
+    sums: GradientSums | None = None
 
     @torch.no_grad()
     def add_gradients(self, places: Iterable[tuple[int, int]]) -> None:
@@ -341,9 +254,9 @@ class _FusedBF16Optimizer(BF16_Optimizer):
 
     @torch.no_grad()
     def get_grads_for_reduction(self) -> Any:
-        """As DeepSpeed's, of whole buffers: what has had no gradient in this step is zero, and counts in the norm from now on.
+        """As DeepSpeed's, of whole buffers: a parameter without a gradient in this step counts with zeros.
 
-        Another process may have one, and all must clip alike.
+        Another process may have a gradient for it, and all must clip alike.
         """
         for sums, seen in zip(self.fp32_groups_gradients, self.fp32_groups_has_gradients, strict=True):
             for number, total in enumerate(sums):
@@ -361,7 +274,7 @@ class _FusedBF16Optimizer(BF16_Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """As DeepSpeed's, but that the inner optimizer, which is to call `update_weights`, clips and rounds too."""
+        """As DeepSpeed's, except that clipping and rounding are left to the inner optimizer, which calls `update_weights`."""
         gradients, _ = self.get_grads_for_norm()
         norm = get_global_norm_of_tensors(input_tensors=gradients, mpu=self.mpu, norm_type=self.norm_type)
         self.overflow = is_invalid_grad_norm(norm)
@@ -381,7 +294,7 @@ class _FusedBF16Optimizer(BF16_Optimizer):
         """Update this process's part of weights and moments from the step's gradient and its norm."""
         clip = min(1.0, self.clip_grad / (float(self._global_grad_norm) + 1e-6)) if self.clip_grad else 1.0
         states = [adam_state(self.optimizer, master) for master in self.fp32_groups_flat_partition]
-        # asked for before the first update keeps the device busy
+        # read before the first update is launched: reading waits for the device
         steps = [int(state["step"]) + 1 for state in states]
         for i, (group, state, step) in enumerate(
             zip(self.optimizer.param_groups, states, steps, strict=True)
@@ -427,7 +340,7 @@ def parameter_groups(model: torch.nn.Module, config: Config) -> list[dict[str, A
 
 @contextlib.contextmanager
 def _naming_options(zero: ZeroConfig) -> Iterator[None]:
-    """Within, what DeepSpeed refuses is a ValueError that names `zero.options`, where the config has any."""
+    """Turn what DeepSpeed refuses within into a ValueError that names `zero.options`, where the config has any."""
     try:
         yield
     except (DeepSpeedConfigError, ZeRORuntimeException, ValueError) as error:

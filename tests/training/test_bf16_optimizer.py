@@ -12,7 +12,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from dash_megatron.config import ParallelConfig
 from dash_megatron.ops.adamw import adamw_step
 from dash_megatron.parallel import Launch, init_process_groups
-from dash_megatron.training import engine as engines
+from dash_megatron.training import gradient_sums
 from dash_megatron.training.engine import Engine
 from tests.layers.test_gpt_model import config_of, model_of, positions_of, tokens_of
 from tests.training.test_checkpoint import leave_groups
@@ -63,7 +63,7 @@ def train(by_deepspeed: bool, early: bool = False) -> tuple[list[float], dict[st
     if by_deepspeed:
         engine._optimizer.__class__, engine._adam.update = BF16_Optimizer, None
     if early:
-        engine._optimizer.sums = engines._SumsOfGradients(engine._optimizer)
+        engine._optimizer.sums = gradient_sums.GradientSums(engine._optimizer)
     unused = dict(engine.model.named_parameters())["decoder.layers.1.pre_mlp_layernorm.weight"]
     norms = []
     for step in range(2):
@@ -110,22 +110,22 @@ def test_gradients_are_added_up_over_processes_while_the_backward_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     norms, expected = train(by_deepspeed=False)
-    monkeypatch.setattr(engines, "RUN_ELEMENTS", 1000)
-    finish, left = engines._SumsOfGradients.finish, []
+    monkeypatch.setattr(gradient_sums, "MIN_BUCKET_ELEMENTS", 1000)
+    finish, left = gradient_sums.GradientSums.finish, []
 
     def count_and_finish(self: Any) -> None:
-        left.append((len(self._runs) - self._sent, len(self._runs)))
+        left.append((len(self._buckets) - self._sent, len(self._buckets)))
         finish(self)
 
-    monkeypatch.setattr(engines._SumsOfGradients, "finish", count_and_finish)
+    monkeypatch.setattr(gradient_sums.GradientSums, "finish", count_and_finish)
     found_norms, found = train(by_deepspeed=False, early=True)
     assert found_norms == norms
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    (left_of_one, runs), (left_of_other, _) = left
-    assert runs > 4
+    (left_of_one, buckets), (left_of_other, _) = left
+    assert buckets > 4
     assert left_of_one == 0, "all were sent before the backward had ended"
-    # a run waits for a gradient that does not come, and those behind it wait for the run
-    assert 0 < left_of_other < runs
+    # a bucket waits for a gradient that does not come, and those after it wait for the bucket
+    assert 0 < left_of_other < buckets
 
 
 def test_processes_get_the_sums_and_updates_of_deepspeed(

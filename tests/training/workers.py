@@ -187,16 +187,16 @@ def sum_gradients(cases: list[tuple[str, dict[str, Any]]], addends: list[float],
 
 
 def steps_in_bf16(cases: list[tuple[str, dict[str, Any], bool, bool]], folder: str) -> None:
-    """Two steps of every case, whose gradients DeepSpeed adds up, or we in many runs; the last process may lack one of them.
+    """Two steps of every case, whose gradients DeepSpeed adds up, or we in many buckets; the last process may lack one of them.
 
     Every rank leaves what `_measured_steps` gives in `<folder>/<name>_<rank>.pt`.
     """
     module, rank = keep_process_groups(), int(os.environ["RANK"])
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
-    from dash_megatron.training import engine as engines
+    from dash_megatron.training import gradient_sums
 
-    engines.RUN_ELEMENTS = 1000
+    gradient_sums.MIN_BUCKET_ELEMENTS = 1000
     for name, tree, by_deepspeed, one_lacks in cases:
         trainer = module.Trainer(config_from_dict(tree))
         trainer.reporter.start(trainer.step, trainer.commit)
@@ -205,7 +205,7 @@ def steps_in_bf16(cases: list[tuple[str, dict[str, Any], bool, bool]], folder: s
             engine._optimizer.__class__, engine._adam.update = BF16_Optimizer, None
             engine._optimizer.sums = None
         else:
-            assert len(engine._optimizer.sums._runs) > 4
+            assert len(engine._optimizer.sums._buckets) > 4
         if one_lacks and rank:
             engine.model.get_parameter("decoder.layers.0.mlp.linear_fc2.weight").requires_grad_(False)
         torch.save(_measured_steps(trainer, steps=2), Path(folder) / f"{name}_{rank}.pt")
