@@ -21,7 +21,6 @@ from dash_megatron.planning.memory import (
     BUCKET_ELEMENTS,
     MemoryUse,
     context_shape,
-    lists_are_counted,
     memory_use,
     micro_batches,
     rank_parameters,
@@ -34,6 +33,7 @@ from dash_megatron.planning.traffic import (
     tensor_parallel_layer,
     zero_step,
 )
+from dash_megatron.planning.workspaces import lists_are_counted
 
 OPTIMIZER_BYTES = {"fused": 31, "separate": 65}
 """Bytes read and written per parameter once a step: float32 gradients, norm, clipping, AdamW's states and weights, and the bf16

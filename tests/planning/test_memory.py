@@ -10,10 +10,11 @@ import torch
 
 from dash_megatron.config import Config, config_from_dict, load_config
 from dash_megatron.config.flops import parameter_count
-from dash_megatron.planning import baseline_times, memory
+from dash_megatron.planning import baseline_times, memory, workspaces
 from dash_megatron.planning.layout import Hardware, Layout
-from dash_megatron.planning.memory import list_bytes, memory_use, rank_parameters
+from dash_megatron.planning.memory import memory_use, rank_parameters
 from dash_megatron.planning.traffic import ContextComm
+from dash_megatron.planning.workspaces import list_bytes
 from dash_megatron.studies.runs import expand
 from dash_megatron.studies.study_file import load_study
 
@@ -191,7 +192,7 @@ def test_lists_have_room_for_all_chunks_until_2_gib_and_for_the_listed_ones_abov
     assert (forward, backward) == (10 * 2 * 4 * 65, 10 * 2 * (4 * 64 + 16))
     long = load_config(ROOT / "configs" / "8b_16k.yaml", ["data.seq_length=131072"])
     assert list_bytes(long, ALONE, 0.1)[0] == pytest.approx(0.1 * list_bytes(long, ALONE, 1.0)[0])
-    assert list_bytes(long, ALONE, 1.0)[0] > memory.MAX_BOUNDED_BYTES
+    assert list_bytes(long, ALONE, 1.0)[0] > workspaces.MAX_BOUNDED_BYTES
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,7 @@ def heads_of_128(length: int, *changes: str) -> Config:
 
 
 def test_pairs_have_workspaces_of_2_gib_or_of_what_a_decision_for_them_leaves() -> None:
-    long = memory.pair_bytes(heads_of_128(16384), ALONE, 1.0, "H200")
+    long = workspaces.pair_bytes(heads_of_128(16384), ALONE, 1.0, "H200")
     # a pair of 4 heads: 128 elements in bf16 each, a float32 log-sum-exp in attention, and 12 or 20 bytes of places, of several
     # slabs at once up to 256 MiB; 512 tiles of 32 tokens, by 256 chunks and 8 kv heads, have 4 bytes each; keys and values have
     # float32 sums for every chunk of 64 x 128 elements, and two for each of 528 programs
@@ -230,7 +231,7 @@ def test_pairs_have_workspaces_of_2_gib_or_of_what_a_decision_for_them_leaves() 
     assert long["attend"] == attend * (1040 + 10 * 12) + counts
     assert long["queries"] == queries * (1024 + 6 * 20) + counts + 2 * (2048 + 1056) * 64 * 128 * 4
     # 64 chunks make 2080 pairs; each head has a slab, of which the places of all are there at once
-    short = memory.pair_bytes(heads_of_128(4096), ALONE, 1.0, "H200")
+    short = workspaces.pair_bytes(heads_of_128(4096), ALONE, 1.0, "H200")
     pairs, counts = 2080 * 2 * 8 * 32, counts / 16
     sums = 2 * (512 + 1056) * 64 * 128 * 4
     assert short == pytest.approx(
@@ -239,7 +240,7 @@ def test_pairs_have_workspaces_of_2_gib_or_of_what_a_decision_for_them_leaves() 
             "queries": pairs / 2.0 * (1024 + 8 * 20) + counts + sums,
         }
     )
-    halves = memory.pair_bytes(heads_of_128(4096), Layout(2, 1, 1, 1, "all_gather", "full"), 1.0, "H200")
+    halves = workspaces.pair_bytes(heads_of_128(4096), Layout(2, 1, 1, 1, "all_gather", "full"), 1.0, "H200")
     # half as many heads, and slabs of each half as many; all of the programs
     assert halves == pytest.approx(
         {
@@ -254,16 +255,16 @@ def test_pairs_have_workspaces_of_2_gib_or_of_what_a_decision_for_them_leaves() 
         for width in (128, 112)
     )
     # keys and values go over pairs with either
-    assert one - two > long["queries"] - memory.key_bytes(
+    assert one - two > long["queries"] - workspaces.key_bytes(
         heads_of_128(16384, "model.head_dim=112"), ALONE, 1.0
     )
-    assert memory.pair_bytes(heads_of_128(16384), ALONE, 1.0, "H100") == {"attend": 0.0, "queries": 0.0}
+    assert workspaces.pair_bytes(heads_of_128(16384), ALONE, 1.0, "H100") == {"attend": 0.0, "queries": 0.0}
     other = memory_use(heads_of_128(16384, narrow), ALONE, 1024, Hardware.of("H100")).working
     assert other < one
 
 
 def test_pairs_of_a_million_tokens_are_counted_for_a_few_slabs_at_a_time() -> None:
-    found = memory.pair_bytes(heads_of_128(2**20), ALONE, 0.05, "H200")
+    found = workspaces.pair_bytes(heads_of_128(2**20), ALONE, 0.05, "H200")
     # the places of 6 slabs fill 256 MiB in the gradient; of 10 in attention, of which 8 are counted at a time
     attend, queries = 2**31 // 1040, 2**31 // 1024
     assert found["attend"] == attend * (1040 + 8 * 12) + 2**26 * 4
@@ -271,7 +272,7 @@ def test_pairs_of_a_million_tokens_are_counted_for_a_few_slabs_at_a_time() -> No
     counts = 2**26 // 16384 // 6 * 6 * 16384 * 4
     assert found["queries"] == queries * (1024 + 6 * 20) + counts + 2 * (131072 + 1056) * 64 * 128 * 4
     # float32 gradients of 32 key/value heads would be 32 GiB, and the kernels go over tiles
-    wide = memory.pair_bytes(heads_of_128(2**20, "model.kv_heads=32"), ALONE, 0.05, "H200")
+    wide = workspaces.pair_bytes(heads_of_128(2**20, "model.kv_heads=32"), ALONE, 0.05, "H200")
     assert wide["attend"] > 2**31
     assert wide["queries"] == 0
 
@@ -280,7 +281,7 @@ def test_pairs_of_ranks_that_share_a_sequence_have_workspaces_for_their_own_quer
     # sums of keys and values are those of the exchange; what is added to them waits in two slots of each program
     attend, queries, slots = 2**31 // 1040, 2**31 // 1024, 2 * 1056 * 64 * 128 * 4
     for comm, keys in (("all_gather", 512), ("sparse", 512), ("p2p", 128)):
-        found = memory.pair_bytes(heads_of_128(32768), Layout(1, 2, 1, 1, comm, "full"), 1.0, "H200")
+        found = workspaces.pair_bytes(heads_of_128(32768), Layout(1, 2, 1, 1, comm, "full"), 1.0, "H200")
         # 512 tiles of half the rows, by the chunks of the keys that are there at a time
         counts = 512 * keys * 8 * 4
         assert found["attend"] == attend * (1040 + 10 * 12) + counts, comm
@@ -299,7 +300,7 @@ def test_pairs_of_ranks_that_share_a_sequence_have_workspaces_for_their_own_quer
     ids=["fp32", "8 heads a group", "heads of 64", "chunks of 32", "too many in a tile"],
 )
 def test_where_pairs_are_never_taken_they_have_no_workspaces(config: Config, layout: Layout) -> None:
-    assert memory.pair_bytes(config, layout, 1.0, "H200") == {"attend": 0.0, "queries": 0.0}
+    assert workspaces.pair_bytes(config, layout, 1.0, "H200") == {"attend": 0.0, "queries": 0.0}
 
 
 def test_keys_over_pairs_have_places_and_sums_of_the_programs_and_chunks() -> None:
@@ -308,25 +309,25 @@ def test_keys_over_pairs_have_places_and_sums_of_the_programs_and_chunks() -> No
     # 132 multiprocessors have 32 programs each, which leave dk and dv of 64 keys twice
     # of 16 runs of 8 tiles each, each head has a count for each chunk
     counts = 16 * 8 * 64
-    found = memory.key_bytes(heads_of_128(4096), ALONE, 1.0)
+    found = workspaces.key_bytes(heads_of_128(4096), ALONE, 1.0)
     assert found == 8 * (pairs + counts) + 8 * 128 * (2 * 4224 * 64 + own)
     # two chunks of 32 are taken side by side, each with a log prior; at least 16 steps of 64 rows, 16 tokens, a program
     pairs, own = 528 * 8 * 32 + 1024 * 8, 1024 * 8
-    small = memory.key_bytes(heads_of_128(1024, "attention.chunk_size=32"), ALONE, 1.0)
+    small = workspaces.key_bytes(heads_of_128(1024, "attention.chunk_size=32"), ALONE, 1.0)
     counts = 4 * 8 * 16
     assert small == 8 * (2 * pairs + counts) + 8 * 128 * (2 * pairs / 16 / 16 * 64 + own)
-    long = memory.key_bytes(heads_of_128(65536, "attention.chunk_size=32"), ALONE, 1.0)
+    long = workspaces.key_bytes(heads_of_128(65536, "attention.chunk_size=32"), ALONE, 1.0)
     counts = 256 * 8 * 1024
     assert long == 8 * (2**26 + counts) + 8 * 128 * (2 * 4224 * 64 + 65536 * 8) < 2**31
     # 8,192 runs of 8 tiles, 16,384 groups and 8 heads would have 2**30 counts: runs are of 512 tiles
-    longest = memory.key_bytes(heads_of_128(2**20, "attention.chunk_size=32"), ALONE, 1.0)
+    longest = workspaces.key_bytes(heads_of_128(2**20, "attention.chunk_size=32"), ALONE, 1.0)
     assert longest == 8 * (2**26 + 2**24) + 8 * 128 * (2 * 4224 * 64 + 2**20 * 8)
     for never in (
         "attention.chunk_size=64 model.head_dim=64",
         "training.precision=fp32",
         "model.head_dim=256",
     ):
-        assert memory.key_bytes(heads_of_128(4096, *never.split()), ALONE, 1.0) == 0
+        assert workspaces.key_bytes(heads_of_128(4096, *never.split()), ALONE, 1.0) == 0
 
 
 def test_recomputation_and_sharing_tokens_only_ever_save() -> None:
@@ -371,11 +372,11 @@ def test_programs_that_share_pairs_are_those_of_the_table_of_launches(
 
     monkeypatch.setattr(configs, "device_limits", lambda _: ("NVIDIA H200", 227 * 1024, 132))
     launches = configs.find_launches.__wrapped__(torch.device("cpu"), torch.bfloat16, 128, 64, group)
-    assert memory.PARTS[group] == launches.backward_by_pair.parts
+    assert workspaces.PARTS[group] == launches.backward_by_pair.parts
     heads = ["model.heads=32", f"model.kv_heads={32 // group}"]
-    found = memory.pair_bytes(heads_of_128(4096, *heads), ALONE, 1.0, "H200")
-    monkeypatch.setitem(memory.PARTS, group, 0)
-    without = memory.pair_bytes(heads_of_128(4096, *heads), ALONE, 1.0, "H200")
+    found = workspaces.pair_bytes(heads_of_128(4096, *heads), ALONE, 1.0, "H200")
+    monkeypatch.setitem(workspaces.PARTS, group, 0)
+    without = workspaces.pair_bytes(heads_of_128(4096, *heads), ALONE, 1.0, "H200")
     # a part leaves two chunks of dk and of dv, in float32
     assert found["queries"] - without["queries"] == launches.backward_by_pair.parts * 2 * 2 * 64 * 128 * 4
 
@@ -390,16 +391,19 @@ def test_limits_are_those_of_the_code_they_describe() -> None:
 
     assert memory.BUCKET_ELEMENTS == BUCKET_ELEMENTS
     assert memory.MAX_ACTIVATED == MAX_ACTIVATED
-    assert (memory.MAX_LOGITS, memory.MAX_BOUNDED_BYTES) == (MAX_LOGITS, MAX_BOUNDED_BYTES)
+    assert (memory.MAX_LOGITS, workspaces.MAX_BOUNDED_BYTES) == (MAX_LOGITS, MAX_BOUNDED_BYTES)
     assert baseline_times.MAX_SHARED_BIAS == MAX_SHARED_BIAS
     for name in ("WORKSPACE_BYTES", "PLACES_BYTES", "MAX_COUNTS", "COUNTED_SLABS"):
-        assert getattr(memory, name) == getattr(pair_slabs, name), name
-    assert memory.MAX_PAIR_GRADIENT_BYTES == backward_q.MAX_PAIR_GRADIENT_BYTES
+        assert getattr(workspaces, name) == getattr(pair_slabs, name), name
+    assert workspaces.MAX_PAIR_GRADIENT_BYTES == backward_q.MAX_PAIR_GRADIENT_BYTES
     for name in ("MAX_PAIRS", "LEAST_STEPS"):
-        assert getattr(memory, name) == getattr(pairs, name), name
-    assert (memory.MIN_RUN_TILES, memory.MAX_RUN_COUNTS) == (pairs.MIN_RUN_TILES, transpose.MAX_COUNTS)
-    assert memory.KEY_PARTS == configs.PAIR_PARTS_PER_MULTIPROCESSOR * 132
+        assert getattr(workspaces, name) == getattr(pairs, name), name
+    assert (workspaces.MIN_RUN_TILES, workspaces.MAX_RUN_COUNTS) == (
+        pairs.MIN_RUN_TILES,
+        transpose.MAX_COUNTS,
+    )
+    assert workspaces.KEY_PARTS == configs.PAIR_PARTS_PER_MULTIPROCESSOR * 132
     slabs: Any = SimpleNamespace(slot=torch.empty(0), room=3, at_once=2)
     for stage, entries in (("attend", False), ("queries", True)):
         places = [x for x in pair_slabs.new_pairs(slabs, entries) if x is not None]
-        assert sum(x.nbytes for x in places) == 2 * 3 * memory.PLACE_BYTES[stage]
+        assert sum(x.nbytes for x in places) == 2 * 3 * workspaces.PLACE_BYTES[stage]
