@@ -15,9 +15,9 @@ from dash_megatron.ops.kernels.tiles import (
     load_entries,
     load_keys,
     load_priors,
-    load_rows,
     load_tile,
     own_key_rows,
+    own_scores,
     query_tile,
     split_keys,
     spread,
@@ -51,12 +51,9 @@ def _attend_own(
 ):  # fmt: skip
     """Online softmax over the first `own_keys` of a query tile's own chunk; row r sees those up to `o_slot[r]`."""
     for i_own in tl.range(0, own_keys, KEYS, num_stages=1):
-        o_c = i_own + tl.arange(0, KEYS)
-        o_t = own_start + o_c
-        b_k = load_rows(k, o_t, stride_kn, o_t < own_end, D, BLOCK_D)
-        b_v = load_rows(v, o_t, stride_vn, o_t < own_end, D, BLOCK_D)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-        b_s = tl.where(o_c[None, :] <= o_slot[:, None], b_s, float("-inf"))
+        _, b_v, b_s = own_scores(
+            b_q, k, v, i_own, own_start, own_end, o_slot, stride_kn, stride_vn, D, BLOCK_D, KEYS
+        )
         b_acc, b_sum, b_max = _accumulate(b_acc, b_sum, b_max, b_s, b_sum * 0, b_v, scale)
     return b_acc, b_sum, b_max
 

@@ -21,6 +21,7 @@ from dash_megatron.ops.kernels.tiles import (
     load_rows,
     load_tile,
     own_key_rows,
+    own_scores,
     query_tile,
     split_keys,
     spread,
@@ -41,12 +42,9 @@ def _dq_own(
 ):  # fmt: skip
     """Add the part of a query tile's own chunk, as in `_attend_own`."""
     for i_own in tl.range(0, own_keys, KEYS, num_stages=1):
-        o_c = i_own + tl.arange(0, KEYS)
-        o_t = own_start + o_c
-        b_k = load_rows(k, o_t, stride_kn, o_t < own_end, D, BLOCK_D)
-        b_v = load_rows(v, o_t, stride_vn, o_t < own_end, D, BLOCK_D)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-        b_s = tl.where(o_c[None, :] <= o_slot[:, None], b_s, float("-inf"))
+        b_k, b_v, b_s = own_scores(
+            b_q, k, v, i_own, own_start, own_end, o_slot, stride_kn, stride_vn, D, BLOCK_D, KEYS
+        )
         b_p = tl.exp2(b_s * scale - b_lse[:, None])
         b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision="ieee") - b_delta[:, None])
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")

@@ -113,6 +113,21 @@ def own_key_rows(key_start, key_end, stride_key, i_h, own):
 
 
 @triton.jit
+def own_scores(
+    b_q, k, v, i_own, own_start, own_end, o_slot, stride_kn, stride_vn,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """A step over a query tile's own chunk: keys and values `i_own` and on [KEYS, BLOCK_D], zero from row `own_end` on, and the
+    products of queries and keys [rows, KEYS], -inf for keys beyond `o_slot[r]`, the place of row r's token in the chunk."""
+    o_c = i_own + tl.arange(0, KEYS)
+    o_t = own_start + o_c
+    b_k = load_rows(k, o_t, stride_kn, o_t < own_end, D, BLOCK_D)
+    b_v = load_rows(v, o_t, stride_vn, o_t < own_end, D, BLOCK_D)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+    return b_k, b_v, tl.where(o_c[None, :] <= o_slot[:, None], b_s, float("-inf"))
+
+
+@triton.jit
 def place_sums(
     i_p,
     num_parts,
