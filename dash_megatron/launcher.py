@@ -51,7 +51,7 @@ def check_processes(config: Config, processes: int | None) -> None:
         )
     if launched_rank() is not None:
         raise ValueError(
-            "--processes is for a command that nothing else starts, and torchrun or srun has started this one; leave it out"
+            "--processes starts processes, but torchrun or srun has started this one already; leave it out"
         )
     config.accumulation_steps(processes)
 

@@ -141,7 +141,7 @@ def _check_answers(prefix: str, sidecar: Sidecar, tokenizer: Tokenizer) -> None:
     path = answers_path(prefix)
     if sidecar.answer_tokens is not None and not path.is_file():
         raise FileNotFoundError(
-            f"{path_for_message(path)} does not exist, which says what of {prefix}.bin is an answer; copy it too, or tokenize again"
+            f"{path_for_message(path)} does not exist; it says which tokens of {prefix}.bin are answers: copy it too, or tokenize again"
         )
     known = edges_digest(path) if path.is_file() else None
     if known != sidecar.answers_digest:

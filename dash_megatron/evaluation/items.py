@@ -54,8 +54,8 @@ def check_items(
     )
     if least > length:
         raise LengthError(
-            f"task {task}: --lengths {length} must be at least {least}, for one of its samples is no shorter with this "
-            f"tokenizer and text; each length has samples of its own, so take more, such as {1 << least.bit_length()}"
+            f"task {task}: --lengths {length} must be at least {least}, the shortest that one of its samples can be with this "
+            f"tokenizer and text; samples of another length may need more, so take more, such as {1 << least.bit_length()}"
         )
     make_sample(task, length, items[0], text, tokenizer, seed)
 

@@ -138,8 +138,8 @@ def check_architecture(tree: dict[str, Any]) -> None:
     unknown = [f"{key}={value}" for key, value in tree.items() if value is not None and key not in known_keys]
     if unknown:
         raise ValueError(
-            f"config.json has {', '.join(unknown)}, of which training does not know what it changes in {kind}; where that is "
-            "nothing, remove it from config.json"
+            f"config.json has {', '.join(unknown)}, and training does not know what that changes in {kind}; if it changes nothing, "
+            "remove it from config.json"
         )
 
 

@@ -162,8 +162,8 @@ def _scaling(tree: dict[str, Any], name: str) -> RopeScaling | None:
     if kind == "default":
         if rope:
             raise ValueError(
-                f"config.json: {name} has {', '.join(f'{key}={value}' for key, value in rope.items())}, of which training does "
-                f"not know what it changes with rope_type={kind}; where that is nothing, remove it from config.json"
+                f"config.json: {name} has {', '.join(f'{key}={value}' for key, value in rope.items())}, and training does not "
+                f"know what that changes with rope_type={kind}; if it changes nothing, remove it from config.json"
             )
         return None
     known = get_args(RopeScaling.model_fields["rope_type"].annotation)

@@ -100,7 +100,7 @@ def _name(folder: Path, role: str, token: str, **defaults: str) -> None:
     path = folder / "tokenizer_config.json"
     # special_tokens_map.json alone may name the end of sequence
     _write(path, {**defaults, **read_settings(path), role: token})
-    # of two names that of special_tokens_map.json counts
+    # where both files name it, special_tokens_map.json counts
     path = folder / "special_tokens_map.json"
     if path.is_file():
         _write(path, {**read_settings(path), role: token})
@@ -115,8 +115,8 @@ def _load(folder: Path, source: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # what it raises depends on which key is wrong
         raise ValueError(
-            f"transformers cannot load data.tokenizer={source} with the files beside it ({type(error).__name__}: {error}); mend "
-            "tokenizer_config.json there, of which training read the names of special tokens only, and export again"
+            f"transformers cannot load data.tokenizer={source} with the files beside it ({type(error).__name__}: {error}); correct "
+            "tokenizer_config.json there, from which training read only the names of special tokens, and export again"
         ) from error
     return tokenizer
 

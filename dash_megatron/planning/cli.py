@@ -78,8 +78,8 @@ def _plan(options: argparse.Namespace) -> None:
 
     if options.listed is not None:
         raise ValueError(
-            f"--listed was replaced: --routing {options.listed} says the same, --routing runs what its default of 1.04 said, and "
-            "without either choices are as in trained models"
+            f"--listed was replaced: --routing {options.listed} says the same, and --routing runs says what its default of 1.04 "
+            "did; without --routing choices are like those of trained models"
         )
     if options.top < 1:
         raise ValueError(f"--top {options.top} must be at least 1")

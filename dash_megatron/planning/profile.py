@@ -83,7 +83,7 @@ def read_profile(run_dir: str | Path, hardware: Hardware) -> Profile:
     memory = [line["gpu_memory_gib"] for line in lines if line["gpu_memory_gib"] is not None]
     if not memory:
         raise ValueError(
-            f"--profile {run_dir} trained on CPUs and must be a run on GPUs, of which alone it can tell the speed"
+            f"--profile {run_dir} trained on CPUs and must be a run on GPUs, whose speed it is to tell"
         )
     return Profile(
         run_dir=str(run_dir),

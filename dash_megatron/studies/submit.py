@@ -89,7 +89,7 @@ def _check_numbers(processes: int, restarts: int, at_once: int | None, in_array:
         raise StudyError(f"--at-once {at_once} must be at least 1, or `gpus`")
     if in_array and at_once != 1:
         raise StudyError(
-            f"--at-once {at_once or 'gpus'} is for this machine; that of an array stands within "
+            f"--at-once {at_once or 'gpus'} is for this machine; for an array write "
             f'--slurm="... --at-once {at_once or 8}"'
         )
 

@@ -105,8 +105,8 @@ def _read(
     missing, routing_rows = shape[0] - len(found), 2 * config.kv_heads * config.channels_per_head
     if missing == -routing_rows:
         raise ValueError(
-            f"{source} has the router's own projections in {name}, which this run has not in the layer; set "
-            "attention.router_projections=true, and attention.kind and attention.full_layers as there"
+            f"{source} has the router's own projections in {name}, and this run has none in that layer; set "
+            "attention.router_projections=true, and attention.kind and attention.full_layers as that run has them"
         )
     if missing == routing_rows:
         found = add_routing_rows(found, config.kv_heads, config.channels_per_head)
@@ -155,7 +155,7 @@ def _check_model(config: ModelConfig, other: ModelConfig, folder: Path) -> None:
         new, old = getattr(config, name), getattr(other, name)
         if name == "head_dim":
             new, old = config.channels_per_head, other.channels_per_head
-        # the standard deviation made earlier weights; no vocabulary size is the tokenizer's, which shapes tell
+        # `init_std` only drew weights; a vocabulary size that is null is the tokenizer's, and shapes show whether it fits
         if name == "init_std" or (name == "vocab_size" and None in (new, old)) or new == old:
             continue
         if name == "rope_scaling" and new is not None:

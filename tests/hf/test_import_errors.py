@@ -148,7 +148,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "positions of three axes": (
         {"rope_scaling": {"type": "default", "mrope_section": [4, 2, 2]}},
-        r"rope_scaling has mrope_section=\[4, 2, 2\], of which",
+        r"rope_scaling has mrope_section=\[4, 2, 2\], and training does not know",
     ),
     "a text for a mapping": ({"rope_scaling": "linear"}, "has a value of another type than its key needs"),
     "a list for a number": ({"num_hidden_layers": [2]}, "has a value of another type than its key needs"),
@@ -171,7 +171,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no architecture": ({"model_type": None}, "model_type=None must be one of llama"),
     "an unknown key": (
         {"logits_scaling": 8.0, "unused": None},
-        "has logits_scaling=8.0, of which .* in llama; where",
+        "has logits_scaling=8.0, and training does not know .* in llama; if",
     ),
     "a key of another architecture": (
         MINICPM | {"model_type": "llama"},
@@ -180,7 +180,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "quantized": ({"quantization_config": {"bits": 4}}, "has quantization_config="),
     "a key of a later export": (
         {"chunk_size": 16, "scaling_factor": 1.0, "sigma": 2.0, "estimate_diagonal": True, "chunk_bias": 0.5},
-        "has chunk_bias=0.5, of which",
+        "has chunk_bias=0.5, and training does not know",
     ),
     "code of its own": (
         {"auto_map": {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}},

@@ -272,6 +272,6 @@ def test_a_tokenizer_that_transformers_cannot_load_is_named_by_the_export(tmp_pa
     _rewrite(tmp_path / "source" / "tokenizer_config.json", eos_token={"content": "<|end|>"})
     LlamaConfig().save_pretrained(tmp_path / "hf")
     with pytest.raises(
-        ValueError, match=r"cannot load data.tokenizer=\S+tokenizer.json .*TypeError: .*; mend tok"
+        ValueError, match=r"cannot load data.tokenizer=\S+tokenizer.json .*TypeError: .*; correct tok"
     ):
         export_tokenizer(Tokenizer(tmp_path / "source" / "tokenizer.json"), tmp_path / "hf")
