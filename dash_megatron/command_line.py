@@ -23,7 +23,7 @@ def parse_with_overrides(
     """Parse a command line whose `section.key=value` words may stand anywhere, even behind an option that takes several values.
 
     Args:
-        parser: collects them as `overrides`; where it does not, or the command that it picks, they are refused. A word
+        parser: collects them as `overrides`. If it does not, or the command that it picks does not, they are refused. A word
             right behind an option is that option's value, whatever it looks like, and so is the name of a file or folder.
         arguments: None for those of the process.
     """
@@ -44,7 +44,7 @@ def parse_with_overrides(
 
 @contextmanager
 def ending_with_reader() -> Iterator[None]:
-    """Within, a closed standard output ends the process without a word, with the status that SIGPIPE gives other tools.
+    """Where standard output is closed within, end the process silently, with the status that SIGPIPE gives other tools.
 
     The signal itself is left alone: it would also end a process that writes to a connection whose other side has gone.
     Ctrl-C ends the process without a word too, with the status that a shell gives it.

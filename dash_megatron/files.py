@@ -41,7 +41,7 @@ def error_text(error: Exception, written: str | os.PathLike[str] | None = None) 
     if isinstance(error, OSError) and error.strerror:
         where = error.filename
         if error.errno in _NO_ROOM:
-            # of two files, as of a copy, the second is the one written
+            # where an error names two files, as for a copy, the second is the one written
             where = error.filename2 or where or written
         return f"{error.strerror}: {where}" if where else error.strerror
     return str(error)
@@ -49,7 +49,7 @@ def error_text(error: Exception, written: str | os.PathLike[str] | None = None) 
 
 @contextmanager
 def telling_errors_of_the_disk(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Within, what a library in Rust tells of the disk in words only is raised as the OSError that it is, of `path`."""
+    """Raise errors of the disk, which libraries in Rust report in words only, as the OSError that they are, with `path`."""
     try:
         yield
     except Exception as error:

@@ -122,7 +122,7 @@ def print_error_once(reason: str) -> None:
 
 
 def let_rank_0_print_error() -> None:
-    """Wait for rank 0 to tell an error and to end, upon which the launcher ends this process, which has nothing to add."""
+    """Wait until rank 0 has printed an error and ended: the launcher then ends this process, which has nothing to add."""
     if launched_rank():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)

@@ -43,7 +43,7 @@ def finished_steps(run_dir: str | Path) -> list[int]:
     """Steps of which a published checkpoint exists, oldest first.
 
     Raises:
-        FileNotFoundError: what stands in the folder's place is none: a link to a disk that is away, or a file.
+        FileNotFoundError: the folder is a file, or a link to something that is not there, such as a disk that is not mounted.
     """
     matches = [_TAG.fullmatch(path.name) for path in _entries(checkpoint_folder(run_dir))]
     return sorted(int(match.group(1)) for match in matches if match)
@@ -99,7 +99,7 @@ def agreed_steps(run_dir: str | Path) -> list[int]:
 
 
 def agreed(function: Callable[[], T]) -> T:
-    """What a function gives on rank 0, or the OSError that it meets there, on all processes; collective."""
+    """Call a function on rank 0; return its result, or raise its OSError, on all processes. Collective."""
     # imported late, as a machine that only submits runs may lack it
     import torch.distributed as dist
 

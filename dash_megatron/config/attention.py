@@ -97,7 +97,7 @@ class AttentionConfig(Section):
         return self.router_projections and self.kind_of(layer) == "dash"
 
     def learned(self, layer: int) -> tuple[str, ...]:
-        """Settings by which attention of a layer, counted from 0, has weights of its own: a run that begins with them needs them too."""
+        """Settings that give attention of a layer, counted from 0, weights of its own: a run that starts from such weights needs them too."""
         kind = f"attention.kind={self.kind}"
         match self.kind_of(layer):
             case "full" | "infllmv2":
@@ -157,7 +157,7 @@ class AttentionConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _accept_earlier_releases(cls, tree: Any) -> Any:
-        """Runs of earlier releases have a key that was taken out, which is accepted where it was off, and true for 1 in another."""
+        """Accept what runs of earlier releases wrote: `length_scaling`, which was taken out, where it was off; `learned_scaling: true` as 1."""
         if not isinstance(tree, dict):
             return tree
         if tree.get("length_scaling"):

@@ -173,14 +173,14 @@ _TRIED_TYPE = re.compile(r"(str|float)|(tuple|dict)\[.*")
 
 
 def _is_of_one_type(place: tuple[str | int, ...]) -> bool:
-    """Whether a problem is inside a value that may be of several types, where the whole value has a problem too."""
+    """Whether a problem is of one type that a value was tried as: pydantic then also reports the value as a whole."""
     return any(_TRIED_TYPE.fullmatch(str(part)) for part in place[:-1])
 
 
 def _explain(problem: dict[str, Any], root: type[BaseModel]) -> str:
     place, value, kind = problem["loc"], problem.get("input"), problem["type"]
     several = _TRIED_TYPE.fullmatch(str(place[-1])) is not None
-    # of what a mapping has as a key, pydantic says so behind it
+    # where a mapping's key is wrong, pydantic adds `[key]` to the place
     path = list(place[:-1] if several or place[-1] == "[key]" else place)
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
     names = [str(part) for part in path]

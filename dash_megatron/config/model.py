@@ -76,7 +76,7 @@ class RopeScaling(Section):
         return self
 
 
-# of each rule, the fields that it needs and those it can do without
+# for each rule the fields that it needs, and those that it may have
 _ROPE_FIELDS: dict[str, tuple[set[str], set[str]]] = {
     "linear": ({"factor"}, set()),
     "llama3": ({"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"}, set()),

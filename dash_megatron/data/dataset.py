@@ -218,7 +218,7 @@ def _config(seq_length: int, seed: int, tokenizer: Tokenizer, cache_dir: str | N
 def _open_pass(
     prefix: str, sidecar: Sidecar, seq_length: int, seed: int, tokenizer: Tokenizer, cache_dir: Path, split_name: str
 ) -> _OnePass:  # fmt: skip
-    """One pass over a prefix, whose files are opened now, as its index is: the next blend's count of open files is then right."""
+    """One pass over a prefix, with its files open already, so that the next blend counts them among the open files."""
     if sidecar.answer_tokens is not None:
         conversations = ConversationRows(prefix, seq_length, seed, tokenizer.eod)
         conversations.open()

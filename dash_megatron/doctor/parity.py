@@ -51,7 +51,7 @@ def check_parity(session: Session) -> Finding:
         expected = session.run_on_all(lambda: run_once(alone, session.device, torch.float64))
     passes = {"reference": (torch.float64, LAYOUT_TOLERANCE, LAYOUT_TOLERANCE)}
     if uses_kernels(config, session.device):
-        # no nearer than the kernels are without a layout
+        # the kernels are no nearer to the reference on a single process
         passes["triton"] = (torch.float32, *TOLERANCE[torch.float32])
     figures: dict[str, Figure] = {"density": expected.density}
     problems = []

@@ -23,7 +23,7 @@ class Settings:
     lengths: tuple[int, ...] = ()
     """Tokens of prompt and answer; none: for the caller to choose."""
     only_fitting: bool = False
-    """Leave out a task at a length that it cannot have, as of lengths that nobody asked for; otherwise that is an error."""
+    """Leave out a task at lengths that it cannot have, for lengths that nobody asked for; otherwise such a length is an error."""
     depths: int = DEFAULT_DEPTHS
     """Places of the needle of task `needle`, from the first line to the last."""
     samples: int = 20

@@ -45,7 +45,7 @@ CORE_ATTENTION: dict[str, type[CoreAttention]] = {
     "infllmv2": InfLLMv2CoreAttention,
     "nsa": NSACoreAttention,
 }
-# by `training.recompute`; for other values the layer is Megatron's own
+# The layer for each value of `training.recompute`; for others it is Megatron's own.
 TRANSFORMER_LAYERS = {"full": RecomputedTransformerLayer, "selective": SelectiveTransformerLayer}
 
 
@@ -57,10 +57,10 @@ class DashGPTModel(GPTModel):
 
     def __init__(self, *args: Any, rotary: PackedRotaryEmbedding, **kwargs: Any) -> None:
         super().__init__(*args, position_embedding_type="none", **kwargs)
-        # a spec has no place for it
+        # Megatron's layer specs cannot name the output layer's class
         self.output_layer.__class__ = OutputLayer
         for layer in self.decoder.layers:
-            # in a spec Megatron would warn of it in every layer, and not hand it its process group
+            # if a spec named it, Megatron would warn of it in every layer, and not hand it its process group
             layer.mlp.__class__ = FeedForward
         self.rotary = rotary
 

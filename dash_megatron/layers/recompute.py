@@ -66,7 +66,7 @@ class RecomputedTransformerLayer(TransformerLayer):
 
 
 def _piecewise(run: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-    """`run(x)`, some rows at a time, without a gradient."""
+    """Compute `run(x)` some rows at a time, without a gradient."""
     out = torch.empty_like(x)
     for own, own_out in zip(x.split(rows), out.split(rows), strict=True):
         own_out.copy_(run(own))
@@ -74,7 +74,10 @@ def _piecewise(run: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
 
 
 class _Differentiated(torch.autograd.Function):
-    """The gradient of a function of single rows, some rows at a time; its values are not computed, and zeros stand for them."""
+    """A function of single rows, whose backward computes and differentiates it some rows at a time.
+
+    The forward computes nothing and returns zeros: it runs only where nobody reads its values.
+    """
 
     @staticmethod
     def forward(
@@ -82,7 +85,7 @@ class _Differentiated(torch.autograd.Function):
     ) -> Tensor:
         ctx.run, ctx.rows, ctx.parameters = run, rows, parameters
         ctx.save_for_backward(x)
-        # of one element
+        # takes the memory of one element
         return x.new_zeros(()).expand_as(x)
 
     @staticmethod
@@ -136,7 +139,7 @@ class SelectiveTransformerLayer(TransformerLayer):
 
 
 def with_recomputed_input(use: Callable[[Tensor], Out], make: Callable[[Tensor], Tensor], x: Tensor) -> Out:
-    """`use(make(x))`, of whose backward `make(x)` is computed again instead of being kept.
+    """Compute `use(make(x))`; its backward computes `make(x)` again instead of keeping it.
 
     Args:
         use: keeps what it takes in for its backward as it is, such as a matrix product; is not run again.
@@ -158,14 +161,14 @@ def with_recomputed_input(use: Callable[[Tensor], Out], make: Callable[[Tensor],
 
 
 class _Recomputation:
-    """Input, and once the backward asks for it output, of a function that is computed twice."""
+    """A function and its input, and what a second computation gives, once the backward asks for it."""
 
     def __init__(self, make: Callable[[Tensor], Tensor], x: Tensor) -> None:
         self.make, self.x = make, x
         self._again: tuple[Tensor, Tensor] | None = None
 
     def again(self) -> tuple[Tensor, Tensor]:
-        """Input and output of a second computation, which autograd follows; the same ones until `take`."""
+        """Input and output of the second computation, which autograd follows; computed once, and kept until `take`."""
         if self._again is None:
             x = self.x.detach().requires_grad_()
             with torch.enable_grad():
@@ -173,13 +176,13 @@ class _Recomputation:
         return self._again
 
     def take(self) -> tuple[Tensor, Tensor]:
-        """As `again`, and forget them."""
+        """Give what `again` gives, and forget it."""
         both, self._again = self.again(), None
         return both
 
 
 class _Recomputed(torch.autograd.Function):
-    """The first computation, whose backward goes through the second."""
+    """The first computation, without autograd; its backward goes through the second one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, computation: _Recomputation) -> Tensor:

@@ -52,7 +52,7 @@ class VocabularyLoss(NamedTuple):
 class OutputLayer(ColumnParallelLinear):
     """Megatron's output layer, which can give losses in place of logits.
 
-    Where ZeRO shards weights it gathers those of a module that is called, so that the table must be used within.
+    ZeRO 3 gathers a module's weights while the module is called, so the table is used inside that call only.
     """
 
     def forward(

@@ -53,8 +53,8 @@ class Hardware:
     hop_seconds: float = 5e-6
     """Latency of one hop of a ring."""
     overlap: float = 0.2
-    """Largest share that hides behind compute of what transfers that overlap with it take alone, ZeRO-3's and the p2p ring's: beside
-    kernels they take several times as long, and ranks wait for each other."""
+    """ZeRO-3's transfers and those of the p2p ring overlap with compute, which hides this share of the time that they take alone, at most:
+    beside kernels they take several times as long, and ranks wait for each other."""
 
     @classmethod
     def of(cls, gpu: str, memory_gib: float | None = None) -> Hardware:

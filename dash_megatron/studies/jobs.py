@@ -145,7 +145,7 @@ class JobQueue:
 
 
 def missing_evaluations(study: Study, run: StudyRun) -> dict[str, list[str]]:
-    """Commands of the study's evaluations of a run that have no results yet, or those of other arguments, by name."""
+    """Commands of the study's evaluations of a run, by name: those without results, or with results of other arguments."""
     wanted = evaluations(study, run)
     if not wanted:
         return {}

@@ -42,7 +42,7 @@ class StudyRun:
     parameters: int
     tokens: int
     density: float
-    """Assumed; that of the lists of infllmv2 and nsa; 1 for full attention."""
+    """The density that is assumed; for infllmv2 and nsa that of their lists, for full attention 1."""
     context: float
     cost: Cost
     twin_of: list[str] = field(default_factory=list)

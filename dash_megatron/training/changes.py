@@ -14,7 +14,7 @@ _FROM_NEXT_STEP = "holds from the next step on"
 _TRAINED_WITH = "weights were trained with the former; checkpoint.check_loss=false says that it is meant"
 _FACTOR = "attention.scaling_factor"
 _MOVED = "not read: the run goes on from the factors that attention.target_density has moved"
-# of a key, or of all others of a section
+# What a change of a key means, or of any other key of a section.
 _EFFECTS = {
     "run_dir": "the folder was moved or copied",
     "model": _TRAINED_WITH,

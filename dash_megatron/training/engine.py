@@ -35,7 +35,7 @@ from dash_megatron.parallel.libraries import without_compiler
 from dash_megatron.training.gradient_sums import GradientSums
 
 with without_compiler():
-    # ZeRO would, when a run starts
+    # ZeRO would import it when a run starts, with the compiler
     import deepspeed.runtime.zero.muon.muon_optimizer
 
 # Empty, so that DeepSpeed does not compile its shared-memory reduction when it starts: that serves inference only, and

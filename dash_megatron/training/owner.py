@@ -195,7 +195,7 @@ def _lives(path: Path, owner: dict[str, Any], dead_seconds: float) -> bool:
 
 
 def _is_copied(path: Path, owner: dict[str, Any]) -> bool:
-    """Whether the file came with a copy of its folder: where the owner made it stands another one, which says the same."""
+    """Whether the file came with a copy of its folder: the owner's own file still stands where the owner made it, and says the same."""
     made = Path(owner.get("file", path))
     try:
         return not made.samefile(path) and _same(_read(made), owner)

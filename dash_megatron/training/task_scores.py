@@ -123,7 +123,7 @@ class TaskScorer:
                 found_BN2 = token_losses(engine.forward, batch.to(self.device))
                 self._add(sums_K3, batch, found_BN2[0].double().cpu())
         sums_K3 = sums_K3.to(self.device)
-        # of a sample that several processes have copies of, all three are in the sums as often, and that cancels
+        # samples that several processes hold count as often in all three sums, so that copies cancel
         dist.all_reduce(sums_K3)
         results: dict[str, dict[str, TaskScore]] = {}
         for (task, length), (score, nll, samples) in zip(self.rows.kinds, sums_K3.tolist(), strict=True):
@@ -140,7 +140,7 @@ class TaskScorer:
             for row, index in here
             for first, end in self.rows.spans(index)
         ]
-        # of each answer: tokens that are not the argmax, loss, and tokens
+        # for each answer its tokens that are not the argmax, its loss, and its tokens
         table_S3 = torch.zeros(len(spans), 3, dtype=torch.float64)
         token_N = torch.arange(len(found_N2)) if batch.context is None else batch.context.token
         for number, (first, end) in enumerate(spans):

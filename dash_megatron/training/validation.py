@@ -114,7 +114,7 @@ def validate(
         inside_KN = (bucket_BN == numbers_K1) & batch.loss_mask
         sums_2K[0] += torch.where(inside_KN, loss_BN, 0.0).sum(1, dtype=torch.float64)
         sums_2K[1] += inside_KN.sum(1)
-    # of tokens that several processes have copies of, losses and targets are in the sums as often, and that cancels
+    # tokens that several processes hold count as often in losses as in targets, so that copies cancel
     dist.all_reduce(sums_2K)
     losses, targets = sums_2K.tolist()
     return Validation(

@@ -67,7 +67,7 @@ def _attend_fwd_kernel(
     T: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, SHARDED: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = T * GP
-    # of a step: list entries, or steps of an entry
+    # list entries that a step takes; or steps that an entry takes
     ENTRIES: tl.constexpr = (KEYS + C - 1) // C
     PARTS: tl.constexpr = (C + KEYS - 1) // KEYS
     i_h, i_tile, own, start, end = query_tile(chunk_start, chunk_end, num_chunks, T, C)
@@ -87,7 +87,7 @@ def _attend_fwd_kernel(
     v += i_h.to(tl.int64) * stride_vh
 
     b_acc, b_sum = tl.zeros([ROWS, BLOCK_D], tl.float32), tl.zeros([ROWS], tl.float32)
-    # of a token that sees nothing of the chunks listed, -inf would make NaN
+    # finite if SHARDED: a token that sees none of the listed chunks would get NaN from -inf
     b_max = b_sum - (1e30 if SHARDED else float("inf"))
     o_slot = i_tile % (C // T) * T + o_r // GP
     if not SHARDED:

@@ -221,7 +221,8 @@ def _finish(
     partition: WorkPartition, width: int, keys: Tensor, sizes: Sizes, sum_summaries: bool, direct: bool,
     more: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Add up the partial sums and, float32 [2, *k.shape], `more`; with `w`, also the gradient through the summaries, `dw_chunk` [Hkv, chunks, D].
+    """Add up the partial sums and `more`, float32 [2, *k.shape]. With `w` also add the gradient through the summaries, and write that of w
+    for each chunk, `dw_chunk` [Hkv, chunks, D].
 
     Rows of the partition are groups of `width` chunks. With `direct` rows that one part did alone are skipped: they are in `dk` and `dv` already.
     """

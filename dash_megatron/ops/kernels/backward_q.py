@@ -30,8 +30,8 @@ from dash_megatron.ops.kernels.tiles import (
 )
 from dash_megatron.ops.types import Router
 
-# Of gradients of keys and values by pair, float32 and beside those that are summed over all entries: more, as of 32 key/value heads
-# of 128 at 1M tokens, might not fit a GPU.
+# Most bytes of the float32 gradients of keys and values by pair, which come beside those that are summed over all entries. More, such
+# as those of 32 key/value heads of 128 at 1M tokens, might not fit a GPU; then gradients go over tiles.
 MAX_PAIR_GRADIENT_BYTES = 2**34
 
 
@@ -60,7 +60,7 @@ def _dq_kernel(
     T: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, SHARDED: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = T * GP
-    # of a step: list entries, or steps of an entry
+    # list entries that a step takes; or steps that an entry takes
     ENTRIES: tl.constexpr = (KEYS + C - 1) // C
     PARTS: tl.constexpr = (C + KEYS - 1) // KEYS
     i_h, i_tile, own, start, end = query_tile(chunk_start, chunk_end, num_chunks, T, C)

@@ -10,8 +10,8 @@ from dash_megatron.ops.kernels.tiles import tile_place
 def load_numbers(p_x, NUMBERS: tl.constexpr, COPIES: tl.constexpr):
     """The numbers at each of the pointers [ROWS], and again if COPIES is 2: [ROWS, COPIES * NUMBERS].
 
-    Triton lets every thread that needs a number load it where there are fewer numbers than threads, and again for each layout that
-    it is needed in; copies make up for that.
+    Where there are fewer numbers than threads, Triton lets every thread that needs a number load it, once more for each layout that
+    it is needed in. Copies make up for that.
     """
     return tl.load(p_x[:, None] + tl.arange(0, COPIES * NUMBERS)[None, :] % NUMBERS)
 
@@ -20,7 +20,7 @@ def load_numbers(p_x, NUMBERS: tl.constexpr, COPIES: tl.constexpr):
 def load_pairs(p_pair, o_e):
     """Packed pairs `o_e`, [ROWS, 2] int32: tokens, and shifts of the scores, which `load_shifts` gives.
 
-    From int64 [ROWS] each thread loaded those of all rows that it loads queries of, 8 instead of 1 a step with 64 rows.
+    Loaded as int64 [ROWS], each thread loaded the pairs of all rows whose queries it loads: 8 instead of 1 a step with 64 rows.
     """
     return load_numbers(p_pair.to(tl.pointer_type(tl.int32)) + 2 * o_e, 2, 1)
 
@@ -29,7 +29,8 @@ def load_pairs(p_pair, o_e):
 def load_shifts(p_pair, o_e):
     """Shifts of the scores of packed pairs `o_e`.
 
-    Split off the pairs they were loaded and waited for in the midst of a step; alone they are copied ahead with the queries.
+    They have a load of their own, which is copied ahead with the queries. Taken from `load_pairs` of the same step, they were loaded
+    and waited for in the middle of the step.
     """
     return tl.load(p_pair.to(tl.pointer_type(tl.float32)) + 1 + 2 * o_e)
 
@@ -38,8 +39,8 @@ def load_shifts(p_pair, o_e):
 def load_slots(p_slot, o_e):
     """Slots of pairs `o_e`.
 
-    From [ROWS] each thread copied those of all rows that it writes, and again for log-sum-exps, 9 instead of 1 a step with 64 rows;
-    attend took 6% longer on an H200 with these and with split shifts.
+    Loaded as [ROWS], each thread copied the slots of all rows that it writes, and once more for log-sum-exps: 9 instead of 1 a step
+    with 64 rows. With that, and with shifts taken from `load_pairs`, attend took 6% longer on an H200.
     """
     b_slot, _ = tl.split(load_numbers(p_slot + o_e, 1, 2))
     return b_slot
@@ -85,14 +86,14 @@ def chunk_of_slab(p_place, p_work, i_c, here):
 
 @triton.jit
 def rows_of_slab(slot, first_tile, slab, T: tl.constexpr, BLOCKS: tl.constexpr):
-    """First row of a slab and the one behind its last, and its first slot. A token has BLOCKS rows, of some heads each."""
+    """A slab's first row, one past its last row, and its first slot. A token has BLOCKS rows, each of some of its heads."""
     first, stop = tl.load(first_tile + slab) * T, tl.load(first_tile + slab + 1) * T
     return first * BLOCKS, stop * BLOCKS, tl.load(slot + first)
 
 
 @triton.jit
 def slots_of_row(slot, i_row, stop, BLOCKS: tl.constexpr):
-    """Where the slots of a row's token begin and end; of the last row before `stop`, where there are none from it on."""
+    """Where the slots of a row's token begin and end; for rows from `stop` on, those of the last row before it."""
     i_lane = tl.minimum(i_row, tl.maximum(stop, 1) - 1) // BLOCKS
     return tl.load(slot + i_lane), tl.load(slot + i_lane + 1)
 
