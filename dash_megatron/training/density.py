@@ -21,6 +21,16 @@ _RUNNING_MEAN_WEIGHT = 0.1
 _GAIN = 0.05
 # The most that one step moves it, and how far from 1 factors may go: a target can be out of reach.
 _MAX_MOVE_PER_STEP, _MAX_LOG_FACTOR = 0.1, math.log(1e6)
+# Settings that change what trained weights compute, but not their shapes.
+_SAME_WEIGHTS = (
+    "chunk_size",
+    "local_chunks",
+    "query_pool",
+    "pool_heads",
+    "sigma",
+    "estimate_diagonal",
+    "alpha",
+)
 # Densities of 0 and 1 have no log-odds.
 _MIN_DENSITY = 1e-3
 
@@ -89,13 +99,16 @@ class DensityController:
         """Take over the scaling factors of the run whose weights, exported or not, this one starts from.
 
         Without a target of its own, this run keeps the factors of its config, and is warned where they differ by more than a
-        tenth.
+        tenth. It is warned of other chunks or another router as well, which no weight shows.
 
         Args:
             earlier: the attention section of that run, with the factors it ended with.
         """
-        if earlier.kind != "dash":
+        if earlier.kind != "dash" or not self._cores:
             return
+        pairs = ((name, getattr(self._attention, name), getattr(earlier, name)) for name in _SAME_WEIGHTS)
+        if other := [f"attention.{name}={new}, not {old}" for name, new, old in pairs if new != old]:
+            logger.warning("%s as in the run of training.init_from", "; ".join(other))
         factors = {layer: earlier.layer_scaling_factor(layer) for layer in self._cores}
         own = {layer: core.scaling_factor for layer, core in self._cores.items()}
         if self._attention.target_density is not None:

@@ -133,6 +133,19 @@ def test_without_a_target_other_scaling_factors_than_before_are_told(
     assert not caplog.text
 
 
+def test_other_chunks_and_another_router_than_before_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    earlier = AttentionConfig(chunk_size=32, query_pool=16, target_density=0.25)
+    cores: Any = {0: SimpleNamespace(scaling_factor=1.0)}
+    DensityController(AttentionConfig(target_density=0.1), cores).begin_as(earlier)
+    assert (
+        "attention.chunk_size=64, not 32; attention.query_pool=1, not 16 as in the run of training.init_from"
+        in caplog.text
+    )
+    caplog.clear()
+    DensityController(AttentionConfig(kind="full"), {}).begin_as(earlier)
+    assert not caplog.text
+
+
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"neither checkpoints nor model\.yaml; name a run"):
         load_initial_weights(torch.nn.Module(), tmp_path, None)  # type: ignore[arg-type]
