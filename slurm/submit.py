@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from bad_nodes import read_bad_nodes, with_exclusions
 from query import NO_ANSWER, query_slurm
 
 # the rules that are checked here are those of the train.py that will run, not of another installed version
@@ -51,6 +52,8 @@ class Job:
     dependency: str | None = None
     at_once: int | None = None
     """Tasks of an array that may run at the same time; None: all."""
+    left_out: tuple[str, ...] = ()
+    """Machines that it is to do without, as faults of its runs named them."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ def render(job: Job, runs: list[Run], site: Site, stamp: str, command: str) -> s
         "",
         "# ==== the site",
         f"MAX_RESTARTS={site.restarts}",
+        f"BAD_NODE_DAYS={site.bad_node_days}",
         f"SCRATCH={shlex.quote(site.scratch)}",
         _array("TRAIN", [*site.container, site.python or sys.executable, str(FOLDER.parent / "train.py")]),
         _array("SRUN_OPTIONS", [f"--cpus-per-task={site.cpus_per_process}", *site.srun]),
@@ -160,7 +164,7 @@ def _sbatch_options(job: Job, runs: list[Run], site: Site) -> list[str]:
         options.append(f"--dependency={job.dependency}")
     if len(runs) > 1:
         options.append(f"--array=0-{len(runs) - 1}" + (f"%{job.at_once}" if job.at_once else ""))
-    return options + list(site.sbatch)
+    return options + with_exclusions(site.sbatch, job.left_out)
 
 
 def _array(name: str, words: list[str]) -> str:
@@ -217,7 +221,7 @@ def check_inputs(config: Config) -> None:
         raise ValueError(f"{error_text(error)}; {_LATER}") from error
 
 
-def submit(script: str, runs: list[Run], stamp: str, command: str) -> str:
+def submit(script: str, job: Job, runs: list[Run], stamp: str, command: str) -> str:
     """Write the script and the configs into the runs' folders, and submit; gives back the job's id.
 
     Raises:
@@ -253,14 +257,26 @@ def submit(script: str, runs: list[Run], stamp: str, command: str) -> str:
         if _NO_CLUSTER.search(message):
             reason = message.splitlines()[-1]
             raise ValueError(f"sbatch knows no cluster here ({reason}); {batch} is written: {_ELSEWHERE}")
-        raise ValueError(f"sbatch {batch} refused: {message}")
-    job = done.stdout.strip().split(";")[0]
+        raise ValueError(f"sbatch {batch} refused: {message}{_hint_of(job)}")
+    number = done.stdout.strip().split(";")[0]
     time = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     for index, run in enumerate(runs):
-        name = job if len(runs) == 1 else f"{job}_{index}"
+        name = number if len(runs) == 1 else f"{number}_{index}"
+        # what the script may take off again
+        if job.left_out:
+            (run.folder / "slurm" / f"excluded.{name}").write_text(
+                "".join(f"{node}\n" for node in job.left_out)
+            )
         with (run.folder / "slurm" / "events.tsv").open("a") as history:
             history.write(f"{time}\t{name}\t0\tsubmitted\t{batch}\n")
-    return job
+    return number
+
+
+def _hint_of(job: Job) -> str:
+    if not job.left_out:
+        return ""
+    names = ",".join(job.left_out)
+    return f"; it leaves out {names}: to take machines again, delete their lines of slurm/bad_nodes.tsv in run_dir"
 
 
 @ending_with_reader()
@@ -281,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
                 check_inputs(run.config)
         if options.dry_run:
             return 0
-        number = submit(script, runs, stamp, command.replace("\n", " "))
+        number = submit(script, job, runs, stamp, command.replace("\n", " "))
     except ImportError as error:
         print(f"error: {error}, to look at tokenizer and data; --inputs-later does without", file=sys.stderr)
         return 2
@@ -289,6 +305,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error_text(error)}", file=sys.stderr)
         return 2
     print(f"job {number}: {runs[0].folder}/slurm/{stamp}.sbatch")
+    if hint := _hint_of(job):
+        print(hint.removeprefix("; "), file=sys.stderr)
     return 0
 
 
@@ -329,7 +347,9 @@ def _what_to_submit(options: argparse.Namespace) -> tuple[Job, list[Run], Site]:
                 f"{option} {text!r} must be one word of letters, digits and _ . , : ? + @ = ( ) -; take out the others"
             )
     at_once = options.at_once if len(runs) > 1 else None
-    return Job(name, options.nodes, per_node, gpus, options.time, options.dependency, at_once), runs, site
+    left_out = read_bad_nodes(folders, options.nodes, site.bad_node_days)
+    job = Job(name, options.nodes, per_node, gpus, options.time, options.dependency, at_once, left_out)
+    return job, runs, site
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

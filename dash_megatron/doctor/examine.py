@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from dash_megatron.doctor.runner import (
     run_checks,
 )
 from dash_megatron.doctor.session import Session
+from dash_megatron.exit_codes import machine_name
 from dash_megatron.parallel import destroy_process_groups, read_launch
 from dash_megatron.training.setup import set_up_logging
 
@@ -36,7 +36,7 @@ CHECKS = (
     Check("versions", 60, check_versions, merge_equal, stops_others=True),
     Check("data", 300, check_data_files, merge_equal),
     Check("disk", 300, check_disk, merge_smallest),
-    Check("kernels", 600, check_kernels, merge_largest),
+    Check("kernels", 600, check_kernels, merge_largest, of_one_machine=True),
     Check("leak", 600, check_leak, merge_largest),
     Check("bandwidth", 300, check_bandwidth, merge_smallest),
     Check("parity", 900, check_parity, merge_largest),
@@ -84,7 +84,7 @@ def examine(config: Config, only: str | None = None, environment: Mapping[str, s
     set_up_logging(launch.rank == 0)
     with _leaving_nothing(Path(config.run_dir)):
         session = Session(config, launch)
-        hosts = session.gather(socket.gethostname())
+        hosts = session.gather(machine_name())
         is_main = session.rank == 0
         if is_main:
             print(_introduction(session, hosts), flush=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from dash_megatron.doctor.session import LostProcesses, Session, describe_error
+from dash_megatron.exit_codes import tell_bad_machine
 
 GRACE_SECONDS = 30.0
 # of a thousand processes that fail, each in words of its own
@@ -62,6 +63,8 @@ class Check(NamedTuple):
     """All processes' findings, by rank, as one."""
     stops_others: bool = False
     """Whether its failure makes the checks after it meaningless."""
+    of_one_machine: bool = False
+    """Whether it needs no other machine, so that the scheduler is told of a machine that fails alone."""
 
 
 class Examination(NamedTuple):
@@ -122,6 +125,8 @@ def _run_check(session: Session, check: Check) -> Result:
         finding = Finding("failed", {}, describe_error(error))
     finally:
         faulthandler.cancel_dump_traceback_later()
+    if check.of_one_machine and finding.status == "failed":
+        tell_bad_machine(f"{check.name}: {finding.message}")
     seconds = time.monotonic() - started
     gathered = session.gather((finding, seconds), wait_seconds=check.limit_seconds)
     merged = check.merge([found for found, _ in gathered])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import socket
 
 import torch
 import torch.distributed as dist
@@ -12,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from dash_megatron.config import ParallelConfig
+from dash_megatron.exit_codes import machine_name, naming_this_machine
 from dash_megatron.open_files import allow_open_files
 from dash_megatron.ranks import Launch
 
@@ -41,7 +41,8 @@ def join_processes(launch: Launch, timeout_minutes: float = 30) -> torch.device:
     """Join the other processes, without Megatron's groups; returns and raises as `init_process_groups`."""
     device = pick_device(launch)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        with naming_this_machine():
+            torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(minutes=timeout_minutes)
     os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes the GPU of that number
@@ -63,10 +64,11 @@ def join_processes(launch: Launch, timeout_minutes: float = 30) -> torch.device:
         )
         dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
         if device.type == "cuda":
-            check_own_gpus(f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}")
+            check_own_gpus(f"{machine_name()} {torch.cuda.get_device_properties(device).uuid}")
     return device
 
 
+@naming_this_machine()
 def pick_device(launch: Launch) -> torch.device:
     """The GPU of this process, or the CPU where it sees none.
 

@@ -64,10 +64,10 @@ class HangReport:
                 return
             if told:
                 sys.stderr.write("warning: the processes went on\n")
-                take_back(ExitCode.FAULT, told)
+                take_back(ExitCode.FAULT, *told)
 
-    def _tell(self) -> str | None:
-        """Write where this process stands, and give the sentence on all processes where it is this one that tells it."""
+    def _tell(self) -> tuple[str, list[str]] | None:
+        """Write where this process stands; where it is this one that tells, give the sentence on all and the silent machines."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file(self.rank).write_text(self._place())
         if self._stopped.wait(self.seconds / 20):
@@ -77,8 +77,9 @@ class HangReport:
             return None
         text = describe(self.hosts, places, self.seconds)
         sys.stderr.write(f"error: {text}\n")
-        tell_scheduler(ExitCode.FAULT, text)
-        return text
+        silent = sorted({host for rank, host in enumerate(self.hosts) if rank not in places})
+        tell_scheduler(ExitCode.FAULT, text, silent)
+        return text, silent
 
     def _file(self, rank: int) -> Path:
         return self.folder / f"rank_{rank:05d}"

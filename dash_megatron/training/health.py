@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import logging
-import socket
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dash_megatron.exit_codes import machine_name
 from dash_megatron.training.hang import HangReport
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class BusyTime:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.hosts: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(self.hosts, socket.gethostname())
+        dist.all_gather_object(self.hosts, machine_name())
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from dash_megatron.__main__ import main
+from dash_megatron.doctor.examine import CHECKS
 from dash_megatron.doctor.runner import (
     Check,
     Finding,
@@ -84,6 +85,23 @@ def test_a_check_that_raises_has_failed_and_does_not_stop_the_others(session: Se
 
     assert statuses(False) == ["failed", "ok"]
     assert statuses(True) == ["failed", "skipped"]
+
+
+def test_the_scheduler_is_told_of_a_machine_that_fails_a_check_alone(
+    session: Session, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DASH_EXIT_FILE", str(tmp_path / "exit"))
+    monkeypatch.setenv("SLURMD_NODENAME", "node3")
+    broken = Finding("failed", {}, "NaN\nof a GPU")
+    checks = [
+        Check("links", 60, lambda session: broken, merge_largest),
+        Check("kernels", 60, lambda session: Finding(), merge_largest, of_one_machine=True),
+    ]
+    run_checks(session, checks)
+    assert not (tmp_path / "exit").exists()
+    run_checks(session, [Check("kernels", 60, lambda session: broken, merge_largest, of_one_machine=True)])
+    assert (tmp_path / "exit").read_text() == "bad\tnode3\tkernels: NaN of a GPU\n"
+    assert [check.name for check in CHECKS if check.of_one_machine] == ["kernels"]
 
 
 def test_processes_are_started_with_the_arguments_of_the_command(

@@ -2,6 +2,7 @@
 
 import resource
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,6 +127,27 @@ def test_a_job_with_gpus_does_not_train_on_cpus_because_torch_sees_none(
         groups.pick_device(read_launch(SRUN))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert groups.pick_device(read_launch(SRUN)) == torch.device("cpu")
+
+
+def test_a_machine_whose_gpus_cannot_be_used_is_named_to_the_scheduler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DASH_EXIT_FILE", str(tmp_path / "exit"))
+    monkeypatch.setenv("SLURMD_NODENAME", "node3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="has no GPU"):
+        groups.pick_device(read_launch({**SRUN, "SLURM_LOCALID": "2"}))
+
+    def broken(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: unknown error")
+
+    monkeypatch.setattr(torch.cuda, "set_device", broken)
+    with pytest.raises(RuntimeError, match="unknown error"):
+        groups.join_processes(read_launch({**SRUN, "SLURM_LOCALID": "1"}))
+    first, second = (tmp_path / "exit").read_text().splitlines()
+    assert first.startswith("bad\tnode3\tprocess 2 of this machine has no GPU: ")
+    assert second == "bad\tnode3\tCUDA error: unknown error"
 
 
 def test_as_many_files_may_be_open_as_connections_to_hundreds_of_processes_need(

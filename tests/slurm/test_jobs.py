@@ -40,11 +40,11 @@ def limited(study: Study) -> str:
 @pytest.fixture(scope="session")
 def jobs(study: Study, limited: str) -> dict[str, str]:
     """Ids of jobs that need nothing from the tests: most of their time they wait for SLURM to act."""
-    # does not hear the warning, and then finds no GPU; only its third start trains
+    # does not hear the warning, and then finds no GPU on its machine; only its third start, which is elsewhere, trains
     deaf = """
         case ${SLURM_RESTART_COUNT:-0} in
             0) trap "" USR1; sleep 1000 ;;
-            1) printf '2\\tno GPU\\n' >> "$DASH_EXIT_FILE"; exit 2 ;;
+            1) unset CUDA_VISIBLE_DEVICES; export SLURM_GPUS_ON_NODE=8; exec "$@" ;;
             *) exec "$@" ;;
         esac
     """
@@ -205,11 +205,25 @@ def test_jobs_survive_the_death_of_a_node_and_go_on_bit_for_bit(
     assert exact(study, "crash") == whole
 
 
-def test_a_job_that_missed_the_warning_is_queued_again_at_its_time_limit_and_after_a_machine_that_lacks_something(
+def test_a_job_that_missed_the_warning_is_queued_again_at_its_time_limit_and_off_a_machine_that_lacks_something(
     study: Study, jobs: dict[str, str]
 ) -> None:
     study.wait_for_end("overrun")
     again = ["requeued", "started"]
-    assert study.names("overrun") == ["submitted", "started", *again, *again, "done"]
-    assert study.events("overrun")[4][1] == "no GPU"
+    assert study.names("overrun") == [
+        "submitted",
+        "started",
+        *again,
+        "requeued",
+        "excluded",
+        "started",
+        "done",
+    ]
+    events = [detail for _, detail in study.events("overrun")]
+    assert "SLURM_GPUS_ON_NODE=8, but torch" in events[4]
+    bad, good = (re.findall(r"^on (node\d), newest", events[start])[0] for start in (3, 6))
+    # beside the one that the site file excludes
+    assert events[5].startswith(f"{','.join(sorted([bad, FRAIL]))}; to take machines again, delete")
+    assert good not in (bad, FRAIL)
+    assert f"\t{bad}\t{jobs['overrun']}\t" in (study.folder / "runs/overrun/slurm/bad_nodes.tsv").read_text()
     assert "the time limit came before the run had saved" in study.events("overrun")[2][1]

@@ -59,7 +59,9 @@ def test_processes_without_progress_tell_which_of_them_stand_where(
     expected = (
         "no progress for 4 s: no sign of life of rank 2 on node02; rank 0 on node01 and 2 more in retry ("
     )
-    assert told.read_text().startswith(f"{int(ExitCode.FAULT)}\t{expected}retry.py:")
+    sentence, machine = told.read_text().splitlines()
+    assert sentence.startswith(f"{int(ExitCode.FAULT)}\t{expected}retry.py:")
+    assert machine.startswith("bad\tnode02\tno progress for 4 s: ")
     assert capfd.readouterr().err.count(expected) == 1
     for report in reports:
         report.stop()
@@ -71,7 +73,7 @@ def test_processes_that_go_on_take_back_that_they_hang_and_tell_when_they_hang_a
     told = tmp_path / "exit.7.0"
     told.write_text("1\terror: of another process\n")
     monkeypatch.setenv("DASH_EXIT_FILE", str(told))
-    report = HangReport(tmp_path, 0, ["a"], seconds=1)
+    report = HangReport(tmp_path, 0, ["a", "b"], seconds=1)
 
     def wait_for_lines(number: int) -> None:
         deadline = time.monotonic() + 30
@@ -80,7 +82,7 @@ def test_processes_that_go_on_take_back_that_they_hang_and_tell_when_they_hang_a
             time.sleep(0.01)
 
     for _ in range(2):
-        wait_for_lines(2)
+        wait_for_lines(3)
         report.beat()
         wait_for_lines(1)
     report.stop()
