@@ -46,25 +46,26 @@ class AttentionConfig(Section):
     held: the scaling factors of all layers move in proportion, and layers may share the budget as they train, most of all
     with `learned_scaling`."""
     local_chunks: int = Field(default=0, ge=0)
-    """Chunks before the token's own that every token attends to whatever the router says, with prior 0; the router selects
+    """Chunks just before its own that every token attends to whatever the router says, with prior 0; the router selects
     among those before them. They count in the density. Chunks of 32 with 4 of them and `query_pool: 16` ended 0.9% above
     full attention's training loss at a density of 25%, the defaults 2.4% (62M parameters, 16K)."""
     query_pool: int = Field(default=1, ge=1, le=128)
-    """The router sees the mean of the last so many queries of the document, the token's own included; 1 is its own alone.
-    Neighbours then select alike: with 16, kernels visited 1.5 times the chunks that tokens selected instead of 2.9, and
-    training loss was 0.6% lower (62M parameters, 16K)."""
+    """The router sees the mean of so many queries: the token's own and those just before it in its document; 1 takes its
+    own alone. Neighbours then select alike: with 16, kernels visited 1.5 times the chunks that tokens selected instead of
+    2.9, and training loss was 0.6% lower (62M parameters, 16K)."""
     pool_heads: bool = False
     """The router sees one query a group, the mean of those of its heads: one entmax instead of one a head. With
     `query_pool: 16` tiles of 32 tokens visited 1.24 times the chunks that tokens selected instead of 1.36, at equal loss."""
     router_projections: bool = False
-    """The router has projections of its own, which make a query and a key for each kv head and token: summaries are of these
-    keys, `query_pool` of these queries, and the router's gradient reaches the hidden states through them alone. Needs
-    `pool_heads`. In a run that starts from weights without them, a key begins as attention's and a query as its group's mean:
-    turn them on there. From random weights, with `learned_scaling` and the shared budget, they cost 1.7 to 2% of training
-    loss (62M parameters, 2K). Layers without DashAttention, by `kind` or `full_layers`, have none."""
+    """Give the router projections of its own, which make one query and one key for each kv head and token. Summaries are
+    then made of these keys, `query_pool` averages these queries, and the router's gradient reaches the hidden states
+    through them alone. Needs `pool_heads`. Turn it on in a run that starts from weights without such projections: there a
+    key begins as attention's, and a query as the mean of its group's. From random weights, with `learned_scaling` and the
+    shared budget, it costs 1.7 to 2% of training loss (62M parameters, 2K). Layers without DashAttention, by `kind` or
+    `full_layers`, have no such projections."""
     sigma: float = Field(default=2.0, gt=0)
-    """Flattens the router's prior on the softmax. Of priors whose router gradient is bounded, the flattest has 1 / (alpha - 1): 2
-    with an `alpha` of 1.5, and 1 with an `alpha` of 2."""
+    """Temperature of the router's prior on the softmax: a larger one flattens the prior. The router's gradient is bounded
+    up to 1 / (alpha - 1), which is 2 with an `alpha` of 1.5, and 1 with an `alpha` of 2."""
     estimate_diagonal: bool = True
     """Centre the log prior on its mean over the selected past chunks, so that the token's own chunk has prior 0."""
     alpha: float = Field(default=1.5, gt=1, le=2)

@@ -26,7 +26,7 @@ class DataConfig(Section):
     seq_length: int = Field(gt=1, lt=2**31)
     """Tokens in one training sequence."""
     seq_length_curriculum: dict[int, int] | None = Field(default=None, examples=["{0: 2048, 1000: 8192}"])
-    """Most tokens of context, by the step from which on it holds, such as `{0: 2048, 1000: 8192, 4000: 16384}`; the last
+    """Longest context in tokens, by the step from which it holds, such as `{0: 2048, 1000: 8192, 4000: 16384}`; the last
     length must be `seq_length`. Rows keep `seq_length` tokens, order and targets. Attention is cut at multiples of the
     length, as if a document ended there; the loss is not: the last token before a cut is still asked for the token after
     it. Validation always reads whole rows."""

@@ -95,7 +95,7 @@ class ModelConfig(Section):
     """The Llama-shaped decoder: RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases but those of `qkv_bias`."""
 
     layers: int = Field(gt=0, lt=2**16)
-    """Number of transformer layers; `plan`, plans of studies and pictures go over all, one after the other."""
+    """Number of transformer layers; the bound is there because plans and pictures go over all, one after the other."""
     hidden_size: int = Field(gt=0)
     """Width of the residual stream."""
     heads: int = Field(gt=0)

@@ -75,9 +75,10 @@ class TrainingConfig(Section):
     """Weights that a new run starts from: another run's folder, whose newest checkpoint is loaded, or a folder that
     `python -m dash_megatron convert from-hf` wrote; null draws random weights. A run that resumes does not read it."""
     recompute: Literal["none", "selective", "attention", "full"] = "none"
-    """What backward recomputes instead of keeping: nothing; norm, first matrix product and activation of each feed-forward
-    part (`selective`); core attention; or whole layers (`full`). Then the feed-forward part of more than 2²⁹ activations (tokens times
-    `model.ffn_hidden_size`, of one process) goes in pieces, one after the other, except under ZeRO 3."""
+    """What the backward computes again instead of keeping: nothing (`none`); norm, first matrix product and activation of
+    each feed-forward part (`selective`); core attention (`attention`); or whole layers (`full`). With `full` a feed-forward
+    part of more than 2²⁹ activations (tokens times `model.ffn_hidden_size`, of one process) is computed in pieces, one
+    after the other, except under ZeRO 3."""
 
 
 def micro_batches(global_batch: int, micro_batch: int, data_parallel_size: int) -> int:
