@@ -18,6 +18,19 @@ from dash_megatron.layers.sharding import Split, join, whole_shape
 _NEEDED = ("config", "layout", "shapes", "splits", "fragments")
 
 
+def check_learnt_tokenizer(tokenizer: Tokenizer, learnt: str, folder: Path) -> None:
+    """Compare a tokenizer with the fingerprint of the one that a folder's weights learnt.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if learnt != tokenizer.fingerprint:
+        raise ValueError(
+            f"data.tokenizer={tokenizer.path} has fingerprint {tokenizer.fingerprint[:12]}, but {folder} was trained "
+            f"with a tokenizer of {learnt[:12]}, whose tokens its weights know; put that one back, or train a new run"
+        )
+
+
 class StoredState:
     """Reads a checkpoint's weights and moments by parameter and range of elements, on the CPU and without process groups.
 
@@ -61,11 +74,7 @@ class StoredState:
             ValueError: it is another.
         """
         learnt = self.facts.get("about", {}).get("tokenizer", tokenizer.fingerprint)
-        if learnt != tokenizer.fingerprint:
-            raise ValueError(
-                f"data.tokenizer={tokenizer.path} has fingerprint {tokenizer.fingerprint[:12]}, but {self.folder} was trained "
-                f"with a tokenizer of {learnt[:12]}, whose tokens its weights know; put that one back, or train a new run"
-            )
+        check_learnt_tokenizer(tokenizer, learnt, self.folder)
 
     def read(self, kind: str, name: str, tensor_rank: int, start: int, numel: int) -> Tensor:
         """Read elements `start` to `start + numel` of a flattened parameter, float32 [numel].

@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from dash_megatron.checkpoint.folder import MODEL_SECTIONS, agreed, agreed_steps, check_initial_folder
-from dash_megatron.checkpoint.stored import CheckpointWeights
+from dash_megatron.checkpoint.stored import CheckpointWeights, check_learnt_tokenizer
 from dash_megatron.checkpoint.weights import open_weights
 from dash_megatron.config import AttentionConfig, ModelConfig
 from dash_megatron.data.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ def load_initial_weights(
         model: on any device, its weights initialized and not yet sharded by ZeRO.
         folder: of a run, whose newest checkpoint is taken, saved by any layout; or of `convert from-hf`.
         config: the run's `model` section.
-        tokenizer: the run's; where the folder's run had another, a warning tells. None: nothing is compared.
+        tokenizer: the run's; where the folder's weights learnt another, a warning tells. None: nothing is compared.
 
     Returns:
         The `attention` section that the weights are of, scaling factors where their run had moved them; None of a dense model.
@@ -58,9 +58,9 @@ def load_initial_weights(
     folder = Path(folder)
     saved, attention, weights = _open(folder)
     _check_model(config, saved, folder)
-    if tokenizer is not None and isinstance(weights, CheckpointWeights):
+    if tokenizer is not None:
         try:
-            weights.state.check_tokenizer(tokenizer)
+            _check_tokenizer(tokenizer, weights, folder)
         except ValueError as error:
             logger.warning("training.init_from: %s, unless both mean the same by their token ids", error)
     group = model.pg_collection.tp
@@ -143,6 +143,20 @@ def _open(folder: Path) -> tuple[ModelConfig, AttentionConfig | None, Mapping[st
     given = sections.get("attention")
     attention = None if given is None else AttentionConfig.model_validate(given)
     return ModelConfig.model_validate(sections["model"]), attention, FolderWeights(folder)
+
+
+def _check_tokenizer(tokenizer: Tokenizer, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Compare with the tokenizer that the folder's weights learnt, as far as it is known.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if isinstance(weights, CheckpointWeights):
+        weights.state.check_tokenizer(tokenizer)
+        return
+    for name in ("tokenizer.model", "tokenizer.json"):  # `convert from-hf` leaves one
+        if (folder / name).is_file():
+            check_learnt_tokenizer(tokenizer, Tokenizer(folder / name).fingerprint, folder)
 
 
 def _check_model(config: ModelConfig, other: ModelConfig, folder: Path) -> None:

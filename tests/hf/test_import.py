@@ -25,6 +25,7 @@ from transformers import (
 from dash_megatron.__main__ import main
 from dash_megatron.checkpoint.folder import MODEL_SECTIONS
 from dash_megatron.config import AttentionConfig, RopeScaling, config_from_dict
+from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.hf.architectures import KNOWN_MODEL_TYPES
 from dash_megatron.hf.export import export_run
 from dash_megatron.hf.folder import FolderWeights
@@ -220,6 +221,22 @@ def test_a_run_with_a_target_goes_on_with_the_folders_scaling_factors_as_with_a_
     assert [core.scaling_factor for core in cores.values()] == [10.0, 10.0]
     note = (tmp_path / "start" / MODEL_SECTIONS).read_text()
     assert "attention must keep kind, full_layers,\n# learned_scaling and router_projections" in note
+
+
+def test_another_tokenizer_than_the_weights_learnt_is_told(
+    write_run: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, _ = write_run("full")
+    own = Tokenizer(str(config.data.tokenizer))
+    other: Any = SimpleNamespace(path="other.model", fingerprint="0" * 64)
+    export_run(config.run_dir, tmp_path / "hf", dtype="float32")
+    import_folder(tmp_path / "hf", tmp_path / "start")
+    with training_model(config) as model:
+        load_initial_weights(model, tmp_path / "start", config.model, own)
+        assert not caplog.records
+        load_initial_weights(model, tmp_path / "start", config.model, other)
+    told = f"data.tokenizer=other.model has fingerprint {'0' * 12}, but {tmp_path / 'start'} was trained with a tokenizer of "
+    assert f"{told}{own.fingerprint[:12]}, whose tokens its weights know" in caplog.text
 
 
 def test_two_descriptions_of_rope_that_agree_are_taken(tmp_path: Path) -> None:
