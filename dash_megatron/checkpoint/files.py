@@ -23,8 +23,6 @@ from torch import Tensor
 from dash_megatron.files import sync, telling_errors_of_the_disk, usual_mode
 from dash_megatron.retry import retry
 
-DESCRIPTION = "checkpoint.json"
-"""The file that describes the others."""
 MANIFEST = "manifest.json"
 PROBE = "probe.safetensors"
 FORMAT = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -11,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dash_megatron.config import Config
+import yaml
+
+from dash_megatron.config import Config, ModelConfig
 from dash_megatron.files import path_for_message
 from dash_megatron.retry import retry
 
@@ -21,6 +24,8 @@ T = TypeVar("T")
 
 _TAG = re.compile(r"step_(\d{8,})")
 _DAMAGED = ".damaged"
+DESCRIPTION = "checkpoint.json"
+"""Of a checkpoint: the file that describes the others."""
 MODEL_SECTIONS = "model.yaml"
 """File of a folder that `convert from-hf` made, with the sections of a config that its weights belong to."""
 
@@ -66,13 +71,54 @@ def check_initial_folder(folder: str | Path) -> None:
 
 
 def check_start_of(config: Config) -> None:
-    """Check the initial weights of a run as far as their folder goes; one that resumes reads none.
+    """Check the initial weights of a run as far as can be told without reading them; one that resumes reads none.
 
     Raises:
         FileNotFoundError: as `check_initial_folder`.
+        ValueError: they are of another model.
     """
-    if config.training.init_from and not finished_steps(config.run_dir):
-        check_initial_folder(config.training.init_from)
+    if not config.training.init_from or finished_steps(config.run_dir):
+        return
+    folder = Path(config.training.init_from)
+    check_initial_folder(folder)
+    steps = finished_steps(folder)
+    path = checkpoint_folder(folder) / tag_of(steps[-1]) / DESCRIPTION if steps else folder / MODEL_SECTIONS
+    text = path.read_text(encoding="utf-8")
+    try:
+        sections = json.loads(text)["config"] if steps else yaml.safe_load(text)
+        model = ModelConfig.model_validate(sections["model"])
+    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"training.init_from={folder}: {path} is damaged ({error}); restore it from a copy"
+        ) from error
+    check_same_model(config.model, model, folder)
+
+
+def check_same_model(config: ModelConfig, other: ModelConfig, folder: Path) -> None:
+    """Check that constants which no shape shows, such as `rope_theta`, are those of the folder.
+
+    Only `rope_scaling` may be set to another value, to go on with a longer context; left out, it must be left out there too.
+
+    Raises:
+        ValueError: they are others.
+    """
+    differing: list[str] = []
+    for name in ModelConfig.model_fields:
+        new, old = getattr(config, name), getattr(other, name)
+        if name == "head_dim":
+            new, old = config.channels_per_head, other.channels_per_head
+        # `init_std` only drew weights; a vocabulary size that is null is the tokenizer's, and shapes show whether it fits
+        if name == "init_std" or (name == "vocab_size" and None in (new, old)) or new == old:
+            continue
+        if name == "rope_scaling" and new is not None:
+            logger.info("positions are rescaled: model.rope_scaling=%s, not %s as in %s", new, old, folder)
+            continue
+        differing.append(f"model.{name}={new} differs from {old}")
+    if differing:
+        remedy = "set it to that" if len(differing) == 1 else "set them to those"
+        if config.rope_theta != other.rope_theta:
+            remedy += "; for longer contexts set model.rope_scaling, as docs/recipe.md does"
+        raise ValueError(f"{', '.join(differing)} in training.init_from={folder}; {remedy}")
 
 
 def damaged_checkpoints(run_dir: str | Path) -> list[str]:

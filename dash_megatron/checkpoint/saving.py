@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dash_megatron.checkpoint import files
 from dash_megatron.checkpoint.folder import (
+    DESCRIPTION,
     CheckpointError,
     checkpoint_folder,
     finished_steps,
@@ -80,7 +81,7 @@ class Checkpointer:
             entries = {files.state_file(rank): files.write_tensors(partial / files.state_file(rank), tensors)}
             if rank == 0:
                 entries[files.PROBE] = files.write_tensors(partial / files.PROBE, probe)
-                entries[files.DESCRIPTION] = files.write_json(partial / files.DESCRIPTION, description)
+                entries[DESCRIPTION] = files.write_json(partial / DESCRIPTION, description)
             return entries
 
         self._writing = _WriterThread(step, write, self.config.checkpoint.retry_seconds, partial)

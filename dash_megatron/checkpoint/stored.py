@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dash_megatron.checkpoint.files import DESCRIPTION, FORMAT, PROBE, state_file
+from dash_megatron.checkpoint.files import FORMAT, PROBE, state_file
+from dash_megatron.checkpoint.folder import DESCRIPTION
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.layers.sharding import Split, join, whole_shape
 

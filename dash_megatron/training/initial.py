@@ -11,7 +11,13 @@ import torch
 import yaml
 from torch import Tensor
 
-from dash_megatron.checkpoint.folder import MODEL_SECTIONS, agreed, agreed_steps, check_initial_folder
+from dash_megatron.checkpoint.folder import (
+    MODEL_SECTIONS,
+    agreed,
+    agreed_steps,
+    check_initial_folder,
+    check_same_model,
+)
 from dash_megatron.checkpoint.stored import CheckpointWeights, check_learnt_tokenizer
 from dash_megatron.checkpoint.weights import open_weights
 from dash_megatron.config import AttentionConfig, ModelConfig
@@ -57,7 +63,7 @@ def load_initial_weights(
     """
     folder = Path(folder)
     saved, attention, weights = _open(folder)
-    _check_model(config, saved, folder)
+    check_same_model(config, saved, folder)
     if tokenizer is not None:
         try:
             _check_tokenizer(tokenizer, weights, folder)
@@ -157,27 +163,3 @@ def _check_tokenizer(tokenizer: Tokenizer, weights: Mapping[str, Tensor], folder
     for name in ("tokenizer.model", "tokenizer.json"):  # `convert from-hf` leaves one
         if (folder / name).is_file():
             check_learnt_tokenizer(tokenizer, Tokenizer(folder / name).fingerprint, folder)
-
-
-def _check_model(config: ModelConfig, other: ModelConfig, folder: Path) -> None:
-    """Check that constants which no shape shows, such as `rope_theta`, are those of the folder.
-
-    Only `rope_scaling` may be set to another value, to go on with a longer context; left out, it must be left out there too.
-    """
-    differing: list[str] = []
-    for name in ModelConfig.model_fields:
-        new, old = getattr(config, name), getattr(other, name)
-        if name == "head_dim":
-            new, old = config.channels_per_head, other.channels_per_head
-        # `init_std` only drew weights; a vocabulary size that is null is the tokenizer's, and shapes show whether it fits
-        if name == "init_std" or (name == "vocab_size" and None in (new, old)) or new == old:
-            continue
-        if name == "rope_scaling" and new is not None:
-            logger.info("positions are rescaled: model.rope_scaling=%s, not %s as in %s", new, old, folder)
-            continue
-        differing.append(f"model.{name}={new} differs from {old}")
-    if differing:
-        remedy = "set it to that" if len(differing) == 1 else "set them to those"
-        if config.rope_theta != other.rope_theta:
-            remedy += "; for longer contexts set model.rope_scaling, as docs/recipe.md does"
-        raise ValueError(f"{', '.join(differing)} in training.init_from={folder}; {remedy}")

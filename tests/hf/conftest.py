@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dash_megatron.checkpoint import files
+from dash_megatron.checkpoint.folder import DESCRIPTION
 from dash_megatron.checkpoint.stored import describe_fragments
 from dash_megatron.config import Config, config_from_dict
 from dash_megatron.layers import DashGPTModel, build_model, init_weights
@@ -125,7 +126,7 @@ def write_run(tiny_config: dict[str, Any], tmp_path: Path) -> Callable[..., tupl
             "config": config.model_dump(mode="json"),
         }
         entries = {name_of: files.write_tensors(folder / name_of, parts)}
-        entries[files.DESCRIPTION] = files.write_json(folder / files.DESCRIPTION, facts)
+        entries[DESCRIPTION] = files.write_json(folder / DESCRIPTION, facts)
         files.write_json(folder / files.MANIFEST, {"files": entries})
         return config, weights
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -392,19 +393,34 @@ def test_a_machine_without_numpy_and_tokenizers_submits_what_it_need_not_look_at
     assert done.stderr.endswith("; --inputs-later does without\n")
 
 
-def test_initial_weights_are_a_run_with_a_checkpoint_or_an_import_and_a_run_that_resumes_needs_none(
-    submit_run: Callable[..., int], tmp_path: Path
+def test_initial_weights_are_of_the_same_model_and_a_run_that_resumes_needs_none(
+    submit_run: Callable[..., int],
+    tiny_config: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     setting = f"training.init_from={tmp_path / 'start'}"
-    (tmp_path / "start/checkpoints/step_00000004.partial").mkdir(parents=True)
+    checkpoint = tmp_path / "start/checkpoints/step_00000004"
+    checkpoint.with_suffix(".partial").mkdir(parents=True)
     (tmp_path / "run/checkpoints/step_00000008.partial").mkdir(parents=True)
     assert submit_run(setting) == 2
     (tmp_path / "run/checkpoints/step_00000008").mkdir(parents=True)
     assert submit_run(setting) == 0
-    (tmp_path / "start/checkpoints/step_00000004").mkdir()
+    sections = {"model": tiny_config["model"]}
+    checkpoint.mkdir()
+    (checkpoint / "checkpoint.json").write_text(json.dumps({"config": sections}))
+    other = "model.rope_theta=5e5"
+    told = f"error: model.rope_theta=500000.0 differs from 10000.0 in {setting}; set it to that; for longer"
+    assert submit_run(setting, f"run_dir={tmp_path / 'other'}", other) == 2
+    assert told in capsys.readouterr().err
     assert submit_run(setting, f"run_dir={tmp_path / 'other'}") == 0
     (tmp_path / "start/checkpoints").rename(tmp_path / "away")
     (tmp_path / "start/model.yaml").touch()
+    assert submit_run(setting, f"run_dir={tmp_path / 'another'}") == 2
+    assert "start/model.yaml is damaged" in capsys.readouterr().err
+    (tmp_path / "start/model.yaml").write_text(yaml.safe_dump(sections))
+    assert submit_run(setting, f"run_dir={tmp_path / 'another'}", other) == 2
+    assert told in capsys.readouterr().err
     assert submit_run(setting, f"run_dir={tmp_path / 'another'}") == 0
 
 

@@ -18,6 +18,7 @@ from sentencepiece import sentencepiece_model_pb2
 from dash_megatron.__main__ import main
 from dash_megatron.checkpoint import files
 from dash_megatron.checkpoint.folder import (
+    DESCRIPTION,
     CheckpointError,
     agreed_steps,
     checkpoint_folder,
@@ -288,7 +289,7 @@ def test_a_process_opens_only_the_files_of_a_checkpoint_that_hold_what_it_reads(
         "config": {},
         "fragments": {name: {"tensor_rank": 0, "starts": {"w": start}} for name, start in starts.items()},
     }
-    written = {files.DESCRIPTION: files.write_json(tmp_path / files.DESCRIPTION, facts)}
+    written = {DESCRIPTION: files.write_json(tmp_path / DESCRIPTION, facts)}
     for name, start in starts.items():
         part = torch.arange(start, start + 4, dtype=torch.float32)
         written[name] = files.write_tensors(tmp_path / name, {"weight/w": part})
