@@ -47,11 +47,16 @@ def _from_hf(options: argparse.Namespace) -> None:
     from dash_megatron.checkpoint.folder import MODEL_SECTIONS
     from dash_megatron.hf.importing import import_folder
 
-    tokenizer = import_folder(options.source, options.output).tokenizer
+    _, tokenizer, positions = import_folder(options.source, options.output)
     print(
         f"{options.output}: start a run with training.init_from={options.output} and the sections in "
         f"{Path(options.output) / MODEL_SECTIONS}"
     )
+    if positions is not None:
+        print(
+            f"its positions were trained up to {positions}: for a longer data.seq_length change model.rope_scaling, as "
+            "docs/recipe.md does"
+        )
     if tokenizer is None:
         print(
             "no tokenizer was found that training takes (tokenizer.model, or tokenizer.json with tokenizer_config.json): "

@@ -34,6 +34,8 @@ class Imported(NamedTuple):
     """Sections of a run config: the content of `model.yaml`."""
     tokenizer: Path | None
     """Path for `data.tokenizer`; None where the source has no tokenizer that training takes."""
+    positions: int | None
+    """For how many its config.json says that the source was trained."""
 
 
 def import_folder(source: str | Path, output: str | Path) -> Imported:
@@ -70,7 +72,8 @@ def import_folder(source: str | Path, output: str | Path) -> Imported:
         write_pieces(folder, parts, lambda piece: _convert(weights, piece, model, factors, source))
         sections = _write_sections(folder, model, attention)
         tokenizer = import_tokenizer(source, folder)
-    return Imported(sections, None if tokenizer is None else output / tokenizer)
+    place = None if tokenizer is None else output / tokenizer
+    return Imported(sections, place, tree.get("max_position_embeddings"))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -249,10 +249,16 @@ def test_two_descriptions_of_rope_that_agree_are_taken(tmp_path: Path) -> None:
 
 
 def test_a_run_may_rescale_positions_to_go_on_with_a_longer_context_but_not_forget_to(
-    tiny_config: dict[str, Any], tmp_path: Path, tokens: Tensor, caplog: pytest.LogCaptureFixture
+    tiny_config: dict[str, Any],
+    tmp_path: Path,
+    tokens: Tensor,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    save_llama(tmp_path / "hf")
+    save_llama(tmp_path / "hf", max_position_embeddings=128)
     assert main(["convert", "from-hf", str(tmp_path / "hf"), str(tmp_path / "start")]) == 0
+    told = "its positions were trained up to 128: for a longer data.seq_length change model.rope_scaling, as"
+    assert told in capsys.readouterr().out
     run = run_config(tiny_config, tmp_path / "start")
     yarn = RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=128)
     longer = run.model_copy(update={"model": run.model.model_copy(update={"rope_scaling": yarn})})
