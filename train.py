@@ -21,7 +21,9 @@ def main() -> int:
     """Parse the config, build the trainer, run; give back an `ExitCode`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file, see docs/configuration.md")
-    parser.add_argument("--processes", type=int, help="start so many on this machine, such as one a GPU")
+    parser.add_argument(
+        "--processes", type=int, help="start this many processes on this machine, such as one for each GPU"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
     arguments = parse_with_overrides(parser)
     try:

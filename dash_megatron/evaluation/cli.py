@@ -30,18 +30,26 @@ def _fill(evaluate: argparse.ArgumentParser) -> None:
         help="stretch a run's RoPE beyond the lengths it was trained on, with the fields of model.rope_scaling: "
         "'{rope_type: yarn, factor: 8, original_max_position_embeddings: 16384}'",
     )
-    evaluate.add_argument("--tasks", type=_names, metavar="NAME,...", help="default: all")
+    evaluate.add_argument("--tasks", type=_names, metavar="NAME,...", help="tasks to score; default: all")
     evaluate.add_argument(
-        "--lengths", type=_integers, metavar="TOKENS,...", help="default: 1/4, 1/2 and all of training's"
+        "--lengths",
+        type=_integers,
+        metavar="TOKENS,...",
+        help="lengths of samples; default: 1/4, 1/2 and all of training's",
     )
-    evaluate.add_argument("--depths", type=int, default=5, help="places of the needle; default: 5")
     evaluate.add_argument(
-        "--samples", type=int, default=20, help="of each task, length and depth; default: 20"
+        "--depths",
+        type=int,
+        default=5,
+        help="how many places the needle of task `needle` is put at; default: 5",
+    )
+    evaluate.add_argument(
+        "--samples", type=int, default=20, help="samples of each task, length and depth; default: 20"
     )
     evaluate.add_argument(
         "--score",
         default="answer",
-        help="answer (default): one pass over prompt and answer; generate: greedy continuations",
+        help="how answers are scored: answer (default), in one pass over prompt and answer; generate, by greedy continuation",
     )
     evaluate.add_argument("--text", metavar="FILE", help="local text to score and to hide needles in")
     evaluate.add_argument(
@@ -49,12 +57,16 @@ def _fill(evaluate: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PREFIX",
-        help="the same from PREFIX.bin and .idx, may be repeated; default: the run's validation data",
+        help="such text from PREFIX.bin and .idx; may be repeated; default: the run's validation data",
     )
-    evaluate.add_argument("--seed", type=int, default=0)
-    evaluate.add_argument("--batch-tokens", type=int, default=32768, help="most tokens of a batch")
+    evaluate.add_argument("--seed", type=int, default=0, help="fixes which samples are drawn; default: 0")
     evaluate.add_argument(
-        "--output", metavar="DIR", help="default: RUN/evaluation/step_... or SOURCE.evaluation"
+        "--batch-tokens", type=int, default=32768, help="most tokens of a batch; default: 32768"
+    )
+    evaluate.add_argument(
+        "--output",
+        metavar="DIR",
+        help="folder of the results; default: RUN/evaluation/step_... or SOURCE.evaluation",
     )
 
 

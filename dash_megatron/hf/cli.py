@@ -12,12 +12,14 @@ def add_convert(tools: Any) -> None:
     convert = tools.add_parser("convert", help="to and from Hugging Face folders")
     directions = convert.add_subparsers(required=True, metavar="DIRECTION")
     to_hf = directions.add_parser("to-hf", help="export a run's checkpoint for transformers")
-    to_hf.add_argument("run_dir", metavar="RUN_DIR")
+    to_hf.add_argument("run_dir", metavar="RUN_DIR", help="folder of the run")
     to_hf.add_argument("output", metavar="OUT", help="folder to make")
     to_hf.add_argument("--step", type=int, help="checkpoint of this step instead of the newest")
-    to_hf.add_argument("--dtype", default="bfloat16", help="of the weights: bfloat16 (default) or float32")
     to_hf.add_argument(
-        "--license", help="of the weights, for the model card, such as apache-2.0; default: none"
+        "--dtype", default="bfloat16", help="data type of the weights: bfloat16 (default) or float32"
+    )
+    to_hf.add_argument(
+        "--license", help="license of the weights, for the model card, such as apache-2.0; default: none"
     )
     to_hf.set_defaults(run=_to_hf)
     from_hf = directions.add_parser(

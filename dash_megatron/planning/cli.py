@@ -10,7 +10,7 @@ def add_plan(tools: Any) -> None:
     """Add `plan` to the front door's subparsers."""
     plan = tools.add_parser("plan", help="layouts of a config on a number of GPUs, ranked by estimated speed")
     plan.add_argument("--config", required=True, metavar="FILE", help="YAML file")
-    plan.add_argument("--gpus", required=True, type=int, help="processes, one a GPU")
+    plan.add_argument("--gpus", required=True, type=int, help="number of GPUs, each with one process")
     plan.add_argument(
         "--density",
         type=float,
@@ -26,7 +26,7 @@ def add_plan(tools: Any) -> None:
         "--locality",
         type=float,
         default=0.0,
-        help="of parallel.context_comm=sparse alone: probability that queries want what the ones before them wanted; default: 0",
+        help="for parallel.context_comm=sparse only: probability that a run of queries wants what the run before it wanted; default: 0",
     )
     plan.add_argument(
         "--routing",
@@ -41,21 +41,21 @@ def add_plan(tools: Any) -> None:
         "--imbalance",
         type=float,
         default=1.0,
-        help="busiest context rank's attention over the mean; default: 1",
+        help="attention's time on the busiest context rank over the mean of all; default: 1",
     )
     plan.add_argument(
         "--gpu", default="H200", help="B200, H200, H100, H800, A100 or L40S; default: H200, the one timed"
     )
     plan.add_argument("--memory-gib", type=float, help="memory of a GPU; default: what data sheets say")
     plan.add_argument(
-        "--price", type=float, default=3.0, help="of one GPU for an hour, in any currency; default: 3"
+        "--price", type=float, default=3.0, help="price of one GPU for an hour, in any currency; default: 3"
     )
     plan.add_argument(
         "--profile",
         metavar="RUN_DIR",
-        help="a short run on one such GPU or more: corrects the speed of compute and the memory of activations",
+        help="a short run on such GPUs, by which the speed of compute and the memory of activations are corrected",
     )
-    plan.add_argument("--top", type=int, default=10, help="layouts to show; default: 10")
+    plan.add_argument("--top", type=int, default=10, help="how many layouts to show; default: 10")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the config")
     plan.set_defaults(run=_plan)

@@ -26,17 +26,22 @@ def add_study(tools: Any) -> None:
         help="YAML files, see docs/studies.md; runs of several wait in one queue",
     )
     submit.set_defaults(run=_submit)
-    submit.add_argument("--processes", type=int, default=1, help="of each run, here; default: 1")
+    submit.add_argument(
+        "--processes", type=int, default=1, help="processes of each run on this machine; default: 1"
+    )
     submit.add_argument(
         "--at-once",
         type=_places,
         default=1,
         metavar="N",
-        help="runs that train here at the same time; each takes the next of this machine's GPUs, and shares them "
+        help="runs that train on this machine at the same time; each takes the next of its GPUs, and shares them "
         "where there are too few; gpus: as many as there are GPUs for; default: 1",
     )
     submit.add_argument(
-        "--restarts", type=int, default=2, help="starts of a run after faults, here; default: 2"
+        "--restarts",
+        type=int,
+        default=2,
+        help="how often a run is started again after faults, on this machine; default: 2",
     )
     submit.add_argument(
         "--only",
@@ -65,7 +70,7 @@ def add_study(tools: Any) -> None:
         parser.add_argument("--reference", metavar="ARM", help=text)
 
     plot_run = commands.add_parser("plot-run", help="draw losses and per-layer density of one run")
-    plot_run.add_argument("run_dir", metavar="RUN_DIR")
+    plot_run.add_argument("run_dir", metavar="RUN_DIR", help="folder of the run")
     plot_run.add_argument("--output", help="PNG to write; default: RUN_DIR/training.png")
     plot_run.set_defaults(run=_plot_run)
     _add_routing(commands)
@@ -74,18 +79,22 @@ def add_study(tools: Any) -> None:
 def _add_routing(commands: Any) -> None:
     text = "measure and draw which chunks the routers of a checkpoint select in one long document"
     routing = commands.add_parser("routing", help=text, description=text)
-    routing.add_argument("run_dir", metavar="RUN_DIR")
-    routing.add_argument("--output", metavar="DIR", help="default: RUN_DIR/routing/step_...")
+    routing.add_argument("run_dir", metavar="RUN_DIR", help="folder of the run")
+    routing.add_argument(
+        "--output", metavar="DIR", help="folder of the results; default: RUN_DIR/routing/step_..."
+    )
     text = "also write which chunks every token selected, bit-packed as in benchmarks/choices: an .npz"
     routing.add_argument("--dump", metavar="FILE", help=text)
     routing.set_defaults(run=_routing)
     text = "how probability over chunks disperses as context grows: entmax against softmax"
     dispersion = commands.add_parser("dispersion", help=text, description=text)
     dispersion.add_argument(
-        "run_dir", metavar="RUN_DIR", nargs="?", help="also of this run's queries and summaries"
+        "run_dir", metavar="RUN_DIR", nargs="?", help="also measure this run's queries and summaries"
     )
-    dispersion.add_argument("--output", metavar="DIR", default="dispersion", help="default: dispersion")
-    dispersion.add_argument("--seed", type=int, default=0)
+    dispersion.add_argument(
+        "--output", metavar="DIR", default="dispersion", help="folder of the results; default: dispersion"
+    )
+    dispersion.add_argument("--seed", type=int, default=0, help="seed of the made-up inputs; default: 0")
     dispersion.set_defaults(run=_dispersion)
     for parser in (routing, dispersion):
         parser.add_argument("--step", type=int, help="checkpoint of this step instead of the newest")
