@@ -111,6 +111,13 @@ def test_a_file_that_says_nothing_keeps_nobody_out(tmp_path: Path) -> None:
     Owner(tmp_path, dead_seconds=0.1).release()
 
 
+def test_a_folder_of_imported_weights_is_no_run_dir(tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").touch()
+    with pytest.raises(ValueError, match=r"is a folder of `convert from-hf`, .*; choose another run_dir"):
+        Owner(tmp_path)
+    assert not (tmp_path / "owner.json").exists()
+
+
 def test_a_second_start_of_a_run_leaves_the_first_alone(tiny_config: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({**tiny_config, "training": {**tiny_config["training"], "steps": 40}}))
