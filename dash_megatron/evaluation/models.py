@@ -246,7 +246,8 @@ def _is_export(folder: Path, step: int | None, rope_scaling: RopeScaling | None)
         )
     if not checkpoint_folder(folder).is_dir():
         raise FileNotFoundError(
-            f"{folder} must be a run (with checkpoints/) or an exported model (with config.json)"
+            f"{folder} must be a run (with checkpoints/) or a Hugging Face folder (with config.json); of imported weights give the "
+            "folder that they came from"
         )
     return False
 

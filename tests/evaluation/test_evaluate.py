@@ -410,6 +410,9 @@ def test_a_path_to_the_wrong_kind_of_thing_is_told(
     ):
         assert main([*arguments, *more]) == 2
         assert message in capsys.readouterr().err
+    (tmp_path / "model.yaml").touch()
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert "of imported weights give the folder that they came from" in capsys.readouterr().err
 
 
 def test_lm_eval_scores_local_tasks_on_an_export_as_transformers_does(
