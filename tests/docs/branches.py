@@ -101,3 +101,17 @@ def predictions(found: Sequence[Ratio | None], predicted: Sequence[float]) -> li
         name = f"{guess:+.2f}" if place == 0 else f"{guess:.3f}".removesuffix("0")
         cells.append(f"{name}: {bold}{text}{bold}")
     return cells
+
+
+def right_answers(
+    rows: Sequence[Row], arm: str, orders: Sequence[int], task: str, nearest: int, furthest: int = 99
+) -> tuple[int, int]:
+    """Right answers of those that stand so many thousands of tokens back, and how many these are."""
+    found = [
+        int(row[f"{arm}_order{n}"])
+        for row in rows
+        if row["task"] == task
+        and 1024 * nearest <= (1 - float(row["place"])) * int(row["tokens"]) < 1024 * furthest
+        for n in orders
+    ]
+    return sum(found), len(found)

@@ -208,7 +208,3 @@ def test_the_settings_of_a_sparse_start_are_what_configs_have() -> None:
     config = ROOT / "configs" / "60m_16k.yaml"
     assert load_config(config, keys).attention == load_config(config).attention
     assert "bases.md" in EVIDENCE
-
-
-def test_files_are_small() -> None:
-    assert all(path.stat().st_size <= 100_000 for path in FOLDER.iterdir())

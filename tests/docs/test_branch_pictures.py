@@ -175,8 +175,3 @@ def test_pictures_are_drawn_into_a_new_folder(tmp_path: Path) -> None:
     main(["--output", str(folder)])
     assert {path.name for path in folder.iterdir()} == {"quality_losses.png", "quality_position.png"}
     assert all(path.stat().st_size > 10_000 for path in folder.iterdir())
-
-
-@pytest.mark.parametrize("name", STUDIES)
-def test_files_are_small(name: str) -> None:
-    assert all(path.stat().st_size <= 100_000 for path in (QUALITY / name).iterdir())

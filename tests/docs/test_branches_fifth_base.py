@@ -25,6 +25,7 @@ from tests.docs.branches import (
     predictions,
     read_pages,
     read_rows,
+    right_answers,
     scores,
     share,
 )
@@ -78,18 +79,6 @@ def _without_one(arm: str, reference: str, orders: Sequence[int]) -> str:
     names = {row["document"] for row in DOCUMENTS}
     rests = [difference([row for row in DOCUMENTS if row["document"] != name]) for name in names]
     return f"{100 * max(rests, key=lambda rest: abs(rest - whole)):+.2f}%"
-
-
-def _found(arm: str, orders: Sequence[int], task: str, nearest: int, furthest: int = 99) -> tuple[int, int]:
-    """Right answers of those that stand so many thousands of tokens back, and how many these are."""
-    found = [
-        int(row[f"{arm}_order{n}"])
-        for row in SAMPLES
-        if row["task"] == task
-        and 1024 * nearest <= (1 - float(row["place"])) * int(row["tokens"]) < 1024 * furthest
-        for n in orders
-    ]
-    return sum(found), len(found)
 
 
 def _sure(found: Ratio | None) -> Ratio:
@@ -149,12 +138,15 @@ def test_needles_by_how_far_back_they_stand() -> None:
         ("of pairs up to 14K back it finds {} of {} and full attention {}, further back {} and {} of {}.", TASKS[2]),
     ):  # fmt: skip
         near, far = (
-            [_found(arm, ORDERS, task, *reach) for arm in QUARTER[:2]] for reach in ((0, 14), (14, 99))
+            [right_answers(SAMPLES, arm, ORDERS, task, *reach) for arm in QUARTER[:2]]
+            for reach in ((0, 14), (14, 99))
         )
         assert text.format(*near[0], near[1][0], far[0][0], *far[1]) in PAGE
-    near, far = ([_found("dash_11", ORDERS, TASKS[0], *reach)] for reach in ((0, 14), (14, 99)))
+    near, far = (
+        [right_answers(SAMPLES, "dash_11", ORDERS, TASKS[0], *reach)] for reach in ((0, 14), (14, 99))
+    )
     assert "it finds {} of {}, further back {} of {}.".format(*near[0], *far[0]) in PAGE
-    near, far = ([_found("nsa_25", (1, 2), TASKS[0], *reach)] for reach in ((0, 8), (8, 99)))
+    near, far = ([right_answers(SAMPLES, "nsa_25", (1, 2), TASKS[0], *reach)] for reach in ((0, 8), (8, 99)))
     assert "{} of {} needles up to 8K back and {} of {} beyond".format(*near[0], *far[0]) in PAGE
 
 
@@ -366,7 +358,3 @@ def test_the_study_file_of_the_sparse_base_names_its_runs(monkeypatch: pytest.Mo
     assert runs == {name for name in names if "scratch_11" not in name}
     nats = [float(row["nats"]) for row in read_rows(FOLDER / "scratch" / "answers.csv")]
     assert f"A right answer costs {fmean(nats):.2f} nats a token, as in branches of the dense base" in PAGE
-
-
-def test_files_are_small() -> None:
-    assert all(path.stat().st_size <= 100_000 for path in FOLDER.rglob("*") if path.is_file())

@@ -247,7 +247,3 @@ def test_the_study_file_of_arms_names_the_runs() -> None:
     names = {f"{arm['name']}_order1_from_full_seed7" for arm in study["branches"]["arms"]}
     assert {row["run"] for row in read_rows(FOLDER / "arms/results.csv")} == names | {"full_seed7"}
     assert {row["run"] for row in read_rows(FOLDER / "arms/answers.csv")} == names
-
-
-def test_files_are_small() -> None:
-    assert all(path.stat().st_size <= 100_000 for path in FOLDER.rglob("*") if path.is_file())

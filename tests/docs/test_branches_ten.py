@@ -20,6 +20,7 @@ from tests.docs.branches import (
     predictions,
     read_pages,
     read_rows,
+    right_answers,
     scores,
     share,
 )
@@ -78,18 +79,6 @@ def _moved(arms: Arms, task: str) -> list[int]:
     return [pairs.count(("1", "0")), pairs.count(("0", "1"))]
 
 
-def _found(arm: str, orders: Sequence[int], task: str, nearest: int, furthest: int = 99) -> tuple[int, int]:
-    """Right answers of those that stand so many thousands of tokens back, and how many these are."""
-    found = [
-        int(row[f"{arm}_order{n}"])
-        for row in SAMPLES
-        if row["task"] == task
-        and 1024 * nearest <= (1 - float(row["place"])) * int(row["tokens"]) < 1024 * furthest
-        for n in orders
-    ]
-    return sum(found), len(found)
-
-
 def test_the_first_lines() -> None:
     big, small = (percent(_documents(*arms).relative) for arms in (BIG, SMALL))
     assert f"at 25% ends {big}% below full attention in three orders" in PAGE
@@ -125,7 +114,8 @@ def test_documents_agree() -> None:
 @pytest.mark.parametrize("arms", [SMALL, BIG], ids=["62M", "210M"])
 def test_needles_by_how_far_back_they_stand(arms: Arms) -> None:
     near, far = (
-        [_found(arm, arms[2], TASKS[0], *reach) for arm in arms[:2]] for reach in ((0, 14), (14, 99))
+        [right_answers(SAMPLES, arm, arms[2], TASKS[0], *reach) for arm in arms[:2]]
+        for reach in ((0, 14), (14, 99))
     )
     text = (
         f"p to 14K back 25% finds {near[0][0]} of {near[0][1]} and full attention {near[1][0]}, further back"
@@ -137,14 +127,14 @@ def test_needles_by_how_far_back_they_stand(arms: Arms) -> None:
 def test_what_210m_and_nsa_miss() -> None:
     gained, lost = _moved(BIG, TASKS[0])
     assert f"{lost} that full attention finds are missed, {gained} are found that it misses" in PAGE
-    near, far = ([_found(arm, (1, 2, 3), TASKS[2], *reach) for arm in BIG[:2]] for reach in ((0, 14), (14, 99)))  # fmt: skip
+    near, far = ([right_answers(SAMPLES, arm, (1, 2, 3), TASKS[2], *reach) for arm in BIG[:2]] for reach in ((0, 14), (14, 99)))  # fmt: skip
     assert (
         f"Of pairs up to 14K back it finds {near[0][0]} of {near[0][1]} and full attention {near[1][0]}, further back"
         f" {far[0][0]} and {far[1][0]} of {far[0][1]}." in PAGE
     )
     recall = _retrieval(*BIG[:2], TASKS[2], BIG[2])
     assert f"it finds {recall.value.value:.2f}, full attention {recall.reference:.2f}" in PAGE
-    near, far = ([_found("nsa_25", (1,), TASKS[0], *reach)] for reach in ((0, 8), (8, 99)))
+    near, far = ([right_answers(SAMPLES, "nsa_25", (1,), TASKS[0], *reach)] for reach in ((0, 8), (8, 99)))
     assert f"{near[0][0]} of {near[0][1]} needles up to 8K back and {far[0][0]} of {far[0][1]} beyond" in PAGE
     recall = _retrieval("nsa_25", "ret10", TASKS[2])
     assert f"Of recall it finds {recall.value.value:.2f}, the recipe {recall.reference:.2f}" in PAGE
@@ -274,7 +264,3 @@ def test_what_was_predicted(label: str, arms: Arms, predicted: tuple[float, ...]
     loss = _documents(*arms).relative
     found = [loss, *(_retrieval(*arms[:2], task, arms[2]).relative for task in TASKS)]
     assert f"| {label} | {' | '.join(predictions(found, predicted))} |" in PAGE
-
-
-def test_files_are_small() -> None:
-    assert all(path.stat().st_size <= 100_000 for path in FOLDER.rglob("*") if path.is_file())

@@ -60,6 +60,12 @@ def test_prose_of_the_results_has_at_most_200_characters_a_line() -> None:
     assert long == []
 
 
+def test_files_beside_the_pages_on_quality_have_at_most_100_kb() -> None:
+    files = [path for path in (ROOT / "docs" / "results" / "quality").glob("*/**/*") if path.is_file()]
+    assert files
+    assert [path.name for path in files if path.stat().st_size > 100_000] == []
+
+
 @pytest.mark.parametrize("command", RECIPE_COMMANDS)
 def test_the_recipe_has_commands_of_a_base_and_what_goes_on_from_it(command: str) -> None:
     config_path, *overrides = shlex.split(command.removeprefix("python train.py --config "))

@@ -87,7 +87,3 @@ class Sequences:
         cache = self.cache(chunk_size=chunk_size, dtype=torch.float64, query_pool=router.query_pool)
         q, routing_q = self.fill(cache, "reference")
         return decode_and_count(q, cache, router, "reference", routing_q)
-
-
-def relative_error(x, expected):
-    return ((x.double() - expected.double()).norm() / expected.double().norm()).item()

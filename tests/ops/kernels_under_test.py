@@ -21,3 +21,9 @@ def with_router(settings: dict[str, Any]) -> dict[str, Any]:
     constants = {name: value for name, value in settings.items() if name in Router._fields}
     others = {name: value for name, value in settings.items() if name not in Router._fields}
     return {"router": Router(**constants), **others}
+
+
+def relative_error(x, expected, floor=0.0):
+    """Norm of the difference over the norm of what is expected, or over `floor` where that is more."""
+    expected = expected.double()
+    return ((x.double() - expected).norm() / expected.norm().clamp_min(floor)).item()

@@ -10,8 +10,8 @@ from dash_megatron.ops.decode import decode_and_count
 from dash_megatron.ops.decode_reference import decode_reference
 from dash_megatron.ops.kernels import decode, decode_attend, decode_cache, decode_pool, decode_route
 from dash_megatron.ops.types import Router
-from tests.ops.decode_sequences import BORDERS, ROUTER, C, Sequences, relative_error
-from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE
+from tests.ops.decode_sequences import BORDERS, ROUTER, C, Sequences
+from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

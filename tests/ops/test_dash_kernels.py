@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dash_megatron.ops.kernels import configs, dash, geometry
 from dash_megatron.ops.sequence_reference import dash_attention_reference
-from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, with_router
+from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, relative_error, with_router
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -61,11 +61,6 @@ def _run(attend, leaves, upstream, **settings):
     return out.detach(), grads, selected
 
 
-def _relative_error(x, expected, floor=0.0):
-    expected = expected.double()
-    return ((x.double() - expected).norm() / expected.norm().clamp_min(floor)).item()
-
-
 def _check(leaves, upstream, same_selection=True, tolerance=None, **settings):
     """Compare with the reference on the same inputs in float64; `tolerance` of output and gradients, default by dtype."""
     doubles = [x.detach().double().requires_grad_() for x in leaves]
@@ -78,13 +73,13 @@ def _check(leaves, upstream, same_selection=True, tolerance=None, **settings):
     )
     allowed_out, allowed_grad = tolerance or TOLERANCE[out.dtype]
     assert out.dtype == leaves[0].dtype
-    assert _relative_error(out, expected_out) <= allowed_out
+    assert relative_error(out, expected_out) <= allowed_out
     # What is zero by its nature is rounding here: the query gradient of a lone token, or the summary query's under a flat
     # prior, which besides is unbounded near the threshold. So errors are relative to something at least.
     floor = 1e-3 * upstream.double().norm().item()
     for name, grad, expected in zip("qkvws"[: len(grads)], grads, expected_grads, strict=True):
         assert grad.dtype == (torch.float32 if name == "s" else leaves["qkvw".index(name)].dtype)
-        assert _relative_error(grad, expected, floor) <= allowed_grad, name
+        assert relative_error(grad, expected, floor) <= allowed_grad, name
     assert selected.dtype == torch.int32
     if same_selection:
         assert torch.equal(selected, expected_selected)
@@ -280,7 +275,7 @@ def test_documents_do_not_see_each_other(router):
         )
         assert torch.equal(selected[:, part], selected_alone)
         for x, expected in zip([out, *grads[:3]], [out_alone, *grads_alone[:3]], strict=True):
-            assert _relative_error(x[:, part], expected) < 1e-5
+            assert relative_error(x[:, part], expected) < 1e-5
         start += length
 
 
@@ -366,7 +361,7 @@ def test_gradients_do_not_depend_on_how_the_transposed_lists_are_cut(parts, monk
     monkeypatch.setattr(dash, "find_launches", cut)
     _, grads, _ = _run(dash.dash_attention_triton, leaves, upstream, deterministic=True)
     for grad, other in zip(grads, expected, strict=True):
-        assert _relative_error(grad, other) < 1e-5
+        assert relative_error(grad, other) < 1e-5
 
 
 @pytest.mark.parametrize(("alpha", "Hq"), [(1.5, 3), (1.7, 1)])
@@ -403,7 +398,7 @@ def test_inputs_may_be_slices_of_one_fused_projection():
         out, _ = attend(x[:, :, :4], x[:, :, 4:6], x[:, :, 6:], w.to(x.dtype), **settings)
         results.append((out, *torch.autograd.grad(out, fused, upstream.to(x.dtype))))
     for x, expected in zip(*results, strict=True):
-        assert _relative_error(x, expected) < 1e-5
+        assert relative_error(x, expected) < 1e-5
 
 
 def test_summary_query_may_stay_float32_beside_half_precision():

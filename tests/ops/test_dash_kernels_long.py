@@ -7,14 +7,10 @@ import torch.nn.functional as F
 from dash_megatron.ops.entmax import entmax
 from dash_megatron.ops.kernels import dash
 from dash_megatron.ops.types import Router
-from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE
+from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, relative_error
 from tests.ops.quick_interpreter import quicken
 
 SIGMA = 2.0
-
-
-def _relative_error(x, expected):
-    return ((x.double() - expected).norm() / expected.norm()).item()
 
 
 def _attend_token(q_HGD, k_NHD, v_NHD, w_HD, token, C, scaling_factor, sigma):
@@ -82,8 +78,8 @@ def test_single_tokens_of_long_sequences_equal_float64(name, monkeypatch):
     ]
     expected_grads = torch.autograd.grad(torch.stack(expected), doubles, upstream[tokens].double())
     allowed_out, allowed_grad = TOLERANCE[dtype]
-    assert _relative_error(out.view(q.shape)[tokens], torch.stack(expected)) <= allowed_out
-    assert _relative_error(grads[0].view(q.shape)[tokens], expected_grads[0]) <= allowed_grad
+    assert relative_error(out.view(q.shape)[tokens], torch.stack(expected)) <= allowed_out
+    assert relative_error(grads[0].view(q.shape)[tokens], expected_grads[0]) <= allowed_grad
     assert int(grads[0].view(N, -1).any(1).sum()) == len(tokens)
     for grad, wanted in zip(grads[1:], expected_grads[1:], strict=True):
-        assert _relative_error(grad.view(wanted.shape), wanted) <= allowed_grad
+        assert relative_error(grad.view(wanted.shape), wanted) <= allowed_grad

@@ -11,7 +11,7 @@ from dash_megatron.ops.pooling import pool_queries
 from dash_megatron.ops.sequence_reference import dash_attention_reference
 from dash_megatron.ops.shards import Attended, KeyBuffer, OutputGradient, QueryChunks, RoutedQueries
 from dash_megatron.ops.types import Router
-from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE
+from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -223,17 +223,13 @@ def _run(x, layout):
     return out, [dq, dk, dv, dw, *([] if d_heads[0] is None else [sum(d_heads)])], selected
 
 
-def _relative_error(x, expected):
-    return ((x.double() - expected).norm() / expected.norm()).item()
-
-
 def _check(x, layout, same_selection=True):
     out, grads, selected = _run(x, LAYOUTS[layout])
     expected_out, expected_grads, expected_selected = x.expected()
     allowed_out, allowed_grad = TOLERANCE[x.dtype]
-    assert _relative_error(out, expected_out) <= allowed_out
+    assert relative_error(out, expected_out) <= allowed_out
     for name, grad, expected in zip("qkvws"[: len(grads)], grads, expected_grads, strict=True):
-        assert _relative_error(grad, expected) <= allowed_grad, name
+        assert relative_error(grad, expected) <= allowed_grad, name
     # at thousands of tokens some chunk lies within float32's rounding of the threshold
     if same_selection and not CUDA:
         assert torch.equal(selected, expected_selected)
@@ -407,7 +403,7 @@ def test_summary_gradients_are_the_same_bits_in_every_run_if_asked(method):
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(run[1], runs[0][1]) and torch.equal(run[0], dq) for run in runs)
-    assert _relative_error(runs[0][1], d_summary.double()) < 1e-3
+    assert relative_error(runs[0][1], d_summary.double()) < 1e-3
 
 
 def test_a_window_without_keys_gives_nothing():

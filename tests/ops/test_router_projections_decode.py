@@ -8,8 +8,8 @@ import torch
 from dash_megatron.ops import DashCache, dash_attention, dash_decode
 from dash_megatron.ops.decode import decode_and_count
 from dash_megatron.ops.types import Router
-from tests.ops.decode_sequences import BORDERS, ROUTER, C, Sequences, relative_error
-from tests.ops.kernels_under_test import DEVICE, TOLERANCE
+from tests.ops.decode_sequences import BORDERS, ROUTER, C, Sequences
+from tests.ops.kernels_under_test import DEVICE, TOLERANCE, relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -8,7 +8,7 @@ from dash_megatron.ops.topk import triton as topk_triton
 from dash_megatron.ops.topk.infllmv2 import infllmv2_attention
 from dash_megatron.ops.topk.nsa import Compression, nsa_attention
 from dash_megatron.topk_selection import Selection
-from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE
+from tests.ops.kernels_under_test import CUDA, DEVICE, TOLERANCE, relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -44,10 +44,6 @@ def run(kind, leaves, **options):
         out, routing = nsa_attention(*leaves[:4], *compressions, SELECTION, **options)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     return out.detach(), torch.autograd.grad(out, leaves, upstream), routing
-
-
-def relative_error(x, expected):
-    return ((x.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 @pytest.mark.parametrize(
