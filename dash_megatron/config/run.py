@@ -37,6 +37,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         steps, seq_length = self.training.steps, self.data.seq_length
+        if self.run_dir[0] in "~$":
+            raise ValueError(
+                f"run_dir={self.run_dir} begins with {self.run_dir[0]}, which only a shell expands; write it out"
+            )
         self.attention.check_layers(self.model.layers)
         self.attention.check_density(seq_length)
         self.schedule.check_steps(steps)

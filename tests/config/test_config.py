@@ -183,6 +183,8 @@ def test_configs_cannot_be_changed(path: Path) -> None:
             "run_dir=2024",
             "run_dir=2024 must be text: write '2024', and on the command line \"'2024'\"",
         ),
+        ("run_dir=~/run", "run_dir=~/run begins with ~, which only a shell expands; write it out"),
+        ("run_dir=$SCRATCH/run", "run_dir=$SCRATCH/run begins with $, which only a shell expands"),
         ("run_dir=''", "run_dir='': String should have at least 1 character"),
         ("model.layers=true", "model.layers=True: Input should be a whole number, not true"),
         ("model.vocab_size=yes", "model.vocab_size=True: Input should be a whole number, not true"),
