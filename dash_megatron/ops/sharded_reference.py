@@ -73,13 +73,16 @@ def summarize(k: Tensor, w: Tensor, chunks: QueryChunks, chunk_size: int) -> Ten
 
 
 def summarize_backward(
-    d_summary: Tensor, k: Tensor, w: Tensor, chunks: QueryChunks, chunk_size: int
+    d_summary: Tensor, k: Tensor, w: Tensor, chunks: QueryChunks, chunk_size: int, more: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `Stages.summarize_backward`."""
+    dtype = k.dtype
     with torch.enable_grad():
         k, w = (x.detach().requires_grad_() for x in upcast(k, w))
         dk, dw = torch.autograd.grad(_summarize(k, w, chunks, chunk_size), (k, w), d_summary.to(k.dtype))
-    return dk, dw
+    if more is not None:
+        dk = more.sum(0, dtype=dk.dtype) + dk
+    return dk.to(dtype), dw
 
 
 def _by_head(x: Tensor, num_kv_heads: int) -> Tensor:

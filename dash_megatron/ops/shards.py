@@ -43,6 +43,8 @@ class KeyBuffer(NamedTuple):
     """First chunk of the window: attention considers the chunks in it alone."""
     last: int
     """One past the last chunk of the window."""
+    whole: bool = False
+    """Whether nothing that any query attends to lies elsewhere, so that results need not be added to others."""
 
 
 class Routed(NamedTuple):
@@ -75,7 +77,7 @@ class Attended(NamedTuple):
     """Attention to some of the keys that were selected. Parts with different keys are merged by weights 2 ** lse."""
 
     out: Tensor
-    """[n, Hq, D], float32 or wider; 0 for a row that sees no key."""
+    """[n, Hq, D], float32 or wider, or of q's dtype if from a whole buffer; 0 for a row that sees no key."""
     lse: Tensor
     """[n, Hq], float32 or wider: base-2 log-sum-exp of the scores; -inf for a row that sees no key."""
 
@@ -93,18 +95,18 @@ class OutputGradient(NamedTuple):
 
 
 class AttentionGradients(NamedTuple):
-    """Gradients through attention, float32 or wider."""
+    """Gradients through attention, float32 or wider, but that of q of its dtype if from a whole buffer."""
 
     q: Tensor
     """[n, Hq, D]"""
     k: Tensor
-    """[m, Hkv, D], zero in rows that nothing attends to."""
+    """[m, Hkv, D], zero in rows that nothing attends to; in rows of no chunk of a whole buffer anything."""
     v: Tensor
-    """[m, Hkv, D], zero in rows that nothing attends to."""
+    """[m, Hkv, D], as those of k."""
 
 
 class RouterGradients(NamedTuple):
-    """Gradients through the router alone, float32 or wider."""
+    """Gradients through the router alone, float32 or wider, but that of `pooled_q` of its dtype: nothing is added to it."""
 
     q: Tensor
     """Gradient of `RoutedQueries.routing_q`, of its shape."""
@@ -132,9 +134,18 @@ class Stages(Protocol):
         ...
 
     def summarize_backward(
-        self, d_summary: Tensor, k: Tensor, w: Tensor, chunks: QueryChunks, chunk_size: int
+        self,
+        d_summary: Tensor,
+        k: Tensor,
+        w: Tensor,
+        chunks: QueryChunks,
+        chunk_size: int,
+        more: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of k [n, Hkv, D], zero in rows of no chunk, and of w [Hkv, D], from that of the summaries."""
+        """Gradients of k, all rows in chunks, in its dtype, and of w [Hkv, D], float32 or wider, from that of the summaries.
+
+        That of k is added to `more` [parts, n, Hkv, D], summed over the parts, and rounded once.
+        """
         ...
 
     def route(

@@ -6,6 +6,7 @@ Two ranks of a packed sequence are played one after the other in one process.
 import pytest
 import torch
 
+from dash_megatron.ops import sharded_reference
 from dash_megatron.ops.kernels import attend, backward_q, configs, geometry, pair_slabs, sharded
 from dash_megatron.ops.pooling import pool_queries
 from dash_megatron.ops.sequence_reference import dash_attention_reference
@@ -272,6 +273,71 @@ CASES = {
 )
 def test_two_ranks_give_the_output_and_gradients_of_one(case, layout):
     _check(Sequence(**CASES[case]), layout)
+
+
+@pytest.mark.parametrize(
+    ("pairs_above", "by_pair_above"), [(float("inf"), float("inf")), (0, 0), (1.5, float("inf"))], ids=str
+)
+@pytest.mark.parametrize("query_pool", [1, 3])
+def test_results_of_a_whole_buffer_are_those_of_any_other_rounded_once(
+    query_pool, pairs_above, by_pair_above, monkeypatch
+):
+    """Keys and values over tiles, over pairs, or as the device decides; the last time all stages over pairs, which are added up."""
+    find_launches = sharded.find_launches
+
+    def launches(*args, **kwargs):
+        usual = find_launches(*args, **kwargs)
+        slabs = usual.backward_pairs._replace(block=16)
+        return usual._replace(
+            pairs_above=pairs_above, backward_pairs=slabs, backward_pairs_above=by_pair_above, parts=3
+        )
+
+    monkeypatch.setattr(sharded, "find_launches", launches)
+    # the interpreter rounds to bfloat16 towards zero
+    x = Sequence(G=2, dtype=torch.float16, query_pool=query_pool, pool_heads=True, lengths=(9, 21, 80))
+    # the last chunks are of the other rank, and nothing here attends to them
+    numbers = x.ranks[1]
+    rows, qs = x.rows(numbers), x.queries(numbers)
+    q, routing_q = x.q[rows], None if query_pool == 1 else x.routing_q()[1].detach()[rows]
+    summary = torch.randn(2, x.num_chunks, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    queries = RoutedQueries(q, qs, x.router, sharded.route(q, summary, qs, x.router, routing_q), routing_q)
+    ((keys, k, v, places),) = _one_buffer(x, numbers, [None] * 2)
+    found = []
+    for whole in (False, True):
+        held = keys._replace(whole=whole)
+        out, lse = sharded.attend(queries, k, v, held)
+        d_prior = sharded.new_d_prior(queries.routed)
+        gradient = OutputGradient(x.d_out[rows], Attended(out.to(x.dtype), lse), d_prior)
+        dq, *d_keys = sharded.attend_backward(gradient, queries, k, v, held)
+        d_keys = [part[place, h] for part in d_keys for h, (_, place) in enumerate(places)]
+        found.append([out, dq, *d_keys, sharded.route_backward(d_prior, queries, summary).q])
+        assert {y.dtype for y in found[-1][:2]} == {x.dtype if whole else torch.float32}
+    (out, dq, *others), (whole_out, whole_dq, *whole_others) = found
+    assert torch.equal(whole_out, out.to(x.dtype))
+    if by_pair_above > 0:
+        assert torch.equal(whole_dq, dq.to(x.dtype))
+    else:
+        # what pairs give is added to what is rounded, as where queries and keys lie together
+        assert relative_error(whole_dq, dq.double()) < 2**-11
+    assert all(torch.equal(a, b) for a, b in zip(whole_others, others, strict=True))
+    assert others[-1].dtype == (torch.float32 if query_pool == 1 else x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_gradients_of_summaries_are_added_to_others_and_rounded_once(parts, dtype):
+    x, generator = Sequence(dtype=dtype), torch.Generator().manual_seed(1)
+    numbers = x.ranks[0]
+    k, qs = x.k[x.rows(numbers)], x.queries(numbers)
+    d_summary = torch.randn(2, len(qs.start), 16, generator=generator).to(DEVICE)
+    # rows that only the largest rank has lie between the parts
+    more = torch.randn(parts, len(k) + 5, 2, 16, generator=generator).to(DEVICE, dtype)[:, :-5]
+    wide = sharded.summarize_backward(d_summary, k.float(), x.w.float(), qs, x.C)
+    dk, dw = sharded.summarize_backward(d_summary, k, x.w, qs, x.C, more)
+    assert torch.equal(dk, (sum(more.float()) + wide[0]).to(dtype))
+    assert torch.equal(dw, wide[1])
+    given = d_summary.double(), k.double(), x.w.double(), qs, x.C, more.double()
+    assert relative_error(dk, sharded_reference.summarize_backward(*given)[0]) < TOLERANCE[dtype][0]
 
 
 def test_bfloat16_is_near_the_reference():

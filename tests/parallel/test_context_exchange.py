@@ -338,6 +338,35 @@ def test_keys_and_their_gradients_travel_while_others_work(monkeypatch: pytest.M
     ]  # fmt: skip
 
 
+def test_of_exchanges_only_that_which_gathers_all_keys_has_nothing_to_add_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rounded results of part of the keys would be rounded again as they are added up."""
+    found: list[bool] = []
+    for name in ("attend", "attend_backward"):
+        stage = getattr(sharded_reference, name)
+
+        def noted(*arguments: Any, stage: Any = stage) -> Any:
+            found.append(arguments[-1].whole)
+            return stage(*arguments)
+
+        monkeypatch.setattr(sharded_reference, name, noted)
+    init_process_groups(Launch(rank=0, world_size=1, local_rank=0), ParallelConfig())
+    try:
+        case = Case(DOCUMENTS["packed"])
+        *rows, w, d_out = inputs_of(case)
+        group, layout = ContextGroup(dist.group.WORLD), shard_sequence(case.cu_seqlens, 0, 1, CHUNK).chunks
+        for exchange in ("all_gather", "sparse"):
+            leaves = [x.requires_grad_() for x in (*rows, w)]
+            out, _ = sharded_dash_attention(
+                *leaves, Router(**case.settings), layout, group, exchange=exchange
+            )
+            out.backward(d_out)
+    finally:
+        destroy_process_groups()
+    assert found == [True, True, False, False]
+
+
 def test_every_token_is_in_one_piece_of_the_zigzag_split() -> None:
     ranks = torch.stack([zigzag_tokens(96, rank, 3) for rank in range(3)])
     assert ranks[1].tolist() == [*range(16, 32), *range(64, 80)]

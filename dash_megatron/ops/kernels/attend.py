@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dash_megatron.ops.kernels.attend_pairs import merge_pairs
 from dash_megatron.ops.kernels.configs import PLAIN, ByPair, Config
-from dash_megatron.ops.kernels.geometry import KeyPlaces, Lists, Sizes, own_places
+from dash_megatron.ops.kernels.geometry import KeyPlaces, Lists, Sizes, own_places, result_dtype
 from dash_megatron.ops.kernels.hopper import HOPPER_ROWS, fits_hopper
 from dash_megatron.ops.kernels.pair_slabs import plan_slabs
 from dash_megatron.ops.kernels.tiles import (
@@ -137,7 +137,7 @@ def attend_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [tokens, Hq, D] and base-2 log-sum-exp [tokens, Hq] of q [tokens, Hq, D], k and v [tokens, Hkv, D].
 
-    Keys and values may lie elsewhere than the queries: then `keys` says where. The output is float32 then, zero beside a
+    Keys and values may lie elsewhere than the queries: then `keys` says where. The output is of `result_dtype`, zero beside a
     log-sum-exp of -inf for tokens that see none of the keys.
 
     Where `by_pair` says so, tiles attend to their own chunks only, and what else each token selected is merged by pair.
@@ -168,7 +168,7 @@ def _attend_tiles(
         from dash_megatron.ops.kernels.attend_hopper import attend_forward_hopper
 
         return attend_forward_hopper(q, k, v, lists, mean_log, chunks, sizes, inv_sigma, config, keys)
-    out = torch.empty(q.shape, dtype=torch.float32 if sharded else q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=result_dtype(q, keys), device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     _attend_fwd_kernel[(sizes.num_tiles,)](
         q, k, v, out, lse, *lists, mean_log, *chunks, *own, own.stride(1),

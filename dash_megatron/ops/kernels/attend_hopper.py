@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dash_megatron.ops.kernels.configs import HOPPER_OVERLAP, Config
-from dash_megatron.ops.kernels.geometry import KeyPlaces, Lists, Sizes
+from dash_megatron.ops.kernels.geometry import KeyPlaces, Lists, Sizes, result_dtype
 from dash_megatron.ops.kernels.hopper import ELEMENTS, HOPPER_ROWS
 from dash_megatron.ops.kernels.tiles import LOG2_E
 
@@ -118,7 +118,7 @@ def _attend_rows(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     # float32 fills whole sectors of memory as it comes, and would need much shared memory to change places
-    OUT: gl.constexpr = O_LAYOUT if SHARDED else LOAD
+    OUT: gl.constexpr = O_LAYOUT if out.dtype.element_ty == gl.float32 else LOAD
 
     o_r = i_row + gl.arange(0, ROWS, gl.SliceLayout(1, LOAD))
     o_d = gl.arange(0, D, gl.SliceLayout(0, LOAD))
@@ -299,7 +299,7 @@ def attend_forward_hopper(
     )
     k_desc, v_desc = (TensorDescriptor.from_tensor(x.flatten(1), [C, box], layout) for x in (k, v))
     sharded, own = keys is not None, (None, None) if keys is None else keys.own
-    out = torch.empty(q.shape, dtype=torch.float32 if sharded else q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=result_dtype(q, keys), device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     _attend_hopper_kernel[(sizes.num_tiles,)](
         q, k_desc, v_desc, out, lse, *lists, mean_log, *chunks, *own, *q.stride()[:2],

@@ -138,12 +138,12 @@ def _finish_kernel(
     k, w, dk_sum, dv_sum, ds_sum, more_dk, more_dv, dk, dv, dw_chunk, row_part, key_start, key_end, stride_table,
     stride_kn, stride_kh, stride_wh, inv_sqrt_d, num_chunks, num_groups, num_parts,
     HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
-    SUMMARY: tl.constexpr, DIRECT: tl.constexpr,
+    SUMMARY: tl.constexpr, DIRECT: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
     """Add the partial sums of one chunk in order, then the gradient through its summary, unless `w` is None.
 
-    Rows of work are groups of WIDTH chunks. Those without work are skipped, and with DIRECT those that one part did alone:
-    their gradients are in place.
+    Rows of work are groups of WIDTH chunks. Those without work are skipped or, with ZERO, set to zero, and with DIRECT those that
+    one part did alone are skipped: their gradients are in place.
     """
     i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i_row, i_chunk, i_w = i_h * num_groups + i_c // WIDTH, i_h * num_chunks + i_c, i_c % WIDTH
@@ -156,14 +156,19 @@ def _finish_kernel(
         if w is not None:
             tl.store(dw_chunk + i_chunk * D + o_d, tl.zeros([BLOCK_D], tl.float32), mask=m_d)
         return
+    o_n = start + o_c
+    m_k = o_n < end
+    m_kd = m_k[:, None] & m_d[None, :]
+    p_out = (o_n.to(tl.int64) * HKV + i_h)[:, None] * D + o_d[None, :]
     done = first_part < 0
+    if ZERO:
+        b_zero, m_zero = tl.zeros([C, BLOCK_D], dk.dtype.element_ty), m_kd & done
+        tl.store(dk + p_out, b_zero, mask=m_zero)
+        tl.store(dv + p_out, b_zero, mask=m_zero)
     if DIRECT:
         done = done | (first_part >= last_part)
     if done:
         return
-    o_n = start + o_c
-    m_k = o_n < end
-    m_kd = m_k[:, None] & m_d[None, :]
     o_cd = o_c[:, None] * D + o_d[None, :]
     # where the first sum lies: behind the slots of the parts if whole
     i_slot = tl.where(first_part == last_part, num_parts * 2 + i_row, first_part * 2 + 1) * WIDTH + i_w
@@ -178,7 +183,6 @@ def _finish_kernel(
         b_dv += tl.load(dv_sum + i_slot * C * D + o_cd, mask=m_kd, other=0.0)
         if SUMMARY:
             b_ds += tl.load(ds_sum + i_slot * D + o_d, mask=m_d, other=0.0)
-    p_out = (o_n.to(tl.int64) * HKV + i_h)[:, None] * D + o_d[None, :]
     if more_dk is not None:
         b_dk += tl.load(more_dk + p_out, mask=m_kd, other=0.0)
         b_dv += tl.load(more_dv + p_out, mask=m_kd, other=0.0)
@@ -219,12 +223,13 @@ def _sum_parts(
 def _finish(
     k: Tensor, w: Tensor | None, sums: Tensor, ds_sum: Tensor | None, dk: Tensor, dv: Tensor, dw_chunk: Tensor | None,
     partition: WorkPartition, width: int, keys: Tensor, sizes: Sizes, sum_summaries: bool, direct: bool,
-    more: Tensor | None = None,
+    more: Tensor | None = None, zero: bool = False,
 ) -> None:  # fmt: skip
     """Add up the partial sums and `more`, float32 [2, *k.shape]. With `w` also add the gradient through the summaries, and write that of w
     for each chunk, `dw_chunk` [Hkv, chunks, D].
 
     Rows of the partition are groups of `width` chunks. With `direct` rows that one part did alone are skipped: they are in `dk` and `dv` already.
+    Chunks without work are set to zero with `zero`, and otherwise skipped.
     """
     nc, D = keys.shape[2], sizes.head_dim
     ends = torch.stack([partition.work[:-1], partition.work[1:] - 1], dim=1)
@@ -235,7 +240,7 @@ def _finish(
         k, w, *sums, ds_sum, *((None, None) if more is None else more), dk, dv, dw_chunk, row_part, *keys, keys.stride(1),
         *k.stride()[:2], 0 if w is None else w.stride(0), D**-0.5, nc, triton.cdiv(nc, width), len(partition.row),
         HKV=sizes.num_kv_heads, D=D, BLOCK_D=sizes.block_d, C=sizes.chunk_size, WIDTH=width, SUMMARY=sum_summaries, DIRECT=direct,
-        num_warps=8,
+        ZERO=zero, num_warps=8,
     )  # fmt: skip
 
 
@@ -259,9 +264,12 @@ def _num_slots(partition: WorkPartition) -> int:
 def _passes(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, mean_log: Tensor, lists: Lists,
     window: tuple[int, int], chunks: Tensor, keys: Tensor, queries: Tensor, summaries: Summaries | None, sizes: Sizes,
-    inv_sigma: float, launches: Launches, direct: bool,
+    inv_sigma: float, launches: Launches, direct: bool, zeros: bool = False,
 ) -> list[_Pass]:  # fmt: skip
-    """The partial sums over pairs, over tiles, or over both where the device chooses: one of the two then has no work."""
+    """The partial sums over pairs, over tiles, or over both where the device chooses: one of the two then has no work.
+
+    With `zeros` rows of the buffer to which nothing is written are zero.
+    """
     rows = q, k, v, d_out, centred_lse, delta, mean_log
     found: list[_Pass] = []
     taken = None
@@ -274,8 +282,10 @@ def _passes(
         if direct:
             # The buffer may hold few of the window's chunks: no slots for all of these.
             sums = torch.empty(2, 2 * len(partition.row) * C * D + k.numel(), device=k.device)
-            # not all of it is written
-            sums[:, -k.numel() :] = 0
+            if zeros:
+                # one after the other is contiguous, and takes less than half the time
+                for part in sums:
+                    part[-k.numel() :] = 0
         else:
             sums = torch.empty(2, slots, C, D, dtype=torch.float32, device=k.device)
         found.append(_Pass(sums, ds_sum, partition, width))
@@ -368,20 +378,20 @@ def backward_kv_lists(
 def backward_kv_buffer(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, mean_log: Tensor, lists: Lists,
     window: tuple[int, int], chunks: Tensor, keys: Tensor, queries: Tensor, sizes: Sizes, inv_sigma: float,
-    launches: Launches,
+    launches: Launches, whole: bool,
 ) -> Tensor:  # fmt: skip
-    """Float32 gradients of a buffer's k and v, [2, rows, Hkv, D], through attention alone; zero in rows of no chunk.
+    """Float32 gradients of a buffer's k and v, [2, rows, Hkv, D], through attention alone; zero in rows of no chunk unless it is `whole`.
 
     `keys` and `queries` are those of `_sum_parts`, of the chunks in the window first <= c < last, in which those of the lists lie.
     """
     parts = []
     for sums, _, partition, width in _passes(
         q, k, v, d_out, centred_lse, delta, mean_log, lists, window, chunks, keys, queries, None, sizes, inv_sigma,
-        launches, True,
+        launches, True, not whole,
     ):  # fmt: skip
         d_keys = sums[:, -k.numel() :].unflatten(1, k.shape)
         dk, dv = d_keys
-        _finish(k, None, sums, None, dk, dv, None, partition, width, keys, sizes, False, True)
+        _finish(k, None, sums, None, dk, dv, None, partition, width, keys, sizes, False, True, zero=whole)
         parts.append(d_keys)
     # where there are two, one is zero
     return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dash_megatron.ops.kernels.configs import ByPair, Config
-from dash_megatron.ops.kernels.geometry import KeyPlaces, Lists, Sizes, own_places
+from dash_megatron.ops.kernels.geometry import KeyPlaces, Lists, Sizes, own_places, result_dtype
 from dash_megatron.ops.kernels.pair_slabs import PairSlabs, plan_slabs
 from dash_megatron.ops.kernels.route import routing_products, score_scale
 from dash_megatron.ops.kernels.summarize import saturate
@@ -268,7 +268,7 @@ def backward_q(
     """Gradient of q [tokens, Hq, D] through attention alone.
 
     The gradient of the log priors is written to `d_prior` [room, T] where the lists have entries, unless it is None. `keys` is
-    as in `attend_forward`, and the gradient of q float32 then; `by_pair` and `num_pairs` also. By pair, what tokens selected beyond
+    as in `attend_forward`, and the gradient of q of `result_dtype`; `by_pair` and `num_pairs` also. By pair, what tokens selected beyond
     their own chunks is left to `backward_pairs`, which writes `d_prior` for pairs selected only.
     """
     sharded, own = keys is not None, own_places(keys, chunks, sizes)
@@ -278,7 +278,7 @@ def backward_q(
     slabs = plan_slabs(lists, chunks, sizes, pair_bytes, by_pair, num_pairs, d_prior is not None, keys)
     left = lists if slabs is None else slabs.rest(lists)
     tiled = left if keys is None else left._replace(chunk=keys.row)
-    dq = torch.empty(q.shape, dtype=torch.float32 if sharded else q.dtype, device=q.device)
+    dq = torch.empty(q.shape, dtype=result_dtype(q, keys), device=q.device)
     delta, centred_lse = torch.empty_like(lse), torch.empty_like(lse)
     _dq_kernel[(sizes.num_tiles,)](
         q, k, v, out, d_out, lse, dq, d_prior, delta, centred_lse, *tiled, mean_log, *chunks, *own, own.stride(1),

@@ -261,7 +261,7 @@ def _backward(
             launches, key_sums,
         )  # fmt: skip
         d_rows, dw = summarize_backward(d_summary, _dense_rows(own_k), rows_w, chunks, sizes)
-        d_own_q, d_own_k = router_dq.view(own_q.shape), d_rows.to(k.dtype).view(own_k.shape)
+        d_own_q, d_own_k = router_dq.view(own_q.shape), d_rows.view(own_k.shape)
     if head_scaling is not None and d_log_factor is not None:
         d_scaling = (d_log_factor / head_scaling).to(head_scaling.dtype)
     return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), dw.to(w.dtype), d_scaling, d_own_q, d_own_k

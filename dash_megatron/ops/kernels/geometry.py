@@ -112,6 +112,13 @@ class KeyPlaces(NamedTuple):
     window: tuple[int, int]
     counts: Tensor
     """int32 [tiles]: how many entries each list has with the chunks outside of the window."""
+    whole: bool
+    """As in `KeyBuffer`."""
+
+
+def result_dtype(q: Tensor, keys: KeyPlaces | None) -> torch.dtype:
+    """Of what is computed for q: float32 where results of other buffers are added to it."""
+    return q.dtype if keys is None or keys.whole else torch.float32
 
 
 def next_power_of_two(x: int) -> int:

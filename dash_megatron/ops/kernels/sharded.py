@@ -187,7 +187,7 @@ def _window(state: State, chunks: QueryChunks, keys: KeyBuffer, sizes: Sizes) ->
     window, lists = (keys.first, keys.last), Lists(state.list_chunk, state.list_log_prior, offset, count)
     # a tensor of its own: kernels are compiled for how addresses are aligned
     start = keys.row[:, slice(*window)].contiguous()
-    return lists, KeyPlaces(_own_keys(chunks, keys), start, row, window, state.list_count)
+    return lists, KeyPlaces(_own_keys(chunks, keys), start, row, window, state.list_count, keys.whole)
 
 
 def _num_pairs(routed: Routed) -> Tensor:
@@ -205,13 +205,13 @@ def summarize(k: Tensor, w: Tensor, chunks: QueryChunks, chunk_size: int) -> Ten
 
 
 def summarize_backward(
-    d_summary: Tensor, k: Tensor, w: Tensor, chunks: QueryChunks, chunk_size: int
+    d_summary: Tensor, k: Tensor, w: Tensor, chunks: QueryChunks, chunk_size: int, more: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `Stages.summarize_backward`; gradients are float32."""
+    """As `Stages.summarize_backward`; the gradient of w is float32."""
     sizes = _key_sizes(k, chunks.start, chunk_size)
     return summaries.summarize_backward(
-        d_summary.float().contiguous(), _rows(k), _rows(w), torch.stack([chunks.start, chunks.end]), sizes
-    )
+        d_summary.float().contiguous(), _rows(k), _rows(w), torch.stack([chunks.start, chunks.end]), sizes, more
+    )  # fmt: skip
 
 
 def route(
@@ -245,7 +245,7 @@ def listed(routed: Routed, num_chunks: int) -> Tensor:
 
 
 def route_backward(d_prior: Tensor, queries: RoutedQueries, summary: Tensor) -> RouterGradients:
-    """As `Stages.route_backward`; gradients are float32.
+    """As `Stages.route_backward`; gradients are float32, but that of `pooled_q`.
 
     Under `torch.use_deterministic_algorithms` the gradient of the summaries is summed in order, at some cost in time,
     and otherwise with atomics.
@@ -256,7 +256,8 @@ def route_backward(d_prior: Tensor, queries: RoutedQueries, summary: Tensor) -> 
     launches, sizes = _prepare(queries.q, len(summary), chunks, router)
     q, summary, spans = _rows(queries.routing_q), summary.contiguous(), _spans(chunks)
     q, sizes = router.group_means(q, len(summary)), sizes.of_router(router.pool_heads)
-    dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    # one that is added to attention's is not rounded yet
+    dq = torch.zeros(q.shape, dtype=torch.float32 if queries.pooled_q is None else q.dtype, device=q.device)
     number = chunks.number.contiguous()
     d_summary, mean_dp, d_log_factor = backward_router(
         q, summary, state.tau, dq, d_prior, state.lists, spans, sizes, router, launches.router, deterministic,
@@ -275,7 +276,7 @@ def route_backward(d_prior: Tensor, queries: RoutedQueries, summary: Tensor) -> 
 
 
 def attend(queries: RoutedQueries, k: Tensor, v: Tensor, keys: KeyBuffer) -> Attended:
-    """As `Stages.attend`; output and log-sum-exp are float32."""
+    """As `Stages.attend`; the log-sum-exp is float32, as the output is of a buffer that is not whole."""
     q, chunks, router, state = queries.q, queries.chunks, queries.router, State(*queries.routed.state)
     launches, sizes = _prepare(q, k.shape[1], chunks, router)
     lists, places = _window(state, chunks, keys, sizes)
@@ -294,7 +295,7 @@ def new_d_prior(routed: Routed) -> Tensor:
 def attend_backward(
     gradient: OutputGradient, queries: RoutedQueries, k: Tensor, v: Tensor, keys: KeyBuffer
 ) -> AttentionGradients:
-    """As `Stages.attend_backward`; gradients are float32."""
+    """As `Stages.attend_backward`; gradients are float32, but that of q of a whole buffer."""
     chunks, router, state = queries.chunks, queries.router, State(*queries.routed.state)
     launches, sizes = _prepare(queries.q, k.shape[1], chunks, router)
     q, k, v, spans = _rows(queries.q), _rows(k), _rows(v), _spans(chunks)
@@ -306,7 +307,7 @@ def attend_backward(
     )  # fmt: skip
     d_keys = backward_kv_buffer(
         q, k, v, d_out, centred_lse, delta, state.mean_log, left, places.window, spans, *_keys_and_queries(chunks, keys),
-        sizes, router.inv_sigma, launches,
+        sizes, router.inv_sigma, launches, keys.whole,
     )  # fmt: skip
     backward_pairs(
         q, k, v, d_out, lse, delta, dq, gradient.d_prior, lists, slabs, state.mean_log, spans, sizes, router.inv_sigma,

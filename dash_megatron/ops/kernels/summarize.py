@@ -72,8 +72,8 @@ def summarize(k: Tensor, w: Tensor, chunks: Tensor, sizes: Sizes) -> Tensor:
 
 @triton.jit
 def _summarize_bwd_kernel(
-    k, w, d_summary, dk, dw_chunk, chunk_start, chunk_end, stride_kn, stride_kh, stride_wh, inv_sqrt_d, num_chunks,
-    HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr,
+    k, w, d_summary, more, dk, dw_chunk, chunk_start, chunk_end, stride_kn, stride_kh, stride_wh, stride_more, parts,
+    inv_sqrt_d, num_chunks, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     start, end = tl.load(chunk_start + i_c), tl.load(chunk_end + i_c)
@@ -91,18 +91,26 @@ def _summarize_bwd_kernel(
     b_dk, b_dw = summary_gradients(b_k, b_w, b_ds, m_t, inv_sqrt_d)
     tl.store(dw_chunk + p_chunk, b_dw, mask=m_d)
     p_dk = (o_t.to(tl.int64) * HKV + i_h)[:, None] * D + o_d[None, :]
-    tl.store(dk + p_dk, b_dk, mask=m_td)
+    if more is not None:
+        b_more = tl.zeros([C, BLOCK_D], tl.float32)
+        for i in range(parts):
+            b_more += tl.load(more + i * stride_more + p_dk, mask=m_td, other=0.0).to(tl.float32)
+        b_dk += b_more
+    tl.store(dk + p_dk, b_dk.to(dk.dtype.element_ty), mask=m_td)
 
 
 def summarize_backward(
-    d_summary: Tensor, k: Tensor, w: Tensor, chunks: Tensor, sizes: Sizes
+    d_summary: Tensor, k: Tensor, w: Tensor, chunks: Tensor, sizes: Sizes, more: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Float32 gradients of k [tokens, Hkv, D], zero outside the chunks, and of w [Hkv, D]."""
+    """Gradients of k [tokens, Hkv, D], all in chunks, in its dtype, and of w, float32 [Hkv, D].
+
+    That of k is added to the sum of `more` [parts, tokens, Hkv, D], if given, whose parts may lie apart; all is rounded once.
+    """
     Hkv, nc, D = sizes.num_kv_heads, sizes.num_chunks, sizes.head_dim
-    dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
+    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dw_chunk = torch.empty(Hkv, nc, D, dtype=torch.float32, device=k.device)
     _summarize_bwd_kernel[(nc, Hkv)](
-        k, w, d_summary, dk, dw_chunk, chunks[0], chunks[1], *k.stride()[:2], w.stride(0), D**-0.5, nc,
-        HKV=Hkv, D=D, BLOCK_D=sizes.block_d, C=sizes.chunk_size, num_warps=8,
+        k, w, d_summary, more, dk, dw_chunk, chunks[0], chunks[1], *k.stride()[:2], w.stride(0),
+        *((0, 0) if more is None else (more.stride(0), len(more))), D**-0.5, nc, HKV=Hkv, D=D, BLOCK_D=sizes.block_d, C=sizes.chunk_size, num_warps=8,
     )  # fmt: skip
     return dk, dw_chunk.sum(1)

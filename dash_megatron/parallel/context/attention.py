@@ -19,6 +19,7 @@ from dash_megatron.parallel.context.communication import (
     ContextGroup,
     PendingTensor,
     move_rows,
+    rounded_sum,
     sum_of_shares,
 )
 from dash_megatron.parallel.context.exchange import EXCHANGES, ContextExchange
@@ -89,14 +90,14 @@ class _ShardedDash(torch.autograd.Function):
             # while gradients of keys and values travel
             routed = stages.route_backward(d_prior, queries, summary)
             d_summary = _send_back_summaries(routed.summary, layout, group)
-            attended_k, attended_v = attended.keys()
+            shares_k, shares_v = attended.keys()
             d_own = sum_of_shares(d_summary)[:, : len(layout.queries.start)]
-            summarized = k if own_k is None else own_k
-            dk, dw = stages.summarize_backward(d_own, summarized, w, layout.queries, router.chunk_size)
+            summarized, more = (k, shares_k) if own_k is None else (own_k, None)
+            dk, dw = stages.summarize_backward(d_own, summarized, w, layout.queries, router.chunk_size, more)
         dq = attended.q + routed.q if pooled_q is None else attended.q
         d_pooled = None if pooled_q is None else routed.q.to(q.dtype)
-        d_own_k = None if own_k is None else dk.to(own_k.dtype)
-        gradients = dq, attended_k + dk if own_k is None else attended_k, attended_v, dw
+        d_own_k = None if own_k is None else dk
+        gradients = dq, dk if own_k is None else rounded_sum(shares_k), rounded_sum(shares_v), dw
         dq, dk, dv, dw = (g.to(x.dtype) for g, x in zip(gradients, (q, k, v, w), strict=True))
         d_factors = None if routed.scaling_factor is None else routed.scaling_factor.to(factors.dtype)
         return dq, d_pooled, dk, dv, d_own_k, dw, d_factors, None, None

@@ -32,18 +32,19 @@ from dash_megatron.parallel.context.communication import (
     ContextGroup,
     PendingTensor,
     pack_bits,
-    sum_of_shares,
     unpack_bits,
 )
 from dash_megatron.parallel.context.layout import ChunkLayout
 
 
 class ExchangedGradients(NamedTuple):
-    """Gradients of a rank's queries, keys and values, float32 or wider."""
+    """Gradients of a rank's queries, keys and values."""
 
     q: Tensor
+    """[n, Hq, D], as `AttentionGradients` has it."""
     keys: Callable[[], tuple[Tensor, Tensor]]
-    """Waits for those of keys and values, which travel meanwhile; collective."""
+    """Waits for those of keys and values, which travel meanwhile; collective. Of each the shares [parts, n, Hkv, D] whose sum it is, in
+    the dtype in which they came."""
 
 
 class ContextExchange(ABC):
@@ -99,7 +100,7 @@ class AllGather(ContextExchange):
         self._pending = None
         places = self.layout.places
         row = (places.owner * places.max_rows).int() + places.row
-        return k, v, KeyBuffer(per_head(row, k), per_head(places.length, k), 0, len(row))
+        return k, v, KeyBuffer(per_head(row, k), per_head(places.length, k), 0, len(row), whole=True)
 
     def attend(self, queries: RoutedQueries, k: Tensor, v: Tensor) -> Attended:
         """As `ContextExchange.attend`, after `start`."""
@@ -120,7 +121,7 @@ class AllGather(ContextExchange):
         n = len(k)
 
         def arrive() -> tuple[Tensor, Tensor]:
-            dk, dv = (sum_of_shares(x)[:n] for x in pending)
+            dk, dv = (x.wait()[:, :n] for x in pending)
             return dk, dv
 
         return ExchangedGradients(found.q, arrive)
@@ -178,7 +179,7 @@ class Ring(ContextExchange):
         assert home is not None
 
         def arrive() -> tuple[Tensor, Tensor]:
-            dk, dv = (home if coming is None else home + coming.wait())[:, :n]
+            dk, dv = (home if coming is None else home + coming.wait())[:, None, :n]
             return dk, dv
 
         return ExchangedGradients(dq, arrive)
@@ -216,7 +217,7 @@ class Sparse(ContextExchange):
             # peer by peer, which names no row twice: the order of the sum is the same every time
             for part, r, h in zip(*(x.split(send) for x in (pending.wait(), rows, head)), strict=True):
                 d_own[:, r, h] += part.transpose(0, 1)
-            return d_own[0], d_own[1]
+            return d_own[:1], d_own[1:]
 
         return ExchangedGradients(dq, arrive)
 
