@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dash_megatron.config import ParallelConfig
 from dash_megatron.ops import sharded_reference
@@ -23,6 +24,7 @@ from dash_megatron.parallel.context.layout import (
     shard_sequence,
     zigzag_tokens,
 )
+from dash_megatron.parallel.context.query_halo import routing_queries
 from dash_megatron.planning.traffic import (
     ContextShape,
     PassBytes,
@@ -365,6 +367,32 @@ def test_of_exchanges_only_that_which_gathers_all_keys_has_nothing_to_add_up(
     finally:
         destroy_process_groups()
     assert found == [True, True, False, False]
+
+
+class _Names(TorchDispatchMode):
+    """Keeps the names of all operators that run within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.add(operator.overloadpacket.__name__)
+        return operator(*args, **(kwargs or {}))
+
+
+def test_gradients_of_pooled_queries_are_not_copied_between_zeros() -> None:
+    init_process_groups(Launch(rank=0, world_size=1, local_rank=0), ParallelConfig())
+    try:
+        layout = shard_sequence(torch.tensor(DOCUMENTS["packed"], dtype=torch.int32), 0, 1, CHUNK, 16).chunks
+        q = torch.randn(384, 2, 8, requires_grad=True)
+        pooled = routing_queries(q, 16, layout.halo, ContextGroup(dist.group.WORLD), "reference")
+        with _Names() as names:
+            pooled.sum().backward()
+    finally:
+        destroy_process_groups()
+    assert not {"slice_backward", "select_backward"} & names.found
+    assert "index_add" in names.found
 
 
 def test_every_token_is_in_one_piece_of_the_zigzag_split() -> None:

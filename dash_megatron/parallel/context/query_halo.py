@@ -27,18 +27,22 @@ def routing_queries(
     """
 
     def borrow(rows: Sequence[Tensor]) -> list[Tensor]:
-        return [group.all_to_all(x[halo.send], halo.send_counts, halo.receive_counts).wait() for x in rows]
+        (x,) = rows
+        received = group.all_to_all(x[halo.send], halo.send_counts, halo.receive_counts).wait()
+        return [x.view_as(x), received]
 
     def give_back(gradients: Sequence[Tensor]) -> list[Tensor]:
-        (gradient,) = gradients
+        own, gradient = gradients
         returned = group.all_to_all(gradient, halo.receive_counts, halo.send_counts).wait()
         # a row that several pieces need has a gradient from each
-        return [gradient.new_zeros(q.shape).index_add_(0, halo.send, returned)]
+        return [own.index_add(0, halo.send, returned)]
 
     before_one, one, before_other, other = halo.sizes
-    borrowed = differentiable_transfer([q], borrow, give_back, group)[0][halo.order]
-    first, second = borrowed.split([before_one, before_other])
-    rows = torch.cat([first, q[:one], second, q[one:]])
-    pooled = pool_queries(rows[None], query_pool, position_N=halo.position, backend=backend)[0]
+    # not by slices and indices, whose gradients are copies between zeros
+    q, borrowed = differentiable_transfer([q], borrow, give_back, group)
+    first, second = borrowed[halo.order].split([before_one, before_other])
+    own_one, own_other = q.split([one, other])
+    rows = torch.cat([first, own_one, second, own_other])
+    pooled = pool_queries(rows[None], query_pool, position_N=halo.position, backend=backend).squeeze(0)
     _, first, _, second = pooled.split([before_one, one, before_other, other])
     return torch.cat([first, second])
