@@ -142,9 +142,11 @@ def attend_together(cases: dict[str, Case], folder: str) -> None:
     else:
         if any(case.backend == "triton" for case in cases.values()):
             os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
+            from tests.ops.poison import poison
             from tests.ops.quick_interpreter import quicken
 
             quicken(pytest.MonkeyPatch())
+            poison(pytest.MonkeyPatch())
         init_process_groups(read_launch(os.environ), ParallelConfig(context=size))
     for name, case in cases.items():
         with _every_stage_by_pair() if case.by_pair else contextlib.nullcontext():

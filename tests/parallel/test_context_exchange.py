@@ -107,7 +107,9 @@ def test_every_exchange_gives_what_one_process_gives(size: int, run_processes: A
 
 @pytest.mark.parametrize("by_pair", [False, True], ids=["over tiles", "over pairs"])
 def test_every_exchange_serves_the_triton_kernels(by_pair: bool, run_processes: Any, tmp_path: Path) -> None:
-    bounds = (0, 37, 38, 96, 128)
+    """Memory is poisoned: the first rank has 54 rows and the second 74, and no rank attends to all chunks of the other."""
+    bounds = (0, 37, 38, 90, 128)
+    assert shard_sequence(torch.tensor(bounds, dtype=torch.int32), 0, 2, CHUNK).chunks.places.max_rows == 74
     cases = {
         comm: Case(
             bounds,

@@ -92,9 +92,10 @@ def _summarize_bwd_kernel(
     tl.store(dw_chunk + p_chunk, b_dw, mask=m_d)
     p_dk = (o_t.to(tl.int64) * HKV + i_h)[:, None] * D + o_d[None, :]
     if more is not None:
-        b_more = tl.zeros([C, BLOCK_D], tl.float32)
-        for i in range(parts):
-            b_more += tl.load(more + i * stride_more + p_dk, mask=m_td, other=0.0).to(tl.float32)
+        b_more, p_more = tl.zeros([C, BLOCK_D], tl.float32), more + p_dk
+        for _ in range(parts):
+            b_more += tl.load(p_more, mask=m_td, other=0.0).to(tl.float32)
+            p_more += stride_more
         b_dk += b_more
     tl.store(dk + p_dk, b_dk.to(dk.dtype.element_ty), mask=m_td)
 
@@ -111,6 +112,7 @@ def summarize_backward(
     dw_chunk = torch.empty(Hkv, nc, D, dtype=torch.float32, device=k.device)
     _summarize_bwd_kernel[(nc, Hkv)](
         k, w, d_summary, more, dk, dw_chunk, chunks[0], chunks[1], *k.stride()[:2], w.stride(0),
-        *((0, 0) if more is None else (more.stride(0), len(more))), D**-0.5, nc, HKV=Hkv, D=D, BLOCK_D=sizes.block_d, C=sizes.chunk_size, num_warps=8,
+        *((0, 0) if more is None else (more.stride(0), len(more))), D**-0.5, nc,
+        HKV=Hkv, D=D, BLOCK_D=sizes.block_d, C=sizes.chunk_size, num_warps=8,
     )  # fmt: skip
     return dk, dw_chunk.sum(1)
