@@ -16,7 +16,6 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from dash_megatron.config import Config
@@ -30,7 +29,11 @@ from dash_megatron.layers.core_attention import (
 )
 from dash_megatron.layers.feed_forward import FeedForward
 from dash_megatron.layers.norm import RMSNorm
-from dash_megatron.layers.recompute import RecomputedTransformerLayer, SelectiveTransformerLayer
+from dash_megatron.layers.recompute import (
+    RecomputedTransformerLayer,
+    SelectiveTransformerLayer,
+    TransformerLayer,
+)
 from dash_megatron.layers.rotary import PackedRotaryEmbedding
 from dash_megatron.layers.router_projections import RoutedSelfAttention, qkv_and_routing
 from dash_megatron.layers.self_attention import SelfAttention

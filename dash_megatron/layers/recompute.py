@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer import transformer_layer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +20,14 @@ Out = TypeVar("Out")
 
 MAX_ACTIVATED = 2**29
 """What the activation of a feed-forward part gives on one process at once, in elements, where layers are recomputed (1 GiB in bf16)."""
+
+
+class TransformerLayer(transformer_layer.TransformerLayer):
+    """Megatron's, whose backward first begins what attention's backward will wait for: one rank may come there late."""
+
+    def _forward_post_mlp(self, *arguments: Any) -> Any:
+        start = self.self_attention.core_attention.backward_start
+        return start.watch(super()._forward_post_mlp(*arguments))
 
 
 class RecomputedTransformerLayer(TransformerLayer):

@@ -41,8 +41,7 @@ class SelfAttention(attention.SelfAttention):
         out = self.core_attention(
             query, key, value, None, attn_mask_type=self.attn_mask_type, packed_seq_params=packed_seq_params
         )
-        projected, bias = self.linear_proj(out)
-        return self.core_attention.backward_start.watch(projected), bias
+        return self.linear_proj(out)
 
     def rotated(self, mixed: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of this rank's heads as core attention takes them, [N, B, heads, D], of a projection."""

@@ -208,13 +208,19 @@ def _feed_forward_backward(config: Config, layout: Layout, parts: dict[str, floa
     return 2 * _feed_forward_part(parts) / pieces + parts["stream"] + 4 * weights
 
 
+def _gathered_early(config: Config, layout: Layout) -> float:
+    """Keys and values of all ranks, which attention's backward will need, while the feed-forward part's runs."""
+    early = layout.context_comm == "all_gather" and layout.recompute != "attention"
+    return layout.context * context_shape(config, layout).kv_bytes * (early and layout.context > 1)
+
+
 def _layer_backward(
     config: Config, layout: Layout, parts: dict[str, float], kept_attention: float, listed: float, gpu: str
 ) -> float:
     """What one layer's backward needs at its worst moment beside what is kept, what it computes again included."""
     worst = max(
         _attention_backward(config, layout, parts, listed, gpu),
-        _feed_forward_backward(config, layout, parts),
+        _feed_forward_backward(config, layout, parts) + _gathered_early(config, layout),
     )
     if layout.sequence:
         shape = context_shape(config, layout)

@@ -95,6 +95,34 @@ def test_every_way_to_recompute_gives_the_same_loss_and_gradients(attention: dic
             assert error <= (1e-6 if recompute == "selective" else 0), (recompute, name, error)
 
 
+@pytest.mark.usefixtures("single_process")
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_what_attentions_backward_waits_for_is_begun_before_the_feed_forward_parts(recompute: str) -> None:
+    model, log = model_in_pieces({}, recompute), []
+
+    class Start:
+        def prepare(self, *_: Any) -> None: ...
+
+        def watch(self, x: Tensor) -> Tensor:
+            if x.requires_grad:
+                x.register_hook(lambda _: log.append("begin"))
+            return x
+
+    for layer in model.decoder.layers:
+        layer.self_attention.core_attention.backward_start = Start()
+        for name, part in (
+            ("feed-forward", layer.mlp.linear_fc2),
+            ("attention", layer.self_attention.linear_proj),
+        ):
+            part.weight.register_hook(lambda _, name=name: log.append(name))
+    model(
+        tokens_of(128), positions_of(128), labels=tokens_of(128, 1), cu_seqlens=cu_seqlens_of(128)
+    ).mean().backward()
+    assert [name for name, before in zip(log, [None, *log], strict=False) if name != before] == [
+        "begin", "feed-forward", "attention",
+    ] * len(model.decoder.layers)  # fmt: skip
+
+
 FFN = 96
 
 

@@ -11,7 +11,7 @@ import torch
 from dash_megatron.config import Config, config_from_dict, load_config
 from dash_megatron.config.flops import parameter_count
 from dash_megatron.planning import baseline_times, memory, workspaces
-from dash_megatron.planning.layout import Hardware, Layout
+from dash_megatron.planning.layout import Hardware, Layout, Recompute
 from dash_megatron.planning.memory import memory_use, rank_parameters
 from dash_megatron.planning.traffic import ContextComm
 from dash_megatron.planning.workspaces import list_bytes
@@ -209,6 +209,20 @@ def test_exchanges_hold_what_their_buffers_need(kind: ContextComm, forward: floa
     layout = Layout(1, 2, 1, 1, kind, "full")
     shape = memory.context_shape(tiny(), layout)
     assert memory._exchange_bytes(shape, layout) == (forward, backward)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "attention", "full"])
+def test_keys_that_are_gathered_early_are_there_while_the_feed_forward_parts_backward_runs(
+    recompute: Recompute,
+) -> None:
+    plain = tiny()
+    wide = plain.model_copy(update={"model": plain.model.model_copy(update={"ffn_hidden_size": 4096})})
+    gathered, fetched = (
+        memory_use(wide, Layout(1, 2, 1, 1, comm, recompute), 128).working
+        for comm in ("all_gather", "sparse")
+    )
+    # K and V of both ranks
+    assert gathered - fetched == (0 if recompute == "attention" else 2 * 16384)
 
 
 def heads_of_128(length: int, *changes: str) -> Config:
