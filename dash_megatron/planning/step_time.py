@@ -54,7 +54,7 @@ IDLE_SECONDS = 0.006
 STALL_SECONDS = {"tensor": 2.6e-3, "a2a": 2.8e-3, "all_gather": 4.6e-3, "p2p": 4e-3, "sparse": 9e-3}
 """Time that a layer and micro-batch which ranks share takes beyond that of the bytes sent: waiting for slower ranks and for the host.
 Fitted to steps of two and four H200s."""
-COPY_SLOWDOWN = {"a2a": 1.8, "all_gather": 3.0, "p2p": 1.65, "sparse": 4.0}
+COPY_SLOWDOWN = {"a2a": 1.8, "all_gather": 2.0, "p2p": 1.65, "sparse": 4.0}
 """How many times as long copies around an exchange take as their bytes at `Hardware.memory_bandwidth`; fitted to the same steps."""
 ATTENTION_SLOWDOWN = 1.05
 """Time of attention's kernels within steps, where clocks are lower, over that alone."""

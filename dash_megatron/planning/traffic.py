@@ -168,8 +168,9 @@ def context_exchange(kind: ContextComm, shape: ContextShape, sent_chunks: float 
 def exchange_copies(kind: ContextComm, shape: ContextShape) -> PassBytes:
     """Bytes that one rank reads and writes in its own memory around an exchange, for one layer and one micro-batch.
 
-    Keys and values are laid out for others and added up in their order. Outputs are float32 until they are rounded, which the ring
-    merges before: with `context` + 1 parts that a rank's queries see, of two a rank. Products of a merge and sums are kernels each.
+    Gradients of keys and values are float32 until they are rounded; those that arrive are added up. But with `all_gather`, keys and
+    values are laid out for others, and outputs are float32 until they are rounded, which the ring merges before: with `context` + 1
+    parts that a rank's queries see, of two a rank. Products of a merge and sums are kernels each.
     """
     P, kv, out = (
         shape.context,
@@ -184,8 +185,10 @@ def exchange_copies(kind: ContextComm, shape: ContextShape) -> PassBytes:
         return PassBytes(whole, whole)
     if kind == "p2p":
         return PassBytes(forward=(4 + 14 * P) * out + 3 * kv, backward=6 * P * out + (12 + 18 * P) * kv)
-    # `all_gather` sends keys and values as they are, unless it pads them to those of the largest rank
-    laid_out, fetched = (3 * kv, 4 * P * kv) if kind == "sparse" else (0.0, 0.0)
+    if kind == "all_gather":
+        # keys and values are sent as they are, unless they are padded to those of the largest rank
+        return PassBytes(forward=0.0, backward=(1 + 4 * P) * kv)
+    laid_out, fetched = 3 * kv, 4 * P * kv
     return PassBytes(forward=4 * out + laid_out + fetched, backward=(4 + 4 * P) * kv + laid_out + 2 * fetched)
 
 
