@@ -47,7 +47,7 @@ class Site(BaseModel):
     srun: tuple[str, ...] = ()
     scratch: str = "/tmp"
     restarts: int = Field(default=3, ge=0)
-    bad_node_days: int = Field(default=7, ge=0)
+    bad_node_days: int = Field(default=7, ge=0, le=36_500)
 
     @field_validator("sbatch")
     @classmethod

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from bad_nodes import read_bad_nodes, with_exclusions
+from bad_nodes import excluded_by, read_bad_nodes, with_exclusions
 from query import NO_ANSWER, query_slurm
 
 # the rules that are checked here are those of the train.py that will run, not of another installed version
@@ -194,7 +194,7 @@ def check_nobody_else_runs(runs: list[Run]) -> None:
     alive = dict(line.split() for line in queue.splitlines())
     for run in runs:
         history = run.folder / "slurm" / "events.tsv"
-        lines = history.read_text().splitlines() if history.exists() else []
+        lines = history.read_text(errors="replace").splitlines() if history.exists() else []
         for job in dict.fromkeys(line.split("\t")[1] for line in lines if line.count("\t") == 4):
             if job in alive:
                 raise ValueError(
@@ -347,7 +347,7 @@ def _what_to_submit(options: argparse.Namespace) -> tuple[Job, list[Run], Site]:
                 f"{option} {text!r} must be one word of letters, digits and _ . , : ? + @ = ( ) -; take out the others"
             )
     at_once = options.at_once if len(runs) > 1 else None
-    left_out = read_bad_nodes(folders, options.nodes, site.bad_node_days)
+    left_out = read_bad_nodes(folders, options.nodes, site.bad_node_days, excluded_by(site.sbatch))
     job = Job(name, options.nodes, per_node, gpus, options.time, options.dependency, at_once, left_out)
     return job, runs, site
 

@@ -37,7 +37,7 @@ class Player:
         for name, lines in {
             "srun": 'printf "%b" "$SAID" >> "$DASH_EXIT_FILE"\neval "$SRUN"\nexit 1',
             "squeue": f'case "$*" in *%x*) echo "nodes=$(cat {self.excluded})" ;; *%r*) echo TimeLimit ;; esac',
-            "sbatch": f'echo "sbatch $*" >> {folder}/asked\n[ -z "$FULL" ] || {{ echo not available >&2; exit 1; }}',
+            "sbatch": f'echo "sbatch $*" >> {folder}/asked\n[ -z "$FULL" ] || {{ echo $FULL >&2; exit 1; }}',
             "sleep": "",
             "scontrol": f"""
                 case $1 in
@@ -50,7 +50,9 @@ class Player:
         }.items():
             program(folder / "bin", name, lines)
 
-    def __call__(self, said: str = "", nodes: int = 4, restart: int = 0, **variables: str) -> list[list[str]]:
+    def __call__(
+        self, said: str = "", nodes: int = 4, restart: int = 0, code: int = 0, **variables: str
+    ) -> list[list[str]]:
         """Names and details of the events after the start."""
         environment = {
             **os.environ,
@@ -66,7 +68,7 @@ class Player:
         done = subprocess.run(
             ["bash"], input=self.script, env=environment, text=True, timeout=60, start_new_session=True
         )
-        assert done.returncode == 0
+        assert done.returncode == code
         events = [line.split("\t")[3:] for line in (self.run / "slurm/events.tsv").read_text().splitlines()]
         return events[[name for name, _ in events].index("started") + 1 :]
 
@@ -130,16 +132,17 @@ def test_a_gpu_that_tells_of_an_uncorrectable_error_names_its_machine(play: Play
 
 
 @pytest.mark.parametrize(
-    ("variable", "told"),
+    ("variable", "answer", "told"),
     [
-        ("REFUSED", "node3: Access denied"),
-        ("FULL", "node3: SLURM could not start the job without: not available"),
+        ("REFUSED", "1", "node3: Access denied"),
+        ("FULL", "not available", "node3: SLURM could not start the job without: not available"),
+        ("FULL", " ", "node3: SLURM could not start the job without: no answer"),
     ],
 )
 def test_where_slurm_refuses_or_could_not_start_the_job_it_is_queued_again_without(
-    variable: str, told: str, play: Player
+    variable: str, answer: str, told: str, play: Player
 ) -> None:
-    events = play(HANG, **{variable: "1"})
+    events = play(HANG, **{variable: answer})
     assert [name for name, _ in events] == ["requeued", "not_excluded"]
     assert events[-1][1] == told
     assert play.asked()[-1] == "requeue 5"
@@ -168,6 +171,52 @@ def test_machines_are_taken_again_after_some_days_or_for_newer_ones_or_when_a_pe
     (play.run / "slurm/bad_nodes.tsv").unlink()
     play(restart=3)
     assert play.excluded.read_text() == "node9\n"
+
+
+def test_lines_that_a_person_wrote_count_with_blanks_for_tabs_ends_of_another_system_or_none(
+    play: Player, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def submitted() -> list[str]:
+        script = dry_run(
+            capsys, *CONFIG, *TIME, "--nodes", "32", "--gpus-per-node", "8", f"run_dir={play.run}"
+        )
+        return [option for option in options_of(script) if option.startswith("--exclude")]
+
+    path = play.run / "slurm/bad_nodes.tsv"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"{days_ago(4)}  node5  -  slow\r\n{days_ago(6)}\tnode6\r\n{days_ago(3)}\tnode7")
+    play(nodes=32)
+    assert play.excluded.read_text() == "node5,node6,node7\n"
+    assert submitted() == ["--exclude=node7,node5,node6"]
+    play(HANG.replace("no progress", "no \\xff"), nodes=32, restart=1)
+    assert play.excluded.read_text() == "node3,node5,node6,node7\n"
+    assert submitted() == ["--exclude=node3,node7,node5,node6"]
+
+
+def test_machines_that_others_exclude_stay_excluded_though_the_list_had_them(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, play: Player
+) -> None:
+    note(play.run, (3, "node7"), (4, "node8"), (5, "node9"))
+    play.excluded.write_text("node7\n")
+    play()
+    assert play.excluded.read_text() == "node7,node8,node9\n"
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    site = site_file(tmp_path, sbatch=["--exclude=node[7]"])
+    program(tmp_path / "bin", "squeue", "")
+    program(tmp_path / "bin", "sbatch", "echo 5")
+    program(tmp_path / "bin", "scontrol", "echo node7")
+    assert submit.main([*CONFIG, *SIZE, *TIME, *site, "--inputs-later", f"run_dir={play.run}"]) == 0
+    assert capsys.readouterr().err.startswith("it leaves out node8,node9: ")
+    assert (play.run / "slurm/excluded.5").read_text() == "node8\nnode9\n"
+
+
+def test_the_fault_after_which_a_job_is_not_queued_again_is_noted_for_later_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*site_file(tmp_path, restarts=0), f"run_dir={tmp_path / 'run'}"]
+    play = Player(tmp_path, dry_run(capsys, *CONFIG, *SIZE, *TIME, *words))
+    assert [name for name, _ in play(HANG, code=1)] == ["stopped"]
+    assert "\tnode3\t5\tno progress\n" in (play.run / "slurm/bad_nodes.tsv").read_text()
 
 
 def test_a_submission_leaves_out_what_the_script_would(

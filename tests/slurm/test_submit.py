@@ -217,6 +217,7 @@ def test_configs_of_an_array_that_share_a_folder_are_refused(
         ({"moduls": ["cuda"]}, "moduls is not a known key; known are sbatch"),
         ({"modules": "cuda"}, "modules='cuda': must be a list, such as"),
         ({"warning_seconds": 0}, "warning_seconds=0: Input should be greater than 0"),
+        ({"bad_node_days": 10**9}, "bad_node_days=1000000000: Input should be less than or equal to 36500"),
         ({"restarts": -1}, "restarts=-1: Input should be greater than or equal to 0"),
         ({"sbatch": ["-p gpu"]}, "'-p gpu' must be a long option without spaces, such as --partition=gpu"),
         ({"sbatch": ["--time=3"]}, "'--time=3' must not be set here: submit.py sets --time"),
