@@ -248,7 +248,7 @@ class _Pass(NamedTuple):
     """What one kernel summed for each part of the work; the parts of a chunk are still to be added up."""
 
     sums: Tensor
-    """Gradients of keys and values, float32 [2, slots, C, D], as `_sum_parts` fills them."""
+    """Gradients of keys and values, float32 [2, slots, width * C, D]; with `direct` a flat buffer for each."""
     ds_sum: Tensor | None
     """Gradients of summaries, float32 [slots, width, D]; None where they are not summed here."""
     partition: WorkPartition
