@@ -144,7 +144,7 @@ def test_lost_replaced_and_useless_marks_are_refused(write_data, tmp_path, token
     marks = answers_path(prefix)
     shutil.copy(marks, tmp_path / "kept")
     marks.unlink()
-    with pytest.raises(FileNotFoundError, match=r"a\.answers\.bin does not exist, which says what"):
+    with pytest.raises(FileNotFoundError, match=r"a\.answers\.bin does not exist; it says which tokens"):
         check_data(prefix, tokenizer, 10)
     marks.write_bytes(bytes(len((tmp_path / "kept").read_bytes())))
     with pytest.raises(ValueError, match=r"a\.answers\.bin was replaced since"):
