@@ -23,6 +23,7 @@ from tests.docs.branches import (
     percent,
     read_pages,
     read_rows,
+    right_answers,
     scores,
     share,
 )
@@ -99,22 +100,6 @@ def _difference(rows: list[Row], arm: str, orders: Sequence[int], before: list[R
         {n: _asked(f"{arm}_order{n}", task, rows) for n in orders},
         {n: _asked(f"{earlier}_order{n}", task, before) for n in orders},
     )
-
-
-def _found(run: str, task: str, nearest: int, furthest: int, rows: list[Row] = SAMPLES, samples: int = 192) -> tuple[int, int]:  # fmt: skip
-    """Right answers of those that stand so many thousands of tokens back, and how many these are."""
-    right = [
-        int(row[run])
-        for row in rows
-        if row["task"] == task
-        and int(row["sample"]) < samples
-        and 1024 * nearest <= (1 - float(row["place"])) * int(row["tokens"]) < 1024 * furthest
-    ]
-    return sum(right), len(right)
-
-
-def _of_both(arm: str, task: str, reach: tuple[int, int], rows: list[Row] = SAMPLES, samples: int = 192) -> list[int]:  # fmt: skip
-    return [sum(x) for x in zip(*(_found(f"{arm}_order{n}", task, *reach, rows, samples) for n in ORDERS), strict=True)]  # fmt: skip
 
 
 NEAR, FAR = (0, 14), (14, 99)
@@ -224,10 +209,12 @@ def test_which_are_missed() -> None:
     both = [(x["full_order2"], x["own_order2"]) for x in SAMPLES if x["full_order2"]]
     full, own = (sum(int(each[n]) for each in both) for n in (0, 1))
     assert f"first {len(both)} single needles of order 2 full attention finds {full} and 25% finds {own}" in PAGE  # fmt: skip
-    near, far = (_of_both("own", TASKS[0], reach) for reach in (NEAR, FAR))
+    near, far = (right_answers(SAMPLES, "own", ORDERS, TASKS[0], *reach) for reach in (NEAR, FAR))
     assert "25% finds {} of {} single needles in two orders, further back {} of {}.".format(*near, *far) in PAGE  # fmt: skip
     own_near, own_far, full_near, full_far = (
-        _found(f"{arm}_order1", TASKS[0], *reach) for arm in ("own", "full") for reach in (NEAR, FAR)
+        right_answers(SAMPLES, arm, (1,), TASKS[0], *reach)
+        for arm in ("own", "full")
+        for reach in (NEAR, FAR)
     )
     text = "In order 1 it is {} of {} and {} of {}, with full attention {} and {}."
     assert text.format(*own_near, *own_far, full_near[0], full_far[0]) in PAGE
@@ -269,8 +256,9 @@ def test_what_the_shares_gain_on_400_steps() -> None:
     assert f"single needles gain at least {single}, which is within two errors" in PAGE
     assert gains[TASKS[1]][0] < 0.002
     assert [gain > 2 * error for gain, error in gains.values()] == [False, False, True]
+    first = [row for row in SAMPLES if int(row["sample"]) < 128]
     far, near = (
-        [_of_both(arm, TASKS[2], reach, rows, 128) for arm, rows in (("own", SAMPLES), ("210m.own", SHORT_SAMPLES))]
+        [right_answers(rows, arm, ORDERS, TASKS[2], *reach) for arm, rows in (("own", first), ("210m.own", SHORT_SAMPLES))]
         for reach in (FAR, NEAR)
     )  # fmt: skip
     text = (
