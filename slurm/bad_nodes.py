@@ -34,8 +34,7 @@ def read_bad_nodes(runs: Sequence[Path], nodes: int, days: int, excluded: Collec
 
 def excluded_by(options: Sequence[str]) -> set[str]:
     """Machines that options of sbatch exclude."""
-    lists = [option.removeprefix(_EXCLUDE) for option in options if option.startswith(_EXCLUDE)]
-    text = ",".join(lists)
+    text = ",".join(_exclusions(options))
     expanded = query_slurm("scontrol", "show", "hostnames", text) if "[" in text else None
     return set((expanded or text.replace(",", " ")).split())
 
@@ -43,6 +42,9 @@ def excluded_by(options: Sequence[str]) -> set[str]:
 def with_exclusions(options: Sequence[str], names: Sequence[str]) -> list[str]:
     """Options of sbatch, which takes `--exclude` once, with names added to it."""
     others = [option for option in options if not option.startswith(_EXCLUDE)]
-    lists = [option.removeprefix(_EXCLUDE) for option in options if option not in others]
-    excluded = ",".join([*lists, *names])
+    excluded = ",".join([*_exclusions(options), *names])
     return [*others, f"{_EXCLUDE}{excluded}"] if excluded else others
+
+
+def _exclusions(options: Sequence[str]) -> list[str]:
+    return [option.removeprefix(_EXCLUDE) for option in options if option.startswith(_EXCLUDE)]
