@@ -161,5 +161,7 @@ def _check_tokenizer(tokenizer: Tokenizer, weights: Mapping[str, Tensor], folder
         weights.state.check_tokenizer(tokenizer)
         return
     for name in ("tokenizer.model", "tokenizer.json"):  # `convert from-hf` leaves one
-        if (folder / name).is_file():
-            check_learnt_tokenizer(tokenizer, Tokenizer(folder / name).fingerprint, folder)
+        path = folder / name
+        # most runs take the folder's own, which is read already
+        if path.is_file() and path.resolve() != Path(tokenizer.path).resolve():
+            check_learnt_tokenizer(tokenizer, Tokenizer(path).fingerprint, folder)
