@@ -250,6 +250,15 @@ class _Summaries:
         self.summary = self.queries = self.routing_keys = self.start = None
         self.latest_start = 0
 
+    def drop(self, columns: int) -> None:
+        """Forget the newest; summaries are made again, of the router's own keys those that the columns were in."""
+        if self.routing_keys is None:
+            self.summary = None
+        for name in ("queries", "routing_keys"):
+            kept = getattr(self, name)
+            if kept is not None:
+                setattr(self, name, kept[:, :, : max(0, kept.shape[2] - columns)])
+
     def keep_queries(self, q: Tensor, query_pool: int) -> None:
         """Add new columns' queries [B, heads, T, D] and drop the oldest."""
         most = query_pool - 1 + SPARE_QUERIES
@@ -315,16 +324,10 @@ class DashDynamicLayer(_Summaries, DynamicLayer):
         self._each_row(lambda x: x[indices])
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Drop the newest columns; summaries are made again, of the router's own keys those that the columns were in."""
+        """Drop the newest columns."""
         columns = self.get_seq_length()
         super().crop(*args, **kwargs)
-        dropped = columns - self.get_seq_length()
-        if self.routing_keys is None:
-            self.summary = None
-        for name in ("queries", "routing_keys"):
-            kept = getattr(self, name)
-            if kept is not None:
-                setattr(self, name, kept[:, :, : max(0, kept.shape[2] - dropped)])
+        self.drop(columns - self.get_seq_length())
 
     def reset(self) -> None:
         """Forget everything; transformers before 5.18 would keep as many columns of zeros."""
@@ -349,6 +352,12 @@ class DashStaticLayer(_Summaries, StaticLayer):
     def get_seq_length(self) -> int:
         """Columns filled."""
         return self.filled
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest columns, whose number is given below zero; transformers does from 5.24 on."""
+        self.cumulative_length += tokens_to_remove
+        self.filled += tokens_to_remove
+        self.drop(-tokens_to_remove)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -596,7 +605,7 @@ class DashPreTrainedModel(PreTrainedModel):
     config_class = LlamaConfig
     base_model_prefix = "model"
     _no_split_modules = ["DashDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     supports_gradient_checkpointing = True
     _can_record_outputs = {"hidden_states": DashDecoderLayer}  # noqa: RUF012
@@ -661,6 +670,7 @@ class DashModel(DashPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the last norm, [B, T, hidden_size].
@@ -671,6 +681,7 @@ class DashModel(DashPreTrainedModel):
             position_ids: [B, T]; None counts from each row's first token. Where they do not go on by one, another document
                 begins, which sees nothing of those before it; no cache is made then.
             past_key_values: dynamic or static cache of the S - T columns before.
+            cache: what transformers calls it from 5.24 on.
             kwargs: `output_hidden_states` and `return_dict` as in transformers; others have no effect.
 
         Raises:
@@ -678,7 +689,7 @@ class DashModel(DashPreTrainedModel):
         """
         self._check_arguments(input_ids, inputs_embeds, position_ids, kwargs)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = past_key_values
+        given = cache = past_key_values if cache is None else cache
         recomputing = self.training and any(layer.gradient_checkpointing for layer in self.layers)
         if recomputing and cache is not None:
             raise ValueError(
@@ -697,7 +708,7 @@ class DashModel(DashPreTrainedModel):
             position_ids = position_ids.expand(x.shape[0], -1)
             documents = _documents(position_ids, attention_mask, start - past)
         if documents is not None:
-            if use_cache or past_key_values is not None:
+            if use_cache or given is not None:
                 raise ValueError(
                     "position_ids begin several documents in one row, which a cache cannot hold; pass use_cache=False and no "
                     "past_key_values, or one document a row"
@@ -817,6 +828,7 @@ class DashForCausalLM(DashPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocab_size], or of some columns; with labels also the loss.
@@ -826,7 +838,7 @@ class DashForCausalLM(DashPreTrainedModel, GenerationMixin):
 
         Other arguments as in `DashModel.forward`.
         """
-        places = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        places = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache)
         outputs = self.model(*places, return_dict=True, **kwargs)
         kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
         if isinstance(kept, Tensor) and kept.ndim != 1:

@@ -120,6 +120,17 @@ def test_a_static_cache_keeps_its_place_in_memory_and_can_be_reset(
 
 
 @torch.no_grad()
+def test_a_cache_may_be_passed_by_the_name_that_transformers_gives_it_from_5_24_on(
+    exported: Callable[..., Any], tokens: Tensor
+) -> None:
+    model, *_ = exported("dash")
+    cache = model.model(tokens[:, :70]).past_key_values
+    logits = model(tokens[:, 70:], cache=cache).logits
+    assert cache.get_seq_length() == 200
+    torch.testing.assert_close(logits, model(tokens).logits[:, 70:], atol=TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
 def test_sampling_draws_the_same_with_every_cache_and_without(
     exported: Callable[..., Any], tokens: Tensor
 ) -> None:
@@ -166,14 +177,18 @@ def test_beams_carry_their_summaries_along(name: str, exported: Callable[..., An
     assert torch.equal(model.generate(tokens[:, :40], cache_implementation="static", **options), without)
 
 
-@pytest.mark.parametrize("name", ["dash", "mixed"])
+@pytest.mark.parametrize("name", ["dash", "mixed", "own_router"])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @torch.no_grad()
 def test_a_cropped_cache_goes_on_from_where_it_was_cut(
-    name: str, exported: Callable[..., Any], tokens: Tensor
+    name: str, static: bool, exported: Callable[..., Any], tokens: Tensor
 ) -> None:
     model, *_ = exported(name)
-    cache = model(tokens[:, :139]).past_key_values
-    cache.crop(-64)
+    cache = StaticCache(config=model.config, max_cache_len=256) if static else DynamicCache()
+    model(tokens[:, :139], past_key_values=cache)
+    for layer in cache.layers:
+        layer.crop(-64)
+    assert cache.get_seq_length() == 75
     other = torch.cat([tokens[:, :75], tokens.flip(0)[:, 75:]], dim=1)
     logits = model(other[:, 75:], past_key_values=cache).logits
     torch.testing.assert_close(logits, model(other).logits[:, 75:], atol=TOLERANCE, rtol=0)
