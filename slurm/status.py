@@ -26,6 +26,8 @@ from dash_megatron.command_line import ending_with_reader
 ENDED = frozenset(
     "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()  # noqa: SIM905
 )
+# below runs/, runs of studies are studies/STUDY/runs/RUN
+LEVELS = 4
 HEADER = (
     "run",
     "job",
@@ -51,12 +53,14 @@ class Event:
     detail: str
 
 
-def find_runs(folders: list[Path]) -> list[Path]:
+def find_runs(folders: list[Path], levels: int = LEVELS) -> list[Path]:
     """Those of the folders, and of the folders in them, that are runs."""
     found: list[Path] = []
     for folder in folders:
-        inner = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-        found += [folder] if is_run(folder) else [path for path in inner if is_run(path)]
+        if is_run(folder):
+            found.append(folder)
+        elif levels:
+            found += find_runs(sorted(path for path in folder.iterdir() if path.is_dir()), levels - 1)
     return found
 
 

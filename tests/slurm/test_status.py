@@ -112,6 +112,16 @@ def test_a_run_that_was_only_submitted_has_a_line(
     assert line[1:] == ["7", "PENDING", "0/9", "-", "-", "-", "-", "-", "0", "Priority"]
 
 
+def test_runs_of_studies_below_runs_have_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    queue_of(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    runs = [make_run(Path("runs") / name) for name in ("alone", "studies/small/runs/dash")]
+    _, *lines = rows(capsys)
+    assert [line[0] for line in lines] == list(map(str, runs))
+
+
 def test_folders_that_do_not_exist_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert status.main([str(tmp_path / "nothing")]) == 2
     assert "nothing: no such folder" in capsys.readouterr().err
