@@ -70,7 +70,7 @@ def read_profile(run_dir: str | Path, hardware: Hardware) -> Profile:
     if len(lines) < MIN_LINES or "processes" not in lines[-1]:
         raise ValueError(
             f"--profile {run_dir} has {len(lines)} logged lines and must have {MIN_LINES} or more of this release; train "
-            "anew with training.steps=20 logging.every=5"
+            "anew with training.steps=20 logging.every=5 schedule.warmup_steps=0"
         )
     config = load_config(Path(run_dir) / "config.yaml")
     processes, lines = lines[-1]["processes"], lines[1:]
