@@ -4,6 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from dash_megatron.config import load_config
+from dash_megatron.planning import traffic
+from dash_megatron.planning.search import search
+from dash_megatron.planning.step_time import Routing
 from docs.tools import scaling
 from docs.tools.scaling import Extent, fill_in, sparse_ratio
 
@@ -23,6 +27,23 @@ def test_a_row_of_the_tables_of_routers_and_of_layouts_is_current() -> None:
     extent = Extent(("512K",), densities=(0.25,), table_gpus=(64,), table_densities=(0.1,))
     for table in (scaling.router_table, scaling.layout_table):
         assert table(extent).splitlines()[-1] in page, "run `python -m docs.tools.scaling --output docs/`"
+
+
+def test_parallelism_tells_what_sums_in_float32_cost_in_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(ROOT / "configs" / "8b_128k.yaml")
+
+    def lost(gpus: int) -> str:
+        speeds = []
+        for gradient_bytes in (2, 4):
+            monkeypatch.setattr(traffic, "FLOAT32_BYTES", gradient_bytes)
+            speeds.append(search(config, gpus, Routing(density=0.1))[0].tokens_per_second_per_gpu)
+        return f"{1 - speeds[1] / speeds[0]:.1%}"
+
+    page = " ".join((ROOT / "docs" / "parallelism.md").read_text().split())
+    assert (
+        f"8B at 128K and 10% loses {lost(64)} of its throughput by this on 64 GPUs, and {lost(512)} on 512"
+        in page
+    )
 
 
 def test_sparse_saves_nothing_without_locality() -> None:
