@@ -46,6 +46,7 @@ _CONVERTED_KEYS_OF = {"minicpm": {"scale_emb", "scale_depth", "dim_model_base"},
 _CONVERTED_KEYS_OF_EXPORTS = {
     "alpha",
     "chunk_size",
+    "density_budget",
     "estimate_diagonal",
     "full_attention_layers",
     "layer_scaling_factors",

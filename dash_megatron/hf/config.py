@@ -35,6 +35,7 @@ def llama_config(config: Config, vocab_size: int, dtype: torch.dtype, end_token:
         "pool_heads": attention.pool_heads,
         "router_projections": attention.router_projections,
         "learned_scaling": attention.learned_scaling,
+        "density_budget": attention.density_budget,
         "layer_scaling_factors": [attention.layer_scaling_factor(layer) for layer in range(model.layers)],
         "full_attention_layers": [
             layer for layer in range(model.layers) if attention.kind_of(layer) == "full"
@@ -121,6 +122,7 @@ def _attention(tree: dict[str, Any], layers: int) -> AttentionConfig:
         pool_heads=tree.get("pool_heads") or False,
         router_projections=tree.get("router_projections") or False,
         learned_scaling=float(tree.get("learned_scaling") or 0),
+        density_budget=tree.get("density_budget") or "layer",
         sigma=_need(tree, "sigma"),
         estimate_diagonal=_need(tree, "estimate_diagonal"),
         alpha=tree.get("alpha", 1.5),

@@ -52,6 +52,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "query_pool": 60,
             "pool_heads": True,
             "learned_scaling": 3.0,
+            "density_budget": "model",
         },
     },
     "own_router": {

@@ -68,7 +68,7 @@ def test_an_older_export_has_what_came_since_turned_off(
     config, _ = write_run("dash")
     export_run(config.run_dir, tmp_path / "hf", dtype="float32")
     tree = json.loads((tmp_path / "hf" / "config.json").read_text())
-    for key in ("learned_scaling", "local_chunks", "query_pool"):
+    for key in ("density_budget", "learned_scaling", "local_chunks", "query_pool"):
         del tree[key]
     (tmp_path / "hf" / "config.json").write_text(json.dumps(tree))
     sections = import_folder(tmp_path / "hf", tmp_path / "back").sections
