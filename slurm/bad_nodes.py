@@ -25,9 +25,9 @@ def read_bad_nodes(runs: Sequence[Path], nodes: int, days: int, excluded: Collec
     since = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=days)
     first = since.strftime("%Y-%m-%dT%H:%M:%SZ")
     paths = [path for run in runs if (path := run / "slurm" / FILE).is_file()]
-    # lines written by hand may have blanks for tabs
+    # lines written by hand may have blanks for tabs, and a heading that begins with no time
     lines = [line.split() for path in paths for line in path.read_text(errors="replace").splitlines()]
-    newest = sorted((line for line in lines if len(line) > 1 and line[0] > first), reverse=True)
+    newest = sorted((line for line in lines if len(line) > 1 and first < line[0] < ":"), reverse=True)
     names = dict.fromkeys(line[1] for line in newest if line[1] not in excluded)
     return tuple(names)[: 2 * (-(-nodes // 16))]
 

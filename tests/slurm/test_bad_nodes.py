@@ -173,7 +173,7 @@ def test_machines_are_taken_again_after_some_days_or_for_newer_ones_or_when_a_pe
     assert play.excluded.read_text() == "node9\n"
 
 
-def test_lines_that_a_person_wrote_count_with_blanks_for_tabs_ends_of_another_system_or_none(
+def test_lines_that_a_person_wrote_count_with_blanks_for_tabs_ends_of_another_system_or_none_and_a_heading_does_not(
     play: Player, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def submitted() -> list[str]:
@@ -184,7 +184,10 @@ def test_lines_that_a_person_wrote_count_with_blanks_for_tabs_ends_of_another_sy
 
     path = play.run / "slurm/bad_nodes.tsv"
     path.parent.mkdir(parents=True)
-    path.write_text(f"{days_ago(4)}  node5  -  slow\r\n{days_ago(6)}\tnode6\r\n{days_ago(3)}\tnode7")
+    heading = "time\tmachine\r\n# by hand\n"
+    path.write_text(
+        f"{heading}{days_ago(4)}  node5  -  slow\r\n{days_ago(6)}\tnode6\r\n{days_ago(3)}\tnode7"
+    )
     play(nodes=32)
     assert play.excluded.read_text() == "node5,node6,node7\n"
     assert submitted() == ["--exclude=node7,node5,node6"]
