@@ -197,11 +197,12 @@ def test_lists_have_room_for_all_chunks_until_2_gib_and_for_the_listed_ones_abov
 
 @pytest.mark.parametrize(
     ("kind", "forward", "backward"),
-    # K and V of one of 2 ranks are 2 x 128 x 2 x 16 x 2 = 16384 bytes, twice that in float32; summaries 2 x 2 x 16 x 2
+    # K and V of one of 2 ranks are 2 x 128 x 2 x 16 x 2 = 16384 bytes, twice that in float32, as have its 4 heads of queries;
+    # summaries 2 x 2 x 16 x 2
     [
         ("all_gather", 2 * 16512, 2 * (3 * 16512 + 32768)),
         ("sparse", 2 * 16512, 2 * (3 * 16512 + 32768)),
-        ("p2p", 2 * 16512, 2 * 16512 + 2 * 32768),
+        ("p2p", 2 * 16512, 2 * 16512 + 4 * 32768 + 2 * 32768),
         ("a2a", 128 * 12 * 16 * 2, 2 * 128 * 12 * 16 * 2),
     ],
 )
