@@ -53,9 +53,9 @@ class HangReport:
                 continue
             try:
                 told = self._tell()
-                while self._last_beat == beat:
-                    if self._stopped.wait(self.seconds / 20):
-                        return
+                # looked at often: whatever ends the process soon after it went on has another reason
+                while self._last_beat == beat and not self._stopped.wait(min(1.0, self.seconds / 20)):
+                    pass
                 self._file(self.rank).unlink(missing_ok=True)
             except OSError as error:
                 sys.stderr.write(
@@ -75,9 +75,8 @@ class HangReport:
         places = self._places()
         if self.rank != min(places):
             return None
-        text = describe(self.hosts, places, self.seconds)
+        text, silent = describe(self.hosts, places, self.seconds)
         sys.stderr.write(f"error: {text}\n")
-        silent = sorted({host for rank, host in enumerate(self.hosts) if rank not in places})
         tell_scheduler(ExitCode.FAULT, text, silent)
         return text, silent
 
@@ -108,8 +107,10 @@ class HangReport:
         return "code of others"
 
 
-def describe(hosts: Sequence[str], places: dict[int, str], seconds: float) -> str:
-    """One sentence on processes without progress: first those that gave no sign, then places, those of fewest first.
+def describe(hosts: Sequence[str], places: dict[int, str], seconds: float) -> tuple[str, list[str]]:
+    """One sentence on processes without progress, and the machines of those that gave no sign.
+
+    These come first, then places, those of fewest first.
 
     Args:
         hosts: machine of every rank.
@@ -123,7 +124,8 @@ def describe(hosts: Sequence[str], places: dict[int, str], seconds: float) -> st
     parts = [f"no sign of life of {_name(silent, hosts)}"] if silent else []
     rarest = sorted(groups.items(), key=lambda group: len(group[1]))
     parts += [f"{_name(ranks, hosts)} in {place}" for place, ranks in rarest[:_MOST_PLACES]]
-    return f"no progress for {seconds:.0f} s: {'; '.join(parts)}; where this is slow and no hang, raise faults.hang_minutes"
+    text = f"no progress for {seconds:.0f} s: {'; '.join(parts)}; where this is slow and no hang, raise faults.hang_minutes"
+    return text, sorted({hosts[rank] for rank in silent})
 
 
 def _name(ranks: Sequence[int], hosts: Sequence[str]) -> str:

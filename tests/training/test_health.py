@@ -67,6 +67,13 @@ def test_processes_without_progress_tell_which_of_them_stand_where(
         report.stop()
 
 
+def wait_for_lines(told: Path, number: int) -> None:
+    deadline = time.monotonic() + 30
+    while told.read_text().count("\n") != number:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_processes_that_go_on_take_back_that_they_hang_and_tell_when_they_hang_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,23 +81,34 @@ def test_processes_that_go_on_take_back_that_they_hang_and_tell_when_they_hang_a
     told.write_text("1\terror: of another process\n")
     monkeypatch.setenv("DASH_EXIT_FILE", str(told))
     report = HangReport(tmp_path, 0, ["a", "b"], seconds=1)
-
-    def wait_for_lines(number: int) -> None:
-        deadline = time.monotonic() + 30
-        while told.read_text().count("\n") != number:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
     for _ in range(2):
-        wait_for_lines(3)
+        wait_for_lines(told, 3)
         report.beat()
-        wait_for_lines(1)
+        wait_for_lines(told, 1)
     report.stop()
     assert told.read_text() == "1\terror: of another process\n"
     assert not list((tmp_path / "hang").iterdir())
     said = capfd.readouterr().err
     assert said.count("; where this is slow and no hang, raise faults.hang_minutes\n") == 2
     assert said.count("warning: the processes went on\n") == 2
+
+
+@pytest.mark.parametrize("then", ["end", "may be killed"])
+def test_processes_that_go_on_take_back_that_they_hang_before_they_end(
+    then: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told = tmp_path / "exit.7.0"
+    told.touch()
+    monkeypatch.setenv("DASH_EXIT_FILE", str(told))
+    report = HangReport(tmp_path, 0, ["a", "b"], seconds=1)
+    wait_for_lines(told, 2)
+    report.seconds = 3600
+    time.sleep(0.2)
+    report.beat()
+    if then == "end":
+        report.stop()
+    wait_for_lines(told, 0)
+    report.stop()
 
 
 def test_processes_that_make_progress_or_have_ended_tell_nothing(tmp_path: Path) -> None:
@@ -108,12 +126,14 @@ def test_of_hundreds_of_processes_those_are_named_first_that_others_may_wait_for
     places = {rank: "backward (training/engine.py:122)" for rank in range(512)}
     del places[97], places[98]
     places[300] = "next_batch (training/sources.py:50)"
-    assert describe(hosts, places, 1620) == (
+    text, silent = describe(hosts, places, 1620)
+    assert text == (
         "no progress for 1620 s: no sign of life of rank 97 on node12 and 1 more; "
         "rank 300 on node37 in next_batch (training/sources.py:50); "
         "rank 0 on node00 and 508 more in backward (training/engine.py:122); "
         "where this is slow and no hang, raise faults.hang_minutes"
     )
+    assert silent == ["node12"]
 
 
 def test_a_slow_process_is_named_with_its_time(
