@@ -73,8 +73,10 @@ def read_run(path: str, overrides: list[str], processes: int) -> Run:
     """Read a config and check it for a number of processes.
 
     Raises:
-        ValueError: a broken rule of the config, or a `run_dir` that cannot stand in a batch script.
+        ValueError: a broken rule of the config, or a `run_dir` that cannot stand in a batch script or has imported weights.
     """
+    from dash_megatron.checkpoint.folder import check_own_folder
+
     config = load_config(path, overrides)
     config.accumulation_steps(processes)
     folder = Path(config.run_dir).absolute()
@@ -83,6 +85,7 @@ def read_run(path: str, overrides: list[str], processes: int) -> Run:
             f"run_dir={config.run_dir} ({folder}) must be of letters, digits and . _ - + = , @ : only, "
             "because SLURM gives other signs a meaning; choose another"
         )
+    check_own_folder(folder)
     return Run(config, folder)
 
 

@@ -54,6 +54,18 @@ def finished_steps(run_dir: str | Path) -> list[int]:
     return sorted(int(match.group(1)) for match in matches if match)
 
 
+def check_own_folder(run_dir: str | Path) -> None:
+    """Refuse to train in a folder of `convert from-hf`, whose weights the run's checkpoints would hide.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if (Path(run_dir) / MODEL_SECTIONS).is_file():
+        raise ValueError(
+            f"run_dir={run_dir} is a folder of `convert from-hf`, from whose weights runs start; choose another run_dir"
+        )
+
+
 def check_initial_folder(folder: str | Path) -> None:
     """Check that a folder is one that weights can come from.
 

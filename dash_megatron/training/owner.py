@@ -22,7 +22,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dash_megatron.checkpoint.folder import MODEL_SECTIONS
+from dash_megatron.checkpoint.folder import check_own_folder
 from dash_megatron.exit_codes import ExitCode
 from dash_megatron.retry import retry
 
@@ -49,10 +49,7 @@ class Owner:
         self, run_dir: str | Path, beat_seconds: float = _BEAT_SECONDS, dead_seconds: float = _DEAD_SECONDS
     ) -> None:
         self.path = Path(run_dir) / FILE
-        if (self.path.parent / MODEL_SECTIONS).is_file():  # its checkpoints would hide the imported weights
-            raise ValueError(
-                f"run_dir={run_dir} is a folder of `convert from-hf`, from whose weights runs start; choose another run_dir"
-            )
+        check_own_folder(run_dir)
         self._facts = _this_process() | {"file": str(self.path.absolute())}
         self._beat_seconds, self._released = beat_seconds, threading.Event()
         retry(lambda: self._acquire(dead_seconds), f"write {self.path}", path=self.path)

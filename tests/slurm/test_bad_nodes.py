@@ -185,9 +185,7 @@ def test_lines_that_a_person_wrote_count_with_blanks_for_tabs_ends_of_another_sy
     path = play.run / "slurm/bad_nodes.tsv"
     path.parent.mkdir(parents=True)
     heading = "time\tmachine\r\n# by hand\n"
-    path.write_text(
-        f"{heading}{days_ago(4)}  node5  -  slow\r\n{days_ago(6)}\tnode6\r\n{days_ago(3)}\tnode7"
-    )
+    path.write_text(f"{heading}{days_ago(4)}  node5  -  slow\r\n{days_ago(6)}\tnode6\r\n{days_ago(3)}\tnode7")
     play(nodes=32)
     assert play.excluded.read_text() == "node5,node6,node7\n"
     assert submitted() == ["--exclude=node7,node5,node6"]

@@ -202,6 +202,16 @@ def test_what_cannot_run_is_refused_with_field_value_and_rule(
     assert output.out == ""
 
 
+def test_a_run_dir_of_imported_weights_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").touch()
+    words = [*CONFIG, *SIZE, *TIME, "--dry-run", "--inputs-later", f"run_dir={tmp_path}"]
+    assert submit.main(words) == 2
+    assert capsys.readouterr() == (
+        "",
+        f"error: run_dir={tmp_path} is a folder of `convert from-hf`, from whose weights runs start; choose another run_dir\n",
+    )
+
+
 def test_configs_of_an_array_that_share_a_folder_are_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
