@@ -66,6 +66,13 @@ def check_own_folder(run_dir: str | Path) -> None:
         )
 
 
+def run_and_step(folder: str | Path) -> tuple[Path, int | None]:
+    """Of a checkpoint, `<run>/checkpoints/step_00001000`, the run's folder and the step; of another folder itself and None."""
+    folder = Path(folder)
+    run, match = folder.parent.parent, _TAG.fullmatch(folder.name)
+    return (run, int(match[1])) if match and folder.parent == checkpoint_folder(run) else (folder, None)
+
+
 def check_initial_folder(folder: str | Path) -> None:
     """Check that a folder is one that weights can come from.
 
@@ -73,12 +80,16 @@ def check_initial_folder(folder: str | Path) -> None:
         FileNotFoundError: it is not there, or has neither checkpoints nor an imported model.
     """
     folder = Path(folder)
-    if finished_steps(folder) or (folder / MODEL_SECTIONS).is_file():
+    run, step = run_and_step(folder)
+    steps = finished_steps(run)
+    if step in (None, *steps) if steps else (run / MODEL_SECTIONS).is_file():
         return
     problem = f"has neither checkpoints nor {MODEL_SECTIONS}" if folder.is_dir() else "does not exist"
+    if steps:
+        problem += f", but steps {', '.join(map(str, steps))} do"
     raise FileNotFoundError(
-        f"training.init_from={path_for_message(folder)} {problem}; name a run that has saved, or a folder made with "
-        "`python -m dash_megatron convert from-hf`"
+        f"training.init_from={path_for_message(folder)} {problem}; name a run that has saved, a checkpoint of one, or a folder "
+        "made with `python -m dash_megatron convert from-hf`"
     )
 
 
@@ -91,10 +102,12 @@ def check_start_of(config: Config) -> None:
     """
     if not config.training.init_from or finished_steps(config.run_dir):
         return
-    folder = Path(config.training.init_from)
-    check_initial_folder(folder)
+    check_initial_folder(config.training.init_from)
+    folder, step = run_and_step(config.training.init_from)
     steps = finished_steps(folder)
-    path = checkpoint_folder(folder) / tag_of(steps[-1]) / DESCRIPTION if steps else folder / MODEL_SECTIONS
+    path = folder / MODEL_SECTIONS
+    if steps:
+        path = checkpoint_folder(folder) / tag_of(step or steps[-1]) / DESCRIPTION
     text = path.read_text(encoding="utf-8")
     try:
         sections = json.loads(text)["config"] if steps else yaml.safe_load(text)

@@ -72,8 +72,9 @@ class TrainingConfig(Section):
     seed: int = Field(default=1234, ge=0, lt=2**32)
     """Seed of the initial weights, the data order and every random generator."""
     init_from: str | None = None
-    """Weights that a new run starts from: another run's folder, whose newest checkpoint is loaded, or a folder that
-    `python -m dash_megatron convert from-hf` wrote; null draws random weights. A run that resumes does not read it."""
+    """Weights that a new run starts from: another run's folder, whose newest checkpoint is loaded, a checkpoint of one, such as
+    `runs/base/checkpoints/step_00001000`, or a folder that `python -m dash_megatron convert from-hf` wrote; null draws random
+    weights. A run that resumes does not read it."""
     recompute: Literal["none", "selective", "attention", "full"] = "none"
     """What the backward computes again instead of keeping: nothing (`none`); norm, first matrix product and activation of
     each feed-forward part (`selective`); core attention (`attention`); or whole layers (`full`). With `full` a feed-forward

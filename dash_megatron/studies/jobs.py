@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from dash_megatron.checkpoint.folder import check_start_of
+from dash_megatron.checkpoint.folder import check_start_of, run_and_step
 from dash_megatron.config import config_of_stored_run, differences
 from dash_megatron.data.blend import check_data_of
 from dash_megatron.files import error_text
@@ -81,9 +81,9 @@ class Job:
 
     @property
     def start(self) -> Path | None:
-        """Folder of the weights that it begins with."""
+        """Folder of the run, or of the import, whose weights it begins with."""
         start = self.run.config.training.init_from
-        return Path(start).resolve() if start else None
+        return run_and_step(start)[0].resolve() if start else None
 
 
 def check_inputs(jobs: Sequence[Job], remedy: str = "") -> None:

@@ -17,6 +17,7 @@ from dash_megatron.checkpoint.folder import (
     agreed_steps,
     check_initial_folder,
     check_same_model,
+    run_and_step,
 )
 from dash_megatron.checkpoint.stored import CheckpointWeights, check_learnt_tokenizer
 from dash_megatron.checkpoint.weights import open_weights
@@ -50,7 +51,7 @@ def load_initial_weights(
 
     Args:
         model: on any device, its weights initialized and not yet sharded by ZeRO.
-        folder: of a run, whose newest checkpoint is taken, saved by any layout; or of `convert from-hf`.
+        folder: of a run, whose newest checkpoint is taken, saved by any layout; of such a checkpoint; or of `convert from-hf`.
         config: the run's `model` section.
         tokenizer: the run's; where the folder's weights learnt another, a warning tells. None: nothing is compared.
 
@@ -142,8 +143,9 @@ def _tell_lacking(folder: Path, fresh: dict[str, int], copied: int) -> None:
 def _open(folder: Path) -> tuple[ModelConfig, AttentionConfig | None, Mapping[str, Tensor]]:
     """The model section, the attention section but of a dense model's folder, and the weights, read when asked for."""
     agreed(lambda: check_initial_folder(folder))
-    if agreed_steps(folder):
-        config, _, weights = open_weights(folder)
+    run, step = run_and_step(folder)
+    if agreed_steps(run):
+        config, _, weights = open_weights(run, step)
         return config.model, config.attention, weights
     sections = yaml.safe_load((folder / MODEL_SECTIONS).read_text())
     given = sections.get("attention")

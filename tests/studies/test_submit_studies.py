@@ -275,7 +275,8 @@ def test_a_run_waits_for_the_one_whose_weights_it_begins_with(
 ) -> None:
     points = [dict(point) for point in SIZES]
     points[0]["training.init_from"] = str(runs_of(write_study(points=points))[3].folder)
-    points[1]["training.init_from"] = str(runs_of(write_study(points=points))[0].folder)
+    of_first = runs_of(write_study(points=points))[0].folder
+    points[1]["training.init_from"] = str(of_first / "checkpoints" / "step_00000001")
     path = write_study(points=points)
     script = tmp_path / "slow_train.py"
     script.write_text(SLOW)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from dash_megatron.checkpoint.folder import check_initial_folder, check_start_of
 from dash_megatron.checkpoint.weights import open_weights
-from dash_megatron.config import AttentionConfig
+from dash_megatron.config import AttentionConfig, config_from_dict
 from dash_megatron.training.density import DensityController
 from dash_megatron.training.initial import load_initial_weights
 from dash_megatron.training.metrics import read_metrics
@@ -144,6 +145,23 @@ def test_other_chunks_and_another_router_than_before_are_told(caplog: pytest.Log
     caplog.clear()
     DensityController(AttentionConfig(kind="full"), {}).begin_as(earlier)
     assert not caplog.text
+
+
+def test_a_run_begins_with_an_earlier_checkpoint_that_is_named(
+    tiny_config: dict[str, Any], run_processes: Any, tmp_path: Path
+) -> None:
+    training = {"steps": 2, "global_batch": 4}
+    first = run_of(tiny_config, tmp_path / "first", training=training, checkpoint={"every": 1, "keep": 0})
+    run_processes(1, train_all, [(first, None)])
+    named = tmp_path / "first" / "checkpoints" / "step_00000001"
+    branch = run_of(tiny_config, tmp_path / "branch", training={**training, "init_from": str(named)})
+    check_start_of(config_from_dict(branch))
+    run_processes(1, one_step, [("branch", branch)], str(tmp_path))
+    found = torch.load(tmp_path / "branch.pt")["first_weights"]
+    _, _, weights = open_weights(tmp_path / "first", 1)
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+    with pytest.raises(FileNotFoundError, match=r"step_00000007 does not exist, but steps 1, 2 do; name a"):
+        check_initial_folder(named.with_name("step_00000007"))
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
