@@ -363,7 +363,7 @@ def submit_run(
         ("data.seq_length=1048576", "must have at least data.seq_length + 1 = 1048577 for one row"),
         (
             "training.init_from=/no/run",
-            "training.init_from=/no/run does not exist; name a run that has saved, or",
+            "training.init_from=/no/run does not exist; name a run that has saved, a",
         ),
     ],
 )
