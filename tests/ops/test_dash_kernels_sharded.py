@@ -299,7 +299,8 @@ def test_results_of_a_whole_buffer_are_those_of_any_other_rounded_once(
     numbers = x.ranks[1]
     rows, qs = x.rows(numbers), x.queries(numbers)
     q, routing_q = x.q[rows], None if query_pool == 1 else x.routing_q()[1].detach()[rows]
-    summary = torch.randn(2, x.num_chunks, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    # as `sharded.summarize` gives them beside such keys
+    summary = torch.randn(2, x.num_chunks, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE, x.dtype)
     queries = RoutedQueries(q, qs, x.router, sharded.route(q, summary, qs, x.router, routing_q), routing_q)
     ((keys, k, v, places),) = _one_buffer(x, numbers, [None] * 2)
     found = []
