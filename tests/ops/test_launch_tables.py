@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,6 +50,30 @@ def test_launches_of_a_measured_shape_come_from_the_table(on_h200):
     assert launches.pairs == Config(num_warps=4, num_stages=2, block=64, keys=64)
     assert launches.router == Config(num_warps=4, num_stages=1, block=32)
     assert (launches.parts, launches.pairs_above) == (4 * 132, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "taken"),
+    [
+        ("NVIDIA H100 80GB HBM3", (9, 0), "NVIDIA H200"),
+        ("NVIDIA H200", (9, 0), "NVIDIA H200"),
+        ("NVIDIA A100-SXM4-80GB", (8, 0), "NVIDIA A100-SXM4-80GB"),
+        ("NVIDIA B200", (10, 0), "NVIDIA B200"),
+    ],
+)
+def test_gpus_of_the_same_compute_capability_take_the_entries_of_the_measured_one(
+    name, capability, taken, monkeypatch
+):
+    major, minor = capability
+    properties = SimpleNamespace(
+        name=name, major=major, minor=minor, shared_memory_per_block_optin=232448, multi_processor_count=114
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    find = configs.device_limits.__wrapped__
+    assert find(torch.device("cuda")) == (taken, 232448, 114)
+    # measured by its user: its own numbers
+    monkeypatch.setattr(configs, "_table", lambda: {"NVIDIA H200": {}, name: {}})
+    assert find(torch.device("cuda"))[0] == name
 
 
 def test_attention_and_its_backward_go_over_pairs_where_these_were_measured_to_cost_less(on_h200):

@@ -56,7 +56,9 @@ def test_the_rates_are_those_that_the_command_fits(stage: str) -> None:
 @pytest.mark.parametrize("group", [1, 4, 8, 16])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("chunk_size", [16, 32, 64, 128])
-@pytest.mark.parametrize(("gpu", "name"), [("H200", "NVIDIA H200"), ("H100", "NVIDIA H100 80GB HBM3")])
+@pytest.mark.parametrize(
+    ("gpu", "name"), [("H200", "NVIDIA H200"), ("H100", "NVIDIA H200"), ("A100", "NVIDIA A100-SXM4-80GB")]
+)
 def test_stages_go_by_pair_where_the_kernels_do_and_tiles_are_theirs(
     gpu: str, name: str, head_dim: int, chunk_size: int, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
