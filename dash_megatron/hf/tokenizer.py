@@ -45,8 +45,7 @@ def export_tokenizer(ours: OurTokenizer, folder: Path, chat: ChatTemplate | None
     Args:
         ours: training's: of a sentencepiece model, of which a fast tokenizer is made, or of a tokenizer.json, which is copied
             with the files beside it, but for what it puts before texts.
-        chat: the template that the folder is to carry. A tokenizer made of a sentencepiece model then reads names of special
-            tokens as these tokens, because the template writes them.
+        chat: the template that the folder is to carry.
 
     Returns:
         The token that pads: what the tokenizer names, if training had it, or else the end of sequence.
@@ -68,7 +67,7 @@ def export_tokenizer(ours: OurTokenizer, folder: Path, chat: ChatTemplate | None
             _name(folder, "bos_token", begin)
     else:
         with telling_errors_of_the_disk(folder):
-            build_tokenizer(source, names_are_text=chat is None).save_pretrained(folder)
+            build_tokenizer(source, begins=chat is not None).save_pretrained(folder)
         shutil.copyfile(source, folder / "tokenizer.model")
     if chat is not None:
         # read before a template in tokenizer_config.json
@@ -167,16 +166,16 @@ def check_chat(fast: PreTrainedTokenizerBase, chat: ChatTemplate) -> None:
         raise ValueError(f"the exported tokenizer renders a question as {found}, but training as {expected}")
 
 
-def build_tokenizer(path: str | Path, names_are_text: bool = True) -> PreTrainedTokenizerFast:
+def build_tokenizer(path: str | Path, begins: bool = False) -> PreTrainedTokenizerFast:
     """Make a fast tokenizer from a sentencepiece BPE model with byte fallback.
 
     Pieces are kept with real spaces where sentencepiece writes U+2581, so that a U+2581 of the text is spelt in bytes,
-    as in training.
+    as in training. Names of control tokens inside a text are these tokens, unlike in training: templates write them, and trainers
+    end texts with the name of the end of sequence.
 
     Args:
         path: the model.
-        names_are_text: whether names of control tokens inside a text are text, as in training, or these tokens, as chat
-            templates need them.
+        begins: whether a template writes the model's bos, so that the tokenizer is to name it.
 
     Raises:
         ValueError: the model is of another kind, or the result does not encode as the model does.
@@ -189,12 +188,12 @@ def build_tokenizer(path: str | Path, names_are_text: bool = True) -> PreTrained
             f"data.tokenizer={path} must be a BPE model to be exported; train one with "
             "`python -m data_tools.train_tokenizer`"
         )
-    fast = _wrap(proto, ours, names_are_text)
+    fast = _wrap(proto, ours, begins)
     check_tokenizer(fast, ours)
     return fast
 
 
-def _wrap(proto: Any, ours: OurTokenizer, names_are_text: bool) -> PreTrainedTokenizerFast:
+def _wrap(proto: Any, ours: OurTokenizer, begins: bool) -> PreTrainedTokenizerFast:
     kinds = _format.ModelProto.SentencePiece
     vocabulary, scores, control = {}, {}, []
     for index, piece in enumerate(proto.pieces):
@@ -225,12 +224,11 @@ def _wrap(proto: Any, ours: OurTokenizer, names_are_text: bool) -> PreTrainedTok
         tokenizer_object=tokenizer,
         unk_token=names[proto.trainer_spec.unk_id],
         # no document begins with a bos that no template writes, and lm-eval would begin texts with what was never trained
-        bos_token=end if names_are_text else names.get(ours.bos, end),
+        bos_token=names.get(ours.bos, end) if begins else end,
         eos_token=end,
         pad_token=end,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        split_special_tokens=names_are_text,
     )
 
 

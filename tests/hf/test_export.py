@@ -157,6 +157,8 @@ def test_the_tokenizer_encodes_as_in_training(write_run: Callable[..., Any], tmp
     assert fast.decode(ours.encode(b"\xff\xfea\xc3")) == b"\xff\xfea\xc3".decode(errors="replace")
     # also what lm-eval begins texts with
     assert fast.eos_token_id == fast.bos_token_id == ours.eod
+    # trainers end texts so
+    assert fast("def x" + fast.eos_token).input_ids == [*ours.encode("def x"), ours.eod]
     fast.backend_tokenizer.model.dropout = 0.5
     with pytest.raises(ValueError, match="exported tokenizer encodes"):
         check_tokenizer(fast, ours)
