@@ -64,13 +64,16 @@ A Llama-shaped decoder with {attention}, weights in {name}.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+folder = "."  # where this file is, or the model's name on the hub
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 # training read no token that a tokenizer adds by itself
 inputs = tokenizer("The beginning", add_special_tokens=False, return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 {_CHAT if chat else ""}
+{_facts(config, metrics, terms, selects)}
+
 {_without_our_code(config, selects)}
 
 On {report.num_tokens} random tokens this folder and the training model {same} differed by at most {report.logits_difference:.1e} (float64 arithmetic on these weights).{rounding}
@@ -88,6 +91,27 @@ On {report.num_tokens} random tokens this folder and the training model {same} d
 """
 
 
+def _facts(config: Config, metrics: dict[str, Any], terms: str | None, selects: bool) -> str:
+    facts = [
+        "It needs torch, transformers from 5.5 on and safetensors.",
+        f"It was trained on rows of {config.data.seq_length:,} tokens. Nothing warns of longer texts, which it has not learnt.",
+        f"The license of the weights is {terms}." if terms else "The license of the weights is not named.",
+    ]
+    density = metrics.get("density")
+    if selects and density is not None:
+        facts.append(
+            f"At the last logged step a token attended to {density:.0%} of the chunks of {config.attention.chunk_size} tokens up "
+            "to its own."
+        )
+    if selects:
+        facts += [
+            "On CUDA, where the package `dash_megatron` is installed, attention goes through its kernels. Elsewhere the folder's own "
+            "file computes it in plain torch, which saves no time over full attention.",
+            "Caches may be dynamic or static. There are no attention weights to return.",
+        ]
+    return "\n".join(f"- {fact}" for fact in facts)
+
+
 def _without_our_code(config: Config, selects: bool) -> str:
     """What transformers makes of the folder without the model file: a Llama, which ignores what it does not know."""
     parts = {
@@ -102,8 +126,9 @@ def _without_our_code(config: Config, selects: bool) -> str:
     if not ignored:
         return "Without `trust_remote_code=True` transformers loads a Llama, which computes the same."
     return (
-        f"Without `trust_remote_code=True` transformers loads a dense Llama{', which attends to everything' if selects else ''} "
-        f"and reports as unexpected\nthe tensors it ignores: {ignored}. Its outputs are not those of training."
+        f"Without `trust_remote_code=True`, and by classes other than `AutoModel` and `AutoModelForCausalLM` with it too, transformers "
+        f"loads a dense Llama{', which attends to everything' if selects else ''} and reports as unexpected\nthe tensors it ignores: "
+        f"{ignored}. Its outputs are not those of training."
     )
 
 

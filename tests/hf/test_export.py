@@ -49,6 +49,9 @@ def test_every_layout_exports_its_weights(
         assert torch.equal(tensors["model.embed_tokens.weight"], weights["embedding.word_embeddings.weight"])
     card = (tmp_path / "out" / "zero1" / "README.md").read_text()
     assert "| loss |" in card
+    assert "- It was trained on rows of 128 tokens." in card
+    assert re.search(r"attended to \d+% of the chunks of 16 tokens up to its own", card)
+    assert "- The license of the weights is not named." in card
     settings = card.partition("```yaml\n")[2].partition("```")[0]
     assert yaml.safe_load(settings)["optimizer"]["lr"] == tiny_config["optimizer"]["lr"]
     # of the weights, which whoever trained them chooses
@@ -125,6 +128,7 @@ def test_transformers_loads_a_dense_llama_and_names_what_it_ignores(
     assert "with full attention" in card
     assert "transformers loads a Llama, which computes the same" in card
     assert "chunks" not in card.partition("## Last metrics")[0]
+    assert "kernels" not in card.partition("## Last metrics")[0]
     config, weights = write_run("dash")
     export_run(config.run_dir, tmp_path / "dash", dtype="float32")
     assert "Llama, which attends to everything" in (tmp_path / "dash" / "README.md").read_text()

@@ -118,7 +118,11 @@ def test_a_sentencepiece_model_with_a_prefix_space_loses_no_byte(
 
 
 def test_data_is_tokenized_with_it_and_a_run_exports_it(
-    source: Path, write_run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: Path,
+    write_run: Callable[..., Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(source.parent)
     assert main(["convert", "from-hf", str(source.parent), str(tmp_path / "start")]) == 0
@@ -156,7 +160,8 @@ def test_data_is_tokenized_with_it_and_a_run_exports_it(
     assert exported("a b").input_ids == ours.encode("a b")
     padded = exported(["a", "a b c d"], padding=True, add_special_tokens=False)
     assert padded["attention_mask"][0][0] == 0, "padding stands in front"
-    names: dict[str, Any] = {"FOLDER": str(tmp_path / "hf")}
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path / "hf")
     exec((tmp_path / "hf" / "README.md").read_text().split("```python\n")[1].split("```")[0], names)
     assert names["inputs"].input_ids[0].tolist() == ours.encode("The beginning")
     drawn = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
