@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +21,9 @@ from dash_megatron.retry import retry
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_count = itertools.count()
+_FIRST_PAUSE, _MAX_PAUSE = 0.01, 1.0
 
 
 def cached_index(build: Callable[[str], T], folder: Path, name: str, num_files: int) -> T:
@@ -35,14 +40,20 @@ def cached_index(build: Callable[[str], T], folder: Path, name: str, num_files: 
     Raises:
         OSError: the disk has been full, or away, for minutes.
     """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    try:
-        if not distributed or torch.distributed.get_rank() == 0:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return _open_or_make_index(build, folder, name, num_files)
+    store, made = torch.distributed.distributed_c10d._get_default_store(), f"index {next(_count)}"
+    if torch.distributed.get_rank() == 0:
+        try:
             return _open_or_make_index(build, folder, name, num_files)
-    finally:
-        if distributed:
+        finally:
             # in `finally`, so that an error on rank 0 does not leave the others waiting
-            torch.distributed.barrier()
+            store.set(made, "")
+    pause = _FIRST_PAUSE
+    # in no collective, which would end the run after a while: a billion documents take a quarter of an hour, and more
+    while not store.check([made]):
+        time.sleep(pause)
+        pause = min(2 * pause, _MAX_PAUSE)
     if not _has_all(folder, num_files):
         # another node with a disk of its own; its processes would write all at once
         logger.warning(

@@ -1,9 +1,11 @@
+import datetime
 import json
 import logging
 import multiprocessing
 import os
 import re
 import resource
+import time
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from dash_megatron.data import sidecar
+from dash_megatron.data import index_cache, sidecar
 from dash_megatron.data.blend import unigram_entropy
 from dash_megatron.data.dataset import build_dataset
 from dash_megatron.data.sidecar import Sidecar, sidecar_path
@@ -274,6 +276,47 @@ def test_two_ranks_that_build_at_once_see_the_same_rows(write_data, tokenizer, t
         assert rank.exitcode == 0
     assert seen[0] == seen[1]
     assert sorted((tmp_path / "damaged_1").glob("*/*")) == left, "only rank 0 writes"
+
+
+def _build_slowly_on_rank(rank, folder, prefix, tokenizer, results):
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=1),
+    )
+    order = index_cache._open_or_make_index
+
+    def slowly(*arguments):
+        time.sleep(3)
+        return order(*arguments)
+
+    index_cache._open_or_make_index = slowly
+    dataset = build_dataset(
+        [prefix],
+        seq_length=SEQ_LENGTH,
+        num_samples=30,
+        seed=1,
+        tokenizer=tokenizer,
+        cache_dir=folder / "cache",
+    )
+    results.put(rows_of(dataset))
+
+
+def test_ranks_wait_for_an_index_longer_than_for_a_collective(write_data, tokenizer, tmp_path):
+    prefix = write_data(tmp_path / "a", numbered(0, 40))
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    ranks = [
+        context.Process(
+            target=_build_slowly_on_rank, args=(rank, tmp_path, prefix, tokenizer, results), daemon=True
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        rank.start()
+    assert results.get(timeout=60) == results.get(timeout=60)
 
 
 def test_a_missing_file_is_named(write_data, build, tmp_path):
