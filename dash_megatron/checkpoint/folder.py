@@ -10,17 +10,15 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import yaml
 
+from dash_megatron.agreement import agreed
 from dash_megatron.config import Config, ModelConfig
 from dash_megatron.files import path_for_message
 from dash_megatron.retry import retry
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _TAG = re.compile(r"step_(\d{8,})")
 _DAMAGED = ".damaged"
@@ -167,26 +165,6 @@ def _entries(folder: Path) -> list[Path]:
 def agreed_steps(run_dir: str | Path) -> list[int]:
     """As `finished_steps`, on all processes as rank 0 sees the folder, which others may be saving to; collective."""
     return agreed(lambda: finished_steps(run_dir))
-
-
-def agreed(function: Callable[[], T]) -> T:
-    """Call a function on rank 0; return its result, or raise its OSError, on all processes. Collective."""
-    # imported late, as a machine that only submits runs may lack it
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return function()
-    found: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            found = [function()]
-        except OSError as error:
-            found = [error]
-    dist.broadcast_object_list(found)
-    if isinstance(found[0], OSError):
-        raise found[0]
-    result: T = found[0]
-    return result
 
 
 def on_main(function: Callable[[], None]) -> str | None:

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dash_megatron.agreement import agreed
 from dash_megatron.data.bin_reader import BinReader
 from dash_megatron.data.blend import Part, check_blend, parse_blend
 from dash_megatron.data.conversations import ConversationRows
 from dash_megatron.data.index_cache import cached_index
-from dash_megatron.data.index_file import edges_digest
 from dash_megatron.data.sidecar import Sidecar
 from dash_megatron.data.tokenizer import Tokenizer
+from dash_megatron.exit_codes import machine_name
 from dash_megatron.open_files import allow_open_files
 
 with warnings.catch_warnings():
@@ -122,7 +123,8 @@ def build_dataset(
     _check_number(parts, field)
     prefixes = [part.prefix for part in parts]
     weights = [part.weight for part in parts if part.weight is not None]
-    sidecars = check_blend(field, blend, tokenizer, seq_length)
+    # which opens each file seven times and reads each index, too much for all of hundreds of processes
+    sidecars = agreed(lambda: check_blend(field, blend, tokenizer, seq_length))
     _warn_of_copies(prefixes, sidecars, field)
     allow_open_files(
         _FILES_PER_PREFIX * len(prefixes) + _FILES_PER_BLEND,
@@ -222,21 +224,31 @@ def _open_pass(
     if sidecar.answer_tokens is not None:
         conversations = ConversationRows(prefix, seq_length, seed, tokenizer.eod)
         conversations.open()
+        _check_same_size(conversations.bin_reader.open(), prefix, sidecar)
         return conversations
-    documents = _one_pass(prefix, seq_length, seed, tokenizer, cache_dir, split_name)
-    documents.dataset.bin_reader.open()  # type: ignore[attr-defined]
+    documents = _one_pass(prefix, sidecar, seq_length, seed, tokenizer, cache_dir, split_name)
+    _check_same_size(documents.dataset.bin_reader.open(), prefix, sidecar)  # type: ignore[attr-defined]
     return documents
 
 
+def _check_same_size(file: int, prefix: str, sidecar: Sidecar) -> None:
+    """Compare the size of this machine's .bin with that which rank 0 has checked: it may be another copy."""
+    size = os.fstat(file).st_size
+    if size != sidecar.bin_bytes:
+        raise ValueError(
+            f"{prefix}.bin has {size} bytes on {machine_name()} and {sidecar.bin_bytes} on rank 0's machine; copy it there again"
+        )
+
+
 def _one_pass(
-    prefix: str, seq_length: int, seed: int, tokenizer: Tokenizer, cache_dir: Path, split_name: str
-) -> GPTDataset:
+    prefix: str, sidecar: Sidecar, seq_length: int, seed: int, tokenizer: Tokenizer, cache_dir: Path, split_name: str
+) -> GPTDataset:  # fmt: skip
     """One pass over a prefix, in random order; its index is built once and read from `cache_dir` afterwards.
 
     Megatron writes its index files in place, and tells them apart by path and settings only. The folder they are in is therefore
     named after a digest of the data: replaced data does not meet the index of its predecessor.
     """
-    key = [edges_digest(f"{prefix}.idx"), seq_length, seed, split_name, tokenizer.fingerprint]
+    key = [sidecar.idx_digest, seq_length, seed, split_name, tokenizer.fingerprint]
     folder = cache_dir / _digest(key)
 
     def build(index_folder: str) -> GPTDataset:

@@ -11,9 +11,9 @@ import torch
 import yaml
 from torch import Tensor
 
+from dash_megatron.agreement import agreed
 from dash_megatron.checkpoint.folder import (
     MODEL_SECTIONS,
-    agreed,
     agreed_steps,
     check_initial_folder,
     check_same_model,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dash_megatron.agreement import agreed
 from dash_megatron.config import Config
 from dash_megatron.data.batches import BatchSource, RowDataset
 from dash_megatron.data.blend import chat_template
@@ -31,7 +32,7 @@ def open_rows(config: Config, split: str, num_samples: int, tokenizer: Tokenizer
 def training_source(config: Config, tokenizer: Tokenizer, device: torch.device) -> BatchSource:
     """Open this process's share of all training batches; collective. Raises what `build_dataset` and `chat_template` raise."""
     num_samples = config.training.steps * config.training.global_batch
-    chat_template(config.data.train)  # of which there must be one
+    agreed(lambda: chat_template(config.data.train))  # of which there must be one
     return batch_source(
         config,
         open_rows(config, "train", num_samples, tokenizer),

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dash_megatron.checkpoint.folder import agreed, agreed_steps, check_initial_folder, finished_steps
+from dash_megatron.agreement import agreed
+from dash_megatron.checkpoint.folder import agreed_steps, check_initial_folder, finished_steps
 from dash_megatron.checkpoint.loading import load_newest
 from dash_megatron.checkpoint.saving import Checkpointer
 from dash_megatron.config import Config
@@ -99,7 +100,7 @@ class Trainer:
             model, config, config.data_parallel_size(launch.world_size) * config.parallel.context
         )
         self.commit = about["commit"]
-        self.about = about | {"data": data_fingerprint(config.data.train)}
+        self.about = about | {"data": agreed(lambda: data_fingerprint(config.data.train))}
         self.checkpointer = Checkpointer(self.engine, config, self.about)
         self.guard = Guard(config.faults, config.training.global_batch)
         self.watchdog = Watchdog(hang_minutes)

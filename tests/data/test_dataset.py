@@ -19,6 +19,7 @@ import torch
 from dash_megatron.data import index_cache, sidecar
 from dash_megatron.data.blend import unigram_entropy
 from dash_megatron.data.dataset import build_dataset
+from dash_megatron.data.index_file import edges_digest
 from dash_megatron.data.sidecar import Sidecar, sidecar_path
 
 SEQ_LENGTH = 16
@@ -317,6 +318,54 @@ def test_ranks_wait_for_an_index_longer_than_for_a_collective(write_data, tokeni
     for rank in ranks:
         rank.start()
     assert results.get(timeout=60) == results.get(timeout=60)
+
+
+def _build_what_rank_0_checked(rank, folder, tokenizer, results):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    read: list[str] = []
+    sidecar.edges_digest = lambda path: read.append(str(path)) or edges_digest(path)
+    told = []
+    # on rank 1's machine the last is another copy, which was cut
+    for name in ("whole", "damaged", "cut" if rank else "whole"):
+        try:
+            build_dataset(
+                [str(folder / name)],
+                seq_length=SEQ_LENGTH,
+                num_samples=30,
+                seed=1,
+                tokenizer=tokenizer,
+                cache_dir=folder / "cache",
+            )
+        except ValueError as error:
+            told.append(str(error))
+    results.put((rank, told, len(read)))
+    torch.distributed.barrier()
+
+
+def test_rank_0_checks_the_data_of_all_and_others_the_size_of_theirs(write_data, tokenizer, tmp_path):
+    for name in ("whole", "damaged", "cut"):
+        write_data(tmp_path / name, numbered(0, 40))
+    os.truncate(tmp_path / "damaged.bin", 1000)
+    os.truncate(tmp_path / "cut.bin", 1000)
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    ranks = [
+        context.Process(
+            target=_build_what_rank_0_checked, args=(rank, tmp_path, tokenizer, results), daemon=True
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        rank.start()
+    found = {rank: rest for rank, *rest in (results.get(timeout=60) for _ in ranks)}
+    assert [len(found[rank][0]) for rank in range(2)] == [1, 2]
+    assert found[0][0][0] == found[1][0][0]
+    assert re.search(r"damaged\.bin has 1000 bytes and must have 2000 .*truncated", found[1][0][0])
+    assert re.search(r"cut\.bin has 1000 bytes on \S+ and 2000 on rank 0's machine", found[1][0][1])
+    assert found[0][1] > 0
+    assert found[1][1] == 0
 
 
 def test_a_missing_file_is_named(write_data, build, tmp_path):
