@@ -288,7 +288,11 @@ class _ShuffledPasses(torch.utils.data.Dataset[Any]):
         return self.one_pass[position if number == 0 else int(self._order(number)[position])]
 
     def _make_order(self, number: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, number]).permutation(len(self.one_pass))
+        rows = len(self.one_pass)
+        # every process keeps two; the order is that of `permutation`, which takes twice the memory
+        order = np.arange(rows, dtype=np.int32 if rows <= np.iinfo(np.int32).max else np.int64)
+        np.random.default_rng([self.seed, number]).shuffle(order)
+        return order
 
 
 class _Blend(torch.utils.data.Dataset[Any]):

@@ -279,6 +279,13 @@ def test_two_ranks_that_build_at_once_see_the_same_rows(write_data, tokenizer, t
     assert sorted((tmp_path / "damaged_1").glob("*/*")) == left, "only rank 0 writes"
 
 
+def test_the_order_of_a_later_pass_is_numpys_permutation_at_four_bytes_a_row(write_data, build, tmp_path):
+    passes = build([write_data(tmp_path / "a", numbered(0, 40))], num_samples=1000).dataset
+    order = passes._order(1)
+    assert order.tolist() == np.random.default_rng([1, 1]).permutation(len(passes.one_pass)).tolist()
+    assert order.nbytes == 4 * len(passes.one_pass)
+
+
 def _build_slowly_on_rank(rank, folder, prefix, tokenizer, results):
     torch.distributed.init_process_group(
         "gloo",
