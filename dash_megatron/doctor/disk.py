@@ -33,10 +33,11 @@ def check_disk(session: Session) -> Finding:
     size = BYTES_PER_PARAMETER * parameters
     count = checkpoints_kept(session.config)
     free = shutil.disk_usage(run_dir).free
-    # of an earlier start; the run will replace them
-    there = sum(path.stat().st_size for path in checkpoint_folder(run_dir).rglob("*") if path.is_file())
+    # of an earlier start; the run will replace them. One process tells, as all would ask for the size of each file at once
+    kept = checkpoint_folder(run_dir).rglob("*") if session.rank == 0 else ()
+    there = sum(path.stat().st_size for path in kept if path.is_file())
     figures = {"free GiB": free / _GIB, "checkpoint GiB": size / _GIB, "checkpoints": count}
-    if free + there < size * count:
+    if session.rank == 0 and free + there < size * count:
         return Finding(
             "failed",
             figures,

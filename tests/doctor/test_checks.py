@@ -142,6 +142,22 @@ def test_a_disk_without_room_for_the_checkpoints_fails_with_figures(
     assert disk.check_disk(session).status == "ok"
 
 
+def test_rank_0_alone_looks_through_all_checkpoints(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(session.config.run_dir) / "checkpoints" / "step_00000010"
+    folder.mkdir(parents=True)
+    (folder / "weights").touch()
+    looked: list[Path] = []
+    is_file = Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda path: bool(looked.append(path)) or is_file(path))
+    for rank in (0, 1):
+        looked.clear()
+        monkeypatch.setattr(session, "rank", rank)
+        assert disk.check_disk(session).status == "ok"
+        assert (folder / "weights" in looked) == (rank == 0)
+
+
 @pytest.mark.parametrize(
     ("every", "keep", "keep_every", "count"),
     [
