@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 
 from dash_megatron.ops.kernels import configs, hopper
 
@@ -105,12 +106,16 @@ def test_numbers_of_the_hopper_kernel_for_keys_suit_the_plain_one_which_a_buffer
 
 
 def test_where_triton_cannot_compile_the_hopper_kernels_their_stages_follow_the_rule_and_others_the_table(
-    on_h200, monkeypatch
+    on_h200, monkeypatch, caplog
 ):
     measured, by_rule = configs.find_launches(on_h200, *SHAPE), configs.find_launches(on_h200, *SHAPE[:3], 3)
     configs.find_launches.cache_clear()
     monkeypatch.setattr(hopper, "GLUON_IS_KNOWN", False)
+    configs._tell_of_plain_kernels.cache_clear()
     plain = configs.find_launches(on_h200, *SHAPE)
+    (told,) = (record.getMessage() for record in caplog.records if "Hopper" in record.getMessage())
+    assert told.startswith(f"Triton {triton.__version__} ")
+    assert "torch 2.11" in told
     assert {measured.attend.kernel, measured.keys.kernel} == {HOPPER, HOPPER_OVERLAP}
     assert (plain.attend, plain.keys) == (by_rule.attend, by_rule.keys)
     assert (plain.route, plain.router, plain.queries) == (measured.route, measured.router, measured.queries)
