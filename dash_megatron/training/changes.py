@@ -100,13 +100,9 @@ def _rate(saved: Config, config: Config, step: int) -> str:
     line = f"learning rate: {last:.3g} in step {step}"
     if step < config.training.steps:
         line += f", {following:.3g} in step {step + 1}"
-    decaying = (
-        saved.schedule.kind == "wsd" and step > saved.schedule.warmup_steps and last < saved.optimizer.lr
-    )
-    if decaying and config.schedule.kind == "wsd" and following > last:
+    if step > saved.schedule.warmup_steps and last < min(following, saved.optimizer.lr):
         line += (
-            ": it had begun its final decay, which is undone; to go on from before the decay, start from an earlier "
-            "checkpoint"
+            ": it had begun to decay, which is undone; to go on from before, start from an earlier checkpoint"
         )
     return line
 

@@ -177,14 +177,19 @@ def test_settings_that_differ_are_told_with_what_that_does_and_a_decay_that_is_u
     longer = config_from_dict(run_of(tree, Path("unused"), training={"steps": 20}))
     told = describe_changes(tree, longer, step=10)
     assert told is not None
-    assert (
-        "learning rate: 0.05 in step 10, 0.5 in step 11: it had begun its final decay, which is undone"
-        in told
-    )
+    assert "learning rate: 0.05 in step 10, 0.5 in step 11: it had begun to decay, which is undone" in told
     assert "undone" not in str(describe_changes(tree, longer, step=6))
     # the new decay has begun too, at a higher rate
     a_little = config_from_dict(run_of(tree, Path("unused"), training={"steps": 12}))
     assert "0.05 in step 10, 0.162 in step 11: it had begun" in str(describe_changes(tree, a_little, step=10))
+    for before, after in (("cosine", "cosine"), ("cosine", "wsd"), ("wsd", "constant")):
+        ended = {**tree, "schedule": {"kind": before}}
+        gone_on = config_from_dict(
+            run_of(ended, Path("unused"), training={"steps": 20}, schedule={"kind": after})
+        )
+        assert "it had begun to decay, which is undone" in str(describe_changes(ended, gone_on, step=10))
+    higher = config_from_dict(run_of(tree, Path("unused"), optimizer={"lr": 0.6}))
+    assert str(describe_changes(tree, higher, step=5)).endswith("0.5 in step 5, 0.6 in step 6")
     warming = {**tree, "schedule": {**tree["schedule"], "warmup_steps": 3}}
     longer = config_from_dict(run_of(warming, Path("unused"), training={"steps": 20}))
     assert "undone" not in str(describe_changes(warming, longer, step=2))
