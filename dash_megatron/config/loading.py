@@ -79,7 +79,8 @@ def read_yaml(path: str | Path, name: str, keys: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{name} cannot be read: {error.strerror}; give a YAML file") from error
+        where = "" if Path(path).is_absolute() else f" (relative to {Path.cwd()})"
+        raise ConfigError(f"{name}{where} cannot be read: {error.strerror}; give a YAML file") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name} is not valid YAML: {error}") from error
     tree = parse_yaml(text, name)

@@ -332,7 +332,7 @@ def test_a_missing_key_and_a_missing_file_say_so(tmp_path: Path) -> None:
         match=r"training is missing and has no default; set it in the YAML or as training=value; see docs",
     ):
         config_from_dict({name: value for name, value in MINIMAL.items() if name != "training"})
-    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+    with pytest.raises(ConfigError, match=r"none\.yaml cannot be read: No such file"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ConfigError, match="must hold sections"):

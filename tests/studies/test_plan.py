@@ -250,7 +250,10 @@ def test_baselines_have_the_density_and_flops_of_their_lists(write_study: Write)
         ({"points": [{"name": 30, "model.layers": 1}]}, "points[0] has name 30, which becomes a folder"),
         ({"assume": {"gpu": "H9"}}, "assume.gpu=H9 is not known"),
         ({"grid": {"assume.density": [2]}}, "assume.density=2 must lie in (0, 1]"),
-        ({"base": "nowhere.yaml"}, "base=nowhere.yaml cannot be read"),
+        (
+            {"base": "nowhere.yaml"},
+            f"base=nowhere.yaml (relative to {Path.cwd()}) cannot be read: No such file",
+        ),
         ({"overrides": {"schedule.warmup_steps": 50}}, "schedule.warmup_steps=50"),
         (
             {"overrides": {"training.micro_batch": 3}},
