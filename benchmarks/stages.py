@@ -12,10 +12,10 @@ from benchmarks.inputs import Inputs
 from benchmarks.persistence import make_selected
 from dash_megatron.ops.kernels import configs, geometry
 from dash_megatron.ops.kernels.attend import attend_forward
-from dash_megatron.ops.kernels.backward_kv import backward_kv, backward_kv_lists
+from dash_megatron.ops.kernels.backward_kv import backward_kv
 from dash_megatron.ops.kernels.backward_pairs import backward_pairs
 from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
-from dash_megatron.ops.kernels.backward_summary import sum_d_summary
+from dash_megatron.ops.kernels.backward_summary import Summaries, sum_d_summary
 from dash_megatron.ops.kernels.dash import add_router_gradient, pooled_queries
 from dash_megatron.ops.kernels.pool import pool_rows
 from dash_megatron.ops.kernels.route import route
@@ -201,8 +201,10 @@ class Stages:
         )  # fmt: skip
         # the pass to keys and values knows one kind of queries only, and not which chunks are local
         apart = not shared or self.router.local_chunks > 0 or self.key_sums is not None
-        self.sum_summaries = self.deterministic and not apart
-        if self.deterministic and apart:
+        self.summaries = None
+        if self.deterministic and not apart:
+            self.summaries = Summaries(self.tau, self.mean_dp, self.summary, self.d_prior, None, self.router)
+        elif self.deterministic:
             self.d_summary = sum_d_summary(
                 self.routing_q, self.tau, self.mean_dp, self.summary, self.lists.log_prior, self.d_prior,
                 transpose(self.lists, self.chunks, self.sizes), self.chunks[0], None, self.router_sizes, self.router, None,
@@ -213,17 +215,12 @@ class Stages:
             self.dq = add_router_gradient(self.dq, router_dq, self.position, self.router)
 
     def backward_keys(self) -> None:
-        if self.own_k is None:
-            self.dk, self.dv, self.dw = backward_kv(
-                self.q, self.k, self.v, self.w, self.d_out, self.centred_lse, self.delta, self.tau, self.mean_log, self.mean_dp,
-                self.summary, self.d_summary, self.d_prior, self.left, self.chunks, self.sizes, self.router, self.launches,
-                self.sum_summaries, key_sums=self.key_sums,
-            )  # fmt: skip
-        else:
-            self.dk, self.dv = backward_kv_lists(
-                self.q, self.k, self.v, self.d_out, self.centred_lse, self.delta, self.mean_log, self.left, self.chunks,
-                self.sizes, self.router.inv_sigma, self.launches, self.key_sums,
-            )  # fmt: skip
+        summaries_of_keys = (self.w, self.d_summary, self.summaries) if self.own_k is None else ()
+        self.dk, self.dv, self.dw = backward_kv(
+            self.q, self.k, self.v, self.d_out, self.centred_lse, self.delta, self.mean_log, self.left, self.chunks, self.sizes,
+            self.router.inv_sigma, self.launches, self.key_sums, *summaries_of_keys,
+        )  # fmt: skip
+        if self.own_k is not None:
             _, self.dw = summarize_backward(self.d_summary, self.own_k, self.w, self.chunks, self.sizes)
 
     def backward_attention(self) -> None:

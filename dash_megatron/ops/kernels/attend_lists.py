@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dash_megatron.ops.kernels.attend import attend_forward
-from dash_megatron.ops.kernels.backward_kv import backward_kv_lists
+from dash_megatron.ops.kernels.backward_kv import backward_kv
 from dash_megatron.ops.kernels.backward_pairs import backward_pairs
 from dash_megatron.ops.kernels.backward_q import backward_q
 from dash_megatron.ops.kernels.configs import Launches
@@ -42,7 +42,7 @@ class _AttendLists(torch.autograd.Function):
         key_sums = backward_pairs(
             q, k, v, d_out, lse, delta, dq, None, lists, slabs, mean_log, chunks, sizes, 1.0
         )
-        dk, dv = backward_kv_lists(
+        dk, dv, _ = backward_kv(
             q, k, v, d_out, centred_lse, delta, mean_log, left, chunks, sizes, 1.0, launches, key_sums
         )
         return dq, dk, dv, *(None,) * 7

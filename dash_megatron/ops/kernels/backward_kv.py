@@ -32,7 +32,6 @@ from dash_megatron.ops.kernels.tiles import (
     store_sums,
 )
 from dash_megatron.ops.kernels.transpose import Transposed, WorkPartition, partition_work, transpose
-from dash_megatron.ops.types import Router
 
 # Keys of a chunk that the Hopper kernel takes.
 HOPPER_KEYS = 64
@@ -331,48 +330,28 @@ def _takes_hopper(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, config: Config)
 
 
 def backward_kv(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, tau: Tensor,
-    mean_log: Tensor, mean_dp: Tensor, summary: Tensor, d_summary: Tensor, d_prior: Tensor, lists: Lists,
-    chunks: Tensor, sizes: Sizes, router: Router, launches: Launches, sum_summaries: bool,
-    head_scaling: Tensor | None = None, key_sums: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, mean_log: Tensor, lists: Lists,
+    chunks: Tensor, sizes: Sizes, inv_sigma: float, launches: Launches, key_sums: Tensor | None = None,
+    w: Tensor | None = None, d_summary: Tensor | None = None, summaries: Summaries | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of k and v, [tokens, Hkv, D] in their dtype, and of w, float32 [Hkv, D].
 
-    With `sum_summaries` the gradient of the summaries is summed here, in order, instead of taken from `d_summary`; only
-    then `head_scaling`, that of `route`, matters.
+    With `w` and `d_summary` they go through the summaries too; without, that of w is empty. With `summaries` the gradient of the
+    summaries is summed here, in order, instead of taken from `d_summary`.
     """
-    summaries = None
-    if sum_summaries:
-        summaries = Summaries(tau, mean_dp, summary, d_prior, head_scaling, router)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    dw_chunk = torch.empty(summary.shape, dtype=torch.float32, device=k.device)
+    dw_chunk = None if d_summary is None else dk.new_empty(d_summary.shape, dtype=torch.float32)
     places = own_places(None, chunks, sizes)
     for sums, ds_sum, partition, width in _passes(
         q, k, v, d_out, centred_lse, delta, mean_log, lists, (0, sizes.num_chunks), chunks, places, places, summaries,
-        sizes, router.inv_sigma, launches, False,
+        sizes, inv_sigma, launches, False,
     ):  # fmt: skip
         ds_sum = d_summary if ds_sum is None else ds_sum
         _finish(
-            k, w, sums, ds_sum, dk, dv, dw_chunk, partition, width, places, sizes, sum_summaries, False, key_sums
+            k, w, sums, ds_sum, dk, dv, dw_chunk, partition, width, places, sizes, summaries is not None, False, key_sums
         )  # fmt: skip
-    return dk, dv, dw_chunk.sum(1)
-
-
-def backward_kv_lists(
-    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, centred_lse: Tensor, delta: Tensor, mean_log: Tensor, lists: Lists,
-    chunks: Tensor, sizes: Sizes, inv_sigma: float, launches: Launches, key_sums: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of k and v [tokens, Hkv, D], in their dtype, through attention alone: there are no summaries."""
-    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    places = own_places(None, chunks, sizes)
-    for sums, _, partition, width in _passes(
-        q, k, v, d_out, centred_lse, delta, mean_log, lists, (0, sizes.num_chunks), chunks, places, places, None, sizes,
-        inv_sigma, launches, False,
-    ):  # fmt: skip
-        _finish(k, None, sums, None, dk, dv, None, partition, width, places, sizes, False, False, key_sums)
-    return dk, dv
+    return dk, dv, dk.new_empty(0) if dw_chunk is None else dw_chunk.sum(1)
 
 
 def backward_kv_buffer(

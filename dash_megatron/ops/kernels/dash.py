@@ -5,16 +5,17 @@ over the same lists, then the router, then keys and values over the transposed l
 Here and in the kernels `w` is the summary query.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dash_megatron.ops.kernels.attend import attend_forward
-from dash_megatron.ops.kernels.backward_kv import backward_kv, backward_kv_lists
+from dash_megatron.ops.kernels.backward_kv import backward_kv
 from dash_megatron.ops.kernels.backward_pairs import backward_pairs
 from dash_megatron.ops.kernels.backward_q import backward_q, backward_router
-from dash_megatron.ops.kernels.backward_summary import sum_d_summary
+from dash_megatron.ops.kernels.backward_summary import Summaries, sum_d_summary
 from dash_megatron.ops.kernels.configs import Launches, find_launches
 from dash_megatron.ops.kernels.geometry import (
     Lists,
@@ -128,15 +129,8 @@ def _forward(
     router_rows = rows_q if own_q is None else _one_row(own_q)
     routing_q, _ = pooled_queries(router_rows, q.shape[0], k.shape[2], router, cu_seqlens)
     lists, tau, mean_log, selected = route(
-        routing_q,
-        summary,
-        chunks,
-        offsets,
-        sizes.of_router(pool_heads),
-        router,
-        launches.route,
-        head_scaling=head_scaling,
-    )
+        routing_q, summary, chunks, offsets, sizes.of_router(pool_heads), router, launches.route, head_scaling=head_scaling
+    )  # fmt: skip
     # but for the own chunks, which are not listed
     num_pairs = selected.sum() - selected.numel()
     out, lse = attend_forward(
@@ -189,16 +183,7 @@ def _backward(
     own_k: Tensor | None,
     cu_seqlens: Tensor | None,
     out: Tensor,
-    lse: Tensor,
-    tau: Tensor,
-    mean_log: Tensor,
-    summary: Tensor,
-    list_chunk: Tensor,
-    list_log_prior: Tensor,
-    list_offset: Tensor,
-    list_count: Tensor,
-    chunks: Tensor,
-    num_pairs: Tensor,
+    saved: Sequence[Tensor],  # as `Saved` has them
     max_seqlen: int | None,
     chunk_size: int,
     scaling_factor: float,
@@ -215,10 +200,11 @@ def _backward(
         chunk_size=chunk_size, scaling_factor=scaling_factor, sigma=sigma, estimate_diagonal=estimate_diagonal, alpha=alpha,
         local_chunks=local_chunks, query_pool=query_pool, pool_heads=pool_heads,
     )  # fmt: skip
-    lists = Lists(list_chunk, list_log_prior, list_offset, list_count)
+    lse, tau, mean_log, summary, *listed, chunks, num_pairs = saved
+    lists = Lists(*listed)
     rows_q, rows_k, rows_v, rows_w = _one_row(q), _dense_rows(k), _dense_rows(v), w.contiguous()
     rows_out, rows_d_out = out.flatten(0, 1).contiguous(), d_out.flatten(0, 1).contiguous()
-    d_prior = torch.empty_like(list_log_prior)
+    d_prior = torch.empty_like(lists.log_prior)
     dq, delta, centred_lse, left, slabs = backward_q(
         rows_q, rows_k, rows_v, rows_out, rows_d_out, lse, lists, mean_log, d_prior, chunks, sizes, router.inv_sigma,
         launches.queries, by_pair=launches.backward_by_pair, num_pairs=num_pairs,
@@ -243,23 +229,22 @@ def _backward(
         dq = add_router_gradient(dq, router_dq, position, router)
     # the pass to keys and values knows one kind of queries only, and not which chunks are local
     apart = routing_q is not rows_q or router.local_chunks > 0 or key_sums is not None
-    if deterministic and apart:
+    summaries = None
+    if deterministic and not apart:
+        summaries = Summaries(tau, mean_dp, summary, d_prior, head_scaling, router)
+    elif deterministic:
         d_summary = sum_d_summary(
-            routing_q, tau, mean_dp, summary, list_log_prior, d_prior, transpose(lists, chunks, sizes), chunks[0],
+            routing_q, tau, mean_dp, summary, lists.log_prior, d_prior, transpose(lists, chunks, sizes), chunks[0],
             None, router_sizes, router, head_scaling,
         )  # fmt: skip
+    summaries_of_keys = (rows_w, d_summary, summaries) if own_k is None else ()
+    dk, dv, dw = backward_kv(
+        rows_q, rows_k, rows_v, rows_d_out, centred_lse, delta, mean_log, left, chunks, sizes, router.inv_sigma, launches,
+        key_sums, *summaries_of_keys,
+    )  # fmt: skip
     # an op returns tensors only
     d_scaling, d_own_q, d_own_k = (q.new_empty(0) for _ in range(3))
-    if own_q is None or own_k is None:
-        dk, dv, dw = backward_kv(
-            rows_q, rows_k, rows_v, rows_w, rows_d_out, centred_lse, delta, tau, mean_log, mean_dp, summary, d_summary,
-            d_prior, left, chunks, sizes, router, launches, deterministic and not apart, head_scaling, key_sums,
-        )  # fmt: skip
-    else:
-        dk, dv = backward_kv_lists(
-            rows_q, rows_k, rows_v, rows_d_out, centred_lse, delta, mean_log, left, chunks, sizes, router.inv_sigma,
-            launches, key_sums,
-        )  # fmt: skip
+    if own_q is not None and own_k is not None:
         d_rows, dw = summarize_backward(d_summary, _dense_rows(own_k), rows_w, chunks, sizes)
         d_own_q, d_own_k = router_dq.view(own_q.shape), d_rows.view(own_k.shape)
     if head_scaling is not None and d_log_factor is not None:
@@ -287,10 +272,11 @@ def _autograd_backward(ctx, d_out, *_):
     num_settings = len(ctx.settings)
     if d_out is None:
         return (None,) * (8 + num_settings)
-    saved = ctx.saved_tensors
-    found = _backward(d_out, *saved, *ctx.settings)
-    given = zip(found, saved, strict=False)
-    return *(None if x is None else gradient for gradient, x in given), None, *(None,) * num_settings
+    # asked for once: where layers are recomputed, a second time is an error
+    q, k, v, w, head_scaling, own_q, own_k, cu_seqlens, out, *saved = ctx.saved_tensors
+    given = q, k, v, w, head_scaling, own_q, own_k
+    found = zip(_backward(d_out, *given, cu_seqlens, out, saved, *ctx.settings), given, strict=True)
+    return *(None if x is None else gradient for gradient, x in found), None, *(None,) * num_settings
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

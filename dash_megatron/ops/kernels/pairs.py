@@ -230,10 +230,8 @@ def plan_pairs(
     slab_steps = max(1, MAX_PAIRS // (width * step))
     least = min(LEAST_STEPS, slab_steps)
     parts = max(1, min(parts, most_steps // least), triton.cdiv(most_steps, slab_steps))
-    most_share, share = (
-        max(triton.cdiv(most_steps, parts), least),
-        ((work[-1] + parts - 1) // parts).clamp(least),
-    )
+    most_share = max(triton.cdiv(most_steps, parts), least)
+    share = ((work[-1] + parts - 1) // parts).clamp(least)
     # the less work there is, the more parts has a slab, so that all are in the first if it fits
     slabs = triton.cdiv(parts, slab_steps // most_share)
     slab_part = (torch.arange(slabs + 1, device=work.device) * (slab_steps // share)).clamp(max=parts)
@@ -258,20 +256,8 @@ def fill_pairs(
     # counted on from where a run begins
     places = plan.run_place.clone()
     _launch_runs(
-        places,
-        lists,
-        chunks,
-        sizes,
-        first,
-        width,
-        None,
-        plan.base,
-        slab,
-        plan.room,
-        pairs,
-        d_prior,
-        d_prior_out,
-    )
+        places, lists, chunks, sizes, first, width, None, plan.base, slab, plan.room, pairs, d_prior, d_prior_out
+    )  # fmt: skip
     groups = places.shape[2]
     _own_kernel[(sizes.num_kv_heads * groups,)](
         plan.base, slab, plan.room, pairs, mean_log, plan.offset, *queries, queries.stride(1), last - first, groups,
