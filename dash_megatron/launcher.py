@@ -120,24 +120,20 @@ def _passing_orders_on(children: list[subprocess.Popen[bytes]]) -> Iterator[None
 
 def _wait(children: list[subprocess.Popen[bytes]]) -> int:
     """Wait for all to end, or for one to fail; gives the exit code of `launch`."""
-    while True:
-        codes = [child.poll() for child in children]
-        failed = [code for code in codes if code not in (None, ExitCode.DONE, ExitCode.REQUEUE)]
-        if failed:
-            code = failed[0]
-            assert code is not None
-            if code > 0:
-                return code
-            deadline = time.monotonic() + _LAST_WORDS_SECONDS
-            while time.monotonic() < deadline and any(child.poll() is None for child in children):
-                time.sleep(_POLL_SECONDS)
-            word = "; where memory runs out, the system does that" if code == -signal.SIGKILL else ""
-            print(
-                f"error: rank {codes.index(code)} was ended by {signal.Signals(-code).name}{word}",
-                file=sys.stderr,
-                flush=True,
-            )
-            return 128 - code
-        if None not in codes:
-            return int(ExitCode.REQUEUE if ExitCode.REQUEUE in codes else ExitCode.DONE)
+    codes: list[int | None] = [None]
+    failed = int(ExitCode.DONE)
+    while not failed and None in codes:
         time.sleep(_POLL_SECONDS)
+        codes = [child.poll() for child in children]
+        failed = next((code for code in codes if code and code != ExitCode.REQUEUE), failed)
+    if not failed:
+        return int(ExitCode.REQUEUE if ExitCode.REQUEUE in codes else ExitCode.DONE)
+    if failed > 0:
+        return failed
+    deadline = time.monotonic() + _LAST_WORDS_SECONDS
+    while time.monotonic() < deadline and any(child.poll() is None for child in children):
+        time.sleep(_POLL_SECONDS)
+    word = "; where memory runs out, the system does that" if failed == -signal.SIGKILL else ""
+    text = f"error: rank {codes.index(failed)} was ended by {signal.Signals(-failed).name}{word}"
+    print(text, file=sys.stderr, flush=True)
+    return 128 - failed

@@ -128,17 +128,8 @@ def _loss_over_tokens(folders: dict[str, Path], rows: list[dict[str, Any]], qual
         for run in [row["run"] for row in shown if row["variant"] == variant]:
             lines = [line for line in metrics[run] if line[key] is not None]
             tokens, losses = [line["tokens"] for line in lines], [line[key] for line in lines]
-            many = len(lines) > _MAX_MARKS
-            axis.plot(
-                tokens,
-                losses,
-                "" if many else marker,
-                ls="-",
-                lw=width,
-                ms=3 + width,
-                color=color,
-                label=label,
-            )
+            mark = "" if len(lines) > _MAX_MARKS else marker
+            axis.plot(tokens, losses, mark, ls="-", lw=width, ms=3 + width, color=color, label=label)
             label = None
     axis.xaxis.set_major_formatter(lambda tokens, _: human(tokens))
     axis.legend(fontsize="small")
@@ -232,12 +223,12 @@ def _pareto(rows: list[dict[str, Any]], quality: str, path: Path) -> str:
                 marker=marker,
                 label=variant,
             )
-    for equal in dict.fromkeys((row["size"], row["tokens"]) for row in rows):
-        seeds: dict[str, list[tuple[float, float]]] = {}
-        for row in rows:
-            if (row["size"], row["tokens"]) == equal:
-                seeds.setdefault(row["variant"], []).append((density[row["run"]], row["quality"]))
-        points = np.array([np.mean(each, axis=0) for each in seeds.values()])
+    for equal in _grouped(rows, "size", "tokens").values():
+        seeds = [
+            [(density[row["run"]], row["quality"]) for row in own]
+            for own in _grouped(equal, "variant").values()
+        ]
+        points = np.array([np.mean(each, axis=0) for each in seeds])
         best = frontier(points[:, 0], points[:, 1])
         axes[0][0].plot(*points[best].T, color="gray", lw=0.8, zorder=0)
     for axis, label in zip(axes[0], (quality, f"{quality},\nabove the dense twin's"), strict=False):
@@ -280,6 +271,14 @@ def _density_by_layer(folders: dict[str, Path], rows: list[dict[str, Any]], path
     return f"Density of every layer over steps, from the first layer (dark) to the last (light){more}."
 
 
+def _grouped(rows: list[dict[str, Any]], *columns: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """The rows by what they have in some columns."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[column] for column in columns), []).append(row)
+    return found
+
+
 def _throughput(rows: list[dict[str, Any]], path: Path) -> str:
     rows = [{**row, "variant": _LENGTH.sub("", row["variant"])} for row in rows]
     lengths = sorted({row["seq_length"] for row in rows})
@@ -290,12 +289,9 @@ def _throughput(rows: list[dict[str, Any]], path: Path) -> str:
     for variant, (color, marker) in _styles(rows).items():
         label: str | None = variant
         own = [row for row in rows if row["variant"] == variant]
-        for group in dict.fromkeys(row[across] for row in own):
-            speeds: dict[int, list[float]] = {}
-            for row in own:
-                if row[across] == group:
-                    speeds.setdefault(row[column], []).append(row["tokens_per_second"])
-            points = [(at, median(each)) for at, each in sorted(speeds.items())]
+        for line in _grouped(own, across).values():
+            alike = sorted(_grouped(line, column).items())
+            points = [(at, median(row["tokens_per_second"] for row in each)) for (at,), each in alike]
             axis.plot(*zip(*points, strict=True), marker=marker, color=color, lw=1, label=label)
             label = None
     if column == "seq_length":

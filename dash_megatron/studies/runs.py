@@ -207,18 +207,12 @@ def _identity(config: Config) -> str:
 
 
 def _make(study: Study, base: dict[str, Any], recipe: _Recipe) -> StudyRun:
-    tree = copy.deepcopy(base)
-    settings = {key: value for key, value in recipe.settings.items() if key != _DENSITY}
-    if settings.get("attention.kind") == "full":
-        # what the base says of selecting is nothing to a dense run
+    tree, overrides = copy.deepcopy(base), study.overrides
+    if recipe.settings.get("attention.kind") == "full":
+        # what base and overrides say of selecting is nothing to a dense run
         tree["attention"] = {}
-        settings |= {"attention.kind": "full"}
-    overrides = {
-        key: value
-        for key, value in study.overrides.items()
-        if settings.get("attention.kind") != "full" or not key.startswith("attention.")
-    }
-    for key, value in {**overrides, **settings}.items():
+        overrides = {key: value for key, value in overrides.items() if not key.startswith("attention.")}
+    for key, value in {**overrides, **recipe.settings}.items():
         if key != _DENSITY:
             set_key(tree, key, value, f"{key}={value!r}")
     if recipe.seed is not None:
