@@ -86,7 +86,7 @@ $(VENV)/.tested: $(VENV)/.installed
 test: $(VENV)/.tested
 	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
-# faults of all kinds, each of which a run must survive as if it had not happened: about 20 minutes on two cores
+# faults of all kinds, each of which a run must survive as if it had not happened: 13 minutes on two cores
 chaos: $(VENV)/.installed
 	$(BIN)/python -m tests.chaos
 
