@@ -43,22 +43,26 @@ _CONVERTED_KEYS = {
     "num_local_experts",
 }
 _CONVERTED_KEYS_OF = {"minicpm": {"scale_emb", "scale_depth", "dim_model_base"}, "internlm3": {"qkv_bias"}}
-_CONVERTED_KEYS_OF_EXPORTS = {
+ATTENTION_KEYS = (
     "alpha",
     "chunk_size",
     "density_budget",
     "estimate_diagonal",
-    "full_attention_layers",
-    "layer_scaling_factors",
     "learned_scaling",
     "local_chunks",
     "pool_heads",
-    "qk_norm",
-    "qkv_bias",
     "query_pool",
     "router_projections",
-    "scaling_factor",
     "sigma",
+)
+"""Fields of a run's `attention` that an export has by the same names."""
+_CONVERTED_KEYS_OF_EXPORTS = {
+    *ATTENTION_KEYS,
+    "full_attention_layers",
+    "layer_scaling_factors",
+    "qk_norm",
+    "qkv_bias",
+    "scaling_factor",
 }
 # what no logit depends on
 _IGNORED_KEYS = {

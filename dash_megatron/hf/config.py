@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig
 
 from dash_megatron.config import AttentionConfig, Config, ModelConfig, RopeScaling
-from dash_megatron.hf.architectures import check_architecture
+from dash_megatron.hf.architectures import ATTENTION_KEYS, check_architecture
 
 MODEL_FILE = "modeling_dash.py"
 
@@ -24,18 +24,9 @@ def llama_config(config: Config, vocab_size: int, dtype: torch.dtype, end_token:
         },
         "qk_norm": model.qk_norm,
         "qkv_bias": model.qkv_bias,
-        "chunk_size": attention.chunk_size,
+        **{key: getattr(attention, key) for key in ATTENTION_KEYS},
         # nothing where layers differ: a reader of this key alone must not take one layer's for all
         "scaling_factor": None if isinstance(attention.scaling_factor, tuple) else attention.scaling_factor,
-        "sigma": attention.sigma,
-        "estimate_diagonal": attention.estimate_diagonal,
-        "alpha": attention.alpha,
-        "local_chunks": attention.local_chunks,
-        "query_pool": attention.query_pool,
-        "pool_heads": attention.pool_heads,
-        "router_projections": attention.router_projections,
-        "learned_scaling": attention.learned_scaling,
-        "density_budget": attention.density_budget,
         "layer_scaling_factors": [attention.layer_scaling_factor(layer) for layer in range(model.layers)],
         "full_attention_layers": [
             layer for layer in range(model.layers) if attention.kind_of(layer) == "full"
@@ -113,20 +104,14 @@ def _attention(tree: dict[str, Any], layers: int) -> AttentionConfig:
     factors = tree.get("layer_scaling_factors") or [_need(tree, "scaling_factor")] * layers
     alike = len(set(factors)) == 1
     everywhere = len(set(full)) == layers
+    for key in ("chunk_size", "estimate_diagonal", "sigma"):
+        _need(tree, key)
     return AttentionConfig(
         kind="full" if everywhere else "dash",
-        chunk_size=tree["chunk_size"],
         scaling_factor=factors[0] if alike else tuple(factors),
-        local_chunks=tree.get("local_chunks") or 0,
-        query_pool=tree.get("query_pool") or 1,
-        pool_heads=tree.get("pool_heads") or False,
-        router_projections=tree.get("router_projections") or False,
-        learned_scaling=float(tree.get("learned_scaling") or 0),
-        density_budget=tree.get("density_budget") or "layer",
-        sigma=_need(tree, "sigma"),
-        estimate_diagonal=_need(tree, "estimate_diagonal"),
-        alpha=tree.get("alpha", 1.5),
         full_layers=() if everywhere else tuple(full),
+        # an older export has not all of them
+        **{key: tree[key] for key in ATTENTION_KEYS if tree.get(key) is not None},
     )
 
 
