@@ -22,6 +22,15 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+
+# Caches of releases before it count their columns otherwise, and a model would go on from the wrong ones; earlier ones lack what
+# is imported below.
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 5):
+    raise ImportError(
+        f"transformers {transformers.__version__} must be 5.5 or newer for this model's caches; "
+        "pip install --upgrade 'transformers>=5.5,<6'"
+    )
+
 from transformers import DynamicCache, GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -31,14 +40,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.llama.modeling_llama import LlamaMLP, apply_rotary_pos_emb
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
-
-# Caches of releases before it count their columns otherwise, and a model would go on from the wrong ones.
-MIN_TRANSFORMERS = (5, 5)
-if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < MIN_TRANSFORMERS:
-    raise ImportError(
-        f"transformers {transformers.__version__} must be 5.5 or newer for this model's caches; "
-        "pip install --upgrade 'transformers>=5.5,<6'"
-    )
 
 # Scores alive at once, in elements: prompts are attended block by block to stay below.
 MAX_BLOCK_SCORES = 2**24

@@ -2,9 +2,12 @@
 
 import json
 import logging
+import runpy
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache, pipeline
 
+from dash_megatron.hf import modeling_dash
 from dash_megatron.hf.export import export_run
 from dash_megatron.hf.importing import import_folder
 from dash_megatron.hf.modeling_dash import entmax
@@ -381,3 +385,14 @@ def test_a_scaling_added_by_hand_keeps_the_base(write_run: Callable[..., Any], t
     assert model.config.rope_parameters == {**YARN, "rope_theta": 5e5}
     with pytest.raises(ValueError, match=r"rope_parameters=.* and rope_scaling=.*yarn.* disagree"):
         import_folder(tmp_path / "hf", tmp_path / "start")
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.4.0"])
+def test_an_older_transformers_is_told_before_what_it_lacks(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = ModuleType("transformers")
+    older.__version__ = version  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "transformers", older)
+    with pytest.raises(ImportError, match=f"transformers {version} must be 5.5 or newer"):
+        runpy.run_path(modeling_dash.__file__)
