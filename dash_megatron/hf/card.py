@@ -94,7 +94,7 @@ On {report.num_tokens} random tokens this folder and the training model {same} d
 def _facts(config: Config, metrics: dict[str, Any], terms: str | None, selects: bool) -> str:
     facts = [
         "It needs torch, transformers from 5.5 on and safetensors.",
-        f"It was trained on rows of {config.data.seq_length:,} tokens. Nothing warns of longer texts, which it has not learnt.",
+        f"It was trained on rows of {config.data.seq_length:,} tokens; longer texts are computed, but were not learnt.",
         f"The license of the weights is {terms}." if terms else "The license of the weights is not named.",
     ]
     density = metrics.get("density")

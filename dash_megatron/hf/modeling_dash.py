@@ -49,6 +49,10 @@ ROPE_TYPES = ("linear", "llama3", "yarn", "longrope")
 # Columns whose queries, or keys of the router, a cache keeps beside those that the next token's router sees: so many can be
 # dropped again.
 SPARE_QUERIES = 64
+TOO_MANY_CROPPED = (
+    f"no more than {SPARE_QUERIES} columns can be cropped from a cache; begin with an empty one, or take shorter drafts "
+    "(prompt_lookup_num_tokens, num_assistant_tokens)"
+)
 
 
 class Router(NamedTuple):
@@ -138,8 +142,7 @@ def pool_queries(q: Tensor, past: Tensor | None, first: int, start: Tensor, quer
     if known < min(first, query_pool - 1):
         raise ValueError(
             f"the cache has {known} queries before column {first}, but the router of query_pool={query_pool} sees "
-            f"{min(first, query_pool - 1)}: no more than {SPARE_QUERIES} columns can be cropped from a cache; begin with an "
-            "empty one"
+            f"{min(first, query_pool - 1)}: {TOO_MANY_CROPPED}"
         )
     if past is not None and known:
         q = torch.cat([past[:, :, -known:].to(q.dtype), q], dim=2)
@@ -289,8 +292,8 @@ class _Summaries:
         past, known = columns - new, k.shape[2] - new
         if known < (past if self.summary is None else min(past, chunk_size - 1)):
             raise ValueError(
-                f"the cache has {known} keys of the router before column {past}, but a chunk has {chunk_size} tokens: no "
-                f"more than {SPARE_QUERIES} columns can be cropped from a cache; begin with an empty one"
+                f"the cache has {known} keys of the router before column {past}, but a chunk has {chunk_size} tokens: "
+                f"{TOO_MANY_CROPPED}"
             )
         if self.summary is None:
             past = 0
@@ -626,9 +629,11 @@ def rotary_frequencies(config: LlamaConfig) -> tuple[Tensor, float]:
     so that keys in a cache stay valid when a text grows past them.
 
     Raises:
-        ValueError: `rope_type` is unknown, or its frequencies change as a text grows.
+        ValueError: `rope_type` is unknown, its frequencies change as a text grows, or there is no base.
     """
     rope: Any = config.rope_parameters
+    if rope.get("rope_theta") is None:
+        raise ValueError(f"rope_parameters={rope} must have rope_theta, the base; add the one of config.json")
     kind = rope.get("rope_type", "default")
     if kind != "default" and kind not in ROPE_TYPES:
         raise ValueError(
@@ -786,8 +791,15 @@ def _row_starts(mask: Tensor | None, cache: Cache | None, x: Tensor) -> tuple[Te
             )
         real = mask.bool()
         begins = real & ~F.pad(real[:, :-1], (1, 0))
-        if bool((begins.sum(1) != 1).any()):
-            raise ValueError("attention_mask must have tokens in every row, and no padding between them")
+        if not bool(real.any(1).all()):
+            raise ValueError(
+                "attention_mask must have tokens in every row; where a prompt comes in pieces (prefill_chunk_size), already in the "
+                "first one: make pieces longer than the padding"
+            )
+        if bool((begins.sum(1) > 1).any()):
+            raise ValueError(
+                "attention_mask must have no padding between tokens, and what continues a row stands behind its padding"
+            )
         start = begins.int().argmax(1)
         if known is not None and not torch.equal(start, known):
             raise ValueError("attention_mask must keep the padding that the cache was filled with")

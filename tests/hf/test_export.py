@@ -49,7 +49,7 @@ def test_every_layout_exports_its_weights(
         assert torch.equal(tensors["model.embed_tokens.weight"], weights["embedding.word_embeddings.weight"])
     card = (tmp_path / "out" / "zero1" / "README.md").read_text()
     assert "| loss |" in card
-    assert "- It was trained on rows of 128 tokens." in card
+    assert "- It was trained on rows of 128 tokens;" in card
     assert re.search(r"attended to \d+% of the chunks of 16 tokens up to its own", card)
     assert "- The license of the weights is not named." in card
     settings = card.partition("```yaml\n")[2].partition("```")[0]

@@ -204,8 +204,11 @@ def test_masks_with_holes_and_caches_of_other_kinds_are_errors(
     model, *_ = exported("dash")
     mask = torch.ones_like(tokens)
     mask[0, 5] = 0
-    with pytest.raises(ValueError, match="no padding between them"):
+    with pytest.raises(ValueError, match="no padding between tokens"):
         model(tokens, attention_mask=mask)
+    mask[0] = torch.arange(200) >= 150
+    with pytest.raises(ValueError, match="tokens in every row; where a prompt comes in pieces"):
+        model.generate(tokens, attention_mask=mask, prefill_chunk_size=100, max_new_tokens=2)
     model.config.sliding_window, model.config.layer_types = 8, ["sliding_attention"] * 2
     with pytest.raises(ValueError, match="beside a dynamic or static cache only"):
         model(tokens, past_key_values=StaticCache(config=model.config, max_cache_len=256))

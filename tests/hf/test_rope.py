@@ -72,6 +72,14 @@ def test_the_model_file_refuses_frequencies_that_training_does_not_know(kind: st
         of_the_model_file(config)
 
 
+def test_a_scaling_given_in_place_of_the_files_must_name_the_base() -> None:
+    config = dense_config({"rope_type": "linear", "factor": 4.0})
+    # as AutoModelForCausalLM.from_pretrained(..., rope_scaling={...}) does
+    config.rope_scaling = YARN
+    with pytest.raises(ValueError, match="must have rope_theta"):
+        of_the_model_file(config)
+
+
 @pytest.mark.parametrize("name", SCALINGS)
 @torch.no_grad()
 def test_a_dense_model_with_scaled_rope_goes_on_as_it_was(
