@@ -32,8 +32,10 @@ def llama_config(config: Config, vocab_size: int, dtype: torch.dtype, end_token:
             layer for layer in range(model.layers) if attention.kind_of(layer) == "full"
         ],
     }
+    is_llama = not (attention.sparse_layers(model.layers) or model.qk_norm or model.qkv_bias)
     found = LlamaConfig(
-        architectures=["LlamaForCausalLM"],
+        # by which others than transformers choose a class, whether or not they are to trust the folder's
+        architectures=["LlamaForCausalLM" if is_llama else "DashForCausalLM"],
         dtype=dtype,
         vocab_size=vocab_size,
         hidden_size=model.hidden_size,

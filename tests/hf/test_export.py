@@ -121,6 +121,8 @@ def test_transformers_loads_a_dense_llama_and_names_what_it_ignores(
     export_run(config.run_dir, tmp_path / "full", dtype="float32")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "full").eval()
     assert type(model) is LlamaForCausalLM
+    # by which others than transformers choose a class
+    assert model.config.architectures == ["LlamaForCausalLM"]
     torch.testing.assert_close(
         model(tokens).logits, training_logits(config, weights, tokens), atol=1e-4, rtol=0
     )
@@ -133,6 +135,7 @@ def test_transformers_loads_a_dense_llama_and_names_what_it_ignores(
     export_run(config.run_dir, tmp_path / "dash", dtype="float32")
     assert "Llama, which attends to everything" in (tmp_path / "dash" / "README.md").read_text()
     model, info = LlamaForCausalLM.from_pretrained(tmp_path / "dash", output_loading_info=True)
+    assert model.config.architectures == ["DashForCausalLM"]
     assert set(info["unexpected_keys"]) == {f"model.layers.{layer}.self_attn.indexer_q" for layer in (0, 1)}
     assert not info["missing_keys"]
     first = model(tokens[:, :16]).logits  # inside the first chunk nothing is routed
