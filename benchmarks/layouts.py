@@ -153,7 +153,9 @@ def _overrides(kind: str, options: argparse.Namespace) -> list[str]:
     """Of all layouts of a kind of attention."""
     from benchmarks.inputs import TINY_STEP
 
-    return [*ROUTER, *(TINY_STEP if options.tiny else []), *options.overrides, f"attention.kind={kind}"]
+    # the smallest chunks of which trained routers' choices are there
+    tiny = [*TINY_STEP, "attention.chunk_size=32"] if options.tiny else []
+    return [*ROUTER, *tiny, *options.overrides, f"attention.kind={kind}"]
 
 
 def _layouts(config: str, kind: str, options: argparse.Namespace) -> list[tuple[int, str]]:

@@ -25,7 +25,6 @@ from tests.conftest import NO_GPU, run_python
 ROOT = Path(__file__).parents[2]
 SHAPE = ["model.layers=1", "model.heads=4", "model.head_dim=16", "attention.backend=triton"]
 SHAPE += [
-    "attention.chunk_size=32",
     "data.seq_length=128",
     "attention.query_pool=2",
     "attention.pool_heads=true",
