@@ -770,17 +770,19 @@ def _documents(position_ids: Tensor, mask: Tensor | None, start: Tensor) -> list
     return edges.diff().tolist()
 
 
-def _row_starts(mask: Tensor | None, cache: Cache | None, x: Tensor) -> tuple[Tensor, int]:
+def _row_starts(mask: Tensor | None, cache: Any, x: Tensor) -> tuple[Tensor, int]:
     """Column of each row's first token, int64 [B], and the latest of them; a cache remembers both.
 
-    Once a cache has tokens, masks on other devices than CPU are not looked at: the host would wait at every token.
+    Once a cache has tokens, masks on other devices than CPU are looked at only where rows ended with padding: the host would
+    wait at every token.
 
     Raises:
         ValueError: the mask is not of shape [B, S], has padding between tokens, or moved a row's first token.
     """
     layer = dash_layer(cache, 0) if cache is not None else None
     known = layer.start if layer is not None and layer.get_seq_length() > 0 else None
-    if layer is not None and known is not None and (mask is None or x.device.type != "cpu"):
+    is_looked_at = x.device.type == "cpu" or getattr(cache, "ends_with_padding", False)
+    if layer is not None and known is not None and (mask is None or not is_looked_at):
         return known, layer.latest_start
     if mask is None:
         start, latest = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device), 0
@@ -798,12 +800,15 @@ def _row_starts(mask: Tensor | None, cache: Cache | None, x: Tensor) -> tuple[Te
             )
         if bool((begins.sum(1) > 1).any()):
             raise ValueError(
-                "attention_mask must have no padding between tokens, and what continues a row stands behind its padding"
+                "attention_mask must have no padding between tokens; rows that are to go on are padded in front, as by a tokenizer of "
+                "padding_side='left'"
             )
         start = begins.int().argmax(1)
         if known is not None and not torch.equal(start, known):
             raise ValueError("attention_mask must keep the padding that the cache was filled with")
         latest = int(start.max())
+        if cache is not None:
+            cache.ends_with_padding = not bool(real[:, -1].all())
     if layer is not None:
         layer.start, layer.latest_start = start, latest
     return start, latest

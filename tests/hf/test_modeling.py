@@ -198,6 +198,22 @@ def test_a_cropped_cache_goes_on_from_where_it_was_cut(
     torch.testing.assert_close(logits, model(other).logits[:, 75:], atol=TOLERANCE, rtol=0)
 
 
+def test_rows_that_end_with_padding_do_not_go_on(exported: Callable[..., Any], tokens: Tensor) -> None:
+    model, *_ = exported("dash")
+    mask, cache = torch.ones_like(tokens[:, :50]), DynamicCache()
+    mask[1, 40:] = 0
+    for columns in (45, 50):  # a prompt in pieces may
+        first = cache.get_seq_length()
+        model(tokens[:, first:columns], attention_mask=mask[:, :columns], past_key_values=cache)
+    longer = F.pad(mask, (0, 1), value=1)
+    with pytest.raises(ValueError, match="padded in front"):
+        model(tokens[:, 50:51], attention_mask=longer, past_key_values=cache)
+    # nor where masks of further tokens are not looked at otherwise
+    elsewhere = torch.empty(2, 1, 8, device="meta")
+    with pytest.raises(ValueError, match="padded in front"):
+        sys.modules[type(model).__module__]._row_starts(longer, cache, elsewhere)
+
+
 def test_masks_with_holes_and_caches_of_other_kinds_are_errors(
     exported: Callable[..., Any], tokens: Tensor
 ) -> None:
