@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dash_megatron.agreement import largest
 from dash_megatron.checkpoint import files
 from dash_megatron.checkpoint.folder import (
     DESCRIPTION,
@@ -97,9 +98,7 @@ class Checkpointer:
         """
         if self._writing is None:
             return
-        running = torch.tensor(self._writing.thread.is_alive(), dtype=torch.int32)
-        dist.all_reduce(running, dist.ReduceOp.MAX)
-        if not running:
+        if not largest(torch.tensor(self._writing.thread.is_alive(), dtype=torch.int32)):
             self._publish()
 
     def finish(self) -> None:

@@ -10,7 +10,8 @@ import threading
 import time
 
 import torch
-import torch.distributed as dist
+
+from dash_megatron.agreement import largest
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +88,7 @@ def agree_to_stop(stop: bool, skipped: bool) -> bool:
     Raises:
         RuntimeError: some processes made an update that others skipped, so that their weights differ.
     """
-    flags = torch.tensor([stop, skipped, not skipped], dtype=torch.int32)
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    flags = largest(torch.tensor([stop, skipped, not skipped], dtype=torch.int32))
     if flags[1] and flags[2]:
         raise RuntimeError(
             "some processes found this step's loss or gradient wrong and others did not, although both are sums over "

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from torch.distributed import TCPStore
 
 from dash_megatron.exit_codes import ExitCode
+from dash_megatron.parallel import Launch, destroy_process_groups, join_processes
 from dash_megatron.training.metrics import read_metrics
-from dash_megatron.training.stop import StopSignals
+from dash_megatron.training.stop import StopSignals, agree_to_stop
 from tests.conftest import Started, train_command
 from tests.training.test_resume import EXACT, run_of
 from tests.training.workers import train_all
@@ -159,3 +161,13 @@ def test_a_run_folder_that_cannot_be_written_is_exit_code_2(
     assert code == ExitCode.CONFIG_ERROR, output
     assert f"error: cannot write to run_dir={tmp_path}/file/run: Not a directory" in output
     assert "Traceback" not in output
+
+
+def test_processes_agree_to_stop_without_a_ring_of_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    join_processes(Launch(rank=0, world_size=1, local_rank=0))
+    monkeypatch.delattr(torch.distributed, "all_reduce")
+    try:
+        assert agree_to_stop(True, False)
+        assert not agree_to_stop(False, True)
+    finally:
+        destroy_process_groups()
