@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +20,11 @@ from dash_megatron.ranks import Launch
 
 _SOCKETS_PER_PROCESS = 9
 """Connections to each other process, at most: one for each group that both are in, each of which gloo connects whole, and on rank
-0 one of the rendezvous. Of the groups 8 can be of all processes."""
+0 one of the rendezvous."""
+
+
+_OWN_GROUPS = ("DATA_PARALLEL", "CONTEXT_PARALLEL", "TENSOR_MODEL_PARALLEL")
+"""Megatron's names of groups over which training communicates, at times over several at once."""
 
 
 def init_process_groups(
@@ -120,17 +127,39 @@ def _places(values: list[str], value: str) -> list[int]:
 
 def make_model_groups(parallel: ParallelConfig, timeout_minutes: float = 30) -> None:
     """Make Megatron's groups of the processes that joined; collective."""
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        context_parallel_size=parallel.context,
-        # copies of groups for an optimizer of Megatron's, each of which would connect all processes once more
-        create_gloo_process_groups=False,
-        distributed_timeout_minutes=timeout_minutes,  # type: ignore[arg-type]
-    )
+    with _sharing_the_group_of_all():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            context_parallel_size=parallel.context,
+            # copies of groups for an optimizer of Megatron's, each of which would connect all processes once more
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=timeout_minutes,  # type: ignore[arg-type]
+        )
     # sequence parallel regions fork a random state for dropout, of which there is none: this kind forks nothing
     initialize_rng_tracker(inference_rng_tracker=True)
     if parallel.tensor > 1 and not torch.cuda.is_available():
         _let_megatron_allocate_on_cpu()
+
+
+@contextlib.contextmanager
+def _sharing_the_group_of_all() -> Iterator[None]:
+    """Meanwhile Megatron makes no group of all processes but those that training communicates over.
+
+    Others are the one that there is. Gloo connects each group whole: 512 processes send half a million messages to the store for
+    each of all.
+    """
+    create = parallel_state.create_group
+
+    def create_or_share(ranks: list[int], *arguments: Any, group_desc: str, **options: Any) -> Any:
+        if len(ranks) == dist.get_world_size() and not group_desc.startswith(_OWN_GROUPS):
+            return dist.group.WORLD
+        return create(ranks, *arguments, group_desc=group_desc, **options)
+
+    parallel_state.create_group = create_or_share
+    try:
+        yield
+    finally:
+        parallel_state.create_group = create
 
 
 def destroy_model_groups() -> None:

@@ -3,11 +3,15 @@
 import resource
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dash_megatron import ranks
+from dash_megatron.config import ParallelConfig
 from dash_megatron.parallel import groups, read_launch
 
 TORCHRUN = {
@@ -162,8 +166,32 @@ def test_as_many_files_may_be_open_as_connections_to_hundreds_of_processes_need(
     monkeypatch.setattr(groups, "pick_device", lambda _: torch.device("cpu"))
     launch = read_launch({**SRUN, "SLURM_STEP_NUM_TASKS": "512"})
     groups.join_processes(launch)
-    # a connection to each other process in each of 8 groups, and to the rendezvous
+    # connections to each other process in up to 8 groups, and to the rendezvous
     assert allowed[0] > 2 * 9 * 512
     limits[:] = [1024, 4096]
     with pytest.raises(ValueError, match=r"512 processes: .* and may have 4096 .*; ask for a higher limit"):
         groups.join_processes(launch)
+
+
+@pytest.mark.parametrize(("tensor", "context", "of_all"), [(1, 1, 2), (1, 8, 1), (8, 8, 0)])
+def test_of_512_processes_none_is_in_more_groups_of_all_than_training_needs(
+    tensor: int, context: int, of_all: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    new_group = dist.new_group
+
+    def counted(ranks: list[int], **options: Any) -> Any:
+        made.append(len(ranks))
+        return new_group(ranks, **options)
+
+    monkeypatch.setattr(dist, "new_group", counted)
+    dist.init_process_group("fake", rank=77, world_size=512, store=FakeStore())
+    try:
+        groups.make_model_groups(ParallelConfig(tensor=tensor, context=context))
+        sizes = [dist.get_world_size(group()) for group in (groups.gradient_group, groups.tensor_group)]
+        assert sizes == [512 // tensor, tensor]
+        groups.destroy_model_groups()
+        assert dist.get_world_size() == 512
+    finally:
+        groups.destroy_process_groups()
+    assert made.count(512) == of_all
