@@ -75,7 +75,7 @@ def test_the_model_file_refuses_frequencies_that_training_does_not_know(kind: st
 def test_a_scaling_given_in_place_of_the_files_must_name_the_base() -> None:
     config = dense_config({"rope_type": "linear", "factor": 4.0})
     # as AutoModelForCausalLM.from_pretrained(..., rope_scaling={...}) does
-    config.rope_scaling = YARN
+    config.rope_scaling = {**YARN}  # which transformers adds to
     with pytest.raises(ValueError, match="must have rope_theta"):
         of_the_model_file(config)
 
