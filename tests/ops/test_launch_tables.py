@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -129,6 +130,25 @@ def test_keys_over_pairs_take_chunks_side_by_side_up_to_64_in_steps_of_64_rows(o
                 launches = configs.find_launches(on_h200, torch.bfloat16, head_dim, chunk_size, group)
                 assert launches.pairs == Config(4, stages, block=64, keys=64)
                 assert launches.pair_parts == 32 * 132
+
+
+@pytest.mark.parametrize("kib", [99, 163, 227])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_what_a_program_holds_fits_into_the_shared_memory_of(kib, itemsize):
+    """On an L40S, an A100 and an H200; compiled for an L40S, kernels took no more than is counted here."""
+    for head_dim, chunk_size, group in product((64, 128, 256), (16, 32, 64, 128), (1, 4, 32)):
+        rule = configs._rule(itemsize, head_dim, chunk_size, group, kib * 1024)
+        row_bytes = head_dim * itemsize
+        rows = max(16, group, min(rule["tile_rows"], chunk_size * group))
+        held = {
+            "attend": rows + 2 * rule["attend"]["keys"] * rule["attend"]["num_stages"],
+            "queries": 2 * rows + 2 * rule["queries"]["keys"] * rule["queries"]["num_stages"],
+            "keys": 2 * rule["keys"]["keys"] + 2 * rule["keys"]["block"] * rule["keys"]["num_stages"],
+        }
+        for stage, count in held.items():
+            # what changes of layout took
+            more = 16 * 1024 if stage == "keys" and rule["keys"]["keys"] > 16 else 0
+            assert count * row_bytes + more <= kib * 1024, (stage, head_dim, chunk_size, group)
 
 
 def test_a_table_with_a_configuration_that_faults_is_refused(on_h200, monkeypatch):

@@ -30,6 +30,8 @@ PLAIN, HOPPER, HOPPER_OVERLAP = "plain", "hopper", "hopper-overlap"
 # Of Hopper, for tensors that are not on a GPU: what the interpreter runs should be what a GPU would.
 DEFAULT_SHARED_BYTES = 227 * 1024
 DEFAULT_MULTIPROCESSORS = 4
+# What changes of layout may take of it.
+LAYOUT_BYTES = 40 * 1024
 # Programs a multiprocessor that share the pairs of keys and values. Those that run at the same time then work on few
 # chunks of one head, whose rows stay in the L2 cache; each leaves sums in at most two slots, 528 MiB on an H200 with heads of 128.
 PAIR_PARTS_PER_MULTIPROCESSOR = 32
@@ -144,6 +146,13 @@ def stages_that_fit(most: int, fixed_bytes: int, bytes_per_stage: int, shared_by
     return most
 
 
+def keys_that_fit(most: int, fixed_bytes: int, row_bytes: int, shared_bytes: int) -> int:
+    """As many keys with their values as fit, at least 16: on a GPU with 99 KiB half as many where rows have 512 bytes and more."""
+    while most > 16 and fixed_bytes + 2 * most * row_bytes > shared_bytes:
+        most //= 2
+    return most
+
+
 def _over_lists(itemsize: int, head_dim: int, chunk_size: int, rows: int, shared_bytes: int) -> Entry:
     """Attend and queries, which walk over the list of a query tile of `rows` rows.
 
@@ -171,7 +180,7 @@ def _over_lists(itemsize: int, head_dim: int, chunk_size: int, rows: int, shared
         "queries": {
             "num_warps": 8 if keys * row_bytes > 128 * 128 else warps,
             "num_stages": stages_that_fit(queries_stages, 2 * tile_bytes, step_bytes, shared_bytes),
-            "keys": keys,
+            "keys": keys_that_fit(keys, 2 * tile_bytes, row_bytes, shared_bytes + LAYOUT_BYTES),
             "maxnreg": 128 if several and head_dim <= 64 and warps == 8 else None,
         },
     }
@@ -200,14 +209,14 @@ def _over_summaries(itemsize: int, head_dim: int, rows: int, shared_bytes: int) 
 def _rule(itemsize: int, head_dim: int, chunk_size: int, group: int, shared_bytes: int) -> Entry:
     """A configuration that fits any shape: smaller tiles for wider heads and float32."""
     padded_group = next_power_of_two(group)
-    # some goes to changes of layout
-    pair_bytes, shared_bytes = shared_bytes // 2 - 8 * 1024, shared_bytes - 40 * 1024
+    pair_bytes, shared_bytes = shared_bytes // 2 - 8 * 1024, shared_bytes - LAYOUT_BYTES
     row_bytes = next_power_of_two(head_dim) * itemsize
     tile_rows = 128 if row_bytes <= 256 else 64 if row_bytes <= 512 else 32
     rows = max(16, padded_group, min(tile_rows, chunk_size * padded_group))
-    keys = max(16, min(chunk_size, 32768 // row_bytes))
-    step_bytes = 2 * keys * row_bytes
     step = max(16, min(rows, 64 if row_bytes <= 256 else 32))
+    keys = max(16, min(chunk_size, 32768 // row_bytes))
+    keys = keys_that_fit(keys, 2 * step * row_bytes, row_bytes, shared_bytes + LAYOUT_BYTES - 16 * 1024)
+    step_bytes = 2 * keys * row_bytes
     wide = keys * row_bytes > 128 * 128
     keys_stages = stages_that_fit(2, step_bytes, 4 * step * row_bytes, shared_bytes)
     # Two programs a multiprocessor. Neighbouring chunks of fewer than 64 keys are taken side by side, whatever is selected: on an
