@@ -25,6 +25,7 @@ from dash_megatron.data.index_cache import cached_index
 from dash_megatron.data.sidecar import Sidecar
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.exit_codes import machine_name
+from dash_megatron.files import path_for_message
 from dash_megatron.open_files import allow_open_files
 
 with warnings.catch_warnings():
@@ -221,6 +222,7 @@ def _open_pass(
     prefix: str, sidecar: Sidecar, seq_length: int, seed: int, tokenizer: Tokenizer, cache_dir: Path, split_name: str
 ) -> _OnePass:  # fmt: skip
     """One pass over a prefix, with its files open already, so that the next blend counts them among the open files."""
+    _check_is_here(prefix)
     if sidecar.answer_tokens is not None:
         conversations = ConversationRows(prefix, seq_length, seed, tokenizer.eod)
         conversations.open()
@@ -229,6 +231,15 @@ def _open_pass(
     documents = _one_pass(prefix, sidecar, seq_length, seed, tokenizer, cache_dir, split_name)
     _check_same_size(documents.dataset.bin_reader.open(), prefix, sidecar)  # type: ignore[attr-defined]
     return documents
+
+
+def _check_is_here(prefix: str) -> None:
+    """Look for the files that rank 0 has checked on this machine: Megatron would end in an assertion, after the order is made."""
+    for path in (f"{prefix}.idx", f"{prefix}.bin"):
+        if not os.path.exists(path):
+            raise FileNotFoundError(
+                f"{path_for_message(path)} does not exist on {machine_name()}, but on rank 0's machine; copy it there too"
+            )
 
 
 def _check_same_size(file: int, prefix: str, sidecar: Sidecar) -> None:

@@ -334,8 +334,8 @@ def _build_what_rank_0_checked(rank, folder, tokenizer, results):
     read: list[str] = []
     sidecar.edges_digest = lambda path: read.append(str(path)) or edges_digest(path)
     told = []
-    # on rank 1's machine the last is another copy, which was cut
-    for name in ("whole", "damaged", "cut" if rank else "whole"):
+    # on rank 1's machine the third is another copy, which was cut, and the last is not there
+    for name in ("whole", "damaged", "cut" if rank else "whole", "nowhere" if rank else "whole"):
         try:
             build_dataset(
                 [str(folder / name)],
@@ -345,13 +345,13 @@ def _build_what_rank_0_checked(rank, folder, tokenizer, results):
                 tokenizer=tokenizer,
                 cache_dir=folder / "cache",
             )
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             told.append(str(error))
     results.put((rank, told, len(read)))
     torch.distributed.barrier()
 
 
-def test_rank_0_checks_the_data_of_all_and_others_the_size_of_theirs(write_data, tokenizer, tmp_path):
+def test_rank_0_checks_the_data_of_all_and_others_that_theirs_is_as_large(write_data, tokenizer, tmp_path):
     for name in ("whole", "damaged", "cut"):
         write_data(tmp_path / name, numbered(0, 40))
     os.truncate(tmp_path / "damaged.bin", 1000)
@@ -367,10 +367,11 @@ def test_rank_0_checks_the_data_of_all_and_others_the_size_of_theirs(write_data,
     for rank in ranks:
         rank.start()
     found = {rank: rest for rank, *rest in (results.get(timeout=60) for _ in ranks)}
-    assert [len(found[rank][0]) for rank in range(2)] == [1, 2]
+    assert [len(found[rank][0]) for rank in range(2)] == [1, 3]
     assert found[0][0][0] == found[1][0][0]
     assert re.search(r"damaged\.bin has 1000 bytes and must have 2000 .*truncated", found[1][0][0])
     assert re.search(r"cut\.bin has 1000 bytes on \S+ and 2000 on rank 0's machine", found[1][0][1])
+    assert re.search(r"nowhere\.idx does not exist on \S+, but on rank 0's machine", found[1][0][2])
     assert found[0][1] > 0
     assert found[1][1] == 0
 
