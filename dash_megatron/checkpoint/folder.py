@@ -80,7 +80,7 @@ def check_initial_folder(folder: str | Path) -> None:
     folder = Path(folder)
     run, step = run_and_step(folder)
     steps = finished_steps(run)
-    if step in (None, *steps) if steps else (run / MODEL_SECTIONS).is_file():
+    if step in (None, *steps) if steps else (folder / MODEL_SECTIONS).is_file():
         return
     problem = f"has neither checkpoints nor {MODEL_SECTIONS}" if folder.is_dir() else "does not exist"
     if steps:

@@ -162,6 +162,10 @@ def test_a_run_begins_with_an_earlier_checkpoint_that_is_named(
     assert all(torch.equal(found[name], value) for name, value in weights.items())
     with pytest.raises(FileNotFoundError, match=r"step_00000007 does not exist, but steps 1, 2 do; name a"):
         check_initial_folder(named.with_name("step_00000007"))
+    (tmp_path / "imported").mkdir()
+    (tmp_path / "imported" / "model.yaml").touch()
+    with pytest.raises(FileNotFoundError, match=r"step_00000007 does not exist; name a run"):
+        check_initial_folder(tmp_path / "imported" / "checkpoints" / "step_00000007")
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
