@@ -360,7 +360,9 @@ class DashStaticLayer(_Summaries, StaticLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the newest columns, whose number is given below zero; transformers does from 5.24 on."""
         if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove={tokens_to_remove} must be below zero: how many columns to drop")
+            raise ValueError(
+                f"tokens_to_remove={tokens_to_remove} must be below zero: how many columns to drop"
+            )
         self.cumulative_length += tokens_to_remove
         self.filled += tokens_to_remove
         self.drop(-tokens_to_remove)
