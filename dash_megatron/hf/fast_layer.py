@@ -252,13 +252,10 @@ class FastLayer(CacheLayerMixin):
             self._store.lengths.zero_()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the newest columns, whose number is given below zero."""
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"tokens_to_remove={tokens_to_remove} must be negative: how many columns to drop"
-            )
-        dropped = min(-tokens_to_remove, self.columns)
-        if dropped:
+        """Drop the newest columns, whose number is given below zero; above it, as of older transformers, how many are left."""
+        left = tokens_to_remove if tokens_to_remove > 0 else self.columns + tokens_to_remove
+        dropped = self.columns - max(0, left)
+        if dropped > 0:
             self.columns -= dropped
             for ring, seen in self.rings.items():
                 self.known[ring] = max(0, min(self.known[ring], seen + SPARE_QUERIES) - dropped)
