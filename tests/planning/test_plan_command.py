@@ -162,18 +162,22 @@ def test_another_gpu_has_its_own_speed_and_memory(capsys: pytest.CaptureFixture[
         assert a100["seconds_parts"][part] / h200["seconds_parts"][part] == pytest.approx(989 / 312)
 
 
-def test_only_the_gpu_in_the_table_of_launches_attends_over_pairs(capsys: pytest.CaptureFixture[str]) -> None:
-    # an H100 is as fast as an H200; tiles of which every token selects for itself are where pairs are worth it
+def test_gpus_without_launches_of_their_own_or_like_theirs_attend_over_tiles(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # tiles of which every token selects for itself are where pairs are worth it
     for routing, longer in (("1.5", False), ("7", True)):
-        h200, h100 = (
+        h200, h100, a100 = (
             _layouts(
                 capsys, "--gpu", gpu, "--memory-gib", "140", "--routing", routing, "parallel.context_comm=a2a"
-            )
-            for gpu in ("H200", "H100")
+            )["configured"]["seconds_parts"]["attention"]
+            for gpu in ("H200", "H100", "A100")
         )
-        seconds = [plan["configured"]["seconds_parts"]["attention"] for plan in (h200, h100)]
-        assert (seconds[1] > 1.1 * seconds[0]) == longer
-        assert (seconds[1] == seconds[0]) != longer
+        # an H100 is as fast as an H200, and an A100 by as much slower as its products are
+        assert h100 == h200
+        slower = a100 / h200 * 312 / 989
+        assert (slower > 1.1) == longer
+        assert (slower == pytest.approx(1)) != longer
 
 
 def test_a_profile_corrects_compute_by_how_long_its_steps_took(
