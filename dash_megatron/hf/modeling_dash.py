@@ -777,15 +777,15 @@ def _documents(position_ids: Tensor, mask: Tensor | None, start: Tensor) -> list
 def _row_starts(mask: Tensor | None, cache: Any, x: Tensor) -> tuple[Tensor, int]:
     """Column of each row's first token, int64 [B], and the latest of them; a cache remembers both.
 
-    Once a cache has tokens, masks on other devices than CPU are looked at only where rows ended with padding: the host would
-    wait at every token.
+    Of a single token that goes on, masks on other devices than CPU are looked at only where rows ended with padding: the host
+    would wait at every token.
 
     Raises:
         ValueError: the mask is not of shape [B, S], has padding between tokens, or moved a row's first token.
     """
     layer = dash_layer(cache, 0) if cache is not None else None
     known = layer.start if layer is not None and layer.get_seq_length() > 0 else None
-    is_looked_at = x.device.type == "cpu" or getattr(cache, "ends_with_padding", False)
+    is_looked_at = x.device.type == "cpu" or x.shape[1] > 1 or getattr(cache, "ends_with_padding", False)
     if layer is not None and known is not None and (mask is None or not is_looked_at):
         return known, layer.latest_start
     if mask is None:

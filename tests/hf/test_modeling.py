@@ -212,10 +212,12 @@ def test_rows_that_end_with_padding_do_not_go_on(exported: Callable[..., Any], t
     longer = F.pad(mask, (0, 1), value=1)
     with pytest.raises(ValueError, match="padded in front"):
         model(tokens[:, 50:51], attention_mask=longer, past_key_values=cache)
-    # nor where masks of further tokens are not looked at otherwise
-    elsewhere = torch.empty(2, 1, 8, device="meta")
+    # nor where masks of single tokens are not looked at otherwise, wherever padding came in
+    cache = model(tokens[:, :30]).past_key_values
+    row_starts = sys.modules[type(model).__module__]._row_starts
+    row_starts(mask, cache, torch.empty(2, 20, 8, device="meta"))
     with pytest.raises(ValueError, match="padded in front"):
-        sys.modules[type(model).__module__]._row_starts(longer, cache, elsewhere)
+        row_starts(longer, cache, torch.empty(2, 1, 8, device="meta"))
 
 
 def test_masks_with_holes_and_caches_of_other_kinds_are_errors(
