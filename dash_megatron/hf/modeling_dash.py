@@ -43,6 +43,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 # Scores alive at once, in elements: prompts are attended block by block to stay below.
 MAX_BLOCK_SCORES = 2**24
+# Of the cache in outputs: transformers 5.24 has renamed it, and warns of the name before.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 MAX_NEWTON_STEPS = 100
 # Ways of scaling rotary frequencies that training knows; none changes as a text grows.
 ROPE_TYPES = ("linear", "llama3", "yarn", "longrope")
@@ -727,7 +729,8 @@ class DashModel(DashPreTrainedModel):
         cos, sin = self.rotary(position_ids, x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, start, latest_start, cache, documents)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache)
+        outputs: dict[str, Any] = {"last_hidden_state": self.norm(x), CACHE: cache}
+        return BaseModelOutputWithPast(**outputs)
 
     def _check_arguments(
         self,
@@ -871,9 +874,10 @@ class DashForCausalLM(DashPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-        )
+        found = {
+            "loss": loss,
+            "logits": logits,
+            CACHE: getattr(outputs, CACHE),
+            "hidden_states": outputs.hidden_states,
+        }
+        return CausalLMOutputWithPast(**found)

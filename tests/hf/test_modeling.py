@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache, pipeline
+from transformers.utils import generic
 
 from dash_megatron.hf import modeling_dash
 from dash_megatron.hf.export import export_run
@@ -283,6 +284,16 @@ def test_positions_of_padding_begin_no_document(exported: Callable[..., Any], to
     expected = model(tokens, attention_mask=mask).logits
     torch.testing.assert_close(found.logits[mask == 1], expected[mask == 1], atol=0, rtol=0)
     assert found.past_key_values.get_seq_length() == 200
+
+
+def test_generation_uses_no_name_that_transformers_warns_of(
+    exported: Callable[..., Any], tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(generic.logger, "warning_once", lambda text, *_: told.append(text))
+    model, *_ = exported("dash")
+    model.generate(tokens[:, :20], max_new_tokens=2, do_sample=False)
+    assert told == []
 
 
 def test_documents_in_one_row_have_no_cache_and_are_told_by_positions(
