@@ -215,6 +215,7 @@ def _rule(itemsize: int, head_dim: int, chunk_size: int, group: int, shared_byte
     rows = max(16, padded_group, min(tile_rows, chunk_size * padded_group))
     step = max(16, min(rows, 64 if row_bytes <= 256 else 32))
     keys = max(16, min(chunk_size, 32768 // row_bytes))
+    # compiled for an L40S, changes of layout took up to 16 KiB here, and none in the queries of `_over_lists`
     keys = keys_that_fit(keys, 2 * step * row_bytes, row_bytes, shared_bytes + LAYOUT_BYTES - 16 * 1024)
     step_bytes = 2 * keys * row_bytes
     wide = keys * row_bytes > 128 * 128
