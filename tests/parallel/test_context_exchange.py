@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -15,10 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dash_megatron.config import ParallelConfig
 from dash_megatron.ops import sharded_reference
+from dash_megatron.ops.shards import AttentionGradients, OutputGradient, RoutedQueries
 from dash_megatron.ops.types import Router
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
 from dash_megatron.parallel.context.attention import BackwardStart, sharded_dash_attention
 from dash_megatron.parallel.context.communication import ContextGroup, PendingTensor
+from dash_megatron.parallel.context.exchange import Ring
 from dash_megatron.parallel.context.heads import heads_for_rows, rows_for_heads
 from dash_megatron.parallel.context.layout import (
     shard_sequence,
@@ -369,6 +372,42 @@ def test_of_exchanges_only_that_which_gathers_all_keys_has_nothing_to_add_up(
     finally:
         destroy_process_groups()
     assert found == [True, True, False, False]
+
+
+class _SecondOfFour:
+    """A group of four ranks of which this process is the second; from the one before it comes what it sends itself."""
+
+    rank, size = 1, 4
+
+    def shift(self, x: torch.Tensor) -> PendingTensor:
+        return PendingTensor(x.clone(), [])
+
+
+def test_a_ring_forgets_the_gradients_of_a_window_before_those_of_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = Case(DOCUMENTS["one"])
+    layout = shard_sequence(case.cu_seqlens, 1, 4, CHUNK).chunks
+    q, k, v, w, d_out = (x[:96] for x in inputs_of(case))
+    router, group = Router(**case.settings), _SecondOfFour()
+    summary = sharded_reference.summarize(k, w, layout.queries, CHUNK).repeat(1, 4, 1)
+    routed = sharded_reference.route(q, summary, layout.queries, router)
+    queries = RoutedQueries(q, layout.queries, router, routed)
+    ring = Ring(sharded_reference, layout, cast(ContextGroup, group))
+    gradient = OutputGradient(d_out, ring.attend(queries, k, v), sharded_reference.new_d_prior(routed))
+    attend_backward = sharded_reference.attend_backward
+    before: list[weakref.ref[torch.Tensor]] = []
+
+    def noted(*arguments: Any) -> AttentionGradients:
+        assert all(gradient() is None for gradient in before)
+        found = attend_backward(*arguments)
+        before.extend(weakref.ref(x) for x in found[1:])
+        return found
+
+    monkeypatch.setattr(sharded_reference, "attend_backward", noted)
+    ring.attend_backward(gradient, queries, k, v)
+    # keys and values of the seven pieces, of eight, up to its own second one
+    assert len(before) == 2 * 7
 
 
 class _Names(TorchDispatchMode):

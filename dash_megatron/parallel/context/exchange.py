@@ -168,12 +168,14 @@ class Ring(ContextExchange):
             d_shard = torch.zeros((2, *k_shard.shape), dtype=wide, device=k.device)
             for keys in self._windows(owner, k):
                 part = self.stages.attend_backward(gradient, queries, k_shard, v_shard, keys)
-                dq = part.q if dq is None else dq + part.q
-                d_shard += torch.stack([part.k, part.v])
+                dq = part.q if dq is None else dq.add_(part.q)
+                d_shard[0] += part.k
+                d_shard[1] += part.v
+                del part  # there is no room for it beside the next one
             if owner == group.rank:
                 own = d_shard
             else:
-                away = group.shift(d_shard if away is None else d_shard + away.wait())
+                away = group.shift(d_shard if away is None else d_shard.add_(away.wait()))
         assert dq is not None
         home, coming, n = own, away, len(k)
         assert home is not None
