@@ -98,9 +98,11 @@ def _exchange_bytes(shape: ContextShape, layout: Layout) -> tuple[float, float]:
         # `sparse` fetches all chunks until the router has learnt to select
         return layout.context * own, layout.context * backward
     if layout.context_comm == "p2p":
-        # sums of queries and of keys so far, and what the shard that is here adds; of keys also what has come and what leaves
+        # the sums of queries and of the shard that is here, and what a piece of it adds; also those of the own shard and, from
+        # three ranks on, what has come and what leaves
         queries_float32 = 4 * shape.tokens * shape.heads * shape.head_dim
-        return 2 * own, 2 * own + 4 * shape.kv_float32_bytes + 2 * queries_float32
+        keys_float32 = (3 if layout.context == 2 else 5) * shape.kv_float32_bytes
+        return 2 * own, 2 * own + keys_float32 + 2 * queries_float32
     heads = 2 * (shape.heads + shape.kv_heads + shape.routing_heads) * shape.head_dim * shape.element_bytes
     return shape.tokens * heads, 2 * shape.tokens * heads
 

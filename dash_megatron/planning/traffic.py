@@ -184,7 +184,7 @@ def exchange_copies(kind: ContextComm, shape: ContextShape) -> PassBytes:
         whole = 2 * a2a_exchange(shape).forward * P / (P - 1)
         return PassBytes(whole, whole)
     if kind == "p2p":
-        return PassBytes(forward=(4 + 14 * P) * out + 3 * kv, backward=6 * P * out + (12 + 18 * P) * kv)
+        return PassBytes(forward=(4 + 14 * P) * out + 3 * kv, backward=6 * P * out + (8 + 14 * P) * kv)
     if kind == "all_gather":
         # keys and values are sent as they are, unless they are padded to those of the largest rank
         return PassBytes(forward=0.0, backward=(1 + 4 * P) * kv)

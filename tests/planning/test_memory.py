@@ -196,18 +196,21 @@ def test_lists_have_room_for_all_chunks_until_2_gib_and_for_the_listed_ones_abov
 
 
 @pytest.mark.parametrize(
-    ("kind", "forward", "backward"),
+    ("kind", "ranks", "forward", "backward"),
     # K and V of one of 2 ranks are 2 x 128 x 2 x 16 x 2 = 16384 bytes, twice that in float32, as have its 4 heads of queries;
     # summaries 2 x 2 x 16 x 2
     [
-        ("all_gather", 2 * 16512, 2 * (3 * 16512 + 32768)),
-        ("sparse", 2 * 16512, 2 * (3 * 16512 + 32768)),
-        ("p2p", 2 * 16512, 2 * 16512 + 4 * 32768 + 2 * 32768),
-        ("a2a", 128 * 12 * 16 * 2, 2 * 128 * 12 * 16 * 2),
+        ("all_gather", 2, 2 * 16512, 2 * (3 * 16512 + 32768)),
+        ("sparse", 2, 2 * 16512, 2 * (3 * 16512 + 32768)),
+        ("p2p", 2, 2 * 16512, 2 * 16512 + 3 * 32768 + 2 * 32768),
+        ("p2p", 4, 16512, 16512 + 5 * 16384 + 2 * 16384),
+        ("a2a", 2, 128 * 12 * 16 * 2, 2 * 128 * 12 * 16 * 2),
     ],
 )
-def test_exchanges_hold_what_their_buffers_need(kind: ContextComm, forward: float, backward: float) -> None:
-    layout = Layout(1, 2, 1, 1, kind, "full")
+def test_exchanges_hold_what_their_buffers_need(
+    kind: ContextComm, ranks: int, forward: float, backward: float
+) -> None:
+    layout = Layout(1, ranks, 1, 1, kind, "full")
     shape = memory.context_shape(tiny(), layout)
     assert memory._exchange_bytes(shape, layout) == (forward, backward)
 

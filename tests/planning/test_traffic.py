@@ -47,7 +47,7 @@ def test_exchanges_send_what_a_hand_count_says(kind: ContextComm, forward: int, 
         ("all_gather", 0, (1 + 16) * 640),
         # laid out, and all of them gathered, in the backward twice
         ("sparse", 4 * 960 + 3 * 640 + 16 * 640, (7 + 16 + 32) * 640),
-        ("p2p", (4 + 56) * 960 + 3 * 640, 24 * 960 + (12 + 72) * 640),
+        ("p2p", (4 + 56) * 960 + 3 * 640, 24 * 960 + (8 + 56) * 640),
         # 10 tokens * 8 * 2 bytes * 16 heads, read and written once
         ("a2a", 2 * 2560, 2 * 2560),
     ],
