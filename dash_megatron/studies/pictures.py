@@ -169,12 +169,15 @@ def _loss_by_position(folders: dict[str, Path], rows: list[dict[str, Any]], path
 
 
 def _largest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the largest size that read most tokens; variants of several sizes get the size into their name."""
+    """The rows of the largest size that trained longest; variants of several sizes get the size into their name."""
     if not rows:
         return []
     # kinds of one size differ by a few parameters
-    most, largest = max(row["tokens"] for row in rows), max(row["parameters"] for row in rows)
-    shown = [row for row in rows if row["tokens"] == most and row["parameters"] > 0.9 * largest]
+    largest = max(row["parameters"] for row in rows)
+    of_size = [row for row in rows if row["parameters"] > 0.9 * largest]
+    # a budget of FLOPs gives larger models fewer tokens, and denser ones too where it is counted at the assumed density
+    lengths = [row["budget"] or row["tokens"] for row in of_size]
+    shown = [row for row, length in zip(of_size, lengths, strict=True) if length == max(lengths)]
     if len({row["size"] for row in shown}) > 1:
         shown = [{**row, "variant": f"{row['size']} ({row['variant']})"} for row in shown]
     return shown

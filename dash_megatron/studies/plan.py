@@ -50,6 +50,7 @@ def as_row(run: StudyRun) -> dict[str, Any]:
         "twin_of": list(run.twin_of),
         "base": run.base,
         "parameters": run.parameters,
+        "budget": run.budget,
         "tokens": run.tokens,
         "steps": run.config.training.steps,
         "seq_length": run.config.data.seq_length,

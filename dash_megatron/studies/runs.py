@@ -40,6 +40,8 @@ class StudyRun:
     size: str
     """Its settings in `model`, or its point's name."""
     parameters: int
+    budget: float | None
+    """What `budgets` gives it, in tokens, FLOPs or tokens a parameter; None: `training.steps` says how long it trains."""
     tokens: int
     density: float
     """The density that is assumed; for infllmv2 and nsa that of their lists, for full attention 1."""
@@ -246,7 +248,10 @@ def _make(study: Study, base: dict[str, Any], recipe: _Recipe) -> StudyRun:
         raise StudyError(f"run {name}: {error}") from error
     tokens = steps * config.training.global_batch * config.data.seq_length
     own = {**recipe.settings, **({} if recipe.seed is None else {"training.seed": recipe.seed})}
-    return StudyRun(name, config, own, variant, size, facts.parameters, tokens, density, context, cost)
+    budget = recipe.budget and recipe.budget[1]
+    return StudyRun(
+        name, config, own, variant, size, facts.parameters, budget, tokens, density, context, cost
+    )
 
 
 def _rough_config(tree: dict[str, Any], recipe: _Recipe) -> Config:

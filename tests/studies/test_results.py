@@ -150,6 +150,30 @@ def test_losses_over_training_are_a_line_for_each_seed_of_the_largest_runs(
     assert len(drawn) == 2
 
 
+@pytest.mark.parametrize("counted", ["dense", "assumed"])
+def test_runs_of_equal_flops_are_drawn_though_smaller_ones_read_more_tokens(
+    write_study: Write, monkeypatch: pytest.MonkeyPatch, counted: str
+) -> None:
+    budgets = {"flops": [2e10, 4e10], "flops_counted": counted}
+    path = write_study(points=SIZES[:2], twins=["full"], budgets=budgets, assume={"density": 0.4})
+    for run in runs_of(path):
+        finish(run, 3.0, None if run.config.attention.kind == "full" else 0.4)
+    lines: dict[str, Any] = {}
+    monkeypatch.setattr(
+        pictures, "_save", lambda figure, path, title: lines.update({path.name: figure.axes[0].lines})
+    )
+    study = load_study(path)
+    rows = collect(study)
+    drawn = pictures.draw_study(study, rows, {"variants": {}}, path.parent)
+    pictures.plt.close("all")
+    longest = [row["tokens"] for row in rows if row["size"] == "h64" and row["budget"] == 4e10]
+    assert max(longest) < max(row["tokens"] for row in rows if row["size"] == "h32")
+    curves = lines["curves.png"]
+    assert [line.get_label() for line in curves] == ["dash", "full"]
+    assert [line.get_xdata()[-1] for line in curves] == longest
+    assert {"position.png", "scores.png", "losses.png"} <= drawn.keys()
+
+
 def test_densities_are_joined_at_means_over_seeds_not_at_the_luckiest(
     write_study: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
