@@ -20,8 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
+from dash_megatron.agreement import agreed
 from dash_megatron.checkpoint.folder import check_own_folder
 from dash_megatron.exit_codes import ExitCode
 from dash_megatron.retry import retry
@@ -129,17 +128,9 @@ def own_run_folder(run_dir: str | Path) -> Owner | None:
     Raises:
         ValueError, OSError: on all processes, as `Owner`.
     """
-    owner: Owner | None = None
-    problem: list[ValueError | OSError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            owner = Owner(run_dir)
-        except (ValueError, OSError) as error:
-            problem[0] = error
-    dist.broadcast_object_list(problem)
-    if problem[0] is not None:
-        raise problem[0]
-    return owner
+    owners: list[Owner] = []
+    agreed(lambda: owners.append(Owner(run_dir)))
+    return owners[0] if owners else None
 
 
 def _this_process() -> dict[str, Any]:
