@@ -35,7 +35,6 @@ def main() -> int:
         if not launched_rank():
             print("loading torch, Megatron-core and DeepSpeed", flush=True)
         # imported late, so that a wrong config is told at once and before any process group exists
-        from dash_megatron.checkpoint.folder import CheckpointError
         from dash_megatron.parallel import destroy_process_groups
         from dash_megatron.training.stop import Halted
         from dash_megatron.training.trainer import Trainer
@@ -50,7 +49,7 @@ def main() -> int:
         code = trainer.train()
     except Halted as error:
         return tell_end(ExitCode.HALTED, f"halted: {error}")
-    except (CheckpointError, OSError) as error:
+    except OSError as error:
         return tell_end(ExitCode.FAULT, f"error: {error_text(error)}")
     if code == ExitCode.REQUEUE:
         tell_end(code)

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -26,10 +25,6 @@ DESCRIPTION = "checkpoint.json"
 """Of a checkpoint: the file that describes the others."""
 MODEL_SECTIONS = "model.yaml"
 """File of a folder that `convert from-hf` made, with the sections of a config that its weights belong to."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or moved; those published before are whole."""
 
 
 def checkpoint_folder(run_dir: str | Path) -> Path:
@@ -167,15 +162,6 @@ def agreed_steps(run_dir: str | Path) -> list[int]:
     return agreed(lambda: finished_steps(run_dir))
 
 
-def on_main(function: Callable[[], None]) -> str | None:
-    """Call a function on rank 0 and give the text of its OSError, or None, to all processes; collective."""
-    try:
-        agreed(function)
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
-
-
 def make_empty(folder: Path, seconds: float) -> None:
     """Make a folder, after removing what earlier processes left unfinished beside it.
 
@@ -211,11 +197,14 @@ def set_aside(folder: Path, problem: str) -> None:
     Args:
         folder: the checkpoint.
         problem: what is wrong with it, for the log.
+
+    Raises:
+        OSError: it cannot be renamed.
     """
     place = folder.with_name(folder.name + _DAMAGED)
     number = 1
     while place.exists():
         number += 1
         place = place.with_suffix(f"{_DAMAGED}{number}")
-    os.rename(folder, place)
+    retry(lambda: os.rename(folder, place), f"set {folder.name} aside, which is damaged", 0.0, folder)
     logger.warning("%s is damaged (%s): kept as %s and skipped", folder.name, problem, place.name)

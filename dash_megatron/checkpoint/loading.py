@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 
 import torch.distributed as dist
 from torch import Tensor
 
+from dash_megatron.agreement import agreed
 from dash_megatron.checkpoint.files import agreed_damage
 from dash_megatron.checkpoint.folder import (
-    CheckpointError,
     agreed_steps,
     checkpoint_folder,
     damaged_checkpoints,
-    on_main,
     set_aside,
     tag_of,
 )
@@ -40,7 +40,7 @@ def load_newest(engine: TrainingState, config: Config) -> StoredState | None:
     Raises:
         ValueError: the checkpoint is of another model or has more steps than the run is to have, or there are only damaged
             ones.
-        CheckpointError: a damaged one could not be set aside.
+        OSError: a damaged one could not be set aside, or files cannot be read.
     """
     step = _newest_undamaged(config)
     if step is None:
@@ -65,9 +65,7 @@ def _newest_undamaged(config: Config) -> int | None:
         problem = agreed_damage(place, config.checkpoint.retry_seconds)
         if problem is None:
             return step
-        failure = on_main(lambda place=place, problem=problem: set_aside(place, problem))  # type: ignore[misc]
-        if failure:
-            raise CheckpointError(failure)
+        agreed(functools.partial(set_aside, place, problem))
     if damaged := damaged_checkpoints(config.run_dir):
         raise ValueError(
             f"{folder} has no undamaged checkpoint, but {', '.join(damaged)}, set aside; restore one from a copy, or remove "

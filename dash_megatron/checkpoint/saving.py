@@ -14,15 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dash_megatron.agreement import largest
+from dash_megatron.agreement import agreed, largest
 from dash_megatron.checkpoint import files
 from dash_megatron.checkpoint.folder import (
     DESCRIPTION,
-    CheckpointError,
     checkpoint_folder,
     finished_steps,
     make_empty,
-    on_main,
     remove,
     tag_of,
 )
@@ -66,16 +64,14 @@ class Checkpointer:
             probe, probe_loss: a row of tokens and its loss under the weights that are saved.
 
         Raises:
-            CheckpointError: the one before could not be written.
+            OSError: the one before could not be written, or this one not begun; on all processes.
         """
         self.finish()
         begin = time.perf_counter()
         partial = self.folder / f"{tag_of(step)}.partial"
         tensors = self._copy_state()
         description = self._describe(step, trainer, probe_loss)
-        failure = on_main(lambda: make_empty(partial, self.config.checkpoint.retry_seconds))
-        if failure is not None:
-            raise CheckpointError(failure)
+        agreed(lambda: make_empty(partial, self.config.checkpoint.retry_seconds))
         rank = dist.get_rank()
 
         def write() -> dict[str, Any]:
@@ -94,7 +90,7 @@ class Checkpointer:
         """Publish the checkpoint that is being written, if all processes have written it; collective.
 
         Raises:
-            CheckpointError: a process could not write, or rank 0 could not publish.
+            OSError: a process could not write, or rank 0 could not publish; on all processes.
         """
         if self._writing is None:
             return
@@ -105,7 +101,7 @@ class Checkpointer:
         """Wait until nothing is left to write and publish; collective.
 
         Raises:
-            CheckpointError: as `poll`.
+            OSError: as `poll`.
         """
         if self._writing is None:
             return
@@ -152,11 +148,15 @@ class Checkpointer:
         results: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(results, (writing.entries, writing.error))
         failures = [f"process {rank}: {error}" for rank, (_, error) in enumerate(results) if error]
-        failure = "; ".join(failures[:3]) or on_main(lambda: self._rename(writing.step, results))
-        if failure:
-            raise CheckpointError(
-                f"the checkpoint of step {writing.step} could not be written: {failure}. Those published before are whole"
-            )
+        try:
+            if failures:
+                raise OSError("; ".join(failures[:3]))
+            agreed(lambda: self._publish_files(writing.step, results))
+        except OSError as error:
+            raise OSError(
+                f"the checkpoint of step {writing.step} could not be written: {error.strerror or error}. Those published before "
+                "are whole"
+            ) from error
         if dist.get_rank() == 0:
             print(
                 f"saved {self.folder / tag_of(writing.step)} (written in {writing.seconds:.2f} s, for which training "
@@ -164,7 +164,7 @@ class Checkpointer:
                 flush=True,
             )
 
-    def _rename(self, step: int, results: list[Any]) -> None:
+    def _publish_files(self, step: int, results: list[Any]) -> None:
         """On rank 0: complete the folder, publish it and remove what is no longer kept."""
         tag = tag_of(step)
         partial = self.folder / f"{tag}.partial"

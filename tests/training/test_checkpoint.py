@@ -16,10 +16,9 @@ import torch.distributed as dist
 from sentencepiece import sentencepiece_model_pb2
 
 from dash_megatron.__main__ import main
-from dash_megatron.checkpoint import files
+from dash_megatron.checkpoint import files, folder
 from dash_megatron.checkpoint.folder import (
     DESCRIPTION,
-    CheckpointError,
     agreed_steps,
     checkpoint_folder,
     finished_steps,
@@ -395,7 +394,7 @@ def test_a_disk_that_stays_full_ends_the_run_and_harms_nothing(
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr(files, "write_tensors", full)
-    with pytest.raises(CheckpointError, match=r"step 5 could not be written: process 0: .*disk full"):
+    with pytest.raises(OSError, match=r"step 5 could not be written: process 0: .*disk full"):
         train(run, training={"steps": 8})
     assert finished_steps(run["run_dir"]) == [1, 2, 3, 4]
     monkeypatch.undo()
@@ -433,6 +432,20 @@ def test_readers_of_weights_refuse_a_damaged_checkpoint(run: dict[str, Any]) -> 
     with pytest.raises(ValueError, match="name an earlier step"):
         sample_from_run(run["run_dir"], "def")
     assert isinstance(sample_from_run(run["run_dir"], "def", step=3, max_new_tokens=2), str)
+
+
+def test_a_damaged_checkpoint_that_cannot_be_set_aside_is_one_line(
+    run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(source))
+
+    flip(folder_of(run) / "step_00000004")
+    monkeypatch.setattr(folder.os, "rename", refuse)
+    with pytest.raises(
+        PermissionError, match=r"cannot set step_00000004 aside.*Permission denied \(.*step_00000004\)"
+    ):
+        train(run)
 
 
 def test_a_second_damaged_checkpoint_does_not_displace_the_first(run: dict[str, Any]) -> None:
