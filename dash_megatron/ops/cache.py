@@ -333,13 +333,13 @@ class DashCache:
         active: Tensor | None,
         backend: str,
         q: Tensor | None,
-        own_k: Tensor | None,
+        routing_k: Tensor | None,
     ) -> Tensor | None:
-        self._check_routing_key(own_k, k)
+        self._check_routing_key(routing_k, k)
         if self._values_are_readable():
             added = 1 if active is None else active.int()
             self._check_room((self.lengths + (added if cu_seqlens is None else cu_seqlens.diff())).tolist())
-        tensors = k, v, w, own_k, self.k, self.v, self.summary, self.routing_keys, self.lengths
+        tensors = k, v, w, routing_k, self.k, self.v, self.summary, self.routing_keys, self.lengths
         triton = pick_backend(backend, k) == "triton"
         # before the lengths move on
         pooled = self._pool(q, k, cu_seqlens, active, triton)

@@ -33,7 +33,7 @@ def cache_write_reference(
     k_new: Tensor,
     v_new: Tensor,
     w: Tensor,
-    own_k: Tensor | None,
+    routing_k: Tensor | None,
     k: Tensor,
     v: Tensor,
     summary: Tensor,
@@ -47,7 +47,7 @@ def cache_write_reference(
     """Append k_new and v_new [tokens, Hkv, D] to the sequences: one token each, or those between `cu_seqlens`.
 
     Summarizes the chunks that are completed, and moves `lengths` on. The cache has room. Where it has `routing_keys`, summaries
-    are of these and of own_k [tokens, Hkv, D].
+    are of these and of routing_k [tokens, Hkv, D].
     """
     bounds = range(len(lengths) + 1) if cu_seqlens is None else cu_seqlens.tolist()
     skipped = [False] * len(lengths) if active is None else (~active).tolist()
@@ -58,13 +58,13 @@ def cache_write_reference(
             continue
         at = _pages(page_table, b, torch.arange(start, end, device=k.device), k.shape[1])
         k[at], v[at] = k_new[new], v_new[new]
-        if own_k is not None and routing_keys is not None:
+        if routing_k is not None and routing_keys is not None:
             # of the first chunk, the keys that are kept
             before = torch.arange(start // chunk_size * chunk_size, start, device=k.device)
             num_kept = routing_keys.shape[1]
-            routing_SHD = torch.cat([routing_keys[b, before % num_kept], own_k[new]])
+            routing_SHD = torch.cat([routing_keys[b, before % num_kept], routing_k[new]])
             last = torch.arange(max(start, end - num_kept), end, device=k.device)
-            routing_keys[b, last % num_kept] = own_k[new][len(own_k[new]) - len(last) :]
+            routing_keys[b, last % num_kept] = routing_k[new][len(routing_k[new]) - len(last) :]
         for c in range(start // chunk_size, end // chunk_size):
             chunk = torch.arange(c * chunk_size, (c + 1) * chunk_size, device=k.device)
             keys_CHD = k[_pages(page_table, b, chunk, k.shape[1])]

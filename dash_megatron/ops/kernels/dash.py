@@ -104,8 +104,8 @@ def _forward(
     v: Tensor,
     w: Tensor,
     head_scaling: Tensor | None,
-    own_q: Tensor | None,
-    own_k: Tensor | None,
+    routing_q: Tensor | None,
+    routing_k: Tensor | None,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
     chunk_size: int,
@@ -125,11 +125,11 @@ def _forward(
     )  # fmt: skip
     chunks, offsets = chunk_layout(sizes, q.shape[0], cu_seqlens, q.device)
     rows_q, rows_k, rows_v, w = _one_row(q), _dense_rows(k), _dense_rows(v), w.contiguous()
-    summary = summarize(rows_k if own_k is None else _dense_rows(own_k), w, chunks, sizes)
-    router_rows = rows_q if own_q is None else _one_row(own_q)
-    routing_q, _ = pooled_queries(router_rows, q.shape[0], k.shape[2], router, cu_seqlens)
+    summary = summarize(rows_k if routing_k is None else _dense_rows(routing_k), w, chunks, sizes)
+    router_rows = rows_q if routing_q is None else _one_row(routing_q)
+    pooled_q, _ = pooled_queries(router_rows, q.shape[0], k.shape[2], router, cu_seqlens)
     lists, tau, mean_log, selected = route(
-        routing_q, summary, chunks, offsets, sizes.of_router(pool_heads), router, launches.route, head_scaling=head_scaling
+        pooled_q, summary, chunks, offsets, sizes.of_router(pool_heads), router, launches.route, head_scaling=head_scaling
     )  # fmt: skip
     # but for the own chunks, which are not listed
     num_pairs = selected.sum() - selected.numel()
@@ -143,7 +143,7 @@ def _forward(
 
 @_forward.register_fake
 def _forward_fake(
-    q, k, v, w, head_scaling, own_q, own_k, cu_seqlens, max_seqlen, chunk_size, scaling_factor, sigma, estimate_diagonal,
+    q, k, v, w, head_scaling, routing_q, routing_k, cu_seqlens, max_seqlen, chunk_size, scaling_factor, sigma, estimate_diagonal,
     alpha, local_chunks, query_pool, pool_heads, deterministic,
 ):  # fmt: skip
     _, sizes = _prepare(q, k, chunk_size, cu_seqlens, max_seqlen)
@@ -179,8 +179,8 @@ def _backward(
     v: Tensor,
     w: Tensor,
     head_scaling: Tensor | None,
-    own_q: Tensor | None,
-    own_k: Tensor | None,
+    routing_q: Tensor | None,
+    routing_k: Tensor | None,
     cu_seqlens: Tensor | None,
     out: Tensor,
     saved: Sequence[Tensor],  # as `Saved` has them
@@ -214,58 +214,59 @@ def _backward(
         router.inv_sigma,
     )  # fmt: skip
     # recomputed rather than kept
-    router_rows = rows_q if own_q is None else _one_row(own_q)
-    routing_q, position = pooled_queries(router_rows, q.shape[0], k.shape[2], router, cu_seqlens)
+    router_rows = rows_q if routing_q is None else _one_row(routing_q)
+    pooled_q, position = pooled_queries(router_rows, q.shape[0], k.shape[2], router, cu_seqlens)
     # the router adds to the gradient of attention where both saw the same queries
-    router_dq = dq if routing_q is rows_q else dq.new_zeros(routing_q.shape)
+    router_dq = dq if pooled_q is rows_q else dq.new_zeros(pooled_q.shape)
     router_sizes = sizes.of_router(pool_heads)
     d_summary, mean_dp, d_log_factor = backward_router(
-        routing_q, summary, tau, router_dq, d_prior, lists, chunks, router_sizes, router, launches.router, deterministic,
+        pooled_q, summary, tau, router_dq, d_prior, lists, chunks, router_sizes, router, launches.router, deterministic,
         head_scaling,
     )  # fmt: skip
-    if own_q is not None and position is not None:
+    if routing_q is not None and position is not None:
         router_dq = pool_rows(router_dq, position, router.query_pool, transposed=True)
-    elif own_q is None and routing_q is not rows_q:
+    elif routing_q is None and pooled_q is not rows_q:
         dq = add_router_gradient(dq, router_dq, position, router)
     # the pass to keys and values knows one kind of queries only, and not which chunks are local
-    apart = routing_q is not rows_q or router.local_chunks > 0 or key_sums is not None
+    apart = pooled_q is not rows_q or router.local_chunks > 0 or key_sums is not None
     summaries = None
     if deterministic and not apart:
         summaries = Summaries(tau, mean_dp, summary, d_prior, head_scaling, router)
     elif deterministic:
         d_summary = sum_d_summary(
-            routing_q, tau, mean_dp, summary, lists.log_prior, d_prior, transpose(lists, chunks, sizes), chunks[0],
+            pooled_q, tau, mean_dp, summary, lists.log_prior, d_prior, transpose(lists, chunks, sizes), chunks[0],
             None, router_sizes, router, head_scaling,
         )  # fmt: skip
-    summaries_of_keys = (rows_w, d_summary, summaries) if own_k is None else ()
+    summaries_of_keys = (rows_w, d_summary, summaries) if routing_k is None else ()
     dk, dv, dw = backward_kv(
         rows_q, rows_k, rows_v, rows_d_out, centred_lse, delta, mean_log, left, chunks, sizes, router.inv_sigma, launches,
         key_sums, *summaries_of_keys,
     )  # fmt: skip
     # an op returns tensors only
-    d_scaling, d_own_q, d_own_k = (q.new_empty(0) for _ in range(3))
-    if own_q is not None and own_k is not None:
-        d_rows, dw = summarize_backward(d_summary, _dense_rows(own_k), rows_w, chunks, sizes)
-        d_own_q, d_own_k = router_dq.view(own_q.shape), d_rows.view(own_k.shape)
+    d_scaling, d_routing_q, d_routing_k = (q.new_empty(0) for _ in range(3))
+    if routing_q is not None and routing_k is not None:
+        d_rows, dw = summarize_backward(d_summary, _dense_rows(routing_k), rows_w, chunks, sizes)
+        d_routing_q, d_routing_k = router_dq.view(routing_q.shape), d_rows.view(routing_k.shape)
     if head_scaling is not None and d_log_factor is not None:
         d_scaling = (d_log_factor / head_scaling).to(head_scaling.dtype)
-    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), dw.to(w.dtype), d_scaling, d_own_q, d_own_k
+    dq, dk, dv = dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
+    return dq, dk, dv, dw.to(w.dtype), d_scaling, d_routing_q, d_routing_k
 
 
 @_backward.register_fake
-def _backward_fake(d_out, q, k, v, w, head_scaling, own_q, own_k, *_):
+def _backward_fake(d_out, q, k, v, w, head_scaling, routing_q, routing_k, *_):
     return tuple(
         q.new_empty(0) if x is None else x.new_empty(x.shape)
-        for x in (q, k, v, w, head_scaling, own_q, own_k)
+        for x in (q, k, v, w, head_scaling, routing_q, routing_k)
     )
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, w, head_scaling, own_q, own_k, cu_seqlens, *ctx.settings = inputs
+    q, k, v, w, head_scaling, routing_q, routing_k, cu_seqlens, *ctx.settings = inputs
     out, selected, *saved = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(selected, *saved)
-    ctx.save_for_backward(q, k, v, w, head_scaling, own_q, own_k, cu_seqlens, out, *saved)
+    ctx.save_for_backward(q, k, v, w, head_scaling, routing_q, routing_k, cu_seqlens, out, *saved)
 
 
 def _autograd_backward(ctx, d_out, *_):
@@ -273,8 +274,8 @@ def _autograd_backward(ctx, d_out, *_):
     if d_out is None:
         return (None,) * (8 + num_settings)
     # asked for once: where layers are recomputed, a second time is an error
-    q, k, v, w, head_scaling, own_q, own_k, cu_seqlens, out, *saved = ctx.saved_tensors
-    given = q, k, v, w, head_scaling, own_q, own_k
+    q, k, v, w, head_scaling, routing_q, routing_k, cu_seqlens, out, *saved = ctx.saved_tensors
+    given = q, k, v, w, head_scaling, routing_q, routing_k
     found = zip(_backward(d_out, *given, cu_seqlens, out, saved, *ctx.settings), given, strict=True)
     return *(None if x is None else gradient for gradient, x in found), None, *(None,) * num_settings
 

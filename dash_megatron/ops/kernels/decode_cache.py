@@ -28,7 +28,7 @@ def _finish(lengths, arrived, i_b, start, end, C: tl.constexpr, HKV: tl.constexp
 
 @triton.jit
 def _write_kernel(
-    k_new, v_new, w, own_k, k, v, summary, routing_keys, lengths, arrived, page_table, cu_seqlens, active, tile_sequence, tile_chunk,
+    k_new, v_new, w, routing_k, k, v, summary, routing_keys, lengths, arrived, page_table, cu_seqlens, active, tile_sequence, tile_chunk,
     stride_in, stride_ih, stride_vn, stride_vh, stride_wh, stride_kp, stride_kn, stride_kh,
     stride_sp, stride_sc, stride_sh, stride_table, chunks_per_page, max_chunks, inv_sqrt_d,
     HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, KEPT: tl.constexpr, PAGED: tl.constexpr,
@@ -60,10 +60,10 @@ def _write_kernel(
         o_row = i_slot.to(tl.int64) * C + tl.arange(0, C)
         p_kv = i_page * stride_kp + o_row[:, None] * stride_kn + i_h * stride_kh + o_d[None, :]
         p_old, b_new = k + p_kv, b_k
-        if own_k is not None:
+        if routing_k is not None:
             o_kept = (i_b.to(tl.int64) * KEPT + o_t % KEPT) * HKV + i_h
             p_old = routing_keys + o_kept[:, None] * D + o_d[None, :]
-            b_new = tl.load(own_k + (o_in * HKV + i_h) * D + o_d[None, :], mask=m_new, other=0.0)
+            b_new = tl.load(routing_k + (o_in * HKV + i_h) * D + o_d[None, :], mask=m_new, other=0.0)
         if (i_c + 1) * C <= end:
             b_all = tl.where(m_new, b_new, tl.load(p_old, mask=m_old, other=0.0)).to(tl.float32)
             b_w = tl.load(w + i_h * stride_wh + o_d, mask=o_d < D, other=0.0).to(tl.float32)
@@ -71,7 +71,7 @@ def _write_kernel(
             b_s = tl.sum(b_all * b_beta[:, None], 0)
             p_s = summary + i_page * stride_sp + i_slot * stride_sc + i_h * stride_sh + o_d
             tl.store(p_s, saturate(b_s, summary.dtype.element_ty), mask=o_d < D)
-        if own_k is not None and not RAGGED:
+        if routing_k is not None and not RAGGED:
             # of several tokens, one's slot may be that of an old key which another program reads
             tl.store(p_old, b_new, mask=m_new)
         tl.store(k + p_kv, b_k, mask=m_new)
@@ -100,7 +100,7 @@ def cache_write(
     k_new: Tensor,
     v_new: Tensor,
     w: Tensor,
-    own_k: Tensor | None,
+    routing_k: Tensor | None,
     k: Tensor,
     v: Tensor,
     summary: Tensor,
@@ -114,29 +114,29 @@ def cache_write(
 ) -> None:
     """Append k_new and v_new [tokens, Hkv, D] to the sequences: one token each, or those between `cu_seqlens`.
 
-    Beside `routing_keys`, own_k is as k_new and what is summarized. The rest is as in `DashCache`; `arrived` int32 [B] is zero
+    Beside `routing_keys`, routing_k is as k_new and what is summarized. The rest is as in `DashCache`; `arrived` int32 [B] is zero
     before and after.
     """
     (tokens, Hkv, D), per_page = k_new.shape, summary.shape[1]
     k_new, v_new, w = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_new, v_new, w))
-    own_k = None if own_k is None else own_k.contiguous()
+    routing_k = None if routing_k is None else routing_k.contiguous()
     sequence = chunk = before = None
     tiles = tokens
     if cu_seqlens is not None:
         sequence, chunk = _tiles(lengths, cu_seqlens, tokens, chunk_size)
         tiles = len(sequence)
-        before = None if own_k is None else lengths.clone()
+        before = None if routing_k is None else lengths.clone()
     stride_table, max_pages = (0, 1) if page_table is None else (page_table.stride(0), page_table.shape[1])
     _write_kernel[(tiles * Hkv,)](
-        k_new, v_new, w, own_k, k, v, summary, routing_keys, lengths, arrived, page_table, cu_seqlens, active, sequence, chunk,
+        k_new, v_new, w, routing_k, k, v, summary, routing_keys, lengths, arrived, page_table, cu_seqlens, active, sequence, chunk,
         *k_new.stride()[:2], *v_new.stride()[:2], w.stride(0),
         *k.stride()[:3], *summary.stride()[:3],
         stride_table, per_page, per_page * max_pages, D**-0.5,
         HKV=Hkv, D=D, BLOCK_D=next_power_of_two(D), C=chunk_size, KEPT=1 if routing_keys is None else routing_keys.shape[1],
         PAGED=page_table is not None, RAGGED=cu_seqlens is not None, GATED=active is not None, num_warps=4,
     )  # fmt: skip
-    if before is not None and own_k is not None and routing_keys is not None and cu_seqlens is not None:
-        keep(own_k, routing_keys, before, cu_seqlens)
+    if before is not None and routing_k is not None and routing_keys is not None and cu_seqlens is not None:
+        keep(routing_k, routing_keys, before, cu_seqlens)
 
 
 @cache_write.register_fake

@@ -48,7 +48,7 @@ class _ShardedDash(torch.autograd.Function):
         pooled_q: Tensor | None,
         k: Tensor,
         v: Tensor,
-        own_k: Tensor | None,
+        routing_k: Tensor | None,
         w: Tensor,
         factors: Tensor | None,
         router: Router,
@@ -58,7 +58,7 @@ class _ShardedDash(torch.autograd.Function):
         if factors is not None:
             router = router._replace(scaling_factor=factors)
         with group.counting("forward"):
-            summarized = k if own_k is None else own_k
+            summarized = k if routing_k is None else routing_k
             own_summary = stages.summarize(summarized, w, layout.queries, router.chunk_size)
             pending = _send_summaries(own_summary, layout, group)
             # after the summaries, which the router waits for
@@ -68,7 +68,7 @@ class _ShardedDash(torch.autograd.Function):
             attended = exchange.attend(RoutedQueries(q, layout.queries, router, routed, pooled_q), k, v)
         out = attended.out.to(q.dtype)
         # nothing of size stays on ctx itself, where activation checkpointing would not find it
-        saved = q, pooled_q, k, v, own_k, w, factors, out, attended.lse, summary
+        saved = q, pooled_q, k, v, routing_k, w, factors, out, attended.lse, summary
         ctx.save_for_backward(*saved, routed.selected, *routed.state)
         ctx.router, ctx.exchange = router, exchange
         ctx.mark_non_differentiable(routed.selected)
@@ -76,7 +76,7 @@ class _ShardedDash(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        q, pooled_q, k, v, own_k, w, factors, out, lse, summary, selected, *state = ctx.saved_tensors
+        q, pooled_q, k, v, routing_k, w, factors, out, lse, summary, selected, *state = ctx.saved_tensors
         exchange: ContextExchange = ctx.exchange
         router: Router = ctx.router
         if factors is not None:
@@ -92,15 +92,15 @@ class _ShardedDash(torch.autograd.Function):
             d_summary = _send_back_summaries(routed.summary, layout, group)
             shares_k, shares_v = attended.keys()
             d_own = sum_of_shares(d_summary)[:, : len(layout.queries.start)]
-            summarized, more = (k, shares_k) if own_k is None else (own_k, None)
+            summarized, more = (k, shares_k) if routing_k is None else (routing_k, None)
             dk, dw = stages.summarize_backward(d_own, summarized, w, layout.queries, router.chunk_size, more)
         dq = attended.q + routed.q if pooled_q is None else attended.q
         d_pooled = None if pooled_q is None else routed.q.to(q.dtype)
-        d_own_k = None if own_k is None else dk
-        gradients = dq, dk if own_k is None else rounded_sum(shares_k), rounded_sum(shares_v), dw
+        d_routing_k = None if routing_k is None else dk
+        gradients = dq, dk if routing_k is None else rounded_sum(shares_k), rounded_sum(shares_v), dw
         dq, dk, dv, dw = (g.to(x.dtype) for g, x in zip(gradients, (q, k, v, w), strict=True))
         d_factors = None if routed.scaling_factor is None else routed.scaling_factor.to(factors.dtype)
-        return dq, d_pooled, dk, dv, d_own_k, dw, d_factors, None, None
+        return dq, d_pooled, dk, dv, d_routing_k, dw, d_factors, None, None
 
 
 class BackwardStart:
@@ -180,8 +180,9 @@ def sharded_dash_attention(
         # means over heads first: they leave less to pool
         given = _GroupMeans.apply(q, k.shape[1], router) if routing_q is None else routing_q
         pooled_q = routing_queries(given, router.query_pool, layout.halo, group, backend)
-    own_k = None if routing_k is None else routing_k.contiguous()
-    rows = q, pooled_q, k.contiguous(), v.contiguous(), own_k
+    if routing_k is not None:
+        routing_k = routing_k.contiguous()
+    rows = q, pooled_q, k.contiguous(), v.contiguous(), routing_k
     factors, router = router.split()
     out, selected = _ShardedDash.apply(*rows, w, factors, router, keys)
     if start is not None:
