@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any, Literal
 
 import numpy as np
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import AutoLocator, LogLocator, NullFormatter
 
 from dash_megatron.drawing import GRID, line_style, line_widths, plt, save
 from dash_megatron.evaluation.settings import LOSS_TASKS
@@ -99,9 +99,12 @@ def _loss_compute(rows: list[dict[str, Any]], quality: str, fits: dict[str, Any]
             fitted = True
     axis.set_xscale("log")
     spent = [row["flops"] for row in rows]
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(spent) < 100 * min(spent) else (1,)))
-    # ticks that are close together need more digits
-    axis.xaxis.set_major_formatter("{x:.0e}" if max(spent) > 2 * min(spent) else "{x:.2e}")
+    wide = max(spent) / min(spent)
+    # two ticks or more, and as many digits as tell them apart
+    axis.xaxis.set_major_locator(
+        AutoLocator() if wide < 3 else LogLocator(subs=(1, 2, 5) if wide < 100 else (1,))
+    )
+    axis.xaxis.set_major_formatter("{x:.4g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.legend(fontsize="small")
     _save(figure, path, f"{quality[0].upper()}{quality[1:]} against compute")

@@ -89,7 +89,7 @@ def draw_scores(
         axis.axvline(trained_length, color="gray", lw=0.8, ls="--")
         axis.set_title(task, fontsize=9)
         axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}K")
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}K" if x >= 1024 else f"{x:g}")
         if not of_text:
             axis.set_ylim(-0.03, 1.03)
         axis.set_xlabel("tokens")

@@ -174,6 +174,29 @@ def test_runs_of_equal_flops_are_drawn_though_smaller_ones_read_more_tokens(
     assert {"position.png", "scores.png", "losses.png"} <= drawn.keys()
 
 
+@pytest.mark.parametrize("factors", [[1.0, 1.1], [1.0, 2.2], [1.0, 10.0], [1.0, 3000.0]], ids=str)
+def test_no_two_ticks_of_compute_read_the_same(
+    write_study: Write, monkeypatch: pytest.MonkeyPatch, factors: list[float]
+) -> None:
+    path = write_study(budgets={"tokens": [1e6 * factor for factor in factors]}, twins=["full"])
+    for run in runs_of(path):
+        finish(run, 3.0, None if run.config.attention.kind == "full" else 0.4)
+    told: dict[str, list[str]] = {}
+
+    def read_ticks(figure: Any, path: Path, title: str) -> None:
+        figure.canvas.draw()
+        low, high = figure.axes[0].get_xlim()
+        ticks = figure.axes[0].xaxis.get_major_ticks()
+        told[path.name] = [tick.label1.get_text() for tick in ticks if low <= tick.get_loc() <= high]
+
+    monkeypatch.setattr(pictures, "_save", read_ticks)
+    study = load_study(path)
+    pictures.draw_study(study, collect(study), {"variants": {}}, path.parent)
+    pictures.plt.close("all")
+    ticks = told["loss_compute.png"]
+    assert len(set(ticks)) == len(ticks) > 1
+
+
 def test_densities_are_joined_at_means_over_seeds_not_at_the_luckiest(
     write_study: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
