@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ VERDICT_HEADINGS = {
     "above": "Beyond two standard errors",
     "below": "Beyond two standard errors",
     "within": "Not told apart by two standard errors",
-    "unknown": "Unknown: in one order of the data, or of one document, sample or step, which does not say how others scatter",
+    "unknown": "Unknown: in one order of the data, or of one document, sample or step, which does not say how others scatter; or not finite",
 }
 NOTE = (
     "Differences are paired: of the same documents, samples or steps, in the same order of the data. The first ± is the standard "
@@ -160,12 +161,12 @@ def verdict_word(each: ArmComparison) -> str:
     """The verdict as tables write it."""
     if each.is_reference:
         return "reference"
-    alone = (
-        f"one {'order' if len(each.found.orders) < 2 else 'item'}, "
-        if each.found.verdict == "unknown"
-        else ""
-    )
-    return alone + VERDICT_WORDS[each.found.verdict]
+    word = VERDICT_WORDS[each.found.verdict]
+    if each.found.verdict != "unknown":
+        return word
+    if not math.isfinite(each.found.difference.value):
+        return f"not finite, {word}"
+    return f"one {'order' if len(each.found.orders) < 2 else 'item'}, {word}"
 
 
 def difference_and_errors(each: ArmComparison) -> tuple[str, str, str]:

@@ -59,9 +59,9 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the difference is further from 0 than two standard errors; unknown with a single order, or a single item."""
+        """Whether the difference is further from 0 than two standard errors; unknown with a single order or item, or if not finite."""
         error = self.difference.error
-        if error is None or self.items < 2:
+        if error is None or self.items < 2 or not math.isfinite(self.difference.value):
             return "unknown"
         if abs(self.difference.value) <= STANDARD_ERRORS * error:
             return "within"

@@ -296,6 +296,23 @@ def test_a_training_loss_of_one_logged_step_is_not_told_apart(measured_study: Pa
     assert "- worse: training loss: +1." in unknown
 
 
+def test_a_loss_that_is_not_finite_is_neither_higher_nor_lower(measured_study: Path) -> None:
+    diverged = next(run for run in runs_of(measured_study) if run.variant == "better")
+    path = diverged.folder / "evaluation" / "held_out" / "documents.jsonl"
+    *others, last = [json.loads(line) for line in path.read_text().splitlines()]
+    last["nll_sums"][-1] = None
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*others, last]))
+    row = row_of(collected(measured_study), arm="better", task="documents", base=diverged.base)
+    assert (row["value"], row["difference"], row["verdict"]) == (None, None, "unknown")
+    assert main(["study", "report", str(measured_study)]) == 0
+    before, _, unknown = (
+        (measured_study.parent / "out" / "report.md").read_text().partition("; or not finite")
+    )
+    assert "- better: loss on held_out" not in before
+    assert "- better: loss on held_out (documents up to 256): +nan%" in unknown
+    assert "| not finite, unknown |" in unknown
+
+
 def test_steps_of_another_batch_are_not_compared(measured_study: Path) -> None:
     tree = yaml.safe_load(measured_study.read_text())
     tree["branches"]["arms"][1]["training.global_batch"] = 8
