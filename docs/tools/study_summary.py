@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections import defaultdict
+import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +20,8 @@ import yaml
 
 from dash_megatron.command_line import ending_with_reader
 from dash_megatron.evaluation.settings import LOSS_TASKS
+from dash_megatron.files import error_text
+from dash_megatron.json_lines import strict_json
 from dash_megatron.studies.collect import results_of
 from dash_megatron.training.metrics import StepMetrics, read_metrics
 
@@ -32,14 +34,25 @@ def summarize(folders: Iterable[Path]) -> dict[str, Any]:
     """The summary of all runs in `<folder>/runs` of each folder, by the run's name.
 
     Returns:
-        `config`: the settings that all runs share, by dotted key. `runs`: for each run the settings that differ (`config`),
-        its `results`, its `curve`, its `validations` and its `evaluations`. `fits`: what `study fit` wrote, if it did.
+        `config`: the settings that all runs share, by dotted key. `runs`: for each run that has logged a step the settings that
+        differ (`config`), its `results`, its `curve`, its `validations` and its `evaluations`. `fits`: what `study fit` wrote,
+        if it did.
 
     Raises:
-        FileNotFoundError: a run without config or metrics.
+        FileNotFoundError: a folder has no `runs`, or a run no config.
+        ValueError: no run has logged a step, or two are called the same.
     """
-    paths = [path for folder in folders for path in sorted((folder / "runs").iterdir()) if path.is_dir()]
-    configs = {path.name: _flat(yaml.safe_load((path / "config.yaml").read_text())) for path in paths}
+    found = [path for folder in folders for path in sorted((folder / "runs").iterdir())]
+    paths = [path for path in found if (path / "metrics.jsonl").is_file() and read_metrics(path)]
+    if not paths:
+        raise ValueError(
+            "no run in the folders' `runs` has logged a step; give the `output` of a study that was trained"
+        )
+    configs: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        if path.name in configs:
+            raise ValueError(f"two of the folders have a run {path.name}; make a summary of each")
+        configs[path.name] = _flat(yaml.safe_load((path / "config.yaml").read_text()))
     first = next(iter(configs.values()))
     shared = {
         key: value
@@ -117,29 +130,18 @@ def _validation(line: StepMetrics) -> dict[str, Any]:
 
 
 def _evaluation(folder: Path) -> dict[str, Any]:
-    """Means by task and length of what `evaluate` wrote for each sample: number of samples, and score or loss.
+    """Means by task and length of what `evaluate` was last asked for: number of samples, and score and loss of the answers.
 
     Perplexity and documents have the mean loss over all windows or documents, over all their positions and by position.
     """
-    found: dict[str, Any] = {}
     results = folder / "results.json"
-    written = json.loads(results.read_text())["tasks"] if results.is_file() else {}
-    for path in sorted(folder.glob("*.jsonl")):
-        samples = defaultdict(list)
-        for sample in map(json.loads, path.read_text().splitlines()):
-            samples[str(sample["length"])].append(sample)
-        if path.stem in LOSS_TASKS:
-            found[path.stem] = {length: _losses(x) for length, x in written.get(path.stem, {}).items()}
-        else:
-            found[path.stem] = {
-                length: {
-                    "samples": len(x),
-                    "score": _mean(sample["score"] for sample in x),
-                    "nll": _mean(sample["nll"] for sample in x),
-                }
-                for length, x in samples.items()
-            }
-    return found
+    tasks = json.loads(results.read_text())["tasks"] if results.is_file() else {}
+    return {
+        task: {
+            length: (_losses if task in LOSS_TASKS else _scores)(found) for length, found in lengths.items()
+        }
+        for task, lengths in tasks.items()
+    }
 
 
 def _losses(result: dict[str, Any]) -> dict[str, Any]:
@@ -148,9 +150,16 @@ def _losses(result: dict[str, Any]) -> dict[str, Any]:
     return {"samples": samples, "nll": _round(result["nll"]), "nll_by_position": by_position}
 
 
+def _scores(result: dict[str, Any]) -> dict[str, Any]:
+    # answers that were generated have no loss
+    return {
+        "samples": result["samples"], "score": _round(result["score"]), "nll": _round(result.get("nll")),
+    }  # fmt: skip
+
+
 def _mean(values: Iterable[float | None]) -> float | None:
-    """Mean of the numbers among the values; None where there are none."""
-    numbers = [value for value in values if value is not None]
+    """Mean of the finite numbers among the values; None where there are none."""
+    numbers = [value for value in values if value is not None and math.isfinite(value)]
     return _round(fmean(numbers)) if numbers else None
 
 
@@ -171,7 +180,7 @@ def to_text(summary: dict[str, Any]) -> str:
         lines.append(f'"fits": {json.dumps(summary["fits"])},')
     lines.append('"runs": {')
     for name, run in runs.items():
-        entries = ",\n  ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in run.items())
+        entries = ",\n  ".join(f"{json.dumps(key)}: {strict_json(value)}" for key, value in run.items())
         lines.append(f" {json.dumps(name)}: {{\n  {entries}\n }}" + ("," if name != list(runs)[-1] else ""))
     return "\n".join([*lines, "}", "}"]) + "\n"
 
@@ -183,7 +192,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="STUDY_FOLDER", help="a study's `output`")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON to write")
     options = parser.parse_args(arguments)
-    options.output.write_text(to_text(summarize(options.folders)))
+    try:
+        options.output.write_text(to_text(summarize(options.folders)))
+    except (OSError, ValueError) as error:
+        parser.error(error_text(error))
 
 
 if __name__ == "__main__":

@@ -28,12 +28,17 @@ def study(tmp_path: Path) -> Path:
         config = {"run_dir": name, "attention": {"kind": kind, "chunk_size": 64}, "zero": {"options": {}}}
         (run / "config.yaml").write_text(yaml.safe_dump(config))
         lines = [_line(step) for step in range(1, 200)] + [_line(200, 2.5)]
+        lines[1]["loss"] = None  # of a step whose update was skipped
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        samples = [{"length": 4096, "score": score, "nll": 1.0} for score in (0.0, 1.0)]
-        (evaluation / "niah_single.jsonl").write_text("\n".join(map(json.dumps, samples)))
-        (evaluation / "documents.jsonl").write_text("")
-        found = {"documents": 3, "nll": 2.0, "buckets": [{"to": 64, "nll": 2.5}]}
-        (evaluation / "results.json").write_text(json.dumps({"tasks": {"documents": {"64": found}}}))
+        # of an evaluation with other settings before, whose answers were generated
+        (evaluation / "niah_single.jsonl").write_text(json.dumps({"length": 4096, "score": 0.0}) + "\n")
+        tasks = {
+            "documents": {"64": {"documents": 3, "nll": 2.0, "buckets": [{"to": 64, "nll": 2.5}]}},
+            "niah_single": {"4096": {"samples": 2, "score": 0.5, "standard_error": 0.5, "nll": 1.0}},
+            "copy": {"64": {"samples": 4, "score": 0.123456}},
+        }
+        (evaluation / "results.json").write_text(json.dumps({"tasks": tasks}))
+    (tmp_path / "runs" / "failed").mkdir()
     return tmp_path
 
 
@@ -57,5 +62,20 @@ def test_a_summary_gives_back_configs_and_holds_means(study: Path, tmp_path: Pat
         "tasks": {
             "documents": {"64": {"samples": 3, "nll": 2.0, "nll_by_position": {"64": 2.5}}},
             "niah_single": {"4096": {"samples": 2, "score": 0.5, "nll": 1.0}},
+            "copy": {"64": {"samples": 4, "score": 0.12346, "nll": None}},
         }
     }
+
+
+def test_what_cannot_be_summarized_is_told(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = ["--output", str(study / "study.json")]
+    (study / "runs" / "unlogged").mkdir()
+    (study / "empty" / "runs").mkdir(parents=True)
+    for folders, message in (
+        ([study, study], "two of the folders have a run dash; make a summary of each"),
+        ([study / "empty"], "no run in the folders' `runs` has logged a step; give the `output` of a study"),
+        ([study / "none"], f"No such file or directory: {study / 'none' / 'runs'}"),
+    ):
+        with pytest.raises(SystemExit):
+            study_summary.main([*map(str, folders), *output])
+        assert message in capsys.readouterr().err
