@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dash_megatron.config import Config
-
-_PEAK_BF16 = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "L40S": 362e12}
+from dash_megatron.gpus import GPUS
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 operations per second by the vendor's data sheet (SXM parts); None for a device not listed."""
-    return next((rate for name, rate in _PEAK_BF16.items() if name in device_name), None)
+    """Dense bf16 operations per second of a device whose name has that of one of `GPUS` in it; None for others."""
+    return next((gpu.peak_flops for name, gpu in GPUS.items() if name in device_name), None)
 
 
 def matmul_parameters(config: Config, vocab_size: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from dash_megatron.gpus import GPUS
 from dash_megatron.planning.choices import tile_tokens
 
 RECOUNTED = 1.4
@@ -22,13 +23,13 @@ Those of the table of launches. With groups of 1, 4 and 16 both ways took as lon
 what was selected, 2.55, 1.95 and 1.82 times with gradients; these were raised by 1% and rounded up to a tenth, so that in doubt tiles are
 gone over, as everywhere else."""
 TIMED_GPU = "H200"
-LAUNCHED_ALIKE = (TIMED_GPU, "H100", "H800")
-"""GPUs of its compute capability, which take its entries of the table of launches. On no others attend and queries go over pairs."""
+"""GPUs of its compute capability take its entries of the table of launches. On no others attend and queries go over pairs."""
 
 
 def pairs_above(stage: str, group: int, head_dim: int, chunk_size: int, gpu: str) -> float:
     """Ratio of pairs that tiles visit to pairs selected above which a stage ("attend" or "queries") goes over pairs; infinite: never."""
-    timed = (head_dim, chunk_size) == (128, 64) and gpu in LAUNCHED_ALIKE
+    capability = GPUS[TIMED_GPU].compute_capability
+    timed = (head_dim, chunk_size) == (128, 64) and GPUS[gpu].compute_capability == capability
     return PAIRS_ABOVE[stage].get(group, math.inf) if timed else math.inf
 
 
@@ -64,7 +65,7 @@ class AttentionWork:
     sharded: bool = False
     """Keys come from other ranks. Attend and queries are then taken to go over tiles: over pairs they were not timed with such keys."""
     gpu: str = TIMED_GPU
-    """On one that is not in `LAUNCHED_ALIKE` attend and queries go over tiles."""
+    """One of `GPUS`. On one of another compute capability than `TIMED_GPU` attend and queries go over tiles."""
 
     def units(self, stage: str) -> dict[str, float]:
         """What a stage has to do: 10**6 rows, 10**9 chunks scored or listed, and 10**12 pairs of tokens."""

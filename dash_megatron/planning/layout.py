@@ -7,21 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dash_megatron.config import Config, config_from_dict
-from dash_megatron.config.flops import peak_flops
+from dash_megatron.gpus import GPUS
 from dash_megatron.planning.traffic import ContextComm
 
 Recompute = Literal["none", "selective", "attention", "full"]
-
-GPUS = {
-    "B200": (178.0, 8.0e12, 900e9),
-    "H200": (140.0, 4.8e12, 450e9),
-    "H100": (79.0, 3.35e12, 450e9),
-    "H800": (79.0, 3.35e12, 200e9),
-    "A100": (79.0, 2.0e12, 300e9),
-    "L40S": (44.0, 0.86e12, 32e9),
-}
-"""Memory that can be used (GiB), bytes per second of it, and of the links inside a node in one direction: data sheets of SXM
-parts; L40S has PCIe."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +58,17 @@ class Hardware:
             raise ValueError(
                 f"--gpu {gpu} must be one of {', '.join(GPUS)}; take the nearest, and --profile a short run on yours"
             )
-        memory, bandwidth, nvlink = GPUS[gpu]
-        speed = float(peak_flops(gpu) or 0) / float(peak_flops("H200") or 1)
-        default = cls()
+        found, default = GPUS[gpu], cls()
+        base = GPUS[default.gpu]
+        speed = found.peak_flops / base.peak_flops
         return replace(
             default,
             gpu=gpu,
-            memory_gib=memory if memory_gib is None else memory_gib,
+            memory_gib=found.memory_gib if memory_gib is None else memory_gib,
             speed=speed,
             matmul_flops=default.matmul_flops * speed,
-            memory_bandwidth=default.memory_bandwidth * bandwidth / GPUS["H200"][1],
-            nvlink=nvlink,
+            memory_bandwidth=default.memory_bandwidth * found.memory_bandwidth / base.memory_bandwidth,
+            nvlink=found.link_bandwidth,
         )
 
     def slowed(self, factor: float) -> Hardware:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dash_megatron.gpus import GPUS
 from dash_megatron.ops.kernels import configs
 from dash_megatron.planning.kernel_times import (
     RATES,
@@ -56,12 +57,12 @@ def test_the_rates_are_those_that_the_command_fits(stage: str) -> None:
 @pytest.mark.parametrize("group", [1, 4, 8, 16])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("chunk_size", [16, 32, 64, 128])
-@pytest.mark.parametrize(
-    ("gpu", "name"), [("H200", "NVIDIA H200"), ("H100", "NVIDIA H200"), ("A100", "NVIDIA A100-SXM4-80GB")]
-)
+@pytest.mark.parametrize("gpu", ["H200", "H100", "A100"])
 def test_stages_go_by_pair_where_the_kernels_do_and_tiles_are_theirs(
-    gpu: str, name: str, head_dim: int, chunk_size: int, group: int, monkeypatch: pytest.MonkeyPatch
+    gpu: str, head_dim: int, chunk_size: int, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # the name under which the kernels look the GPU up
+    name = configs.MEASURED.get(GPUS[gpu].compute_capability, f"NVIDIA {gpu}")
     monkeypatch.setattr(configs, "device_limits", lambda _: (name, 227 * 1024, 132))
     launches = configs.find_launches.__wrapped__(
         torch.device("cpu"), torch.bfloat16, head_dim, chunk_size, group
