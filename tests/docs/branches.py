@@ -71,6 +71,75 @@ def compare_all(arm: dict[int, Measured], reference: dict[int, Measured]) -> Com
     return found
 
 
+def below(arm: str, reference: str, orders: Sequence[int], rows: Sequence[Row]) -> list[int]:
+    """How many documents have a lower loss, by order."""
+    pairs = [[losses(f"{each}_order{n}", rows) for each in (arm, reference)] for n in orders]
+    return [sum(own[item] < other[item] for item in own) for own, other in pairs]
+
+
+def without_one(arm: str, reference: str, orders: Sequence[int], rows: Sequence[Row]) -> str:
+    """The difference to the reference, in percent, without the document that moves it most."""
+
+    def difference(rows: Sequence[Row]) -> float:
+        return sure(compare_losses(arm, reference, orders, rows).relative).value
+
+    whole = difference(rows)
+    names = {row["document"] for row in rows}
+    rests = [difference([row for row in rows if row["document"] != name]) for name in names]
+    return f"{100 * max(rests, key=lambda rest: abs(rest - whole)):+.2f}%"
+
+
+def compare_training(
+    arm: str, reference: str, orders: Sequence[int], steps: tuple[int, int], rows: Sequence[Row]
+) -> Ratio:
+    """Losses of training by logged step, from the first to the last of these."""
+    logged = [row for row in rows if steps[0] <= int(row["step"]) <= steps[1]]
+    both = ({n: {(x["step"],): (float(x[f"{each}_order{n}"]), 1.0) for x in logged} for n in orders} for each in (arm, reference))  # fmt: skip
+    return sure(compare_all(*both).relative)
+
+
+def places(rows: Sequence[Row]) -> list[tuple[int, int]]:
+    """Ranges of positions that losses by document are split into."""
+    return sorted({(int(row["from"]), int(row["to"])) for row in rows})
+
+
+def rows_at(place: tuple[int, int] | None, rows: Sequence[Row]) -> tuple[str, list[Row]]:
+    """The name of a range of positions in a page's table, "all" without one, and the rows that are in it."""
+    found = [row for row in rows if place in (None, (int(row["from"]), int(row["to"])))]
+    return f"{place[0]}-{place[1]}" if place else "all", found
+
+
+def collected(study: str, arm: str, task: str = "documents", to: str = "") -> tuple[float, float]:
+    """A share of full attention's answers or a difference of losses in percent, with its larger error, from `study collect`."""
+    rows = read_rows(QUALITY / study / "comparisons.csv")
+    row = next(x for x in rows if (x["arm"], x["task"], x["to"]) == (arm, task, to))
+    value, error = float(row["relative"]), max(float(row[f"relative_error_{over}"] or 0) for over in ("items", "orders"))  # fmt: skip
+    return (1 + value, error) if task in TASKS else (100 * value, 100 * error)
+
+
+def sure(found: Ratio | None) -> Ratio:
+    """A ratio that is there."""
+    assert found is not None
+    return found
+
+
+def larger(found: Ratio) -> float:
+    """The larger of the errors; over items where there is one order."""
+    return max(found.error_items or 0, found.error_orders or 0)
+
+
+def guess(guessed: float, least: float, most: float, found: float, form: str) -> str:
+    """Cells of what was predicted, with its range, and of what was found, bold outside of it."""
+    bold = "" if least <= found <= most else "**"
+    return f"{guessed:{form}} ({least:{form}} to {most:{form}}) | {bold}{found:{form}}{bold} |"
+
+
+def guess_share(guessed: float, found: float, samples: int) -> str:
+    """Cells of a share of right answers that was predicted without a range, and found, bold from two standard errors on."""
+    bold = "**" if abs(found - guessed) >= 2 * (guessed * (1 - guessed) / samples) ** 0.5 else ""
+    return f"{guessed:.2f} | {bold}{found:.3f}{bold}"
+
+
 def errors(found: Ratio, scale: int = 1, digits: int = 2) -> str:
     """Standard errors over items and over orders, each behind a ±."""
     both = (found.error_items, found.error_orders)
@@ -79,14 +148,12 @@ def errors(found: Ratio, scale: int = 1, digits: int = 2) -> str:
 
 def percent(found: Ratio | None) -> str:
     """A difference to the reference, in percent."""
-    assert found is not None
-    return f"{100 * found.value:+.2f}{errors(found, 100)}"
+    return f"{100 * sure(found).value:+.2f}{errors(sure(found), 100)}"
 
 
 def share(found: Ratio | None, digits: int = 3) -> str:
     """A share of the reference."""
-    assert found is not None
-    return f"{1 + found.value:.{digits}f}{errors(found, digits=digits)}"
+    return f"{1 + sure(found).value:.{digits}f}{errors(sure(found), digits=digits)}"
 
 
 def predictions(found: Sequence[Ratio | None], predicted: Sequence[float]) -> list[str]:

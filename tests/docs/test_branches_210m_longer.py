@@ -16,17 +16,27 @@ from tests.docs.branches import (
     ROOT,
     TASKS,
     Row,
+    below,
+    collected,
     compare_all,
     compare_losses,
     compare_scores,
+    compare_training,
+    guess,
+    guess_share,
+    larger,
     losses,
     percent,
+    places,
     read_pages,
     read_rows,
     read_words,
     right_answers,
+    rows_at,
     scores,
     share,
+    sure,
+    without_one,
 )
 from tests.docs.test_branches_fifth_base import MEANS
 
@@ -64,7 +74,7 @@ def _at_most(n: int, task: str, known: bool) -> Measured:
 def _share(task: str, orders: Sequence[int], known: bool = True) -> Ratio:
     """What 25% finds of full attention's, less 1, at least; not `known`: without a look at full attention's answers."""
     own = {n: _asked(f"own_order{n}", task) for n in orders}
-    return _sure(compare_all(own, {n: _at_most(n, task, known) for n in orders}).relative)
+    return sure(compare_all(own, {n: _at_most(n, task, known) for n in orders}).relative)
 
 
 def _over_bases(task: str, known: bool = True) -> Ratio:
@@ -90,32 +100,14 @@ def _of_rests(rests: Sequence[Sequence[float]], weights: Sequence[float]) -> flo
     return (len(both) / (len(both) - 1) * sum(x * x for x in both)) ** 0.5
 
 
-def _sure(found: Ratio | None) -> Ratio:
-    assert found is not None
-    return found
-
-
-def _error(found: Ratio) -> float:
-    return max(found.error_items or 0, found.error_orders or 0)
-
-
 def _beyond(found: Ratio, task: str) -> float:
     """Errors beyond the goal."""
-    return (1 + found.value - GOALS[task]) / _error(found)
+    return (1 + found.value - GOALS[task]) / larger(found)
 
 
 def _short(found: Ratio) -> str:
     """A share with the larger of its errors."""
-    return f"{1 + found.value:.3f} ± {_error(found):.3f}"
-
-
-def _collected(study: str, arm: str, task: str) -> tuple[float, float]:
-    """A share of full attention's or a difference of losses, in percent, with its larger error."""
-    rows = read_rows(QUALITY / study / "comparisons.csv")
-    row = next(x for x in rows if (x["arm"], x["task"], x["to"]) == (arm, task, ""))
-    both = [float(row[f"relative_error_{over}"] or 0) for over in ("items", "orders")]
-    value, error = float(row["relative"]), max(both)
-    return (1 + value, error) if task in TASKS else (100 * value, 100 * error)
+    return f"{1 + found.value:.3f} ± {larger(found):.3f}"
 
 
 def _documents(arm: str, reference: str, rows: list[Row] = DOCUMENTS) -> Comparison:
@@ -154,7 +146,7 @@ def test_the_first_lines_and_what_other_pages_say() -> None:
     assert "by {:.1f}, {:.1f} and {:.1f} errors".format(*beyond) in PAGE
     assert "by {:.1f}, {:.1f} and {:.1f} errors".format(*beyond) in ANSWERS
     assert f"recall is above its goal by {_beyond(_share(TASKS[2], SECOND), TASKS[2]):.1f} errors" in PAGE
-    before, error = _collected("branches_ten/210m", "own", "documents")
+    before, error = collected("branches_ten/210m", "own")
     assert f"After 400 steps it was {before:+.2f} ± {error:.2f}% (three orders, another base)" in PAGE
     pairs = [_retrieval(INFLLM, "own", task) for task in TASKS]
     text = "ends {}%, {} points behind 25%, and finds {}, {} and {} of the three tasks where 25% finds {}, {} and {}"  # fmt: skip
@@ -202,9 +194,9 @@ def test_the_goals_are_met(task: str) -> None:
     assert min(_beyond(BOTH[task], task), _beyond(bound, task)) > 2
     assert (_beyond(_share(task, SECOND), task) > 2) == (task != TASKS[2])
     cells = [
-        ("400 steps, base of seed 11, three orders", [_collected("branches_ten/210m", "own", x) for x in TASKS]),
-        ("800 steps, base of seed 31, two orders, at least", [(1 + (y := _share(x, FIRST)).value, _error(y)) for x in TASKS]),
-        ("800 steps, base of seed 32, one order", [(1 + (y := _share(x, SECOND)).value, _error(y)) for x in TASKS]),
+        ("400 steps, base of seed 11, three orders", [collected("branches_ten/210m", "own", x) for x in TASKS]),
+        ("800 steps, base of seed 31, two orders, at least", [(1 + (y := _share(x, FIRST)).value, larger(y)) for x in TASKS]),
+        ("800 steps, base of seed 32, one order", [(1 + (y := _share(x, SECOND)).value, larger(y)) for x in TASKS]),
     ]  # fmt: skip
     for name, found in cells:
         assert f"| {name} | {' | '.join(f'{x:.3f} ± {error:.3f}' for x, error in found)} |" in ANSWERS
@@ -280,46 +272,32 @@ def test_recall_on_the_second_base() -> None:
     assert f"({of_62m[2]:.3f}, others up to {max(of_62m):.3f})" in PAGE
 
 
-PLACES = sorted({(int(row["from"]), int(row["to"])) for row in DOCUMENTS})
-
-
-@pytest.mark.parametrize("place", [None, *PLACES], ids=str)
+@pytest.mark.parametrize("place", [None, *places(DOCUMENTS)], ids=str)
 def test_losses_by_position(place: tuple[int, int] | None) -> None:
-    rows = [row for row in DOCUMENTS if place in (None, (int(row["from"]), int(row["to"])))]
+    name, rows = rows_at(place, DOCUMENTS)
     own, others = (_documents(arm, "full", rows) for arm in ("own", INFLLM))
-    name = f"{place[0]}-{place[1]}" if place else "all"
     cells = [f"{own.reference:.4f}", percent(own.relative), percent(others.relative), percent(_documents(INFLLM, "own", rows).relative)]  # fmt: skip
     assert f"| {name} | {' | '.join(cells)} |" in PAGE
-    relative, other = _sure(own.relative), _sure(others.relative)
+    relative, other = sure(own.relative), sure(others.relative)
     assert abs(relative.value) < 2 * (relative.error_items or 0)
     assert (other.value > 2 * (other.error_items or 0)) == (place is None or place[0] >= 2048)
-
-
-def _below(arm: str, reference: str) -> int:
-    own, other = (losses(f"{each}_order3", DOCUMENTS) for each in (arm, reference))
-    return sum(own[name] < other[name] for name in own)
-
-
-def _without_one(arm: str, reference: str) -> str:
-    """The difference without the document that moves it most."""
-    whole = _sure(_documents(arm, reference).relative).value
-    names = {row["document"] for row in DOCUMENTS}
-    rests = [_sure(_documents(arm, reference, [row for row in DOCUMENTS if row["document"] != name]).relative).value for name in names]  # fmt: skip
-    return f"{100 * max(rests, key=lambda rest: abs(rest - whole)):+.2f}%"
 
 
 def test_losses_by_document() -> None:
     for arm in ("own", INFLLM):
         median = percent(_documents(arm, "full").median)
-        text = f"{_below(arm, 'full')} of 61 documents are below, the median one stands at {median}%"
-        assert f"{text}, and without the one that matters most it is {_without_one(arm, 'full')}" in PAGE
-    assert f"{_below(INFLLM, 'own')} of 61 documents are below 25%" in PAGE
+        text = f"{below(arm, 'full', SECOND, DOCUMENTS)[0]} of 61 documents are below, the median one stands at {median}%"
+        assert (
+            f"{text}, and without the one that matters most it is {without_one(arm, 'full', SECOND, DOCUMENTS)}"
+            in PAGE
+        )
+    assert f"{below(INFLLM, 'own', SECOND, DOCUMENTS)[0]} of 61 documents are below 25%" in PAGE
     assert f"after 400 steps and {percent(_documents('own', 'full').median)}% after 800" in ANSWERS
 
 
 def test_the_loss_beside_that_of_400_steps() -> None:
     def rest(arms: tuple[str, str], orders: Sequence[int], rows: list[Row]) -> tuple[float, list[float]]:
-        found = _sure(compare_losses(*arms, orders, rows).relative).value
+        found = sure(compare_losses(*arms, orders, rows).relative).value
         own, full = [{n: losses(f"{arm}_order{n}", rows) for n in orders} for arm in arms]
         names = [(str(n),) for n in range(61)]
         above, below = ([sum(runs[n][name][0] for n in orders) for name in names] for runs in (own, full))
@@ -327,27 +305,22 @@ def test_the_loss_beside_that_of_400_steps() -> None:
 
     now, ours = rest(("own", "full"), SECOND, DOCUMENTS)
     before, theirs = rest(("210m.own", "210m.full"), ORDERS, SHORT_DOCUMENTS)
-    assert 100 * before == pytest.approx(_collected("branches_ten/210m", "own", "documents")[0], abs=1e-3)
+    assert 100 * before == pytest.approx(collected("branches_ten/210m", "own")[0], abs=1e-3)
     error = _of_rests([ours, theirs], (1, -1))
     apart = f"{100 * (now - before):.2f} ± {100 * error:.2f} points"
     assert f"{apart} more" in PAGE
     assert f"{apart} less after 800 than after 400" in ANSWERS
     third = compare_losses("210m.own", "210m.full", SECOND, SHORT_DOCUMENTS)
     assert f"order 3 alone was {percent(third.relative)}% there" in PAGE
-    rows = read_rows(QUALITY / "branches_ten/210m" / "comparisons.csv")
-    far = next(x for x in rows if (x["arm"], x["task"], x["to"]) == ("own", "documents", "16384"))
-    text = f"{100 * float(far['relative']):+.2f} ± {100 * float(far['relative_error_items']):.2f}%"
+    far, far_error = collected("branches_ten/210m", "own", to="16384")
+    text = f"{far:+.2f} ± {far_error:.2f}%"
     here = percent(_documents("own", "full", [row for row in DOCUMENTS if row["from"] == "8192"]).relative)
     assert f"Beyond 8,192 tokens, where 400 steps had {text}, it is {here}%." in PAGE
     assert f"{text} with 210M parameters after 400 steps ({here}% after 800)" in ANSWERS
 
 
 def _training(arm: str, first: int, orders: Sequence[int]) -> Ratio:
-    rows = [row for row in TRAINING if first <= int(row["step"]) < first + 200]
-    found = compare_all(
-        *({n: {(x["step"],): (float(x[f"{each}_order{n}"]), 1.0) for x in rows} for n in orders} for each in (arm, "full"))
-    )  # fmt: skip
-    return _sure(found.relative)
+    return compare_training(arm, "full", orders, (first, first + 199), TRAINING)
 
 
 @pytest.mark.parametrize("first", range(1, 800, 200))
@@ -359,14 +332,14 @@ def test_losses_of_training(first: int) -> None:
 
 def test_the_loss_of_training_at_the_end() -> None:
     bases = [_training("own", 601, orders) for orders in (FIRST, SECOND)]
-    first, second = (f"{100 * x.value:+.2f} ± {100 * _error(x):.2f}%" for x in bases)
+    first, second = (f"{100 * x.value:+.2f} ± {100 * larger(x):.2f}%" for x in bases)
     assert f"25% ends {first} from full attention on the first base and {second} on the second" in PAGE
     assert f"in training loss {second} and on another base {first}" in ANSWERS
     assert f"{second} and on another base {first} | one; one and two |" in ANSWERS
     assert f"over {sum(int(row['step']) > 600 for row in TRAINING)} logged steps a branch" in PAGE
     values = [100 * x.value for x in bases]
     assert f"{fmean(values):+.2f} ± {stdev(values) / 2**0.5:.2f}% over bases" in PAGE
-    before, error = _collected("branches_ten/210m", "own", "loss")
+    before, error = collected("branches_ten/210m", "own", "loss")
     assert f"the last quarter of 400 steps had {before:+.2f} ± {error:.2f}%" in PAGE
     assert f"in training loss, which was {before:+.2f} ± {error:.2f}% after 400 steps" in ANSWERS
 
@@ -374,15 +347,15 @@ def test_the_loss_of_training_at_the_end() -> None:
 def test_what_the_shares_gain_on_400_steps() -> None:
     gains = {}
     for task in TASKS:
-        before, error = _collected("branches_ten/210m", "own", task)
-        gains[task] = (1 + BOTH[task].value - before, hypot(_error(BOTH[task]), error))
+        before, error = collected("branches_ten/210m", "own", task)
+        gains[task] = (1 + BOTH[task].value - before, hypot(larger(BOTH[task]), error))
     single, _, recall = (f"{gain:.3f} ± {error:.3f}" for gain, error in gains.values())
     assert f"recall gains at least {recall} and single needles {single}" in PAGE
     assert f"recall by at least {recall} more of full attention's, single needles by {single}" in ANSWERS
     assert gains[TASKS[1]][0] < 0.003
     assert [gain > 2 * error for gain, error in gains.values()] == [True, False, True]
     for study in ("branches_second_base", "branches_longer/long"):
-        share_of_62m, error = _collected(study, "own", TASKS[0])
+        share_of_62m, error = collected(study, "own", TASKS[0])
         assert f"{share_of_62m:.2f} ± {error:.2f} after" in PAGE
 
 
@@ -392,7 +365,7 @@ def test_infllmv2_by_how_far_back() -> None:
     assert text.format(*near[0], *near[1], *far[0], *far[1]) in PAGE
     shares = [share(_retrieval(INFLLM, other, task).relative) for other in ("full", "own") for task in TASKS]
     assert "{}, {} and {} of full attention's, {}, {} and {} of what 25% finds".format(*shares) in PAGE
-    with_62m, error = _collected("branches_needles/orders", INFLLM, "documents")
+    with_62m, error = collected("branches_needles/orders", INFLLM)
     assert f"with 62M and 5% retrieval text it had {with_62m:+.2f} ± {error:.2f}%" in PAGE
     rows = read_rows(QUALITY / "branches_needles/orders" / "comparisons.csv")
     single = next(float(x["value"]) for x in rows if (x["arm"], x["task"]) == (INFLLM, TASKS[0]))
@@ -421,23 +394,18 @@ def test_densities_and_scales() -> None:
     assert text.format(*(100 * x for x in density)) in PAGE
 
 
-def _guess(guess: float, least: float, most: float, found: float, form: str) -> str:
-    bold = "" if least <= found <= most else "**"
-    return f"{guess:{form}} ({least:{form}} to {most:{form}}) | {bold}{found:{form}}{bold} |"
-
-
 def test_what_was_predicted() -> None:
     def loss(arm: str) -> float:
-        return 100 * _sure(_documents(arm, "full").relative).value
+        return 100 * sure(_documents(arm, "full").relative).value
 
     def training(arm: str) -> float:
         return 100 * _training(arm, 601, SECOND).value
 
     for name, cell in (
-        ("25%, documents, %", _guess(-0.30, -0.55, -0.05, loss("own"), "+.2f")),
-        ("25%, training, %", _guess(-0.16, -0.30, 0.0, training("own"), "+.2f")),
-        ("InfLLMv2, documents, %", _guess(1.6, 0.8, 2.5, loss(INFLLM), "+.2f")),
-        ("InfLLMv2, training, %", _guess(2.5, 1.5, 4.0, training(INFLLM), "+.2f")),
+        ("25%, documents, %", guess(-0.30, -0.55, -0.05, loss("own"), "+.2f")),
+        ("25%, training, %", guess(-0.16, -0.30, 0.0, training("own"), "+.2f")),
+        ("InfLLMv2, documents, %", guess(1.6, 0.8, 2.5, loss(INFLLM), "+.2f")),
+        ("InfLLMv2, training, %", guess(2.5, 1.5, 4.0, training(INFLLM), "+.2f")),
     ):
         assert f"| {name} |" in PAGE
         assert cell in PAGE
@@ -446,17 +414,15 @@ def test_what_was_predicted() -> None:
     before = ((0.97, 0.93, 1), (0.975, 0.95, 1), (0.92, 0.86, 0.97))
     for task, first, second, infllm in zip(TASKS, before, ours, others, strict=True):
         name = {TASKS[0]: "single needles", TASKS[1]: "multi-key needles", TASKS[2]: "recall"}[task]
-        cells = f"{_guess(*first, 1 + _share(task, FIRST).value, '.3f')} {_guess(*second, 1 + _share(task, SECOND).value, '.3f')}"
+        cells = f"{guess(*first, 1 + _share(task, FIRST).value, '.3f')} {guess(*second, 1 + _share(task, SECOND).value, '.3f')}"
         assert f"| 25%, {name}, share | {cells}" in PAGE
-        value = _sure(_retrieval(INFLLM, "full", task).relative).value
-        assert f"| InfLLMv2, {name}, share | | | {_guess(*infllm, 1 + value, '.3f')}" in PAGE
+        value = sure(_retrieval(INFLLM, "full", task).relative).value
+        assert f"| InfLLMv2, {name}, share | | | {guess(*infllm, 1 + value, '.3f')}" in PAGE
     for task, guesses in zip(TASKS, ((0.98, 0.97), (0.98, 0.98), (0.92, 0.95)), strict=True):
         cells = []
-        for n, guess in zip((1, 3), guesses, strict=True):
+        for n, guessed in zip((1, 3), guesses, strict=True):
             found = _asked(f"full_order{n}", task)
-            value = fmean(right for right, _ in found.values())
-            bold = "**" if abs(value - guess) >= 2 * (guess * (1 - guess) / len(found)) ** 0.5 else ""
-            cells.append(f"{guess:.2f} | {bold}{value:.3f}{bold}")
+            cells.append(guess_share(guessed, fmean(right for right, _ in found.values()), len(found)))
         assert f"| {' | '.join(cells)} |" in PAGE
 
 

@@ -17,17 +17,22 @@ from tests.docs.branches import (
     ROOT,
     TASKS,
     Row,
+    below,
     compare_all,
     compare_losses,
     compare_scores,
     losses,
     percent,
+    places,
     predictions,
     read_pages,
     read_rows,
     right_answers,
+    rows_at,
     scores,
     share,
+    sure,
+    without_one,
 )
 
 FOLDER = QUALITY / "branches_fifth_base"
@@ -63,32 +68,9 @@ def _by_order(arm: str, reference: str, orders: Sequence[int]) -> list[str]:
     return [percent(_documents(arm, reference, (n,)).relative) for n in orders]
 
 
-def _below(arm: str, reference: str, orders: Sequence[int]) -> list[int]:
-    """Documents whose loss is lower, by order."""
-    pairs = [[losses(f"{each}_order{n}", DOCUMENTS) for each in (arm, reference)] for n in orders]
-    return [sum(own[item] < other[item] for item in own) for own, other in pairs]
-
-
-def _without_one(arm: str, reference: str, orders: Sequence[int]) -> str:
-    """The difference to the reference without the document that moves it most."""
-
-    def difference(rows: list[Row]) -> float:
-        return _sure(_documents(arm, reference, orders, rows).relative).value
-
-    whole = difference(DOCUMENTS)
-    names = {row["document"] for row in DOCUMENTS}
-    rests = [difference([row for row in DOCUMENTS if row["document"] != name]) for name in names]
-    return f"{100 * max(rests, key=lambda rest: abs(rest - whole)):+.2f}%"
-
-
-def _sure(found: Ratio | None) -> Ratio:
-    assert found is not None
-    return found
-
-
 def _larger(found: Ratio | None) -> str:
     """A difference in percent with the larger of its errors."""
-    found = _sure(found)
+    found = sure(found)
     return f"{100 * found.value:+.2f} ± {100 * (found.error or 0):.2f}"
 
 
@@ -111,20 +93,20 @@ def test_the_first_lines() -> None:
 def test_each_order_and_document() -> None:
     for arms in (QUARTER, NINTH):
         assert "{}, {} and {}%.".format(*_by_order(*arms)) in PAGE
-    below = _below(*QUARTER)
-    assert f"{min(below)} to {max(below)} of 61 documents are below; the median" in PAGE
-    assert f"matters most takes the total to {_without_one(*QUARTER)}" in PAGE
-    assert f"{_below(*NSA)[0]} of 61 documents are below full attention, in each order" in PAGE
-    assert len(set(_below(*NSA))) == 1
-    assert f"matters most takes it to {_without_one(*NSA)}" in PAGE
-    behind = _below("scratch", "ret10", ORDERS)
+    counts = below(*QUARTER, DOCUMENTS)
+    assert f"{min(counts)} to {max(counts)} of 61 documents are below; the median" in PAGE
+    assert f"matters most takes the total to {without_one(*QUARTER, DOCUMENTS)}" in PAGE
+    assert f"{below(*NSA, DOCUMENTS)[0]} of 61 documents are below full attention, in each order" in PAGE
+    assert len(set(below(*NSA, DOCUMENTS))) == 1
+    assert f"matters most takes it to {without_one(*NSA, DOCUMENTS)}" in PAGE
+    behind = below("scratch", "ret10", ORDERS, DOCUMENTS)
     assert f"{61 - max(behind)} to {61 - min(behind)} of 61 documents are worse" in PAGE
     assert "{}, {} and {} points.".format(*_by_order("scratch", "ret10", ORDERS)) in PAGE
 
 
 def test_the_goals_at_11_and_from_scratch() -> None:
     ninth, scratch = (
-        _sure(_documents(*arms).relative) for arms in (NINTH, ("scratch", "ret10", ORDERS))
+        sure(_documents(*arms).relative) for arms in (NINTH, ("scratch", "ret10", ORDERS))
     )  # fmt: skip
     assert ninth.error is not None
     assert abs(ninth.value) < 2 * ninth.error < 0.005 - ninth.value
@@ -157,21 +139,19 @@ def test_11_behind_25() -> None:
 
 
 def test_from_scratch_by_position_and_retrieval() -> None:
-    places = sorted({(int(row["from"]), int(row["to"])) for row in DOCUMENTS})
     beyond = []
-    for place in (None, *places):
-        rows = [row for row in DOCUMENTS if place in (None, (int(row["from"]), int(row["to"])))]
+    for place in (None, *places(DOCUMENTS)):
+        name, rows = rows_at(place, DOCUMENTS)
         behind, above = (_documents("scratch", other, rows=rows) for other in ("ret10", "full_ret10"))
-        name = f"{place[0]}-{place[1]}" if place else "all"
         losses_of = (above.reference, behind.reference, behind.value.value)
         cells = [*(f"{x:.4f}" for x in losses_of), percent(behind.relative), percent(above.relative)]
         assert f"| {name} | {' | '.join(cells)} |" in PAGE
-        relative = _sure(behind.relative)
+        relative = sure(behind.relative)
         assert relative.value > 0
         assert relative.error is not None
         if place and relative.value > 2 * relative.error:
             beyond.append((place, 100 * relative.value, 100 * relative.error))
-    assert [place for place, *_ in beyond] == [place for place in places if place[0] >= 256]
+    assert [place for place, *_ in beyond] == [place for place in places(DOCUMENTS) if place[0] >= 256]
     near = [value for _, value, _ in beyond[:-1]]
     _, far, error = beyond[-1]
     assert f"{min(near):.2f} to {max(near):.2f}% up to 8K, and {far:.2f} ± {error:.2f}% beyond" in PAGE
@@ -179,7 +159,7 @@ def test_from_scratch_by_position_and_retrieval() -> None:
     for task in TASKS:
         behind, above = (_retrieval("scratch", other, task) for other in ("ret10", "full_ret10"))
         assert f"| {task} | {behind.value.value:.3f} | {share(behind.relative)} | {share(above.relative)} |" in PAGE  # fmt: skip
-        apart.append(abs(_sure(behind.relative).value) > 2 * (_sure(behind.relative).error or 0))
+        apart.append(abs(sure(behind.relative).value) > 2 * (sure(behind.relative).error or 0))
     assert apart == [True, False, False]
 
 
@@ -222,7 +202,7 @@ def _with_ten(task: str | None) -> list[Ratio]:
         rows = read_rows(QUALITY / name / f"{'samples' if task else 'documents'}.csv")
         of_task = [row for row in rows if row.get("task") == task]
         both = _both(orders, task, of_task)
-        found.append(_sure(compare_all(*both).relative))
+        found.append(sure(compare_all(*both).relative))
     return found
 
 
@@ -242,7 +222,7 @@ def _error_over_items(task: str | None) -> float:
         common = [row for row in rows if row.get("task") == task and int(row.get("sample", 0)) < 128]
         for side, measured in zip(sides, _both(orders, task, common), strict=True):
             side.update({len(side) + n: x for n, x in enumerate(measured.values())})
-    return _sure(compare_all(*sides).relative).error_items or 0
+    return sure(compare_all(*sides).relative).error_items or 0
 
 
 @dataclass(frozen=True)
@@ -322,10 +302,10 @@ def test_the_answers_the_recipe_and_the_readme_have_its_figures() -> None:
     assert f"{nsa}%" in ANSWERS
     assert f"{_larger(_documents('nsa_25', 'ret10', (1, 2)).relative).strip('+')} points behind" in ANSWERS
     for found, task in zip(shares, TASKS, strict=True):
-        here = _sure(_retrieval(*QUARTER[:2], task).relative)
+        here = sure(_retrieval(*QUARTER[:2], task).relative)
         assert f"{1 + here.value:.3f} ± {here.error:.3f}" in ANSWERS
         assert f"{found.value:.3f} ± {found.error:.3f}" in ANSWERS
-    at_11 = [_sure(_retrieval(*NINTH[:2], task).relative) for task in TASKS]
+    at_11 = [sure(_retrieval(*NINTH[:2], task).relative) for task in TASKS]
     for text in (ANSWERS, RECIPE):
         for each in ([(x.value, x.error) for x in shares], [(1 + x.value, x.error or 0) for x in at_11]):
             cells = [f"{value:.2f} ± {error:.2f}" for value, error in each]

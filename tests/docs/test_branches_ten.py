@@ -1,6 +1,5 @@
 """The page on 10% retrieval text against the losses by document, the answers by sample and the probe beside it."""
 
-import csv
 from collections.abc import Sequence
 from math import hypot
 from statistics import fmean, stdev
@@ -12,6 +11,8 @@ from docs.tools.branch_pictures import QUALITY
 from tests.docs.branches import (
     TASKS,
     Row,
+    below,
+    collected,
     compare_all,
     compare_losses,
     compare_scores,
@@ -23,6 +24,7 @@ from tests.docs.branches import (
     right_answers,
     scores,
     share,
+    without_one,
 )
 
 FOLDER = QUALITY / "branches_ten"
@@ -55,24 +57,6 @@ def _by_order(arms: Arms) -> list[str]:
     return [percent(_documents(*arms[:2], (n,)).relative) for n in arms[2]]
 
 
-def _below(arms: Arms) -> list[int]:
-    runs = [(f"{arms[0]}_order{n}", f"{arms[1]}_order{n}") for n in arms[2]]
-    return [sum(float(row[arm]) < float(row[reference]) for row in DOCUMENTS) for arm, reference in runs]
-
-
-def _without_one(arms: Arms) -> str:
-    """The difference to the reference without the document that moves it most."""
-
-    def difference(rows: list[Row]) -> float:
-        found = _documents(*arms, rows).relative
-        assert found is not None
-        return found.value
-
-    whole = difference(DOCUMENTS)
-    rests = [difference([row for row in DOCUMENTS if row is not left]) for left in DOCUMENTS]
-    return f"{100 * max(rests, key=lambda rest: abs(rest - whole)):+.2f}%"
-
-
 def _moved(arms: Arms, task: str) -> list[int]:
     """How many right answers the arm gains on the reference, and how many it loses."""
     pairs = [(x[f"{arms[0]}_order{n}"], x[f"{arms[1]}_order{n}"]) for x in SAMPLES if x["task"] == task for n in arms[2]]  # fmt: skip
@@ -102,12 +86,13 @@ def test_only_multi_key_needles_are_told_apart_from_their_goal(arms: Arms, task:
 
 def test_documents_agree() -> None:
     assert "{}, {} and {}%.".format(*_by_order(BIG)) in PAGE
-    assert f"{min(_below(BIG))} to {max(_below(BIG))} of {len(DOCUMENTS)} documents are below" in PAGE
-    assert "{} and {} of 61 are below".format(*_below(SMALL)) in PAGE
-    assert f"{_below(NSA)[0]} of 61 documents are below" in PAGE
+    counts = below(*BIG, DOCUMENTS)
+    assert f"{min(counts)} to {max(counts)} of {len(DOCUMENTS)} documents are below" in PAGE
+    assert "{} and {} of 61 are below".format(*below(*SMALL, DOCUMENTS)) in PAGE
+    assert f"{below(*NSA, DOCUMENTS)[0]} of 61 documents are below" in PAGE
     for arms in (BIG, SMALL):
-        assert f"matters most takes the total to {_without_one(arms)}" in PAGE
-    assert f"matters most takes it to {_without_one(NSA)}" in PAGE
+        assert f"matters most takes the total to {without_one(*arms, DOCUMENTS)}" in PAGE
+    assert f"matters most takes it to {without_one(*NSA, DOCUMENTS)}" in PAGE
     assert f"to the recipe at {percent(_documents('nsa_25', 'ret10').median)}%" in PAGE
 
 
@@ -230,25 +215,15 @@ def test_the_answers_and_the_recipe_have_its_figures() -> None:
     assert f"{percent(nsa)}%" in ANSWERS
 
 
-def _collected(study: str, arm: str) -> tuple[float, float]:
-    """Difference to full attention in percent with its larger error, of whole documents."""
-    with (QUALITY / study / "comparisons.csv").open() as file:
-        row = next(
-            x for x in csv.DictReader(file) if (x["arm"], x["task"], x["to"]) == (arm, "documents", "")
-        )
-    errors = (float(row[f"relative_error_{over}"]) for over in ("items", "orders"))
-    return 100 * float(row["relative"]), 100 * max(errors)
-
-
 def _between(first: tuple[float, float], second: tuple[float, float]) -> str:
     return f"{first[0] - second[0]:.2f} ± {hypot(first[1], second[1]):.2f}"
 
 
 def test_sizes_and_shares_of_text_beside_each_other() -> None:
-    big, earlier = _collected("branches_ten/210m", "own"), _collected("branches_longer/210m", "own")
+    big, earlier = collected("branches_ten/210m", "own"), collected("branches_longer/210m", "own")
     assert abs(big[0] - earlier[0]) < 2 * hypot(big[1], earlier[1])
-    with_5 = _between(earlier, _collected("branches_projections", "own"))
-    with_10 = _between(big, _collected("branches_ten/62m", "ret10"))
+    with_5 = _between(earlier, collected("branches_projections", "own"))
+    with_10 = _between(big, collected("branches_ten/62m", "ret10"))
     assert f"by {with_5} points with 5% retrieval text, by {with_10} with 10%" in ANSWERS
 
 
