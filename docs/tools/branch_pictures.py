@@ -38,6 +38,7 @@ COLLECTED = {
     "the recipe, 25%, 210M, 400 steps": ("branches_longer/210m", "own"),
     "the recipe, 25%, 210M, 400 steps, 10% retrieval": ("branches_ten/210m", "own"),
     "the recipe, 25%, 210M, 800 steps, 10% retrieval": ("branches_210m_longer", "own"),
+    "the recipe, 11%, 210M, 400 steps, 10% retrieval": ("branches_210m_11", "dash_11"),
     "without router projections, 25%, 210M, 400 steps": ("branches_210m", "dash_25"),
     "InfLLMv2, 25%, beside the recipe": ("branches_needles/orders", "infllmv2_25"),
     "InfLLMv2, 25%, the recipe's text": ("branches_longer/others", "infllmv2"),
@@ -45,6 +46,8 @@ COLLECTED = {
     "NSA, 25%, the recipe's text": ("branches_longer/others", "nsa"),
     "NSA, 25%, fourth base, 10% retrieval": ("branches_ten/nsa", "nsa_25"),
     "NSA, 25%, fifth base, 10% retrieval": ("branches_fifth_base/nsa", "nsa_25"),
+    "InfLLMv2, 11%, 210M, 400 steps, 10% retrieval": ("branches_210m_11", "infllmv2_11"),
+    "NSA, 11%, 210M, 400 steps, 10% retrieval": ("branches_210m_11", "nsa_11"),
 }
 # by label: how an arm is called in the first and in the second study; "" where it was not run
 BARS = {
@@ -217,7 +220,7 @@ class Collected:
 
 def draw_losses(studies: Sequence[Study], output: Path) -> Path:
     """Difference to full attention by arm; a dot an order, bars of two standard errors."""
-    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
     found: list[tuple[str, float, float, int, tuple[float, ...]]] = []
     for label, source in COLLECTED.items():
         arm = Collected.read(*source)
@@ -243,7 +246,7 @@ def draw_losses(studies: Sequence[Study], output: Path) -> Path:
         )
         axis.annotate(label, (0, place), (-6, 0), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="center")  # fmt: skip
     axis.axvline(0, color="gray", linewidth=1)
-    axis.set(xlabel="loss on held-out documents above full attention's (%)", yticks=[], xlim=(-1, 8.2))
+    axis.set(xlabel="loss on held-out documents above full attention's (%)", yticks=[], xlim=(-1, 10.4))
     axis.grid(alpha=GRID, axis="x")
     return save(figure, output / "quality_losses.png")
 
