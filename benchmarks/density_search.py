@@ -29,9 +29,8 @@ def attention_layers(model: DashForCausalLM) -> list[DashSelfAttention]:
 
 def set_kind(model: DashForCausalLM, kind: str) -> None:
     """Let all layers attend fully, without projections for a router, or none but those that always do."""
-    always = getattr(model.config, "full_attention_layers", ())
     for attention in attention_layers(model):
-        attention.is_full = kind == "full" or attention.index in always
+        attention.is_full = kind == "full" or not hasattr(attention, "indexer_q")
         attention.has_router_projections = hasattr(attention, "indexer_q_proj") and not attention.is_full
 
 

@@ -95,7 +95,8 @@ def fill_cache(model: DashForCausalLM, cache: StaticCache, context: int) -> None
     device = model.device
     start = torch.zeros(1, dtype=torch.int64, device=device)
     for index, attention in enumerate(attention_layers(model)):
-        C, H, D = model.config.chunk_size, attention.kv_heads, attention.head_dim
+        # a plain Llama has no chunks, and takes as long whatever the keys are
+        C, H, D = getattr(model.config, "chunk_size", 64), attention.kv_heads, attention.head_dim
         inputs = Inputs(TOPICS, H, D, device, model.dtype, seed=index)
         k_NHD = inputs.gather_keys(inputs.noise(1, context, H, D), C)
         k, v = (x.transpose(1, 2).contiguous() for x in (k_NHD, inputs.noise(1, context, H, D)))

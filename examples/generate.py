@@ -29,7 +29,7 @@ if not (Path(options.folder) / "config.json").is_file():
         f"{options.folder} has no config.json; give a folder of `python -m dash_megatron convert to-hf`"
     )
 
-tokenizer = AutoTokenizer.from_pretrained(options.folder)
+tokenizer = AutoTokenizer.from_pretrained(options.folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(options.folder, trust_remote_code=True).to(options.device)
 if options.chat:
     message = [{"role": "user", "content": options.prompt}]

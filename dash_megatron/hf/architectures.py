@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-KNOWN_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "minicpm", "internlm3")
-"""Values of `model_type` that are taken; tests compare logits of each. SmolLM2 and Falcon3 are `llama`."""
+KNOWN_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "minicpm", "internlm3", "dash")
+"""Values of `model_type` that are taken; tests compare logits of each. SmolLM2 and Falcon3 are `llama`, and so are exports of earlier
+releases; those of this one are `dash`."""
 
 _UNSUPPORTED = {
     "granite": "multipliers on embeddings, residuals, attention and logits",

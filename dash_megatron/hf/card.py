@@ -10,6 +10,7 @@ import yaml
 from dash_megatron.config import Config
 from dash_megatron.data.blend import parse_blend
 from dash_megatron.hf import probe
+from dash_megatron.hf.config import is_plain_llama
 
 _CHAT = """
 It has a chat template, and generation stops where the answer ends:
@@ -46,6 +47,7 @@ def model_card(
     settings = yaml.safe_dump(_without_paths(config), sort_keys=False)
     selects = bool(config.attention.sparse_layers(config.model.layers))
     attention = "DashAttention (arXiv 2605.18753)" if selects else "full attention"
+    trust = "" if is_plain_llama(config) else ", trust_remote_code=True"
     same = (
         f"selected the same chunks in {report.where}, and\ntheir logits"
         if report.where
@@ -65,8 +67,8 @@ A Llama-shaped decoder with {attention}, weights in {name}.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # where this file is, or the model's name on the hub
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
+model = AutoModelForCausalLM.from_pretrained(folder{trust})
 # training read no token that a tokenizer adds by itself
 inputs = tokenizer("The beginning", add_special_tokens=False, return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
@@ -113,7 +115,9 @@ def _facts(config: Config, metrics: dict[str, Any], terms: str | None, selects: 
 
 
 def _without_our_code(config: Config, selects: bool) -> str:
-    """What transformers makes of the folder without the model file: a Llama, which ignores what it does not know."""
+    """Whether the folder has a model file, and what becomes of it where that is not run."""
+    if is_plain_llama(config):
+        return "It is a plain Llama, which transformers loads with no code of this folder."
     parts = {
         "the summary queries (`indexer_q`)": selects,
         "the router's projections (`indexer_q_proj`, `indexer_k_proj`)": selects
@@ -123,12 +127,11 @@ def _without_our_code(config: Config, selects: bool) -> str:
         "the factors on routing scores (`indexer_log_scaling`)": selects and config.attention.learned_scaling,
     }
     ignored = " and ".join(name for name, there in parts.items() if there)
-    if not ignored:
-        return "Without `trust_remote_code=True` transformers loads a Llama, which computes the same."
+    unread = f" without {ignored}" if ignored else ""
     return (
-        f"Without `trust_remote_code=True`, and by classes other than `AutoModel` and `AutoModelForCausalLM` with it too, transformers "
-        f"loads a dense Llama{', which attends to everything' if selects else ''} and reports as unexpected\nthe tensors it ignores: "
-        f"{ignored}. Its outputs are not those of training."
+        f"`modeling_dash.py` in this folder computes the model. Without `trust_remote_code=True` transformers refuses to load it. "
+        f"`LlamaForCausalLM`, asked for by\nname, warns and loads a dense Llama{', which attends to everything' if selects else ''}"
+        f"{unread}. Its outputs are not those of training."
     )
 
 

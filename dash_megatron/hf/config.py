@@ -9,33 +9,29 @@ from transformers import LlamaConfig
 
 from dash_megatron.config import AttentionConfig, Config, ModelConfig, RopeScaling
 from dash_megatron.hf.architectures import ATTENTION_KEYS, check_architecture
+from dash_megatron.hf.modeling_dash import DashConfig
 
 MODEL_FILE = "modeling_dash.py"
 
 
+def is_plain_llama(config: Config) -> bool:
+    """Whether the Llama of transformers computes what the run does, so that its export needs no `MODEL_FILE`."""
+    model, scaling = config.model, config.model.rope_scaling
+    # of longrope transformers takes the short factors for a short text, where training has one set for all lengths
+    grows = scaling is not None and scaling.rope_type == "longrope"
+    return not (config.attention.sparse_layers(model.layers) or model.qk_norm or model.qkv_bias or grows)
+
+
 def llama_config(config: Config, vocab_size: int, dtype: torch.dtype, end_token: int) -> LlamaConfig:
-    """The transformers config of a run: transformers alone reads it as a dense Llama, `MODEL_FILE` as DashAttention."""
-    model, attention = config.model, config.attention
-    # keys that only our model file knows; transformers keeps what it does not know
-    ours: dict[str, Any] = {
-        "auto_map": {
-            "AutoModel": f"{MODEL_FILE.removesuffix('.py')}.DashModel",
-            "AutoModelForCausalLM": f"{MODEL_FILE.removesuffix('.py')}.DashForCausalLM",
-        },
-        "qk_norm": model.qk_norm,
-        "qkv_bias": model.qkv_bias,
-        **{key: getattr(attention, key) for key in ATTENTION_KEYS},
-        # nothing where layers differ: a reader of this key alone must not take one layer's for all
-        "scaling_factor": None if isinstance(attention.scaling_factor, tuple) else attention.scaling_factor,
-        "layer_scaling_factors": [attention.layer_scaling_factor(layer) for layer in range(model.layers)],
-        "full_attention_layers": [
-            layer for layer in range(model.layers) if attention.kind_of(layer) == "full"
-        ],
-    }
-    is_llama = not (attention.sparse_layers(model.layers) or model.qk_norm or model.qkv_bias)
-    found = LlamaConfig(
-        # by which others than transformers choose a class, whether or not they are to trust the folder's
-        architectures=["LlamaForCausalLM" if is_llama else "DashForCausalLM"],
+    """The transformers config of a run: a Llama's where `is_plain_llama`, else one that `MODEL_FILE` alone reads.
+
+    With a `model_type` of its own, a folder that is loaded without its file is an error, and not a model that attends to everything.
+    """
+    model, plain = config.model, is_plain_llama(config)
+    kind = LlamaConfig if plain else DashConfig
+    found = kind(
+        # by which others than transformers choose a class
+        architectures=["LlamaForCausalLM" if plain else "DashForCausalLM"],
         dtype=dtype,
         vocab_size=vocab_size,
         hidden_size=model.hidden_size,
@@ -53,11 +49,33 @@ def llama_config(config: Config, vocab_size: int, dtype: torch.dtype, end_token:
         bos_token_id=end_token,
         eos_token_id=end_token,
         pad_token_id=end_token,
-        **ours,
+        **({} if plain else _dash_keys(config)),
     )
     # again beside `rope_parameters`: where a rope_scaling is added by hand, transformers reads the base here
     found.rope_theta = model.rope_theta
     return found
+
+
+def _dash_keys(config: Config) -> dict[str, Any]:
+    """What a Llama has not."""
+    model, attention = config.model, config.attention
+    module = MODEL_FILE.removesuffix(".py")
+    return {
+        "auto_map": {
+            "AutoConfig": f"{module}.DashConfig",
+            "AutoModel": f"{module}.DashModel",
+            "AutoModelForCausalLM": f"{module}.DashForCausalLM",
+        },
+        "qk_norm": model.qk_norm,
+        "qkv_bias": model.qkv_bias,
+        **{key: getattr(attention, key) for key in ATTENTION_KEYS},
+        # nothing where layers differ: a reader of this key alone must not take one layer's for all
+        "scaling_factor": None if isinstance(attention.scaling_factor, tuple) else attention.scaling_factor,
+        "layer_scaling_factors": [attention.layer_scaling_factor(layer) for layer in range(model.layers)],
+        "full_attention_layers": [
+            layer for layer in range(model.layers) if attention.kind_of(layer) == "full"
+        ],
+    }
 
 
 def _scaling_tree(model: ModelConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dash_megatron.data.chat import ChatTemplate, template_of_run
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.hf import modeling_dash, probe
 from dash_megatron.hf.card import model_card
-from dash_megatron.hf.config import MODEL_FILE, llama_config
+from dash_megatron.hf.config import MODEL_FILE, is_plain_llama, llama_config
 from dash_megatron.hf.folder import check_new, new_folder, read_tensors, write_pieces
 from dash_megatron.hf.names import pieces, to_hugging_face
 from dash_megatron.hf.tokenizer import export_tokenizer
@@ -88,10 +88,10 @@ def _write(
     end = tokenizer.eod
     vocab_size = len(weights["embedding.word_embeddings.weight"])
     model = llama_config(config, vocab_size, dtype, end)
-    # by which transformers knows the tokenizer's class
+    # transformers looks into it as it loads a tokenizer
     model.save_pretrained(folder)
     chat = _chat_of(config, tokenizer)
-    model.pad_token_id = export_tokenizer(tokenizer, folder, chat)
+    model.pad_token_id = export_tokenizer(tokenizer, folder, model, chat)
     model.save_pretrained(folder)
     ends = [end] if chat is None or chat.turn_end == end else [end, chat.turn_end]
     GenerationConfig(
@@ -101,7 +101,8 @@ def _write(
         # rows that only pad the table are never drawn
         suppress_tokens=list(range(tokenizer.vocab_size, vocab_size)) or None,
     ).save_pretrained(folder)
-    shutil.copyfile(modeling_dash.__file__, folder / MODEL_FILE)
+    if not is_plain_llama(config):
+        shutil.copyfile(modeling_dash.__file__, folder / MODEL_FILE)
     parts = pieces(config.model, config.attention, vocab_size)
     expected = {name for piece in parts for name in piece.ours}
     extra = sorted(set(weights) - expected)

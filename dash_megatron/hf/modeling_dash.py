@@ -432,7 +432,10 @@ class DashSelfAttention(nn.Module):
         if getattr(config, "qk_norm", False):
             self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.is_full = index in getattr(config, "full_attention_layers", ())
+        # a plain Llama, which is compared with training by this file too, says nothing of chunks
+        self.is_full = not hasattr(config, "chunk_size") or index in getattr(
+            config, "full_attention_layers", ()
+        )
         self.has_router_projections = getattr(config, "router_projections", False) and not self.is_full
         if not self.is_full:
             self.indexer_q = nn.Parameter(torch.zeros(self.kv_heads * self.head_dim))
@@ -605,14 +608,32 @@ class DashDecoderLayer(GradientCheckpointingLayer):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class DashConfig(LlamaConfig):
+    """A Llama's config, and what `DashSelfAttention` reads beside it."""
+
+    model_type = "dash"
+    # of a Llama's layers, which would split heads from their `indexer_q`
+    base_model_tp_plan = None  # type: ignore[assignment]
+    base_model_pp_plan = None  # type: ignore[assignment]
+
+
 # pipeline("text-generation") would print an error and a list of all models that are named here
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["dash"] = "DashForCausalLM"
+# LoraConfig() of peft, and its like, take the model type's modules where they name none: a Llama's have the same names
+try:
+    from peft.utils import constants as peft_constants
+except Exception:
+    pass
+else:
+    for table in vars(peft_constants).values():
+        if isinstance(table, dict) and "llama" in table:
+            table.setdefault("dash", table["llama"])
 
 
 class DashPreTrainedModel(PreTrainedModel):
     """What both models share."""
 
-    config_class = LlamaConfig
+    config_class = DashConfig
     base_model_prefix = "model"
     _no_split_modules = ["DashDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012

@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import LlamaConfig
 
 from dash_megatron.config import Config, ParallelConfig
 from dash_megatron.hf.folder import FolderWeights
-from dash_megatron.hf.modeling_dash import DashForCausalLM
+from dash_megatron.hf.modeling_dash import DashConfig, DashForCausalLM
 from dash_megatron.layers import DashCoreAttention, build_model
 from dash_megatron.ops import sharded_reference
 from dash_megatron.ops.pooling import pool_queries
@@ -191,7 +190,7 @@ def _weights_of(
 @torch.no_grad()
 def run_exported(folder: Path, tokens: Tensor) -> Result:
     """Logits and chunks of a folder's model for tokens [N]."""
-    config = LlamaConfig.from_pretrained(folder)
+    config = DashConfig.from_dict(json.loads((folder / "config.json").read_text()))
     with torch.device("meta"):
         model: Any = DashForCausalLM(config)
     weights = FolderWeights(folder)

@@ -11,7 +11,7 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dash_megatron.data.chat import TEMPLATE_FILE, ChatTemplate, template_beside
 from dash_megatron.data.json_tokenizer import SAME_DATA, TEMPLATE_BOS, read_settings
@@ -39,12 +39,15 @@ _BESIDE_JSON = (
 )  # fmt: skip
 
 
-def export_tokenizer(ours: OurTokenizer, folder: Path, chat: ChatTemplate | None = None) -> int:
+def export_tokenizer(
+    ours: OurTokenizer, folder: Path, model: PreTrainedConfig, chat: ChatTemplate | None = None
+) -> int:
     """Write the tokenizer of a run into a folder that has its config.json already.
 
     Args:
         ours: training's: of a sentencepiece model, of which a fast tokenizer is made, or of a tokenizer.json, which is copied
             with the files beside it, but for what it puts before texts.
+        model: what config.json says, by which transformers chooses a class where the tokenizer names none.
         chat: the template that the folder is to carry.
 
     Returns:
@@ -73,7 +76,7 @@ def export_tokenizer(ours: OurTokenizer, folder: Path, chat: ChatTemplate | None
         # read before a template in tokenizer_config.json
         (folder / TEMPLATE_FILE).write_text(chat.text, encoding="utf-8")
     if source.suffix == ".json" or chat is not None:
-        exported = _load(folder, source)
+        exported = _load(folder, source, model)
         check_tokenizer(exported, ours)
         if chat is not None:
             check_chat(exported, chat)
@@ -109,9 +112,9 @@ def _write(path: Path, tree: dict[str, Any]) -> None:
     path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _load(folder: Path, source: Path) -> PreTrainedTokenizerBase:
+def _load(folder: Path, source: Path, model: PreTrainedConfig) -> PreTrainedTokenizerBase:
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, config=model)
     except Exception as error:  # what it raises depends on which key is wrong
         raise ValueError(
             f"transformers cannot load data.tokenizer={source} with the files beside it ({type(error).__name__}: {error}); correct "

@@ -67,11 +67,15 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     },
     "full": {"attention": {"kind": "full"}},
+    "full_with_norms": {"attention": {"kind": "full"}, "model": {"qk_norm": True}},
     "plain_prior": {
         "attention": {"estimate_diagonal": False, "alpha": 2.0},
         "model": {"kv_heads": 4, "rope_scaling": LLAMA3},
     },
 }
+
+# those that the Llama of transformers does not compute, so that an export brings its own file
+WITH_FILE = [name for name in MODELS if name != "full"]
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Exporting a run: from every layout, the same numbers, or nothing at all."""
 
+import json
+import logging
 import os
 import re
 import runpy
@@ -7,13 +9,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 from dash_megatron.__main__ import main
 from dash_megatron.checkpoint.weights import open_weights
@@ -21,6 +32,7 @@ from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.hf import export, names, probe
 from dash_megatron.hf.export import export_run
 from dash_megatron.hf.folder import INDEX, FolderWeights
+from dash_megatron.hf.importing import import_folder
 from dash_megatron.hf.tokenizer import check_tokenizer
 from tests.hf.conftest import MODELS, training_logits
 from tests.training.test_resume import run_of
@@ -113,14 +125,17 @@ def test_routers_select_in_the_probe_and_both_models_select_alike(
             assert 0.2 < one.sum() / available < 0.95
 
 
+@pytest.mark.parametrize("trust", [None, True])
 @torch.no_grad()
-def test_transformers_loads_a_dense_llama_and_names_what_it_ignores(
-    write_run: Callable[..., Any], tmp_path: Path, tokens: Tensor
+def test_a_dense_run_is_exported_as_a_llama_that_needs_no_file(
+    trust: bool | None, write_run: Callable[..., Any], tmp_path: Path, tokens: Tensor
 ) -> None:
     config, weights = write_run("full")
     export_run(config.run_dir, tmp_path / "full", dtype="float32")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "full").eval()
+    assert not list((tmp_path / "full").glob("*.py"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "full", trust_remote_code=trust).eval()
     assert type(model) is LlamaForCausalLM
+    assert type(model.config) is LlamaConfig
     # by which others than transformers choose a class
     assert model.config.architectures == ["LlamaForCausalLM"]
     torch.testing.assert_close(
@@ -128,18 +143,94 @@ def test_transformers_loads_a_dense_llama_and_names_what_it_ignores(
     )
     card = (tmp_path / "full" / "README.md").read_text()
     assert "with full attention" in card
-    assert "transformers loads a Llama, which computes the same" in card
+    assert "plain Llama, which transformers loads with no code of this folder" in card
+    assert "trust_remote_code" not in card
     assert "chunks" not in card.partition("## Last metrics")[0]
     assert "kernels" not in card.partition("## Last metrics")[0]
-    config, weights = write_run("dash")
-    export_run(config.run_dir, tmp_path / "dash", dtype="float32")
-    assert "Llama, which attends to everything" in (tmp_path / "dash" / "README.md").read_text()
-    model, info = LlamaForCausalLM.from_pretrained(tmp_path / "dash", output_loading_info=True)
-    assert model.config.architectures == ["DashForCausalLM"]
-    assert set(info["unexpected_keys"]) == {f"model.layers.{layer}.self_attn.indexer_q" for layer in (0, 1)}
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "factor": 2.0,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0] * 8,
+    "long_factor": [3.0] * 8,
+}
+# what the Llama of transformers does not compute, and which of the tensors it would then ignore
+NO_LLAMA: dict[str, tuple[str, dict[str, Any], str]] = {
+    "dash": ("dash", {}, "indexer_q"),
+    "norms": ("full_with_norms", {}, "_norm"),
+    "biases": ("full", {"model": {"qkv_bias": True}}, "bias"),
+    # of it transformers takes the short factors for a short text
+    "longrope": ("full", {"model": {"rope_scaling": LONGROPE}}, ""),
+}
+
+
+@pytest.mark.parametrize("kind", NO_LLAMA)
+@torch.no_grad()
+def test_a_model_that_is_no_llama_is_refused_without_its_file_instead_of_loaded_as_one(
+    kind: str,
+    write_run: Callable[..., Any],
+    tmp_path: Path,
+    tokens: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    name, changes, ignored = NO_LLAMA[kind]
+    config, weights = write_run(name, **changes)
+    out, short = tmp_path / "out", tokens[:, :40]
+    export_run(config.run_dir, out, dtype="float32")
+    monkeypatch.setattr("builtins.input", Mock(side_effect=EOFError))  # it asks where there is a terminal
+    for load in (AutoModelForCausalLM, AutoModel, AutoConfig):
+        with pytest.raises(ValueError, match="pass the argument `trust_remote_code=True`"):
+            load.from_pretrained(out)
+    expected = training_logits(config, weights, short)
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).eval()
+    assert model.config.architectures == [type(model).__name__] == ["DashForCausalLM"]
+    torch.testing.assert_close(model(short).logits, expected, atol=1e-3, rtol=0)
+    # a Llama's, of transformers' own tensor parallelism, would part heads from their indexer_q
+    assert not model.supports_tp_plan
+
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    llama, info = LlamaForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert "using a model of type `dash` to instantiate a model of type `llama`" in caplog.text
+    assert all(ignored in key for key in info["unexpected_keys"])
     assert not info["missing_keys"]
-    first = model(tokens[:, :16]).logits  # inside the first chunk nothing is routed
-    torch.testing.assert_close(first, training_logits(config, weights, tokens[:, :16]), atol=1e-4, rtol=0)
+    assert (llama(short).logits - expected).abs().max() > 0.1
+    card = (out / "README.md").read_text()
+    assert "Without `trust_remote_code=True` transformers refuses to load it" in card
+    assert ("attends to everything" in card) == (name == "dash")
+
+
+def test_peft_adapts_an_export_whose_modules_are_not_named_as_it_does_a_llama(
+    write_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed (lm-eval[hf] brings it)")
+    config, _ = write_run("dash")
+    export_run(config.run_dir, tmp_path / "out", dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    for settings in (peft.LoraConfig(), peft.VeraConfig()):
+        adapted = peft.get_peft_model(model, settings)
+        assert adapted.peft_config["default"].target_modules == {"q_proj", "v_proj"}
+        model = adapted.unload()
+
+
+@torch.no_grad()
+def test_a_loaded_export_is_saved_again_with_its_file(
+    write_run: Callable[..., Any], tmp_path: Path, tokens: Tensor
+) -> None:
+    config, _ = write_run("own_router")
+    export_run(config.run_dir, tmp_path / "first", dtype="float32")
+    logits = []
+    for folder, again in (("first", "second"), ("second", "third")):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / folder, trust_remote_code=True).eval()
+        model.save_pretrained(tmp_path / again)
+        logits.append(model(tokens).logits)
+    assert torch.equal(*logits)
+    trees = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("first", "third")]
+    assert trees[0]["auto_map"] == trees[1]["auto_map"]
+    assert trees[0]["model_type"] == trees[1]["model_type"] == "dash"
+    import_folder(tmp_path / "third", tmp_path / "start")
 
 
 def test_bfloat16_weights_are_the_rounded_ones(write_run: Callable[..., Any], tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from dash_megatron.hf.architectures import KNOWN_MODEL_TYPES
 from dash_megatron.hf.export import export_run
 from dash_megatron.hf.folder import FolderWeights
 from dash_megatron.hf.importing import import_folder
-from dash_megatron.hf.modeling_dash import DashForCausalLM
+from dash_megatron.hf.modeling_dash import DashConfig, DashForCausalLM
 from dash_megatron.layers import init_weights
 from dash_megatron.layers.baselines import ZERO_INITIALIZED
 from dash_megatron.training.density import DensityController
@@ -55,7 +55,7 @@ def test_a_run_comes_back_bit_for_bit(
     for key, value in weights.items():
         assert torch.equal(found[key], value.to(getattr(torch, dtype))), key
     saved = config_from_dict({**config.model_dump(), **sections})
-    if name != "full":
+    if config.attention.kind != "full":
         assert saved.attention == config.attention
     resolved = config.model.model_copy(update={"head_dim": config.model.channels_per_head, "vocab_size": 320})
     assert saved.model == resolved
@@ -68,12 +68,14 @@ def test_an_older_export_has_what_came_since_turned_off(
     config, _ = write_run("dash")
     export_run(config.run_dir, tmp_path / "hf", dtype="float32")
     tree = json.loads((tmp_path / "hf" / "config.json").read_text())
+    tree["model_type"] = "llama"
+    del tree["auto_map"]["AutoConfig"]
     for key in ("density_budget", "learned_scaling", "local_chunks", "query_pool"):
         del tree[key]
     (tmp_path / "hf" / "config.json").write_text(json.dumps(tree))
     sections = import_folder(tmp_path / "hf", tmp_path / "back").sections
     assert config_from_dict({**config.model_dump(), **sections}).attention == config.attention
-    router = DashForCausalLM(LlamaConfig.from_pretrained(tmp_path / "hf")).model.layers[0].self_attn.router
+    router = DashForCausalLM(DashConfig.from_pretrained(tmp_path / "hf")).model.layers[0].self_attn.router
     assert (router.local_chunks, router.query_pool) == (0, 1)
 
 
@@ -152,6 +154,7 @@ def test_a_model_that_is_a_llama_by_another_name_computes_the_same(
 def test_every_architecture_that_is_taken_has_its_logits_compared() -> None:
     compared = {config.model_type for _, config in PLAIN.values()}
     compared |= {tree.get("model_type", "llama") for tree in LIKE_LLAMA.values()}
+    compared |= {DashConfig.model_type}  # of exports, which come back bit for bit
     assert compared == set(KNOWN_MODEL_TYPES)
 
 

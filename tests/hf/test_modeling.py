@@ -22,7 +22,7 @@ from dash_megatron.hf.export import export_run
 from dash_megatron.hf.importing import import_folder
 from dash_megatron.hf.modeling_dash import entmax
 from dash_megatron.ops import entmax as our_entmax
-from tests.hf.conftest import MODELS, YARN, training_logits
+from tests.hf.conftest import WITH_FILE, YARN, training_logits
 
 # float64, sums in another order. In float32 a chunk at the very edge of the support, in or out, moves the mean log prior
 # of its token by much more than rounding.
@@ -45,7 +45,7 @@ def exported(write_run: Callable[..., Any], tmp_path: Path) -> Callable[..., Any
     return export
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WITH_FILE)
 @torch.no_grad()
 def test_the_loaded_model_gives_the_logits_of_training(
     name: str, exported: Callable[..., Any], tokens: Tensor
@@ -64,7 +64,7 @@ def test_the_loaded_model_gives_the_logits_of_training_in_float32(
     assert (worst_BN <= FLOAT32_TOLERANCE).float().mean() > 0.98
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WITH_FILE)
 @torch.no_grad()
 def test_greedy_generation_is_the_same_with_a_cache_and_without(
     name: str, exported: Callable[..., Any], tokens: Tensor
@@ -77,7 +77,7 @@ def test_greedy_generation_is_the_same_with_a_cache_and_without(
     assert cached.shape[1] == 110
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WITH_FILE)
 @torch.no_grad()
 def test_pieces_of_a_prompt_through_the_cache_give_its_logits(
     name: str, exported: Callable[..., Any], tokens: Tensor

@@ -175,7 +175,9 @@ def test_data_is_tokenized_with_it_and_a_run_exports_it(
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
     (tmp_path / "chat").mkdir()
     (tmp_path / "chat" / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    export_tokenizer(Tokenizer(again), tmp_path / "chat", ChatTemplate(template, Tokenizer(again)))
+    export_tokenizer(
+        Tokenizer(again), tmp_path / "chat", LlamaConfig(), ChatTemplate(template, Tokenizer(again))
+    )
     turns = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
     chatting = AutoTokenizer.from_pretrained(tmp_path / "chat")
     assert chatting.apply_chat_template(turns, return_dict=False)[0] == ours.bos
@@ -237,14 +239,14 @@ def test_an_export_pads_with_the_end_that_special_tokens_map_json_names_or_with_
     write_byte_level(folder)
     LlamaConfig().save_pretrained(out)
     _rewrite(folder / "tokenizer_config.json", pad_token="<|begin|>", padding_side="right")
-    export_tokenizer(Tokenizer(folder / "tokenizer.json"), out)
+    export_tokenizer(Tokenizer(folder / "tokenizer.json"), out, LlamaConfig())
     exported = AutoTokenizer.from_pretrained(out)
     assert (exported.pad_token, exported.padding_side) == ("<|begin|>", "right")
 
     for each in (folder, out):
         (each / "tokenizer_config.json").unlink()
     (folder / "special_tokens_map.json").write_text('{"eos_token": "<|end|>"}')
-    export_tokenizer(Tokenizer(folder / "tokenizer.json"), out)
+    export_tokenizer(Tokenizer(folder / "tokenizer.json"), out, LlamaConfig())
     exported = AutoTokenizer.from_pretrained(out)
     assert (exported.pad_token, exported.padding_side) == ("<|end|>", "left")
 
@@ -279,4 +281,4 @@ def test_a_tokenizer_that_transformers_cannot_load_is_named_by_the_export(tmp_pa
     with pytest.raises(
         ValueError, match=r"cannot load data.tokenizer=\S+tokenizer.json .*TypeError: .*; correct tok"
     ):
-        export_tokenizer(Tokenizer(tmp_path / "source" / "tokenizer.json"), tmp_path / "hf")
+        export_tokenizer(Tokenizer(tmp_path / "source" / "tokenizer.json"), tmp_path / "hf", LlamaConfig())
