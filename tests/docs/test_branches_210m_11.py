@@ -164,6 +164,14 @@ def test_losses_of_training(first: int) -> None:
     assert f"11% ends {_training(OWN, (1, 2))}% above, over {logged} logged steps an order" in PAGE
 
 
+def test_where_nsa_is_ahead() -> None:
+    ahead = [float(row["full_order1"]) - float(row[f"{NSA}_order1"]) for row in TRAINING]
+    steps = [int(row["step"]) for row, nats in zip(TRAINING, ahead, strict=True) if nats > 0]
+    assert steps == [int(row["step"]) for row in TRAINING[: len(steps)]]
+    assert f"Up to step {steps[-1]} NSA's loss is lower than full attention's, at the first step by {ahead[0]:.2f} nats." in PAGE  # fmt: skip
+    assert f"begins {float(TRAINING[0]['full_order1']) - float(TRAINING[0][f'{INFLLM}_order1']):.2f} nats below full attention." in PAGE  # fmt: skip
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_what_each_finds(task: str) -> None:
     found = [fmean(float(row[run]) for row in SAMPLES if row["task"] == task) for run in COLUMNS]
