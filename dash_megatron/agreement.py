@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+import itertools
+import pickle
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from dash_megatron.exit_codes import machine_name
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+
+_calls = itertools.count()
+_FIRST_PAUSE, _MAX_PAUSE = 0.01, 1.0
+_STALLED_SECONDS = 2 * 3600.0
 
 
 def agreed(function: Callable[[], T]) -> T:
@@ -32,6 +42,59 @@ def agreed(function: Callable[[], T]) -> T:
         raise found[0]
     result: T = found[0]
     return result
+
+
+def once_a_machine(what: str, tasks: Sequence[Callable[[], object]]) -> None:
+    """Do every task once on each machine: on rank 0's first, then on the others, which may have disks of their own. Collective.
+
+    The processes of a machine take the next task when they are done with one. It ends when all tasks are done everywhere. Nobody
+    waits in a collective operation, whose timeout would end the run: tasks may take longer.
+
+    Args:
+        what: completes "could not ...", such as "order data sets".
+        tasks: as many on all processes.
+
+    Raises:
+        OSError, ValueError: of a task, on all processes.
+        TimeoutError: no task ended for two hours, so that a process or its file system hangs.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        for task in tasks:
+            task()
+        return
+    store, call = dist.distributed_c10d._get_default_store(), f"once_a_machine {next(_calls)}"
+    here, failed, ended = machine_name(), f"{call} failed", f"{call} ended"
+
+    def wait(counter: str, count: int, whom: str) -> None:
+        done, changed, pause = 0, time.monotonic(), _FIRST_PAUSE
+        while (now_done := store.add(counter, 0)) < count:
+            if store.check([failed]):
+                raise pickle.loads(store.get(failed))
+            if now_done > done:
+                done, changed = now_done, time.monotonic()
+            if time.monotonic() > changed + _STALLED_SECONDS:
+                raise TimeoutError(
+                    errno.ETIMEDOUT,
+                    f"{whom} could not {what} for {_STALLED_SECONDS / 60:.0f} minutes ({done} of {count} done); look at "
+                    "processes and file systems there",
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, _MAX_PAUSE)
+
+    for machine in dict.fromkeys((agreed(machine_name), here)):
+        taken, done = f"{call} taken on {machine}", f"{call} done on {machine}"
+        while machine == here and (turn := store.add(taken, 1)) <= len(tasks):
+            try:
+                tasks[turn - 1]()
+            except (OSError, ValueError) as error:
+                store.set(failed, pickle.dumps(error))  # type: ignore[arg-type]
+                raise
+            store.add(done, 1)
+        wait(done, len(tasks), machine)
+    store.add(ended, 1)
+    wait(ended, dist.get_world_size(), "a machine")
 
 
 def largest(numbers: Tensor) -> Tensor:

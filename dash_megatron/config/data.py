@@ -36,7 +36,8 @@ class DataConfig(Section):
     num_workers: int = Field(default=1, ge=0)
     """Background threads per process that read batches ahead; 0 reads in the training thread."""
     cache_dir: str | None = None
-    """Folder of the sample-order indices; null means `<run_dir>/index_cache`."""
+    """Folder of the sample-order indices; null means `<run_dir>/index_cache`. Where machines have disks of their own there, each
+    makes them."""
 
     def context_length_at(self, step: int) -> int:
         """Most tokens of context in the step that follows `step` finished steps."""

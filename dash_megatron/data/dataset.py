@@ -17,12 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dash_megatron.agreement import agreed
+from dash_megatron.agreement import agreed, once_a_machine
 from dash_megatron.data.bin_reader import BinReader
 from dash_megatron.data.blend import Part, check_blend, parse_blend
 from dash_megatron.data.conversations import ConversationRows
-from dash_megatron.data.index_cache import cached_index
-from dash_megatron.data.sidecar import Sidecar
+from dash_megatron.data.index_cache import Index, cached_indices
+from dash_megatron.data.index_file import edges_digest, read_lengths
+from dash_megatron.data.row_order import BLEND_ARRAYS, PASS_ARRAYS, order_of_blend, order_of_pass
+from dash_megatron.data.sidecar import Sidecar, answers_path
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.exit_codes import machine_name
 from dash_megatron.files import path_for_message
@@ -31,9 +33,8 @@ from dash_megatron.open_files import allow_open_files
 with warnings.catch_warnings():
     # Apex and Transformer Engine speed up GPU training; no dataset needs them
     warnings.filterwarnings("ignore", message=".*Transformer Engine.*", category=UserWarning)
-    from megatron.core.datasets import helpers
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.utils import Split, normalize
+    from megatron.core.datasets.utils import Split
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,6 @@ logger = logging.getLogger(__name__)
 # place
 _FILES_PER_PREFIX = 5
 _FILES_PER_BLEND = 2
-# the three orders, and what they depend on
-_FILES_PER_INDEX = 4
 # Megatron numbers the parts of a blend in int16, and what is above would silently be others
 _MAX_PARTS = np.iinfo(np.int16).max
 
@@ -132,10 +131,9 @@ def build_dataset(
         f"{field} names {len(prefixes)} data sets",
         "ask for a higher limit, or tokenize several data sets into one",
     )
-    passes = [
-        _open_pass(prefix, sidecar, seq_length, seed, tokenizer, Path(cache_dir), split_name)
-        for prefix, sidecar in zip(prefixes, sidecars, strict=True)
-    ]
+    copies = zip(prefixes, sidecars, strict=True)
+    once_a_machine("read data sets", [functools.partial(_check_copy, *copy) for copy in copies])
+    passes = _open_passes(prefixes, sidecars, seq_length, seed, tokenizer, Path(cache_dir), split_name)
     lengths = [len(one_pass) for one_pass in passes]
     at_most_one_pass = split_name == "valid" or num_samples is None
     if at_most_one_pass and weights and len(prefixes) > 1:
@@ -199,14 +197,13 @@ class _MegatronTokenizer:
         return {"class": "dash_megatron.Tokenizer", "fingerprint": self.fingerprint}
 
 
-def _config(seq_length: int, seed: int, tokenizer: Tokenizer, cache_dir: str | None) -> GPTDatasetConfig:
+def _config(seq_length: int, seed: int, tokenizer: Tokenizer) -> GPTDatasetConfig:
     return GPTDatasetConfig(
         random_seed=seed,
         sequence_length=seq_length,
         # files are split already; Megatron only has to be told that the whole of each is used
         blend=(["unused"], None),
         split="1,0,0",
-        path_to_cache=cache_dir,
         tokenizer=_MegatronTokenizer(tokenizer.vocab_size, tokenizer.eod, tokenizer.fingerprint),
         # positions, masks and document borders are made in batches.py, where rows are packed
         reset_position_ids=False,
@@ -218,63 +215,76 @@ def _config(seq_length: int, seed: int, tokenizer: Tokenizer, cache_dir: str | N
     )
 
 
-def _open_pass(
-    prefix: str, sidecar: Sidecar, seq_length: int, seed: int, tokenizer: Tokenizer, cache_dir: Path, split_name: str
-) -> _OnePass:  # fmt: skip
-    """One pass over a prefix, with its files open already, so that the next blend counts them among the open files."""
-    _check_is_here(prefix)
-    if sidecar.answer_tokens is not None:
-        conversations = ConversationRows(prefix, seq_length, seed, tokenizer.eod)
-        conversations.open()
-        _check_same_size(conversations.bin_reader.open(), prefix, sidecar)
-        return conversations
-    documents = _one_pass(prefix, sidecar, seq_length, seed, tokenizer, cache_dir, split_name)
-    _check_same_size(documents.dataset.bin_reader.open(), prefix, sidecar)  # type: ignore[attr-defined]
-    return documents
+class _Documents(GPTDataset):
+    """One pass over documents: Megatron's rows, in an order that is made already."""
+
+    def __init__(
+        self, prefix: str, split_name: str, config: GPTDatasetConfig, order: list[np.ndarray]
+    ) -> None:
+        self.order = order
+        indexed = GPTDataset.build_low_level_dataset(prefix, config)
+        indexed.bin_reader = BinReader(f"{prefix}.bin")
+        # used while an order is made: a billion documents are 4 GB in every process
+        no_indices = np.empty(0, dtype=np.int32)
+        super().__init__(indexed, "data", no_indices, None, Split[split_name], config)
+        indexed.bin_reader.open()
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, ...]:
+        return tuple(self.order)
 
 
-def _check_is_here(prefix: str) -> None:
-    """Look for the files that rank 0 has checked on this machine: Megatron would end in an assertion, after the order is made."""
-    for path in (f"{prefix}.idx", f"{prefix}.bin"):
+def _open_passes(
+    prefixes: Sequence[str], sidecars: Sequence[Sidecar], seq_length: int, seed: int, tokenizer: Tokenizer, cache_dir: Path,
+    split_name: str,
+) -> list[_OnePass]:  # fmt: skip
+    """One pass over each prefix, in random order; files are open, so that the next blend counts them among the open files.
+
+    Orders are named after a digest of the data, so that replaced data does not meet that of its predecessor, and paths to the same
+    data share one.
+    """
+    documents = {
+        prefix: Index(
+            make=functools.partial(_order_of_pass, prefix, seq_length, seed),
+            folder=cache_dir
+            / _digest([sidecar.idx_digest, seq_length, seed, split_name, tokenizer.fingerprint]),
+            arrays=PASS_ARRAYS,
+            name=prefix,
+            size=sidecar.documents,
+        )
+        for prefix, sidecar in zip(prefixes, sidecars, strict=True)
+        if sidecar.answer_tokens is None
+    }
+    orders = dict(zip(documents, cached_indices(list(documents.values())), strict=True))
+    config = _config(seq_length, seed, tokenizer)
+    passes: list[_OnePass] = []
+    for prefix in prefixes:
+        if prefix in orders:
+            passes.append(_Documents(prefix, split_name, config, orders[prefix]))
+        else:
+            conversations = ConversationRows(prefix, seq_length, seed, tokenizer.eod)
+            conversations.open()
+            passes.append(conversations)
+    return passes
+
+
+def _order_of_pass(prefix: str, seq_length: int, seed: int) -> dict[str, np.ndarray]:
+    return order_of_pass(read_lengths(prefix)[0], seq_length, seed)
+
+
+def _check_copy(prefix: str, sidecar: Sidecar) -> None:
+    """Compare this machine's files with those that rank 0 has checked: they may be another copy."""
+    digests = {f"{prefix}.idx": sidecar.idx_digest, f"{prefix}.bin": sidecar.bin_digest}
+    if sidecar.answers_digest is not None:
+        digests[str(answers_path(prefix))] = sidecar.answers_digest
+    for path, digest in digests.items():
         if not os.path.exists(path):
             raise FileNotFoundError(
                 f"{path_for_message(path)} does not exist on {machine_name()}, but on rank 0's machine; copy it there too"
             )
-
-
-def _check_same_size(file: int, prefix: str, sidecar: Sidecar) -> None:
-    """Compare the size of this machine's .bin with that which rank 0 has checked: it may be another copy."""
-    size = os.fstat(file).st_size
-    if size != sidecar.bin_bytes:
-        raise ValueError(
-            f"{prefix}.bin has {size} bytes on {machine_name()} and {sidecar.bin_bytes} on rank 0's machine; copy it there again"
-        )
-
-
-def _one_pass(
-    prefix: str, sidecar: Sidecar, seq_length: int, seed: int, tokenizer: Tokenizer, cache_dir: Path, split_name: str
-) -> GPTDataset:  # fmt: skip
-    """One pass over a prefix, in random order; its index is built once and read from `cache_dir` afterwards.
-
-    Megatron writes its index files in place, and tells them apart by path and settings only. The folder they are in is therefore
-    named after a digest of the data: replaced data does not meet the index of its predecessor.
-    """
-    key = [sidecar.idx_digest, seq_length, seed, split_name, tokenizer.fingerprint]
-    folder = cache_dir / _digest(key)
-
-    def build(index_folder: str) -> GPTDataset:
-        config = _config(seq_length, seed, tokenizer, index_folder)
-        # the name is part of Megatron's cache key, and two paths to the same data may share their index
-        indexed = GPTDataset.build_low_level_dataset(prefix, config)
-        indexed.bin_reader = BinReader(f"{prefix}.bin")
-        documents = np.arange(len(indexed), dtype=np.int32)
-        rows = GPTDataset(indexed, "data", documents, None, Split[split_name], config)
-        # used while an index is made: a billion documents are 4 GB in every process
-        rows.indices = np.empty(0, dtype=np.int32)
-        return rows
-
-    made: GPTDataset = cached_index(build, folder, prefix, _FILES_PER_INDEX)
-    return made
+        if edges_digest(path) != digest:
+            raise ValueError(
+                f"{path} on {machine_name()} is another file than on rank 0's machine; copy it there again"
+            )
 
 
 def _digest(key: list[Any]) -> str:
@@ -318,23 +328,6 @@ class _Blend(torch.utils.data.Dataset[Any]):
         return self.data_sets[self.parts[index]][self.rows[index]]
 
 
-def _blend_index(lengths: list[int], weights: Sequence[float] | None, num_samples: int, folder: str) -> list[np.ndarray]:  # fmt: skip
-    """The part of each row of a blend, int16, and its row there, int64; see `_blended` and, for `folder`, `cached_index`."""
-    files = [Path(folder) / "parts.npy", Path(folder) / "rows.npy"]
-    if folder and all(file.is_file() for file in files):
-        return [np.load(file, mmap_mode="r") for file in files]
-    parts, rows = np.zeros(num_samples, dtype=np.int16), np.zeros(num_samples, dtype=np.int64)
-    if weights is None:
-        helpers.build_exhaustive_blending_indices(parts, rows, lengths, len(lengths))
-    else:
-        shares = normalize([weight / sum(weights) for weight in weights])
-        helpers.build_blending_indices(parts, rows, shares, len(lengths), num_samples, False)
-    if folder:
-        np.save(files[0], parts)
-        np.save(files[1], rows)
-    return [parts, rows]
-
-
 def _blended(
     passes: list[_OnePass], weights: Sequence[float] | None, num_samples: int, seed: int, cache_dir: Path, field: str
 ) -> _ShuffledPasses | _Blend:  # fmt: skip
@@ -345,12 +338,13 @@ def _blended(
     lengths = [len(one_pass) for one_pass in passes]
     if weights is None:
         num_samples = sum(lengths)
-    # half a second for a million samples, and 10 bytes each
-    folder = cache_dir / _digest(["blend", lengths, weights, num_samples])
-    parts, rows = cached_index(
-        lambda index_folder: _blend_index(lengths, weights, num_samples, index_folder),
-        folder,
-        field,
-        _FILES_PER_BLEND,
+    # 0.1 s for a million samples of up to 20 data sets, and 10 bytes each
+    index = Index(
+        make=lambda: order_of_blend(lengths, weights, num_samples),
+        folder=cache_dir / _digest(["blend", lengths, weights, num_samples]),
+        arrays=BLEND_ARRAYS,
+        name=field,
+        size=num_samples,
     )
+    ((parts, rows),) = cached_indices([index])
     return _Blend(data_sets, parts, rows)

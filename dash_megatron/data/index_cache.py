@@ -1,95 +1,99 @@
-"""Indices of samples that are built once, by one process, and read by the others and by later starts."""
+"""Arrays that take long to make: they are made once, and mapped into memory by all processes and by later starts."""
 
 from __future__ import annotations
 
 import errno
-import itertools
+import functools
 import logging
 import os
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-import torch
+import numpy as np
 
+from dash_megatron.agreement import agreed, once_a_machine
 from dash_megatron.files import sync
-from dash_megatron.retry import retry
+from dash_megatron.retry import make_writable_folder, retry
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-_count = itertools.count()
-_FIRST_PAUSE, _MAX_PAUSE = 0.01, 1.0
+_BUILDING = ".building-"
+_DEAD_SECONDS = 24 * 3600.0
 
 
-def cached_index(build: Callable[[str], T], folder: Path, name: str, num_files: int) -> T:
-    """What `build` makes, or reads from a folder where it made it before; collective.
+@dataclass(frozen=True)
+class Index:
+    """Arrays in a folder, or how to make them."""
 
-    Args:
-        build: given a folder, reads the index from there, or writes it there where it is missing; given "", makes it in memory.
-        folder: whose name says all that the index depends on. It appears when the index is complete: no process sees half an index,
-            and a killed process leaves none. An index that lost a file, or its end with the machine that wrote it, is made anew,
-            and takes the old one's place when it is complete.
-        name: of what the index is of, for the log.
-        num_files: of a whole index.
+    make: Callable[[], dict[str, np.ndarray]]
+    """Makes the arrays, by name."""
+    folder: Path
+    """Its name says all that the arrays depend on."""
+    arrays: tuple[str, ...]
+    """Their names."""
+    name: str
+    """Of what they are of, for the log."""
+    size: int
+    """How long they take to make, in any unit: the longest are made first."""
+
+
+def cached_indices(indices: Sequence[Index]) -> list[list[np.ndarray]]:
+    """The arrays of each index, mapped into memory, from folders where they were made before, or are made now; collective.
+
+    Those that are missing are made by the processes of rank 0's machine, side by side, and once more on each machine that does not
+    see rank 0's disk. A folder appears when it is complete: no process sees half an index. An index that lost a file, or its
+    end with the machine that wrote it, is made anew, and takes the old one's place when it is complete.
 
     Raises:
+        ValueError: the folders' folder may not be written to.
         OSError: the disk has been full, or away, for minutes.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return _open_or_make_index(build, folder, name, num_files)
-    store, made = torch.distributed.distributed_c10d._get_default_store(), f"index {next(_count)}"
-    if torch.distributed.get_rank() == 0:
+    # only rank 0 looks: what NFS once did not find, it may tell to be missing for a minute
+    if missing := agreed(lambda: [index.name for index in indices if not index.folder.is_dir()]):
+        place = indices[0].folder.parent
+        logger.info("ordering the rows of %s, once: later starts read it from %s", ", ".join(missing), place)
+    different = {index.folder: index for index in indices}.values()
+    longest_first = sorted(different, key=lambda index: index.size, reverse=True)
+    once_a_machine("order data sets", [functools.partial(_open_or_make, index) for index in longest_first])
+    return [_open_or_make(index) for index in indices]
+
+
+def _open_or_make(index: Index) -> list[np.ndarray]:
+    if index.folder.is_dir():
         try:
-            return _open_or_make_index(build, folder, name, num_files)
-        finally:
-            # in `finally`, so that an error on rank 0 does not leave the others waiting
-            store.set(made, "")
-    pause = _FIRST_PAUSE
-    # in no collective, which would end the run after a while: a billion documents take a quarter of an hour, and more
-    while not store.check([made]):
-        time.sleep(pause)
-        pause = min(2 * pause, _MAX_PAUSE)
-    if not _has_all(folder, num_files):
-        # another node with a disk of its own; its processes would write all at once
-        logger.warning(
-            "data cache %s is not shared with rank 0: building the index of %s in memory", folder, name
-        )
-        return build("")
-    return build(str(folder))
-
-
-def _has_all(folder: Path, num_files: int) -> bool:
-    return sum(1 for _ in folder.glob("[!.]*")) >= num_files
-
-
-def _open_or_make_index(build: Callable[[str], T], folder: Path, name: str, num_files: int) -> T:
-    """The index in a folder, which is made where it is not there, or not whole."""
-    if folder.is_dir():
-        try:
-            if not _has_all(folder, num_files):
-                raise ValueError("a file of it is missing")
-            return build(str(folder))
+            return _open(index)
         except (ValueError, EOFError) as error:
-            logger.warning("%s, the order of the rows of %s, is damaged (%s)", folder, name, error)
-            shutil.rmtree(folder)
-    logger.info("ordering the rows of %s, once: later starts read the order from %s", name, folder)
-    retry(lambda: _build_in_temporary_folder(build, folder), f"write {folder}", path=folder.parent)
-    return build(str(folder))
+            logger.warning(
+                "%s, the order of the rows of %s, is damaged (%s)", index.folder, index.name, error
+            )
+            shutil.rmtree(index.folder)
+    make_writable_folder(index.folder.parent, "data.cache_dir")  # known before what takes minutes
+    arrays = index.make()
+    retry(lambda: _write(arrays, index.folder), f"write {index.folder}", path=index.folder.parent)
+    _remove_remains(index.folder)
+    return _open(index)
 
 
-def _build_in_temporary_folder(build: Callable[[str], T], folder: Path) -> None:
-    temporary = folder.parent / f".building-{folder.name}-{socket.gethostname()}-{os.getpid()}"
+def _open(index: Index) -> list[np.ndarray]:
+    # in the names that Megatron gives, and older starts left, the array's stands last
+    files = {file.stem.rpartition("-")[2]: file for file in index.folder.glob("*.npy")}
+    if missing := [name for name in index.arrays if name not in files]:
+        raise ValueError(f"{missing[0]}.npy is missing")
+    return [np.load(files[name], mmap_mode="r") for name in index.arrays]
+
+
+def _write(arrays: dict[str, np.ndarray], folder: Path) -> None:
+    temporary = folder.parent / f"{_BUILDING}{folder.name}-{socket.gethostname()}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        build(str(temporary))
-        for file in temporary.iterdir():
-            sync(file)
+        for name, array in arrays.items():
+            np.save(temporary / f"{name}.npy", array)
+            sync(temporary / f"{name}.npy")
         os.rename(temporary, folder)
     except OSError as error:
         # another process was first: its index is the same
@@ -100,3 +104,14 @@ def _build_in_temporary_folder(build: Callable[[str], T], folder: Path) -> None:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_remains(folder: Path) -> None:
+    """Remove what killed processes left: parts of an index that is complete now, which nobody needs, and of any nobody has written to for a day."""
+    for remains in folder.parent.glob(f"{_BUILDING}*"):
+        try:
+            written = max(path.stat().st_mtime for path in (remains, *remains.iterdir()))
+        except OSError:
+            continue  # another process removes it
+        if remains.name.startswith(f"{_BUILDING}{folder.name}-") or time.time() - written > _DEAD_SECONDS:
+            shutil.rmtree(remains, ignore_errors=True)

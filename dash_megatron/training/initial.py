@@ -41,7 +41,8 @@ def load_initial_weights(
 ) -> AttentionConfig | None:
     """Fill a model with a folder's weights, of which each process keeps its tensor-parallel shard; collective.
 
-    Every process reads all weights; the processes divide the check of a run's checkpoint for damage.
+    Every process reads all weights, which the processes of a machine together take from its disk once, as files are mapped into
+    memory; they divide the check of a run's checkpoint for damage.
 
     A dense model has none of what sparse attention itself learns: the summary queries of DashAttention, or the compression
     and gates of NSA. Where the folder lacks them they keep their initial values; a summary query of zero averages keys.

@@ -1,10 +1,12 @@
 import datetime
+import gc
 import json
 import logging
 import multiprocessing
 import os
 import re
 import resource
+import shutil
 import time
 import tracemalloc
 from collections import Counter
@@ -16,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from dash_megatron.data import index_cache, sidecar
+from dash_megatron.data import dataset as dataset_module
+from dash_megatron.data import sidecar
 from dash_megatron.data.blend import unigram_entropy
 from dash_megatron.data.dataset import build_dataset
 from dash_megatron.data.index_file import edges_digest
@@ -203,6 +206,17 @@ def test_an_index_that_lost_a_file_is_made_anew_beside_what_others_have_mapped(w
         file.close()
 
 
+def test_a_cache_that_may_not_be_written_to_is_named_before_an_order_is_made(
+    write_data, build, tmp_path, monkeypatch
+):
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setattr(dataset_module, "order_of_pass", lambda *_: pytest.fail("ordered in vain"))
+    with pytest.raises(
+        ValueError, match=r"cannot write to data.cache_dir=\S+/cache: .* give a folder that this user"
+    ):
+        build([write_data(tmp_path / "a", numbered(0, 40))])
+
+
 def test_an_index_is_written_once_there_is_room(write_data, build, tmp_path, monkeypatch, caplog):
     prefix, save = write_data(tmp_path / "a", numbered(0, 40)), np.save
 
@@ -218,6 +232,52 @@ def test_an_index_is_written_once_there_is_room(write_data, build, tmp_path, mon
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_an_index_that_megatron_named_is_read(write_data, build, tmp_path, monkeypatch):
+    blend = [write_data(tmp_path / "a", numbered(0, 40)), write_data(tmp_path / "b", numbered(1, 10))]
+    first = rows_of(build(blend))
+    for path in (tmp_path / "cache").glob("*/*_index.npy"):
+        path.rename(path.with_name(f"0123abcd-GPTDataset-train-{path.name}"))
+        (path.parent / "0123abcd-GPTDataset-train-description.txt").write_text("{}")
+    monkeypatch.setattr(np, "save", lambda *arguments, **settings: pytest.fail("built again"))
+    assert rows_of(build(blend)) == first
+
+
+def test_what_killed_starts_left_is_removed_once_nobody_can_need_it(write_data, build, tmp_path):
+    cache, prefix = tmp_path / "cache", write_data(tmp_path / "a", numbered(0, 40))
+    build([prefix])
+    (index,) = cache.iterdir()
+    shutil.rmtree(index)
+    # of the same index, and of other ones: the last file of one is a day old, that of the other is not
+    same, old, new = (cache / f".building-{name}-node7-1234" for name in (index.name, "0" * 32, "1" * 32))
+    for folder in (same, old, new):
+        folder.mkdir()
+        (folder / "document_index.npy").write_text("half")
+    day_ago = time.time() - 25 * 3600
+    for path in (old / "document_index.npy", old, new):
+        os.utime(path, (day_ago, day_ago))
+    build([prefix])
+    assert set(cache.iterdir()) == {index, new}
+
+
+def test_a_process_whose_parts_were_removed_as_its_index_was_there_reads_that(
+    write_data, build, tmp_path, monkeypatch
+):
+    cache, prefix, save = tmp_path / "cache", write_data(tmp_path / "a", numbered(0, 40)), np.save
+    first = rows_of(build([prefix]))
+    (index,) = cache.iterdir()
+    os.rename(index, tmp_path / "ready")
+
+    def save_while_another_ends(path, array):
+        save(path, array)
+        if "sample" in str(path):
+            os.rename(tmp_path / "ready", index)
+            shutil.rmtree(Path(path).parent)
+
+    monkeypatch.setattr(np, "save", save_while_another_ends)
+    assert rows_of(build([prefix])) == first
+    assert list(cache.iterdir()) == [index]
+
+
 def _damaged_index(folder, rank, prefix, tokenizer):
     return build_dataset(
         [f"3 {prefix}", f"1 {prefix}"],
@@ -230,6 +290,7 @@ def _damaged_index(folder, rank, prefix, tokenizer):
 
 
 def _build_on_rank(rank, folder, prefix, tokenizer, results):
+    os.environ["SLURMD_NODENAME"] = f"node{rank}"
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
@@ -260,7 +321,8 @@ def _build_on_rank(rank, folder, prefix, tokenizer, results):
 def test_two_ranks_that_build_at_once_see_the_same_rows(write_data, tokenizer, tmp_path):
     prefix = write_data(tmp_path / "a", numbered(0, 40))
     _damaged_index(tmp_path, 1, prefix, tokenizer)
-    left = _lose_a_file_of_each_index(tmp_path / "damaged_1")
+    whole = sorted((tmp_path / "damaged_1").glob("*/*"))
+    _lose_a_file_of_each_index(tmp_path / "damaged_1")
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     ranks = [
@@ -276,7 +338,10 @@ def test_two_ranks_that_build_at_once_see_the_same_rows(write_data, tokenizer, t
         rank.join(timeout=60)
         assert rank.exitcode == 0
     assert seen[0] == seen[1]
-    assert sorted((tmp_path / "damaged_1").glob("*/*")) == left, "only rank 0 writes"
+    assert sorted((tmp_path / "damaged_1").glob("*/*")) == whole
+    assert (
+        len(list((tmp_path / "1").glob("*/*.npy"))) == len(list((tmp_path / "shared").glob("*/*.npy"))) == 5
+    )
 
 
 def test_the_order_of_a_later_pass_is_numpys_permutation_at_four_bytes_a_row(write_data, build, tmp_path):
@@ -294,14 +359,14 @@ def _build_slowly_on_rank(rank, folder, prefix, tokenizer, results):
         world_size=2,
         timeout=datetime.timedelta(seconds=1),
     )
-    order = index_cache._open_or_make_index
+    order = dataset_module.order_of_pass
 
     def slowly(*arguments):
         time.sleep(3)
         return order(*arguments)
 
-    index_cache._open_or_make_index = slowly
-    dataset = build_dataset(
+    dataset_module.order_of_pass = slowly
+    rows = build_dataset(
         [prefix],
         seq_length=SEQ_LENGTH,
         num_samples=30,
@@ -309,7 +374,7 @@ def _build_slowly_on_rank(rank, folder, prefix, tokenizer, results):
         tokenizer=tokenizer,
         cache_dir=folder / "cache",
     )
-    results.put(rows_of(dataset))
+    results.put(rows_of(rows))
 
 
 def test_ranks_wait_for_an_index_longer_than_for_a_collective(write_data, tokenizer, tmp_path):
@@ -328,14 +393,15 @@ def test_ranks_wait_for_an_index_longer_than_for_a_collective(write_data, tokeni
 
 
 def _build_what_rank_0_checked(rank, folder, tokenizer, results):
+    os.environ["SLURMD_NODENAME"] = f"node{rank}"
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
     read: list[str] = []
     sidecar.edges_digest = lambda path: read.append(str(path)) or edges_digest(path)
     told = []
-    # on rank 1's machine the third is another copy, which was cut, and the last is not there
-    for name in ("whole", "damaged", "cut" if rank else "whole", "nowhere" if rank else "whole"):
+    # rank 1's machine has other copies: one was cut, one is of as many tokens in other documents, and the last is not there
+    for name in ("whole", "damaged", *(("cut", "other", "nowhere") if rank else ("whole", "whole", "whole"))):
         try:
             build_dataset(
                 [str(folder / name)],
@@ -351,11 +417,18 @@ def _build_what_rank_0_checked(rank, folder, tokenizer, results):
     torch.distributed.barrier()
 
 
-def test_rank_0_checks_the_data_of_all_and_others_that_theirs_is_as_large(write_data, tokenizer, tmp_path):
+def test_rank_0_checks_the_data_of_all_and_each_machine_that_its_copy_is_the_same(
+    write_data, tokenizer, tmp_path
+):
     for name in ("whole", "damaged", "cut"):
         write_data(tmp_path / name, numbered(0, 40))
     os.truncate(tmp_path / "damaged.bin", 1000)
     os.truncate(tmp_path / "cut.bin", 1000)
+    write_data(tmp_path / "other", numbered(0, 20, 23) + numbered(0, 20, 25))
+    for ending in ("bin", "idx"):
+        sizes = {(tmp_path / f"{name}.{ending}").stat().st_size for name in ("other", "whole")}
+        assert len(sizes) == 1
+    shutil.copy(tmp_path / "whole.bin", tmp_path / "other.bin")
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     ranks = [
@@ -367,11 +440,12 @@ def test_rank_0_checks_the_data_of_all_and_others_that_theirs_is_as_large(write_
     for rank in ranks:
         rank.start()
     found = {rank: rest for rank, *rest in (results.get(timeout=60) for _ in ranks)}
-    assert [len(found[rank][0]) for rank in range(2)] == [1, 3]
-    assert found[0][0][0] == found[1][0][0]
-    assert re.search(r"damaged\.bin has 1000 bytes and must have 2000 .*truncated", found[1][0][0])
-    assert re.search(r"cut\.bin has 1000 bytes on \S+ and 2000 on rank 0's machine", found[1][0][1])
-    assert re.search(r"nowhere\.idx does not exist on \S+, but on rank 0's machine", found[1][0][2])
+    damaged, cut, other, nowhere = found[1][0]
+    assert found[0][0] == found[1][0]
+    assert re.search(r"damaged\.bin has 1000 bytes and must have 2000 .*truncated", damaged)
+    assert re.search(r"/cut\.bin on node1 is another file than on rank 0's machine; copy it there", cut)
+    assert re.search(r"/other\.idx on node1 is another file than on rank 0's machine", other)
+    assert re.search(r"nowhere\.idx does not exist on node1, but on rank 0's machine", nowhere)
     assert found[0][1] > 0
     assert found[1][1] == 0
 
@@ -531,6 +605,7 @@ def test_a_blend_of_many_files_raises_the_limit_of_open_files(write_data, build,
 
 def test_a_blend_of_more_files_than_may_be_open_is_refused(write_data, build, tmp_path, monkeypatch):
     prefixes = [write_data(tmp_path / f"part{number}", numbered(number, 2)) for number in range(3)]
+    gc.collect()  # which closes files of earlier tests
     before = len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(resource, "getrlimit", lambda _: (before + 260, before + 265))
     needed = rf"data.train names 3 data sets: this process needs {before + 273} open files and may have {before + 265}"
