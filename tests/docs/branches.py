@@ -44,10 +44,18 @@ def read_words(path: Path) -> str:
     return " ".join(path.read_text().split())
 
 
+def read_answers() -> str:
+    """The words of the page on quality, and of that which has every figure of it."""
+    return f"{read_words(QUALITY.parent / 'quality.md')} {read_words(QUALITY / 'evidence.md')}"
+
+
 def read_pages(page: Path) -> list[str]:
-    """The words of a study's page, of the page of quality, of the recipe and of the README."""
-    others = QUALITY.parent / "quality.md", ROOT / "docs" / "recipe.md", ROOT / "README.md"
-    return [read_words(path) for path in (page, *others)]
+    """The words of a study's page, of those on quality, of the recipe and of the README."""
+    return [
+        read_words(page),
+        read_answers(),
+        *(read_words(ROOT / path) for path in ("docs/recipe.md", "README.md")),
+    ]
 
 
 def compare_losses(arm: str, reference: str, orders: Sequence[int], rows: Sequence[Row]) -> Comparison:

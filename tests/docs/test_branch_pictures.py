@@ -8,8 +8,9 @@ import pytest
 
 from dash_megatron.studies.paired import compare
 from docs.tools.branch_pictures import BARS, QUALITY, STUDIES, Difference, Study, main
+from tests.docs.branches import read_answers
 
-ANSWERS = " ".join((QUALITY.parent / "quality.md").read_text().split())
+ANSWERS = read_answers()
 PAGES = {name: (QUALITY / f"{name}.md").read_text() for name in STUDIES}
 ROWS = [(name, line) for name in STUDIES for line in PAGES[name].splitlines() if line.startswith("| `")]
 READ = {name: Study.read(name) for name in STUDIES}

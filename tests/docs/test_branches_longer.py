@@ -8,12 +8,11 @@ import pytest
 from benchmarks import choices
 from dash_megatron.studies.paired import Comparison, Measured, compare
 from docs.tools.branch_pictures import QUALITY
+from tests.docs.branches import read_answers, read_words
 
 FOLDER = QUALITY / "branches_longer"
-PAGE, ANSWERS, STEPS = (
-    " ".join(path.read_text().split())
-    for path in (FOLDER.with_suffix(".md"), QUALITY.parent / "quality.md", QUALITY.parent / "training.md")
-)
+PAGE, STEPS = (read_words(path) for path in (FOLDER.with_suffix(".md"), QUALITY.parent / "training.md"))
+ANSWERS = read_answers()
 LONG, MEDIUM, OTHERS = "long.{}_order1_from_full_seed7", "210m.{}_order{}_from_full", "others.{}_order1_from_full_seed7"  # fmt: skip
 """Names of runs by arm and, of 210M, order."""
 

@@ -77,3 +77,15 @@ def test_the_recipe_has_commands_of_a_base_and_what_goes_on_from_it(command: str
     assert (attention.kind, attention.density_budget, attention.learned_scaling) == ("dash", "model", 20)
     before = [x.split()[3] for x in RECIPE_COMMANDS if f"run_dir={base} " in x]
     assert before == [config_path]
+
+
+FIGURE = re.compile(r"[-+]?\d+\.\d+ ± \d+\.\d+")
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/results/quality.md"])
+def test_figures_in_short_are_those_of_the_pages_of_quality(name: str) -> None:
+    pages = sorted((ROOT / "docs" / "results" / "quality").glob("*.md"))
+    every = " ".join(" ".join(path.read_text() for path in pages).replace("%", "").split())
+    found = set(FIGURE.findall((ROOT / name).read_text().replace("%", "")))
+    assert len(found) > 20
+    assert sorted(figure for figure in found if figure not in every) == []
