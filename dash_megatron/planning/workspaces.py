@@ -88,48 +88,52 @@ def pair_bytes(config: Config, layout: Layout, listed: float, gpu: str) -> dict[
     keys and values, which are the buffer's own where keys come from other ranks. What another GPU than the one timed computes goes
     over tiles alone.
     """
-    model, chunk = config.model, config.attention.chunk_size
-    group, head_dim = model.heads // model.kv_heads, model.channels_per_head
-    found = dict.fromkeys(PAIRS_ABOVE, 0.0)
     if config.training.precision != "bf16":
-        return found
+        return dict.fromkeys(PAIRS_ABOVE, 0.0)
+    return {stage: _stage_pair_bytes(stage, config, layout, listed, gpu) for stage in PAIRS_ABOVE}
+
+
+def _chunks_at_once(config: Config, layout: Layout) -> tuple[float, float, float]:
+    """Of one layer call on one rank: its key/value heads, the chunks of its queries, and those whose keys it has at a time."""
+    chunks = config.training.micro_batch * config.data.seq_length / config.attention.chunk_size
+    kv_heads = config.model.kv_heads / layout.tensor
+    if not attends_elsewhere(layout):
+        return kv_heads / layout.context, chunks, chunks
+    own_chunks = chunks / layout.context
+    # a ring has half of a rank's keys at a time
+    return kv_heads, own_chunks, own_chunks / 2 if layout.context_comm == "p2p" else chunks
+
+
+def _stage_pair_bytes(stage: str, config: Config, layout: Layout, listed: float, gpu: str) -> float:
+    """What `pair_bytes` gives for a stage, in bf16; 0 where it goes over tiles alone."""
+    model, chunk, sharded = config.model, config.attention.chunk_size, attends_elsewhere(layout)
+    group, head_dim = model.heads // model.kv_heads, model.channels_per_head
     entries, tile = _entries_made(config, layout, listed)
-    chunks = config.training.micro_batch * config.data.seq_length / chunk
-    kv_heads, own_chunks = model.kv_heads / layout.tensor, chunks
-    sharded = attends_elsewhere(layout)
-    if sharded:
-        own_chunks = chunks / layout.context
-        # a ring has half of a rank's keys at a time
-        chunks = own_chunks / 2 if layout.context_comm == "p2p" else chunks
-    else:
-        kv_heads /= layout.context
+    kv_heads, own_chunks, chunks = _chunks_at_once(config, layout)
+    above = pairs_above(stage, group, head_dim, chunk, gpu)
+    if stage == "queries" and not sharded:
+        # float32 gradients of keys and values
+        above = math.inf if 8 * kv_heads * chunks * chunk * head_dim > MAX_PAIR_GRADIENT_BYTES else above
     # partial results in bf16, and in attention their log-sum-exp
-    for stage, of_head in {"attend": 2 * head_dim + 4, "queries": 2 * head_dim}.items():
-        above = pairs_above(stage, group, head_dim, chunk, gpu)
-        if (
-            stage == "queries"
-            and not sharded
-            and 8 * kv_heads * chunks * chunk * head_dim > MAX_PAIR_GRADIENT_BYTES
-        ):
-            above = math.inf
-        room = WORKSPACE_BYTES // (group * of_head)
-        tiles, most_of_tile = own_chunks * (chunk / tile), tile * chunks
-        # where a tile's pairs might not fit, the stage goes over tiles
-        if above < math.inf and 2 * most_of_tile <= room:
-            most_taken = min(entries * tile / max(1.0, above), kv_heads * tiles * most_of_tile)
-            pairs, places = min(room, most_taken), PLACE_BYTES[stage]
-            at_once, slab_tiles = max(1, PLACES_BYTES // (pairs * places)), kv_heads * tiles
-            counted = slab_tiles
-            if slab_tiles * chunks > MAX_COUNTS:
-                at_once = min(at_once, COUNTED_SLABS)
-                slab_tiles = max(1, MAX_COUNTS // chunks // at_once)
-                counted = slab_tiles * at_once
-            slabs = most_taken // (room - most_of_tile) + kv_heads * math.ceil(tiles / slab_tiles)
-            at_once = min(at_once, slabs)
-            found[stage] = pairs * (group * of_head + at_once * places) + COUNT_BYTES * counted * chunks
-            if stage == "queries":
-                sums = 2 * PARTS[group] + kv_heads * chunks * (not sharded)
-                found[stage] += 2 * sums * chunk * head_dim * 4
+    of_pair = group * (2 * head_dim + 4 * (stage == "attend"))
+    room = WORKSPACE_BYTES // of_pair
+    tiles, most_of_tile = own_chunks * (chunk / tile), tile * chunks
+    # where a tile's pairs might not fit, the stage goes over tiles
+    if above == math.inf or 2 * most_of_tile > room:
+        return 0.0
+    most_taken = min(entries * tile / max(1.0, above), kv_heads * tiles * most_of_tile)
+    pairs, places = min(room, most_taken), PLACE_BYTES[stage]
+    at_once, slab_tiles = max(1, PLACES_BYTES // (pairs * places)), kv_heads * tiles
+    counted = slab_tiles
+    if slab_tiles * chunks > MAX_COUNTS:
+        at_once = min(at_once, COUNTED_SLABS)
+        slab_tiles = max(1, MAX_COUNTS // chunks // at_once)
+        counted = slab_tiles * at_once
+    slabs = most_taken // (room - most_of_tile) + kv_heads * math.ceil(tiles / slab_tiles)
+    found = pairs * (of_pair + min(at_once, slabs) * places) + COUNT_BYTES * counted * chunks
+    if stage == "queries":
+        sums = 2 * PARTS[group] + kv_heads * chunks * (not sharded)
+        found += 2 * sums * chunk * head_dim * 4
     return found
 
 
