@@ -134,25 +134,31 @@ class ChatTemplate:
         return whole, [(start, self._end_of_turn(whole, start, end)) for start, end in spans]
 
     def _spans_by_prefix(self, messages: Messages, whole: str) -> list[tuple[int, int]]:
+        """Where in the rendered text the answers are, by what the template renders before each and up to each."""
         spans = []
-        for number, message in enumerate(messages):
-            if message["role"] == ANSWER_ROLE:
-                asked, _ = self._render(messages[:number], ask=True)
-                answered = whole if number + 1 == len(messages) else self._render(messages[: number + 1])[0]
-                if not (whole.startswith(answered) and answered.startswith(asked)):
-                    *_, end = [0, *(found.start() for found in self._special.finditer(answered))]
-                    if answered[:end].startswith(asked) and whole.startswith(answered[:end]):
-                        raise ValueError(
-                            f"the template ends answer {number + 1} with {answered[end:].strip()!r} only where no message "
-                            f"follows, so that nothing would teach a model to stop there; {_OTHER_TEMPLATE}"
-                        )
-                    raise ValueError(
-                        f"the template renders what stands before or in answer {number + 1} otherwise when more messages follow, "
-                        "so that no row could hold what is asked later; split the conversation into ones of one answer, or "
-                        "give a template that marks answers with {% generation %}"
-                    )
-                spans.append((len(asked), len(answered)))
+        for number, message in enumerate(messages, 1):
+            if message["role"] != ANSWER_ROLE:
+                continue
+            asked, _ = self._render(messages[: number - 1], ask=True)
+            answered = whole if number == len(messages) else self._render(messages[:number])[0]
+            if not (whole.startswith(answered) and answered.startswith(asked)):
+                raise ValueError(self._why_not_prefixes(number, asked, answered, whole))
+            spans.append((len(asked), len(answered)))
         return spans
+
+    def _why_not_prefixes(self, number: int, asked: str, answered: str, whole: str) -> str:
+        """What the template does to an answer, counted from 1, so that these three do not begin alike."""
+        *_, end = [0, *(found.start() for found in self._special.finditer(answered))]
+        if answered[:end].startswith(asked) and whole.startswith(answered[:end]):
+            return (
+                f"the template ends answer {number} with {answered[end:].strip()!r} only where no message follows, so that "
+                f"nothing would teach a model to stop there; {_OTHER_TEMPLATE}"
+            )
+        return (
+            f"the template renders what stands before or in answer {number} otherwise when more messages follow, so that no row "
+            "could hold what is asked later; split the conversation into ones of one answer, or give a template that marks "
+            "answers with {% generation %}"
+        )
 
     def _end_of_turn(self, whole: str, start: int, end: int) -> int:
         """End of the special token that closes the answer whole[start:end]: its last token, white space aside, or the next."""
