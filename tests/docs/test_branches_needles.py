@@ -12,6 +12,7 @@ from docs.tools.branch_pictures import QUALITY
 from tests.docs.branches import (
     TASKS,
     Row,
+    below,
     compare_all,
     compare_losses,
     compare_scores,
@@ -21,6 +22,7 @@ from tests.docs.branches import (
     read_pages,
     read_rows,
     share,
+    without_one,
 )
 
 FOLDER = QUALITY / "branches_needles"
@@ -57,26 +59,11 @@ def test_three_orders_to_more_digits() -> None:
     assert "itself finds {}, {} and {} of single needles".format(*found) in PAGE
 
 
-def _without_one(arm: str) -> str:
-    """The difference to full attention without the document that moves it most."""
-    whole = _documents(arm, "full", ORDERS).relative
-    assert whole is not None
-    rests = [
-        _documents(arm, "full", ORDERS, [row for row in DOCUMENTS if row is not left]).relative
-        for left in DOCUMENTS
-    ]
-    furthest = max((rest for rest in rests if rest), key=lambda rest: abs(rest.value - whole.value))
-    return f"{100 * furthest.value:+.2f}%"
-
-
 def test_how_many_documents_are_below_full_attention() -> None:
-    below = [
-        sum(float(row[f"own_order{n}"]) < float(row[f"full_order{n}"]) for row in DOCUMENTS) for n in ORDERS
-    ]
-    assert f"{min(below)} to {max(below)} of {len(DOCUMENTS)} are below full attention at 25%" in PAGE
-    assert (
-        f"matters most takes 25% to {_without_one('own')}, InfLLMv2 to {_without_one('infllmv2_25')}" in PAGE
-    )
+    counts = below("own", "full", ORDERS, DOCUMENTS)
+    assert f"{min(counts)} to {max(counts)} of {len(DOCUMENTS)} are below full attention at 25%" in PAGE
+    own, infllm = (without_one(arm, "full", ORDERS, DOCUMENTS) for arm in ("own", "infllmv2_25"))
+    assert f"matters most takes 25% to {own}, InfLLMv2 to {infllm}" in PAGE
 
 
 @pytest.mark.parametrize("far", [False, True])
