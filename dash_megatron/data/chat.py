@@ -24,6 +24,18 @@ PLAIN_TEMPLATE = (
 )
 """For tokenizers that come without a template: roles are headings, and the end of sequence ends each answer."""
 
+MARKED_PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '### ' + message['role'] | capitalize + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim + eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] | trim }}{% endif %}"
+    "{{ '\\n\\n' }}"
+    "{% endfor %}"
+    "{{ '### Assistant\\n' if add_generation_prompt }}"
+)
+"""What exports have for `PLAIN_TEMPLATE`: it renders the same, and marks answers for trainers that learn them alone."""
+
 ANSWER_ROLE = "assistant"
 """The role whose messages are learnt."""
 

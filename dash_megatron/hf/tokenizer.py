@@ -13,7 +13,13 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dash_megatron.data.chat import TEMPLATE_FILE, ChatTemplate, template_beside
+from dash_megatron.data.chat import (
+    MARKED_PLAIN_TEMPLATE,
+    PLAIN_TEMPLATE,
+    TEMPLATE_FILE,
+    ChatTemplate,
+    template_beside,
+)
 from dash_megatron.data.json_tokenizer import SAME_DATA, TEMPLATE_BOS, read_settings
 from dash_megatron.data.sentencepiece_model import SPACE_SYMBOL
 from dash_megatron.data.tokenizer import Tokenizer as OurTokenizer
@@ -47,7 +53,8 @@ def export_tokenizer(
     Args:
         ours: training's: of a sentencepiece model, of which a fast tokenizer is made, or of a tokenizer.json, which is copied
             with the files beside it, but for what it puts before texts.
-        model: what config.json says, by which transformers chooses a class where the tokenizer names none.
+        model: what config.json says; by its type transformers chooses a class where the tokenizer names none, and its length is
+            that of `truncation=True`.
         chat: the template that the folder is to carry.
 
     Returns:
@@ -57,24 +64,31 @@ def export_tokenizer(
         ValueError: transformers cannot load the result, or it does not encode as in training.
     """
     source = ours.path
+    writes_bos = chat is not None and "bos_token" in chat.text
     if source.suffix == ".json":
         _copy_json(source, folder)
+        if chat is None and (copied := template_beside(source)) is not None:
+            writes_bos = "bos_token" in copied[0]
         if Tokenizer.from_file(str(source)).num_special_tokens_to_add(is_pair=False):
             _add_nothing(folder, ours)
         begin = ours.special_tokens_map.get("bos_token")
-        if chat is None and template_beside(source) is None:
-            # as below: nothing is to begin texts with what was never trained, unless a template writes it
+        if not writes_bos:
+            # as below: nothing is to begin texts with what was never trained; a template that writes it needs its name
             kept = {} if begin is None else {TEMPLATE_BOS: begin}
             _name(folder, "bos_token", ours.special_tokens_map["eos_token"], **kept)
         elif begin is not None:
             _name(folder, "bos_token", begin)
     else:
         with telling_errors_of_the_disk(folder):
-            build_tokenizer(source, begins=chat is not None).save_pretrained(folder)
+            build_tokenizer(source, begins=writes_bos).save_pretrained(folder)
         shutil.copyfile(source, folder / "tokenizer.model")
+    # in place of the limit of the model that a tokenizer.json came from
+    settings = folder / "tokenizer_config.json"
+    _write(settings, {**read_settings(settings), "model_max_length": model.max_position_embeddings})
     if chat is not None:
         # read before a template in tokenizer_config.json
-        (folder / TEMPLATE_FILE).write_text(chat.text, encoding="utf-8")
+        text = MARKED_PLAIN_TEMPLATE if chat.text == PLAIN_TEMPLATE else chat.text
+        (folder / TEMPLATE_FILE).write_text(text, encoding="utf-8")
     if source.suffix == ".json" or chat is not None:
         exported = _load(folder, source, model)
         check_tokenizer(exported, ours)

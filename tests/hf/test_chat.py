@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from dash_megatron.data.chat import PLAIN_TEMPLATE, ChatTemplate, read_template
+from dash_megatron.data.chat import MARKED_PLAIN_TEMPLATE, PLAIN_TEMPLATE, ChatTemplate, read_template
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.hf.export import export_run
 from dash_megatron.hf.importing import import_folder
@@ -74,7 +74,30 @@ def test_a_sentencepiece_model_keeps_its_template_and_reads_it_as_training_did(
     encoded = ChatTemplate(template, tokenizer).encode(TURNS[1:5])
     whole = ids_of(tmp_path / "hf", TURNS[1:5])
     assert whole[: len(encoded.ids)] == encoded.ids
+    # what no template writes was never trained, and is nothing to begin texts with
+    begins = AutoTokenizer.from_pretrained(tmp_path / "hf").bos_token_id
+    assert begins == (tokenizer.bos if template == LLAMA2 else tokenizer.eod)
     assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == tokenizer.eod
+
+
+def test_the_plain_template_of_an_export_marks_what_training_learnt(
+    write_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    config, _ = write_run("full")
+    (Path(config.run_dir) / "chat_template.jinja").write_text(PLAIN_TEMPLATE)
+    export_run(config.run_dir, tmp_path / "hf", dtype="float32")
+    exported, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), Tokenizer(str(config.data.tokenizer))
+    learnt, marked = (ChatTemplate(text, ours) for text in (PLAIN_TEMPLATE, exported.chat_template))
+    assert exported.chat_template == MARKED_PLAIN_TEMPLATE
+    messages = [{"role": "system", "content": " Be  brief. "}, *TURNS[1:5]]
+    encoded = learnt.encode(messages)
+    # as TRL asks for assistant_only_loss
+    found = exported.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    count = len(encoded.ids)
+    assert found["input_ids"][:count] == encoded.ids
+    assert found["assistant_masks"] == [*map(int, encoded.answers), *[0] * (len(found["input_ids"]) - count)]
+    assert marked.encode(messages) == encoded
+    assert marked.encode_question(messages[:2]) == learnt.encode_question(messages[:2])
 
 
 def test_tokens_that_were_added_to_a_sentencepiece_model_come_along_with_the_template_that_writes_them(

@@ -1,6 +1,7 @@
 """Tokenizers that models come with: a run encodes with them as transformers does, and exports them again."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,21 @@ def test_an_export_pads_with_the_end_that_special_tokens_map_json_names_or_with_
     export_tokenizer(Tokenizer(folder / "tokenizer.json"), out, LlamaConfig())
     exported = AutoTokenizer.from_pretrained(out)
     assert (exported.pad_token, exported.padding_side) == ("<|end|>", "left")
+
+
+def test_texts_are_cut_at_the_trained_length_and_not_at_that_of_the_tokenizer_s_former_model(
+    write_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    write_byte_level(tmp_path / "source")
+    _rewrite(tmp_path / "source" / "tokenizer_config.json", model_max_length=77)
+    for name, data in (("json", {"tokenizer": str(tmp_path / "source" / "tokenizer.json")}), ("model", {})):
+        config, _ = write_run("full", data={"seq_length": 96, **data})
+        export_run(config.run_dir, tmp_path / name, dtype="float32")
+        exported = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert exported.model_max_length == 96
+        assert len(exported("x y" * 100).input_ids) > 96
+        assert len(exported("x y" * 100, truncation=True).input_ids) == 96
+        shutil.rmtree(config.run_dir)
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
