@@ -178,9 +178,11 @@ class LocalRuns:
 
 
 def _last_error(log: Path) -> str:
-    """What the last command in a log told of its error, in brackets; nothing where it told none."""
+    """What the last command in a log told of its error or halt, in brackets; nothing where it told none."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    errors = [line for line in text.rpartition("\n$ ")[2].splitlines() if line.startswith("error: ")]
+    errors = [
+        line for line in text.rpartition("\n$ ")[2].splitlines() if line.startswith(("error: ", "halted: "))
+    ]
     return f" ({errors[-1]})" if errors else ""
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -104,9 +105,10 @@ def evaluations(study: Study, run: StudyRun) -> dict[str, str]:
 def check_samples(runs: Iterable[tuple[Study, StudyRun]]) -> None:
     """Refuse evaluations, such as of lengths too short for a task, that would be found wrong only once a run is trained.
 
-    Those of data that is not made yet are left to the end of training.
+    Those of data that is not made yet are left to the end of training, and told on standard error.
     """
     known = set()
+    told = set()
     for study, run in runs:
         place, data = "branches.evaluate" if run.base else "evaluate", run.config.data
         for name, arguments in evaluations(study, run).items():
@@ -116,8 +118,11 @@ def check_samples(runs: Iterable[tuple[Study, StudyRun]]) -> None:
             known.add(facts)
             try:
                 check_arguments(shlex.split(arguments), run.config)
-            except FileNotFoundError:
-                continue
+            except FileNotFoundError as error:
+                warning = f"warning: {place}.{name} needs what is not there yet: {error}"
+                if warning not in told:
+                    told.add(warning)
+                    print(warning, file=sys.stderr, flush=True)
             except ValueError as error:
                 raise StudyError(f"run {run.name}: {place}.{name}={arguments!r}: {error}") from error
 

@@ -45,6 +45,8 @@ class Budgets(Section):
                 raise ValueError(
                     f"budgets.{name}={list(values)} must be above 0; take out what is not, or write 1e9 for a billion"
                 )
+            if len(set(values)) != len(values):
+                raise ValueError(f"budgets.{name}={list(values)} has one twice; take it out")
         return self
 
     def entries(self) -> list[tuple[str, float] | None]:
@@ -242,8 +244,10 @@ def _check_settings(places: list[tuple[str, dict[str, Any]]], owned: dict[str, s
 
 def _check_names(place: str, evaluations: dict[str, str]) -> None:
     for name, arguments in evaluations.items():
-        if not re.fullmatch(r"[\w.+-]+", name):
-            raise ValueError(f"{place} has {name!r}; a name becomes a folder: letters, digits and ._+- only")
+        if not re.fullmatch(r"\w[\w.+-]*", name):
+            raise ValueError(
+                f"{place} has {name!r}; a name becomes a folder: letters, digits and ._+- only, and of these no .+- at the beginning"
+            )
         if "--output" in arguments:
             raise ValueError(
                 f"{place}.{name} sets --output, which is <run_dir>/evaluation/{name}; take it out"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from dash_megatron.files import lock, write_whole
+from dash_megatron.files import error_text, lock, write_whole
 from dash_megatron.studies.jobs import (
     Job,
     check_inputs,
@@ -124,8 +124,14 @@ def _jobs(studies: dict[str, Study], only: Sequence[str], processes: int, in_arr
 def _only_one(study: Study) -> Iterator[int]:
     """Holds a study's folder against other submissions; gives the open file that a run may hold too."""
     folder = Path(study.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "submit.lock", "w", encoding="utf-8") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "submit.lock", "w", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise StudyError(
+            f"output={study.output} must be a folder to write to: {error_text(error)}; choose another"
+        ) from error
+    with file:
         held = StudyError(
             f"another `study submit` is at work on output={study.output}, or was killed and its runs are still saving; wait for it"
         )

@@ -246,6 +246,8 @@ def test_baselines_have_the_density_and_flops_of_their_lists(write_study: Write)
         ({"seeds": [1, 1]}, "has one twice"),
         ({"output": ""}, "output='': String should have at least 1 character"),
         ({"evaluate": {"a/b": "--tasks copy"}}, "evaluate has 'a/b'; a name becomes a folder"),
+        ({"evaluate": {"..": "--tasks copy"}}, "evaluate has '..'; a name becomes a folder"),
+        ({"budgets": {"tokens": [5120, 5120.0]}}, "budgets.tokens=[5120.0, 5120.0] has one twice"),
         ({"evaluate": {"a": "--output x"}}, "evaluate.a sets --output"),
         ({"points": [{"name": 30, "model.layers": 1}]}, "points[0] has name 30, which becomes a folder"),
         ({"assume": {"gpu": "H9"}}, "assume.gpu=H9 is not known"),

@@ -65,6 +65,28 @@ def test_submit_restarts_faults_not_errors_and_skips_what_is_finished(
     assert starts(path) == {"h32": 1, "h64": 2, "h128": 2, "h256": 1}
 
 
+def test_submit_says_why_a_run_halted(
+    write_study: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "halting_train.py"
+    script.write_text("print('halted: the gradient norm is inf')\nexit(3)\n")
+    assert submit_module.submit_studies([write_study()], train=[sys.executable, str(script)]) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"it halted itself; see .*study\.log \(halted: the gradient norm is inf\)\n", said)
+
+
+def test_a_study_whose_output_cannot_be_a_folder_is_told(
+    write_study: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    path = write_study(output=str(tmp_path / "file" / "out"))
+    with pytest.raises(
+        StudyError,
+        match=r"output=.*/file/out must be a folder to write to: Not a directory: .*; choose another",
+    ):
+        submit_module.submit_studies([path], train=trainer(tmp_path, {}))
+
+
 def test_submit_ends_where_a_run_was_asked_to_stop(write_study: Write, tmp_path: Path) -> None:
     path = write_study(points=SIZES)
     assert submit_module.submit_studies([path], train=trainer(tmp_path, {64: 75})) == 75
@@ -181,14 +203,18 @@ def test_an_evaluation_that_the_data_cannot_have_is_told_before_anything_is_trai
     assert not (path.parent / "out").exists()
 
 
-def test_an_evaluation_of_data_that_is_not_made_yet_is_planned(
-    write_study: Write, tiny_data: Path, tmp_path: Path
+def test_an_evaluation_of_data_that_is_not_made_yet_is_planned_and_told(
+    write_study: Write, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = {"all": "--tasks copy --lengths 64"}
     for tokenizer in (tmp_path / "none.model", tiny_data / "tokenizer.model"):
         data = {"data.tokenizer": str(tokenizer), "data.train": ["none"], "data.valid": ["none"]}
-        path = write_study(overrides=data, evaluate=arguments)
+        path = write_study(overrides=data, evaluate=arguments, seeds=[1, 2])
         assert main(["study", "plan", str(path)]) == 0
+        missing = "none.model" if tokenizer.parent == tmp_path else "none.idx"
+        told = capsys.readouterr().err
+        assert told.count("warning: evaluate.all needs what is not there yet: ") == 1
+        assert f"{missing} " in told
 
 
 @pytest.mark.parametrize(
