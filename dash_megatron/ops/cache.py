@@ -179,6 +179,7 @@ class DashCache:
 
     @property
     def batch(self) -> int:
+        """Number of sequences."""
         return len(self.lengths)
 
     @property

@@ -63,6 +63,10 @@ class Row(NamedTuple):
         router: Router,
         own: tuple[Tensor, Tensor] | None = None,
     ) -> Row:
+        """The tokens of q [B, N, Hq, D] and k [B, N, Hkv, D]; arguments are those of `diagnostics.sample_routing`.
+
+        Rows of a batch count as documents. Waits for the device where there are several.
+        """
         B, N, Hq, D = q.shape
         if cu_seqlens is None and B > 1:
             cu_seqlens = torch.arange(0, (B + 1) * N, N, dtype=torch.int32, device=q.device)
@@ -112,6 +116,7 @@ class Block(NamedTuple):
 
     @property
     def chunks(self) -> slice:
+        """Where they lie among all chunks of the row."""
         return slice(self.first, self.end)
 
     @property

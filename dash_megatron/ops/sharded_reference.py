@@ -41,6 +41,7 @@ class State(NamedTuple):
 
     @property
     def places(self) -> QueryPositions:
+        """The last three fields as one value."""
         return QueryPositions(self.chunk, self.slot, self.first_chunk)
 
 

@@ -107,10 +107,12 @@ class Launches(NamedTuple):
 
     @property
     def attend_by_pair(self) -> ByPair:
+        """How attend goes over pairs."""
         return ByPair(self.attend_pairs, self.parts, self.attend_pairs_above)
 
     @property
     def backward_by_pair(self) -> ByPair:
+        """How queries, keys and values go over pairs together."""
         return ByPair(self.backward_pairs, self.parts, self.backward_pairs_above)
 
 
@@ -124,6 +126,7 @@ def _table() -> dict[str, dict[str, Entry]]:
 
 
 def shape_key(dtype: torch.dtype, head_dim: int, chunk_size: int, group: int) -> str:
+    """A shape's key in the table, such as "bfloat16 D=128 C=64 G=4"; `group`: query heads per key/value head."""
     return f"{str(dtype).removeprefix('torch.')} D={head_dim} C={chunk_size} G={group}"
 
 

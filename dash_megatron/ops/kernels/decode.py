@@ -57,6 +57,7 @@ class Launch(NamedTuple):
 
     @property
     def whole(self) -> bool:
+        """Whether one kernel does all: a program has all chunks of a sequence and head."""
         return self.short and self.splits == 1
 
 

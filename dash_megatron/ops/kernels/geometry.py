@@ -41,22 +41,27 @@ class Sizes(NamedTuple):
 
     @property
     def tile_rows(self) -> int:
+        """Rows of a query tile, absent heads included."""
         return self.tile_tokens * self.padded_group
 
     @property
     def tiles_per_chunk(self) -> int:
+        """Query tiles of one chunk and key/value head."""
         return self.chunk_size // self.tile_tokens
 
     @property
     def tiles_per_head(self) -> int:
+        """Query tiles of one key/value head, those of empty chunks included."""
         return self.num_chunks * self.tiles_per_chunk
 
     @property
     def num_tiles(self) -> int:
+        """Query tiles of all key/value heads, head by head."""
         return self.tiles_per_head * self.num_kv_heads
 
     @property
     def block_d(self) -> int:
+        """Columns that a tile is loaded with: D rounded up to a power of two."""
         return next_power_of_two(self.head_dim)
 
     def of_router(self, pool_heads: bool) -> "Sizes":
@@ -122,6 +127,7 @@ def result_dtype(q: Tensor, keys: KeyPlaces | None) -> torch.dtype:
 
 
 def next_power_of_two(x: int) -> int:
+    """The least power of two that is at least x, which is 1 or more."""
     return 1 << (x - 1).bit_length()
 
 

@@ -96,6 +96,7 @@ class PairSlabs(NamedTuple):
 
     @property
     def sum_programs(self) -> int:
+        """Programs of a launch that adds up what the pairs of each token gave."""
         return self.by_pair.parts * SUM_PROGRAMS_PER_PART
 
     def rest(self, lists: Lists) -> Lists:

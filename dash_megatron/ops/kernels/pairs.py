@@ -59,6 +59,7 @@ class PairPlan(NamedTuple):
 
     @property
     def slabs(self) -> int:
+        """How many slabs the entries are cut into."""
         return len(self.base) - 1
 
 

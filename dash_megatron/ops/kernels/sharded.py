@@ -69,6 +69,7 @@ class State(NamedTuple):
 
     @property
     def lists(self) -> Lists:
+        """The first four fields as one value."""
         return Lists(*self[:4])
 
 

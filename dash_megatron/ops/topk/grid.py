@@ -46,10 +46,12 @@ class Grid:
 
     @property
     def num_chunks(self) -> int:
+        """Chunks of all documents, c."""
         return len(self.firsts)
 
     @property
     def num_rows(self) -> int:
+        """Rows of the grid, S."""
         return self.num_chunks * self.chunk_size
 
     def spread(self, x: Tensor) -> Tensor:
