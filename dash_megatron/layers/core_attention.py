@@ -284,7 +284,6 @@ class FullCoreAttention(CoreAttention):
         documents, longest = len(packed.cu_seqlens_q) - 1, packed.max_seqlen_q
         if documents == 1 or documents * longest == q.shape[1]:
             # as none is longer, all are as long: whole rows
-            return causal_attention(*(x[0].unflatten(0, (documents, -1)) for x in (q, k, v))).flatten(0, 1)[
-                None
-            ]
+            rows = (x[0].unflatten(0, (documents, -1)) for x in (q, k, v))
+            return causal_attention(*rows).flatten(0, 1)[None]
         return packed_attention(q[0], k[0], v[0], packed.cu_seqlens_q, longest)[None]

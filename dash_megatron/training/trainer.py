@@ -170,7 +170,7 @@ class Trainer:
         result = StepResult(self.step, totals, lr, norm, samples, self.guard.num_skipped(samples), factors)
         self.reporter.count_step(result)
         self.stopping = agree_to_stop(self.signals.requested, fault is not None)
-        self.rolled_back = fault is not None and self.handle(replace(fault, grad_norm=norm), batches)
+        self.rolled_back = fault is not None and self.handle_fault(replace(fault, grad_norm=norm), batches)
         return result
 
     def forward_and_backward(self, batches: list[PackedBatch]) -> StepTotals:
@@ -189,7 +189,7 @@ class Trainer:
         totals.reduce()
         return totals
 
-    def handle(self, fault: Fault, batches: list[PackedBatch]) -> bool:
+    def handle_fault(self, fault: Fault, batches: list[PackedBatch]) -> bool:
         """Keep the batch of a skipped update, and follow the policy; gives whether an older checkpoint was loaded.
 
         Raises:
