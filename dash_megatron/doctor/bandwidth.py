@@ -34,18 +34,16 @@ def check_bandwidth(session: Session) -> Finding:
     Rates are of the bytes that the best algorithm needs, so that they compare with the network's: 2 (n - 1) / n of the
     buffer for a sum over n processes, half of that to gather or to sum into shares, the buffer for a neighbour.
     """
-    parallel = session.config.parallel
     figures: dict[str, Figure] = {}
     wrong = []
-    with session.model_groups(parallel):
-        groups = {"data x context": gradient_group()}
-        if parallel.context > 1:
-            groups["context"] = context_parallel_group()
-        if parallel.tensor > 1:
-            groups["tensor"] = tensor_group()
-        for label, group in groups.items():
-            if dist.get_world_size(group) == 1:
-                continue
+    with session.model_groups(session.config.parallel):
+        groups = {
+            "data x context": gradient_group(),
+            "context": context_parallel_group(),
+            "tensor": tensor_group(),
+        }
+        shared = {label: group for label, group in groups.items() if dist.get_world_size(group) > 1}
+        for label, group in shared.items():
             for case in _cases(label, group, session.device):
                 seconds = _time(case.communicate, group, session.device)
                 figures[f"{label} {case.name} GB/s"] = case.sent / seconds / 1e9
