@@ -47,8 +47,9 @@ def agreed(function: Callable[[], T]) -> T:
 def once_a_machine(what: str, tasks: Sequence[Callable[[], object]]) -> None:
     """Do every task once on each machine: on rank 0's first, then on the others, which may have disks of their own. Collective.
 
-    The processes of a machine take the next task when they are done with one. It ends when all tasks are done everywhere. Nobody
-    waits in a collective operation, whose timeout would end the run: tasks may take longer.
+    The processes of a machine take the next task when they are done with one, except rank 0 where it is not alone: a task may keep
+    Python's other threads from running, and one of rank 0's tells that the run is alive. It ends when all tasks are done everywhere.
+    Nobody waits in a collective operation, whose timeout would end the run: tasks may take longer.
 
     Args:
         what: completes "could not ...", such as "order data sets".
@@ -83,9 +84,12 @@ def once_a_machine(what: str, tasks: Sequence[Callable[[], object]]) -> None:
             time.sleep(pause)
             pause = min(2 * pause, _MAX_PAUSE)
 
-    for machine in dict.fromkeys((agreed(machine_name), here)):
+    machines = [""] * dist.get_world_size()
+    dist.all_gather_object(machines, here)
+    works = dist.get_rank() > 0 or machines.count(here) == 1
+    for machine in dict.fromkeys((machines[0], here)):
         taken, done = f"{call} taken on {machine}", f"{call} done on {machine}"
-        while machine == here and (turn := store.add(taken, 1)) <= len(tasks):
+        while works and machine == here and (turn := store.add(taken, 1)) <= len(tasks):
             try:
                 tasks[turn - 1]()
             except (OSError, ValueError) as error:
