@@ -109,10 +109,11 @@ def whole_model(
 ) -> Iterator[tuple[DashGPTModel, torch.device]]:
     """Build the model with whole weights on this process alone, in evaluation mode; gives it and its device.
 
-    The model is on the GPU if there is one, unless `on_cpu`; on the GPU it is in bfloat16 if it was trained in bf16.
+    On the GPU it is in bfloat16 if it was trained in bf16.
 
     Args:
         config, weights: of `load_weights`.
+        on_cpu: not on the GPU, although there is one.
     """
     config = config.model_copy(update={"parallel": ParallelConfig()})
     device = init_process_groups(Launch(rank=0, world_size=1, local_rank=0), config.parallel)

@@ -35,6 +35,9 @@ def evaluate(
     """Evaluate a model; what an earlier call left in `output` is not computed again.
 
     Args:
+        model: what is evaluated.
+        text: what is scored, and what prompts are made of.
+        settings: tasks, lengths and how much of each.
         output: folder for `<task>.jsonl`, with a line for each item, and `results.json`; made where it is missing. Both have null
             for a number that is not finite.
         report: called with a line of text for each task and length.

@@ -87,6 +87,7 @@ def fit_to_length(
         build: makes the prompt with so many units of filler, the longer the more.
         sizes: smallest and largest size that `build` takes.
         length: tokens of prompt and answer.
+        tokenizer: counts them.
 
     Raises:
         LengthError: the smallest is too long, or the largest fills less than nine tenths of `length`.

@@ -124,7 +124,9 @@ class LocalText:
         """Draw different stretches of `length + 1` tokens, int64, none across two documents, each with its document's number.
 
         Args:
+            length: tokens that are predicted.
             count: how many; fewer where there are fewer.
+            seed: fixes which.
 
         Raises:
             LengthError: no document is that long.

@@ -258,12 +258,15 @@ def route(
     q: Tensor, summary: Tensor, chunks: Tensor, offsets: Tensor, sizes: Sizes, router: Router, config: Config,
     number: Tensor | None = None, head_scaling: Tensor | None = None,
 ) -> tuple[Lists, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Solve and list.
+    """Solve the entmax of every query, and list the chunks that the tokens of each tile select.
 
     Args:
         q: the router's queries [tokens, Hq, D].
         summary: [Hkv, chunks, D].
         chunks, offsets: from `chunk_layout`.
+        sizes: of the tiles as the router sees them, see `Sizes.of_router`.
+        router: its constants.
+        config: how the kernel is launched.
         number: which summary is a chunk's own, int32 [chunks]; None if chunks and summaries are numbered alike.
         head_scaling: multiplies the router's scaling factor, for each key/value head [Hkv], contiguous.
 
