@@ -8,7 +8,7 @@ searched until the layer selects the density asked for; the density reported is 
 the chunks that trained routers selected (`benchmarks/choices`) take the place of those of every layer's router, which runs all
 the same; layers, heads and tokens beyond a file's get made choices that persist alike. The share of attention is what a step
 saves when core attention hands its values through instead. `--tiny` makes the config's model so small, and its sequences so
-short, that any device runs it in seconds.
+short, that any device runs it in seconds; with `--routing trained` under TRITON_INTERPRET=1 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.given import Given, models_like
-from benchmarks.inputs import TINY_STEP, default_device, device_name
+from benchmarks.inputs import TINY_STEP, default_device, device_name, kernels_run
 from benchmarks.timing import seconds_of
 from dash_megatron.command_line import ending_with_reader, parse_with_overrides
 from dash_megatron.config import Config, config_from_dict, load_config
@@ -53,6 +53,8 @@ from dash_megatron.training.loss import share_of_global_mean
 NO_TOKEN = -1
 # densities are dialled
 NO_TARGET = "attention.target_density=null"
+# The smallest chunks of which trained routers' choices are there, few enough for Triton's interpreter.
+TINY_TRAINED = ["attention.chunk_size=32", "attention.backend=triton", "data.seq_length=192"]
 
 
 @ending_with_reader()
@@ -77,15 +79,22 @@ def main() -> None:
         parser.error(
             "there is no GPU; add --tiny to time two narrow layers on 256 tokens, which any device does in seconds"
         )
-    config = load_config(
-        options.config, [NO_TARGET, *(TINY_STEP if options.tiny else []), *options.overrides]
-    )
+    trained = options.routing == "trained"
+    if trained and not kernels_run(default_device()):
+        parser.error(
+            "--routing trained gives choices to the Triton kernels, which need a GPU; set TRITON_INTERPRET=1 to interpret them"
+        )
+    tiny = [*TINY_STEP, *(TINY_TRAINED if trained else [])] if options.tiny else []
+    config = load_config(options.config, [NO_TARGET, *tiny, *options.overrides])
+    wanted: Any = options.densities
+    if trained:
+        try:
+            wanted = models_like(config.attention.chunk_size, config.attention.local_chunks)
+        except ValueError as error:
+            parser.error(str(error))
     launch = read_launch({})
     device = init_process_groups(launch, config.parallel)
     cases: list[tuple[str, float | str | None]] = [("full", None)]
-    wanted: Any = options.densities
-    if options.routing == "trained":
-        wanted = models_like(config.attention.chunk_size, config.attention.local_chunks)
     cases += [("dash", density_or_model) for density_or_model in wanted]
     _print_header(config, device)
     results: list[dict[str, Any]] = []

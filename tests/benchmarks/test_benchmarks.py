@@ -157,12 +157,11 @@ def test_a_whole_step_is_timed_with_choices_of_trained_routers(tmp_path: Path) -
     measured = tmp_path / "step.json"
     trained = ["--config", "configs/1b_16k.yaml", "--tiny", "--routing", "trained", "--steps", "1"]
     overrides = [
-        "model.head_dim=16",
-        "attention.backend=triton",
-        "attention.chunk_size=32",
         "data.seq_length=96",
+        "attention.local_chunks=0",
+        "attention.query_pool=1",
+        "attention.router_projections=true",
     ]
-    overrides += ["attention.local_chunks=0", "attention.query_pool=1", "attention.router_projections=true"]
     _run("benchmarks/step.py", *trained, "--json", str(measured), *overrides)
     full, *dash = json.loads(measured.read_text())["results"]
     assert full["choices"] is None
@@ -176,6 +175,9 @@ def test_a_whole_step_is_timed_with_choices_of_trained_routers(tmp_path: Path) -
         assert row["attention_share"] > 0
     with pytest.raises(AssertionError, match=r"chunk_size=128, .*local_chunks=4 must be one of the pairs"):
         _run("benchmarks/step.py", *trained, "attention.chunk_size=128")
+    # the reference would select by its own routers
+    with pytest.raises(AssertionError, match=r"gives choices to the Triton kernels.*set TRITON_INTERPRET=1"):
+        _run("benchmarks/step.py", *trained, interpreted=False)
 
 
 def test_full_attention_of_packed_rows_is_timed_by_what_is_here(tmp_path: Path) -> None:
