@@ -131,10 +131,10 @@ class Stages:
             case.chunk_size, case.scaling_factor, sigma=1.0, local_chunks=kind.local_chunks, query_pool=kind.query_pool,
             pool_heads=kind.pool_heads,
         )  # fmt: skip
-        self.own_q: Tensor | None = None
-        self.own_k: Tensor | None = None
+        self.routing_q: Tensor | None = None
+        self.routing_k: Tensor | None = None
         if kind.projections:
-            self.own_q, self.own_k = torch.randn(2, *self.k.shape, dtype=self.k.dtype, device=device)
+            self.routing_q, self.routing_k = torch.randn(2, *self.k.shape, dtype=self.k.dtype, device=device)
         self.sizes = geometry.measure(leaves[0], leaves[1], case.chunk_size, None, self.launches.tile_rows)
         self.router_sizes = self.sizes.of_router(self.router.pool_heads)
         self.deterministic = deterministic
@@ -147,20 +147,20 @@ class Stages:
 
     def summarize(self) -> None:
         self.summary = summarize(
-            self.k if self.own_k is None else self.own_k, self.w, self.chunks, self.sizes
+            self.k if self.routing_k is None else self.routing_k, self.w, self.chunks, self.sizes
         )
 
     def pool_queries(self) -> None:
         """What the router sees, in the forward and again in the backward."""
-        own_q = self.q if self.own_q is None else self.own_q
-        self.routing_q, self.position = pooled_queries(
-            own_q, self.batch, self.sizes.num_kv_heads, self.router, None
+        routing_q = self.q if self.routing_q is None else self.routing_q
+        self.pooled_q, self.position = pooled_queries(
+            routing_q, self.batch, self.sizes.num_kv_heads, self.router, None
         )
 
     def route(self) -> None:
         self.pool_queries()
         self.lists, self.tau, self.mean_log, self.selected = route(
-            self.routing_q,
+            self.pooled_q,
             self.summary,
             self.chunks,
             self.offsets,
@@ -193,10 +193,10 @@ class Stages:
 
     def backward_router(self) -> None:
         self.pool_queries()
-        shared, pool = self.routing_q is self.q, self.router.query_pool
-        router_dq = self.dq if shared else torch.zeros_like(self.routing_q)
+        shared, pool = self.pooled_q is self.q, self.router.query_pool
+        router_dq = self.dq if shared else torch.zeros_like(self.pooled_q)
         self.d_summary, self.mean_dp, _ = backward_router(
-            self.routing_q, self.summary, self.tau, router_dq, self.d_prior, self.lists, self.chunks, self.router_sizes,
+            self.pooled_q, self.summary, self.tau, router_dq, self.d_prior, self.lists, self.chunks, self.router_sizes,
             self.router, self.launches.router, self.deterministic,
         )  # fmt: skip
         # the pass to keys and values knows one kind of queries only, and not which chunks are local
@@ -206,22 +206,22 @@ class Stages:
             self.summaries = Summaries(self.tau, self.mean_dp, self.summary, self.d_prior, None, self.router)
         elif self.deterministic:
             self.d_summary = sum_d_summary(
-                self.routing_q, self.tau, self.mean_dp, self.summary, self.lists.log_prior, self.d_prior,
+                self.pooled_q, self.tau, self.mean_dp, self.summary, self.lists.log_prior, self.d_prior,
                 transpose(self.lists, self.chunks, self.sizes), self.chunks[0], None, self.router_sizes, self.router, None,
             )  # fmt: skip
-        if self.own_q is not None and self.position is not None:
+        if self.routing_q is not None and self.position is not None:
             pool_rows(router_dq, self.position, pool, transposed=True)
-        elif self.own_q is None and not shared:
+        elif self.routing_q is None and not shared:
             self.dq = add_router_gradient(self.dq, router_dq, self.position, self.router)
 
     def backward_keys(self) -> None:
-        summaries_of_keys = (self.w, self.d_summary, self.summaries) if self.own_k is None else ()
+        summaries_of_keys = (self.w, self.d_summary, self.summaries) if self.routing_k is None else ()
         self.dk, self.dv, self.dw = backward_kv(
             self.q, self.k, self.v, self.d_out, self.centred_lse, self.delta, self.mean_log, self.left, self.chunks, self.sizes,
             self.router.inv_sigma, self.launches, self.key_sums, *summaries_of_keys,
         )  # fmt: skip
-        if self.own_k is not None:
-            _, self.dw = summarize_backward(self.d_summary, self.own_k, self.w, self.chunks, self.sizes)
+        if self.routing_k is not None:
+            _, self.dw = summarize_backward(self.d_summary, self.routing_k, self.w, self.chunks, self.sizes)
 
     def backward_attention(self) -> None:
         """Of queries, keys and values; what `backward_router` gave stays as it was."""

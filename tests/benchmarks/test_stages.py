@@ -24,8 +24,8 @@ def test_stages_one_after_the_other_are_the_pass_with_the_routers_of_the_model(
     stages.run(*Stages.FORWARD, *Stages.BACKWARD)
     (q, k, v, w), upstream = make_inputs(case, torch.device(DEVICE))
     own = {}
-    if stages.own_q is not None:
-        own = {"routing_q": stages.own_q.view(k.shape), "routing_k": stages.own_k.view(k.shape)}
+    if stages.routing_q is not None:
+        own = {"routing_q": stages.routing_q.view(k.shape), "routing_k": stages.routing_k.view(k.shape)}
     out = dash_attention(q, k, v, w, **stages.router._asdict(), backend="triton", **own)
     torch.testing.assert_close(stages.out.view(out.shape), out, rtol=0, atol=0)
     expected = torch.autograd.grad(out, [q, k, v, w], upstream)
