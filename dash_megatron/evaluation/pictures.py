@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dash_megatron.drawing import GRID, HEAT_MAP, plt, save, tokens_axis
+from dash_megatron.drawing import GRID, HEAT_MAP, line_widths, plt, save, tokens_axis
 from dash_megatron.evaluation.settings import LOSS_TASKS
 
 
@@ -36,13 +36,16 @@ def _save(figure: Any, results: dict[str, Any], path: Path) -> Path:
 
 def _perplexity(by_length: dict[str, Any]) -> Any:
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for length, summary in by_length.items():
+    # documents have the same losses up to any length
+    widths = line_widths(len(by_length))
+    for (length, summary), width in zip(by_length.items(), widths, strict=True):
         ends = [bucket["to"] for bucket in summary["buckets"]]
         axis.plot(
             ends,
             [bucket["nll"] for bucket in summary["buckets"]],
             marker="o",
-            ms=4,
+            ms=3 + width,
+            lw=width,
             label=f"{length} tokens: {summary['nll']:.3f} (perplexity {summary['perplexity']:.4g})",
         )
     tokens_axis(axis, sorted({bucket["to"] for each in by_length.values() for bucket in each["buckets"]}))
@@ -83,7 +86,9 @@ def _scores(tasks: dict[str, Any], trained_length: int) -> Any:
     colors = plt.get_cmap("tab10")
     places = sorted({int(length) for each in tasks.values() for length in each})
     for axis, (key, label) in zip(axes[0], panels.items(), strict=True):
-        for number, (name, by_length) in enumerate(tasks.items()):
+        for number, ((name, by_length), width) in enumerate(
+            zip(tasks.items(), line_widths(len(tasks)), strict=True)
+        ):
             known = {int(length): each for length, each in by_length.items() if each.get(key) is not None}
             errors = [each.get("standard_error", 0.0) for each in known.values()]
             axis.errorbar(
@@ -91,8 +96,8 @@ def _scores(tasks: dict[str, Any], trained_length: int) -> Any:
                 [each[key] for each in known.values()],
                 yerr=errors if key == "score" else None,
                 marker="osv^D<>ph*"[number % 10],
-                ms=5,
-                lw=1,
+                ms=3 + 2 * width,
+                lw=width,
                 capsize=3,
                 color=colors(number % 10),
                 label=name,

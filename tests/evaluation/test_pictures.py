@@ -35,6 +35,21 @@ def test_losses_of_answers_stand_beside_their_scores() -> None:
     plt.close("all")
 
 
+def test_lines_at_the_same_values_all_show() -> None:
+    length = {"nll": 2.0, "perplexity": 7.4, "buckets": [{"to": 64, "nll": 2.0}, {"to": 128, "nll": 1.0}]}
+    zero = {"64": {"score": 0.0, "nll": 3.0}, "128": {"score": 0.0, "nll": 3.0}}
+    for figure in (
+        pictures._perplexity({"128": length, "256": length}),
+        pictures._scores({"copy": zero, "needle": zero}, trained_length=64),
+    ):
+        below, above = [
+            line for line in figure.axes[0].lines if len(line.get_xdata()) == 2 and line.get_marker() in "os"
+        ][:2]
+        assert below.get_linewidth() > above.get_linewidth()
+        assert below.get_markersize() > above.get_markersize()
+    plt.close("all")
+
+
 @pytest.mark.parametrize("score", [0.0, 0.3, 0.5, 0.7, 1.0])
 def test_scores_stand_out_from_their_field(score: float) -> None:
     figure = pictures._needle({"1024": {"depths": {"0.000": {"score": score}}}})
