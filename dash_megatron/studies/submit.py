@@ -99,6 +99,9 @@ def _read_studies(paths: Sequence[str | Path]) -> dict[str, Study]:
     studies = {Path(path).stem: load_study(path) for path in paths}
     if len(studies) < len(paths):
         raise StudyError(f"studies {', '.join(map(str, paths))} must have names of their own; rename a file")
+    if len({Path(study.output).resolve() for study in studies.values()}) < len(studies):
+        told = ", ".join(f"{name} has {study.output}" for name, study in studies.items())
+        raise StudyError(f"studies must have an `output` each: {told}; give one another folder")
     for study in studies.values():
         check_evaluations(study)
     return studies

@@ -274,6 +274,11 @@ def test_several_studies_wait_in_one_queue_in_the_order_asked_for(
     twice = shutil.copy(paths[0], tmp_path / "other" / "first.yaml")
     with pytest.raises(ValueError, match="must have names of their own"):
         submit_module.submit_studies([paths[0], twice], train=command)
+    copied = shutil.copy(paths[0], tmp_path / "copied.yaml")
+    with pytest.raises(
+        StudyError, match=r"must have an `output` each: first has .*/first, copied has .*/first; give one"
+    ):
+        submit_module.submit_studies([paths[0], copied], train=command)
 
 
 # notes when it begins and when it ends, and takes a while
