@@ -152,6 +152,7 @@ class Ring(ContextExchange):
             for keys in self._windows(owner, k):
                 part = self.stages.attend(queries, k_shard, v_shard, keys)
                 result = part if result is None else merge(result, part)
+                del part  # there is no room for it beside the next one
         assert result is not None, "a rank's own chunks are among its windows"
         return result
 
