@@ -33,7 +33,8 @@ class TaskScore(TypedDict):
 class StepMetrics(TypedDict):
     """One logged step, as `metrics.jsonl` holds it; per-layer lists have null for layers without a router.
 
-    JSON has no NaN and no infinity: the file has null for them, in `loss` and `grad_norm` of a step whose update was skipped.
+    JSON has no NaN and no infinity: the file has null for them, in `loss` and `grad_norm` of a step whose update was skipped, and
+    in losses of validation.
     """
 
     step: int
@@ -178,7 +179,9 @@ def _scalars(name: str, value: Any) -> Iterator[tuple[str, float | None]]:
 
 
 def read_metrics(run_dir: str | Path) -> list[StepMetrics]:
-    """Read `metrics.jsonl`, without damaged lines; see `read_json_lines`. Null in `loss` and `grad_norm` is read as NaN.
+    """Read `metrics.jsonl`, without damaged lines; see `read_json_lines`.
+
+    Null is read as NaN in `loss` and `grad_norm`, in the losses of `valid_loss_by_position`, and in `valid_loss` beside such.
 
     Raises:
         FileNotFoundError: the run has none.
@@ -191,6 +194,12 @@ def read_metrics(run_dir: str | Path) -> list[StepMetrics]:
     lines = read_json_lines(path, _ALWAYS)
     for line in lines:
         line |= {name: math.nan for name in ("loss", "grad_norm") if line.get(name, 0.0) is None}
+        lost = [part for part in line.get("valid_loss_by_position") or () if part["loss"] is None]
+        for part in lost:
+            part["loss"] = math.nan
+        # else null is of a step that does not validate
+        if lost and line["valid_loss"] is None:
+            line["valid_loss"] = math.nan
     return lines
 
 

@@ -236,6 +236,25 @@ def test_a_step_without_a_finite_loss_counts_in_no_mean(
     assert '"loss": null' in capsys.readouterr().out
 
 
+def test_a_last_validation_that_is_not_finite_is_not_replaced_by_the_one_before(
+    write_study: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(twins=["full"])
+    for run in runs_of(path):
+        finish(run, 3.0, None if run.config.attention.kind == "full" else 0.4)
+    file = runs_of(path)[0].folder / "metrics.jsonl"
+    *lines, last = [json.loads(line) for line in file.read_text().splitlines()]
+    last |= {
+        "valid_loss": None,
+        "valid_loss_by_position": [{**x, "loss": None} for x in last["valid_loss_by_position"]],
+    }
+    file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, last]))
+    diverged, full = collect(load_study(path))
+    assert (math.isnan(diverged["valid_loss"]), full["valid_loss"]) == (True, 3.0)
+    assert main(["study", "report", str(path)]) == 0
+    assert "dash: validation loss is not finite" in (path.parent / "out" / "report.html").read_text()
+
+
 def test_losses_over_training_are_those_of_training_where_validations_are_no_curve(
     write_study: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
