@@ -336,7 +336,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     monkeypatch.setattr(files, "write_tensors", slow)
     changed = {**tiny_config, "checkpoint": {"every": 2}}
     trainer = Trainer(config_from_dict(changed), {})
-    step, publish = trainer.train_step, trainer.checkpointer._rename
+    step, publish = trainer.train_step, trainer.checkpointer._publish_files
 
     def watched_step() -> Any:
         result = step()
@@ -349,7 +349,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         publish(saved, results)
 
     monkeypatch.setattr(trainer, "train_step", watched_step)
-    monkeypatch.setattr(trainer.checkpointer, "_rename", watched_publish)
+    monkeypatch.setattr(trainer.checkpointer, "_publish_files", watched_publish)
     trainer.run()
     assert steps_at_publishing["2"] >= 3
     assert steps_at_publishing["4"] == 4
