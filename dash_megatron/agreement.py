@@ -7,7 +7,8 @@ import itertools
 import pickle
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from dash_megatron.exit_codes import machine_name
 
@@ -57,7 +58,7 @@ def once_a_machine(what: str, tasks: Sequence[Callable[[], object]]) -> None:
 
     Raises:
         OSError, ValueError: of a task, on all processes.
-        TimeoutError: no task ended for two hours, so that a process or its file system hangs.
+        TimeoutError: on a machine no task ended for two hours, so that a process or its file system hangs; on all processes.
     """
     import torch.distributed as dist
 
@@ -66,39 +67,44 @@ def once_a_machine(what: str, tasks: Sequence[Callable[[], object]]) -> None:
             task()
         return
     store, call = dist.distributed_c10d._get_default_store(), f"once_a_machine {next(_calls)}"
-    here, failed, ended = machine_name(), f"{call} failed", f"{call} ended"
+    failed = f"{call} failed"
+    # machines may have one name
+    here = machine_name(), Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
-    def wait(counter: str, count: int, whom: str) -> None:
+    def fail(error: Exception) -> NoReturn:
+        store.set(failed, pickle.dumps(error))  # type: ignore[arg-type]
+        time.sleep(2 * _MAX_PAUSE)  # for all to read it: the store ends with rank 0
+        raise error
+
+    def wait(machine: tuple[str, str]) -> None:
         done, changed, pause = 0, time.monotonic(), _FIRST_PAUSE
-        while (now_done := store.add(counter, 0)) < count:
+        while (now_done := store.add(f"{call} done on {machine}", 0)) < len(tasks):
             if store.check([failed]):
                 raise pickle.loads(store.get(failed))
             if now_done > done:
                 done, changed = now_done, time.monotonic()
             if time.monotonic() > changed + _STALLED_SECONDS:
-                raise TimeoutError(
-                    errno.ETIMEDOUT,
-                    f"{whom} could not {what} for {_STALLED_SECONDS / 60:.0f} minutes ({done} of {count} done); look at "
-                    "processes and file systems there",
+                told = (
+                    f"{machine[0]} could not {what} for {_STALLED_SECONDS / 60:.0f} minutes ({done} of {len(tasks)} done); look at "
+                    "processes and file systems there"
                 )
+                fail(TimeoutError(errno.ETIMEDOUT, told))
             time.sleep(pause)
             pause = min(2 * pause, _MAX_PAUSE)
 
-    machines = [""] * dist.get_world_size()
+    machines = [here] * dist.get_world_size()
     dist.all_gather_object(machines, here)
+    if here != machines[0]:
+        wait(machines[0])
     works = dist.get_rank() > 0 or machines.count(here) == 1
-    for machine in dict.fromkeys((machines[0], here)):
-        taken, done = f"{call} taken on {machine}", f"{call} done on {machine}"
-        while works and machine == here and (turn := store.add(taken, 1)) <= len(tasks):
-            try:
-                tasks[turn - 1]()
-            except (OSError, ValueError) as error:
-                store.set(failed, pickle.dumps(error))  # type: ignore[arg-type]
-                raise
-            store.add(done, 1)
-        wait(done, len(tasks), machine)
-    store.add(ended, 1)
-    wait(ended, dist.get_world_size(), "a machine")
+    while works and (turn := store.add(f"{call} taken on {here}", 1)) <= len(tasks):
+        try:
+            tasks[turn - 1]()
+        except (OSError, ValueError) as error:
+            fail(error)
+        store.add(f"{call} done on {here}", 1)
+    for machine in dict.fromkeys((here, *machines)):
+        wait(machine)
 
 
 def largest(numbers: Tensor) -> Tensor:

@@ -87,6 +87,18 @@ def test_nobody_waits_for_ever_for_a_process_that_hangs(run_processes, tmp_path)
     assert (tmp_path / "told").is_file()
 
 
+def wait_for_the_slow_machine(folder: Path) -> None:
+    rank = join(f"node{os.environ['RANK']}")
+    agreement._STALLED_SECONDS = 1.5
+    once_a_machine("note", [partial(time.sleep, 0.6 * rank)] * 4)
+    (folder / f"done_{rank}").write_text("")
+
+
+def test_a_machine_whose_tasks_end_one_by_one_is_waited_for(run_processes, tmp_path):
+    run_processes(2, wait_for_the_slow_machine, tmp_path)
+    assert len(list(tmp_path.glob("done_*"))) == 2
+
+
 def test_an_error_of_a_task_is_raised_on_all_processes_however_long_it_took(run_processes, tmp_path):
     run_processes(3, fails_on_the_other_machine, tmp_path)
     assert {path.read_text() for path in tmp_path.glob("told_*")} == {'[28, "disk full on node1"]'}

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from dash_megatron.data.chat import MARKED_PLAIN_TEMPLATE, PLAIN_TEMPLATE
 from dash_megatron.data.sidecar import Sidecar, check_data
 from dash_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from dash_megatron.files import error_text
@@ -95,7 +96,8 @@ def chat_template(entries: Sequence[str]) -> str | None:
     for prefix in blend_prefixes(entries):
         template = Sidecar.read(prefix).chat_template
         if template is not None:
-            found.setdefault(template, prefix)
+            # a marked one, which comes with a tokenizer that was exported, renders the same
+            found.setdefault(PLAIN_TEMPLATE if template == MARKED_PLAIN_TEMPLATE else template, prefix)
     if len(found) > 1:
         one, other, *_ = found.values()
         raise ValueError(

@@ -73,7 +73,7 @@ def _open_or_make(index: Index) -> list[np.ndarray]:
             shutil.rmtree(index.folder)
     make_writable_folder(index.folder.parent, "data.cache_dir")  # known before what takes minutes
     arrays = index.make()
-    retry(lambda: _write(arrays, index.folder), f"write {index.folder}", path=index.folder.parent)
+    retry(lambda: _write(index, arrays), f"write {index.folder}", path=index.folder.parent)
     _remove_remains(index.folder)
     return _open(index)
 
@@ -86,7 +86,8 @@ def _open(index: Index) -> list[np.ndarray]:
     return [np.load(files[name], mmap_mode="r") for name in index.arrays]
 
 
-def _write(arrays: dict[str, np.ndarray], folder: Path) -> None:
+def _write(index: Index, arrays: dict[str, np.ndarray]) -> None:
+    folder = index.folder
     temporary = folder.parent / f"{_BUILDING}{folder.name}-{socket.gethostname()}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -94,6 +95,8 @@ def _write(arrays: dict[str, np.ndarray], folder: Path) -> None:
         for name, array in arrays.items():
             np.save(temporary / f"{name}.npy", array)
             sync(temporary / f"{name}.npy")
+        # earlier releases, which may share the folder, remove an index that has fewer files than Megatron's
+        (temporary / "description.txt").write_text(index.name)
         os.rename(temporary, folder)
     except OSError as error:
         # another process was first: its index is the same

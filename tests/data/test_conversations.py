@@ -13,6 +13,7 @@ import torch
 
 from dash_megatron.data.batches import BatchSource, num_target_tokens, pack_samples
 from dash_megatron.data.blend import chat_template
+from dash_megatron.data.chat import MARKED_PLAIN_TEMPLATE, PLAIN_TEMPLATE
 from dash_megatron.data.dataset import build_dataset
 from dash_megatron.data.sidecar import Sidecar, answers_path, check_data, sidecar_path
 
@@ -172,3 +173,6 @@ def test_sidecars_of_before_have_no_answers_and_a_blend_speaks_one_template(writ
     assert chat_template(prefixes[:2]) == "x"
     with pytest.raises(ValueError, match=r"b and .*c were rendered by different chat templates"):
         chat_template(prefixes)
+    for prefix, template in zip(prefixes[1:], (MARKED_PLAIN_TEMPLATE, PLAIN_TEMPLATE), strict=True):
+        Path(sidecar_path(prefix)).write_text(json.dumps({**values, "chat_template": template}))
+    assert chat_template(prefixes) == PLAIN_TEMPLATE

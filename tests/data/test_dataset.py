@@ -206,6 +206,13 @@ def test_an_index_that_lost_a_file_is_made_anew_beside_what_others_have_mapped(w
         file.close()
 
 
+def test_earlier_releases_find_no_file_of_an_index_missing(write_data, build, tmp_path):
+    """They count those of Megatron, three arrays and a description, and remove what has fewer."""
+    build([write_data(tmp_path / "a", numbered(0, 40))])
+    (order,) = (path.parent for path in (tmp_path / "cache").glob("*/document_index.npy"))
+    assert len(list(order.glob("[!.]*"))) == 4
+
+
 def test_a_cache_that_may_not_be_written_to_is_named_before_an_order_is_made(
     write_data, build, tmp_path, monkeypatch
 ):

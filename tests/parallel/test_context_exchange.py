@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dash_megatron.config import ParallelConfig
 from dash_megatron.ops import sharded_reference
-from dash_megatron.ops.shards import AttentionGradients, OutputGradient, RoutedQueries
+from dash_megatron.ops.shards import OutputGradient, RoutedQueries
 from dash_megatron.ops.types import Router
 from dash_megatron.parallel import Launch, destroy_process_groups, init_process_groups
 from dash_megatron.parallel.context.attention import BackwardStart, sharded_dash_attention
@@ -383,9 +383,7 @@ class _SecondOfFour:
         return PendingTensor(x.clone(), [])
 
 
-def test_a_ring_forgets_the_gradients_of_a_window_before_those_of_the_next(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_ring_forgets_what_a_window_gave_before_that_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(DOCUMENTS["one"])
     layout = shard_sequence(case.cu_seqlens, 1, 4, CHUNK).chunks
     q, k, v, w, d_out = (x[:96] for x in inputs_of(case))
@@ -394,19 +392,30 @@ def test_a_ring_forgets_the_gradients_of_a_window_before_those_of_the_next(
     routed = sharded_reference.route(q, summary, layout.queries, router)
     queries = RoutedQueries(q, layout.queries, router, routed)
     ring = Ring(sharded_reference, layout, cast(ContextGroup, group))
-    gradient = OutputGradient(d_out, ring.attend(queries, k, v), sharded_reference.new_d_prior(routed))
-    attend_backward = sharded_reference.attend_backward
     before: list[weakref.ref[torch.Tensor]] = []
 
-    def noted(*arguments: Any) -> AttentionGradients:
-        assert all(gradient() is None for gradient in before)
-        found = attend_backward(*arguments)
-        before.extend(weakref.ref(x) for x in found[1:])
-        return found
+    def note(name: str, kept: int) -> None:
+        """Note what a stage gives, but for so many firsts, which are added up; where none is, all that the first call gave."""
+        stage = getattr(sharded_reference, name)
 
-    monkeypatch.setattr(sharded_reference, "attend_backward", noted)
+        def noted(*arguments: Any) -> Any:
+            assert all(given() is None for given in before)
+            found = stage(*arguments)
+            before.extend(weakref.ref(x) for x in found[kept:] if calls or kept)
+            calls.append(name)
+            return found
+
+        calls: list[str] = []
+        monkeypatch.setattr(sharded_reference, name, noted)
+
+    note("attend", 0)
+    attended = ring.attend(queries, k, v)
+    # of seven pieces, of eight, up to its own second one; the first is what the others are merged with
+    assert len(before) == 2 * 6
+    before.clear()
+    note("attend_backward", 1)
+    gradient = OutputGradient(d_out, attended, sharded_reference.new_d_prior(routed))
     ring.attend_backward(gradient, queries, k, v)
-    # keys and values of the seven pieces, of eight, up to its own second one
     assert len(before) == 2 * 7
 
 
