@@ -7,10 +7,9 @@ import itertools
 import pickle
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from dash_megatron.exit_codes import machine_name
+from dash_megatron.exit_codes import machine_id, machine_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,8 +67,7 @@ def once_a_machine(what: str, tasks: Sequence[Callable[[], object]]) -> None:
         return
     store, call = dist.distributed_c10d._get_default_store(), f"once_a_machine {next(_calls)}"
     failed = f"{call} failed"
-    # machines may have one name
-    here = machine_name(), Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    here = machine_name(), machine_id()
 
     def fail(error: Exception) -> NoReturn:
         store.set(failed, pickle.dumps(error))  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ import enum
 import os
 import socket
 from collections.abc import Collection, Iterator
+from pathlib import Path
 
 
 class ExitCode(enum.IntEnum):
@@ -25,6 +26,11 @@ class ExitCode(enum.IntEnum):
 def machine_name() -> str:
     """Name of this machine: SLURM's own where it has one, as its commands take no other."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def machine_id() -> str:
+    """What tells this machine from others, which may have its name: the kernel's number of this boot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def tell_scheduler(code: ExitCode, reason: str, machines: Collection[str] = ()) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from dash_megatron.agreement import agreed
 from dash_megatron.checkpoint.folder import check_own_folder
-from dash_megatron.exit_codes import ExitCode
+from dash_megatron.exit_codes import ExitCode, machine_id
 from dash_megatron.retry import retry
 
 logger = logging.getLogger(__name__)
@@ -140,8 +140,7 @@ def _this_process() -> dict[str, Any]:
         "since": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
         "job": os.environ.get("SLURM_JOB_ID"),
         # machines, and containers in them, count processes each for itself
-        "machine": Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        + os.readlink("/proc/self/ns/pid"),
+        "machine": machine_id() + os.readlink("/proc/self/ns/pid"),
         "started": _start_of(os.getpid()),
     }
 
