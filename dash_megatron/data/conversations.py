@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dash_megatron.data.bin_reader import BinReader
-from dash_megatron.data.index_file import read_lengths
+from dash_megatron.data.index_file import check_lengths, read_lengths
 from dash_megatron.data.sidecar import answers_path
 
 logger = logging.getLogger(__name__)
@@ -34,13 +34,14 @@ class ConversationRows(torch.utils.data.Dataset[Mapping[str, Tensor]]):
 
     Raises:
         FileNotFoundError, OSError: a file is missing or cannot be read.
-        ValueError: no document has an answer within a row.
+        ValueError: no document has an answer within a row, or the .idx is damaged.
     """
 
     def __init__(self, prefix: str, seq_length: int, seed: int, eod: int) -> None:
         self.prefix = prefix
         self.seq_length = seq_length
         self.eod = eod
+        check_lengths(prefix)
         lengths, self.dtype, _ = read_lengths(prefix)
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.offsets = np.cumsum(self.lengths) - self.lengths

@@ -22,7 +22,7 @@ from dash_megatron.data.bin_reader import BinReader
 from dash_megatron.data.blend import Part, check_blend, parse_blend
 from dash_megatron.data.conversations import ConversationRows
 from dash_megatron.data.index_cache import Index, cached_indices
-from dash_megatron.data.index_file import edges_digest, read_lengths
+from dash_megatron.data.index_file import check_lengths, edges_digest, read_lengths
 from dash_megatron.data.row_order import BLEND_ARRAYS, PASS_ARRAYS, order_of_blend, order_of_pass
 from dash_megatron.data.sidecar import Sidecar, answers_path
 from dash_megatron.data.tokenizer import Tokenizer
@@ -268,6 +268,7 @@ def _open_passes(
 
 
 def _order_of_pass(prefix: str, seq_length: int, seed: int) -> dict[str, np.ndarray]:
+    check_lengths(prefix)
     return order_of_pass(read_lengths(prefix)[0], seq_length, seed)
 
 

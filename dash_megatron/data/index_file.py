@@ -106,10 +106,34 @@ def read_lengths(prefix: str | os.PathLike[str]) -> tuple[np.ndarray, np.dtype, 
 
 
 def read_index(prefix: str | os.PathLike[str]) -> IndexSummary:
-    """The facts in PREFIX.idx; errors as in `read_lengths`."""
+    """The facts in PREFIX.idx; errors as in `read_lengths`.
+
+    Tokens are where the last document ends. Lengths are not added up: those of 3 billion documents are 12 GB.
+    """
     lengths, dtype, documents = read_lengths(prefix)
-    tokens = int(np.sum(lengths, dtype=np.int64))
-    return IndexSummary(dtype=dtype, documents=documents, tokens=tokens, bin_bytes=tokens * dtype.itemsize)
+    bin_bytes = 0
+    if len(lengths):
+        place = _HEADER_BYTES + lengths.nbytes + 8 * (len(lengths) - 1)
+        begin = np.fromfile(f"{os.fspath(prefix)}.idx", dtype=np.int64, count=1, offset=place)[0]
+        bin_bytes = int(begin) + int(lengths[-1]) * dtype.itemsize
+    return IndexSummary(
+        dtype=dtype, documents=documents, tokens=bin_bytes // dtype.itemsize, bin_bytes=bin_bytes
+    )
+
+
+def check_lengths(prefix: str | os.PathLike[str]) -> None:
+    """Read all lengths in PREFIX.idx, which finds damage that `read_index` does not.
+
+    Raises:
+        FileNotFoundError: as `read_lengths`.
+        ValueError: as `read_lengths`, or they do not add up to where the last document ends.
+    """
+    tokens, total = read_index(prefix).tokens, int(np.sum(read_lengths(prefix)[0], dtype=np.int64))
+    if total != tokens:
+        raise ValueError(
+            f"{os.fspath(prefix)}.idx is damaged: the lengths of its documents add up to {total} tokens, and must to {tokens}, where "
+            "the last one ends; copy it again or tokenize the corpus again"
+        )
 
 
 def check_bin_size(prefix: str | os.PathLike[str], index: IndexSummary) -> None:

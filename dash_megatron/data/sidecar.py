@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dash_megatron.data.index_file import check_bin_size, edges_digest, read_index
+from dash_megatron.data.index_file import check_bin_size, check_lengths, edges_digest, read_index
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.files import path_for_message, write_whole
 
@@ -171,11 +171,12 @@ def describe(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the .bin's size contradicts the .idx, it holds a token id outside the vocabulary, or the marks of answers
-            are not one for each token.
+        ValueError: the .bin's size contradicts the .idx, the .idx is damaged, the .bin holds a token id outside the vocabulary, or
+            the marks of answers are not one for each token.
     """
     index = read_index(prefix)
     check_bin_size(prefix, index)
+    check_lengths(prefix)
     bin_path = f"{os.fspath(prefix)}.bin"
     counts = np.zeros(vocab_size, dtype=np.int64)
     first = 0

@@ -23,7 +23,7 @@ from dash_megatron.data import sidecar
 from dash_megatron.data.blend import unigram_entropy
 from dash_megatron.data.dataset import build_dataset
 from dash_megatron.data.index_file import edges_digest
-from dash_megatron.data.sidecar import Sidecar, sidecar_path
+from dash_megatron.data.sidecar import Sidecar, describe, sidecar_path
 
 SEQ_LENGTH = 16
 
@@ -471,6 +471,22 @@ def test_a_truncated_bin_is_named(write_data, build, tmp_path):
     os.truncate(f"{prefix}.bin", 1000)
     with pytest.raises(ValueError, match=r"a\.bin has 1000 bytes and must have 2000 .*truncated"):
         build([prefix])
+
+
+def test_an_index_damaged_in_its_middle_is_named_where_rows_are_ordered_and_described(
+    write_data, build, tmp_path, tokenizer
+):
+    # in a length behind the first MiB, which digests look at
+    prefix = write_data(tmp_path / "a", [[5]] * 300_000)
+    with open(f"{prefix}.idx", "r+b") as file:
+        file.seek(34 + 4 * 280_000)
+        file.write(b"\3")
+    with pytest.raises(
+        ValueError, match=r"a\.idx is damaged: .* add up to 600001 tokens, and must to 600000"
+    ):
+        build([prefix])
+    with pytest.raises(ValueError, match=r"a\.idx is damaged"):
+        describe(prefix, tokenizer_fingerprint="f", vocab_size=tokenizer.vocab_size, eod=tokenizer.eod)
 
 
 def test_a_missing_sidecar_is_named_with_the_command_that_makes_it(write_data, build, tmp_path):

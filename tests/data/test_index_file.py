@@ -3,7 +3,13 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from dash_megatron.data.index_file import check_bin_size, read_index, token_dtype, write_index
+from dash_megatron.data.index_file import (
+    check_bin_size,
+    check_lengths,
+    read_index,
+    token_dtype,
+    write_index,
+)
 
 
 @pytest.mark.parametrize("vocab_size", [4096, 1 << 16, (1 << 16) + 1])
@@ -48,6 +54,23 @@ def test_a_truncated_or_foreign_index_is_named(tmp_path):
     path.write_bytes(b"X" * len(whole))
     with pytest.raises(ValueError, match="must be a Megatron index"):
         read_index(tmp_path / "data")
+
+
+def test_an_index_is_summed_up_by_its_end_and_damage_before_that_by_who_reads_all(tmp_path):
+    lengths = np.array([3, 0, 4], dtype=np.int32)
+    write_index(tmp_path / "data.idx", lengths, token_dtype(100))
+    check_lengths(tmp_path / "data")
+    with open(tmp_path / "data.idx", "r+b") as file:
+        file.seek(34)  # the first length
+        file.write(np.array([5], dtype=np.int32).tobytes())
+    assert read_index(tmp_path / "data").tokens == 7
+    with pytest.raises(ValueError, match=r"data\.idx is damaged: .* add up to 9 tokens, and must to 7"):
+        check_lengths(tmp_path / "data")
+
+
+def test_an_index_without_documents_has_no_tokens(tmp_path):
+    write_index(tmp_path / "data.idx", np.zeros(0, dtype=np.int32), token_dtype(100))
+    assert read_index(tmp_path / "data").bin_bytes == 0
 
 
 def test_a_bin_of_another_size_is_named(tmp_path):
