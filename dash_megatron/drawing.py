@@ -57,7 +57,7 @@ def line_widths(count: int) -> list[float]:
 def tokens_axis(axis: Any, places: Sequence[int]) -> None:
     """Make the horizontal axis logarithmic, with a number of tokens at each place instead of powers of 2."""
     axis.set_xscale("log", base=2)
-    crowded = len(places) > 8
+    crowded = len(places) > 6
     axis.set_xticks(places, [f"{place:,}" for place in places], rotation=45 if crowded else 0)
     axis.minorticks_off()
 

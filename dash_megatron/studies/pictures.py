@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.ticker import AutoLocator, LogLocator, NullFormatter
 
-from dash_megatron.drawing import GRID, line_style, line_widths, plt, save
+from dash_megatron.drawing import GRID, line_style, line_widths, plt, save, tokens_axis
 from dash_megatron.evaluation.settings import LOSS_TASKS
 from dash_megatron.studies.collect import dense_twins, rows_with_quality
 from dash_megatron.studies.fit import frontier
@@ -161,8 +161,7 @@ def _loss_by_position(folders: dict[str, Path], rows: list[dict[str, Any]], path
         for (name, (color, marker)), width in zip(styles.items(), line_widths(len(styles)), strict=True):
             points = means_over_runs([part for run, part in values.items() if names[run] == name])
             axis.plot(list(points), list(points.values()), color=color, marker=marker, lw=width, label=name)
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:,.0f}")
+        tokens_axis(axis, sorted({end for points in values.values() for end in points}))
         axis.set_xlabel("position in the document, up to (tokens)")
         axis.set_ylabel(f"{label} (nats)")
         axis.grid(alpha=GRID)
@@ -301,8 +300,7 @@ def _throughput(rows: list[dict[str, Any]], path: Path) -> str:
             axis.plot(*zip(*points, strict=True), marker=marker, color=color, lw=1, label=label)
             label = None
     if column == "seq_length":
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        tokens_axis(axis, lengths)
     else:
         axis.set_xscale("log")
         known = sorted(

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
 
-from dash_megatron.drawing import GRID, line_widths, plt, save
+from dash_megatron.drawing import GRID, line_widths, plt, save, tokens_axis
 from dash_megatron.evaluation.runner import RESULTS
 from dash_megatron.evaluation.settings import LOSS_TASKS
 
@@ -70,6 +70,7 @@ def draw_scores(
         A sentence on what it shows.
     """
     tasks = sorted({place.task for found in scores.values() for place in found})
+    lengths = sorted({place.length for found in scores.values() for place in found})
     of_text = tasks[0] in LOSS_TASKS
     columns = min(3, len(tasks))
     height = -(-len(tasks) // columns)
@@ -88,8 +89,7 @@ def draw_scores(
                     axis.plot(list(points), list(points.values()), color=color, label=label, **line)
         axis.axvline(trained_length, color="gray", lw=0.8, ls="--")
         axis.set_title(task, fontsize=9)
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}K" if x >= 1024 else f"{x:g}")
+        tokens_axis(axis, lengths)
         if not of_text:
             axis.set_ylim(-0.03, 1.03)
         axis.set_xlabel("tokens")

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from dash_megatron.__main__ import main
-from dash_megatron.studies import pictures
+from dash_megatron.studies import pictures, scores
 from dash_megatron.studies.collect import collect, write_table
 from dash_megatron.studies.fit import fit_compute, fit_parametric, fit_study, frontier
 from dash_megatron.studies.study_file import load_study
@@ -127,6 +127,26 @@ def test_scores_and_losses_of_evaluations_are_read_once(
     drawn = pictures.draw_study(study, collect(study), {"variants": {}}, path.parent)
     assert {"scores.png", "losses.png"} <= drawn.keys()
     read.assert_called_once_with(run.folder)
+
+
+@pytest.mark.parametrize("name", ["scores.png", "losses.png", "position.png"])
+def test_ticks_are_the_lengths_and_positions_that_were_measured(
+    write_study: Write, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = write_study()
+    (run,) = runs_of(path)
+    finish(run, 3.0, 0.4)
+    told: dict[str, list[str]] = {}
+
+    def read_ticks(figure: Any, path: Path, *_: object) -> None:
+        told[path.name] = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+
+    monkeypatch.setattr(pictures, "save", read_ticks)
+    monkeypatch.setattr(scores, "save", read_ticks)
+    study = load_study(path)
+    pictures.draw_study(study, collect(study), {"variants": {}}, path.parent)
+    pictures.plt.close("all")
+    assert told[name] == ["64", "128"]
 
 
 def test_losses_over_training_are_a_line_for_each_seed_of_the_largest_runs(
