@@ -33,6 +33,10 @@ from dash_megatron.parallel.context.communication import ContextGroup
 from dash_megatron.parallel.context.heads import heads_for_rows, rows_for_heads
 from dash_megatron.parallel.context.layout import ChunkLayout, ContextShard
 
+Observer = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], None]
+"""Takes what attention routes with: q [B, N, Hq, D] and k [B, N, Hkv, D] after RoPE, summary_query [Hkv, D], cu_seqlens or None, and
+routing_q and routing_k [B, N, Hkv, D], the router's own queries and keys, or None both."""
+
 # Learned factors on routing scores stay within exp of this, either way.
 MAX_LOG_FACTOR = 10 / 3
 
@@ -194,9 +198,8 @@ class DashCoreAttention(CoreAttention):
         if self.attention.learned_scaling:
             self.log_scaling = torch.nn.Parameter(torch.zeros(kv_heads, dtype=config.params_dtype))
             set_tensor_model_parallel_attributes(self.log_scaling, True, 0, 1)
-        self.observer: Callable[..., None] | None = None
-        """While set, every forward pass shows it queries and keys after RoPE, the summary query, `cu_seqlens`, and the router's
-        queries and keys, or None where it has none of its own."""
+        self.observer: Observer | None = None
+        """While set, every forward pass calls it."""
 
     @property
     def router(self) -> Router:
@@ -223,8 +226,7 @@ class DashCoreAttention(CoreAttention):
             summary_query, router = summary_query[heads], router.of_heads(heads)
         cu_seqlens, longest = (None, None) if packed is None else (packed.cu_seqlens_q, packed.max_seqlen_q)
         if self.observer is not None:
-            own = None if routing_q is None else (routing_q, routing_k)
-            self.observer(q, k, summary_query, cu_seqlens, own)
+            self.observer(q, k, summary_query, cu_seqlens, routing_q, routing_k)
         out, routing = attention_and_routing(
             q, k, v, summary_query, router, cu_seqlens, self.attention.backend, longest, routing_q, routing_k
         )

@@ -181,9 +181,10 @@ def sample_routing(
     k: Tensor,
     summary_query: Tensor,
     router: Router,
+    routing_q: Tensor | None = None,
+    routing_k: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_queries: int = 256,
-    own: tuple[Tensor, Tensor] | None = None,
 ) -> RoutingSamples:
     """Measure how `dash_attention` routes at some queries, spread evenly over positions; always the same ones.
 
@@ -194,13 +195,14 @@ def sample_routing(
         q: queries after RoPE [B, N, Hq, D].
         k: keys after RoPE [B, N, Hkv, D].
         summary_query: [Hkv, D].
-        router, cu_seqlens: as `dash_attention` was given them.
+        router: as `dash_attention` was given it.
+        routing_q, routing_k: the router's own queries and keys [B, N, Hkv, D], if it was given such.
+        cu_seqlens: as `dash_attention` was given it.
         max_queries: how many, over all rows; as many in every bucket of positions that has as many. Where there are
             more buckets, one each.
-        own: the router's own queries and keys [B, N, Hkv, D], if it was given such.
     """
     with torch.autocast(q.device.type, enabled=False):
-        row = Row.of(q, k, cu_seqlens, router, own)
+        row = Row.of(q, k, cu_seqlens, router, routing_q, routing_k)
         edges = _bucket_edges(q.shape[1] if cu_seqlens is None else len(row.q_NHGD), router.chunk_size)
         token_S, bucket_S, weight_S = _sample_tokens(row.position_N, edges, max_queries)
         parts = list(blocks(row, token_S, row.grid.num_slots * row.q_NHGD.shape[2]))
@@ -237,9 +239,10 @@ def selection_map(
     k: Tensor,
     summary_query: Tensor,
     router: Router,
+    routing_q: Tensor | None = None,
+    routing_k: Tensor | None = None,
     max_cells: int = 256,
     tokens_per_cell: int = 64,
-    own: tuple[Tensor, Tensor] | None = None,
 ) -> SelectionMap:
     """Draw up which chunks are selected; exact up to `max_cells` chunks of up to `tokens_per_cell` tokens.
 
@@ -247,7 +250,7 @@ def selection_map(
     `sample_routing`, with B == 1.
     """
     with torch.autocast(q.device.type, enabled=False):
-        row = Row.of(q, k, None, router, own)
+        row = Row.of(q, k, None, router, routing_q, routing_k)
         (N, H, G, _), num_chunks = row.q_NHGD.shape, row.grid.num_chunks
         per_cell = -(-num_chunks // max_cells)
         cells, tokens_of_cell = -(-num_chunks // per_cell), per_cell * router.chunk_size
@@ -278,8 +281,9 @@ def listed_share(
     k: Tensor,
     summary_query: Tensor,
     router: Router,
+    routing_q: Tensor | None = None,
+    routing_k: Tensor | None = None,
     max_chunks: int = 64,
-    own: tuple[Tensor, Tensor] | None = None,
 ) -> dict[int, Tensor]:
     """Pairs that tiles of T neighbouring tokens visit over all pairs, past chunks only, local ones included: float32 [H] for every T.
 
@@ -288,7 +292,7 @@ def listed_share(
     ones of one document (B == 1). T goes through the powers of two up to the chunk size.
     """
     with torch.autocast(q.device.type, enabled=False):
-        row, C = Row.of(q, k, None, router, own), router.chunk_size
+        row, C = Row.of(q, k, None, router, routing_q, routing_k), router.chunk_size
         N, H = row.q_NHGD.shape[:2]
         past = N // C - 1
         if past < 1:

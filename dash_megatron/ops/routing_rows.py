@@ -61,7 +61,8 @@ class Row(NamedTuple):
         k: Tensor,
         cu_seqlens: Tensor | None,
         router: Router,
-        own: tuple[Tensor, Tensor] | None = None,
+        routing_q: Tensor | None = None,
+        routing_k: Tensor | None = None,
     ) -> Row:
         """The tokens of q [B, N, Hq, D] and k [B, N, Hkv, D]; arguments are those of `diagnostics.sample_routing`.
 
@@ -73,14 +74,14 @@ class Row(NamedTuple):
         Hkv, q_NHD = k.shape[2], q.reshape(B * N, Hq, D)
         position_N = document_positions(B * N, cu_seqlens, q.device)
         k_NHD = k.reshape(B * N, Hkv, D)
-        pooled_NHD = q_NHD if own is None else own[0].flatten(0, 1)
+        pooled_NHD = q_NHD if routing_q is None else routing_q.flatten(0, 1)
         if router.query_pool > 1:
             pooled_NHD = pool_queries_reference(pooled_NHD[None], position_N, router.query_pool)[0]
         return cls(
             q_NHD.unflatten(1, (Hkv, -1)),
             pooled_NHD.unflatten(1, (Hkv, -1)),
             k_NHD,
-            k_NHD if own is None else own[1].reshape(B * N, Hkv, D),
+            k_NHD if routing_k is None else routing_k.reshape(B * N, Hkv, D),
             position_N,
             ChunkGrid.of(B * N, router.chunk_size, cu_seqlens, q.device),
         )
@@ -136,8 +137,9 @@ def blocks(row: Row, token_S: Tensor, scores_per_chunk: int) -> Iterator[Block]:
 
 @torch.no_grad()
 def selected_chunks(
-    q: Tensor, k: Tensor, summary_query: Tensor, router: Router, own: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, summary_query: Tensor, router: Router,
+    routing_q: Tensor | None = None, routing_k: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The past chunks that every token of one document selects; local chunks count as selected, the own one does not.
 
     Probabilities are computed in float32 from what is given; kernels in half precision may differ on chunks within a
@@ -148,13 +150,13 @@ def selected_chunks(
         k: keys after RoPE [1, N, Hkv, D].
         summary_query: [Hkv, D].
         router: as `dash_attention` was given it.
-        own: the router's own queries and keys [1, N, Hkv, D], if it was given such.
+        routing_q, routing_k: the router's own queries and keys [1, N, Hkv, D], if it was given such.
 
     Returns:
         Bool [Hkv, N, chunks], on the CPU.
     """
     with torch.autocast(q.device.type, enabled=False):
-        row = Row.of(q, k, None, router, own)
+        row = Row.of(q, k, None, router, routing_q, routing_k)
         N, H, G, _ = row.q_NHGD.shape
         selected_HNc = torch.zeros(H, N, row.grid.num_chunks, dtype=torch.bool)
         parts = list(blocks(row, torch.arange(N, device=q.device), G))

@@ -152,12 +152,16 @@ def _made_up(seed: int) -> Iterable[tuple[str, _Source]]:
 
 
 def _of_run(run_dir: str | Path, step: int | None, length: int | None, device: str) -> dict[str, Any]:
-    from dash_megatron.studies.routing import Own, open_run
+    from dash_megatron.studies.routing import open_run
 
     found: dict[int, list[Tensor]] = {}
 
-    def observe(layer: int, core: DashCoreAttention, q: Tensor, k: Tensor, w: Tensor, own: Own) -> None:
-        for count, z in _scores_by_chunks(*(own or (q, k)), w, core.router):
+    def observe(
+        layer: int, core: DashCoreAttention, q: Tensor, k: Tensor, w: Tensor,
+        routing_q: Tensor | None, routing_k: Tensor | None,
+    ) -> None:  # fmt: skip
+        seen_q, seen_k = q if routing_q is None else routing_q, k if routing_k is None else routing_k
+        for count, z in _scores_by_chunks(seen_q, seen_k, w, core.router):
             found.setdefault(count, []).append(z.cpu())
 
     with open_run(run_dir, step, length, device) as run:

@@ -40,8 +40,7 @@ from dash_megatron.training.routing import layer_record
 # Queries measured in the document: the curves are smooth, and a model of 32 layers takes minutes on a GPU at 128K.
 QUERIES = 1024
 
-Own = tuple[Tensor, Tensor] | None
-Observe = Callable[[int, DashCoreAttention, Tensor, Tensor, Tensor, Own], None]
+Observe = Callable[[int, DashCoreAttention, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], None]
 
 
 @dataclass(frozen=True)
@@ -70,12 +69,12 @@ class OpenedRun:
 
         Args:
             observe: called with the layer's number from 0, its core attention, queries [1, N, Hq, D] and keys
-                [1, N, Hkv, D] after RoPE, the summary query [Hkv, D], and the router's queries and keys [1, N, Hkv, D],
-                or None where it has none of its own.
+                [1, N, Hkv, D] after RoPE, the summary query [Hkv, D], and the router's own queries and keys
+                [1, N, Hkv, D], or None both.
         """
         cores = dash_layers(self.model)
         for layer, core in cores.items():
-            core.observer = lambda q, k, w, _, own, at=layer, core=core: observe(at, core, q, k, w, own)
+            core.observer = lambda q, k, w, _, *own, at=layer, core=core: observe(at, core, q, k, w, *own)
         tokens = torch.from_numpy(self.document)[None].to(self.device)
         try:
             self.model(tokens, torch.arange(tokens.shape[1], device=self.device)[None])
@@ -167,16 +166,18 @@ def study_routing(
     listed: dict[int, dict[int, float]] = {}
     dumped: dict[str, np.ndarray] = {}
 
-    def observe(layer: int, core: DashCoreAttention, q: Tensor, k: Tensor, w: Tensor, own: Own) -> None:
-        samples[layer] = sample_routing(q, k, w, core.router, max_queries=QUERIES, own=own)
-        share, per_cell = selection_map(q, k, w, core.router, own=own)
+    def observe(
+        layer: int, core: DashCoreAttention, q: Tensor, k: Tensor, w: Tensor,
+        routing_q: Tensor | None, routing_k: Tensor | None,
+    ) -> None:  # fmt: skip
+        routed = q, k, w, core.router, routing_q, routing_k
+        samples[layer] = sample_routing(*routed, max_queries=QUERIES)
+        share, per_cell = selection_map(*routed)
         maps[layer] = SelectionMap(share.cpu(), per_cell)
-        shares = listed_share(q, k, w, core.router, own=own)
+        shares = listed_share(*routed)
         listed[layer] = {tile: round(float(share.mean()), 4) for tile, share in shares.items()}
         if dump is not None:
-            dumped[f"layer_{layer}"] = pack_selected(
-                selected_chunks(q, k, w, core.router, own), core.router.chunk_size
-            )
+            dumped[f"layer_{layer}"] = pack_selected(selected_chunks(*routed), core.router.chunk_size)
 
     with open_run(run_dir, step, length, device) as run:
         run.observe(observe)

@@ -64,11 +64,12 @@ class RoutingProbe:
         k: Tensor,
         summary_query: Tensor,
         cu_seqlens: Tensor | None,
-        own: tuple[Tensor, Tensor] | None = None,
+        routing_q: Tensor | None,
+        routing_k: Tensor | None,
     ) -> None:
         router = self._layers[layer].router
         try:
-            self._found[layer] = sample_routing(q, k, summary_query, router, cu_seqlens, own=own)
+            self._found[layer] = sample_routing(q, k, summary_query, router, routing_q, routing_k, cu_seqlens)
         except torch.OutOfMemoryError as error:
             self._every = 0
             logger.error(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import Tensor
 
 from dash_megatron.checkpoint.files import save_tensors
 from dash_megatron.checkpoint.folder import MODEL_SECTIONS
@@ -55,11 +56,9 @@ def test_a_probe_of_routing_sees_the_routers_queries_and_keys() -> None:
     core = model.decoder.layers[1].self_attention.core_attention
     densities = []
 
-    def observe(*tensors: Any) -> None:
-        *given, own = tensors
-        densities.append(
-            sample_routing(*given[:3], core.router, given[3], own=own).head_means("chunks_selected")
-        )
+    def observe(q: Tensor, k: Tensor, w: Tensor, cu_seqlens: Tensor, *own: Tensor) -> None:
+        samples = sample_routing(q, k, w, core.router, *own, cu_seqlens=cu_seqlens)
+        densities.append(samples.head_means("chunks_selected"))
 
     core.observer = observe
     model(tokens_of(128), positions_of(90, 38), cu_seqlens=cu_seqlens_of(90, 38))

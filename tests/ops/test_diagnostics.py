@@ -111,7 +111,7 @@ def test_measures_of_every_query_are_those_of_the_reference(
     q, k, w = inputs()
     expected = by_hand(q, k, w, router, lengths, own)
     cu_seqlens = None if len(lengths) == 1 else F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
-    samples = sample_routing(q, k, w, router, cu_seqlens, max_queries=61, own=own)
+    samples = sample_routing(q, k, w, router, *(own or ()), cu_seqlens=cu_seqlens, max_queries=61)
     assert samples.token.tolist() == list(range(61))
     for name in MEASURES:
         tolerance = 5e-3 if name == "prior_spread" else 1e-4  # the logarithm magnifies what is almost zero
@@ -143,7 +143,7 @@ def test_buckets_double_and_samples_are_spread_over_them_and_over_the_places_in_
     cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
     q, k, w = inputs(N=8192, Hq=1, Hkv=1)
     router = Router(16, *ROUTER[1:])
-    samples = sample_routing(q, k, w, router, cu_seqlens, max_queries=256)
+    samples = sample_routing(q, k, w, router, cu_seqlens=cu_seqlens, max_queries=256)
     assert samples.edges == (0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
     assert len(samples.token) == 256
     assert torch.bincount(samples.bucket).tolist() == [28] * 4 + [28, 29, 29, 29, 29]
@@ -158,7 +158,7 @@ def test_buckets_double_and_samples_are_spread_over_them_and_over_the_places_in_
         )
         if len(sampled):
             assert len(set((position[sampled] % 16).tolist())) >= 9
-    exact = sample_routing(q, k, w, router, cu_seqlens, max_queries=8192)
+    exact = sample_routing(q, k, w, router, cu_seqlens=cu_seqlens, max_queries=8192)
     for name in ("density", "entropy", "own_share"):
         assert samples.head_means(name).item() == pytest.approx(exact.head_means(name).item(), rel=0.05)
     means = exact.bucket_means("density")
@@ -255,8 +255,8 @@ def test_tiles_visit_what_any_of_their_tokens_selected(options: dict[str, int]) 
 def test_a_gpu_measures_the_same() -> None:
     q, k, w = inputs(N=3000)
     cu_seqlens = torch.tensor([0, 700, 3000], dtype=torch.int32)
-    expected = sample_routing(q, k, w, ROUTER, cu_seqlens)
-    found = sample_routing(q.cuda(), k.cuda(), w.cuda(), ROUTER, cu_seqlens.cuda())
+    expected = sample_routing(q, k, w, ROUTER, cu_seqlens=cu_seqlens)
+    found = sample_routing(q.cuda(), k.cuda(), w.cuda(), ROUTER, cu_seqlens=cu_seqlens.cuda())
     assert torch.equal(found.token.cpu(), expected.token)
     for name in ("density", "entropy", "own_share", "near_threshold_mass"):
         torch.testing.assert_close(
@@ -278,7 +278,7 @@ def test_selected_chunks_are_those_that_attention_and_tiles_count(
     router = ROUTER._replace(**options)
     # with a query a group, of a router of its own
     own = (k.roll(1, 1), k.roll(2, 1)) if router.pool_heads else None
-    selected_HNc = selected_chunks(q, k, w, router, own)
+    selected_HNc = selected_chunks(q, k, w, router, *(own or ()))
     assert selected_HNc.shape == (2, 30, 8)
     named = router._asdict() | dict(zip(("routing_q", "routing_k"), own or (), strict=False))
     _, routing = dash_attention(
@@ -286,7 +286,7 @@ def test_selected_chunks_are_those_that_attention_and_tiles_count(
     )
     # the own chunk is counted, and not in the bits
     assert selected_HNc.sum(-1).mT.tolist() == (routing.chunks_selected[0] - 1).tolist()
-    shares = listed_share(q, k, w, router, own=own)
+    shares = listed_share(q, k, w, router, *(own or ()))
     whole = selected_HNc[:, :28, :7]
     for tile, share in shares.items():
         visited = tile * whole.unflatten(1, (-1, tile)).any(2).sum((1, 2))

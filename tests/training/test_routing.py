@@ -31,7 +31,7 @@ class Layer:
     def attend(self) -> None:
         q, k, w = (torch.randn(1, 16, 2, 8), torch.randn(1, 16, 1, 8), torch.zeros(1, 8))
         if self.observer is not None:
-            self.observer(q, k, w, None)
+            self.observer(q, k, w, None, None, None)
 
 
 def read_lines(folder: Path) -> list[Any]:
