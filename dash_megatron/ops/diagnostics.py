@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dash_megatron.ops.reference import log_prior
-from dash_megatron.ops.routing_rows import Block, Head, Row, blocks
+from dash_megatron.ops.routing_rows import Head, Row, SampleBlock, sample_blocks
 from dash_megatron.ops.types import Router
 
 MEASURES = {
@@ -123,7 +123,7 @@ def _attention_by_chunk(q_SGD: Tensor, k_cWD: Tensor, bias_Sc: Tensor, hidden_Sc
     return (scores_SGcW.logsumexp(-1) + bias_Sc[:, None]).softmax(-1).mean(1)
 
 
-def _measure(head: Head, block: Block) -> tuple[dict[str, Tensor], Tensor]:
+def _measure(head: Head, block: SampleBlock) -> tuple[dict[str, Tensor], Tensor]:
     """`MEASURES` [S] of one key/value head, and counts [S, bins] of weights."""
     q_SGD, k_cWD = head.queries(block.token_S), head.k_cWD[block.chunks]
     routed_Sc, always_Sc = block.places.masks(block.chunk_c, head.router.local_chunks)
@@ -205,7 +205,7 @@ def sample_routing(
         row = Row.of(q, k, cu_seqlens, router, routing_q, routing_k)
         edges = _bucket_edges(q.shape[1] if cu_seqlens is None else len(row.q_NHGD), router.chunk_size)
         token_S, bucket_S, weight_S = _sample_tokens(row.position_N, edges, max_queries)
-        parts = list(blocks(row, token_S, row.grid.num_slots * row.q_NHGD.shape[2]))
+        parts = list(sample_blocks(row, token_S, row.grid.num_slots * row.q_NHGD.shape[2]))
         values: list[dict[str, Tensor]] = []
         weights = []
         for head in row.heads(summary_query, router):
@@ -262,7 +262,7 @@ def selection_map(
                 for start, size in zip(starts, sizes, strict=True)
             ]
         )
-        parts = list(blocks(row, token_S, G))
+        parts = list(sample_blocks(row, token_S, G))
         pairs = torch.zeros(H, 2, cells, cells, device=q.device)
         for head, counts in zip(row.heads(summary_query, router), pairs, strict=True):
             for block in parts:

@@ -106,7 +106,7 @@ class Row(NamedTuple):
         return QueryPositions(grid.chunk_N[token_S], grid.slot_N[token_S], grid.first_chunk_N[token_S])
 
 
-class Block(NamedTuple):
+class SampleBlock(NamedTuple):
     """Sampled queries, rising, and the chunks that they may need."""
 
     token_S: Tensor
@@ -126,13 +126,13 @@ class Block(NamedTuple):
         return torch.arange(self.first, self.end, device=self.token_S.device)
 
 
-def blocks(row: Row, token_S: Tensor, scores_per_chunk: int) -> Iterator[Block]:
+def sample_blocks(row: Row, token_S: Tensor, scores_per_chunk: int) -> Iterator[SampleBlock]:
     """Cut rising tokens into blocks with at most as many scores as may be alive."""
     rows = max(1, MAX_BLOCK_SCORES // (row.grid.num_chunks * scores_per_chunk))
     for part in token_S.split(rows):
         places = row.places(part)
         first, end = torch.stack([places.first_chunk_T.min(), places.chunk_T.max() + 1]).tolist()
-        yield Block(part, places, first, end)
+        yield SampleBlock(part, places, first, end)
 
 
 @torch.no_grad()
@@ -159,7 +159,7 @@ def selected_chunks(
         row = Row.of(q, k, None, router, routing_q, routing_k)
         N, H, G, _ = row.q_NHGD.shape
         selected_HNc = torch.zeros(H, N, row.grid.num_chunks, dtype=torch.bool)
-        parts = list(blocks(row, torch.arange(N, device=q.device), G))
+        parts = list(sample_blocks(row, torch.arange(N, device=q.device), G))
         for head, selected_Nc in zip(row.heads(summary_query, router), selected_HNc, strict=True):
             for block in parts:
                 routed_Sc, always_Sc = block.places.masks(block.chunk_c, router.local_chunks)

@@ -22,7 +22,7 @@ MIN_BLOCK_TOKENS = 16
 MAX_KEPT_SCORES = 2**25
 
 
-class Block(NamedTuple):
+class QueryBlock(NamedTuple):
     """Consecutive queries and the chunks that they may need."""
 
     start: int
@@ -37,7 +37,7 @@ class Block(NamedTuple):
     """One past the last token's own chunk."""
 
 
-def query_blocks(grid: ChunkGrid, num_tokens: int, rows_per_token: int) -> tuple[list[Block], int]:
+def query_blocks(grid: ChunkGrid, num_tokens: int, rows_per_token: int) -> tuple[list[QueryBlock], int]:
     """Cut the tokens into blocks; returns them and the number of scores of all blocks together."""
     size = MAX_BLOCK_TOKENS
     while True:
@@ -48,7 +48,7 @@ def query_blocks(grid: ChunkGrid, num_tokens: int, rows_per_token: int) -> tuple
         most, total = torch.stack([scores.max(), scores.sum()]).tolist()
         if most <= MAX_BLOCK_SCORES or size <= MIN_BLOCK_TOKENS:
             blocks = torch.stack([start, end, first_chunk, grid.chunk_N[start], end_chunk], dim=1)
-            return [Block(*block) for block in blocks.tolist()], total
+            return [QueryBlock(*block) for block in blocks.tolist()], total
         size //= 2
 
 
@@ -59,7 +59,7 @@ def _attend_block(
     v_BHcWD: Tensor,
     summary_BHcD: Tensor,
     places: QueryPositions,
-    block: Block,
+    block: QueryBlock,
     router: Router,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, H, G, T, D] and chunks selected [B, H, T] of one block, given the chunks that it may need."""

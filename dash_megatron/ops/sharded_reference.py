@@ -144,7 +144,7 @@ def route_backward(d_prior: Tensor, queries: RoutedQueries, summary: Tensor) -> 
     return RouterGradients(dq, d_summary, d_factors[0] if d_factors else None)
 
 
-class _Block(NamedTuple):
+class _ShardBlock(NamedTuple):
     """Some of the queries, and the chunks of a buffer that they attend to."""
 
     rows: slice
@@ -162,7 +162,7 @@ class _Block(NamedTuple):
     """Keys [H, w * C, D]."""
 
 
-def _blocks(q: Tensor, k: Tensor, state: State, keys: KeyBuffer, chunk_size: int) -> Iterator[_Block]:
+def _blocks(q: Tensor, k: Tensor, state: State, keys: KeyBuffer, chunk_size: int) -> Iterator[_ShardBlock]:
     """Cut the queries into blocks; those that attend to nothing in the buffer are skipped."""
     (n, Hq, D), H = q.shape, keys.row.shape[0]
     held_c = keys.length.amax(0) > 0
@@ -182,7 +182,9 @@ def _blocks(q: Tensor, k: Tensor, state: State, keys: KeyBuffer, chunk_size: int
         # the heads of a group as a batch, each of which has a group of one
         bias_H1Tw, hidden_H11TwC = bias_HTc[:, None, :, number_w], hidden_HTwC[:, None, None]
         scores = attention_scores(q_HGTD[:, :, None], k_HwCD[:, None], bias_H1Tw, hidden_H11TwC)
-        yield _Block(rows, number_w, row, length, q_HGTD, scores[:, :, 0].flatten(-2), k_HwCD.flatten(1, 2))
+        yield _ShardBlock(
+            rows, number_w, row, length, q_HGTD, scores[:, :, 0].flatten(-2), k_HwCD.flatten(1, 2)
+        )
 
 
 def attend(queries: RoutedQueries, k: Tensor, v: Tensor, keys: KeyBuffer) -> Attended:

@@ -23,7 +23,7 @@ from dash_megatron.topk_selection import Selection
 MAX_BLOCK_SCORES = {"cpu": 2**22, "cuda": 2**27}
 
 
-class Block(NamedTuple):
+class ChunkBlock(NamedTuple):
     """Chunks start <= c < end, whose rows are queries, and the first chunk that any of them may see."""
 
     first: int
@@ -70,7 +70,7 @@ class Grid:
         """[S, ...] as [N, ...]."""
         return x if self.row_N is None else x.index_select(0, self.row_N)
 
-    def blocks(self, scores_per_row: int, most_rows: int | None = None) -> Iterator[Block]:
+    def blocks(self, scores_per_row: int, most_rows: int | None = None) -> Iterator[ChunkBlock]:
         """Cut the chunks into query blocks with at most as many scores as may be alive, at least a chunk each.
 
         A document that would reach beyond the end of a block begins the next block instead, unless less than half of this
@@ -83,7 +83,7 @@ class Grid:
             end = min(start + size, self.num_chunks)
             if end < self.num_chunks and start + (size + 1) // 2 <= self.firsts[end] < end:
                 end = self.firsts[end]
-            yield Block(self.firsts[start], start, end)
+            yield ChunkBlock(self.firsts[start], start, end)
             start = end
 
 
@@ -111,7 +111,7 @@ def _make_grid(batch: int, num_tokens: int, chunk_size: int, cu_seqlens: Tensor 
     )
 
 
-def top_chunks(scores_HTc: Tensor, grid: Grid, block: Block, selection: Selection) -> Tensor:
+def top_chunks(scores_HTc: Tensor, grid: Grid, block: ChunkBlock, selection: Selection) -> Tensor:
     """Past chunks that every row selects: int64 [T, H, K] of global numbers, -1 in slots without one.
 
     The first chunks of the document and those just before the own one always, and of the rest the best, best first.
@@ -140,7 +140,7 @@ def top_chunks(scores_HTc: Tensor, grid: Grid, block: Block, selection: Selectio
     return torch.cat([fixed[:, None].expand(T, H, -1), best], dim=-1)
 
 
-def selected_mask(selected_THK: Tensor, block: Block) -> Tensor:
+def selected_mask(selected_THK: Tensor, block: ChunkBlock) -> Tensor:
     """Whether a row selected each of the chunks first <= c < end: bool [H, T, c]."""
     T, H, _ = selected_THK.shape
     num = block.end - block.first

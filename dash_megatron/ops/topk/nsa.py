@@ -17,7 +17,7 @@ from dash_megatron.ops.checks import check_chunk_size, check_cu_seqlens, check_t
 from dash_megatron.ops.chunk_grid import routing_of
 from dash_megatron.ops.reference import upcast
 from dash_megatron.ops.topk.backend import Backend, find_backend
-from dash_megatron.ops.topk.grid import Block, Grid, make_grid
+from dash_megatron.ops.topk.grid import ChunkBlock, Grid, make_grid
 from dash_megatron.ops.topk.reference import call_block, visible_kernels
 from dash_megatron.ops.types import Routing
 from dash_megatron.topk_selection import Selection, check_window
@@ -58,7 +58,7 @@ def compress(x_SHD: Tensor, weights: Compression, selection: Selection) -> Tenso
     return mean + torch.einsum("jhe,hed->jhd", inner, weights.mlp_out)
 
 
-def _bias(grid: Grid, block: Block, selection: Selection, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _bias(grid: Grid, block: ChunkBlock, selection: Selection, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What hides compressed keys from a block's rows, [T, J] to add to scores, and which rows see none, bool [T]."""
     visible_TJ = visible_kernels(grid, block, selection)
     blind_T = ~visible_TJ.any(-1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dash_megatron.ops.reference import upcast
-from dash_megatron.ops.topk.grid import Block, Grid, selected_mask, top_chunks
+from dash_megatron.ops.topk.grid import ChunkBlock, Grid, selected_mask, top_chunks
 from dash_megatron.topk_selection import Selection
 
 # Scores kept for the backward, in elements of all blocks together: above, every block is recomputed in the backward.
@@ -22,7 +22,7 @@ MAX_KEPT_SCORES = 2**25
 MASKED_SCORE = -1e30
 
 
-def visible_kernels(grid: Grid, block: Block, selection: Selection) -> Tensor:
+def visible_kernels(grid: Grid, block: ChunkBlock, selection: Selection) -> Tensor:
     """Bool [T, J]: whether a pooled key of the chunks first <= c < end lies in a row's document and past."""
     C, device = grid.chunk_size, grid.first_c.device
     row_T = torch.arange(block.start * C, block.end * C, device=device)
@@ -89,7 +89,7 @@ def select_chunks_reference(
 
 
 def _attend_block(
-    q_THGD: Tensor, k_UHD: Tensor, v_UHD: Tensor, selected_THK: Tensor, grid: Grid, block: Block
+    q_THGD: Tensor, k_UHD: Tensor, v_UHD: Tensor, selected_THK: Tensor, grid: Grid, block: ChunkBlock
 ) -> Tensor:
     """[T, H, G, D]; k and v are the U rows of the chunks first <= c < end."""
     C, device = grid.chunk_size, q_THGD.device
