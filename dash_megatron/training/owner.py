@@ -1,6 +1,7 @@
 """One process group owns a run's folder: who trains in it says so in `owner.json`, for as long as it lives.
 
-The file is made by one system call that fails where it exists, which NFS and Lustre keep too, and touched every few seconds.
+The file is made by one system call that fails where it exists, which NFS and Lustre keep too, and touched every few seconds, by a
+process of its own too: for minutes a library may keep the owner's threads from running, as ordering the rows of large data does.
 An owner on this machine is alive while its process is; it does not own copies of the folder. Of an owner on another machine only
 the touches tell: whoever finds them to stand still for some time takes the folder over. No two clocks are compared.
 """
@@ -13,7 +14,9 @@ import datetime
 import json
 import logging
 import os
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -29,6 +32,15 @@ logger = logging.getLogger(__name__)
 
 FILE = "owner.json"
 _BEAT_SECONDS, _DEAD_SECONDS = 5.0, 30.0
+# ends with the process that started it, which holds the other end of its input
+_TOUCH = """
+import os, select, sys
+while not select.select([0], [], [], float(sys.argv[2]))[0]:
+    try:
+        os.utime(sys.argv[1])
+    except OSError:
+        pass
+"""
 
 
 class Owner:
@@ -52,7 +64,8 @@ class Owner:
         self._facts = _this_process() | {"file": str(self.path.absolute())}
         self._beat_seconds, self._released = beat_seconds, threading.Event()
         retry(lambda: self._acquire(dead_seconds), f"write {self.path}", path=self.path)
-        threading.Thread(target=self._beat, name="owner of the run", daemon=True).start()
+        touching = self._start_touching()
+        threading.Thread(target=self._beat, args=(touching,), name="owner of the run", daemon=True).start()
         atexit.register(self.release)
 
     def release(self) -> None:
@@ -105,7 +118,29 @@ class Owner:
                 os.rename(away, self.path)
             away.unlink(missing_ok=True)
 
-    def _beat(self) -> None:
+    def _start_touching(self) -> subprocess.Popen[bytes]:
+        command = [
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            _TOUCH,
+            str(self.path.absolute()),
+            str(self._beat_seconds),
+        ]
+        quiet = subprocess.DEVNULL
+        # what srun or a terminal sends to all processes, to stop a run, is not for this one: it inherits that they are blocked
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _beat(self, touching: subprocess.Popen[bytes]) -> None:
+        with touching:
+            self._watch_file()
+
+    def _watch_file(self) -> None:
         while not self._released.wait(self._beat_seconds):
             try:
                 os.utime(self.path)

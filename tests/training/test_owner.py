@@ -1,8 +1,10 @@
 """A run's folder has one owner at a time, and a dead one does not keep it."""
 
+import ctypes
 import json
 import os
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -22,6 +24,13 @@ def own_and_wait(run_dir: str) -> None:
     Owner(run_dir, beat_seconds=0.05)
     print("owned", flush=True)
     time.sleep(60)
+
+
+def own_and_keep_python_from_running(run_dir: str) -> None:
+    Owner(run_dir, beat_seconds=0.05)
+    library = ctypes.PyDLL(None)  # holds Python's lock, as others do
+    print("owned", flush=True)
+    library.sleep(60)
 
 
 @pytest.fixture
@@ -86,6 +95,27 @@ def test_an_owner_on_another_machine_keeps_the_folder_by_its_signs_of_life(tmp_p
     thread.join()
     Owner(tmp_path, dead_seconds=0.3).release()
     owner.release()
+
+
+def test_an_owner_gives_signs_of_life_while_a_library_keeps_its_threads_from_running(tmp_path: Path) -> None:
+    busy = Started(tmp_path / "log", own_and_keep_python_from_running, str(tmp_path))
+    try:
+        busy.wait_for("owned")
+        time.sleep(0.3)  # until it is in the library
+        facts = as_of_another_machine(tmp_path / FILE)
+        for signals in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # srun sends them to all of a step
+            for child in children(facts["process"]):
+                os.kill(child, signals)
+        with pytest.raises(ValueError, match=f"process {facts['process']} on node7"):
+            Owner(tmp_path, dead_seconds=3)
+    finally:
+        busy.kill()
+    Owner(tmp_path, dead_seconds=1).release()
+
+
+def children(process: int) -> list[int]:
+    found = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(number) for path in found for number in path.read_text().split()]
 
 
 def test_an_owner_that_was_taken_for_dead_stops_and_one_whose_file_is_lost_goes_on(
