@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import pickle
 import time
 from collections.abc import Callable, Sequence
@@ -14,11 +15,14 @@ from dash_megatron.exit_codes import machine_id, machine_name
 if TYPE_CHECKING:
     from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 _calls = itertools.count()
 _FIRST_PAUSE, _MAX_PAUSE = 0.01, 1.0
 _STALLED_SECONDS = 2 * 3600.0
+_TELL_SECONDS = 60.0
 
 
 def agreed(function: Callable[[], T]) -> T:
@@ -49,7 +53,8 @@ def once_a_machine(what: str, tasks: Sequence[Callable[[], object]]) -> None:
 
     The processes of a machine take the next task when they are done with one, except rank 0 where it is not alone: a task may keep
     Python's other threads from running, and one of rank 0's tells that the run is alive. It ends when all tasks are done everywhere.
-    Nobody waits in a collective operation, whose timeout would end the run: tasks may take longer.
+    Nobody waits in a collective operation, whose timeout would end the run: tasks may take longer. The log tells each minute how many
+    are done; where rank 0 is alone on its machine, between two of its tasks.
 
     Args:
         what: completes "could not ...", such as "order data sets".
@@ -68,25 +73,35 @@ def once_a_machine(what: str, tasks: Sequence[Callable[[], object]]) -> None:
     store, call = dist.distributed_c10d._get_default_store(), f"once_a_machine {next(_calls)}"
     failed = f"{call} failed"
     here = machine_name(), machine_id()
+    begin = told = time.monotonic()
 
     def fail(error: Exception) -> NoReturn:
         store.set(failed, pickle.dumps(error))  # type: ignore[arg-type]
         time.sleep(2 * _MAX_PAUSE)  # for all to read it: the store ends with rank 0
         raise error
 
+    def tell(done: int, machine: tuple[str, str]) -> None:
+        nonlocal told
+        if (now := time.monotonic()) > told + _TELL_SECONDS:
+            told = now
+            logger.info(
+                "to %s: %d of %d done on %s after %.0f s", what, done, len(tasks), machine[0], now - begin
+            )
+
     def wait(machine: tuple[str, str]) -> None:
         done, changed, pause = 0, time.monotonic(), _FIRST_PAUSE
         while (now_done := store.add(f"{call} done on {machine}", 0)) < len(tasks):
+            tell(now_done, machine)
             if store.check([failed]):
                 raise pickle.loads(store.get(failed))
             if now_done > done:
                 done, changed = now_done, time.monotonic()
             if time.monotonic() > changed + _STALLED_SECONDS:
-                told = (
+                text = (
                     f"{machine[0]} could not {what} for {_STALLED_SECONDS / 60:.0f} minutes ({done} of {len(tasks)} done); look at "
                     "processes and file systems there"
                 )
-                fail(TimeoutError(errno.ETIMEDOUT, told))
+                fail(TimeoutError(errno.ETIMEDOUT, text))
             time.sleep(pause)
             pause = min(2 * pause, _MAX_PAUSE)
 
@@ -100,7 +115,7 @@ def once_a_machine(what: str, tasks: Sequence[Callable[[], object]]) -> None:
             tasks[turn - 1]()
         except (OSError, ValueError) as error:
             fail(error)
-        store.add(f"{call} done on {here}", 1)
+        tell(store.add(f"{call} done on {here}", 1), here)
     for machine in dict.fromkeys((here, *machines)):
         wait(machine)
 

@@ -2,7 +2,9 @@
 
 import datetime
 import json
+import logging
 import os
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -67,6 +69,25 @@ def fails_on_the_other_machine(folder: Path) -> None:
     with pytest.raises(OSError, match="disk full on node1") as caught:
         once_a_machine("note", [task])
     (folder / f"told_{rank}").write_text(json.dumps([caught.value.errno, caught.value.strerror]))
+
+
+def tell_progress(folder: Path, rank_0_works: bool) -> None:
+    rank = join(f"node{os.environ['RANK']}" if rank_0_works else "node0")
+    if rank == 0:
+        package = logging.getLogger("dash_megatron")
+        package.setLevel(logging.INFO)
+        package.addHandler(logging.FileHandler(folder / "log"))
+    agreement._TELL_SECONDS = 0.2
+    once_a_machine("order data sets", [partial(time.sleep, 0.4)] * 3)
+
+
+@pytest.mark.parametrize("rank_0_works", [False, True])
+def test_the_log_tells_how_many_tasks_are_done(rank_0_works, run_processes, tmp_path):
+    run_processes(2, tell_progress, tmp_path, rank_0_works)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert any(re.fullmatch(r"to order data sets: [12] of 3 done on node0 after [0-3] s", line) for line in lines)
+    assert any("done on node1" in line for line in lines) == rank_0_works
+    assert len(lines) <= 12
 
 
 def hang() -> None:

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _BUILDING = ".building-"
 _DEAD_SECONDS = 24 * 3600.0
+_SECONDS_EACH = 2e-7
+"""How long a document, or a row of a blend of 20 data sets, takes to be ordered."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Index:
     name: str
     """Of what they are of, for the log."""
     size: int
-    """How long they take to make, in any unit: the longest are made first."""
+    """How many documents or rows are ordered: the largest are made first, as they take longest."""
 
 
 def cached_indices(indices: Sequence[Index]) -> list[list[np.ndarray]]:
@@ -52,13 +54,18 @@ def cached_indices(indices: Sequence[Index]) -> list[list[np.ndarray]]:
         ValueError: the folders' folder may not be written to.
         OSError: the disk has been full, or away, for minutes.
     """
+    different = {index.folder: index for index in indices}
     # only rank 0 looks: what NFS once did not find, it may tell to be missing for a minute
-    if missing := agreed(lambda: [index.name for index in indices if not index.folder.is_dir()]):
-        place = indices[0].folder.parent
-        logger.info("ordering the rows of %s, once: later starts read it from %s", ", ".join(missing), place)
-    different = {index.folder: index for index in indices}.values()
-    longest_first = sorted(different, key=lambda index: index.size, reverse=True)
-    once_a_machine("order data sets", [functools.partial(_open_or_make, index) for index in longest_first])
+    if missing := agreed(lambda: [folder for folder in different if not folder.is_dir()]):
+        minutes = sum(different[folder].size for folder in missing) * _SECONDS_EACH / 60
+        logger.info(
+            "ordering the rows of %s, once: later starts read it from %s%s",
+            ", ".join(different[folder].name for folder in missing),
+            missing[0].parent,
+            f"; one process needs about {minutes:.0f} minutes" if minutes > 1 else "",
+        )
+    largest_first = sorted(different.values(), key=lambda index: index.size, reverse=True)
+    once_a_machine("order data sets", [functools.partial(_open_or_make, index) for index in largest_first])
     return [_open_or_make(index) for index in indices]
 
 

@@ -22,6 +22,7 @@ from dash_megatron.data import dataset as dataset_module
 from dash_megatron.data import sidecar
 from dash_megatron.data.blend import unigram_entropy
 from dash_megatron.data.dataset import build_dataset
+from dash_megatron.data.index_cache import Index, cached_indices
 from dash_megatron.data.index_file import edges_digest
 from dash_megatron.data.sidecar import Sidecar, describe, sidecar_path
 
@@ -171,6 +172,20 @@ def test_an_index_is_built_once_and_mapped_into_memory_afterwards(
     monkeypatch.setattr(np, "zeros", lambda *arguments, **settings: pytest.fail("built in memory"))
     assert rows_of(build(blend)) == first
     assert len(build(blend, num_samples=None)) == len(one_pass)
+
+
+def test_the_log_tells_how_many_minutes_the_order_of_large_data_takes(tmp_path, caplog):
+    caplog.set_level("INFO", logger="dash_megatron")
+    made = {"numbers": np.arange(3)}
+    for size in (10**8, 3 * 10**9):
+        index = Index(lambda: made, tmp_path / str(size), ("numbers",), f"all {size}", size)
+        ((numbers,),) = cached_indices([index])
+        assert list(numbers) == [0, 1, 2]
+    place = f"once: later starts read it from {tmp_path}"
+    assert caplog.messages == [
+        f"ordering the rows of all 100000000, {place}",
+        f"ordering the rows of all 3000000000, {place}; one process needs about 10 minutes",
+    ]
 
 
 def test_an_index_that_lost_its_end_is_made_anew(write_data, build, tmp_path, caplog):
