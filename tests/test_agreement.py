@@ -85,7 +85,9 @@ def tell_progress(folder: Path, rank_0_works: bool) -> None:
 def test_the_log_tells_how_many_tasks_are_done(rank_0_works, run_processes, tmp_path):
     run_processes(2, tell_progress, tmp_path, rank_0_works)
     lines = (tmp_path / "log").read_text().splitlines()
-    assert any(re.fullmatch(r"to order data sets: [12] of 3 done on node0 after [0-3] s", line) for line in lines)
+    assert any(
+        re.fullmatch(r"to order data sets: [12] of 3 done on node0 after [0-3] s", line) for line in lines
+    )
     assert any("done on node1" in line for line in lines) == rank_0_works
     assert len(lines) <= 12
 

@@ -105,6 +105,15 @@ def read_lengths(prefix: str | os.PathLike[str]) -> tuple[np.ndarray, np.dtype, 
     return lengths, _DTYPES[code], boundaries - 1
 
 
+def read_places(prefix: str | os.PathLike[str]) -> np.ndarray:
+    """Where documents begin in PREFIX.bin, in bytes, int64 [sequences], a memory map; errors as in `read_lengths`."""
+    lengths = read_lengths(prefix)[0]
+    if not len(lengths):
+        return np.zeros(0, dtype=np.int64)
+    offset = _HEADER_BYTES + lengths.nbytes
+    return np.memmap(f"{os.fspath(prefix)}.idx", dtype=np.int64, mode="r", offset=offset, shape=lengths.shape)
+
+
 def read_index(prefix: str | os.PathLike[str]) -> IndexSummary:
     """The facts in PREFIX.idx; errors as in `read_lengths`.
 
@@ -113,9 +122,7 @@ def read_index(prefix: str | os.PathLike[str]) -> IndexSummary:
     lengths, dtype, documents = read_lengths(prefix)
     bin_bytes = 0
     if len(lengths):
-        place = _HEADER_BYTES + lengths.nbytes + 8 * (len(lengths) - 1)
-        begin = np.fromfile(f"{os.fspath(prefix)}.idx", dtype=np.int64, count=1, offset=place)[0]
-        bin_bytes = int(begin) + int(lengths[-1]) * dtype.itemsize
+        bin_bytes = int(read_places(prefix)[-1]) + int(lengths[-1]) * dtype.itemsize
     return IndexSummary(
         dtype=dtype, documents=documents, tokens=bin_bytes // dtype.itemsize, bin_bytes=bin_bytes
     )
