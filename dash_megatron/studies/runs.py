@@ -21,7 +21,7 @@ from dash_megatron.evaluation.cli import check_arguments
 from dash_megatron.planning.baseline_times import density_of_lists
 from dash_megatron.planning.step_time import Routing
 from dash_megatron.studies.cost import Cost, curriculum_context, estimate_cost, flops_per_token, mean_context
-from dash_megatron.studies.study_file import Branches, Budgets, Study, StudyError
+from dash_megatron.studies.study_file import Branches, Budgets, Study, StudyError, settings_of_branches
 
 _DENSITY = "assume.density"
 _NOT_IN_NAMES = re.compile(r"[^\w.+-]+")
@@ -145,12 +145,12 @@ def _branches(
 ) -> Iterator[StudyRun]:
     """The branches of a base, which are a study of their own: its points are the arms, its seeds an order."""
     of_base = {**study.overrides, **recipe.settings}
-    shared = {
-        key: value for key, value in of_base.items() if key.split(".")[0] not in ("attention", "assume")
-    }
+    apart = ("attention", "assume", "branches")
+    shared = {key: value for key, value in of_base.items() if key.split(".")[0] not in apart}
+    shared |= branches.overrides | settings_of_branches(of_base)
     own = study.model_copy(
         update={
-            "overrides": {**shared, **branches.overrides, "training.init_from": str(base.folder)},
+            "overrides": {**shared, "training.init_from": str(base.folder)},
             "points": branches.arms,
             "grid": {},
             "budgets": Budgets(),
@@ -220,7 +220,7 @@ def _make(study: Study, base: dict[str, Any], recipe: _Recipe) -> StudyRun:
         tree["attention"] = {}
         overrides = {key: value for key, value in overrides.items() if not key.startswith("attention.")}
     for key, value in {**overrides, **recipe.settings}.items():
-        if key != _DENSITY:
+        if key != _DENSITY and not (study.branches and key.startswith("branches.")):
             set_key(tree, key, value, f"{key}={value!r}")
     if recipe.seed is not None:
         set_key(tree, "training.seed", recipe.seed, "seeds")

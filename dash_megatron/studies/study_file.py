@@ -153,7 +153,7 @@ class Study(Section):
     """`section.key: value` for every run."""
     points: tuple[dict[str, Any], ...] = Field(default=(), examples=["[{name: 30m, model.layers: 8}, ...]"])
     """A list of runs: each entry has the settings that belong together, such as those of a model size, and may have a
-    `name`."""
+    `name`. `branches.section.key` is of the branches of these runs alone, such as the learning rate of a size."""
     grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict, examples=["{optimizer.lr: [3e-4, 6e-4]}"])
     """`section.key: [values]`: every combination, with every point."""
     twins: tuple[str | dict[str, Any], ...] = Field(default=(), examples=["[full, {attention.alpha: 1.2}]"])
@@ -214,9 +214,11 @@ class Study(Section):
             "training.seed": "branches.orders",
             "training.init_from": "base",
         }
-        _check_settings(branches.settings(), owned)
+        of_bases = [(f"{place}.branches", settings_of_branches(found)) for place, found in self._settings()]
+        every = branches.settings() + of_bases
+        _check_settings(every, owned)
         _check_names("branches.evaluate", branches.evaluate)
-        for place, settings in branches.settings():
+        for place, settings in every:
             for key in settings:
                 if key.startswith("model."):
                     raise ValueError(
@@ -230,6 +232,12 @@ class Study(Section):
         points = [(f"points[{number}]", point) for number, point in enumerate(self.points)]
         twins = [(f"twins[{n}]", twin) for n, twin in enumerate(self.twins) if isinstance(twin, dict)]
         return [("overrides", self.overrides), ("grid", dict(self.grid)), *points, *twins]
+
+
+def settings_of_branches(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those settings of a base that are its branches', `branches.section.key`, by `section.key`."""
+    prefix = "branches."
+    return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
 
 
 def _check_settings(places: list[tuple[str, dict[str, Any]]], owned: dict[str, str]) -> None:

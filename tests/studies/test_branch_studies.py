@@ -10,7 +10,7 @@ import pytest
 
 from dash_megatron.__main__ import main
 from dash_megatron.studies.submit import submit_studies
-from tests.studies.study_runs import SIZES, Write, runs_of
+from tests.studies.study_runs import SIZES, STUDIES, Write, runs_of
 
 BRANCHES: dict[str, Any] = {
     "overrides": {"data.seq_length": 256, "training.steps": 6},
@@ -95,6 +95,35 @@ def test_of_its_bases_attention_a_branch_takes_nothing(write_study: Write) -> No
     assert (base.config.attention.chunk_size, base.config.attention.sigma) == (128, 3.0)
     assert (plain.config.attention.chunk_size, plain.config.attention.sigma) == (64, 2.0)
     assert (small.config.attention.chunk_size, small.config.attention.sigma) == (32, 2.0)
+
+
+def test_branches_of_a_size_have_a_learning_rate_of_their_own(write_study: Write) -> None:
+    sizes = [SIZES[0] | {"branches.optimizer.lr": 0.003}, SIZES[1]]
+    branches = BRANCHES | {"overrides": {"optimizer.lr": 0.005}, "orders": [1]}
+    runs = runs_of(write_study(points=sizes, overrides=BASE_IS_FULL, branches=branches))
+    assert [run.name for run in runs if not run.base] == ["h32_full", "h64_full"]
+    assert [run.config.optimizer.lr for run in runs] == [0.01, 0.003, 0.003, 0.01, 0.005, 0.005]
+
+
+def test_each_size_learns_at_the_rates_that_it_was_measured_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(STUDIES.parent)
+
+    def rates(path: Path, size: str) -> set[tuple[bool, float]]:
+        runs = [run for run in runs_of(path) if run.size in ("", size)]
+        return {(run.base is None, run.config.optimizer.lr) for run in runs}
+
+    for size, measured in (("62m", "branches_ten/62m"), ("210m", "branches_210m_11")):
+        found = rates(STUDIES / "branches_16k.yaml", size)
+        assert found == rates(Path("docs/results/quality") / measured / "study.yaml", size)
+        assert len(found) == 2
+
+
+def test_a_point_says_of_branches_only_what_they_may_have(write_study: Write) -> None:
+    wrong = [SIZES[0] | {"branches.model.layers": 3}]
+    with pytest.raises(ValueError, match=r"points\[0\].branches sets model.layers, and a branch goes on"):
+        runs_of(write_study(points=wrong, branches=BRANCHES))
+    with pytest.raises(ValueError, match=r"branches={.*} is not a known key"):
+        runs_of(write_study(points=wrong))
 
 
 def test_a_base_whose_attention_learns_nothing_starts_every_arm(write_study: Write) -> None:
