@@ -11,7 +11,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from dash_megatron.config import Section
 from dash_megatron.config.flops import peak_flops
-from dash_megatron.config.loading import explain_validation, read_yaml
+from dash_megatron.config.loading import read_yaml
+from dash_megatron.config.validation_errors import explain_validation
 from dash_megatron.evaluation.cli import check_arguments
 
 
