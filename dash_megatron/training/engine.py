@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -28,10 +27,10 @@ from deepspeed.utils import nvtx
 
 from dash_megatron.checkpoint.fragments import Fragment, adam_state, fragments, local_shapes, refresh_weights
 from dash_megatron.config import Config, ZeroConfig
-from dash_megatron.layers.core_attention import MAX_LOG_FACTOR
 from dash_megatron.ops.adamw import adamw_step
 from dash_megatron.parallel import GradientGroups, gradient_group
 from dash_megatron.parallel.libraries import without_compiler
+from dash_megatron.training.adamw import GuardedAdamW, parameter_groups
 from dash_megatron.training.gradient_sums import GradientSums
 
 with without_compiler():
@@ -65,7 +64,7 @@ class Engine:
         self.world_size = world_size
         self.zero_stage = config.zero.stage
         device = next(model.parameters()).device
-        self._adam = _GuardedAdamW(
+        self._adam = GuardedAdamW(
             parameter_groups(model, config),
             lr=config.optimizer.lr,
             betas=config.optimizer.betas,
@@ -191,30 +190,6 @@ class Engine:
         return fragments(self.model, self._optimizer, self._adam)
 
 
-class _GuardedAdamW(torch.optim.AdamW):
-    """AdamW that skips an update when told to, or when the global gradient norm is non-finite (NaN or inf).
-
-    DeepSpeed knows that norm only within its own step, right before it calls this one. Its wrappers skip such
-    updates too, except those of bf16 under ZeRO 1 and 2; without ZeRO nothing does.
-    """
-
-    skip = False
-    norm_of_this_update: Callable[[], float] | None = None
-    update: Callable[[], None] | None = None
-    """What updates weights in place of `torch.optim.AdamW`."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Update weights; where the update is skipped, only make the moments that a first update would make."""
-        norm = self.norm_of_this_update
-        if not self.skip and (norm is None or math.isfinite(norm())):
-            return self.update() if self.update is not None else super().step(closure)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                adam_state(self, parameter)
-        return None
-
-
 class _FusedBF16Optimizer(BF16_Optimizer):
     """DeepSpeed's optimizer for bf16 under ZeRO 1, which goes over gradients and weights less often.
 
@@ -313,29 +288,7 @@ class _FusedBF16Optimizer(BF16_Optimizer):
 
 
 # DeepSpeed knows torch's AdamW by its very class, and would warn of an untested optimizer at every start
-ZERO_SUPPORTED_OPTIMIZERS.append(_GuardedAdamW)
-
-
-def parameter_groups(model: torch.nn.Module, config: Config) -> list[dict[str, Any]]:
-    """Parameters by weight decay: matrices; norms, biases and summary queries, which have none; learned factors, if any.
-
-    Adam moves a parameter by at most about the learning rate, so that decay w keeps it within 1 / w. The decay of factors is
-    such that their logarithms stay within `MAX_LOG_FACTOR`, however long a run is.
-    """
-    decayed: list[Tensor] = []
-    kept: list[Tensor] = []
-    factors: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        if name.endswith("log_scaling"):
-            factors.append(parameter)
-        else:
-            (kept if parameter.dim() == 1 or name.endswith("summary_query") else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.optimizer.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-        {"params": factors, "weight_decay": config.attention.learned_scaling / MAX_LOG_FACTOR},
-    ]
-    return [group for group in groups if group["params"]]
+ZERO_SUPPORTED_OPTIMIZERS.append(GuardedAdamW)
 
 
 @contextlib.contextmanager

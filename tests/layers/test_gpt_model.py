@@ -22,7 +22,7 @@ from dash_megatron.layers.core_attention import MAX_LOG_FACTOR
 from dash_megatron.ops import dash_attention
 from dash_megatron.ops.full import causal_attention
 from dash_megatron.ops.rotary import split_and_rotate
-from dash_megatron.training.engine import parameter_groups
+from dash_megatron.training.adamw import parameter_groups
 from dash_megatron.training.loss import token_losses
 
 CONFIGS = Path(__file__).parents[2] / "configs"
