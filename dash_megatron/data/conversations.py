@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,49 +11,105 @@ import torch
 from torch import Tensor
 
 from dash_megatron.data.bin_reader import BinReader
-from dash_megatron.data.index_file import check_lengths, read_lengths
+from dash_megatron.data.index_file import check_lengths, read_lengths, read_places
 from dash_megatron.data.sidecar import answers_path
 
 logger = logging.getLogger(__name__)
 
 
-class ConversationRows(torch.utils.data.Dataset[Mapping[str, Tensor]]):
-    """One pass over documents with marked answers, in random order, packed into rows by best fit.
+CONVERSATION_ARRAYS = ("documents", "first", "counts")
+"""Of `order_of_conversations`."""
+
+
+def order_of_conversations(prefix: str, seq_length: int, seed: int) -> dict[str, np.ndarray]:
+    """Put documents with marked answers in random order, and pack them into rows by best fit.
 
     No document goes on in another row. One that is longer than a row is cut at the row's end, and left out where no answer
     begins before that.
-
-    Each row has tokens and labels (int64 [seq_length]), starts (bool [seq_length], where documents start) and loss_mask
-    (float32 [seq_length], 1 where the label belongs to an answer). What documents leave empty is filled with `eod`.
 
     Args:
         prefix: of .bin, .idx and .answers.bin, see `answers_path`.
         seq_length: tokens of a row.
         seed: fixes which documents share a row, and the order of rows.
-        eod: fills rows.
+
+    Returns:
+        `documents` int32 [those not left out], row after row; `first` int64 [rows + 1], where in it each row begins; `counts` int64
+        [3], of documents that are longer than a row, of those of them that are cut, and of all.
 
     Raises:
         FileNotFoundError, OSError: a file is missing or cannot be read.
         ValueError: no document has an answer within a row, or the .idx is damaged.
     """
+    check_lengths(prefix)
+    lengths = np.array(read_lengths(prefix)[0])
+    keep = _with_answers(prefix, lengths, seq_length)
+    is_long = lengths > seq_length + 1
+    generator = np.random.default_rng(seed)
+    documents = generator.permutation(np.flatnonzero(keep))
+    row_of = _best_fit(np.minimum(lengths[documents], seq_length).tolist(), seq_length)
+    rows = generator.permutation(row_of.max() + 1)[row_of]
+    by_row = np.argsort(rows, kind="stable")
+    counts = is_long.sum(), (is_long & keep).sum(), len(lengths)
+    arrays = (
+        documents[by_row].astype(np.int32),
+        np.searchsorted(rows[by_row], np.arange(rows.max() + 2)),
+        np.array(counts, dtype=np.int64),
+    )
+    return dict(zip(CONVERSATION_ARRAYS, arrays, strict=True))
 
-    def __init__(self, prefix: str, seq_length: int, seed: int, eod: int) -> None:
+
+def _with_answers(prefix: str, lengths: np.ndarray, seq_length: int) -> np.ndarray:
+    """Which documents have an answer in a row, bool [documents]."""
+    keep = lengths > 1
+    places, itemsize = read_places(prefix), read_lengths(prefix)[1].itemsize
+    reader = BinReader(str(answers_path(prefix)))
+    for document in np.flatnonzero(lengths > seq_length + 1):
+        marks = reader.read(np.uint8, seq_length + 1, int(places[document]) // itemsize)
+        keep[document] = marks[1:].any()
+    if not keep.any():
+        raise ValueError(
+            f"{prefix} has no conversation with an answer in its first data.seq_length={seq_length} tokens; "
+            "raise data.seq_length"
+        )
+    return keep
+
+
+class ConversationRows(torch.utils.data.Dataset[Mapping[str, Tensor]]):
+    """One pass over documents with marked answers, in an order that is made already; warns of those that are cut or left out.
+
+    Each row has tokens and labels (int64 [seq_length]), starts (bool [seq_length], where documents start) and loss_mask
+    (float32 [seq_length], 1 where the label belongs to an answer). What documents leave empty is filled with `eod`.
+
+    Args:
+        prefix, seq_length: as of `order_of_conversations`.
+        eod: fills rows.
+        order: the arrays of `order_of_conversations`.
+
+    Raises:
+        FileNotFoundError, OSError: a file is missing or cannot be read.
+    """
+
+    def __init__(self, prefix: str, seq_length: int, eod: int, order: list[np.ndarray]) -> None:
         self.prefix = prefix
         self.seq_length = seq_length
         self.eod = eod
-        check_lengths(prefix)
-        lengths, self.dtype, _ = read_lengths(prefix)
-        self.lengths = np.asarray(lengths, dtype=np.int64)
-        self.offsets = np.cumsum(self.lengths) - self.lengths
+        self.lengths, self.dtype, _ = read_lengths(prefix)
+        self.places = read_places(prefix)
         self.bin_reader = BinReader(f"{prefix}.bin")
         self.answers_reader = BinReader(str(answers_path(prefix)))
-        generator = np.random.default_rng(seed)
-        documents = generator.permutation(self._with_answers())
-        row_of = _best_fit(np.minimum(self.lengths[documents], seq_length).tolist(), seq_length)
-        rows = generator.permutation(row_of.max() + 1)[row_of]
-        by_row = np.argsort(rows, kind="stable")
-        self._documents = documents[by_row]
-        self._first = np.searchsorted(rows[by_row], np.arange(rows.max() + 2))
+        self._documents, self._first, counts = order
+        long, cut, total = counts.tolist()
+        if long:
+            logger.warning(
+                "%s: %d of %d conversations are longer than data.seq_length=%d: %d are cut there, and %d are left out, whose "
+                "answers begin behind it",
+                prefix,
+                long,
+                total,
+                seq_length,
+                cut,
+                long - cut,
+            )
 
     def __len__(self) -> int:
         return len(self._first) - 1
@@ -68,7 +124,7 @@ class ConversationRows(torch.utils.data.Dataset[Mapping[str, Tensor]]):
         starts, answers = np.zeros((2, self.seq_length), dtype=bool)
         place = 0
         for document in self._documents[self._first[index] : self._first[index + 1]]:
-            length, offset = int(self.lengths[document]), int(self.offsets[document])
+            length, offset = int(self.lengths[document]), int(self.places[document]) // self.dtype.itemsize
             # one more than finds room: it is the last label
             count = min(length, self.seq_length + 1)
             ids = self.bin_reader.read(self.dtype, count, offset * self.dtype.itemsize)
@@ -97,47 +153,27 @@ class ConversationRows(torch.utils.data.Dataset[Mapping[str, Tensor]]):
         self.bin_reader.open()
         self.answers_reader.open()
 
-    def _with_answers(self) -> np.ndarray:
-        """The documents with an answer in a row, telling how many are cut or left out."""
-        keep = self.lengths > 1
-        long = np.flatnonzero(self.lengths > self.seq_length + 1)
-        for document in long:
-            marks = self.answers_reader.read(np.uint8, self.seq_length + 1, int(self.offsets[document]))
-            keep[document] = marks[1:].any()
-        if len(long):
-            logger.warning(
-                "%s: %d of %d conversations are longer than data.seq_length=%d: %d are cut there, and %d are left out, whose "
-                "answers begin behind it",
-                self.prefix,
-                len(long),
-                len(keep),
-                self.seq_length,
-                keep[long].sum(),
-                (~keep[long]).sum(),
-            )
-        if not keep.any():
-            raise ValueError(
-                f"{self.prefix} has no conversation with an answer in its first data.seq_length={self.seq_length} tokens; "
-                "raise data.seq_length"
-            )
-        return np.flatnonzero(keep)
-
 
 def _best_fit(lengths: list[int], seq_length: int) -> np.ndarray:
-    """Give each document, in order, the row that it fills best, or a new one; int64 [documents]."""
+    """Give each document, in order, the row that it fills best, of such the last that got one, or a new one; int64 [documents]."""
     shortest = min(lengths)
-    rooms: list[int] = []  # of rows with room for a document, ascending, and which rows these are
-    open_rows: list[int] = []
+    rooms: list[int] = []  # that rows have for a document, each once, ascending
+    rows_with: dict[int, list[int]] = {}  # each of these rooms
     row_of, count = np.empty(len(lengths), dtype=np.int64), 0
     for document, length in enumerate(lengths):
         place = bisect_left(rooms, length)
         if place < len(rooms):
-            room, row = rooms.pop(place), open_rows.pop(place)
+            room = rooms[place]
+            row = rows_with[room].pop()
+            if not rows_with[room]:
+                del rows_with[rooms.pop(place)]
         else:
             room, row, count = seq_length, count, count + 1
         row_of[document] = row
-        if room - length >= shortest:
-            place = bisect_left(rooms, room - length)
-            rooms.insert(place, room - length)
-            open_rows.insert(place, row)
+        left = room - length
+        if left >= shortest:
+            if left not in rows_with:
+                rows_with[left] = []
+                insort(rooms, left)
+            rows_with[left].append(row)
     return row_of

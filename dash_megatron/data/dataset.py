@@ -20,7 +20,7 @@ from torch import Tensor
 from dash_megatron.agreement import agreed, once_a_machine
 from dash_megatron.data.bin_reader import BinReader
 from dash_megatron.data.blend import Part, check_blend, parse_blend
-from dash_megatron.data.conversations import ConversationRows
+from dash_megatron.data.conversations import CONVERSATION_ARRAYS, ConversationRows, order_of_conversations
 from dash_megatron.data.index_cache import Index, cached_indices
 from dash_megatron.data.index_file import check_lengths, edges_digest, read_lengths
 from dash_megatron.data.row_order import BLEND_ARRAYS, PASS_ARRAYS, order_of_blend, order_of_pass
@@ -38,9 +38,9 @@ with warnings.catch_warnings():
 
 logger = logging.getLogger(__name__)
 
-# .idx, .bin, and Megatron's orders of documents, rows and their shuffle, all but .bin mapped into memory, or answers in their
-# place
-_FILES_PER_PREFIX = 5
+# .idx, .bin, and Megatron's orders of documents, rows and their shuffle, all but .bin mapped into memory; of conversations .idx
+# twice, and answers
+_FILES_PER_PREFIX = 7
 _FILES_PER_BLEND = 2
 # Megatron numbers the parts of a blend in int16, and what is above would silently be others
 _MAX_PARTS = np.iinfo(np.int16).max
@@ -242,29 +242,38 @@ def _open_passes(
     Orders are named after a digest of the data, so that replaced data does not meet that of its predecessor, and paths to the same
     data share one.
     """
-    documents = {
-        prefix: Index(
-            make=functools.partial(_order_of_pass, prefix, seq_length, seed),
-            folder=cache_dir
-            / _digest([sidecar.idx_digest, seq_length, seed, split_name, tokenizer.fingerprint]),
-            arrays=PASS_ARRAYS,
-            name=prefix,
-            size=sidecar.documents,
-        )
+    indices = [
+        _index(prefix, sidecar, seq_length, seed, tokenizer, cache_dir, split_name)
         for prefix, sidecar in zip(prefixes, sidecars, strict=True)
-        if sidecar.answer_tokens is None
-    }
-    orders = dict(zip(documents, cached_indices(list(documents.values())), strict=True))
+    ]
     config = _config(seq_length, seed, tokenizer)
     passes: list[_OnePass] = []
-    for prefix in prefixes:
-        if prefix in orders:
-            passes.append(_Documents(prefix, split_name, config, orders[prefix]))
+    for prefix, index, order in zip(prefixes, indices, cached_indices(indices), strict=True):
+        if index.arrays == PASS_ARRAYS:
+            passes.append(_Documents(prefix, split_name, config, order))
         else:
-            conversations = ConversationRows(prefix, seq_length, seed, tokenizer.eod)
+            conversations = ConversationRows(prefix, seq_length, tokenizer.eod, order)
             conversations.open()
             passes.append(conversations)
     return passes
+
+
+def _index(
+    prefix: str, sidecar: Sidecar, seq_length: int, seed: int, tokenizer: Tokenizer, cache_dir: Path, split_name: str
+) -> Index:  # fmt: skip
+    if sidecar.answer_tokens is None:
+        make, arrays = _order_of_pass, PASS_ARRAYS
+        key = [sidecar.idx_digest, seq_length, seed, split_name, tokenizer.fingerprint]
+    else:
+        make, arrays = order_of_conversations, CONVERSATION_ARRAYS
+        key = ["conversations", sidecar.idx_digest, sidecar.answers_digest, seq_length, seed]
+    return Index(
+        make=functools.partial(make, prefix, seq_length, seed),
+        folder=cache_dir / _digest(key),
+        arrays=arrays,
+        name=prefix,
+        size=sidecar.documents,
+    )
 
 
 def _order_of_pass(prefix: str, seq_length: int, seed: int) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from dash_megatron.data.batches import BatchSource, num_target_tokens, pack_samples
 from dash_megatron.data.blend import chat_template
 from dash_megatron.data.chat import MARKED_PLAIN_TEMPLATE, PLAIN_TEMPLATE
+from dash_megatron.data.conversations import _best_fit, order_of_conversations
 from dash_megatron.data.dataset import build_dataset
 from dash_megatron.data.sidecar import Sidecar, answers_path, check_data, sidecar_path
 
@@ -81,6 +83,56 @@ def test_a_pass_has_every_conversation_once_and_whole_and_counts_its_answers_alo
     assert seen == Counter(expected.keys())
     total = sum(len(tokens) for tokens, _ in expected.values())
     assert len(dataset) * SEQ_LENGTH <= 1.1 * total  # rows are filled
+
+
+def test_rows_of_conversations_are_ordered_once_and_again_for_other_marks(
+    write_data, build, tmp_path, tokenizer, monkeypatch, caplog
+):
+    documents, answers = conversations(0, 100, 40, tokenizer.eod)
+    prefix = write_data(tmp_path / "a", documents, answers=answers)
+    first = build([prefix], num_samples=None)
+    made = []
+    monkeypatch.setattr(
+        "dash_megatron.data.dataset.order_of_conversations",
+        lambda *arguments: made.append(arguments) or order_of_conversations(*arguments),
+    )
+    caplog.clear()
+    again = build([prefix], num_samples=None)
+    assert not made
+    assert "conversations are longer than data.seq_length=32" in caplog.text  # at every start
+    for index in range(len(first)):
+        assert all(torch.equal(first[index][name], again[index][name]) for name in first[index])
+    answers[-1][-1] ^= 1
+    write_data(tmp_path / "a", documents, answers=answers)
+    build([prefix], num_samples=None)
+    assert len(made) == 1
+
+
+def test_a_conversation_goes_where_it_leaves_least_room_and_there_to_the_last_row():
+    for seed in range(20):
+        drawn = np.random.default_rng(seed)
+        seq_length = int(drawn.integers(5, 60))
+        lengths = drawn.integers(1, seq_length + 1, 200).tolist()
+        rooms: list[int] = []
+        got_last: list[int] = []  # when each row got a document
+        expected = []
+        for number, length in enumerate(lengths):
+            fitting = [row for row, room in enumerate(rooms) if room >= length]
+            row = min(fitting, key=lambda row: (rooms[row], -got_last[row]), default=len(rooms))
+            if row == len(rooms):
+                rooms.append(seq_length)
+                got_last.append(0)
+            rooms[row] -= length
+            got_last[row] = number
+            expected.append(row)
+        assert _best_fit(lengths, seq_length).tolist() == expected
+
+
+def test_packing_takes_as_long_for_each_conversation_however_many_there_are():
+    begin = time.monotonic()
+    rows = _best_fit([1] + [60] * 400_000, 100)  # which leave rows with room for the first
+    assert rows.max() == 399_999
+    assert time.monotonic() - begin < 10
 
 
 def test_rows_attend_across_conversations_where_documents_are_not_packed(

@@ -646,6 +646,6 @@ def test_a_blend_of_more_files_than_may_be_open_is_refused(write_data, build, tm
     gc.collect()  # which closes files of earlier tests
     before = len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(resource, "getrlimit", lambda _: (before + 260, before + 265))
-    needed = rf"data.train names 3 data sets: this process needs {before + 273} open files and may have {before + 265}"
+    needed = rf"data.train names 3 data sets: this process needs {before + 279} open files and may have {before + 265}"
     with pytest.raises(ValueError, match=needed):
         build(prefixes)
