@@ -38,8 +38,8 @@ from dash_megatron.command_line import ending_with_reader, parse_with_overrides
 from dash_megatron.config import Config, load_config
 from dash_megatron.launcher import launch
 from dash_megatron.planning.layout import Hardware, Layout
+from dash_megatron.planning.routing import Routing
 from dash_megatron.planning.search import configured_layout, estimate_configured, search
-from dash_megatron.planning.step_time import Routing
 from dash_megatron.planning.table import table
 
 CONFIGS = ("configs/8b_64k.yaml", "configs/8b_128k.yaml", "configs/8b_512k.yaml")

@@ -73,7 +73,7 @@ def _plan(options: argparse.Namespace) -> None:
     # imported late, so that --help is fast
     from dash_megatron.config import load_config
     from dash_megatron.planning.layout import Hardware
-    from dash_megatron.planning.step_time import Routing
+    from dash_megatron.planning.routing import Routing
     from dash_megatron.planning.table import plan
 
     if options.listed is not None:

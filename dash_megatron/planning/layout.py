@@ -108,6 +108,11 @@ class Layout:
         """Processes that ZeRO shards over."""
         return self.context * self.data
 
+    @property
+    def attention_forwards(self) -> int:
+        """How often core attention and its exchange run forward in a step: once more where the backward recomputes them."""
+        return 2 if self.recompute in ("attention", "full") else 1
+
 
 def with_layout(config: Config, layout: Layout) -> Config:
     """The config with another layout.

@@ -52,6 +52,11 @@ class MemoryUse:
         return self.states + self.activations + self.working + self.reserved
 
 
+def first_products(config: Config) -> int:
+    """Weights of the first matrix product of every feed-forward part, which `selective` repeats."""
+    return config.model.layers * 2 * config.model.hidden_size * config.model.ffn_hidden_size
+
+
 def rank_parameters(config: Config, layout: Layout, vocab_size: int) -> float:
     """Parameters of one tensor-parallel rank before ZeRO: norms on every rank, everything else split."""
     norms = norm_parameters(config)

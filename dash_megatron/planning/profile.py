@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dash_megatron.config import load_config
 from dash_megatron.planning.layout import Hardware
+from dash_megatron.planning.routing import Routing
 from dash_megatron.planning.search import estimate_configured
-from dash_megatron.planning.step_time import Routing
 
 # The first logged line has compilation in it.
 MIN_LINES = 3

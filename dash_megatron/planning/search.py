@@ -10,7 +10,8 @@ from itertools import product
 from dash_megatron.config import Config
 from dash_megatron.data.vocabulary import vocabulary_rows
 from dash_megatron.planning.layout import Hardware, Layout, Recompute, with_layout
-from dash_megatron.planning.step_time import Routing, StepEstimate, estimate_step
+from dash_megatron.planning.routing import Routing
+from dash_megatron.planning.step_time import StepEstimate, estimate_step
 from dash_megatron.planning.traffic import ContextComm
 
 EXCHANGES: tuple[ContextComm, ...] = ("all_gather", "p2p", "a2a", "sparse")

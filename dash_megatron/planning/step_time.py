@@ -6,33 +6,25 @@ ZeRO-3's, which DeepSpeed overlaps by default. Every other transfer is waited fo
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
 from dash_megatron.config import Config
 from dash_megatron.config.flops import matmul_parameters
-from dash_megatron.planning.baseline_times import baseline_seconds, density_of_lists
-from dash_megatron.planning.choices import Choices, Shares, check_choices, shares_of_pairs
-from dash_megatron.planning.coverage import coverage_of_topics
+from dash_megatron.planning.baseline_times import baseline_seconds
 from dash_megatron.planning.kernel_times import AttentionSeconds, AttentionWork, dash_seconds, dense_seconds
-from dash_megatron.planning.layout import Group, Hardware, Layout, groups
+from dash_megatron.planning.layout import Hardware, Layout, groups
 from dash_megatron.planning.memory import (
-    BUCKET_ELEMENTS,
     MemoryUse,
     context_shape,
+    first_products,
     memory_use,
     micro_batches,
     rank_parameters,
 )
-from dash_megatron.planning.traffic import (
-    PassBytes,
-    context_exchange,
-    exchange_copies,
-    query_halo,
-    tensor_parallel_layer,
-    zero_step,
-)
+from dash_megatron.planning.routing import Routing, effective_routing, shares_of_work
+from dash_megatron.planning.traffic import exchange_copies
+from dash_megatron.planning.transfers import context_transfer, tensor_transfer, zero_transfer
 from dash_megatron.planning.workspaces import lists_are_counted
 
 OPTIMIZER_BYTES = {"fused": 31, "separate": 65}
@@ -59,9 +51,6 @@ COPY_SLOWDOWN = {"a2a": 1.8, "all_gather": 2.0, "p2p": 1.65, "sparse": 4.0}
 ATTENTION_SLOWDOWN = 1.05
 """Time of attention's kernels within steps, where clocks are lower, over that alone."""
 
-REPEATS_ATTENTION = ("attention", "full")
-"""Values of `training.recompute` whose backward runs core attention, and its exchange, a second time."""
-
 PARTS = {
     "matmul": "matmul",
     "elementwise": "elementwise",
@@ -73,36 +62,6 @@ PARTS = {
     "idle": "launches",
 }
 """What a step's time is the sum of: fields of `StepEstimate`, and what a step is bound by where one is the largest."""
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What the router does, as far as time depends on it."""
-
-    density: float = 0.1
-    """Pairs of tokens attended over causal pairs, in (0, 1]; a mean over tokens as metrics report it is larger where
-    the number of selected chunks does not grow with position."""
-    peak_density: float = 1.0
-    """Largest density of the run, for which memory must suffice: training from scratch starts at 1."""
-    choices: Choices = "trained"
-    """How alike neighbouring tokens select, which decides how many pairs tiles visit for each that is selected."""
-    locality: float = 0.0
-    """Probability that a run of queries wants a topic of its own neighbourhood; decides what `sparse` sends."""
-    run_tokens: int = 32
-    """Consecutive queries that want the same topic."""
-    imbalance: float = 1.0
-    """Attention time of the busiest context rank over the mean."""
-
-    def __post_init__(self) -> None:
-        for name, zero in (("density", False), ("peak_density", False), ("locality", True)):
-            value = getattr(self, name)
-            if not (0 < value <= 1 or (zero and value == 0)):
-                least = "at least" if zero else "above"
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option} {value} must be {least} 0 and at most 1, such as 0.1 for 10%")
-        if not 1 <= self.imbalance < math.inf:
-            raise ValueError(f"--imbalance {self.imbalance} must be a number of at least 1")
-        check_choices(self.choices)
 
 
 @dataclass(frozen=True)
@@ -150,21 +109,6 @@ class StepEstimate:
         """What takes the largest share."""
         parts = self.parts
         return PARTS[max(parts, key=parts.__getitem__)]
-
-
-def sent_coverage(config: Config, layout: Layout, routing: Routing) -> float:
-    """Share of its chunks that the busiest rank sends to each peer under `sparse`: the last ranks' chunks all lie in
-    every peer's past, so nothing but selection saves there."""
-    tokens = config.data.seq_length // layout.context
-    return coverage_of_topics(routing.density, routing.locality, tokens / routing.run_tokens)
-
-
-def shares_of_work(config: Config, routing: Routing, density: float) -> Shares:
-    """What is selected and visited at a density, of all pairs of a token and a chunk up to its own."""
-    model = config.model
-    return shares_of_pairs(
-        config.attention, model.heads // model.kv_heads, config.data.seq_length, density, routing.choices
-    )
 
 
 def _attention(config: Config, layout: Layout, routing: Routing, hardware: Hardware) -> AttentionSeconds:
@@ -216,17 +160,12 @@ def _attention(config: Config, layout: Layout, routing: Routing, hardware: Hardw
     )
 
 
-def _first_products(config: Config) -> int:
-    """Weights of the first matrix product of every feed-forward part, which `selective` repeats."""
-    return config.model.layers * 2 * config.model.hidden_size * config.model.ffn_hidden_size
-
-
 def _matmul_flops(config: Config, layout: Layout, vocab_size: int) -> float:
     """Operations of one micro-batch on one rank, recomputation included, attention excluded."""
     tokens = context_shape(config, layout).tokens
     total = matmul_parameters(config, vocab_size)
     without_vocabulary = total - config.model.hidden_size * vocab_size
-    again = {"full": without_vocabulary, "selective": _first_products(config)}.get(layout.recompute, 0)
+    again = {"full": without_vocabulary, "selective": first_products(config)}.get(layout.recompute, 0)
     return (6.0 * total + 2.0 * again) * tokens / layout.tensor
 
 
@@ -239,99 +178,10 @@ def _elementwise_bytes(config: Config, layout: Layout, vocab_size: int) -> float
     repeated = {"full": stream + activation, "selective": stream / 2 + activation}.get(layout.recompute, 0.0)
     logits = tokens * vocab_size / layout.tensor
     copies = exchange_copies(layout.context_comm, context_shape(config, layout))
-    copied = copies.forward * (2 if layout.recompute in REPEATS_ATTENTION else 1) + copies.backward
+    copied = copies.forward * layout.attention_forwards + copies.backward
     copied *= COPY_SLOWDOWN[layout.context_comm]
     elements = stream + activation + FORWARD_SHARE * repeated
     return model.layers * (elements * ELEMENTWISE_BYTES + copied) + logits * LOGIT_BYTES
-
-
-def _context_seconds(layout: Layout, group: Group, sent: float, calls: float, hardware: Hardware) -> float:
-    if layout.context_comm == "p2p":
-        return group.neighbour_seconds(sent, hardware, calls)
-    if layout.context_comm == "all_gather":
-        return group.ring_seconds(sent, hardware, calls)
-    return group.all_to_all_seconds(sent, hardware, calls)
-
-
-@dataclass(frozen=True)
-class _Sent:
-    """Bytes one rank sends in a step, and the time they take."""
-
-    sent: float
-    seconds: float
-    outside: float
-    """Share that leaves the node."""
-
-
-def _tensor_sent(config: Config, layout: Layout, group: Group, hardware: Hardware, batches: int) -> _Sent:
-    tokens = context_shape(config, layout).tokens
-    element = 2 if config.training.precision == "bf16" else 4
-    layer = tensor_parallel_layer(
-        tokens,
-        config.model.hidden_size,
-        layout.tensor,
-        sequence=layout.sequence,
-        element_bytes=element,
-    )
-    # `selective` gathers the tokens of its norm again, one of four transfers, where they are sharded
-    again = {"full": 1.0, "selective": 0.25 * layout.sequence}.get(layout.recompute, 0.0)
-    sent = batches * config.model.layers * ((1 + again) * layer.forward + layer.backward)
-    calls = batches * config.model.layers * 4 * (2 + again)
-    return _Sent(sent, group.ring_seconds(sent, hardware, calls), group.network_share(all_to_all=False))
-
-
-def _halo_queries(config: Config, layout: Layout) -> int:
-    """Tokens whose queries the busiest rank lends to others: the last before the ends of its two pieces."""
-    attention = config.attention
-    if attention.kind != "dash" or layout.context_comm == "a2a":
-        return 0
-    return min(2, layout.context - 1) * (attention.query_pool - 1)
-
-
-def _context_sent(
-    config: Config, layout: Layout, routing: Routing, group: Group, hardware: Hardware, batches: int
-) -> _Sent:
-    shape = context_shape(config, layout)
-    triples = shape.peers * shape.num_chunks * shape.kv_heads * sent_coverage(config, layout, routing)
-    layer: PassBytes = context_exchange(layout.context_comm, shape, sent_chunks=triples)
-    halo = _halo_queries(config, layout)
-    layer += query_halo(shape, halo, halo)
-    forwards = 2 if layout.recompute in REPEATS_ATTENTION else 1
-    sent = batches * config.model.layers * (forwards * layer.forward + layer.backward)
-    # what to send is asked for first
-    calls = batches * config.model.layers * (forwards + 2) * (2 if layout.context_comm == "sparse" else 1)
-    calls += batches * config.model.layers * (forwards + 1) if halo else 0
-    ring = layout.context_comm in ("all_gather", "p2p")
-    seconds = _context_seconds(layout, group, sent, calls, hardware)
-    return _Sent(sent, seconds, group.network_share(all_to_all=not ring))
-
-
-def _zero_sent(
-    config: Config, layout: Layout, parameters: float, group: Group, hardware: Hardware, batches: int
-) -> _Sent:
-    share = _first_products(config) / layout.tensor / parameters
-    gathers = 2 + {"full": 1.0, "selective": share}.get(layout.recompute, 0.0)
-    element = 2 if config.training.precision == "bf16" else 4
-    sent = zero_step(
-        parameters,
-        layout.zero_stage,
-        layout.shards,
-        micro_batches=batches,
-        gathers=gathers,
-        element_bytes=element,
-    ).total
-    calls = 1 + parameters / BUCKET_ELEMENTS
-    if layout.zero_stage == 3:
-        calls = batches * config.model.layers * (gathers + 1)
-    return _Sent(sent, group.ring_seconds(sent, hardware, calls), group.network_share(all_to_all=False))
-
-
-def effective_routing(config: Config, routing: Routing) -> Routing:
-    """The routing given, with the density that `attention.kind` fixes if it does."""
-    if not config.attention.fixed_lists:
-        return routing
-    density = density_of_lists(config.attention, (config.data.seq_length + 1) / 2)
-    return dataclasses.replace(routing, density=density, peak_density=density)
 
 
 def estimate_step(
@@ -362,14 +212,13 @@ def estimate_step(
     moved = batches * _elementwise_bytes(config, layout, vocab_size)
     elementwise = moved / hardware.memory_bandwidth
     once = _attention(config, layout, routing, hardware)
-    again = once.forward if layout.recompute in REPEATS_ATTENTION else 0.0
-    attention = batches * (once.forward + again + once.backward)
+    attention = batches * (layout.attention_forwards * once.forward + once.backward)
     if layout.context > 1:
         attention *= routing.imbalance
 
-    tensor = _tensor_sent(config, layout, of["tensor"], hardware, batches)
-    context = _context_sent(config, layout, routing, of["context"], hardware, batches)
-    zero = _zero_sent(config, layout, parameters, of["zero"], hardware, batches)
+    tensor = tensor_transfer(config, layout, of["tensor"], hardware, batches)
+    context = context_transfer(config, layout, routing, of["context"], hardware, batches)
+    zero = zero_transfer(config, layout, parameters, of["zero"], hardware, batches)
     ring = hardware.overlap * context.seconds if layout.context_comm == "p2p" else 0.0
     sharding = hardware.overlap * zero.seconds if layout.zero_stage == 3 else 0.0
     updated = parameters / (layout.shards if layout.zero_stage else 1)
@@ -391,7 +240,7 @@ def estimate_step(
         zero=zero.seconds - min(sharding, matmul + elementwise),
         optimizer=(updated * OPTIMIZER_BYTES[passes] + parameters * gradients) / hardware.memory_bandwidth,
         idle=IDLE_SECONDS,
-        nvlink_bytes=sum(part.sent * (1 - part.outside) for part in (tensor, context, zero)),
-        infiniband_bytes=sum(part.sent * part.outside for part in (tensor, context, zero)),
+        nvlink_bytes=sum(part.sent * (1 - part.network_share) for part in (tensor, context, zero)),
+        infiniband_bytes=sum(part.sent * part.network_share for part in (tensor, context, zero)),
         tokens=config.training.global_batch * config.data.seq_length,
     )

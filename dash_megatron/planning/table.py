@@ -13,8 +13,9 @@ from dash_megatron.config import Config
 from dash_megatron.planning.baseline_times import NOTE
 from dash_megatron.planning.layout import Hardware
 from dash_megatron.planning.profile import Profile, read_profile
+from dash_megatron.planning.routing import Routing, effective_routing, shares_of_work
 from dash_megatron.planning.search import estimate_configured, search
-from dash_megatron.planning.step_time import Routing, StepEstimate, effective_routing, shares_of_work
+from dash_megatron.planning.step_time import StepEstimate
 
 COLUMNS = (
     "tensor", "context", "data", "ZeRO", "exchange", "recompute", "sequence", "GiB/GPU", "NVLink GB", "IB GB", "s/step",

@@ -127,8 +127,8 @@ def estimate_cost(
 
 
 def _modelled_hours(config: Config, vocab_size: int, density: float | None, assume: Assumptions) -> float:
+    from dash_megatron.planning.routing import Routing
     from dash_megatron.planning.search import estimate_configured
-    from dash_megatron.planning.step_time import Routing
 
     tree = config.model_dump()
     tree["model"]["vocab_size"] = vocab_size

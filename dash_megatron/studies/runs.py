@@ -19,7 +19,7 @@ from dash_megatron.config.loading import read_yaml, set_key
 from dash_megatron.data.vocabulary import vocabulary_rows
 from dash_megatron.evaluation.cli import check_arguments
 from dash_megatron.planning.baseline_times import density_of_lists
-from dash_megatron.planning.step_time import Routing
+from dash_megatron.planning.routing import Routing
 from dash_megatron.studies.cost import Cost, curriculum_context, estimate_cost, flops_per_token, mean_context
 from dash_megatron.studies.study_file import Branches, Budgets, Study, StudyError, settings_of_branches
 

@@ -12,8 +12,9 @@ from unittest import mock
 from dash_megatron.config import Config, load_config
 from dash_megatron.planning import step_time
 from dash_megatron.planning.layout import Hardware
+from dash_megatron.planning.routing import Routing
 from dash_megatron.planning.search import estimate_configured
-from dash_megatron.planning.step_time import Routing, StepEstimate
+from dash_megatron.planning.step_time import StepEstimate
 from dash_megatron.studies.runs import expand
 from dash_megatron.studies.study_file import load_study
 

@@ -4,8 +4,8 @@ from functools import cache
 from pathlib import Path
 
 from dash_megatron.config import load_config
+from dash_megatron.planning.routing import Routing
 from dash_megatron.planning.search import search
-from dash_megatron.planning.step_time import Routing
 
 ROOT = Path(__file__).parents[2]
 PAGE = " ".join((ROOT / "docs" / "recipe.md").read_text().split())

@@ -6,8 +6,8 @@ import pytest
 
 from dash_megatron.config import load_config
 from dash_megatron.planning import traffic
+from dash_megatron.planning.routing import Routing
 from dash_megatron.planning.search import search
-from dash_megatron.planning.step_time import Routing
 from docs.tools import scaling
 from docs.tools.scaling import Extent, fill_in, sparse_ratio
 

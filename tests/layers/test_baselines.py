@@ -11,7 +11,7 @@ from dash_megatron.config.flops import parameter_count, training_flops_per_token
 from dash_megatron.hf.export import export_run
 from dash_megatron.layers import DashCoreAttention, build_model, init_weights, routing_means
 from dash_megatron.layers.model import CORE_ATTENTION
-from dash_megatron.planning.step_time import Routing, effective_routing
+from dash_megatron.planning.routing import Routing, effective_routing
 from dash_megatron.training.metrics import read_metrics
 from tests.layers.test_gpt_model import VOCABULARY, config_of, cu_seqlens_of, positions_of, tokens_of
 from tests.training.test_global_batch import relative_error

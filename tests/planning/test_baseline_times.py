@@ -9,8 +9,9 @@ from dash_megatron.config import AttentionConfig, Config, config_from_dict, load
 from dash_megatron.planning import baseline_times
 from dash_megatron.planning.baseline_times import NOTE, baseline_seconds, share_of_pairs
 from dash_megatron.planning.kernel_times import AttentionWork, dash_stages
+from dash_megatron.planning.routing import Routing, effective_routing
 from dash_megatron.planning.search import configured_layout
-from dash_megatron.planning.step_time import Routing, StepEstimate, effective_routing, estimate_step
+from dash_megatron.planning.step_time import StepEstimate, estimate_step
 from dash_megatron.planning.table import plan
 
 CONFIG = Path(__file__).parents[2] / "configs" / "1b_16k.yaml"

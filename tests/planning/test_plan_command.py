@@ -9,8 +9,9 @@ import yaml
 
 from dash_megatron.__main__ import main
 from dash_megatron.config import load_config
+from dash_megatron.planning.routing import Routing
 from dash_megatron.planning.search import estimate_configured
-from dash_megatron.planning.step_time import Routing, StepEstimate
+from dash_megatron.planning.step_time import StepEstimate
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "8b_128k.yaml")

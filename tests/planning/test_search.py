@@ -12,6 +12,7 @@ from dash_megatron.config import Config, load_config
 from dash_megatron.planning import search as search_module
 from dash_megatron.planning.layout import Group, Hardware, Layout, Recompute, groups, with_layout
 from dash_megatron.planning.memory import MemoryUse, memory_use, rank_parameters
+from dash_megatron.planning.routing import Routing
 from dash_megatron.planning.search import (
     RECOMPUTE,
     candidates,
@@ -19,7 +20,7 @@ from dash_megatron.planning.search import (
     estimate_configured,
     search,
 )
-from dash_megatron.planning.step_time import Routing, StepEstimate, estimate_step
+from dash_megatron.planning.step_time import StepEstimate, estimate_step
 from docs.tools.measured_steps import measured_layouts, measured_steps
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -15,7 +15,7 @@ import yaml
 from dash_megatron.__main__ import main
 from dash_megatron.evaluation.cli import check_arguments
 from dash_megatron.planning.baseline_times import NOTE
-from dash_megatron.planning.step_time import Routing, effective_routing
+from dash_megatron.planning.routing import Routing, effective_routing
 from dash_megatron.studies import scores
 from dash_megatron.studies.collect import dense_twins
 from dash_megatron.studies.cost import mean_piece_context
