@@ -4,9 +4,12 @@ Alone, in `--processes N` on this machine, or under a launcher (srun, torchrun).
 """
 
 import argparse
+import atexit
+import contextlib
 import os
 import signal
 import sys
+from typing import NoReturn
 
 from dash_megatron.command_line import ending_with_reader, parse_with_overrides
 from dash_megatron.config import load_config
@@ -65,6 +68,15 @@ def tell_end(code: ExitCode, reason: str = "stopped as asked, and saved") -> Exi
     return code
 
 
+def leave(code: int) -> NoReturn:
+    """End the process now: on the long way out, with process groups still there, some had aborted, whose code is then 134."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # until the trainer notes it, Ctrl-C has nothing to save and ends without a stack
@@ -74,4 +86,6 @@ if __name__ == "__main__":
     except Exception:
         let_rank_0_print_error()
         raise
+    if status not in (ExitCode.DONE, ExitCode.REQUEUE):
+        leave(status)
     sys.exit(status)

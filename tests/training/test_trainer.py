@@ -190,6 +190,20 @@ def test_an_error_goes_to_standard_error_alone(config_file: str) -> None:
     assert not result.stdout
 
 
+def test_an_error_is_exit_code_2_even_where_python_would_abort_on_its_way_out(
+    config_file: str, tiny_config: dict[str, Any], tmp_path: Path
+) -> None:
+    # as threads of libraries do now and then, while process groups are left
+    late = "import os, sys\nclass Late:\n    def __del__(self, abort=os.abort):\n        abort()\nsys.late = Late()\n"
+    (tmp_path / "sitecustomize.py").write_text(late)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    result = start(["--config", config_file, "data.train=[/nowhere/train]"], PYTHONPATH=path)
+    assert result.returncode == 2, result.stderr
+    assert "error: /nowhere/train.idx does not exist" in result.stderr
+    assert Path(tiny_config["run_dir"]).is_dir()
+    assert not Path(tiny_config["run_dir"], "owner.json").exists()
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_training_learns_under_every_zero_stage(
     stage: int, tiny_config: dict[str, Any], run_processes: Any
