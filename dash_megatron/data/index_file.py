@@ -22,6 +22,8 @@ _HEADER_BYTES = len(_MAGIC) + _HEADER.size
 # Megatron's codes for the integer types that can hold token ids
 _DTYPES: dict[int, np.dtype] = {4: np.dtype(np.int32), 5: np.dtype(np.int64), 8: np.dtype(np.uint16)}
 _EDGE_BYTES = 1 << 20
+_DOCUMENTS_AT_ONCE = 1 << 20
+"""Of billions, places of so many are in memory."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,17 @@ def write_index(path: str | os.PathLike[str], lengths: np.ndarray, dtype: np.dty
         dtype: type of a token in the .bin file.
     """
     code = next(code for code, known in _DTYPES.items() if known == dtype)
-    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
     with open(path, "wb") as file:
         file.write(_MAGIC + _HEADER.pack(1, code, len(lengths), len(lengths) + 1))
-        file.write(lengths.astype(np.int32).tobytes())
-        file.write((ends - lengths.astype(np.int64) * dtype.itemsize).tobytes())
-        file.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
+        lengths.astype(np.int32, copy=False).tofile(file)
+        begin = 0
+        for first in range(0, len(lengths), _DOCUMENTS_AT_ONCE):
+            sizes = lengths[first : first + _DOCUMENTS_AT_ONCE].astype(np.int64) * dtype.itemsize
+            ends = begin + np.cumsum(sizes)
+            (ends - sizes).tofile(file)
+            begin = int(ends[-1])
+        for first in range(0, len(lengths) + 1, _DOCUMENTS_AT_ONCE):
+            np.arange(first, min(first + _DOCUMENTS_AT_ONCE, len(lengths) + 1), dtype=np.int64).tofile(file)
 
 
 def read_lengths(prefix: str | os.PathLike[str]) -> tuple[np.ndarray, np.dtype, int]:

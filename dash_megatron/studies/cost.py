@@ -33,6 +33,10 @@ class Cost:
         return 1 - self.gpu_hours / self.dense_gpu_hours
 
 
+_DOCUMENTS_AT_ONCE = 1 << 15
+"""Of billions, so many are in memory, and in the processor's cache."""
+
+
 def mean_piece_context(lengths: np.ndarray, seq_length: int) -> float:
     """Mean number of tokens that a token of packed documents may attend to, itself included.
 
@@ -44,12 +48,15 @@ def mean_piece_context(lengths: np.ndarray, seq_length: int) -> float:
         lengths: int [documents], tokens.
         seq_length: tokens of a sequence.
     """
-    longest = float(seq_length)
-    whole = lengths.astype(np.float64)
-    squares = np.where(
-        whole <= longest, whole**2 * (1 - whole / (3 * longest)), longest * whole - longest**2 / 3
-    )
-    return float((squares.sum() / whole.sum() + 1) / 2)
+    longest, squares, tokens = float(seq_length), 0.0, 0.0
+    for first in range(0, len(lengths), _DOCUMENTS_AT_ONCE):
+        whole = lengths[first : first + _DOCUMENTS_AT_ONCE].astype(np.float64)
+        pieces = np.where(
+            whole <= longest, whole**2 * (1 - whole / (3 * longest)), longest * whole - longest**2 / 3
+        )
+        squares += pieces.sum()
+        tokens += whole.sum()
+    return float((squares / tokens + 1) / 2)
 
 
 @functools.lru_cache

@@ -1,8 +1,11 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+from dash_megatron.data import index_file
 from dash_megatron.data.index_file import (
     check_bin_size,
     check_lengths,
@@ -12,8 +15,10 @@ from dash_megatron.data.index_file import (
 )
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 3, 9])
 @pytest.mark.parametrize("vocab_size", [4096, 1 << 16, (1 << 16) + 1])
-def test_the_index_equals_megatrons_byte_for_byte(tmp_path, vocab_size):
+def test_the_index_equals_megatrons_byte_for_byte(tmp_path, vocab_size, at_once, monkeypatch):
+    monkeypatch.setattr(index_file, "_DOCUMENTS_AT_ONCE", at_once)
     dtype = token_dtype(vocab_size)
     assert np.iinfo(dtype).max >= vocab_size - 1
     documents = [[1, 2, 3], [4], list(range(50))]
@@ -29,6 +34,16 @@ def test_the_index_equals_megatrons_byte_for_byte(tmp_path, vocab_size):
     )
     read = IndexedDataset(str(tmp_path / "ours"))
     assert [read[index].tolist() for index in range(len(read))] == documents
+
+
+def test_writing_an_index_takes_no_memory_for_each_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_file, "_DOCUMENTS_AT_ONCE", 1000)
+    lengths = np.ones(200_000, dtype=np.int32)
+    tracemalloc.start()
+    write_index(tmp_path / "data.idx", lengths, token_dtype(100))
+    assert tracemalloc.get_traced_memory()[1] < 200_000
+    tracemalloc.stop()
+    assert read_index(tmp_path / "data").tokens == 200_000
 
 
 def test_an_index_with_more_than_two_gigatokens_keeps_its_offsets(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dash_megatron.__main__ import main
 from dash_megatron.evaluation.cli import check_arguments
 from dash_megatron.planning.baseline_times import NOTE
 from dash_megatron.planning.routing import Routing, effective_routing
-from dash_megatron.studies import scores
+from dash_megatron.studies import cost, scores
 from dash_megatron.studies.collect import dense_twins
 from dash_megatron.studies.cost import mean_piece_context
 from dash_megatron.studies.plan import as_row
@@ -176,6 +177,16 @@ def test_mean_context_of_packed_documents_is_that_of_documents_laid_out() -> Non
     document = document[: len(document) // 100 * 100].reshape(-1, 100)
     seen = (document[:, None, :] == document[:, :, None]) & np.tri(100, dtype=bool)
     assert mean_piece_context(lengths, 100) == pytest.approx(seen.sum() / document.size, rel=0.01)
+
+
+def test_mean_context_takes_no_memory_for_each_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = np.random.default_rng(0).integers(1, 300, size=100_001, dtype=np.int32)
+    whole = mean_piece_context(lengths, 100)
+    monkeypatch.setattr(cost, "_DOCUMENTS_AT_ONCE", 1000)
+    tracemalloc.start()
+    assert mean_piece_context(lengths, 100) == pytest.approx(whole, rel=1e-12)
+    assert tracemalloc.get_traced_memory()[1] < 200_000
+    tracemalloc.stop()
 
 
 def test_a_curriculum_is_priced_by_the_context_of_its_steps(
