@@ -1,7 +1,7 @@
 """Which chunk and slot every token of a packed sequence occupies: chunks begin anew with every document.
 
 Chunks are numbered through the whole sequence, and a document's last chunk may leave slots empty. Letters: B batch, N tokens,
-H heads, c chunks, W slots per chunk, D head dim.
+H heads, c chunks, C slots per chunk, D head dim.
 """
 
 from __future__ import annotations
@@ -79,13 +79,13 @@ class ChunkGrid:
         )
 
     def filled(self) -> Tensor:
-        """Bool [c, W]: the slots that hold a token."""
+        """Bool [c, C]: the slots that hold a token."""
         filled = torch.zeros(self.num_chunks * self.num_slots, dtype=torch.bool, device=self.chunk_N.device)
         filled[self.chunk_N * self.num_slots + self.slot_N] = True
         return filled.view(self.num_chunks, self.num_slots)
 
     def spread(self, x_BNHD: Tensor) -> Tensor:
-        """Lay tokens out slot by slot, [B, H, c * W, D]. Empty slots hold something finite, which readers must mask."""
+        """Lay tokens out slot by slot, [B, H, c * C, D]. Empty slots hold something finite, which readers must mask."""
         B, N, H, D = x_BNHD.shape
         slots = self.num_chunks * self.num_slots
         if self.packed:
@@ -98,5 +98,5 @@ class ChunkGrid:
         return x_BNHD.transpose(1, 2).contiguous()
 
     def by_chunk(self, x_BHSD: Tensor) -> Tensor:
-        """Slots of whole chunks [B, H, chunks * W, D] as [B, H, chunks, W, D]."""
+        """Slots of whole chunks [B, H, chunks * C, D] as [B, H, chunks, C, D]."""
         return x_BHSD.unflatten(2, (-1, self.num_slots))

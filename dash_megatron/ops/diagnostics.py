@@ -1,6 +1,6 @@
 """What a DashAttention router does, measured at some of the queries: plain torch in float32, on any device, no gradient.
 
-Letters: N tokens, S sampled queries, H key/value heads, G query heads of one key/value head, c chunks, W slots per chunk,
+Letters: N tokens, S sampled queries, H key/value heads, G query heads of one key/value head, c chunks, C slots per chunk,
 D head dim, K buckets of positions. Chunks are numbered through the whole packed sequence.
 """
 
@@ -116,21 +116,21 @@ def _sample_tokens(position_N: Tensor, edges: tuple[int, ...], count: int) -> tu
     return token_S, bucket_N[token_S], torch.tensor(weights, device=token_S.device)[by_token]
 
 
-def _attention_by_chunk(q_SGD: Tensor, k_cWD: Tensor, bias_Sc: Tensor, hidden_ScW: Tensor) -> Tensor:
+def _attention_by_chunk(q_SGD: Tensor, k_cCD: Tensor, bias_Sc: Tensor, hidden_ScC: Tensor) -> Tensor:
     """Share [S, c] of each query's final attention, mean over the group, that chunks get."""
-    scores_SGcW = (q_SGD @ k_cWD.flatten(0, 1).mT).unflatten(-1, k_cWD.shape[:2])
-    scores_SGcW = scores_SGcW.masked_fill(hidden_ScW[:, None], -math.inf)
-    return (scores_SGcW.logsumexp(-1) + bias_Sc[:, None]).softmax(-1).mean(1)
+    scores_SGcC = (q_SGD @ k_cCD.flatten(0, 1).mT).unflatten(-1, k_cCD.shape[:2])
+    scores_SGcC = scores_SGcC.masked_fill(hidden_ScC[:, None], -math.inf)
+    return (scores_SGcC.logsumexp(-1) + bias_Sc[:, None]).softmax(-1).mean(1)
 
 
 def _measure(head: Head, block: SampleBlock) -> tuple[dict[str, Tensor], Tensor]:
     """`MEASURES` [S] of one key/value head, and counts [S, bins] of weights."""
-    q_SGD, k_cWD = head.queries(block.token_S), head.k_cWD[block.chunks]
+    q_SGD, k_cCD = head.queries(block.token_S), head.k_cCD[block.chunks]
     routed_Sc, always_Sc = block.places.masks(block.chunk_c, head.router.local_chunks)
     p_Sc = head.probabilities(block.token_S, routed_Sc, block.chunks)
     bias_Sc, selected_S = log_prior(p_Sc, always_Sc, head.router)
-    hidden_ScW = block.places.hidden(block.chunk_c, k_cWD.shape[1])
-    attention_Sc = _attention_by_chunk(q_SGD, k_cWD, bias_Sc, hidden_ScW)
+    hidden_ScC = block.places.hidden(block.chunk_c, k_cCD.shape[1])
+    attention_Sc = _attention_by_chunk(q_SGD, k_cCD, bias_Sc, hidden_ScC)
     own_share_S = attention_Sc.where(block.places.own(block.chunk_c), 0).sum(1)
     available_S = (routed_Sc | always_Sc).sum(1)
     counts = {

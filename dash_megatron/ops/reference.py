@@ -6,7 +6,7 @@ chunks and slots, and know nothing of documents: masks say what precedes a query
 shards of a sequence (`sharded_reference.py`), decoding (`decode_reference.py`) and measurements (`diagnostics.py`) are
 compositions of them.
 
-Letters: H key/value heads, G query heads per key/value head, T queries, c chunks, W slots per chunk, D head dim. Tensors may
+Letters: H key/value heads, G query heads per key/value head, T queries, c chunks, C slots per chunk, D head dim. Tensors may
 have a batch before these dimensions, of rows that are laid out alike.
 """
 
@@ -57,9 +57,9 @@ class QueryPositions(NamedTuple):
         return chunk_c == self.chunk_T[:, None]
 
     def hidden(self, chunk_c: Tensor, num_slots: int) -> Tensor:
-        """Bool [T, c, W]: the slots of the own chunk that come after the query, which causality hides."""
-        late_TW = torch.arange(num_slots, device=chunk_c.device) > self.slot_T[:, None]
-        return self.own(chunk_c)[..., None] & late_TW[:, None]
+        """Bool [T, c, C]: the slots of the own chunk that come after the query, which causality hides."""
+        late_TC = torch.arange(num_slots, device=chunk_c.device) > self.slot_T[:, None]
+        return self.own(chunk_c)[..., None] & late_TC[:, None]
 
 
 def products(q_HGTD: Tensor, x_HSD: Tensor) -> Tensor:
@@ -68,15 +68,15 @@ def products(q_HGTD: Tensor, x_HSD: Tensor) -> Tensor:
     return (q_HGTD.flatten(-3, -2) @ x_HSD.mT).unflatten(-2, q_HGTD.shape[-3:-1])
 
 
-def summarize(k_HcWD: Tensor, filled_cW: Tensor, summary_query_HD: Tensor) -> Tensor:
+def summarize(k_HcCD: Tensor, filled_cC: Tensor, summary_query_HD: Tensor) -> Tensor:
     """Summaries [..., H, c, D] of chunks: the mean of the keys under softmax weights from the learned query.
 
-    `filled_cW` (bool) tells which slots hold a token; what the others hold must be finite.
+    `filled_cC` (bool) tells which slots hold a token; what the others hold must be finite.
     """
-    score_HcW = torch.einsum("...hcwd,hd->...hcw", k_HcWD, summary_query_HD * k_HcWD.shape[-1] ** -0.5)
+    score_HcC = torch.einsum("...hcwd,hd->...hcw", k_HcCD, summary_query_HD * k_HcCD.shape[-1] ** -0.5)
     # the least number rather than -inf: a chunk without tokens has equal weights, not NaN
-    score_HcW = torch.where(filled_cW, score_HcW, torch.finfo(k_HcWD.dtype).min)
-    return (score_HcW.softmax(-1).unsqueeze(-2) @ k_HcWD).squeeze(-2)
+    score_HcC = torch.where(filled_cC, score_HcC, torch.finfo(k_HcCD.dtype).min)
+    return (score_HcC.softmax(-1).unsqueeze(-2) @ k_HcCD).squeeze(-2)
 
 
 def route(
@@ -130,22 +130,22 @@ def mean_log_p(log_p_HTc: Tensor, num_routed_HT: Tensor) -> Tensor:
     return log_p_HTc.detach().sum(-1, keepdim=True) / num_routed_HT.clamp_min(1).unsqueeze(-1)
 
 
-def attention_scores(q_HGTD: Tensor, k_HcWD: Tensor, bias_HTc: Tensor, hidden_TcW: Tensor) -> Tensor:
-    """Scores [..., H, G, T, c, W] of every slot, -inf where the query does not attend.
+def attention_scores(q_HGTD: Tensor, k_HcCD: Tensor, bias_HTc: Tensor, hidden_TcC: Tensor) -> Tensor:
+    """Scores [..., H, G, T, c, C] of every slot, -inf where the query does not attend.
 
-    `q_HGTD` is divided by sqrt(D) and `bias_HTc` is that of `route`. `hidden_TcW` (bool) hides slots of the last chunks: it
+    `q_HGTD` is divided by sqrt(D) and `bias_HTc` is that of `route`. `hidden_TcC` (bool) hides slots of the last chunks: it
     may have fewer chunks than there are keys of, because all slots of past chunks are filled.
     """
-    scores = products(q_HGTD, k_HcWD.flatten(-3, -2)).unflatten(-1, k_HcWD.shape[-3:-1])
+    scores = products(q_HGTD, k_HcCD.flatten(-3, -2)).unflatten(-1, k_HcCD.shape[-3:-1])
     scores = scores + bias_HTc[..., None, :, :, None]
     # the gradient is zero by itself where the weight is zero, so autograd need not see the mask
     with torch.no_grad():
-        scores[..., -hidden_TcW.shape[-2] :, :].masked_fill_(hidden_TcW, -math.inf)
+        scores[..., -hidden_TcC.shape[-2] :, :].masked_fill_(hidden_TcC, -math.inf)
     return scores
 
 
-def attend(q_HGTD: Tensor, k_HcWD: Tensor, v_HcWD: Tensor, bias_HTc: Tensor, hidden_TcW: Tensor) -> Tensor:
+def attend(q_HGTD: Tensor, k_HcCD: Tensor, v_HcCD: Tensor, bias_HTc: Tensor, hidden_TcC: Tensor) -> Tensor:
     """Softmax attention [..., H, G, T, D] to the values; the other arguments are those of `attention_scores`."""
-    scores = attention_scores(q_HGTD, k_HcWD, bias_HTc, hidden_TcW)
+    scores = attention_scores(q_HGTD, k_HcCD, bias_HTc, hidden_TcC)
     weights = scores.flatten(-2).flatten(-3, -2).softmax(-1)
-    return (weights @ v_HcWD.flatten(-3, -2)).unflatten(-2, q_HGTD.shape[-3:-1])
+    return (weights @ v_HcCD.flatten(-3, -2)).unflatten(-2, q_HGTD.shape[-3:-1])

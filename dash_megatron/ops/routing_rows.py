@@ -23,7 +23,7 @@ class Head(NamedTuple):
     q_NGD: Tensor
     routing_q_NGD: Tensor
     """The router's queries."""
-    k_cWD: Tensor
+    k_cCD: Tensor
     """Keys on the grid, float32."""
     summary_cD: Tensor
     router: Router
@@ -90,12 +90,12 @@ class Row(NamedTuple):
         """The key/value heads one by one, for memory."""
         for head in range(self.k_NHD.shape[1]):
             only = slice(head, head + 1)
-            k_1HcWD = routing_k_1HcWD = self._by_chunk(self.k_NHD[:, only])
+            k_1HcCD = routing_k_1HcCD = self._by_chunk(self.k_NHD[:, only])
             if self.routing_k_NHD is not self.k_NHD:
-                routing_k_1HcWD = self._by_chunk(self.routing_k_NHD[:, only])
-            summary_1HcD = summarize(routing_k_1HcWD, self.grid.filled(), summary_query[only].float())
+                routing_k_1HcCD = self._by_chunk(self.routing_k_NHD[:, only])
+            summary_1HcD = summarize(routing_k_1HcCD, self.grid.filled(), summary_query[only].float())
             queries = self.q_NHGD[:, head], self.routing_q_NHGD[:, head]
-            yield Head(*queries, k_1HcWD[0, 0], summary_1HcD[0, 0], router.of_heads(only), self.grid)
+            yield Head(*queries, k_1HcCD[0, 0], summary_1HcD[0, 0], router.of_heads(only), self.grid)
 
     def _by_chunk(self, k_NHD: Tensor) -> Tensor:
         return self.grid.by_chunk(self.grid.spread(k_NHD[None].float()))

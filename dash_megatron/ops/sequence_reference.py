@@ -55,8 +55,8 @@ def query_blocks(grid: ChunkGrid, num_tokens: int, rows_per_token: int) -> tuple
 def _attend_block(
     q_BHGTD: Tensor,
     routing_q_BHGTD: Tensor,
-    k_BHcWD: Tensor,
-    v_BHcWD: Tensor,
+    k_BHcCD: Tensor,
+    v_BHcCD: Tensor,
     summary_BHcD: Tensor,
     places: QueryPositions,
     block: QueryBlock,
@@ -67,8 +67,8 @@ def _attend_block(
     masks = places.masks(chunk_c, router.local_chunks)
     bias_BHTc, count_BHT = route(routing_q_BHGTD, summary_BHcD, *masks, router)
     # past chunks of a document are full, so what is hidden in the own chunk covers the empty slots too
-    hidden_TcW = places.hidden(chunk_c[block.own_chunk - block.first_chunk :], k_BHcWD.shape[-2])
-    return attend(q_BHGTD, k_BHcWD, v_BHcWD, bias_BHTc, hidden_TcW), count_BHT
+    hidden_TcC = places.hidden(chunk_c[block.own_chunk - block.first_chunk :], k_BHcCD.shape[-2])
+    return attend(q_BHGTD, k_BHcCD, v_BHcCD, bias_BHTc, hidden_TcC), count_BHT
 
 
 def _attend_sequence(

@@ -1,6 +1,6 @@
 """`study dispersion`: over how many chunks a router's probability spreads as context grows, by entmax and by softmax.
 
-Letters: S queries, G query heads that share chunks, c chunks, W tokens of a chunk, D head dim.
+Letters: S queries, G query heads that share chunks, c chunks, C tokens of a chunk, D head dim.
 """
 
 from __future__ import annotations
@@ -140,9 +140,9 @@ def _made_up(seed: int) -> Iterable[tuple[str, _Source]]:
     topic = normal(TOPICS, HEAD_DIM)
     summary_query = 0.1 * normal(HEAD_DIM)
     topic_c = torch.randint(TOPICS, (most,), generator=generator)
-    k_cWD = torch.stack([topic[chunk] + normal(CHUNK_SIZE, HEAD_DIM) for chunk in topic_c.tolist()])
-    filled_cW = torch.ones(most, CHUNK_SIZE, dtype=torch.bool)
-    summary_cD = summarize(k_cWD[None], filled_cW, summary_query[None])[0]
+    k_cCD = torch.stack([topic[chunk] + normal(CHUNK_SIZE, HEAD_DIM) for chunk in topic_c.tolist()])
+    filled_cC = torch.ones(most, CHUNK_SIZE, dtype=torch.bool)
+    summary_cD = summarize(k_cCD[None], filled_cC, summary_query[None])[0]
     wanted = torch.randint(TOPICS, (QUERIES,), generator=generator)
     q = topic[wanted, None] + 0.35 * normal(QUERIES, heads, HEAD_DIM)
     topics = q @ summary_cD.T / math.sqrt(HEAD_DIM)
@@ -182,9 +182,9 @@ def _scores_by_chunks(
     chunk_size = router.chunk_size
     num_tokens, num_heads = q.shape[1], k.shape[2]
     full = num_tokens // chunk_size
-    k_HcWD = k[0, : full * chunk_size].float().unflatten(0, (full, chunk_size)).permute(2, 0, 1, 3)
-    filled_cW = torch.ones(full, chunk_size, dtype=torch.bool, device=k.device)
-    summary_HcD = summarize(k_HcWD, filled_cW, w.float())
+    k_HcCD = k[0, : full * chunk_size].float().unflatten(0, (full, chunk_size)).permute(2, 0, 1, 3)
+    filled_cC = torch.ones(full, chunk_size, dtype=torch.bool, device=k.device)
+    summary_HcD = summarize(k_HcCD, filled_cC, w.float())
     q_NHGD = pool_queries(q, router.query_pool)[0].float().unflatten(1, (num_heads, -1))
     if router.pool_heads:
         q_NHGD = q_NHGD.mean(2, keepdim=True)

@@ -210,13 +210,13 @@ def test_summarize_route_and_attend_on_one_row_are_the_method():
     (q, k, v, w), _ = make_inputs(N=32)
     expected, routing = dash_attention(q, k, v, w, **with_defaults(return_routing=True))
     q_HGTD = q[0].unflatten(1, (2, 2)).permute(1, 2, 0, 3) / math.sqrt(8)
-    k_HcWD, v_HcWD = (x[0].transpose(0, 1).unflatten(1, (8, 4)) for x in (k, v))
+    k_HcCD, v_HcCD = (x[0].transpose(0, 1).unflatten(1, (8, 4)) for x in (k, v))
     token_T, chunk_c = torch.arange(32), torch.arange(8)
     places = reference.QueryPositions(token_T // 4, token_T % 4, torch.zeros(32, dtype=torch.int64))
     constants = {name: x for name, x in with_defaults().items() if name in Router._fields}
-    summary = reference.summarize(k_HcWD, torch.ones(8, 4, dtype=torch.bool), w)
+    summary = reference.summarize(k_HcCD, torch.ones(8, 4, dtype=torch.bool), w)
     bias, count = reference.route(q_HGTD, summary, *places.masks(chunk_c, 0), Router(**constants))
-    out = reference.attend(q_HGTD, k_HcWD, v_HcWD, bias, places.hidden(chunk_c, 4))
+    out = reference.attend(q_HGTD, k_HcCD, v_HcCD, bias, places.hidden(chunk_c, 4))
     assert_close(out.permute(2, 0, 1, 3).flatten(1, 2), expected[0], torch.float64)
     assert torch.equal(count.T, routing.chunks_selected[0])
 
