@@ -20,6 +20,7 @@ __all__ = [
     "line_widths",
     "plt",
     "save",
+    "save_with_legend",
     "tokens_axis",
 ]
 
@@ -60,6 +61,18 @@ def tokens_axis(axis: Any, places: Sequence[int]) -> None:
     crowded = len(places) > 6
     axis.set_xticks(places, [f"{place:,}" for place in places], rotation=45 if crowded else 0)
     axis.minorticks_off()
+
+
+def save_with_legend(figure: Any, path: Path, title: str) -> None:
+    """Write a figure of several panels, of constrained layout, with one legend below them, where it covers no line."""
+    handles: dict[str, Any] = {}
+    for axis in figure.axes:
+        handles |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False
+    )
+    figure.suptitle(title, fontsize=11)
+    save(figure, path)
 
 
 def save(figure: Any, path: Path, dpi: int = 110) -> Path:

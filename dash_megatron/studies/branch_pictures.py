@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dash_megatron.drawing import COLORS, GRID, line_style, plt, save, tokens_axis
+from dash_megatron.drawing import COLORS, GRID, line_style, plt, save_with_legend, tokens_axis
 from dash_megatron.studies.branches import TRAINING, ArmComparison, headline
 from dash_megatron.studies.paired import Ratio
 from dash_megatron.studies.study_file import Study
@@ -41,7 +41,9 @@ def draw_branches(study: Study, compared: list[ArmComparison], folder: Path) -> 
     for axis in figure.axes:
         tokens_axis(axis, sorted({each.measure.end for each in by_position if each.measure.end}))
         axis.set_xlabel("position in the document, up to (tokens)")
-    _save(figure, folder / "position.png", f"Loss against {reference}, by position in held-out documents")
+    save_with_legend(
+        figure, folder / "position.png", f"Loss against {reference}, by position in held-out documents"
+    )
     shown["position.png"] = (
         f"Loss on held-out documents against {reference}, by position in the document; below 0 is better. {_BAND}"
     )
@@ -52,7 +54,7 @@ def draw_branches(study: Study, compared: list[ArmComparison], folder: Path) -> 
         for axis in figure.axes:
             axis.set_xlabel("optimizer step of the branch")
             axis.set_xlim(left=0)
-        _save(figure, folder / "steps.png", f"Validation loss against {reference}, over training")
+        save_with_legend(figure, folder / "steps.png", f"Validation loss against {reference}, over training")
         shown["steps.png"] = (
             f"Validation loss against {reference} at the same step in the same order; below 0 is better. The last point "
             f"counts: before it the learning rate is high. {_BAND}"
@@ -61,7 +63,7 @@ def draw_branches(study: Study, compared: list[ArmComparison], folder: Path) -> 
     for evaluation in dict.fromkeys(each.measure.evaluation for each in scores):
         name = f"scores_{evaluation}.png"
         figure = _scores([each for each in scores if each.measure.evaluation == evaluation], styles)
-        _save(figure, folder / name, f"Scores by length of the prompt: {evaluation}")
+        save_with_legend(figure, folder / name, f"Scores by length of the prompt: {evaluation}")
         shown[name] = f"Scores of the tasks of `{evaluation}` by the length of prompt and answer. {_BAND}"
     return shown
 
@@ -143,15 +145,3 @@ def _line(
             high = [value + error for value, error in zip(middle, errors, strict=True)]
             axis.fill_between(at, low, high, color=color, alpha=0.15, lw=0)
         axis.errorbar(at, middle, yerr=errors, color=color, fmt="none", lw=0.8, capsize=2)
-
-
-def _save(figure: Any, path: Path, title: str) -> None:
-    handles: dict[str, Any] = {}
-    for axis in figure.axes:
-        handles |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-    # below the panels, where it covers no line
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False
-    )
-    figure.suptitle(title, fontsize=11)
-    save(figure, path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
 
-from dash_megatron.drawing import GRID, line_widths, plt, save, tokens_axis
+from dash_megatron.drawing import GRID, line_widths, plt, save_with_legend, tokens_axis
 from dash_megatron.evaluation.runner import RESULTS
 from dash_megatron.evaluation.settings import LOSS_TASKS
 
@@ -75,7 +75,9 @@ def draw_scores(
     columns = min(3, len(tasks))
     height = -(-len(tasks) // columns)
     size = (max(6, 4 * columns), 3.2 * height + 0.6)
-    figure, axes = plt.subplots(height, columns, figsize=size, squeeze=False, sharey=True)
+    figure, axes = plt.subplots(
+        height, columns, figsize=size, squeeze=False, sharey=True, layout="constrained"
+    )
     for axis in axes.flat[len(tasks) :]:
         axis.set_visible(False)
     for axis, task in zip(axes.flat, tasks, strict=False):
@@ -95,13 +97,7 @@ def draw_scores(
         axis.set_xlabel("tokens")
         axis.grid(alpha=GRID)
     axes[0][0].set_ylabel("loss (nats)" if of_text else "score")
-    handles: dict[str, Any] = {}
-    for axis in axes.flat:
-        handles |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.suptitle(f"{'Losses of text' if of_text else 'Scores of tasks'} by length", fontsize=11)
-    figure.tight_layout(rect=(0, 0.6 / size[1], 1, 1))
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, fontsize=8, frameon=False)
-    save(figure, path)
+    save_with_legend(figure, path, f"{'Losses of text' if of_text else 'Scores of tasks'} by length")
     what = (
         "Losses of text by the most tokens of it"
         if of_text

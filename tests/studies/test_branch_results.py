@@ -18,8 +18,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from dash_megatron import drawing
 from dash_megatron.__main__ import main
-from dash_megatron.studies import branch_pictures
 from dash_megatron.studies.paired import standard_error
 from dash_megatron.studies.submit import submit_studies
 from data_tools import make_retrieval, tokenize_corpus
@@ -253,9 +253,9 @@ def test_arms_side_by_side_stand_away_from_the_ends_of_the_picture(
     measured_study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures: dict[str, Any] = {}
-    save = branch_pictures.save
+    save = drawing.save
     monkeypatch.setattr(
-        branch_pictures,
+        drawing,
         "save",
         lambda figure, path: figures.update({path.name: figure}) or save(figure, path),
     )

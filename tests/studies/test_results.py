@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dash_megatron import drawing
 from dash_megatron.__main__ import main
-from dash_megatron.studies import pictures, scores
+from dash_megatron.studies import pictures
 from dash_megatron.studies.collect import collect, write_table
 from dash_megatron.studies.fit import fit_compute, fit_parametric, fit_study, frontier
 from dash_megatron.studies.study_file import load_study
@@ -142,7 +143,7 @@ def test_ticks_are_the_lengths_and_positions_that_were_measured(
         told[path.name] = [label.get_text() for label in figure.axes[0].get_xticklabels()]
 
     monkeypatch.setattr(pictures, "save", read_ticks)
-    monkeypatch.setattr(scores, "save", read_ticks)
+    monkeypatch.setattr(drawing, "save", read_ticks)
     study = load_study(path)
     pictures.draw_study(study, collect(study), {"variants": {}}, path.parent)
     pictures.plt.close("all")
