@@ -221,8 +221,10 @@ class AttentionConfig(Section):
             remedy = (
                 f"ask for more, or use attention.local_chunks={fitting}" if fitting >= 0 else "ask for more"
             )
+            # rounded up, as what a message names has to be accepted
+            at_least = math.ceil(1e4 * least(self.local_chunks)) / 1e4
             raise ValueError(
-                f"attention.target_density={self.target_density} must be at least {least(self.local_chunks):.3g} with "
+                f"attention.target_density={self.target_density} must be at least {at_least} with "
                 f"attention.local_chunks={self.local_chunks}: a document of data.seq_length={seq_length} tokens has {chunks} "
                 f"chunks, and each token attends to its own, to those before it that are always on, and to one that is "
                 f"selected; {remedy}"

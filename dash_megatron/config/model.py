@@ -134,9 +134,11 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if self.heads % self.kv_heads:
+            fitting = next(n for n in range(min(self.kv_heads, 1024), 0, -1) if self.heads % n == 0)
             raise ValueError(
                 f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}; "
-                f"{self.heads} = {self.heads // self.kv_heads} x {self.kv_heads} + {self.heads % self.kv_heads}"
+                f"{self.heads} = {self.heads // self.kv_heads} x {self.kv_heads} + {self.heads % self.kv_heads}; "
+                f"try model.kv_heads={fitting}"
             )
         if self.head_dim is None and self.hidden_size % self.heads:
             raise ValueError(
@@ -144,7 +146,13 @@ class ModelConfig(Section):
                 "when model.head_dim is null; set model.head_dim"
             )
         if self.channels_per_head % 2:
-            raise ValueError(f"model.head_dim={self.channels_per_head} must be even: RoPE rotates pairs")
+            where = (
+                "" if self.head_dim else f" = model.hidden_size={self.hidden_size} / model.heads={self.heads}"
+            )
+            raise ValueError(
+                f"model.head_dim={self.channels_per_head}{where} must be even: RoPE rotates pairs; try "
+                f"model.head_dim={self.channels_per_head + 1}"
+            )
         for name in ("short_factor", "long_factor"):
             factors = getattr(self.rope_scaling, name, None)
             if factors is not None and len(factors) != self.channels_per_head // 2:

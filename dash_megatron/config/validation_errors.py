@@ -56,7 +56,7 @@ def _explain(problem: dict[str, Any], root: type[BaseModel]) -> str:
         section = section_at(root, names[:-1])
         if root is not Config and section is not None:
             return f"{key} is not a known key; the keys are {', '.join(section.model_fields)}"
-        return f"{key}={value!r} is not a known key{_suggestion(names)}"
+        return f"{key}={value!r} is not a known key{_suggestion(names, value)}"
     examples = _examples(root, path)
     such_as = f"; write {' or '.join(examples)}" if examples else ""
     if kind == "missing" and isinstance(path[-1], int):
@@ -105,14 +105,24 @@ def _example(section: type[BaseModel]) -> str:
     return f"{name}={'NAME' if fields[name].annotation is str else '...'}"
 
 
-def _suggestion(path: list[str]) -> str:
-    """The nearest known key: beside the wrong one first, then anywhere."""
-    names = _known_keys()
-    moved = [name for name in names if name.split(".")[-1] == path[-1]]  # the right key, another section
-    siblings = [name for name in names if name.split(".")[:-1] == path[:-1]]
-    wrong = ".".join(path)
-    near = moved or difflib.get_close_matches(wrong, siblings) or difflib.get_close_matches(wrong, names)
-    return f"; did you mean {near[0]}?" if near else ""
+def _suggestion(path: list[str], value: Any) -> str:
+    """The nearest known key: the same one of another section, one of the same section, then any; else those of its section."""
+    *sections, wrong = path
+    names = {name: name.split(".") for name in _known_keys()}
+    siblings = [name for name, parts in names.items() if parts[:-1] == sections]
+    # what holds no keys was not meant as a section
+    others = [name for name in names if isinstance(value, dict) or section_at(Config, names[name]) is None]
+    moved = [name for name in others if names[name][-1] == wrong]
+    near = moved or _near(wrong, siblings, 0.55) or _near(wrong, others, 0.75)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; the keys of {'.'.join(sections) or 'the top level'} are {', '.join(names[name][-1] for name in siblings)}"
+
+
+def _near(wrong: str, names: list[str], alike: float) -> list[str]:
+    """Those of some known keys whose last part is spelled alike, the nearest first: sections alone make no key near."""
+    leaves = {name.rpartition(".")[2]: name for name in names}
+    return [leaves[leaf] for leaf in difflib.get_close_matches(wrong, leaves, cutoff=alike)]
 
 
 def _known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:

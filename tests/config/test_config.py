@@ -84,13 +84,31 @@ def test_configs_cannot_be_changed(path: Path) -> None:
         ("model={on: 3}", "model has the key True, which is not text and not a known key"),
         ("training.lr=3", "did you mean optimizer.lr?"),
         ("modle.layers=3", "did you mean model?"),
+        ("seed=3", "did you mean training.seed?"),
+        ("training.gradient_clip=1", "did you mean optimizer.grad_clip?"),
+        ("parallel.tensor_parallel=2", "did you mean parallel.tensor?"),
+        ("training.data.train=[x]", "did you mean data?"),
+        # what a run has no key for is no reason to guess one
+        (
+            "parallel.data=2",
+            "parallel.data=2 is not a known key; the keys of parallel are tensor, sequence, context, context_comm; see",
+        ),
+        ("training.warmup=3", "the keys of training are steps, global_batch, micro_batch, precision, seed"),
+        (
+            "typo=3",
+            "typo=3 is not a known key; the keys of the top level are run_dir, model, attention, data,",
+        ),
         ("model.layers=three", "model.layers='three'"),
         ("data.train=/data/web", "data.train='/data/web' must be a list: write data.train=[/data/web]"),
         ("data.train=", "data.train=None must be a list: write data.train=[...]"),
         ("evaluation.tasks=needle,copy", "must be a list: write evaluation.tasks=[needle,copy]"),
-        ("model.kv_heads=3", "model.heads=4 must be a multiple of model.kv_heads=3; 4 = 1 x 3 + 1"),
+        (
+            "model.kv_heads=3",
+            "model.heads=4 must be a multiple of model.kv_heads=3; 4 = 1 x 3 + 1; try model.kv_heads=2",
+        ),
         ("model.hidden_size=66", "model.hidden_size=66 must be a multiple of model.heads=4"),
-        ("model.head_dim=15", "model.head_dim=15 must be even"),
+        ("model.head_dim=15", "model.head_dim=15 must be even: RoPE rotates pairs; try model.head_dim=16"),
+        ("model.hidden_size=60", "model.head_dim=15 = model.hidden_size=60 / model.heads=4 must be even"),
         ("attention.alpha=1.0", "attention.alpha=1.0"),
         ("attention.chunk_size=48", "attention.chunk_size=48"),
         ("attention.kind=sparse", "attention.kind='sparse'"),
@@ -294,14 +312,16 @@ def test_a_density_below_what_is_always_on_is_an_error_that_says_what_fits(path:
         f"{{0: 1.0, 9: {always - 1e-3}}}",
     ):
         with pytest.raises(
-            ConfigError, match=r"at least 0\.335 with attention\.local_chunks=4.*local_chunks=3"
+            ConfigError, match=r"at least 0\.3353 with attention\.local_chunks=4.*local_chunks=3"
         ):
             load_config(path, [*known, f"attention.target_density={target}"])
     assert (
         load_config(path, [*known, f"attention.target_density={always + 1e-3}"]).attention.local_chunks == 4
     )
-    with pytest.raises(ConfigError, match=r"must be at least 0\.335 .* one that is selected; ask for more$"):
+    with pytest.raises(ConfigError, match=r"must be at least 0\.3353 .* one that is selected; ask for more$"):
         load_config(path, [*known, "attention.target_density=0.01"])  # as no number of them makes it fit
+    # the least that a message names is accepted
+    assert load_config(path, [*known, "attention.target_density=0.3353"]).attention.target_density == 0.3353
     # at once, however many chunks there are
     many = ["data.seq_length=2147483647", "attention.local_chunks=20000000"]
     with pytest.raises(ConfigError, match=r"use attention\.local_chunks=1721900$"):
