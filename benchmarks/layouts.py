@@ -38,7 +38,7 @@ from dash_megatron.command_line import ending_with_reader, parse_with_overrides
 from dash_megatron.config import Config, load_config
 from dash_megatron.launcher import launch
 from dash_megatron.planning.layout import Hardware, Layout
-from dash_megatron.planning.routing import Routing
+from dash_megatron.planning.routing import AssumedRouting
 from dash_megatron.planning.search import configured_layout, estimate_configured, search
 from dash_megatron.planning.table import table
 
@@ -165,7 +165,7 @@ def _layouts(config: str, kind: str, options: argparse.Namespace) -> list[tuple[
         return found + [(options.gpus, layout) for layout in options.layout]
     try:
         loaded = load_config(config, _overrides(kind, options))
-        routing = Routing(density=options.density)
+        routing = AssumedRouting(density=options.density)
         best = search(loaded, options.gpus, routing, Hardware.of(options.gpu))[: options.top]
     except ValueError as error:
         print(f"no plan for {config}, {kind}: {error}", flush=True)
@@ -213,7 +213,7 @@ def _measure(
     found = _in_processes(case, options.output / f"{name}.json", options.launcher)
     if "error" in found:
         return found
-    routing = Routing(density=found["density"], peak_density=found["density"])
+    routing = AssumedRouting(density=found["density"], peak_density=found["density"])
     estimate = estimate_configured(loaded, gpus, routing, hardware)
     planned = estimate.memory.total / 2**30 - hardware.reserved_gib
     memory = found["memory_gib"]

@@ -73,7 +73,7 @@ def _plan(options: argparse.Namespace) -> None:
     # imported late, so that --help is fast
     from dash_megatron.config import load_config
     from dash_megatron.planning.layout import Hardware
-    from dash_megatron.planning.routing import Routing
+    from dash_megatron.planning.routing import AssumedRouting
     from dash_megatron.planning.table import plan
 
     if options.listed is not None:
@@ -87,8 +87,8 @@ def _plan(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     density = options.density
     if density is None:
-        density = config.attention.final_density(config.model.layers) or Routing.density
-    routing = Routing(
+        density = config.attention.final_density(config.model.layers) or AssumedRouting.density
+    routing = AssumedRouting(
         density=density,
         peak_density=options.peak_density,
         locality=options.locality,

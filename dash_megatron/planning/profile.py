@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dash_megatron.config import load_config
 from dash_megatron.planning.layout import Hardware
-from dash_megatron.planning.routing import Routing
+from dash_megatron.planning.routing import AssumedRouting
 from dash_megatron.planning.search import estimate_configured
 
 # The first logged line has compilation in it.
@@ -53,7 +53,7 @@ class Profile:
 def read_profile(run_dir: str | Path, hardware: Hardware) -> Profile:
     """Compare a run with its model.
 
-    Time is the median over the logged lines but the first; density their mean; the rest of routing as `Routing` assumes.
+    Time is the median over the logged lines but the first; density their mean; the rest of routing as `AssumedRouting` assumes.
 
     Args:
         run_dir: a run of `train.py` that has logged some lines, with `model.vocab_size` in its config.
@@ -76,7 +76,7 @@ def read_profile(run_dir: str | Path, hardware: Hardware) -> Profile:
     processes, lines = lines[-1]["processes"], lines[1:]
     densities = [line["density"] for line in lines if line["density"] is not None]
     density = statistics.fmean(densities) if densities else None
-    routing = Routing() if density is None else Routing(density=density, peak_density=density)
+    routing = AssumedRouting() if density is None else AssumedRouting(density=density, peak_density=density)
     estimate = estimate_configured(config, processes, routing, hardware)
     tokens = config.training.global_batch * config.data.seq_length
     use = estimate.memory

@@ -14,7 +14,7 @@ from dash_megatron.planning.layout import Layout
 
 
 @dataclass(frozen=True)
-class Routing:
+class AssumedRouting:
     """What the router does, as far as time depends on it."""
 
     density: float = 0.1
@@ -43,7 +43,7 @@ class Routing:
         check_choices(self.choices)
 
 
-def effective_routing(config: Config, routing: Routing) -> Routing:
+def effective_routing(config: Config, routing: AssumedRouting) -> AssumedRouting:
     """The routing given, with the density that `attention.kind` fixes if it does."""
     if not config.attention.fixed_lists:
         return routing
@@ -51,14 +51,14 @@ def effective_routing(config: Config, routing: Routing) -> Routing:
     return dataclasses.replace(routing, density=density, peak_density=density)
 
 
-def sent_coverage(config: Config, layout: Layout, routing: Routing) -> float:
+def sent_coverage(config: Config, layout: Layout, routing: AssumedRouting) -> float:
     """Share of its chunks that the busiest rank sends to each peer under `sparse`: the last ranks' chunks all lie in
     every peer's past, so nothing but selection saves there."""
     tokens = config.data.seq_length // layout.context
     return coverage_of_topics(routing.density, routing.locality, tokens / routing.run_tokens)
 
 
-def shares_of_work(config: Config, routing: Routing, density: float) -> Shares:
+def shares_of_work(config: Config, routing: AssumedRouting, density: float) -> Shares:
     """What is selected and visited at a density, of all pairs of a token and a chunk up to its own."""
     model = config.model
     return shares_of_pairs(

@@ -10,7 +10,7 @@ from itertools import product
 from dash_megatron.config import Config
 from dash_megatron.data.vocabulary import vocabulary_rows
 from dash_megatron.planning.layout import Hardware, Layout, Recompute, with_layout
-from dash_megatron.planning.routing import Routing
+from dash_megatron.planning.routing import AssumedRouting
 from dash_megatron.planning.step_time import StepEstimate, estimate_step
 from dash_megatron.planning.traffic import ContextComm
 
@@ -37,7 +37,7 @@ def configured_layout(config: Config, gpus: int) -> Layout:
 
 
 def estimate_configured(
-    config: Config, gpus: int, routing: Routing | None = None, hardware: Hardware | None = None
+    config: Config, gpus: int, routing: AssumedRouting | None = None, hardware: Hardware | None = None
 ) -> StepEstimate:
     """The step of the layout a config asks for, whether or not it fits into memory.
 
@@ -67,7 +67,7 @@ def candidates(config: Config, gpus: int, hardware: Hardware) -> Iterator[Layout
 
 
 def search(
-    config: Config, gpus: int, routing: Routing | None = None, hardware: Hardware | None = None
+    config: Config, gpus: int, routing: AssumedRouting | None = None, hardware: Hardware | None = None
 ) -> list[StepEstimate]:
     """Every layout that breaks no rule and fits into memory, most tokens/s per GPU first; ties go to less memory.
 

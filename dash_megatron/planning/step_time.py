@@ -22,7 +22,7 @@ from dash_megatron.planning.memory import (
     micro_batches,
     rank_parameters,
 )
-from dash_megatron.planning.routing import Routing, effective_routing, shares_of_work
+from dash_megatron.planning.routing import AssumedRouting, effective_routing, shares_of_work
 from dash_megatron.planning.traffic import exchange_copies
 from dash_megatron.planning.transfers import context_transfer, tensor_transfer, zero_transfer
 from dash_megatron.planning.workspaces import lists_are_counted
@@ -111,7 +111,9 @@ class StepEstimate:
         return PARTS[max(parts, key=parts.__getitem__)]
 
 
-def _attention(config: Config, layout: Layout, routing: Routing, hardware: Hardware) -> AttentionSeconds:
+def _attention(
+    config: Config, layout: Layout, routing: AssumedRouting, hardware: Hardware
+) -> AttentionSeconds:
     """One micro-batch, all layers of one rank, without recomputation."""
     model, length = config.model, config.data.seq_length
     batch, context = config.training.micro_batch, layout.context
@@ -188,7 +190,7 @@ def estimate_step(
     config: Config,
     layout: Layout,
     vocab_size: int,
-    routing: Routing | None = None,
+    routing: AssumedRouting | None = None,
     hardware: Hardware | None = None,
 ) -> StepEstimate:
     """Memory, bytes and time of one optimizer step.
@@ -203,7 +205,7 @@ def estimate_step(
     Returns:
         The estimate. Memory is that of the run's peak density.
     """
-    routing, hardware = effective_routing(config, routing or Routing()), hardware or Hardware()
+    routing, hardware = effective_routing(config, routing or AssumedRouting()), hardware or Hardware()
     batches = micro_batches(config, layout)
     of = groups(layout, hardware)
     parameters = rank_parameters(config, layout, vocab_size)

@@ -13,7 +13,7 @@ from dash_megatron.config import Config
 from dash_megatron.planning.baseline_times import NOTE
 from dash_megatron.planning.layout import Hardware
 from dash_megatron.planning.profile import Profile, read_profile
-from dash_megatron.planning.routing import Routing, effective_routing, shares_of_work
+from dash_megatron.planning.routing import AssumedRouting, effective_routing, shares_of_work
 from dash_megatron.planning.search import estimate_configured, search
 from dash_megatron.planning.step_time import StepEstimate
 
@@ -32,7 +32,7 @@ class Plan:
     """What the plan is called: the config's path."""
     config: Config
     gpus: int
-    routing: Routing
+    routing: AssumedRouting
     hardware: Hardware
     price: float
     """Price of one GPU for an hour."""
@@ -108,7 +108,7 @@ def plan(
     name: str,
     config: Config,
     gpus: int,
-    routing: Routing | None = None,
+    routing: AssumedRouting | None = None,
     hardware: Hardware | None = None,
     price: float = 3.0,
     profile: str | None = None,
@@ -136,7 +136,7 @@ def plan(
         hardware = dataclasses.replace(
             hardware.slowed(measured.factor), activation_factor=measured.activation_factor
         )
-    routing = effective_routing(config, routing or Routing())
+    routing = effective_routing(config, routing or AssumedRouting())
     found = search(config, gpus, routing, hardware)
     own: StepEstimate | None = None
     problem = ""

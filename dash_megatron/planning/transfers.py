@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dash_megatron.config import Config
 from dash_megatron.planning.layout import Group, Hardware, Layout
 from dash_megatron.planning.memory import BUCKET_ELEMENTS, context_shape, first_products
-from dash_megatron.planning.routing import Routing, sent_coverage
+from dash_megatron.planning.routing import AssumedRouting, sent_coverage
 from dash_megatron.planning.traffic import (
     PassBytes,
     context_exchange,
@@ -70,7 +70,7 @@ def _halo_queries(config: Config, layout: Layout) -> int:
 
 
 def context_transfer(
-    config: Config, layout: Layout, routing: Routing, group: Group, hardware: Hardware, batches: int
+    config: Config, layout: Layout, routing: AssumedRouting, group: Group, hardware: Hardware, batches: int
 ) -> Transfer:
     """What context ranks exchange in each layer; arguments are those of `tensor_transfer`, and what the router does."""
     shape = context_shape(config, layout)

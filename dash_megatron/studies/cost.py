@@ -134,12 +134,14 @@ def estimate_cost(
 
 
 def _modelled_hours(config: Config, vocab_size: int, density: float | None, assume: Assumptions) -> float:
-    from dash_megatron.planning.routing import Routing
+    from dash_megatron.planning.routing import AssumedRouting
     from dash_megatron.planning.search import estimate_configured
 
     tree = config.model_dump()
     tree["model"]["vocab_size"] = vocab_size
     if density is None:
         tree["attention"] = {"kind": "full"}
-    step = estimate_configured(Config.model_validate(tree), assume.gpus, Routing(density=density or 1.0))
+    step = estimate_configured(
+        Config.model_validate(tree), assume.gpus, AssumedRouting(density=density or 1.0)
+    )
     return step.seconds * config.training.steps * assume.gpus / 3600

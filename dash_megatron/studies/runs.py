@@ -19,7 +19,7 @@ from dash_megatron.config.loading import read_yaml, set_key
 from dash_megatron.data.vocabulary import vocabulary_rows
 from dash_megatron.evaluation.cli import check_arguments
 from dash_megatron.planning.baseline_times import density_of_lists
-from dash_megatron.planning.routing import Routing
+from dash_megatron.planning.routing import AssumedRouting
 from dash_megatron.studies.cost import Cost, curriculum_context, estimate_cost, flops_per_token, mean_context
 from dash_megatron.studies.study_file import Branches, Budgets, Study, StudyError, settings_of_branches
 
@@ -291,7 +291,7 @@ def _density(study: Study, recipe: _Recipe, config: Config, context: float) -> f
         return density_of_lists(config.attention, context)
     value = {**study.overrides, **recipe.settings}.get(_DENSITY, study.assume.density)
     if value is None:
-        value = config.attention.final_density(config.model.layers) or Routing.density
+        value = config.attention.final_density(config.model.layers) or AssumedRouting.density
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise StudyError(f"{_DENSITY}={value!r} must lie in (0, 1], such as 0.25")
     return float(value)

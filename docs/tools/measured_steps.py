@@ -12,7 +12,7 @@ from unittest import mock
 from dash_megatron.config import Config, load_config
 from dash_megatron.planning import step_time
 from dash_megatron.planning.layout import Hardware
-from dash_megatron.planning.routing import Routing
+from dash_megatron.planning.routing import AssumedRouting
 from dash_megatron.planning.search import estimate_configured
 from dash_megatron.planning.step_time import StepEstimate
 from dash_megatron.studies.runs import expand
@@ -39,7 +39,7 @@ class MeasuredStep(NamedTuple):
     name: str
     gpu: str
     config: Config
-    routing: Routing
+    routing: AssumedRouting
     seconds: float
     gib: float | None
     """Peak of torch's allocations; None: not noted, or of lists that had room for documents as long as a micro-batch."""
@@ -74,7 +74,7 @@ def _of_results(name: str) -> Iterator[MeasuredStep]:
         density = float(row["density"])
         keys = ["attention.target_density=null", *row["overrides"].split()]
         yield MeasuredStep(
-            row["step"], "H200", load_config(ROOT / row["config"], keys), Routing(density, density),
+            row["step"], "H200", load_config(ROOT / row["config"], keys), AssumedRouting(density, density),
             float(row["seconds"]), float(row["peak_gib"]), int(row.get("gpus", 1)),
         )  # fmt: skip
 
@@ -88,11 +88,11 @@ def measured_steps() -> list[MeasuredStep]:
         "model.ffn_hidden_size=3072", "model.vocab_size=16384", "training.global_batch=4", "training.micro_batch=4",
         "training.recompute=none",
     )  # fmt: skip
-    whole, lists = Routing(), Routing(density=0.115, choices=4.54)
+    whole, lists = AssumedRouting(), AssumedRouting(density=0.115, choices=4.54)
     rows = "8 x 16K in one micro-batch"
     return [
         *_of_results("training_steps.csv"),
-        MeasuredStep("210M by the recipe, 4 x 16K in one micro-batch, 24% selected", "H200", _of_file("60m_16k", *medium), Routing(density=0.238), 0.414, None, passes=UNFUSED),
+        MeasuredStep("210M by the recipe, 4 x 16K in one micro-batch, 24% selected", "H200", _of_file("60m_16k", *medium), AssumedRouting(density=0.238), 0.414, None, passes=UNFUSED),
         MeasuredStep(f"62M, one query a token, {rows}, 12% selected, 52% visited", "H200", runs["dash_25"], lists, 0.192, None, passes=UNFUSED),
         MeasuredStep("62M, full attention, the same", "H100", runs["full"], whole, 0.266, 20.7, passes=UNFUSED),
         MeasuredStep("62M, InfLLMv2 at 25% of the chunks, the same", "H100", runs["infllmv2_25"], lists, 0.244, 22.4, passes=UNFUSED),

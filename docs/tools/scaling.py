@@ -19,7 +19,7 @@ from dash_megatron.config import Config, load_config
 from dash_megatron.planning.choices import Choices
 from dash_megatron.planning.coverage import coverage_of_topics
 from dash_megatron.planning.kernel_times import dash_seconds, dense_seconds, stage_rates
-from dash_megatron.planning.routing import Routing
+from dash_megatron.planning.routing import AssumedRouting
 from dash_megatron.planning.search import EXCHANGES, search
 from dash_megatron.planning.step_time import StepEstimate
 from dash_megatron.planning.table import COLUMNS, row
@@ -81,7 +81,7 @@ def best(length: str, gpus: int, density: float, router: str = TRAINED) -> StepE
     """The fastest layout with one of `ROUTERS`, or with full attention; None where nothing fits or divides."""
     keys, choices = ROUTERS.get(router, (("attention.kind=full",), "trained"))
     try:
-        return search(config_of(length, keys), gpus, Routing(density=density, choices=choices))[0]
+        return search(config_of(length, keys), gpus, AssumedRouting(density=density, choices=choices))[0]
     except ValueError:
         return None
 

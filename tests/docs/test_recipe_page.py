@@ -4,7 +4,7 @@ from functools import cache
 from pathlib import Path
 
 from dash_megatron.config import load_config
-from dash_megatron.planning.routing import Routing
+from dash_megatron.planning.routing import AssumedRouting
 from dash_megatron.planning.search import search
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +21,7 @@ CHUNKS_OF_64 = ("attention.chunk_size=64", "attention.local_chunks=2")
 def speed(model: str, *keys: str) -> float:
     """tokens/s/GPU of the fastest layout on 32 H200s, at the density that the recipe takes."""
     config = load_config(ROOT / "configs" / f"{model}.yaml", keys)
-    return search(config, 32, Routing(density=0.25))[0].tokens_per_second_per_gpu
+    return search(config, 32, AssumedRouting(density=0.25))[0].tokens_per_second_per_gpu
 
 
 def before_full(*keys: str) -> str:

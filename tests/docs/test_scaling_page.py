@@ -6,7 +6,7 @@ import pytest
 
 from dash_megatron.config import load_config
 from dash_megatron.planning import traffic
-from dash_megatron.planning.routing import Routing
+from dash_megatron.planning.routing import AssumedRouting
 from dash_megatron.planning.search import search
 from docs.tools import scaling
 from docs.tools.scaling import Extent, fill_in, sparse_ratio
@@ -36,7 +36,7 @@ def test_parallelism_tells_what_sums_in_float32_cost_in_the_model(monkeypatch: p
         speeds = []
         for gradient_bytes in (2, 4):
             monkeypatch.setattr(traffic, "FLOAT32_BYTES", gradient_bytes)
-            speeds.append(search(config, gpus, Routing(density=0.1))[0].tokens_per_second_per_gpu)
+            speeds.append(search(config, gpus, AssumedRouting(density=0.1))[0].tokens_per_second_per_gpu)
         return f"{1 - speeds[1] / speeds[0]:.1%}"
 
     page = " ".join((ROOT / "docs" / "parallelism.md").read_text().split())

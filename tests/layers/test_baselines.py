@@ -11,7 +11,7 @@ from dash_megatron.config.flops import parameter_count, training_flops_per_token
 from dash_megatron.hf.export import export_run
 from dash_megatron.layers import DashCoreAttention, build_model, init_weights, routing_means
 from dash_megatron.layers.model import CORE_ATTENTION
-from dash_megatron.planning.routing import Routing, effective_routing
+from dash_megatron.planning.routing import AssumedRouting, effective_routing
 from dash_megatron.training.metrics import read_metrics
 from tests.layers.test_gpt_model import VOCABULARY, config_of, cu_seqlens_of, positions_of, tokens_of
 from tests.training.test_global_batch import relative_error
@@ -62,7 +62,7 @@ def test_layers_report_the_density_of_their_lists(kind: str) -> None:
     # of 8 chunks own, first and best, and for nsa the one before, which may be the best
     least, most = (sum(min(c, listed) for c in range(1, 9)) / 36 for listed in (3, 4))
     assert least < found <= most if kind == "nsa" else found == pytest.approx(least)
-    planned = effective_routing(config, Routing(density=0.9)).density
+    planned = effective_routing(config, AssumedRouting(density=0.9)).density
     assert planned == pytest.approx(most if kind == "nsa" else least)
 
 
@@ -142,7 +142,7 @@ def test_operations_count_what_each_baseline_reads() -> None:
 
 
 def test_a_plan_takes_the_density_that_the_baseline_fixes() -> None:
-    given = Routing(density=0.9)
+    given = AssumedRouting(density=0.9)
     assert effective_routing(config_of(), given) == given
     found = effective_routing(baseline_of("infllmv2"), given)
     assert found.density == found.peak_density == pytest.approx((1 + 2 + 6 * 3) / 36)

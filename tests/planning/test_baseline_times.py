@@ -9,7 +9,7 @@ from dash_megatron.config import AttentionConfig, Config, config_from_dict, load
 from dash_megatron.planning import baseline_times
 from dash_megatron.planning.baseline_times import NOTE, baseline_seconds, share_of_pairs
 from dash_megatron.planning.kernel_times import AttentionWork, dash_stages
-from dash_megatron.planning.routing import Routing, effective_routing
+from dash_megatron.planning.routing import AssumedRouting, effective_routing
 from dash_megatron.planning.search import configured_layout
 from dash_megatron.planning.step_time import StepEstimate, estimate_step
 from dash_megatron.planning.table import plan
@@ -44,7 +44,7 @@ def run_of(kind: str, length: int = TOKENS, **keys: int) -> Config:
 
 def step(kind: str, length: int = TOKENS, density: float = 0.1, **keys: int) -> StepEstimate:
     config = run_of(kind, length, **keys)
-    return estimate_step(config, configured_layout(config, 8), 128256, Routing(density=density))
+    return estimate_step(config, configured_layout(config, 8), 128256, AssumedRouting(density=density))
 
 
 def test_a_fixed_list_is_whole_where_the_document_begins() -> None:
@@ -75,7 +75,7 @@ def test_denser_pooled_keys_cost_more() -> None:
 
 def test_a_step_of_a_baseline_has_the_density_of_its_lists() -> None:
     for kind, chunks in (("infllmv2", 1 + 8 + 16), ("nsa", 1 + 16 + 9)):
-        routing = effective_routing(run_of(kind), Routing(density=0.5))
+        routing = effective_routing(run_of(kind), AssumedRouting(density=0.5))
         assert routing.density == routing.peak_density == share_of_pairs(CHUNKS, chunks)
         assert step(kind, density=0.1) == step(kind, density=0.9)
         assert step(kind, top_k=64).attention > step(kind, top_k=16).attention

@@ -9,7 +9,7 @@ import yaml
 
 from dash_megatron.__main__ import main
 from dash_megatron.config import load_config
-from dash_megatron.planning.routing import Routing
+from dash_megatron.planning.routing import AssumedRouting
 from dash_megatron.planning.search import estimate_configured
 from dash_megatron.planning.step_time import StepEstimate
 
@@ -186,7 +186,7 @@ def test_a_profile_corrects_compute_by_how_long_its_steps_took(
 ) -> None:
     config = load_config(CONFIG, ["training.global_batch=8"])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    modelled = estimate_configured(config, 8, Routing(density=0.25, peak_density=0.25)).seconds
+    modelled = estimate_configured(config, 8, AssumedRouting(density=0.25, peak_density=0.25)).seconds
     rate = config.training.global_batch * config.data.seq_length / modelled
     lines = [
         {"step": step, "tokens_per_second": rate / slow, "density": 0.25, "processes": 8}

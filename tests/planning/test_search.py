@@ -12,7 +12,7 @@ from dash_megatron.config import Config, load_config
 from dash_megatron.planning import search as search_module
 from dash_megatron.planning.layout import Group, Hardware, Layout, Recompute, groups, with_layout
 from dash_megatron.planning.memory import MemoryUse, memory_use, rank_parameters
-from dash_megatron.planning.routing import Routing
+from dash_megatron.planning.routing import AssumedRouting
 from dash_megatron.planning.search import (
     RECOMPUTE,
     candidates,
@@ -136,7 +136,7 @@ def test_less_memory_leaves_fewer_layouts_and_at_last_none(config: Config) -> No
 def test_less_density_is_never_slower(config: Config) -> None:
     for layout in list(candidates(config, 64, Hardware()))[::17]:
         seconds = [
-            estimate_step(config, layout, 128256, Routing(density=density)).seconds
+            estimate_step(config, layout, 128256, AssumedRouting(density=density)).seconds
             for density in (0.02, 0.1, 0.5, 1.0)
         ]
         # a ring that attention hides takes the same time at any density, up to rounding
@@ -159,14 +159,14 @@ def test_full_attention_is_slower_at_long_lengths_and_exchanges_heads() -> None:
     found = search(load_config(CONFIGS / "8b_128k.yaml", ["attention.kind=full"]), 64)
     assert {estimate.layout.context_comm for estimate in found if estimate.layout.context > 1} == {"a2a"}
     for choices, faster in (("runs", 2.0), ("trained", 1.5)):
-        sparse = search(load_config(CONFIGS / "8b_128k.yaml"), 64, Routing(choices=choices))
+        sparse = search(load_config(CONFIGS / "8b_128k.yaml"), 64, AssumedRouting(choices=choices))
         assert found[0].seconds > faster * sparse[0].seconds
 
 
 def test_a_denser_rank_delays_all_and_locality_only_matters_to_sparse(config: Config) -> None:
     def estimated(kind: str, **routing: float) -> StepEstimate:
         layout = replace(LAYOUT, tensor=1, data=8, context_comm=kind)
-        return estimate_step(config, layout, 128256, Routing(**routing))
+        return estimate_step(config, layout, 128256, AssumedRouting(**routing))
 
     def step(kind: str, **routing: float) -> float:
         return estimated(kind, **routing).seconds
@@ -187,7 +187,7 @@ def test_means_of_queries_cost_bytes_and_memory_and_local_chunks_pairs(config: C
         changed = config.model_copy(update={"attention": config.attention.model_copy(update=attention)})
         layout = replace(LAYOUT, tensor=1, data=8, context_comm=comm)
         # of trained choices means of queries change more
-        return estimate_step(changed, layout, 128256, Routing(density=density, choices="runs"))
+        return estimate_step(changed, layout, 128256, AssumedRouting(density=density, choices="runs"))
 
     def sent(estimate: StepEstimate) -> float:
         return estimate.nvlink_bytes + estimate.infiniband_bytes
@@ -287,7 +287,7 @@ def test_the_layouts_of_the_long_configs_fit_with_room_to_spare(name: str) -> No
 )
 def test_routing_out_of_range_is_an_error(setting: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"--{setting} {value} must be"):
-        Routing(**{setting: value})
+        AssumedRouting(**{setting: value})
 
 
 def test_selective_recomputation_repeats_two_of_three_feed_forward_products_and_no_attention() -> None:

@@ -16,7 +16,7 @@ import yaml
 from dash_megatron.__main__ import main
 from dash_megatron.evaluation.cli import check_arguments
 from dash_megatron.planning.baseline_times import NOTE
-from dash_megatron.planning.routing import Routing, effective_routing
+from dash_megatron.planning.routing import AssumedRouting, effective_routing
 from dash_megatron.studies import cost, scores
 from dash_megatron.studies.collect import dense_twins
 from dash_megatron.studies.cost import mean_piece_context
@@ -229,7 +229,7 @@ def test_baselines_have_the_density_and_flops_of_their_lists(write_study: Write)
     # the two local chunks are in the window of 16 tokens
     assert runs[0].density == runs[1].density < runs[2].density
     for run in (few, many, *runs):
-        assert effective_routing(run.config, Routing()).density == run.density
+        assert effective_routing(run.config, AssumedRouting()).density == run.density
 
 
 @pytest.mark.parametrize(
