@@ -92,7 +92,7 @@ class Engine:
         # ZeRO 0 in fp32 has no optimizer wrapper that would keep the gradient norm
         self._optimizer_is_plain = isinstance(self._optimizer, torch.optim.Optimizer)
         self._plain_grad_norm = 0.0
-        self._adam.norm_of_this_update = self._norm_of_this_update
+        self._adam.norm_of_this_update = self.grad_norm
 
     @property
     def model(self) -> torch.nn.Module:
@@ -132,19 +132,14 @@ class Engine:
         """
         self._adam.skip = skip
 
-    def _norm_of_this_update(self) -> float:
-        return self._plain_grad_norm if self._optimizer_is_plain else float(self._optimizer._global_grad_norm)
-
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next update."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
 
     def grad_norm(self) -> float:
-        """Global gradient norm of the last update, before clipping."""
-        return (
-            self._plain_grad_norm if self._optimizer_is_plain else float(self._engine.get_global_grad_norm())
-        )
+        """Global gradient norm of the update that is being made, or of the last one, before clipping."""
+        return self._plain_grad_norm if self._optimizer_is_plain else float(self._optimizer._global_grad_norm)
 
     def state(self) -> dict[str, Tensor]:
         """Float32 views of the master weights and Adam's moments that this process alone keeps.
