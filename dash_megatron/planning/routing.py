@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from dash_megatron.config import Config
 from dash_megatron.planning.baseline_times import density_of_lists
 from dash_megatron.planning.choices import Choices, Shares, check_choices, shares_of_pairs
-from dash_megatron.planning.coverage import coverage_of_topics
 from dash_megatron.planning.layout import Layout
 
 
@@ -56,6 +55,28 @@ def sent_coverage(config: Config, layout: Layout, routing: AssumedRouting) -> fl
     every peer's past, so nothing but selection saves there."""
     tokens = config.data.seq_length // layout.context
     return coverage_of_topics(routing.density, routing.locality, tokens / routing.run_tokens)
+
+
+def coverage_of_topics(density: float, locality: float, runs: float) -> float:
+    """Share of past chunks that the queries of one context rank select between them, on average: what `sparse` must send.
+
+    The model is that of `docs/tools/simulation.py`: every chunk is about one of 1 / density topics, and every run of
+    consecutive queries selects the chunks of one topic. A chunk whose topic no later run draws is not needed. Each of
+    the rank's two pieces of the sequence draws a topic at its beginning, and one whenever a run does not repeat the one
+    before it. On average over ranks a third of what lies before the later piece lies before the earlier one too and meets
+    the draws of both.
+
+    Args:
+        density: share of its past chunks that a query selects, in (0, 1].
+        locality: probability that a run wants the topic of the run before it, in [0, 1].
+        runs: runs of queries of the rank, both its pieces together.
+    """
+    if density >= 1:
+        return 1.0
+    half = runs / 2
+    draws = min(half, 1 + (1 - locality) * max(0.0, half - 1))
+    missed = (1 - density) ** draws
+    return 1 - 2 / 3 * missed - 1 / 3 * missed**2
 
 
 def shares_of_work(config: Config, routing: AssumedRouting, density: float) -> Shares:

@@ -17,9 +17,8 @@ import torch
 from dash_megatron.command_line import ending_with_reader
 from dash_megatron.config import Config, load_config
 from dash_megatron.planning.choices import Choices
-from dash_megatron.planning.coverage import coverage_of_topics
 from dash_megatron.planning.kernel_times import dash_seconds, dense_seconds, stage_rates
-from dash_megatron.planning.routing import AssumedRouting
+from dash_megatron.planning.routing import AssumedRouting, coverage_of_topics
 from dash_megatron.planning.search import EXCHANGES, search
 from dash_megatron.planning.step_time import StepEstimate
 from dash_megatron.planning.table import COLUMNS, row

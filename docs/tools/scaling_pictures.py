@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dash_megatron.drawing import GRID, plt, save
-from dash_megatron.planning.coverage import coverage_of_topics
+from dash_megatron.planning.routing import coverage_of_topics
 from dash_megatron.planning.step_time import StepEstimate
 
 RANKS = (2, 4, 8, 16, 32, 64)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dash_megatron.planning.coverage import coverage_of_topics
+from dash_megatron.planning.routing import coverage_of_topics
 from docs.tools.balance import denser_part, draw_documents, growing, imbalance, packed
 from docs.tools.simulation import RouterInputs, simulate, zigzag_owner
 
