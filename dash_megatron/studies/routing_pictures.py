@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dash_megatron.drawing import GRID, HEAT_MAP, layer_colors, plt, save
+from dash_megatron.drawing import GRID, HEAT_MAP, layer_colors, plt, save, tokens_axis
 
 # More cells than so many are drawn without their numbers.
 _MAX_NUMBERS = 400
@@ -102,7 +102,7 @@ def _layer_legend(figure: Any, records: dict[int, Any]) -> None:
 
 
 def _positions(report: dict[str, Any]) -> Any:
-    records, edges = _routed(report), report["edges"]
+    records, ends = _routed(report), np.array(report["edges"][1:])
     colors = layer_colors(list(records))
     banded = len(records) <= 8 and len(next(iter(records.values()))["heads"]["density"]) > 1
     figure, axes = plt.subplots(2, 2, figsize=(10, 7.5), sharex=True, layout="constrained")
@@ -110,10 +110,10 @@ def _positions(report: dict[str, Any]) -> Any:
         for layer, record in records.items():
             heads = np.array(record["buckets"][name], dtype=float) * factor
             known = np.flatnonzero(np.isfinite(heads).all(0))
-            axis.plot(known, heads.mean(0)[known], marker="o", ms=4, lw=1.3, color=colors[layer])
+            axis.plot(ends[known], heads.mean(0)[known], marker="o", ms=4, lw=1.3, color=colors[layer])
             if banded:
                 axis.fill_between(
-                    known,
+                    ends[known],
                     heads.min(0)[known],
                     heads.max(0)[known],
                     color=colors[layer],
@@ -122,19 +122,13 @@ def _positions(report: dict[str, Any]) -> Any:
                 )
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
-        axis.set_xticks(
-            range(len(edges) - 1), [_tokens(end) for end in edges[1:]], rotation=45 if len(edges) > 9 else 0
-        )
+        tokens_axis(axis, report["edges"][1:])
         axis.grid(alpha=GRID)
     kind = "means, and bands over all kv heads" if banded else "means over kv heads"
     for axis in axes[1]:
         axis.set_xlabel(f"end of the bucket of positions (tokens)\n{kind}")
     _layer_legend(figure, records)
     return figure
-
-
-def _tokens(number: int) -> str:
-    return f"{number // 1024}K" if number >= 1024 and number % 1024 == 0 else str(number)
 
 
 def draw_chunks(shares: dict[int, np.ndarray], densities: dict[int, float], chunks_per_cell: int) -> Any:

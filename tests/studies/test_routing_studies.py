@@ -128,9 +128,11 @@ def test_pictures_say_what_they_show_and_of_which_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     titles: dict[str, str] = {}
+    ticks: dict[str, list[str]] = {}
 
     def note(figure: Any, path: Path) -> None:
         titles[path.name] = figure.get_suptitle()
+        ticks[path.name] = [label.get_text() for label in figure.axes[-1].get_xticklabels()]
         routing_pictures.plt.close(figure)
 
     monkeypatch.setattr(routing_pictures, "save", note)
@@ -141,3 +143,4 @@ def test_pictures_say_what_they_show_and_of_which_run(
         "dash_25-dash_1.5e+08tok_seed1 step 1144, one validation document of 16,384 tokens"
     )
     assert len({title.partition("\n")[0] for title in titles.values()}) == 4
+    assert ticks["positions.png"] == [f"{64 << power:,}" for power in range(9)]
