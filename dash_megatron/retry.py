@@ -81,8 +81,10 @@ def make_writable_folder(path: str | os.PathLike[str], field: str) -> None:
 
     def write() -> None:
         trial.parent.mkdir(parents=True, exist_ok=True)
-        trial.write_text("may be removed")
-        trial.unlink()
+        try:
+            trial.write_text("may be removed")
+        finally:
+            trial.unlink(missing_ok=True)
 
     try:
         retry(write, f"write to {field}={path}", path=path)

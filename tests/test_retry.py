@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dash_megatron import retry as module
-from dash_megatron.retry import retry
+from dash_megatron.retry import make_writable_folder, retry
 
 
 class Flaky:
@@ -53,3 +53,17 @@ def test_a_full_disk_is_called_so_with_its_free_bytes(tmp_path: Path) -> None:
     ) as caught:
         retry(Flaky(errno.ENOSPC, failures=1000), "write metrics", seconds=0, path=tmp_path / "no" / "file")
     assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_full_disk_keeps_no_file_of_the_trial_whether_it_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made_but_not_filled(path: Path, text: str) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "injected")
+
+    monkeypatch.setattr(Path, "write_text", made_but_not_filled)
+    monkeypatch.setattr(module.time, "monotonic", iter([0.0, 1000.0]).__next__)
+    with pytest.raises(OSError, match="disk full"):
+        make_writable_folder(tmp_path, "run_dir")
+    assert not list(tmp_path.iterdir())
