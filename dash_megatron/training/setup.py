@@ -19,6 +19,8 @@ from dash_megatron.files import write_whole
 from dash_megatron.ops.backend import pick_backend
 from dash_megatron.ops.fingerprint import implementation_fingerprint
 
+logger = logging.getLogger(__name__)
+
 
 def set_up_logging(is_main: bool) -> None:
     """Send this package's log to standard error, whatever imported libraries did to the root logger.
@@ -54,6 +56,26 @@ def check_backend(attention: AttentionConfig, device: torch.device) -> None:
         raise ValueError(
             f"attention.backend=triton cannot run here; attention.backend=auto takes what can ({error})"
         ) from error
+
+
+def warn_of_new_positions(config: Config) -> None:
+    """Tell where rows are longer than YaRN stretches positions to, as where `data.seq_length` alone was raised."""
+    scaling, length = config.model.rope_scaling, config.data.seq_length
+    if scaling is None or scaling.rope_type != "yarn":
+        return
+    original, factor = scaling.original_max_position_embeddings, scaling.factor
+    assert original is not None
+    assert factor is not None
+    if length > factor * original:
+        logger.warning(
+            "data.seq_length=%d exceeds %d, the positions that model.rope_scaling stretches to (factor=%g x "
+            "original_max_position_embeddings=%d): those behind are new to the model; set model.rope_scaling.factor=%g",
+            length,
+            factor * original,
+            factor,
+            original,
+            length / original,
+        )
 
 
 def check_same_implementation(fingerprint: str) -> None:

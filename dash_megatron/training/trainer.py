@@ -79,6 +79,7 @@ class Trainer:
         self.device = init_process_groups(launch, config.parallel, max(5.0, hang_minutes or 30.0))
         self.is_main = dist.get_rank() == 0
         setup.set_up_logging(self.is_main)
+        setup.warn_of_new_positions(config)
         self.owner = own_run_folder(config.run_dir)
         about = setup.about_this_code(self.device) | {"tokenizer": self.tokenizer.fingerprint}
         setup.check_same_implementation(about["implementation"])

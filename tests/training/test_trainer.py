@@ -182,6 +182,27 @@ def test_a_wrong_setting_is_exit_code_2_before_any_process_group(
     assert "Traceback" not in output
 
 
+def test_rows_longer_than_positions_are_stretched_to_are_told(
+    config_file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def yarn(factor: float) -> list[str]:
+        original = "original_max_position_embeddings: 32"
+        return [
+            "data.seq_length=128",
+            f"model.rope_scaling={{rope_type: yarn, factor: {factor}, {original}}}",
+        ]
+
+    short = "data.seq_length=128 exceeds 64, the positions that model.rope_scaling stretches to (factor=2 x "
+    arguments = ["--config", config_file, *yarn(2.0), "training.steps=1"]
+    code, output = Started(tmp_path / "log", train_command, *arguments).end()
+    assert code == 0, output
+    assert short in output
+    assert "set model.rope_scaling.factor=4\n" in output
+    setup.warn_of_new_positions(load_config(config_file, yarn(4.0)))
+    setup.warn_of_new_positions(load_config(config_file, ["data.seq_length=128"]))
+    assert not caplog.text
+
+
 def test_an_error_goes_to_standard_error_alone(config_file: str) -> None:
     result = start(["--config", config_file, "model.layer=3"])
     assert result.returncode == 2
