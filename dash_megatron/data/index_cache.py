@@ -54,17 +54,18 @@ def cached_indices(indices: Sequence[Index]) -> list[list[np.ndarray]]:
         ValueError: the folders' folder may not be written to.
         OSError: the disk has been full, or away, for minutes.
     """
-    different = {index.folder: index for index in indices}
+    different = list({index.folder: index for index in indices}.values())
     # only rank 0 looks: what NFS once did not find, it may tell to be missing for a minute
-    if missing := agreed(lambda: [folder for folder in different if not folder.is_dir()]):
-        minutes = sum(different[folder].size for folder in missing) * _SECONDS_EACH / 60
+    if missing := agreed(lambda: [n for n, index in enumerate(different) if not index.folder.is_dir()]):
+        made = [different[n] for n in missing]
+        minutes = sum(index.size for index in made) * _SECONDS_EACH / 60
         logger.info(
             "ordering the rows of %s, once: later starts read it from %s%s",
-            ", ".join(different[folder].name for folder in missing),
-            missing[0].parent,
+            ", ".join(index.name for index in made),
+            made[0].folder.parent,
             f"; one process needs about {minutes:.0f} minutes" if minutes > 1 else "",
         )
-    largest_first = sorted(different.values(), key=lambda index: index.size, reverse=True)
+    largest_first = sorted(different, key=lambda index: index.size, reverse=True)
     once_a_machine("order data sets", [functools.partial(_open_or_make, index) for index in largest_first])
     return [_open_or_make(index) for index in indices]
 
