@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 # twice, and answers
 _FILES_PER_PREFIX = 7
 _FILES_PER_BLEND = 2
+_MANY_ROWS = 150_000_000
+"""Of a pass, from which on it is told that it is ordered."""
 # Megatron numbers the parts of a blend in int16, and what is above would silently be others
 _MAX_PARTS = np.iinfo(np.int16).max
 
@@ -311,15 +314,22 @@ class _ShuffledPasses(torch.utils.data.Dataset[Any]):
     def __init__(self, one_pass: _OnePass, seed: int) -> None:
         self.one_pass = one_pass
         self.seed = seed
-        self._order = functools.lru_cache(maxsize=2)(self._make_order)
+        self._orders = functools.lru_cache(maxsize=2)(self._make_order)
+        self._lock = threading.Lock()
 
     def __getitem__(self, index: int) -> Any:
         number, position = divmod(int(index), len(self.one_pass))
         # the first pass is in Megatron's random order already
         return self.one_pass[position if number == 0 else int(self._order(number)[position])]
 
+    def _order(self, number: int) -> np.ndarray:
+        with self._lock:  # threads that read ahead would each make it
+            return self._orders(number)
+
     def _make_order(self, number: int) -> np.ndarray:
         rows = len(self.one_pass)
+        if rows >= _MANY_ROWS:
+            logger.info("pass %d: ordering its %d rows takes a minute or more", number + 1, rows)
         # every process keeps two; the order is that of `permutation`, which takes twice the memory
         order = np.arange(rows, dtype=np.int32 if rows <= np.iinfo(np.int32).max else np.int64)
         np.random.default_rng([self.seed, number]).shuffle(order)

@@ -10,6 +10,7 @@ import shutil
 import time
 import tracemalloc
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -371,6 +372,28 @@ def test_the_order_of_a_later_pass_is_numpys_permutation_at_four_bytes_a_row(wri
     order = passes._order(1)
     assert order.tolist() == np.random.default_rng([1, 1]).permutation(len(passes.one_pass)).tolist()
     assert order.nbytes == 4 * len(passes.one_pass)
+
+
+def test_threads_that_read_ahead_order_a_later_pass_once_and_a_large_one_is_told(
+    write_data, build, tmp_path, monkeypatch, caplog
+):
+    make, made = dataset_module._ShuffledPasses._make_order, []
+
+    def slowly(passes, number):
+        made.append(number)
+        time.sleep(0.2)
+        return make(passes, number)
+
+    monkeypatch.setattr(dataset_module._ShuffledPasses, "_make_order", slowly)
+    monkeypatch.setattr(dataset_module, "_MANY_ROWS", 60)
+    caplog.set_level("INFO", logger="dash_megatron")
+    dataset = build([write_data(tmp_path / "a", numbered(0, 40))], num_samples=1000)
+    rows = len(dataset.dataset.one_pass)
+    assert rows == 62
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(dataset.__getitem__, range(rows, 2 * rows)))
+    assert made == [1]
+    assert caplog.messages[-1] == "pass 2: ordering its 62 rows takes a minute or more"
 
 
 def _build_slowly_on_rank(rank, folder, prefix, tokenizer, results):
