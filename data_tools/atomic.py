@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, in folders into which one process writes."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import IO, Any
 from dash_megatron.files import lock, sync
 
 TEMPORARY_SUFFIX = ".tmp"
+MANIFEST = "manifest.json"
 
 
 @contextmanager
@@ -59,6 +61,22 @@ def sole_writer(folder: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def check_no_other_manifest(folder: Path, key: str) -> None:
+    """Refuse a folder whose manifest lacks a key that all have of the tool that is to write there: it is another's, and would be lost.
+
+    Raises:
+        ValueError: naming the folder and the remedy.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(manifest, dict) and key not in manifest:
+        raise ValueError(
+            f"--output={folder} must not be the folder of another tool, whose {MANIFEST} it would overwrite; give another folder"
+        )
 
 
 def remove_files(folder: Path, *patterns: str) -> None:

@@ -22,7 +22,15 @@ from typing import Any
 from tqdm import tqdm
 
 from data_tools.arguments import add_max_bad_lines, add_text_key, make_parser, run
-from data_tools.atomic import TEMPORARY_SUFFIX, atomic_write, remove_files, sole_writer, sync_and_rename
+from data_tools.atomic import (
+    MANIFEST,
+    TEMPORARY_SUFFIX,
+    atomic_write,
+    check_no_other_manifest,
+    remove_files,
+    sole_writer,
+    sync_and_rename,
+)
 from data_tools.hub import PREFIX, hub_documents, parse_name
 from data_tools.readers import (
     UNFINISHED,
@@ -34,7 +42,6 @@ from data_tools.readers import (
     warn_of_unread_files,
 )
 
-MANIFEST = "manifest.json"
 SHARD_NAME = "corpus-{:05d}.jsonl"
 
 
@@ -163,7 +170,8 @@ def make_corpus(
             f"--shard-mb={shard_mb} and --max-mb={max_mb} must be numbers above 0; leave them out"
         )
     bad_lines = BadLineCounter(max_bad_lines)
-    # before anything is written, so that a wrong input leaves an earlier corpus alone
+    # before anything is written, so that a wrong argument leaves an earlier corpus alone
+    check_no_other_manifest(output, "sources")
     files = _find_files(output, inputs, text_key)
     sources: list[tuple[str, Iterator[Document]]] = [("stdlib", stdlib_documents())] if stdlib else []
     read = read_folders if join_folders else read_inputs

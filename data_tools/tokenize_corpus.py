@@ -27,7 +27,7 @@ from tqdm import tqdm
 from dash_megatron.data.chat import ChatTemplate, read_template
 from dash_megatron.data.tokenizer import Tokenizer
 from data_tools.arguments import add_input, add_max_bad_lines, add_text_key, make_parser, run
-from data_tools.atomic import atomic_write, sole_writer
+from data_tools.atomic import MANIFEST, atomic_write, check_no_other_manifest, sole_writer
 from data_tools.encoding import Encoder, make_encoder
 from data_tools.readers import BadLineCounter, find_inputs, warn_of_unread_files
 from data_tools.shards import (
@@ -47,7 +47,6 @@ from data_tools.shards import (
 # where validation has no more tokens than the rows of most configs, and so may have no row
 SHORT_VALIDATION = 16384
 
-MANIFEST = "manifest.json"
 SHARDS = "shards"
 
 
@@ -77,6 +76,7 @@ def tokenize_corpus(
     """
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     _check_arguments(valid_fraction, seed, workers, shard_mb)
+    check_no_other_manifest(output, "key")
     tokenizer = Tokenizer(tokenizer_path)
     template = _find_template(tokenizer, chat_template) if conversations else None
     if chat_template is not None and not conversations:

@@ -16,6 +16,7 @@ from dash_megatron.data.index_file import read_lengths
 from dash_megatron.data.sidecar import Sidecar
 from dash_megatron.data.tokenizer import Tokenizer
 from data_tools.atomic import sole_writer
+from data_tools.make_corpus import make_corpus
 from data_tools.tokenize_corpus import SHORT_VALIDATION, main, tokenize_corpus
 from data_tools.write_sidecar import main as write_sidecar
 
@@ -158,6 +159,21 @@ def test_two_processes_do_not_write_into_one_folder(tmp_path, write_input, run, 
     assert sorted(contents_of(tmp_path / "out")) == sorted(FINAL_FILES)
     with sole_writer(tmp_path / "out"):
         run(path)  # finished: nothing to write
+
+
+def test_a_corpus_and_its_tokens_do_not_overwrite_each_others_manifest(tmp_path, write_input, run, texts):
+    source = write_input(tmp_path / "docs.jsonl", texts)
+    corpus = tmp_path / "corpus"
+    kept = make_corpus(corpus, inputs=[str(source)])
+    with pytest.raises(
+        ValueError, match=f"--output={corpus} must not be the folder of another tool, whose manifest.json"
+    ):
+        run(corpus, name="corpus")
+    assert json.loads((corpus / "manifest.json").read_text()) == kept
+    tokens = run(corpus)
+    with pytest.raises(ValueError, match="must not be the folder of another tool"):
+        make_corpus(tmp_path / "out", inputs=[str(source)])
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == tokens
 
 
 def test_files_of_others_in_the_output_folder_are_left_alone(tmp_path, write_input, run, texts):
