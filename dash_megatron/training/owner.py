@@ -32,10 +32,11 @@ logger = logging.getLogger(__name__)
 
 FILE = "owner.json"
 _BEAT_SECONDS, _DEAD_SECONDS = 5.0, 30.0
-# ends with the process that started it, which holds the other end of its input
+# ends with the process that started it, which holds the other end of its input, as processes do that it forked
 _TOUCH = """
 import os, select, sys
-while not select.select([0], [], [], float(sys.argv[2]))[0]:
+parent = os.getppid()
+while not select.select([0], [], [], float(sys.argv[2]))[0] and os.getppid() == parent:
     try:
         os.utime(sys.argv[1])
     except OSError:

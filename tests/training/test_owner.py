@@ -26,6 +26,13 @@ def own_and_wait(run_dir: str) -> None:
     time.sleep(60)
 
 
+def own_and_fork(run_dir: str) -> None:
+    Owner(run_dir, beat_seconds=0.05)
+    if child := os.fork():
+        print(f"forked {child}", flush=True)
+    time.sleep(60)
+
+
 def own_and_keep_python_from_running(run_dir: str) -> None:
     Owner(run_dir, beat_seconds=0.05)
     library = ctypes.PyDLL(None)  # holds Python's lock, as others do
@@ -111,6 +118,21 @@ def test_an_owner_gives_signs_of_life_while_a_library_keeps_its_threads_from_run
     finally:
         busy.kill()
     Owner(tmp_path, dead_seconds=1).release()
+
+
+def test_no_sign_of_life_is_given_of_an_owner_that_was_killed_though_what_it_forked_lives(
+    tmp_path: Path,
+) -> None:
+    killed = Started(tmp_path / "log", own_and_fork, str(tmp_path))
+    killed.wait_for("forked")
+    forked = int((tmp_path / "log").read_text().split("forked ")[1].split()[0])
+    try:
+        as_of_another_machine(tmp_path / FILE)
+        killed.kill()
+        Owner(tmp_path, dead_seconds=1).release()
+        os.kill(forked, 0)  # lives
+    finally:
+        os.kill(forked, signal.SIGKILL)
 
 
 def children(process: int) -> list[int]:
