@@ -96,7 +96,8 @@ def warn_of_unread_files(inputs: Sequence[str | os.PathLike[str]], text_key: str
         if unread:
             count = sum(map(len, unread.values()))
             each = ", ".join(f"{len(files)} {suffix} ({files[0]})" for suffix, files in unread.items())
-            print(f"{entry}: {count} files are not read: {each}", file=sys.stderr)
+            files_are = "file is" if count == 1 else "files are"
+            print(f"{entry}: {count} {files_are} not read: {each}", file=sys.stderr)
         if (path / "dataset_dict.json").is_file():
             print(
                 f"{entry}: a saved data set of several splits, all of which are read; name the folder of one to read that",

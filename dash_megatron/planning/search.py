@@ -83,10 +83,12 @@ def search(
         for layout in candidates(config, gpus, hardware)
     ]
     if not estimates:
+        per_pass, batch = config.training.micro_batch * gpus, config.training.global_batch
         raise ValueError(
-            f"--gpus {gpus}: no tensor x context x data split keeps the rules with training.global_batch="
-            f"{config.training.global_batch}, data.seq_length={config.data.seq_length} and model.kv_heads="
-            f"{config.model.kv_heads}; change the number of GPUs or training.global_batch"
+            f"--gpus {gpus}: no tensor x context x data split keeps the rules with training.global_batch={batch}, "
+            f"data.seq_length={config.data.seq_length} and model.kv_heads="
+            f"{config.model.kv_heads}; try training.global_batch={max(per_pass, batch // per_pass * per_pass)}, or another "
+            "number of GPUs"
         )
     fitting = [estimate for estimate in estimates if estimate.memory.total <= hardware.budget_bytes]
     if not fitting:

@@ -177,6 +177,8 @@ def test_what_a_folder_holds_and_is_not_read_is_counted_and_named(tmp_path, caps
         f"{tmp_path}: 7 files are not read: 2 .csv ({tmp_path}/b.csv), 1 .tar.gz ({tmp_path}/d.tar.gz), "
         f"2 links to no file ({tmp_path}/lost.txt), 1 no suffix ({tmp_path}/noext), 1 .json ({tmp_path}/package.json)\n"
     )
+    warn_of_unread_files([tmp_path / "in"])
+    assert capsys.readouterr().err == f"{tmp_path}/in: 1 file is not read: 1 .csv ({tmp_path}/in/c.csv)\n"
 
 
 def test_a_folder_that_may_not_be_read_is_an_error_and_not_left_out(tmp_path, monkeypatch):

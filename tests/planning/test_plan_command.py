@@ -93,6 +93,10 @@ def test_json_holds_memory_bytes_time_and_the_bound(capsys: pytest.CaptureFixtur
         (["--gpus", "0"], "--gpus 0 must be at least 1"),
         (["--gpus", "1"], "--gpus 1: nothing fits"),
         (["--gpus", "7"], "--gpus 7: no tensor x context x data split"),
+        (
+            ["--gpus", "7", "training.global_batch=64"],
+            "; try training.global_batch=63, or another number of GPUs",
+        ),
         (["--gpus", "64", "--top", "0"], "--top 0 must be at least 1"),
         (["--gpus", "64", "model.vocab_size=null"], "set model.vocab_size, such as model.vocab_size=128256"),
         (["--gpus", "64", "model.layer=3"], "did you mean model.layers?"),
