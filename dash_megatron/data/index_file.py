@@ -64,15 +64,18 @@ def write_index(path: str | os.PathLike[str], lengths: np.ndarray, dtype: np.dty
     code = next(code for code, known in _DTYPES.items() if known == dtype)
     with open(path, "wb") as file:
         file.write(_MAGIC + _HEADER.pack(1, code, len(lengths), len(lengths) + 1))
-        lengths.astype(np.int32, copy=False).tofile(file)
+        # no `tofile`, which tells nothing of a disk that is full at its last bytes
+        file.write(np.ascontiguousarray(lengths, dtype=np.int32).data)
         begin = 0
         for first in range(0, len(lengths), _DOCUMENTS_AT_ONCE):
             sizes = lengths[first : first + _DOCUMENTS_AT_ONCE].astype(np.int64) * dtype.itemsize
             ends = begin + np.cumsum(sizes)
-            (ends - sizes).tofile(file)
+            file.write((ends - sizes).data)
             begin = int(ends[-1])
         for first in range(0, len(lengths) + 1, _DOCUMENTS_AT_ONCE):
-            np.arange(first, min(first + _DOCUMENTS_AT_ONCE, len(lengths) + 1), dtype=np.int64).tofile(file)
+            file.write(
+                np.arange(first, min(first + _DOCUMENTS_AT_ONCE, len(lengths) + 1), dtype=np.int64).data
+            )
 
 
 def read_lengths(prefix: str | os.PathLike[str]) -> tuple[np.ndarray, np.dtype, int]:

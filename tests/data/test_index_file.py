@@ -1,3 +1,5 @@
+import errno
+import resource
 import tracemalloc
 
 import numpy as np
@@ -44,6 +46,21 @@ def test_writing_an_index_takes_no_memory_for_each_document(tmp_path, monkeypatc
     assert tracemalloc.get_traced_memory()[1] < 200_000
     tracemalloc.stop()
     assert read_index(tmp_path / "data").tokens == 200_000
+
+
+@pytest.mark.parametrize("missing", [1, 3000, 8500, 16500, 19000])
+def test_an_index_for_which_the_disk_has_no_room_is_an_error_of_the_disk(tmp_path, missing):
+    lengths = np.ones(1000, dtype=np.int32)
+    write_index(tmp_path / "whole.idx", lengths, token_dtype(100))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = (tmp_path / "whole.idx").stat().st_size - missing
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"data\.idx|File too large") as caught:
+            write_index(tmp_path / "data.idx", lengths, token_dtype(100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
 
 
 def test_an_index_with_more_than_two_gigatokens_keeps_its_offsets(tmp_path):
