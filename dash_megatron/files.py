@@ -16,6 +16,11 @@ def path_for_message(path: str | os.PathLike[str]) -> str:
     return str(path) if os.path.isabs(path) else f"{path} (relative to {os.getcwd()})"
 
 
+def no_folder(path: str | os.PathLike[str]) -> str:
+    """What is wrong with a path that is no folder, for a message."""
+    return f"{path} is a file" if os.path.exists(path) else f"{path_for_message(path)} does not exist"
+
+
 def check_run_folder(run_dir: str | os.PathLike[str]) -> None:
     """Refuse the folder of a run that does not exist.
 
@@ -23,7 +28,7 @@ def check_run_folder(run_dir: str | os.PathLike[str]) -> None:
         FileNotFoundError: it does not, or is a file.
     """
     if not os.path.isdir(run_dir):
-        raise FileNotFoundError(f"{path_for_message(run_dir)} does not exist; give the folder of a run")
+        raise FileNotFoundError(f"{no_folder(run_dir)}; give the folder of a run")
 
 
 def error_text(error: Exception, written: str | os.PathLike[str] | None = None) -> str:

@@ -14,7 +14,7 @@ import yaml
 
 from dash_megatron.agreement import agreed
 from dash_megatron.config import Config, ModelConfig
-from dash_megatron.files import path_for_message
+from dash_megatron.files import no_folder, path_for_message
 from dash_megatron.retry import retry
 
 logger = logging.getLogger(__name__)
@@ -77,11 +77,12 @@ def check_initial_folder(folder: str | Path) -> None:
     steps = finished_steps(run)
     if step in (None, *steps) if steps else (folder / MODEL_SECTIONS).is_file():
         return
-    problem = f"has neither checkpoints nor {MODEL_SECTIONS}" if folder.is_dir() else "does not exist"
+    lacks = f"{path_for_message(folder)} has neither checkpoints nor {MODEL_SECTIONS}"
+    problem = lacks if folder.is_dir() else no_folder(folder)
     if steps:
         problem += f", but steps {', '.join(map(str, steps))} do"
     raise FileNotFoundError(
-        f"training.init_from={path_for_message(folder)} {problem}; name a run that has saved, a checkpoint of one, or a folder "
+        f"training.init_from={problem}; name a run that has saved, a checkpoint of one, or a folder "
         "made with `python -m dash_megatron convert from-hf`"
     )
 

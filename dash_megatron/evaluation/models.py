@@ -21,7 +21,7 @@ from dash_megatron.config import Config, RopeScaling
 from dash_megatron.data.blend import blend_prefixes
 from dash_megatron.data.index_file import edges_digest
 from dash_megatron.data.tokenizer import Tokenizer
-from dash_megatron.files import path_for_message
+from dash_megatron.files import no_folder
 from dash_megatron.layers import DashGPTModel
 
 # Alive at once, in elements: 1 GiB in float32.
@@ -241,9 +241,7 @@ def _is_export(folder: Path, step: int | None, rope_scaling: RopeScaling | None)
             )
         return True
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{path_for_message(folder)} does not exist; give a run's folder or an exported model"
-        )
+        raise FileNotFoundError(f"{no_folder(folder)}; give a run's folder or an exported model")
     if not checkpoint_folder(folder).is_dir():
         raise FileNotFoundError(
             f"{folder} must be a run (with checkpoints/) or a Hugging Face folder (with config.json); of imported weights give the "

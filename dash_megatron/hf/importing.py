@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dash_megatron.checkpoint.folder import MODEL_SECTIONS
 from dash_megatron.config import AttentionConfig, ModelConfig
-from dash_megatron.files import path_for_message
+from dash_megatron.files import no_folder
 from dash_megatron.hf.config import multipliers, sections_of
 from dash_megatron.hf.folder import (
     FolderWeights,
@@ -55,7 +55,7 @@ def import_folder(source: str | Path, output: str | Path) -> Imported:
     check_new(output)
     if not source.is_dir():
         raise FileNotFoundError(
-            f"{path_for_message(source)} does not exist; give a local folder, such as `hf download NAME --local-dir DIR` makes"
+            f"{no_folder(source)}; give a local folder, such as `hf download NAME --local-dir DIR` makes"
         )
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} has no config.json; give a folder that transformers could load")

@@ -231,7 +231,9 @@ def test_a_folder_that_is_none_or_has_a_damaged_config_is_named(
 ) -> None:
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "config.json").write_text("{")
+    (tmp_path / "file").touch()
     for name, message in (
+        ("file", f"{tmp_path}/file is a file; give a local folder"),
         ("none", f"{tmp_path}/none does not exist; give a local folder"),
         ("damaged", f"{tmp_path}/damaged/config.json is not JSON"),
     ):

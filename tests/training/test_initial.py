@@ -169,6 +169,9 @@ def test_a_run_begins_with_an_earlier_checkpoint_that_is_named(
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match=r"training\.init_from=\S+/file is a file; name a run"):
+        check_initial_folder(tmp_path / "file")
     with pytest.raises(FileNotFoundError, match=r"neither checkpoints nor model\.yaml; name a run"):
         load_initial_weights(torch.nn.Module(), tmp_path, None)  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match=r"training.init_from=\S+nothing does not exist"):
