@@ -70,6 +70,8 @@ def tell_end(code: ExitCode, reason: str = "stopped as asked, and saved") -> Exi
 
 def leave(code: int) -> NoReturn:
     """End the process now: on the long way out, with process groups still there, some had aborted, whose code is then 134."""
+    with contextlib.suppress(SystemExit):
+        sys.exit(code)  # which Weights & Biases hears, and calls the run failed
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

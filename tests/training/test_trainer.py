@@ -216,11 +216,14 @@ def test_an_error_is_exit_code_2_even_where_python_would_abort_on_its_way_out(
 ) -> None:
     # as threads of libraries do now and then, while process groups are left
     late = "import os, sys\nclass Late:\n    def __del__(self, abort=os.abort):\n        abort()\nsys.late = Late()\n"
-    (tmp_path / "sitecustomize.py").write_text(late)
+    # as Weights & Biases hears that a run failed
+    hears = "import atexit\nexit = sys.exit\ndef hear(code):\n    atexit.register(print, 'heard of', code)\n    exit(code)\nsys.exit = hear\n"
+    (tmp_path / "sitecustomize.py").write_text(late + hears)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     result = start(["--config", config_file, "data.train=[/nowhere/train]"], PYTHONPATH=path)
     assert result.returncode == 2, result.stderr
     assert "error: /nowhere/train.idx does not exist" in result.stderr
+    assert "heard of 2" in result.stdout
     assert Path(tiny_config["run_dir"]).is_dir()
     assert not Path(tiny_config["run_dir"], "owner.json").exists()
 
