@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import random
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -159,22 +160,22 @@ class _Documents(Sequence[np.ndarray]):
         self._files: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         # which documents of each prefix have tokens; None: all
         self._filled: list[np.ndarray | None] = []
-        counts = []
+        self._ends: list[int] = []
         for prefix in prefixes:
             lengths, dtype, _ = read_lengths(prefix)
             tokens = np.memmap(f"{prefix}.bin", dtype=dtype, mode="r")
-            self._files.append((tokens, read_places(prefix), lengths))
+            # some tasks go over all documents, which takes slices of a `memmap` four times as long
+            self._files.append((np.asarray(tokens), np.asarray(read_places(prefix)), np.asarray(lengths)))
             self._filled.append(None if lengths.all() else np.flatnonzero(lengths))
-            counts.append(np.count_nonzero(lengths))
-        self._ends = np.cumsum(counts, dtype=np.int64)
+            self._ends.append(len(self) + int(np.count_nonzero(lengths)))
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, number: int) -> np.ndarray:  # type: ignore[override]
         index = range(len(self))[number]
-        part = int(np.searchsorted(self._ends, index, side="right"))
-        index -= int(self._ends[part - 1]) if part else 0
+        part = bisect_right(self._ends, index)
+        index -= self._ends[part - 1] if part else 0
         filled = self._filled[part]
         index = index if filled is None else int(filled[index])
         tokens, places, lengths = self._files[part]

@@ -39,6 +39,7 @@ def test_documents_of_several_data_sets_follow_one_another_without_empty_ones(
     documents = LocalText.from_data(prefixes, tokenizer, 1).documents
     assert [document.tolist() for document in documents] == expected
     assert len(documents) == 5
+    assert {type(document) for document in documents} == {np.ndarray}  # a million `memmap` take seconds
     assert [documents[number].tolist() for number in (4, 3, -1)] == [expected[4], expected[3], expected[4]]
     with pytest.raises(IndexError):
         documents[5]
@@ -46,6 +47,9 @@ def test_documents_of_several_data_sets_follow_one_another_without_empty_ones(
 
 def test_text_takes_no_memory_for_each_document(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write(tmp_path / "a", [5] * 50_000, tokenizer)
+    assert LocalText.from_data(
+        [str(tmp_path / "a")], tokenizer, 100
+    ).vocabulary  # numpy imports parts of it when first used
     tracemalloc.start()
     text = LocalText.from_data([str(tmp_path / "a")], tokenizer, 100)
     assert text.vocabulary
