@@ -37,7 +37,7 @@ class Site(BaseModel):
 
     sbatch: tuple[str, ...] = ()
     gpus: str = "--gpus-per-node={gpus}"
-    cpus_per_process: int = Field(default=1, gt=0)
+    cpus_per_process: int = Field(default=8, gt=0)
     warning_seconds: int = Field(default=300, gt=0, le=65535)
     modules: tuple[str, ...] = ()
     environment: dict[str, Annotated[str, BeforeValidator(_as_text)]] = Field(default_factory=dict)

@@ -14,6 +14,7 @@ import pytest
 import query  # of slurm/, see conftest.py
 import submit  # of slurm/, see conftest.py
 import yaml
+from site_file import Site, load_site  # of slurm/, see conftest.py
 
 import train
 from dash_megatron.exit_codes import ExitCode
@@ -490,6 +491,34 @@ def test_how_processes_end_decides_whether_the_job_is_queued_again(
     assert (returned, name, times) == (expected, event, requeues)
     assert reason in detail
     assert detail.count("error: wrong") <= 1
+
+
+def test_a_program_that_no_node_has_is_given_up_at_once_and_later_names_the_node(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, programs = tmp_path / "run", tmp_path / "bin"
+    for name, lines in {
+        "srun": 'while [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"',
+        "squeue": "",
+        "scontrol": "echo node1",
+    }.items():
+        program(programs, name, lines)
+    site = site_file(tmp_path, container=["no-container", "exec"], scratch=str(tmp_path))
+    script = dry_run(capsys, *CONFIG, *SIZE, *TIME, *site, f"run_dir={run}")
+    job = {"SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "node1", "SLURMD_NODENAME": "node1"}
+    environment = {**os.environ, **job, "PATH": f"{programs}:{os.environ['PATH']}"}
+    for restart, code, event in ("0", 2, "stopped"), ("1", 0, "requeued"):
+        environment["SLURM_RESTART_COUNT"] = restart
+        done = subprocess.run(["bash"], input=script, env=environment, text=True, cwd=tmp_path, timeout=60)
+        assert done.returncode == code
+        last = (run / "slurm/events.tsv").read_text().splitlines()[-1].split("\t")
+        assert last[3:] == [event, "error: there is no program no-container on node1"]
+    named = [line.split("\t")[1:] for line in (run / "slurm/bad_nodes.tsv").read_text().splitlines()]
+    assert named == [["node1", "5", "there is no program no-container on node1"]]
+
+
+def test_the_site_file_that_comes_with_it_says_what_holds_where_keys_are_left_out() -> None:
+    assert load_site(ROOT / "slurm/site.yaml") == Site()
 
 
 def test_of_a_process_that_says_nothing_the_history_has_what_srun_said_first_in_this_start(play: Any) -> None:
