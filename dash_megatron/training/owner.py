@@ -119,7 +119,7 @@ class Owner:
                 os.rename(away, self.path)
             away.unlink(missing_ok=True)
 
-    def _start_touching(self) -> subprocess.Popen[bytes]:
+    def _start_touching(self) -> subprocess.Popen[bytes] | None:
         command = [
             sys.executable,
             "-I",
@@ -134,11 +134,14 @@ class Owner:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet)
+        except OSError as error:  # of a limit of processes or memory
+            logger.warning("no process beside this one touches %s: %s", self.path, error.strerror)
+            return None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def _beat(self, touching: subprocess.Popen[bytes]) -> None:
-        with touching:
+    def _beat(self, touching: subprocess.Popen[bytes] | None) -> None:
+        with touching or contextlib.nullcontext():
             self._watch_file()
 
     def _watch_file(self) -> None:

@@ -1,11 +1,13 @@
 """A run's folder has one owner at a time, and a dead one does not keep it."""
 
 import ctypes
+import errno
 import json
 import os
 import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -133,6 +135,23 @@ def test_no_sign_of_life_is_given_of_an_owner_that_was_killed_though_what_it_for
         os.kill(forked, 0)  # lives
     finally:
         os.kill(forked, signal.SIGKILL)
+
+
+def test_an_owner_that_may_start_no_process_gives_signs_of_life_by_its_own_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    owner = Owner(tmp_path, beat_seconds=0.05)
+    assert f"touches {tmp_path / FILE}: Resource temporarily unavailable" in caplog.text
+    first = (tmp_path / FILE).stat().st_mtime_ns
+    deadline = time.monotonic() + 20
+    while (tmp_path / FILE).stat().st_mtime_ns == first:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    owner.release()
 
 
 def children(process: int) -> list[int]:
