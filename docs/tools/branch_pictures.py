@@ -35,6 +35,10 @@ COLLECTED = {
     "the recipe, 25%, fourth base, 10% retrieval": ("branches_ten/62m", "ret10"),
     "the recipe, 25%, fifth base, 10% retrieval": ("branches_fifth_base/dense", "ret10"),
     "the recipe, 11%, fifth base, 10% retrieval": ("branches_fifth_base/dense", "dash_11"),
+    "the recipe, 25%, seed 71, 400 steps, 10% retrieval": ("branches_arms", "recipe_25"),
+    "the recipe, 11%, seed 71, 400 steps, 10% retrieval": ("branches_arms", "recipe_11"),
+    "heads of 128, 25%, 400 steps, 10% retrieval": ("branches_arms/heads", "recipe_25"),
+    "heads of 128, 11%, 400 steps, 10% retrieval": ("branches_arms/heads", "recipe_11"),
     "the recipe, 25%, 210M, 400 steps": ("branches_longer/210m", "own"),
     "the recipe, 25%, 210M, 400 steps, 10% retrieval": ("branches_ten/210m", "own"),
     "the recipe, 25%, 210M, 800 steps, 10% retrieval": ("branches_210m_longer", "own"),
@@ -220,7 +224,7 @@ class Collected:
 
 def draw_losses(studies: Sequence[Study], output: Path) -> Path:
     """Difference to full attention by arm; a dot an order, bars of two standard errors."""
-    figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 6.5), layout="constrained")
     found: list[tuple[str, float, float, int, tuple[float, ...]]] = []
     for label, source in COLLECTED.items():
         arm = Collected.read(*source)

@@ -28,6 +28,7 @@ from tests.docs.branches import (
     places,
     read_pages,
     read_rows,
+    read_words,
     rows_at,
     share,
     sure,
@@ -40,7 +41,7 @@ SAMPLES, DOCUMENTS, NATS, VISITED = (
     read_rows(FOLDER / f"{name}.csv") for name in ("samples", "documents", "answers", "visited")
 )
 RUNS, COMPARISONS = (
-    {study: read_rows(FOLDER / f"{name}{study and '_' + study}.csv") for study in ("", "heads")}
+    {study: read_rows(FOLDER / study / f"{name}.csv") for study in ("", "heads")}
     for name in ("results", "comparisons")
 )
 LENGTHS = (4096, 8192, 16384)
@@ -184,6 +185,23 @@ def _wrong(pair: tuple[str, str]) -> bool:
     return abs(100 * found.value - PREDICTED[pair]) >= 200 * larger(found)
 
 
+NAMES = {
+    "before_rope": "routing before RoPE",
+    "means2": "two means a chunk",
+    "means4_of_64": "chunks of 64, four means",
+    "of_64": "chunks of 64, one mean",
+    "conv": "keys convolved",
+    "rise": "α and density that change over 200 steps",
+    "teach": "a taught router",
+}
+
+
+def in_evidence(arm: str) -> str:
+    pairs = [(f"{arm}_{density}", f"recipe_{density}") for density in ("25", "11")]
+    more, less = (_short(_documents(*pair).relative) if pair[0] in ORDERS else "not run" for pair in pairs)
+    return _line([NAMES[arm], more, ("one", "two")[len(ORDERS[f"{arm}_25"]) - 1], less])
+
+
 def predicted(pair: tuple[str, str]) -> str:
     arm, reference = pair
     bold = "**" if _wrong(pair) else ""
@@ -309,6 +327,63 @@ def test_predictions_that_were_wrong_are_named() -> None:
     assert "0.93 and 0.80 at 16K and 0.98 at 4K; they are {} and {}, and {} and {}".format(*cells) in PAGE
 
 
+@pytest.mark.parametrize("arm", NAMES)
+def test_the_page_of_every_figure_has_the_arms(arm: str) -> None:
+    assert in_evidence(arm) in ANSWERS
+
+
+def test_what_other_pages_say() -> None:
+    own, low = (_documents(arm, "full").relative for arm in OWN)
+    shares, few = ([_answers(arm, "full", task).relative for task in TASKS] for arm in OWN)
+    assert f"| 62M, 400 steps, 10% retrieval text | {_short(own)}% | two | fourteenth |" in ANSWERS
+    cells = " | ".join(map(_short_share, few))
+    assert f"| 62M, 400 steps, 10% retrieval text | {_short(low)}% | {cells} | one | fourteenth |" in ANSWERS
+    assert "it is {}, {} and {} of the three.".format(*map(_short_share, shares)) in ANSWERS
+    assert "{}, {} and {} at 16K".format(*map(_short_share, few)) in ANSWERS
+    heads = [_short(_documents(arm, "heads_full").relative) for arm in HEADS[1:]]
+    assert "{}%, at 11% {}%, with chunks of 16 {}%".format(*heads) in ANSWERS
+    assert "{}% to their own full attention at 25%, {}% at 11% and {}% with chunks of 16".format(*heads) in ANSWERS  # fmt: skip
+    assert "{}% to their own full attention at 25% and {}% at 11%".format(*heads) in RECIPE
+    conv, beside = (_short(_documents(*pair).relative) for pair in (("full_conv", "full"), ("conv_25", "full_conv")))  # fmt: skip
+    assert f"with convolved keys has {conv}% to full attention, the recipe with them {beside}%" in ANSWERS
+    assert f"Full attention gains {conv.strip('-')}% from convolved keys" in ANSWERS
+    assert f"({_short(_documents('of_64_25', 'full').relative)}% to full attention, one order)" in ANSWERS
+    assert f"level with 32 ({_short(_documents('of_64_25', 'recipe_25').relative)} points at 25%" in RECIPE
+    before = [_short(_documents(f"before_rope_{d}", f"recipe_{d}").relative).strip("+") for d in ("25", "11")]
+    assert "loses {} points, {} at 11%".format(*before) in RECIPE
+    told = f"loses {_short(_documents('rise_11', 'recipe_11').relative).strip('+')} points at 11%"
+    assert told in read_words(ROOT / "docs" / "configuration-evidence.md")
+
+
+def test_retrieval_at_4k_and_8k_on_other_pages() -> None:
+    of = {
+        (arm, task, length): _answers(arm, "full", task, length).relative
+        for arm, task, length in itertools.product(OWN, TASKS, LENGTHS[:2])
+    }
+
+    def least(arm: str, lengths: Sequence[int]) -> Ratio:
+        return min((sure(of[arm, task, n]) for task in TASKS[:2] for n in lengths), key=lambda x: x.value)
+
+    needles, recall = least(OWN[0], LENGTHS[:2]), of[OWN[0], TASKS[2], 8192]
+    assert f"25% finds at least {_short_share(needles)} of needles there and {_short_share(recall)} of recall at 8K" in ANSWERS  # fmt: skip
+    near, far = (least(OWN[1], (n,)) for n in LENGTHS[:2])
+    assert f"11% finds at least {_short_share(near)} of needles at 4K, {_short_share(far)} at 8K" in ANSWERS
+    told = "25% finds at least {:.2f} of the needles that full attention finds, and {:.2f} of recall at 8K"
+    assert told.format(1 + needles.value, 1 + sure(recall).value) in RECIPE
+    single, multi, pairs = (1 + sure(of[OWN[1], task, 8192]).value for task in TASKS)
+    assert f"11% finds {multi:.2f} to {single:.2f} of needles and {pairs:.2f} of recall at 8K" in RECIPE
+
+
+@pytest.mark.parametrize(("arm", "label"), [(OWN[0], "400 steps ([branches_arms](branches_arms.md#tiles-visited))"), (OWN[1], "400 steps, at 11%")])  # fmt: skip
+def test_tiles_visited_on_other_pages(arm: str, label: str) -> None:
+    rows = [[float(row[f"at_{n}"]) for n in (1, 32)] for row in VISITED if row["arm"] == arm]
+    whole, ratios = [_tiles(arm, n)[0] for n in (8, 32)], [visited / selected for selected, visited in rows]
+    cells = [f"{fmean(selected for selected, _ in rows):.1%}", *(f"{x:.2f}" for x in whole), f"{min(ratios):.2f} to {max(ratios):.2f}"]  # fmt: skip
+    assert f"| 62M, its own, {label} | {len(rows)} | {' | '.join(cells)} |" in read_words(QUALITY / "routing.md")  # fmt: skip
+    assert f"{whole[1]:.2f} times" in ANSWERS
+    assert f"{whole[1]:.2f}" in RECIPE
+
+
 def test_what_was_collected_is_what_the_page_computes() -> None:
     for study, row in ((study, row) for study, rows in COMPARISONS.items() for row in rows):
         arm, task = f"{study and study + '_'}{row['arm']}", row["task"]
@@ -338,7 +413,7 @@ def test_the_study_files_make_the_runs(monkeypatch: pytest.MonkeyPatch, tmp_path
         arm for arm in arms if not any(f"+    {key.removeprefix('attention.')}: " in patch for key in arm)
     ]
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
-    for path, rows in ((tmp_path / "study.yaml", RUNS[""]), (FOLDER / "heads.yaml", RUNS["heads"])):
+    for path, rows in ((tmp_path / "study.yaml", RUNS[""]), (FOLDER / "heads" / "study.yaml", RUNS["heads"])):
         made = {(x.name, str(x.config.training.steps), str(x.tokens)) for x in expand(load_study(path))}
         variants = {name.partition("_order")[0].partition("_seed")[0] for name, *_ in made}
         known = {(x["run"], x["steps"], x["tokens"]) for x in rows if x["variant"] in variants}
