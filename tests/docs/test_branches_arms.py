@@ -349,6 +349,7 @@ def test_what_other_pages_say() -> None:
     assert f"Full attention gains {conv.strip('-')}% from convolved keys" in ANSWERS
     assert f"({_short(_documents('of_64_25', 'full').relative)}% to full attention, one order)" in ANSWERS
     assert f"level with 32 ({_short(_documents('of_64_25', 'recipe_25').relative)} points at 25%" in RECIPE
+    assert f"after 400 steps on another ({_short(low)}%, one order)" in RECIPE
     before = [_short(_documents(f"before_rope_{d}", f"recipe_{d}").relative).strip("+") for d in ("25", "11")]
     assert "loses {} points, {} at 11%".format(*before) in RECIPE
     told = f"loses {_short(_documents('rise_11', 'recipe_11').relative).strip('+')} points at 11%"
