@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import logging
 import os
@@ -101,18 +100,17 @@ def _write(index: Index, arrays: dict[str, np.ndarray]) -> None:
     temporary.mkdir(parents=True)
     try:
         for name, array in arrays.items():
-            np.save(temporary / f"{name}.npy", array)
+            # opened to be read too, as numpy then writes by Python: what it writes to others may lose its end on a full disk, untold
+            with open(temporary / f"{name}.npy", "w+b") as file:
+                np.save(file, array)
             sync(temporary / f"{name}.npy")
         # earlier releases, which may share the folder, remove an index that has fewer files than Megatron's
         (temporary / "description.txt").write_text(index.name)
         os.rename(temporary, folder)
-    except OSError as error:
+    except OSError:
         # another process was first: its index is the same
-        if folder.is_dir():
-            return
-        if error.errno is None:  # numpy tells in words only that a disk is full
-            raise OSError(errno.ENOSPC, str(error)) from error
-        raise
+        if not folder.is_dir():
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

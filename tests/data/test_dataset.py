@@ -1,4 +1,5 @@
 import datetime
+import errno
 import gc
 import json
 import logging
@@ -245,14 +246,29 @@ def test_an_index_is_written_once_there_is_room(write_data, build, tmp_path, mon
 
     def save_later(*arguments, **settings):
         monkeypatch.setattr(np, "save", save)
-        raise OSError("1320 requested and 718 written")  # as numpy says it, without a number
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(np, "save", save_later)
     build([prefix])
     assert re.search(
-        r"cannot write \S+/cache/\w{32}: disk full: 1320 requested .* bytes are free", caplog.text
+        r"cannot write \S+/cache/\w{32}: disk full: No space left .* bytes are free", caplog.text
     )
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("missing", [1, 3000, 9000])
+def test_an_index_whose_end_the_disk_has_no_room_for_is_an_error_of_the_disk(tmp_path, missing):
+    size = 128 + 8 * 1250
+    index = Index(lambda: {"rows": np.arange(1250)}, tmp_path / "index", ("rows",), "data", 1250)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - missing, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write \S+/index: File too large"):
+            cached_indices([index])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+    assert len(cached_indices([index])[0][0]) == 1250
 
 
 def test_an_index_that_megatron_named_is_read(write_data, build, tmp_path, monkeypatch):
@@ -290,11 +306,11 @@ def test_a_process_whose_parts_were_removed_as_its_index_was_there_reads_that(
     (index,) = cache.iterdir()
     os.rename(index, tmp_path / "ready")
 
-    def save_while_another_ends(path, array):
-        save(path, array)
-        if "sample" in str(path):
+    def save_while_another_ends(file, array):
+        save(file, array)
+        if "sample" in str(file.name):
             os.rename(tmp_path / "ready", index)
-            shutil.rmtree(Path(path).parent)
+            shutil.rmtree(Path(file.name).parent)
 
     monkeypatch.setattr(np, "save", save_while_another_ends)
     assert rows_of(build([prefix])) == first
