@@ -57,6 +57,16 @@ def documents_of(batch) -> list[tuple[list[int], list[int]]]:
     return found
 
 
+def test_conversations_whose_index_is_damaged_are_not_packed(write_data, tmp_path, tokenizer):
+    documents, answers = conversations(0, 10, 20, tokenizer.eod)
+    prefix = write_data(tmp_path / "a", documents, answers=answers)
+    with open(f"{prefix}.idx", "r+b") as file:
+        file.seek(34)  # the first length
+        file.write(np.array([2], dtype=np.int32).tobytes())
+    with pytest.raises(ValueError, match=r"a\.idx is damaged"):
+        order_of_conversations(prefix, SEQ_LENGTH, 1)
+
+
 def test_a_pass_has_every_conversation_once_and_whole_and_counts_its_answers_alone(
     write_data, build, tmp_path, tokenizer
 ):
