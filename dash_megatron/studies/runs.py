@@ -302,7 +302,7 @@ def _labels(config: Config, recipe: _Recipe) -> tuple[str, str]:
     outside = {
         key: value
         for key, value in recipe.settings.items()
-        if not key.startswith("model.") and key not in (_DENSITY, "attention.kind")
+        if not key.startswith(("model.", "branches.")) and key not in (_DENSITY, "attention.kind")
     }
     inside = {key: value for key, value in recipe.settings.items() if key.startswith("model.")}
     size = recipe.point if recipe.point and inside else _words(inside)

@@ -103,6 +103,9 @@ def test_branches_of_a_size_have_a_learning_rate_of_their_own(write_study: Write
     runs = runs_of(write_study(points=sizes, overrides=BASE_IS_FULL, branches=branches))
     assert [run.name for run in runs if not run.base] == ["h32_full", "h64_full"]
     assert [run.config.optimizer.lr for run in runs] == [0.01, 0.003, 0.003, 0.01, 0.005, 0.005]
+    nameless = [{key: value for key, value in sizes[0].items() if key != "name"}]
+    bases = runs_of(write_study(points=nameless, overrides=BASE_IS_FULL, branches=branches))
+    assert (bases[0].name, bases[0].variant) == ("hidden_size-32_full", "full")
 
 
 def test_each_size_learns_at_the_rates_that_it_was_measured_with(monkeypatch: pytest.MonkeyPatch) -> None:
