@@ -73,6 +73,7 @@ def mean_context(train: tuple[str, ...], seq_length: int, pack_documents: bool) 
         parts = [(part.weight, read_lengths(part.prefix)[0]) for part in parse_blend(train)]
     except (OSError, ValueError):
         parts = []
+    parts = [(weight, lengths) for weight, lengths in parts if lengths.any()]  # training refuses empty data
     if not parts:
         return (
             whole,

@@ -14,12 +14,13 @@ import pytest
 import yaml
 
 from dash_megatron.__main__ import main
+from dash_megatron.data.index_file import write_index
 from dash_megatron.evaluation.cli import check_arguments
 from dash_megatron.planning.baseline_times import NOTE
 from dash_megatron.planning.routing import AssumedRouting, effective_routing
 from dash_megatron.studies import cost, scores
 from dash_megatron.studies.collect import dense_twins
-from dash_megatron.studies.cost import mean_piece_context
+from dash_megatron.studies.cost import mean_context, mean_piece_context
 from dash_megatron.studies.plan import as_row
 from tests.studies.study_runs import BASE, SIZES, STUDIES, Write, evaluated, runs_of
 
@@ -187,6 +188,14 @@ def test_mean_context_takes_no_memory_for_each_document(monkeypatch: pytest.Monk
     assert mean_piece_context(lengths, 100) == pytest.approx(whole, rel=1e-12)
     assert tracemalloc.get_traced_memory()[1] < 200_000
     tracemalloc.stop()
+
+
+def test_data_without_tokens_has_no_part_in_the_mean_context(tmp_path: Path) -> None:
+    for name, lengths in ("some", [3, 9]), ("none", []), ("zero", [0, 0]):
+        write_index(tmp_path / f"{name}.idx", np.array(lengths, dtype=np.int32), np.dtype(np.uint16))
+    some, none, zero = (str(tmp_path / name) for name in ("some", "none", "zero"))
+    assert mean_context((none, some, zero), 8, True) == mean_context((some,), 8, True)
+    assert mean_context((none, zero), 8, True) == mean_context((str(tmp_path / "missing"),), 8, True)
 
 
 def test_a_curriculum_is_priced_by_the_context_of_its_steps(
