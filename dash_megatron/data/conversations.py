@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dash_megatron.data.bin_reader import BinReader
-from dash_megatron.data.index_file import check_lengths, read_lengths, read_places
+from dash_megatron.data.index_file import check_lengths, read_arrays, read_lengths
 from dash_megatron.data.sidecar import answers_path
 
 logger = logging.getLogger(__name__)
@@ -61,10 +61,10 @@ def order_of_conversations(prefix: str, seq_length: int, seed: int) -> dict[str,
 def _with_answers(prefix: str, lengths: np.ndarray, seq_length: int) -> np.ndarray:
     """Which documents have an answer in a row, bool [documents]."""
     keep = lengths > 1
-    places, itemsize = read_places(prefix), read_lengths(prefix)[1].itemsize
+    arrays = read_arrays(prefix)
     reader = BinReader(str(answers_path(prefix)))
     for document in np.flatnonzero(lengths > seq_length + 1):
-        marks = reader.read(np.uint8, seq_length + 1, int(places[document]) // itemsize)
+        marks = reader.read(np.uint8, seq_length + 1, int(arrays.places[document]) // arrays.dtype.itemsize)
         keep[document] = marks[1:].any()
     if not keep.any():
         raise ValueError(
@@ -93,8 +93,7 @@ class ConversationRows(torch.utils.data.Dataset[Mapping[str, Tensor]]):
         self.prefix = prefix
         self.seq_length = seq_length
         self.eod = eod
-        self.lengths, self.dtype, _ = read_lengths(prefix)
-        self.places = read_places(prefix)
+        self.lengths, self.places, self.dtype, _ = read_arrays(prefix)
         self.bin_reader = BinReader(f"{prefix}.bin")
         self.answers_reader = BinReader(str(answers_path(prefix)))
         self._documents, self._first, counts = order

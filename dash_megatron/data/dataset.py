@@ -39,8 +39,8 @@ with warnings.catch_warnings():
 
 logger = logging.getLogger(__name__)
 
-# .idx, .bin, and Megatron's orders of documents, rows and their shuffle, all but .bin mapped into memory; of conversations .idx
-# twice, and answers
+# .idx, .bin, and Megatron's orders of documents, rows and their shuffle, all but .bin mapped into memory; of conversations answers
+# too, and .idx once more while they are packed
 _FILES_PER_PREFIX = 7
 _FILES_PER_BLEND = 2
 _MANY_ROWS = 150_000_000

@@ -10,6 +10,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -78,11 +79,20 @@ def write_index(path: str | os.PathLike[str], lengths: np.ndarray, dtype: np.dty
             )
 
 
-def read_lengths(prefix: str | os.PathLike[str]) -> tuple[np.ndarray, np.dtype, int]:
-    """Read the lengths in PREFIX.idx, checking that it is whole.
+class IndexArrays(NamedTuple):
+    """What an .idx holds, its arrays mapped into memory."""
 
-    Returns:
-        Lengths (int32 [sequences], a memory map), the type of a token, and the number of documents.
+    lengths: np.ndarray
+    """int32 [sequences], in tokens."""
+    places: np.ndarray
+    """int64 [sequences]: where each begins in the .bin, in bytes."""
+    dtype: np.dtype
+    """Of a token."""
+    documents: int
+
+
+def read_arrays(prefix: str | os.PathLike[str]) -> IndexArrays:
+    """Map PREFIX.idx into memory, checking that it is whole.
 
     Raises:
         FileNotFoundError: PREFIX.idx is missing.
@@ -110,29 +120,29 @@ def read_lengths(prefix: str | os.PathLike[str]) -> tuple[np.ndarray, np.dtype, 
             "copy it again or tokenize the corpus again"
         )
     if not sequences:
-        return np.zeros(0, dtype=np.int32), _DTYPES[code], 0
-    lengths = np.memmap(path, dtype=np.int32, mode="r", offset=_HEADER_BYTES, shape=(sequences,))
-    return lengths, _DTYPES[code], boundaries - 1
+        return IndexArrays(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64), _DTYPES[code], 0)
+    arrays = np.memmap(path, dtype=np.uint8, mode="r", offset=_HEADER_BYTES)
+    lengths, places, _ = np.split(arrays, [sequences * 4, sequences * (4 + 8)])
+    return IndexArrays(lengths.view(np.int32), places.view(np.int64), _DTYPES[code], boundaries - 1)
 
 
-def read_places(prefix: str | os.PathLike[str]) -> np.ndarray:
-    """Where documents begin in PREFIX.bin, in bytes, int64 [sequences], a memory map; errors as in `read_lengths`."""
-    lengths = read_lengths(prefix)[0]
-    if not len(lengths):
-        return np.zeros(0, dtype=np.int64)
-    offset = _HEADER_BYTES + lengths.nbytes
-    return np.memmap(f"{os.fspath(prefix)}.idx", dtype=np.int64, mode="r", offset=offset, shape=lengths.shape)
+def read_lengths(prefix: str | os.PathLike[str]) -> tuple[np.ndarray, np.dtype, int]:
+    """Lengths, the type of a token and the number of documents of `read_arrays`; errors as there."""
+    lengths, _, dtype, documents = read_arrays(prefix)
+    return lengths, dtype, documents
 
 
 def read_index(prefix: str | os.PathLike[str]) -> IndexSummary:
-    """The facts in PREFIX.idx; errors as in `read_lengths`.
+    """The facts in PREFIX.idx; errors as in `read_arrays`.
 
     Tokens are where the last document ends. Lengths are not added up: those of 3 billion documents are 12 GB.
     """
-    lengths, dtype, documents = read_lengths(prefix)
-    bin_bytes = 0
-    if len(lengths):
-        bin_bytes = int(read_places(prefix)[-1]) + int(lengths[-1]) * dtype.itemsize
+    return _summary(read_arrays(prefix))
+
+
+def _summary(arrays: IndexArrays) -> IndexSummary:
+    lengths, places, dtype, documents = arrays
+    bin_bytes = int(places[-1]) + int(lengths[-1]) * dtype.itemsize if len(lengths) else 0
     return IndexSummary(
         dtype=dtype, documents=documents, tokens=bin_bytes // dtype.itemsize, bin_bytes=bin_bytes
     )
@@ -142,10 +152,11 @@ def check_lengths(prefix: str | os.PathLike[str]) -> None:
     """Read all lengths in PREFIX.idx, which finds damage that `read_index` does not.
 
     Raises:
-        FileNotFoundError: as `read_lengths`.
-        ValueError: as `read_lengths`, or they do not add up to where the last document ends.
+        FileNotFoundError: as `read_arrays`.
+        ValueError: as `read_arrays`, or they do not add up to where the last document ends.
     """
-    tokens, total = read_index(prefix).tokens, int(np.sum(read_lengths(prefix)[0], dtype=np.int64))
+    arrays = read_arrays(prefix)
+    tokens, total = _summary(arrays).tokens, int(np.sum(arrays.lengths, dtype=np.int64))
     if total != tokens:
         raise ValueError(
             f"{os.fspath(prefix)}.idx is damaged: the lengths of its documents add up to {total} tokens, and must to {tokens}, where "

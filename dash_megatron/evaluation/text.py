@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dash_megatron.data.index_file import read_lengths, read_places
+from dash_megatron.data.index_file import read_arrays
 from dash_megatron.data.sidecar import check_data
 from dash_megatron.data.tokenizer import Tokenizer
 from dash_megatron.evaluation.samples import LengthError
@@ -162,12 +162,13 @@ class _Documents(Sequence[np.ndarray]):
         self._filled: list[np.ndarray | None] = []
         self._ends: list[int] = []
         for prefix in prefixes:
-            lengths, dtype, _ = read_lengths(prefix)
+            lengths, places, dtype, _ = read_arrays(prefix)
             tokens = np.memmap(f"{prefix}.bin", dtype=dtype, mode="r")
             # some tasks go over all documents, which takes slices of a `memmap` four times as long
-            self._files.append((np.asarray(tokens), np.asarray(read_places(prefix)), np.asarray(lengths)))
-            self._filled.append(None if lengths.all() else np.flatnonzero(lengths))
-            self._ends.append(len(self) + int(np.count_nonzero(lengths)))
+            self._files.append((np.asarray(tokens), np.asarray(places), np.asarray(lengths)))
+            count = int(np.count_nonzero(lengths))
+            self._filled.append(None if count == len(lengths) else np.flatnonzero(lengths))
+            self._ends.append(len(self) + count)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
